@@ -1,0 +1,200 @@
+"""The miniature judge's networks: a small CLIP (CNN image tower, word-level text tower) and a plain CNN as second opinion.
+
+Nothing here is shared with the diffusion model that is judged: no layer, no tokenizer, no text encoder. Images are
+(B, 3, H, W) in [-1, 1]; E is the joint width. BatchNorm, not GroupNorm: several times faster on a CPU, and in eval mode an
+image's verdict does not depend on the images beside it (an EMA of the weights must carry the buffers along).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_START, _PAD = 0, 1  # the two rows of the word table before the first word
+_MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """What the two networks are built from; `config.json` beside the weights holds it.
+
+    words: the text tower's vocabulary, as `split_words` cuts a caption. labels {label: the prompt that stands for it}: every
+    concept of the world, in the order of the plain CNN's classes. channels: widths at full, half and quarter resolution.
+    """
+
+    words: tuple[str, ...]
+    labels: Mapping[str, str]
+    channels: tuple[int, int, int] = (48, 96, 160)
+    plain_channels: tuple[int, int, int] = (32, 64, 128)
+    width: int = 128  # E
+    text_layers: int = 2
+    text_heads: int = 4
+    max_words: int = 32
+    version: int = 1
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words without accents or punctuation: "An-225, Dalí's" -> ["an", "225", "dali's"]."""
+    plain = unicodedata.normalize("NFKD", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", "".join(c for c in plain if not unicodedata.combining(c)))
+
+
+class _Residual(nn.Module):
+    """x + two 3 x 3 convolutions; the second BatchNorm starts at zero, so a fresh block is the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = _conv(channels, channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.silu(x + self.norm(self.second(self.first(x))))
+
+
+def _conv(inside: int, outside: int, stride: int = 1, size: int = 3) -> nn.Sequential:
+    convolution = nn.Conv2d(inside, outside, size, stride, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outside), nn.SiLU())
+
+
+class _Pool(nn.Module):
+    """Global average: (B, C, h, w) -> (B, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3))
+
+
+class TextTower(nn.Module):
+    """Words -> (B, E): a table of words, learned positions, a small transformer, and the mean over the words.
+
+    A word that is not in the table is skipped, so any text has an embedding; a text of unknown words alone has the start row's.
+    """
+
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__()
+        self.index = {word: row + 2 for row, word in enumerate(config.words)}
+        self.max_words = config.max_words
+        self.words = nn.Embedding(len(config.words) + 2, config.width, padding_idx=_PAD)
+        self.positions = nn.Parameter(torch.randn(config.max_words, config.width) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            config.width, config.text_heads, 2 * config.width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, config.text_layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """(B, L) int64 on the CPU: the start row, the known words, padding; L is the longest text's, at most max_words."""
+        rows = [[_START, *(self.index[w] for w in split_words(t) if w in self.index)][: self.max_words] for t in texts]
+        longest = max((len(row) for row in rows), default=1)
+        return torch.tensor([row + [_PAD] * (longest - len(row)) for row in rows], dtype=torch.long).reshape(
+            -1, longest
+        )
+
+    def known(self, text: str) -> bool:
+        """Whether every word of the text is in the table."""
+        return all(word in self.index for word in split_words(text))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        padded = tokens == _PAD
+        x = self.words(tokens) + self.positions[: tokens.shape[1]]
+        x = self.norm(self.layers(x, src_key_padding_mask=padded))
+        weight = (~padded).to(x.dtype).unsqueeze(-1)
+        return self.out((x * weight).sum(dim=1) / weight.sum(dim=1))
+
+
+class MiniatureCLIP(nn.Module):
+    """Two towers and a temperature. Embeddings are L2-normalised; logits = exp(logit_scale) * cosine."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__()
+        full, half, quarter = config.channels
+        self.image = nn.Sequential(
+            _conv(3, full),
+            _Residual(full),
+            _conv(full, half, stride=2),
+            _Residual(half),
+            _conv(half, quarter, stride=2),
+            _Residual(quarter),
+            _Residual(quarter),
+            _Pool(),
+            nn.Linear(quarter, config.width),
+        )
+        self.text = TextTower(config)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(logit_scale), at most 100."""
+        return self.logit_scale.clamp(max=_MAX_LOGIT_SCALE).exp()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, E), unit length."""
+        return functional.normalize(self.image(images).float(), dim=-1)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """(B, E), unit length."""
+        tokens = self.text.tokenize(texts).to(self.logit_scale.device)
+        return functional.normalize(self.text(tokens).float(), dim=-1)
+
+    def forward(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Logits (images, texts)."""
+        return self.scale * self.encode_image(images) @ self.encode_text(texts).T
+
+
+class PlainCNN(nn.Module):
+    """A linear classifier over the world's labels on a CNN of its own (5 x 5 stem, no residuals): logits (B, labels)."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__()
+        full, half, quarter = config.plain_channels
+        self.layers = nn.Sequential(
+            _conv(3, full, size=5),
+            _conv(full, half, stride=2),
+            _conv(half, half),
+            _conv(half, quarter, stride=2),
+            _conv(quarter, quarter),
+            _Pool(),
+            nn.Linear(quarter, len(config.labels)),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).float()
+
+
+def save_judge(folder: Path, config: JudgeConfig, clip: MiniatureCLIP, plain: PlainCNN) -> None:
+    """Writes `config.json` and `model.safetensors` (float16; whole numbers as they are)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {"clip": clip, "plain": plain}
+    state = {f"{part}.{key}": value for part, net in parts.items() for key, value in net.state_dict().items()}
+    half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
+    save_file(half, folder / WEIGHTS_FILE, metadata={"version": str(config.version)})
+    (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_judge(folder: Path) -> tuple[JudgeConfig, MiniatureCLIP, PlainCNN]:
+    """Both networks in eval mode, float32, on the CPU.
+
+    Raises OSError, ValueError, KeyError, TypeError, RuntimeError or SafetensorError where the folder is not a whole judge.
+    """
+    raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    raw.update({key: tuple(raw[key]) for key in ("words", "channels", "plain_channels")})
+    config = JudgeConfig(**raw)
+    state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS_FILE).items()}
+    clip, plain = MiniatureCLIP(config), PlainCNN(config)
+    for part, net in (("clip", clip), ("plain", plain)):
+        net.load_state_dict({k.removeprefix(f"{part}."): v for k, v in state.items() if k.startswith(f"{part}.")})
+        net.eval().requires_grad_(False)
+    return config, clip, plain
