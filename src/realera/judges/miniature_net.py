@@ -1,8 +1,8 @@
-"""The miniature judge's networks: a small CLIP (CNN image tower, word-level text tower) and a plain CNN as second opinion.
+"""The miniature judge's networks: a small CLIP (CNN image tower, word-level text tower), and a plain CNN beside it.
 
 Nothing here is shared with the diffusion model that is judged: no layer, no tokenizer, no text encoder. Images are
-(B, 3, H, W) in [-1, 1]; E is the joint width. BatchNorm, not GroupNorm: several times faster on a CPU, and in eval mode an
-image's verdict does not depend on the images beside it (an EMA of the weights must carry the buffers along).
+(B, 3, H, W) in [-1, 1]; E is the joint width. BatchNorm, not GroupNorm: several times faster on a CPU, and in eval mode
+an image's verdict does not depend on the images beside it (an EMA of the weights must carry the buffers along).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound
 class JudgeConfig:
     """What the two networks are built from; `config.json` beside the weights holds it.
 
-    words: the text tower's vocabulary, as `split_words` cuts a caption. labels {label: the prompt that stands for it}: every
-    concept of the world, in the order of the plain CNN's classes. channels: widths at full, half and quarter resolution.
+    words: the text tower's vocabulary, as `split_words` cuts a caption. labels {label: the prompt that stands for it}:
+    every concept of the world, in the order of the plain CNN's classes. channels: widths at full, half, quarter size.
     """
 
     words: tuple[str, ...]
@@ -79,7 +79,7 @@ class _Pool(nn.Module):
 class TextTower(nn.Module):
     """Words -> (B, E): a table of words, learned positions, a small transformer, and the mean over the words.
 
-    A word that is not in the table is skipped, so any text has an embedding; a text of unknown words alone has the start row's.
+    A word that is not in the table is skipped, so any text has an embedding; one of unknown words has the start row's.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -96,7 +96,7 @@ class TextTower(nn.Module):
         self.out = nn.Linear(config.width, config.width)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """(B, L) int64 on the CPU: the start row, the known words, padding; L is the longest text's, at most max_words."""
+        """(B, L) int64 on the CPU: start row, known words, padding; L is the longest text's, at most max_words."""
         rows = [[_START, *(self.index[w] for w in split_words(t) if w in self.index)][: self.max_words] for t in texts]
         longest = max((len(row) for row in rows), default=1)
         return torch.tensor([row + [_PAD] * (longest - len(row)) for row in rows], dtype=torch.long).reshape(
@@ -112,7 +112,8 @@ class TextTower(nn.Module):
         x = self.words(tokens) + self.positions[: tokens.shape[1]]
         x = self.norm(self.layers(x, src_key_padding_mask=padded))
         weight = (~padded).to(x.dtype).unsqueeze(-1)
-        return self.out((x * weight).sum(dim=1) / weight.sum(dim=1))
+        pooled: Tensor = self.out((x * weight).sum(dim=1) / weight.sum(dim=1))
+        return pooled
 
 
 class MiniatureCLIP(nn.Module):
@@ -155,7 +156,7 @@ class MiniatureCLIP(nn.Module):
 
 
 class PlainCNN(nn.Module):
-    """A linear classifier over the world's labels on a CNN of its own (5 x 5 stem, no residuals): logits (B, labels)."""
+    """A linear classifier over the world's labels on a CNN of its own (5 x 5 stem, no residuals): (B, labels)."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
@@ -171,7 +172,8 @@ class PlainCNN(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images).float()
+        logits: Tensor = self.layers(images)
+        return logits.float()
 
 
 def save_judge(folder: Path, config: JudgeConfig, clip: MiniatureCLIP, plain: PlainCNN) -> None:
@@ -187,7 +189,7 @@ def save_judge(folder: Path, config: JudgeConfig, clip: MiniatureCLIP, plain: Pl
 def load_judge(folder: Path) -> tuple[JudgeConfig, MiniatureCLIP, PlainCNN]:
     """Both networks in eval mode, float32, on the CPU.
 
-    Raises OSError, ValueError, KeyError, TypeError, RuntimeError or SafetensorError where the folder is not a whole judge.
+    Raises OSError, ValueError, KeyError, TypeError, RuntimeError or SafetensorError where that is not a whole judge.
     """
     raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     raw.update({key: tuple(raw[key]) for key in ("words", "channels", "plain_channels")})
