@@ -34,7 +34,7 @@ class ObjectTask:
 
     def __init__(
         self,
-        concepts: str | Sequence[str],
+        concepts: str | int | Sequence[str] | None,
         anchor: str | Sequence[str] | None = None,
         images: Mapping[str, int] = PROTOCOL_IMAGES,
         first_seed: int = 0,
