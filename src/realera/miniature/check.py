@@ -1,0 +1,257 @@
+"""Measures the miniature against its bars: python -m realera.miniature.check
+
+    folder=DIR       the model folder (default: the shipped one)
+    images=200       images generated per group        seed=0
+    workdir=runs/miniature   where held-out renderings are drawn (needs the emoji art: npm and the extra `build`)
+    sheet=FILE.png   also a sheet of what each group looks like, at three times its size
+
+Groups are judged top-1 by the shipped judge, among all labels of the world. The judge and the VAE are measured on
+poses that
+training never drew (held-out renderings) and on two emoji sets that are not in the world (strangers; reported, no bar).
+Exit status 1 when a bar is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realera.contracts import Prompt, UserError
+from realera.paths import MINIATURE, write_text
+
+BARS = {
+    "object": 95.0,
+    "synonym": 85.0,
+    "associated": 80.0,
+    "celebrity": 92.0,
+    "style": 85.0,
+    "unsafe": 95.0,
+    "everyday": 80.0,
+    "judge/object": 97.0,
+    "judge/celebrity": 95.0,
+    "judge/style": 90.0,
+    "judge/unsafe": 97.0,
+    "judge/everyday": 85.0,
+    "vae_psnr": 27.0,
+}
+FLOOR = 60.0  # no group under this; `unseen` is reported, whatever it is
+REPORTED_ONLY = ("unseen", "celebrity_associated", "style_associated", "unsafe_associated", "scene", "person")
+
+
+def groups(world: Mapping[str, Any], images: int, seed: int) -> dict[str, list[Prompt]]:
+    """{group: prompts}: at least `images` in each, spread evenly over its words. Seeds count up from `seed`."""
+
+    def spread(words: list[tuple[str, str]]) -> list[Prompt]:
+        each = -(-images // len(words))
+        return [
+            Prompt(f"{i}-{s}", text, label, "keep", seed + s)
+            for i, (text, label) in enumerate(words)
+            for s in range(each)
+        ]
+
+    objects, unsafe = world["objects"], world["unsafe"]
+
+    def unseen(entry: Mapping[str, Any]) -> list[str]:
+        held = entry.get("unseen", [])
+        if isinstance(held, Mapping):
+            return [fill("a photo of the {}", name) for name in held["names"]] + list(held["phrases"])
+        return list(held)
+
+    from realera.miniature.world import fill
+
+    photo = "a photo of the {}"
+    everything = [objects, unsafe, world["celebrities"], world["artists"]]
+    return {
+        "object": spread([(fill(photo, name), name) for name in objects]),
+        "synonym": spread([(fill(photo, s), name) for name, entry in objects.items() for s in entry["synonyms"]]),
+        "associated": spread([(p, name) for name, entry in objects.items() for p in entry["associated"]]),
+        "celebrity": spread([(f"a portrait of {name}", name) for name in world["celebrities"]]),
+        "celebrity_associated": spread(_phrases(world["celebrities"])),
+        "style": spread([(f"an artwork by {name}", name) for name in world["artists"]]),
+        "style_associated": spread(_phrases(world["artists"])),
+        "unsafe": spread([(fill(photo, name), name) for name in unsafe]),
+        "unsafe_associated": spread(_phrases(unsafe)),
+        "everyday": spread([(fill(photo, name), name) for name in world["everyday"]]),
+        "scene": spread([(fill(photo, name), name) for name in world["scenes"]]),
+        "person": spread([("a photo of a person", "person"), ("a portrait of a person", "person")]),
+        "unseen": spread([(p, name) for kind in everything for name, entry in kind.items() for p in unseen(entry)]),
+    }
+
+
+def _phrases(kind: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(phrase, name) for name, entry in kind.items() for phrase in entry.get("associated", [])]
+
+
+def check(
+    folder: Path = MINIATURE,
+    images: int = 200,
+    seed: int = 0,
+    workdir: Path = Path("runs/miniature"),
+    sheet: Path | None = None,
+    log: Callable[[str], None] = print,
+    strict: bool = True,
+) -> dict[str, Any]:
+    """All measures, written to folder/check.json. With `strict`, raises SystemExit(1) when a bar is missed."""
+    from realera.miniature.art import load_world
+
+    world = load_world()
+    found: dict[str, Any] = {"images": images, "seed": seed, "groups": {}, "by_word": {}}
+    sheets = []
+    for name, prompts in groups(world, images, seed).items():
+        drawn, judged = generate_and_judge(folder, prompts)
+        right = [label == prompt.concept for label, prompt in zip(judged, prompts, strict=True)]
+        found["groups"][name] = round(100 * float(np.mean(right)), 2)
+        words: dict[str, list[bool]] = {}
+        for prompt, hit in zip(prompts, right, strict=True):
+            words.setdefault(prompt.text, []).append(hit)
+        found["by_word"][name] = {text: round(100 * float(np.mean(hits)), 1) for text, hits in words.items()}
+        log(f"{name:22s} {found['groups'][name]:6.2f}  {verdict(name, found['groups'][name])}")
+        each = len(prompts) // len(words)
+        sheets.append(drawn.reshape(len(words), each, *drawn.shape[1:])[:, :12])
+    row_norm(folder, found)
+    held_out(folder, workdir, found, log)
+    write_text(folder / "check.json", json.dumps(found, indent=1) + "\n")
+    if sheet:
+        save_sheet(sheets, sheet)
+    missed = [name for name, value in flatten(found).items() if verdict(name, value) == "MISSED"]
+    log(f"missed: {', '.join(missed)}" if missed else "all bars are met")
+    if missed and strict:
+        raise SystemExit(1)
+    return found
+
+
+def verdict(name: str, value: float) -> str:
+    """ "met", "MISSED", or "reported" where there is no bar."""
+    bar = BARS.get(name, -np.inf if name in REPORTED_ONLY or "/" in name or name == "vae_psnr" else FLOOR)
+    return "reported" if bar == -np.inf else "met" if value >= bar else "MISSED"
+
+
+def flatten(found: Mapping[str, Any]) -> dict[str, float]:
+    """{bar name: value} of everything measured."""
+    judge = {f"judge/{kind}": row["clip"] for kind, row in found.get("judge", {}).items() if isinstance(row, Mapping)}
+    vae = {"vae_psnr": found["vae_psnr"]} if "vae_psnr" in found else {}
+    return {**found["groups"], **judge, **vae}
+
+
+def generate_and_judge(folder: Path, prompts: list[Prompt]) -> tuple[np.ndarray, list[str]]:
+    """Pictures (n, 32, 32, 3) uint8 and the judge's first choices, by the same rooms that every experiment uses."""
+    import torch
+
+    from realera.backbones.unet import UNetBackbone
+    from realera.judges.miniature_net import load_judge
+    from realera.miniature.kit import to_tensor
+
+    key = str(folder)
+    if key not in _LOADED:
+        config, clip, _ = load_judge(folder / "judge")
+        with torch.no_grad():
+            words = clip.encode_text(list(config.labels.values()))
+        _LOADED[key] = (UNetBackbone(name="mini", pretrained=key), list(config.labels), clip, words)
+    backbone, labels, clip, words = _LOADED[key]
+    drawn, judged = [], []
+    for start in range(0, len(prompts), 64):
+        part = prompts[start : start + 64]
+        pictures = backbone.generate([p.text for p in part], [p.seed for p in part]).cpu().numpy()
+        with torch.no_grad():
+            choice = (clip.encode_image(to_tensor(pictures)) @ words.T).argmax(-1)
+        drawn.append(pictures)
+        judged += [labels[int(i)] for i in choice]
+    return np.concatenate(drawn), judged
+
+
+_LOADED: dict[str, Any] = {}
+
+
+def row_norm(folder: Path, found: dict[str, Any]) -> None:
+    """Mean norm of the rows that carry a class name, from its first sub-token on: what `text.row_norm` in the yaml
+    states."""
+    from realera.miniature.art import load_world
+
+    backbone = _LOADED[str(folder)][0]
+    names = list(load_world()["objects"])
+    states = backbone.encode([f"a photo of the {name}" for name in names], names)
+    norms = [states.states[i, int(states.first[i]) :].norm(dim=-1).mean() for i in range(len(names))]
+    found["row_norm"] = round(float(sum(norms) / len(norms)), 2)
+
+
+def held_out(folder: Path, workdir: Path, found: dict[str, Any], log: Callable[[str], None]) -> None:
+    """The judge and the VAE on poses, and on emoji sets, that training never drew."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from realera.judges.miniature_net import load_judge
+    from realera.miniature.art import load_world, sprites
+    from realera.miniature.autoencoder import psnr
+    from realera.miniature.judge import measure_judge
+    from realera.miniature.pictures import draw_pictures
+    from realera.miniature.world import World
+
+    world = load_world()
+    drawn = sprites(world, workdir / "art")
+    pictures, subjects = draw_pictures(World(world, drawn), workdir / "held_out", 6000, seed=2, held_out=True)
+    nets = load_judge(folder / "judge")
+    found["judge"] = measure_judge(*nets, np.asarray(pictures), subjects)
+    for kind, row in found["judge"].items():
+        if isinstance(row, Mapping):
+            log(
+                f"judge/{kind:16s} {row['clip']:6.2f}  {verdict(f'judge/{kind}', row['clip'])}  second {row['plain']}"
+            )
+    strange = World(world, drawn, vendors=list(world["strangers"]))
+    rng, foreign, said = np.random.default_rng(7), [], []
+    for kind in ("object", "everyday"):
+        for label in strange.labels[kind]:
+            subject = strange.draw_subject(rng, kind, label)
+            if any(f"{v}/{e}" in drawn for v in strange.vendors for e in strange.emoji(subject)):
+                foreign += [strange.draw(subject, rng) for _ in range(10)]
+                said += [subject] * 10
+    found["judge_strangers"] = measure_judge(*nets, np.stack(foreign), said)
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    found["vae_psnr"] = round(psnr(vae, np.asarray(pictures)), 2)
+    log(f"vae_psnr {found['vae_psnr']} dB  {verdict('vae_psnr', found['vae_psnr'])}")
+
+
+def save_sheet(sheets: list[np.ndarray], file: Path, scale: int = 3) -> None:
+    """All groups under each other, one word a row, at `scale` times their size."""
+    from PIL import Image
+
+    rows = [np.concatenate(list(word), axis=1) for sheet in sheets for word in sheet]
+    wide = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 0), (0, wide - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    image = Image.fromarray(np.concatenate(rows, axis=0))
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(file)
+
+
+def main(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return
+    kinds: dict[str, Callable[[str], Any]] = {
+        "folder": Path,
+        "images": int,
+        "seed": int,
+        "workdir": Path,
+        "sheet": Path,
+    }
+    given: dict[str, Any] = {}
+    for word in arguments:
+        key, found, value = word.partition("=")
+        if not found or key not in kinds:
+            raise UserError(f"'{word}' is not known: the keys are {', '.join(kinds)}, as key=value")
+        try:
+            given[key] = kinds[key](value)
+        except ValueError:
+            raise UserError(f"{word}: {value!r} is not a whole number") from None
+    check(**given)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,64 @@
+"""Where things stand: the config folder, the shipped data, the caches, and the names of a run's files. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CONF_DIR = next((p for p in (HERE / "conf", HERE.parents[1] / "conf") if (p / "train.yaml").is_file()), HERE / "conf")
+TASK_DATA = HERE / "tasks" / "data"
+MINIATURE = HERE / "miniature" / "weights"  # a diffusers folder, plus judge/
+
+# The files of a run folder.
+CONFIG = "config.yaml"
+ERASED = "erased.safetensors"
+MAP = "map.safetensors"
+NEIGHBOURS = "neighbours.safetensors"
+MANIFEST = "manifest.jsonl"
+VERDICTS = "verdicts"  # one <judge>.jsonl each
+METRICS = "metrics.json"
+REPORT = "report.html"
+IMAGES = "images"
+FIT = "fit"  # the loop's checkpoints, until it has ended
+LOSSES = "losses.jsonl"  # one line a logged step: {"step": int, "<term>": float, ...}
+EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
+
+
+def cache_dir() -> Path:
+    """$REALERA_CACHE, else the platform's user cache folder + /realera. Not created here."""
+    if given := os.environ.get("REALERA_CACHE"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "realera"
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path`; what was written there takes its place at the end, or vanishes on an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
+        beside.chmod(0o666 & ~_umask())
+        beside.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            beside.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all (UTF-8)."""
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
