@@ -1,0 +1,174 @@
+"""Closed-form edits of linear layers: normal equations, accumulated and solved in float64.
+
+An edit asks a layer W0 (out, D) to answer the key k_i with W0 a_i, the original answer to an anchor state a_i (a
+preserved state is its own anchor). It minimises sum_i w_i ||W k_i - W0 a_i||^2 + mu ||W - W0||^2 (UCE, arXiv
+2308.14761, equation 7; RealEra, arXiv 2410.09140, equation 7), and since every target is an original projection, the
+solution is
+
+    W = W0 M,    M = (sum_i w_i a_i k_i^T + mu I) (sum_i w_i k_i k_i^T + mu I)^-1,
+
+one D x D matrix for all layers. D is the width of the text states; rows of (n, D) tensors are states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from realera.contracts import UserError
+
+RESIDUAL = 1e-8  # largest relative residual of a solve that is believed; in float64 it is usually below 1e-12
+
+
+class NormalEquations:
+    """The two sums of an edit, (D, D) float64 on the CPU: cross = sum w a k^T and gram = sum w k k^T."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.cross = torch.zeros(width, width, dtype=torch.float64)
+        self.gram = torch.zeros(width, width, dtype=torch.float64)
+
+    def add_pairs(self, keys: Tensor, anchors: Tensor, weight: float | Tensor = 1.0) -> NormalEquations:
+        """Asks W k = W0 a. keys, anchors (n, D); weight: one number, or (n,)."""
+        keys, anchors = _double(keys), _double(anchors)
+        if keys.shape != anchors.shape:
+            raise ValueError(f"keys {tuple(keys.shape)} and anchors {tuple(anchors.shape)} must pair row by row")
+        weighted = keys * _column(weight)
+        return self.add_moments(anchors.T @ weighted, keys.T @ weighted)
+
+    def add_preserved(self, keys: Tensor, weight: float | Tensor = 1.0) -> NormalEquations:
+        """Asks W k = W0 k. keys (n, D); weight: one number, or (n,)."""
+        keys = _double(keys)
+        gram = keys.T @ (keys * _column(weight))
+        return self.add_moments(gram, gram)
+
+    def add_moments(self, cross: Tensor, gram: Tensor, weight: float = 1.0) -> NormalEquations:
+        """Adds sums made elsewhere: cross = sum a k^T and gram = sum k k^T, each (D, D)."""
+        self.cross += weight * _double(cross)
+        self.gram += weight * _double(gram)
+        return self
+
+    def merge(self, other: NormalEquations) -> NormalEquations:
+        """Adds the sums of `other`: accumulating in parts equals accumulating at once."""
+        return self.add_moments(other.cross, other.gram)
+
+    def solve(self, ridge: float) -> tuple[Tensor, dict[str, float]]:
+        """M (D, D) float64, and the system's condition number and relative residual.
+
+        ridge: mu, in the units of a squared norm of a state; directions that no state determines stay as they were.
+
+        Raises:
+            UserError: a negative ridge, or a system that does not determine M without a (larger) ridge.
+        """
+        eye = torch.eye(self.width, dtype=torch.float64)
+        system = self.gram + ridge * eye
+        lower, info = _factor(system, ridge)
+        return _solve(lower, system, self.cross + ridge * eye, ridge, info)
+
+
+def solve_per_layer(
+    values: Mapping[str, Tensor],
+    keys: Tensor,
+    weights: float | Tensor,
+    originals: Mapping[str, Tensor],
+    ridge: float,
+    preserved: NormalEquations | None = None,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """W = (sum w v k^T + mu W0)(sum w k k^T + mu I)^-1 where targets v differ per layer; one factor serves them all.
+
+    values {layer: (n, out)}, keys (n, D), weights: one number or (n,), originals {layer: (out, D)}, ridge as in
+    `NormalEquations.solve`. preserved: further sums whose targets are original projections (a cache of caption states).
+    Returns {layer: (out, D) float64}, and the condition number and the largest relative residual.
+
+    Raises:
+        UserError: as `NormalEquations.solve`.
+    """
+    keys = _double(keys)
+    weighted = keys * _column(weights)
+    shared = NormalEquations(keys.shape[1])
+    if preserved is not None:
+        shared.merge(preserved)
+    eye = torch.eye(shared.width, dtype=torch.float64)
+    system = shared.gram + keys.T @ weighted + ridge * eye
+    pull = shared.cross + ridge * eye
+    lower, info = _factor(system, ridge)
+    solved: dict[str, Tensor] = {}
+    for name, original in originals.items():
+        right = _double(values[name]).T @ weighted + _double(original) @ pull
+        solved[name], measured = _solve(lower, system, right, ridge, info)
+        info["residual"] = max(info.get("residual", 0.0), measured["residual"])
+    return solved, info
+
+
+# --- what a map is and does ------------------------------------------------------------------------------------------
+
+
+def spectrum(map: Tensor) -> Tensor:
+    """Singular values of a map (D, D), largest first, (D,) float64: 1 is a direction kept, 0 one that is erased."""
+    return torch.linalg.svdvals(_double(map))
+
+
+def relative_change(weight: Tensor, map: Tensor) -> float:
+    """||W0 M - W0|| / ||W0|| (Frobenius) of a layer (out, D)."""
+    original = _double(weight)
+    return float(torch.linalg.norm(original @ _double(map) - original) / torch.linalg.norm(original))
+
+
+def interpolate(map: Tensor, strength: float) -> Tensor:
+    """I + strength (M - I), (D, D) float64: 0 is the original model, 1 the edit, above 1 exaggerates it."""
+    eye = torch.eye(len(map), dtype=torch.float64)
+    return eye + strength * (_double(map) - eye)
+
+
+def compose(second: Tensor, first: Tensor) -> Tensor:
+    """The map of two edits applied to the weights one after the other: (W0 M1) M2, so M1 M2, (D, D) float64."""
+    return _double(first) @ _double(second)
+
+
+# --- one solve -------------------------------------------------------------------------------------------------------
+
+
+def _factor(system: Tensor, ridge: float) -> tuple[Tensor, dict[str, float]]:
+    """The Cholesky factor of a symmetric positive definite system (D, D), and its condition number."""
+    if not (ridge >= 0 and math.isfinite(ridge)):
+        raise UserError(f"ridge={ridge} is not a weight: give a finite number of 0 or more.")
+    if not torch.isfinite(system).all():
+        raise UserError(
+            "The text states hold values that are not finite, so no edit can be solved: check the text encoder's "
+            "weights."
+        )
+    eigenvalues = torch.linalg.eigvalsh(system)
+    largest = float(eigenvalues[-1])
+    determined = eigenvalues > len(system) * torch.finfo(torch.float64).eps * largest  # the usual numerical rank
+    if not determined.all():
+        raise _singular(ridge, f"{int(determined.sum())} of {len(system)} directions")
+    return torch.linalg.cholesky(system), {"condition": largest / float(eigenvalues[0])}
+
+
+def _solve(
+    lower: Tensor, system: Tensor, right: Tensor, ridge: float, info: dict[str, float]
+) -> tuple[Tensor, dict[str, float]]:
+    """X with X @ system = right, X and right (out, D)."""
+    solution = torch.cholesky_solve(right.T, lower).T.contiguous()
+    residual = float(torch.linalg.norm(solution @ system - right) / torch.linalg.norm(right).clamp(min=1e-300))
+    if not residual <= RESIDUAL:
+        raise _singular(ridge, f"it up to a relative residual of {residual:.0e}")
+    return solution, {**info, "residual": residual}
+
+
+def _singular(ridge: float, determined: str) -> UserError:
+    return UserError(
+        f"The closed form is singular at ridge={ridge:g} (the states determine {determined}): give a larger ridge, "
+        f"such as 0.1."
+    )
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def _column(weight: float | Tensor) -> float | Tensor:
+    return _double(weight)[:, None] if isinstance(weight, Tensor) else weight
