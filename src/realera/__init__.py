@@ -1,3 +1,3 @@
-"""Concept erasure for text-to-image diffusion models. Start at contracts.py; the commands are train, evaluate, generate, ..."""
+"""Concept erasure for text-to-image diffusion models. Read contracts.py first; the commands are its doors."""
 
 __version__ = "0.1.0"

@@ -1,0 +1,209 @@
+"""What the doors share: Hydra and its resolvers, one sentence and exit status 2 for bad input, and the log.
+
+Nothing here imports torch: `--help` and the answer to a bad config come before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from realera import complaints, paths
+from realera.contracts import Task, UserError
+
+log = logging.getLogger("realera")
+Step = Callable[[DictConfig], None]
+
+
+def door(config_name: str, step: Step, positional: str | None = None) -> None:
+    """Runs `step` on the composed conf/<config_name>.yaml. `positional`: the list key that bare words fill.
+
+    Exit status: 0 done, 2 bad input (one sentence on stderr), 130 interrupted. The unforeseen keeps its traceback.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: one translation, here
+    os.environ.setdefault("REALERA_STAMP", time.strftime("%Y%m%d-%H%M%S"))  # a distributed run's children agree on it
+    arguments = sys.argv[1:]
+    register_resolvers()
+    set_up_log()
+    composed = False
+
+    def run(cfg: DictConfig) -> None:
+        nonlocal composed
+        cfg = with_judge(cfg, config_name)
+        composed = True
+        try:
+            step(cfg)
+        except UserError as error:
+            if not in_sweep():
+                fail(str(error))  # SystemExit passes Hydra, which would add a line of its own to any other exception
+            print(f"error: {error}", file=sys.stderr)
+            raise
+        except InstantiationException as error:
+            if in_sweep() or (sentence := complaints.of_instantiation(error)) is None:
+                raise
+            fail(sentence)
+
+    if positional:
+        sys.argv[1:] = gather(arguments, positional)
+    try:
+        # Hydra names the job after the module of the function it wraps.
+        hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(run)()
+    except UserError as error:
+        fail("a job of the sweep was refused, as said above" if composed else str(error))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed:
+            raise
+        fail(complaints.of_config(error, config_name, arguments))
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(sentence: str) -> NoReturn:
+    """Says what is wrong and leaves with exit status 2."""
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def gather(arguments: list[str], key: str) -> list[str]:
+    """The command line with bare words as one list: ["a", "b", "x=1"] -> ["x=1", "key=['a','b']"]."""
+    bare = [word for word in arguments if "=" not in word and not word.startswith("-")]
+    rest = [word for word in arguments if word not in bare]
+    quoted = ",".join("'" + word.replace("'", "\\'") + "'" for word in bare)
+    return [*rest, f"{key}=[{quoted}]"] if bare else rest
+
+
+def with_judge(cfg: DictConfig, config_name: str) -> DictConfig:
+    """The config with the judge that the task names for this backbone (`judges` in its yaml), unless one was typed."""
+    typed = HydraConfig.get().overrides.task
+    if (
+        cfg.get("judge", 0) is not None
+        or "judges" not in (cfg.get("task") or {})
+        or any(w.startswith("judge=") for w in typed)
+    ):
+        return cfg
+    return hydra.compose(config_name, [*typed, f"judge={by_backbone(cfg.task.judges, _root_=cfg)}"])
+
+
+def build_task(config: Mapping[str, Any]) -> Task:
+    """The task of a resolved config. Tasks load without torch, so their refusals come early."""
+    task: Task = instantiate({key: value for key, value in config["task"].items() if key != "judges"})
+    return task
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain containers, every interpolation resolved.
+
+    Raises:
+        UserError: an interpolation that cannot be resolved, or a mandatory value (???) that was not given.
+    """
+    try:
+        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(complaints.of_value(error)) from error
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+# --- resolvers -------------------------------------------------------------------------------------------------------
+
+
+def register_resolvers() -> None:
+    """Makes ${default_backbone:}, ${by_backbone:...} and ${wandb_mode:} known to every config."""
+    OmegaConf.register_new_resolver("default_backbone", lambda: default_backbone()[0], replace=True)
+    OmegaConf.register_new_resolver("by_backbone", by_backbone, replace=True)
+    OmegaConf.register_new_resolver("wandb_mode", wandb_mode, replace=True)
+
+
+@cache
+def default_backbone() -> tuple[str, str]:
+    """(backbone, why): Stable Diffusion 1.4 where the installed torch can use a CUDA device, else the miniature."""
+    if not cuda_devices():
+        return "mini", "no CUDA device; backbone=sd14 takes Stable Diffusion 1.4 all the same"
+    try:
+        build = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        build = ""
+    if "+cpu" in build:
+        return (
+            "mini",
+            f"torch {build} cannot use the CUDA device; backbone=sd14 takes Stable Diffusion 1.4 all the same",
+        )
+    return "sd14", "a CUDA device is there; backbone=mini takes the small model that ships with the package"
+
+
+def cuda_devices() -> int:
+    """How many CUDA devices the driver shows this process; asked of the driver, for importing torch takes seconds."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(name)
+            count = ctypes.c_int(0)
+            if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+                return count.value
+        except (OSError, AttributeError):  # no such library, or not a CUDA driver
+            continue
+    return 0
+
+
+def by_backbone(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """`${by_backbone:{default:1e-5,mini:1e-3}}`: the entry of the chosen backbone's `name`, else `default`."""
+    name = _root_.backbone.name
+    if name not in table and "default" not in table:
+        raise UserError(f"no value is known for backbone {name} (there are {', '.join(table)}): type one.")
+    return table[name] if name in table else table["default"]
+
+
+def wandb_mode() -> str:
+    """WANDB_MODE where it is set, else "online" for who is logged in and "offline" for everybody else."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        logged_in = "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        logged_in = False
+    return "online" if logged_in or os.environ.get("WANDB_API_KEY") else "offline"
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+def set_up_log() -> None:
+    """A line per milestone of ours on stderr, warnings and worse of everybody else's."""
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+        log.propagate = False
+    for noisy in ("lightning.pytorch", "httpx", "diffusers", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def say_backbone(config: Mapping[str, Any]) -> None:
+    """The one log line on which backbone was taken and why."""
+    name, why = default_backbone()
+    taken = config["backbone"]["name"]
+    asked = any(re.match(r"\+*backbone=", word) for word in sys.argv[1:])
+    log.info("backbone %s (%s)", taken, "as asked" if asked or taken != name else why)

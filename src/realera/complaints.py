@@ -1,0 +1,115 @@
+"""Hydra's and OmegaConf's errors as one sentence each: what is wrong, and what to type instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from realera import paths
+from realera.contracts import UserError
+
+
+def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
+    """The sentence for an error met while the config was composed from the command line's `arguments`."""
+    for cause in _chain(error):
+        if isinstance(cause, UserError):
+            return str(cause)
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _unknown_option(error.missing_cfg_file, error.options or ())
+    if isinstance(error, OverrideParseException):
+        return _unreadable(str(error.override))
+    if found := re.search(r"Ambiguous value for argument '(.*)'", text):
+        return _unreadable(found[1])
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(found[1].split("@")[0], config_name, arguments)
+    if found := re.search(r"Key '([^']+)' is not in struct", text):
+        return _unknown_key(found[1], config_name, arguments)
+    return first_line(error)
+
+
+def of_instantiation(error: InstantiationException) -> str | None:
+    """The sentence for a node that could not be built, or None where the fault is the code's and not the settings'."""
+    for cause in _chain(error):
+        if isinstance(cause, UserError):
+            return str(cause)
+    where = re.search(r"full_key: (\S+)", str(error))
+    place = f"{where[1]}: " if where else ""
+    for cause in _chain(error):
+        if isinstance(cause, TypeError) and (found := re.search(r"unexpected keyword argument '(\w+)'", str(cause))):
+            return f"{place}there is no setting named '{found[1]}'; take it off the command line or out of the yaml."
+        if isinstance(cause, ImportError):
+            return f"{place}{first_line(cause)}; check the yaml's _target_ and that its library is installed."
+    return None
+
+
+def of_value(error: OmegaConfBaseException) -> str:
+    """The sentence for a value that could not be resolved."""
+    told = next((str(cause) for cause in _chain(error) if isinstance(cause, UserError)), None)
+    place = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
+    return told or first_line(error) + place
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message without its tail of positions and advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _unknown_option(missing: str, options: Iterable[str]) -> str:
+    group, _, option = missing.rpartition("/")
+    known = sorted(options) or sorted(path.stem for path in (paths.CONF_DIR / group).glob("*.yaml"))
+    if not group or not known:
+        return f"there is no config '{missing}' in {paths.CONF_DIR} (nor in a --config-dir)."
+    return f"there is no {group} '{option}'{did_you_mean(option, known) or ';'} known: {', '.join(known)}."
+
+
+def _unreadable(override: str) -> str:
+    key, given, value = override.partition("=")
+    if not given:
+        return f"'{override}' is no setting: write key=value, or a flag such as --help or -m."
+    bare = value.strip("'\"")
+    quoted = f'"{key}=\\"{bare}\\""' if "'" in bare else f"{key}='\"{bare}\"'"
+    return (
+        f"{key}={bare} cannot be read as it stands: text with commas, parentheses, apostrophes, brackets, accents or "
+        f"colons needs quotes inside the shell's quotes: {quoted}"
+    )
+
+
+def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
+    groups = [path.name for path in paths.CONF_DIR.iterdir() if path.is_dir()]
+    chosen = [word for word in arguments if word.partition("=")[0] in groups]
+    try:
+        with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+            known = {*_keys(OmegaConf.to_container(compose(config_name, chosen), resolve=False)), *groups}
+    except (HydraException, OmegaConfBaseException):  # a second fault: the first is told without a suggestion
+        known = set(groups)
+    same_end = {k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]}
+    meant = did_you_mean(key, same_end) or did_you_mean(key, known)
+    return f"there is no setting '{key}'{meant or '; --help lists them.'}"
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _keys(value, f"{prefix}{key}.")

@@ -1,0 +1,58 @@
+"""A page on this machine, original beside erased: python -m realera.demo run=runs/..."""
+
+from __future__ import annotations
+
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from realera import cli, console, paths, preflight, runs
+from realera.contracts import UserError
+from realera.webpage import data_uri, handler
+
+
+def demo(cfg: DictConfig) -> None:
+    config = cli.plain(cfg)
+    run = runs.open_run(str(config["run"] or latest()))
+    preflight.check_run(run)
+    preflight.check_model(run.config["backbone"])
+    cli.say_backbone(run.config)
+
+    from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
+
+    made = f"{run.config['method']['name']} on {run.config['backbone']['name']}"
+    about = {
+        "title": f"{run.config['concept']}, before and after",
+        "about": f"{made}; both images of a pair start from the same noise.",
+    }
+    pair = steps.pairs_from(steps.load_run(run), run.config)
+
+    def draw(prompt: str, seed: int) -> dict[str, str]:
+        return {which: data_uri(pixels.numpy()) for which, pixels in pair(prompt, seed).items()}
+
+    try:
+        server = ThreadingHTTPServer((config["host"], config["port"]), handler(draw, about))
+    except OSError as error:
+        raise UserError(
+            f"port {config['port']} cannot be opened ({error.strerror}): type port=0 for a free one."
+        ) from error
+    with server:
+        console.console.print(f"page to open: http://{server.server_name}:{server.server_port}/   (Ctrl-C ends it)")
+        server.serve_forever()
+
+
+def latest() -> Path:
+    """The run that was finished last."""
+    found = sorted(runs.ROOT.glob(f"*/{paths.ERASED}"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise UserError("there is no finished run yet: python -m realera.train concept=airplane makes one.")
+    return found[-1].parent
+
+
+def main() -> None:
+    cli.door("demo", demo)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Writes a run's erasure for other programs: python -m realera.export run=runs/... to=diffusers out=DIR"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from realera import cli, complaints, console, paths, preflight, runs
+from realera.contracts import UserError
+from realera.runs import Run
+
+FORMS = ("diffusers", "lora", "kohya", "map")
+
+
+def export(cfg: DictConfig) -> None:
+    config = cli.plain(cfg)
+    to, rank, out = str(config["to"]), config["rank"], Path(str(config["out"]))
+    if to not in FORMS:
+        raise UserError(f"to={to} is no form{complaints.did_you_mean(to, FORMS) or ';'} known: {', '.join(FORMS)}.")
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise UserError(f"rank={rank} must be a whole number from 1 on, or null.")
+    run = runs.open_run(str(config["run"]))
+    preflight.check_run(run)
+    preflight.check_writable(out, "out")
+    if to == "map":
+        export_map(run, out)
+        return
+    if to == "diffusers" and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"out={out} holds other files: give a new or an empty folder.")
+    preflight.check_model(run.config["backbone"])
+    convert(run, to, out, rank)
+
+
+def export_map(run: Run, out: Path) -> None:
+    """The closed form as it was saved: W = W0 @ map."""
+    if not (run.folder / paths.MAP).is_file():
+        raise UserError(f"{run.folder} holds no {paths.MAP}: its method has no closed form that is one matrix.")
+    with paths.whole(out / paths.MAP) as beside:
+        shutil.copyfile(run.folder / paths.MAP, beside)
+    console.show_path("map", out / paths.MAP)
+
+
+def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
+    """A pipeline folder, or a LoRA file with the error it leaves."""
+    from realera import portable  # torch: loaded when nothing is left to refuse
+    from realera.backbones.folder import locate
+    from realera.training.checkpoint import read_erased
+
+    source = locate(run.config["backbone"]["pretrained"])
+    erased = read_erased(run.erased).state
+    if to == "diffusers":
+        portable.save_pipeline(source, erased, out)
+        console.show_path("pipeline", out)
+        return
+    lora, error = portable.lora_of(portable.base_unet(source), erased, rank)
+    file = out / (f"{run.folder.resolve().name}.safetensors" if to == "kohya" else "pytorch_lora_weights.safetensors")
+    portable.save_lora(lora, file, to)
+    ranks = {down.shape[0] for down, _ in lora.values()}
+    cli.log.info("LoRA of rank %s on %d layers leaves out %.2f%% of the change", max(ranks), len(lora), 100 * error)
+    console.show_path("LoRA", file)
+
+
+def main() -> None:
+    cli.door("export", export)
+
+
+if __name__ == "__main__":
+    main()

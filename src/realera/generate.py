@@ -1,0 +1,57 @@
+"""Draws prompts with a run's erased model: python -m realera.generate run=runs/... 'prompts=["a photo of a jet"]'"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from realera import cli, console, paths, preflight, runs
+from realera.contracts import Prompt, UserError
+from realera.tasks.prompts import slug
+
+
+def generate(cfg: DictConfig) -> None:
+    config = cli.plain(cfg)
+    run = runs.open_run(str(config["run"]))
+    prompts = prompts_of(config["prompts"], config["seeds"])
+    content = runs.digest([[prompt.text, prompt.seed] for prompt in prompts])
+    out = Path(str(config["out"] or run.folder / "generated" / content))
+    if out.is_dir() and any(out.iterdir()) and not (out / paths.MANIFEST).is_file():
+        raise UserError(f"out={out} holds other files: give a new or an empty folder.")
+    preflight.check_writable(out, "out")
+    preflight.check_run(run)
+    preflight.check_model(run.config["backbone"])
+    cli.say_backbone(run.config)
+
+    from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
+
+    steps.draw(steps.load_run(run), prompts, out, run.config)
+    console.show_path("images", out / paths.IMAGES)
+    console.show_path("manifest", out / paths.MANIFEST)
+
+
+def prompts_of(texts: Any, seeds: Any) -> list[Prompt]:
+    """Every text from every seed, as prompts with an id each.
+
+    Raises:
+        UserError: no text, an empty one, or a seed that is not a whole number of 0 or more.
+    """
+    listed: Sequence[Any] = texts if isinstance(texts, list) else [texts]
+    if not listed or not all(isinstance(text, str) and text.strip() for text in listed):
+        raise UserError("prompts is empty or holds an empty text: 'prompts=[\"a photo of a jet\"]'.")
+    numbers: Sequence[Any] = seeds if isinstance(seeds, list) else [seeds]
+    if not numbers or not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in numbers):
+        raise UserError(f"seeds={seeds} must be whole numbers of 0 or more: 'seeds=[0,1,2]'.")
+    distinct = [(text, seed) for text in dict.fromkeys(listed) for seed in dict.fromkeys(numbers)]
+    return [Prompt(f"{slug(text)}-{seed:04d}", text, text, "erase", seed) for text, seed in distinct]
+
+
+def main() -> None:
+    cli.door("generate", generate)
+
+
+if __name__ == "__main__":
+    main()

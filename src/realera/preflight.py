@@ -1,0 +1,233 @@
+"""Checks of a run's settings before anything heavy is imported: what cannot work is refused within a second.
+
+Everything here works on the plain config and on files' headers, and the modules it asks (band, backbones.folder) load
+without torch. What cannot be checked yet (the words' tokens before a tokenizer is downloaded, say) is left to the room
+that will meet it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from realera import band
+from realera.backbones import folder
+from realera.contracts import Concept, Task, UserError
+from realera.paths import ERASED, MINIATURE
+from realera.runs import Run
+
+HUB_PATIENCE = 1.2  # seconds until a hub that does not answer counts as out of reach
+
+
+def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
+    """The checks that need the config alone.
+
+    Raises:
+        UserError: the first setting that cannot work.
+    """
+    for key in ("concept", "anchor"):
+        given = config.get(key)
+        for text in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(text, str):
+                check_name(text, key)
+    seed = config.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed} is no seed: give a whole number of 0 or more (several: -m seed=0,1,2).")
+    for key in ("evaluate", "overwrite"):
+        if not isinstance(config.get(key, False), bool):
+            raise UserError(f"{key}={config[key]} is neither true nor false.")
+    if sweep:
+        check_sweep(config.get("trainer") or {})
+    check_band(config.get("method") or {}, config.get("backbone") or {})
+    if config.get("run_dir"):
+        check_writable(Path(str(config["run_dir"])), "run_dir")
+
+
+def check_model(backbone: Mapping[str, Any]) -> None:
+    """The base model's files: a whole folder, or a hub's model that is cached or can be fetched.
+
+    Raises:
+        UserError: what is missing, torn or out of reach, and the remedies.
+    """
+    pretrained = backbone.get("pretrained")
+    if (
+        pretrained is None
+        or Path(str(pretrained)).expanduser().is_dir()
+        or not folder.HUB_ID.fullmatch(str(pretrained))
+    ):
+        folder.locate(pretrained)
+    else:
+        check_hub(str(pretrained))
+
+
+def check_run(run: Run) -> None:
+    """The weights of a run must be there, and whole.
+
+    Raises:
+        UserError: they are missing or torn.
+    """
+    if not run.erased.is_file():
+        raise UserError(f"{run.folder} holds no {ERASED}: give the command that began it again, and it goes on.")
+    folder.refuse_torn(run.erased)
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def check_name(text: str, key: str) -> None:
+    """Refuses what is a file's path or holds no word; how long a name may be is the task's to say."""
+    if ".." in re.split(r"[/\\]", text) or text.startswith(("/", "~/", "\\")):
+        raise UserError(f"{key}={text!r} is a file's path: give a word or a name, as in {key}=airplane.")
+    wordless = bool(text.strip()) and not any(letter.isalnum() for letter in text)
+    if wordless or any(not letter.isprintable() for letter in text):
+        raise UserError(f"{key}={text!r} holds no word, or a control character: give a word or a name.")
+
+
+def check_task(task: Task, backbone: Mapping[str, Any]) -> None:
+    """Every concept of a task must be read whole by the backbone's text encoder."""
+    for concept in task.concepts:
+        check_prompts(task.training_prompts(concept), concept, backbone)
+
+
+def check_prompts(pairs: Sequence[tuple[str, str]], concept: Concept, backbone: Mapping[str, Any]) -> None:
+    """The concept must stand whole within the rows the text encoder reads, in every training prompt."""
+    tokenizer = _tokenizer(backbone)
+    rows = (backbone.get("text") or {}).get("max_length")
+    if tokenizer is None or not rows:
+        return
+    sides = [(prompt, name) for pair in pairs for prompt, name in zip(pair, (concept.target, concept.anchor))]
+    for prompt, name in sides:
+        start = prompt.rfind(name)
+        if start < 0:
+            continue
+        ends = start + len(name)
+        tokens = [i for i, (a, b) in enumerate(tokenizer.encode(prompt).offsets) if a < b and a < ends]
+        if tokens and tokens[-1] + 1 > rows - 1:  # the last row is the end of the text
+            raise UserError(
+                f"the prompt '{_short(prompt)}' is cut at {rows} tokens, before {name!r} ends "
+                f"(at token {tokens[-1] + 1}): shorten the template or the concept."
+            )
+
+
+def check_band(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
+    """What a method is to mine must lie where a draw can reach it (band.py says how far that is)."""
+    mining = method.get("neighbours")
+    text = backbone.get("text") or {}
+    if not mining or not {"row_norm", "width"} <= set(text):
+        return
+    settings = {**mining, **(mining.get("band") or {})}
+    known = {f.name for f in fields(band.Band)} & set(settings)
+    rows = max(1, text.get("max_length", 2) - 5)  # a short template's concept to the last row: only a flat unit asks
+    band.check(
+        band.Band(**{name: settings[name] for name in known}),
+        text["row_norm"],
+        text["width"],
+        rows=rows,
+        m=settings.get("m", 1),
+        n=settings.get("n", 0),
+    )
+
+
+def check_sweep(trainer: Mapping[str, Any]) -> None:
+    """A distributed run's children replay the command line, -m and all: each would run the sweep again."""
+    devices = trainer.get("devices", 1)
+    several = (isinstance(devices, int) and devices > 1) or (isinstance(devices, (list, tuple)) and len(devices) > 1)
+    if several or str(trainer.get("strategy", "")).startswith("ddp"):
+        raise UserError(
+            "-m cannot be combined with several devices per run, because each process would start the whole sweep "
+            "again: use trainer=default (one erasure fits one GPU) and spread the jobs with hydra/launcher=joblib or "
+            "submitit, or run without -m."
+        )
+
+
+def check_writable(place: Path, key: str) -> None:
+    """Tries a file in `place`'s nearest existing parent; leaves nothing behind."""
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists() or p.is_symlink())
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is a file")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{key}={place} cannot be written ({error.strerror or error}): choose another folder, {key}=FOLDER."
+        ) from error
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def check_hub(repository: str) -> None:
+    """A hub's model must lie in the cache, or the hub must answer."""
+    if (snapshot := _cached(repository)) is not None:
+        folder.check(snapshot)
+        return
+    remedies = (
+        "use the built-in model (backbone=mini), give a diffusers folder (backbone.pretrained=DIR), or fill the cache "
+        f"where there is a network (hf download {repository}) and point HF_HOME at it."
+    )
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"{repository} is not in the cache {_hub_cache()} and HF_HUB_OFFLINE is set: {remedies}")
+    if not _answers(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+        raise UserError(f"{repository} is not in the cache {_hub_cache()} and the hub does not answer: {remedies}")
+
+
+def _hub_cache() -> Path:
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+
+
+def _cached(repository: str) -> Path | None:
+    """The snapshot folder of a hub's model in the cache."""
+    root = _hub_cache() / f"models--{repository.replace('/', '--')}"
+    main = root / "refs" / "main"
+    named = [root / "snapshots" / main.read_text().strip()] if main.is_file() else []
+    found = [*named, *sorted((root / "snapshots").glob("*"))]
+    return next((path for path in found if not folder.missing(path)), None)
+
+
+def _answers(address: str) -> bool:
+    """Whether a connection opens within `HUB_PATIENCE`; in a thread, for looking a name up has no limit of its own."""
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    parts = urlsplit(proxy or address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    opened = threading.Event()
+
+    def knock() -> None:
+        try:
+            socket.create_connection((parts.hostname or "", port), timeout=HUB_PATIENCE).close()
+            opened.set()
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(HUB_PATIENCE)
+    return opened.is_set()
+
+
+def _tokenizer(backbone: Mapping[str, Any]) -> Any:
+    """The backbone's tokenizer, or None where it is not on this disk in the one-file form."""
+    pretrained = backbone.get("pretrained")
+    place = MINIATURE if pretrained is None else Path(str(pretrained)).expanduser()
+    found = place if place.is_dir() else _cached(str(pretrained))
+    if found is None or not (file := found / "tokenizer" / "tokenizer.json").is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _short(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,0 +1,162 @@
+"""Run folders: which one a run's settings name, what stands in it, and whether it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from realera import __version__, paths
+from realera.contracts import UserError
+from realera.tasks.prompts import slug
+
+ROOT = Path("runs")
+FILES = (
+    paths.CONFIG,
+    paths.ERASED,
+    paths.MAP,
+    paths.NEIGHBOURS,
+    paths.MANIFEST,
+    paths.METRICS,
+    paths.REPORT,
+    paths.LOSSES,
+    paths.EDIT_INFO,
+)
+FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, "originals", "wandb")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the settings it was made from. `finished`: everything those settings ask for stands in it."""
+
+    folder: Path
+    config: dict[str, Any]
+    finished: bool = False
+
+    @property
+    def erased(self) -> Path:
+        return self.folder / paths.ERASED
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that an erasure's weights and numbers depend on; its hardware and its logger do not count."""
+    kept = {key: config.get(key) for key in ("task", "method", "backbone", "concept", "anchor", "seed")}
+    return {**kept, "precision": (config.get("trainer") or {}).get("precision"), "version": __version__}
+
+
+def digest(content: Any) -> str:
+    """8 hex digits that equal content shares."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def folder_of(config: Mapping[str, Any]) -> Path:
+    """run_dir where it was typed, else runs/<concept>-<method>-<backbone>-<hash>: equal settings, equal folder."""
+    if config.get("run_dir"):
+        return Path(str(config["run_dir"]))
+    concept = config["concept"]
+    words = concept if isinstance(concept, str) else " ".join(map(str, concept))
+    names = [slug(words), *(slug(str(config[part]["name"])) for part in ("method", "backbone"))]
+    return ROOT / f"{'-'.join(names)}-{digest(identity(config))}"
+
+
+def claim(config: dict[str, Any]) -> Run:
+    """The run's folder, made ready: begun anew, to be gone on with, or finished.
+
+    Raises:
+        UserError: the folder holds a run of other settings, or something that is no run, or cannot be written.
+    """
+    folder = folder_of(config)
+    if folder.exists() and config.get("overwrite"):
+        _clear(folder)
+    there = read_config(folder) if (folder / paths.CONFIG).is_file() else None
+    if there is None and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files and is no run folder: choose another run_dir.")
+    if there is not None and (differs := difference(identity(there), identity(config))):
+        raise UserError(
+            f"{folder} holds a run of other settings ({differs}): choose another run_dir, or set overwrite=true."
+        )
+    done = (folder / (paths.REPORT if config.get("evaluate", True) else paths.ERASED)).is_file()
+    same_judge = there is not None and (not config.get("evaluate", True) or there.get("judge") == config.get("judge"))
+    if not (done and same_judge):
+        try:
+            paths.write_text(folder / paths.CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror or error}): choose another run_dir."
+            ) from error
+    return Run(folder, config, finished=done and same_judge)
+
+
+def open_run(name: str) -> Run:
+    """An existing run, by its folder.
+
+    Raises:
+        UserError: there is no such folder, or it holds no run.
+    """
+    folder = Path(name)
+    if not (folder / paths.CONFIG).is_file():
+        known = sorted(ROOT.glob(f"*/{paths.CONFIG}"), key=lambda file: file.stat().st_mtime, reverse=True)
+        latest = f"; the latest is {known[0].parent}" if known else "; make one with python -m realera.train"
+        raise UserError(f"{name} is no run folder (it has no {paths.CONFIG}){latest}.")
+    return Run(folder, read_config(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved settings a run folder keeps."""
+    try:
+        config = yaml.safe_load((folder / paths.CONFIG).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / paths.CONFIG} cannot be read: remove the folder or set overwrite=true.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / paths.CONFIG} holds no settings: remove the folder or set overwrite=true.")
+    return config
+
+
+def difference(old: Any, new: Any, at: str = "") -> str:
+    """The first place where two configs differ, as "seed: 0 there, 1 here"; empty where they are equal."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if found := difference(old.get(key), new.get(key), f"{at}.{key}" if at else str(key)):
+                return found
+        return ""
+    same = digest(old) == digest(new)
+    return "" if same else f"{at}: {old} there, {new} here"
+
+
+def note_in_sweep(folder: Path) -> None:
+    """Adds a run to the list of the sweep it belongs to, which the report reads."""
+    listed = ROOT / "sweeps" / os.environ["REALERA_STAMP"] / "runs.txt"
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    with listed.open("a", encoding="utf-8") as stream:
+        stream.write(f"{folder}\n")
+
+
+def runs_in(name: str) -> list[Path]:
+    """The run folders that a name stands for: a run, a sweep, or a folder of runs."""
+    folder = Path(name)
+    if (folder / paths.CONFIG).is_file():
+        return [folder]
+    if (folder / "runs.txt").is_file():
+        return [Path(line) for line in dict.fromkeys((folder / "runs.txt").read_text(encoding="utf-8").splitlines())]
+    found = sorted(file.parent for file in folder.glob(f"*/{paths.CONFIG}"))
+    return found or [open_run(name).folder]
+
+
+def _clear(folder: Path) -> None:
+    """Removes a run's own files from its folder and leaves what else was put there."""
+    if any(folder.iterdir()) and not (folder / paths.CONFIG).is_file():
+        raise UserError(
+            f"{folder} holds files and is no run folder, so overwrite=true does not touch it: choose another run_dir."
+        )
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""Weights & Biases: one W&B run for a run folder, gone on with when the run is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from realera.evaluation.metrics import scalars
+from realera.evaluation.records import read_manifest, read_verdicts, verdict_file
+from realera.runs import Run, digest, identity
+
+ROWS_PER_SPLIT = 12  # images of each split in the table
+
+
+def make(run: Run) -> list[Logger]:
+    """The loggers a run's config asks for: none, or W&B's."""
+    node = run.config.get("logger") or {}
+    if not node.get("_target_"):
+        return []
+    os.environ.setdefault("WANDB_SILENT", "true")
+    name = run.folder.name
+    logger: Logger = instantiate(node, save_dir=str(run.folder), name=name, id=digest([name, identity(run.config)]))
+    logger.log_hyperparams(run.config)
+    return [logger]
+
+
+def log_results(loggers: Sequence[Logger], folder: Path, metrics: Mapping[str, Any]) -> None:
+    """eval/* scalars, and a table of prompt, seed, split, original, erased, verdict."""
+    for logger in loggers:
+        logger.log_metrics({f"eval/{name}": value for name, value in scalars(metrics).items()})
+        if isinstance(logger, WandbLogger):
+            logger.experiment.log({"sheets": _table(folder, metrics["protocol"]["judge"]["judge"])})
+
+
+def finish(loggers: Sequence[Logger]) -> None:
+    """Ends the W&B run, so that the next job of a sweep begins its own."""
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        import wandb
+
+        wandb.finish()
+
+
+def _table(folder: Path, judge: str) -> Any:
+    import wandb
+
+    table = wandb.Table(columns=["prompt", "seed", "split", "original", "erased", "verdict", "value"])
+    taken: dict[str, int] = {}
+    for row, verdict in zip(read_manifest(folder), read_verdicts(verdict_file(folder, judge))):
+        split = row.prompt.split
+        taken[split] = taken.get(split, 0) + 1
+        if taken[split] <= ROWS_PER_SPLIT:
+            before, after = (wandb.Image(str(row.path(folder, which))) for which in ("original", "erased"))
+            table.add_data(row.prompt.text, row.prompt.seed, split, before, after, verdict.label, verdict.value)
+    return table

@@ -1,0 +1,64 @@
+"""Erases a concept, then generates, judges and reports: python -m realera.train concept=airplane"""
+
+from __future__ import annotations
+
+import json
+
+from omegaconf import DictConfig
+
+from realera import cli, console, paths, preflight, runs
+from realera.contracts import Task
+from realera.runs import Run
+
+
+def train(cfg: DictConfig) -> None:
+    config = cli.plain(cfg)
+    preflight.check_settings(config, sweep=cli.in_sweep())
+    task = cli.build_task(config)
+    preflight.check_task(task, config["backbone"])
+    preflight.check_model(config["backbone"])
+    run = runs.claim(config)
+    if cli.in_sweep():
+        runs.note_in_sweep(run.folder)
+    cli.say_backbone(config)
+    if run.finished:
+        cli.log.info("%s is finished; overwrite=true does it again", run.folder)
+    else:
+        carry_out(run, task)
+    show(run)
+
+
+def carry_out(run: Run, task: Task) -> None:
+    """Erase, save, draw, judge, log, report. Started again, it goes on where it stopped."""
+    cli.log.info("run %s", run.folder)
+    from realera import steps, tracking  # torch, diffusers and Lightning: loaded when nothing is left to refuse
+    from realera.evaluation.report import write_report
+
+    backbone = steps.load_backbone(run.config)
+    loggers = tracking.make(run)
+    try:
+        if not steps.erase(backbone, task, run, loggers) or not run.config["evaluate"]:
+            return
+        steps.draw(backbone, task.eval_prompts(), run.folder, run.config)
+        metrics = steps.judge(backbone, task, run.folder, run.config)
+        write_report(run.folder)
+        tracking.log_results(loggers, run.folder, metrics)
+    finally:
+        tracking.finish(loggers)
+
+
+def show(run: Run) -> None:
+    """What a run ends with: the table, and what to open."""
+    if run.config["evaluate"] and (run.folder / paths.METRICS).is_file():
+        metrics = json.loads((run.folder / paths.METRICS).read_text(encoding="utf-8"))
+        console.show_run(run.folder, metrics, f"{run.config['concept']} erased by {run.config['method']['name']}")
+    else:
+        console.show_path("weights", run.erased)
+
+
+def main() -> None:
+    cli.door("train", train)
+
+
+if __name__ == "__main__":
+    main()
