@@ -1,0 +1,1 @@
+"""The only window on diffusers: text-to-image models as `contracts.Backbone`."""

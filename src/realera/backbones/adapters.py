@@ -1,0 +1,159 @@
+"""LoRA on the U-Net, by peft: h = W x + (alpha / rank) B A x (arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Generator, Tensor, nn
+
+from realera.contracts import LoraSpec, UserError
+
+ADAPTER = "default"
+
+
+def layers(unet: nn.Module) -> dict[str, LoraLayer]:
+    """{module path: adapted layer}, in U-Net order; empty without an adapter."""
+    return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
+
+
+def add(unet: nn.Module, spec: LoraSpec, generator: Generator, backbone: str) -> list[nn.Parameter]:
+    """Wraps every Linear and Conv2d whose path ends in one of `spec.targets`; returns what is trained, each A before its B.
+
+    A is drawn from `generator`, B is zero: the model's output does not change yet. Raises UserError where a target
+    matches nothing.
+    """
+    if spec.rank < 1:
+        raise UserError(f"LoRA rank {spec.rank} cannot be; give a whole number from 1 on.")
+    if spec.init not in ("gaussian", "kaiming"):
+        raise UserError(f"LoRA init {spec.init!r} is not known; choose gaussian or kaiming.")
+    found: list[str] = []
+    for target in spec.targets:
+        matched = [name for name in _adaptable(unet) if name == target or name.endswith(f".{target}")]
+        if not matched:
+            raise UserError(
+                f"LoRA target {target!r} matched 0 layers of backbone {backbone}; it has: {', '.join(_endings(unet))}."
+            )
+        found += matched
+    if not found:
+        raise UserError(f"The LoRA has no targets; give some of: {', '.join(_endings(unet))}.")
+    _inject(unet, found, spec.rank, spec.alpha)
+    trained: list[nn.Parameter] = []
+    for layer in layers(unet).values():
+        down, up = _weights(layer)
+        start = torch.empty(down.shape, dtype=torch.float32, device=generator.device)
+        if spec.init == "gaussian":
+            nn.init.normal_(start, std=1 / spec.rank, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+        down.data.copy_(start)
+        up.data.zero_()
+        trained += [down, up]
+    return trained
+
+
+def remove(unet: nn.Module) -> None:
+    """Puts the plain layers back; what the adapter had learnt is dropped."""
+    for name, layer in layers(unet).items():
+        parent, _, attribute = name.rpartition(".")
+        setattr(unet.get_submodule(parent), attribute, layer.get_base_layer())
+    if hasattr(unet, "peft_config"):
+        del unet.peft_config
+
+
+def deltas(unet: nn.Module) -> dict[str, Tensor]:
+    """{module path: (alpha / rank) B A} in the shape of the layer's weight, float32."""
+    return {name: layer.get_delta_weight(ADAPTER).detach() for name, layer in layers(unet).items()}
+
+
+@contextmanager
+def disabled(unet: nn.Module) -> Iterator[None]:
+    """Adapters off. peft also flips requires_grad when it switches; here it comes back as it was."""
+    found = list(layers(unet).values())
+    flags = [(parameter, parameter.requires_grad) for layer in found for parameter in layer.parameters()]
+    try:
+        for layer in found:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in found:
+            layer.enable_adapters(True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def state(unet: nn.Module) -> dict[str, Tensor]:
+    """{"<module path>.down": A (rank, in), ".up": B (out, rank), ".alpha": ()} as copies on the CPU."""
+    saved: dict[str, Tensor] = {}
+    for name, layer in layers(unet).items():
+        down, up = _weights(layer)
+        saved[f"{name}.down"] = down.detach().cpu().clone()
+        saved[f"{name}.up"] = up.detach().cpu().clone()
+        saved[f"{name}.alpha"] = torch.tensor(float(layer.lora_alpha[ADAPTER]))
+    return saved
+
+
+def load(unet: nn.Module, saved: Mapping[str, Tensor], backbone: str) -> None:
+    """The inverse of `state` on a U-Net without adapters; the parameters come back frozen. Raises UserError for what
+    does not fit.
+
+    A file without ".alpha" is read as alpha = rank, a scale of 1.
+    """
+    if not saved:
+        return
+    names = sorted({key.rpartition(".")[0] for key in saved})
+    if unknown := [name for name in names if name not in set(_adaptable(unet))]:
+        raise UserError(
+            f"The erased weights hold a LoRA on {unknown[0]!r}, which backbone {backbone} has not; use its own "
+            "backbone."
+        )
+    if lacking := [f"{name}.{part}" for name in names for part in ("down", "up") if f"{name}.{part}" not in saved]:
+        raise UserError(f"The erased weights lack {lacking[0]!r}; the file is not whole, so make it again.")
+    ranks = {saved[f"{name}.down"].shape[0] for name in names}
+    alphas = {float(saved[f"{name}.alpha"]) for name in names if f"{name}.alpha" in saved} or {float(next(iter(ranks)))}
+    if len(ranks) > 1 or len(alphas) > 1:
+        raise UserError(
+            f"The erased weights mix LoRA ranks {sorted(ranks)} or alphas {sorted(alphas)}; save one adapter at a time."
+        )
+    _inject(unet, names, ranks.pop(), alphas.pop())
+    for name, layer in layers(unet).items():
+        for parameter, part in zip(_weights(layer), ("down", "up"), strict=True):
+            given = saved[f"{name}.{part}"]
+            if given.shape != parameter.shape:
+                remove(unet)
+                raise UserError(
+                    f"The LoRA weight {name}.{part} is {tuple(given.shape)} in the file and {tuple(parameter.shape)} "
+                    f"in backbone {backbone}; use the backbone it was trained on."
+                )
+            parameter.data.copy_(given)
+            parameter.requires_grad_(False)
+
+
+def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> None:
+    exactly = "|".join(re.escape(name) for name in names)  # a list would match by ending, a pattern matches whole paths
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=exactly)
+    with torch.random.fork_rng(devices=[]):  # peft draws a first A from the global generator
+        inject_adapter_in_model(config, unet, ADAPTER)
+    for layer in layers(unet).values():
+        for parameter in _weights(layer):
+            parameter.data = parameter.data.float()  # under a bfloat16 base, steps of 1e-5 would be rounded away
+    unet.eval()
+
+
+def _weights(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+
+def _adaptable(unet: nn.Module) -> list[str]:
+    return [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
+def _endings(unet: nn.Module) -> list[str]:
+    """The distinct attention endings a user can name, shortest useful form ("attn2.to_k", "attn2.to_out.0")."""
+    found = (re.search(r"attn\d\.to_\w+(\.\d+)?$", name) for name in _adaptable(unet))
+    return sorted({match.group() for match in found if match})

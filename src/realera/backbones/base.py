@@ -1,0 +1,122 @@
+"""The U-Net's own weights: which were changed, and their first values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from realera.contracts import Edit, UserError
+
+
+class BaseWeights:
+    """Changes parameters in place and keeps a copy of each one's first value, so that the teacher needs no second
+    U-Net.
+
+    Names and parameters are read once, before any adapter: peft moves a layer to "<path>.base_layer" but keeps the
+    object, so the plain names stay true.
+    """
+
+    def __init__(self, unet: nn.Module, backbone: str) -> None:
+        self.backbone = backbone
+        self.parameters = dict(unet.named_parameters())
+        self.cross_attention = {
+            name: module
+            for name, module in unet.named_modules()
+            if isinstance(module, nn.Linear) and name.endswith(("attn2.to_k", "attn2.to_v"))
+        }
+        self.first: dict[str, Tensor] = {}
+
+    def apply(self, edit: Edit) -> None:
+        """W = W @ map in float64 on every cross-attention layer, or the given weights; on top of what is there now."""
+        if edit.map is not None and edit.weights:
+            raise ValueError("an Edit is a map or weights, not both")
+        layers = self.cross_attention
+        if unknown := [name for name in edit.weights if name not in layers]:
+            raise UserError(
+                f"The edit names the layer {unknown[0]!r}, which backbone {self.backbone} has not; it has: "
+                f"{', '.join(list(layers)[:4])}, ... ({len(layers)} in all)."
+            )
+        new = dict(edit.weights)
+        if edit.map is not None:
+            width = next(iter(layers.values())).in_features
+            if tuple(edit.map.shape) != (width, width):
+                raise UserError(
+                    f"The map is {tuple(edit.map.shape)} but backbone {self.backbone} has text states of width "
+                    f"{width}; use a map made with the same text encoder."
+                )
+            new = {
+                name: layer.weight.double() @ edit.map.to(layer.weight.device).double()
+                for name, layer in layers.items()
+            }
+        self.set({f"{name}.weight": weight for name, weight in new.items()})
+
+    def set(self, values: Mapping[str, Tensor]) -> None:
+        """Puts values onto named parameters, all or none; raises UserError for an unknown name or another shape."""
+        for name, value in values.items():
+            if name not in self.parameters:
+                raise UserError(
+                    f"The weight {name!r} is not in backbone {self.backbone}; use the backbone it was made with."
+                )
+            if (shape := self.parameters[name].shape) != value.shape:
+                raise UserError(
+                    f"The weight {name} is {tuple(value.shape)} in the edit and {tuple(shape)} in backbone "
+                    f"{self.backbone}; use the backbone it was made with."
+                )
+        for name, value in values.items():
+            self.keep(name)
+            self.parameters[name].data.copy_(value)
+
+    def keep(self, name: str) -> nn.Parameter:
+        """The parameter, its first value now safe; call before anything changes it."""
+        parameter = self.parameters[name]
+        if name not in self.first:
+            self.first[name] = parameter.detach().clone()
+        return parameter
+
+    def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
+        """Trainable parameters, in U-Net order, whose path holds one of `targets` ("attn2.to_k", "attn2").
+
+        Raises UserError where a target matches nothing.
+        """
+        for target in targets:
+            if not any(f".{target}." in f".{name}." for name in self.parameters):
+                parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in self.parameters))
+                raise UserError(
+                    f"The target {target!r} matched 0 weights of backbone {self.backbone}; its parts are: {parts}."
+                )
+        names = [name for name in self.parameters if any(f".{target}." in f".{name}." for target in targets)]
+        return [self.keep(name).requires_grad_(True) for name in names]  # type: ignore[misc]  # torch says Tensor
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """First values in place of the current ones: pointers move, nothing is copied.
+
+        A forward recorded before keeps its version counters, so its backward afterwards is still right.
+        """
+        current = {name: self.parameters[name].data for name in self.first}
+        try:
+            for name in current:
+                parameter = self.parameters[name]
+                self.first[name] = self.first[name].to(parameter.device)  # a trainer may have moved the U-Net by itself
+                parameter.data = self.first[name]
+            yield
+        finally:
+            for name, data in current.items():
+                self.parameters[name].data = data
+
+    def changed(self) -> dict[str, Tensor]:
+        """{parameter name: value} of those that differ from their first value, as copies on the CPU."""
+        now = {name: self.parameters[name].detach() for name in self.first}
+        return {
+            n: value.cpu().clone() for n, value in now.items() if not torch.equal(value, self.first[n].to(value.device))
+        }
+
+    def restore(self) -> None:
+        """Back to the first values, for good."""
+        for name, first in self.first.items():
+            self.parameters[name].data.copy_(first)
+            self.parameters[name].requires_grad_(False)
+        self.first = {}

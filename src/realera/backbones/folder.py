@@ -1,0 +1,202 @@
+"""Checkpoint files on disk: where they are, whether they are whole, what they contain. No torch, so that bad input is
+answered fast.
+
+A checkpoint is a diffusers folder (unet/, vae/, text_encoder/, tokenizer/, scheduler/) with safetensors weights, local
+or in the Hugging Face cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from realera.contracts import UserError
+from realera.paths import MINIATURE
+
+MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_FILES = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/*",
+    *(f"{part}/config.json" for part in MODELS),
+    # Exactly the weights that are read: never the fp16, EMA or pickle copies beside them.
+    *(f"{part}/{stem}.safetensors" for part, stem in MODELS.items()),
+    *(f"{part}/{stem}.safetensors.index.json" for part, stem in MODELS.items()),
+    *(f"{part}/{stem}-*-of-*.safetensors" for part, stem in MODELS.items()),
+]
+
+
+def locate(pretrained: str | Path | None) -> Path:
+    """The complete, whole local folder of a checkpoint: the built-in miniature (None), a diffusers folder, or a hub id.
+
+    A hub id is taken from the local cache where that is complete, else downloaded. Raises UserError for whatever is
+    missing, torn, unknown to the hub, or out of reach.
+    """
+    if pretrained is None:
+        return check(MINIATURE)
+    path = Path(pretrained).expanduser()
+    if path.is_dir():
+        return check(path)
+    if not HUB_ID.fullmatch(str(pretrained)):
+        raise UserError(
+            f"The checkpoint folder {str(pretrained)!r} does not exist; give an existing diffusers folder or a hub id "
+            "such as CompVis/stable-diffusion-v1-4 as backbone.pretrained, or use backbone=mini."
+        )
+    return _from_hub(str(pretrained))
+
+
+def check(folder: Path) -> Path:
+    """`folder`, if every file that is needed is there and no weights file is torn; UserError otherwise."""
+    if gone := missing(folder):
+        hint = " (weights are read as safetensors only, not .bin)" if any(folder.glob("*/*.bin")) else ""
+        raise UserError(
+            f"The checkpoint folder {str(folder)!r} lacks {', '.join(gone)}{hint}; copy or download it again, or give "
+            "another folder as backbone.pretrained."
+        )
+    index = folder / "model_index.json"
+    if index.is_file() and "text_encoder_2" in read_json(index):
+        raise UserError(
+            f"The checkpoint {str(folder)!r} is a Stable Diffusion XL, which is not supported; give an SD 1.x or 2.x."
+        )
+    for file in weight_files(folder):
+        refuse_torn(file)
+    return folder
+
+
+def missing(folder: Path) -> list[str]:
+    """Names of the needed files that `folder` lacks."""
+    needed = [f"{part}/config.json" for part in MODELS] + ["scheduler/scheduler_config.json"]
+    gone = [name for name in needed if not (folder / name).is_file()]
+    tokenizer = folder / "tokenizer"
+    split = [tokenizer / "vocab.json", tokenizer / "merges.txt"]
+    if not (tokenizer / "tokenizer.json").is_file() and not all(file.is_file() for file in split):
+        gone.append("tokenizer/tokenizer.json")
+    return gone + [str(file.relative_to(folder)) for file in weight_files(folder) if not file.is_file()]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that loading reads, in a fixed order; they need not exist."""
+    files = []
+    for part, stem in MODELS.items():
+        index = folder / part / f"{stem}.safetensors.index.json"
+        names = {f"{stem}.safetensors"}
+        if index.is_file() and not (folder / part / f"{stem}.safetensors").is_file():
+            names = set(read_json(index)["weight_map"].values())
+        files += [folder / part / name for name in sorted(names)]
+    return files
+
+
+def fingerprint(folder: Path, text_length: int) -> str:
+    """16 hex digits of a sha256 over everything an image depends on besides prompt, seed and sampler.
+
+    That is the weights' content, the components' configuration, the tokenizer's files, and the rows of a text state.
+    Where the folder stands does not count, nor who saved it with which library version, nor the precision it runs in.
+    """
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        digest.update(f"{file.relative_to(folder)} {_sha256(file)}\n".encode())
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        if (file := folder / "tokenizer" / name).is_file():
+            digest.update(f"tokenizer/{name} {_sha256(file)}\n".encode())
+    for part in (*MODELS, "scheduler"):
+        config = read_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
+        kept = {
+            k: v
+            for k, v in config.items()
+            if not k.startswith("_") and k not in ("transformers_version", "torch_dtype", "dtype")
+        }
+        digest.update(json.dumps([part, kept], sort_keys=True).encode())
+    digest.update(f"text_length {text_length}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    lacks = "all of it"
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+        if not (gone := missing(cached)):
+            return check(cached)
+        lacks = ", ".join(gone)
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        # A quick question first: the download itself would wait and try again for a minute where there is no network.
+        HfApi().model_info(name, timeout=2.0)
+        return check(Path(snapshot_download(name, allow_patterns=HUB_FILES)))
+    except GatedRepoError as error:
+        raise UserError(
+            f"The hub asks for consent before {name!r} is downloaded: accept its terms at "
+            f"https://huggingface.co/{name} and log in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"Neither a folder nor a model on the hub is called {name!r}; check the spelling of backbone.pretrained (a "
+            "private model needs `hf auth login`)."
+        ) from error
+    except UserError:
+        raise
+    except OfflineModeIsEnabled as error:
+        raise UserError(_offline(name, lacks, constants.HF_HUB_CACHE, "HF_HUB_OFFLINE is set")) from error
+    except Exception as error:  # whichever HTTP library the hub client is built on, and a full disk
+        reason = (str(error).strip().splitlines() or [""])[0][:120] or type(error).__name__
+        raise UserError(_offline(name, lacks, constants.HF_HUB_CACHE, reason)) from error
+
+
+def _offline(name: str, lacks: str, cache: str, reason: str) -> str:
+    return (
+        f"There is no folder {name!r}, the Hugging Face cache {cache} lacks {lacks} of the model of that name, and it "
+        f"cannot be downloaded ({reason}); give a local diffusers folder with backbone.pretrained=DIR, set HF_HOME to "
+        "a folder with a cached snapshot of it, or use the built-in backbone=mini."
+    )
+
+
+def refuse_torn(file: Path) -> None:
+    """UserError unless the file's size is what its safetensors header says."""
+    size = file.stat().st_size
+    expected = -1
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if 8 < length <= size - 8:
+            try:
+                header = json.loads(stream.read(length))
+                ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+                expected = 8 + length + max(ends, default=0)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+                pass  # not a header: torn
+    if expected != size:
+        should = f"its header promises {expected:,} bytes" if expected > 0 else "its header cannot be read"
+        raise UserError(
+            f"The weights file {str(file)!r} is torn or no safetensors file: it holds {size:,} bytes and {should}; "
+            "copy or download it again."
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"The file {str(file)!r} is not valid JSON; copy or download it again.") from error
+
+
+def _sha256(file: Path) -> str:
+    real = file.resolve()
+    # The Hugging Face cache names large files by their sha256: gigabytes that need not be read again.
+    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return real.name
+    digest = hashlib.sha256()
+    with real.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,103 @@
+"""Prompts to text states, and where in a prompt a concept stands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
+
+from realera.contracts import TextStates, UserError
+
+BATCH = 64  # prompts in one forward of the text encoder
+
+
+class TextEncoder:
+    """CLIP's tokenizer and text model, always in float32: closed-form edits are sums over these states.
+
+    Padding is the tokenizer's own: SD 1.x pads with the end-of-text token, SD 2.x with "!".
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: CLIPTextModel, length: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        limit = int(model.config.max_position_embeddings)
+        self.length = min(tokenizer.model_max_length, limit) if length is None else length
+        self.width = int(model.config.hidden_size)
+        if not 3 <= self.length <= limit:
+            raise UserError(
+                f"backbone.text_length={length} cannot be: this text encoder takes 3 to {limit} tokens; choose a "
+                "length between them."
+            )
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates:
+        """States (B, T, D) float32 on the model's device, after the final norm; rows as `contracts.TextStates` says.
+
+        `subjects[i]` is looked for in `texts[i]` (see `rows`). Raises UserError where it is not there or was cut off.
+        """
+        if subjects is not None and len(subjects) != len(texts):
+            raise ValueError(f"{len(texts)} texts but {len(subjects)} subjects")
+        device = self.model.device
+        ids = self._tokens(texts)
+        rows = [self.rows(text, subject) for text, subject in zip(texts, subjects or (), strict=False)]
+        # Under no_grad, not inference_mode: a training forward saves these states for its backward, which inference
+        # tensors forbid.
+        states = torch.zeros(len(texts), self.length, self.width, device=device)
+        for start in range(0, len(texts), BATCH):
+            here = slice(start, start + BATCH)
+            states[here] = self.model(input_ids=ids[here].to(device)).last_hidden_state
+        first, last = zip(*rows, strict=True) if rows else ([-1] * len(texts), [-1] * len(texts))
+        return TextStates(
+            states=states,
+            first=torch.tensor(first, dtype=torch.int64, device=device),
+            last=torch.tensor(last, dtype=torch.int64, device=device),
+            length=(ids == self.tokenizer.eos_token_id).int().argmax(dim=1).to(device),
+        )
+
+    def rows(self, text: str, subject: str) -> tuple[int, int]:
+        """Rows of the subject's first and last sub-token in `text`: its first occurrence as a whole word, else as part
+        of one.
+
+        Case and runs of blanks do not count, as they do not for the tokenizer. Raises UserError where the subject does
+        not appear, or where the token limit cuts it off or through.
+        """
+        clean, wanted = self._clean(text), self._clean(subject).strip()
+        word = re.escape(wanted)
+        span = wanted and (re.search(rf"(?<!\w){word}(?!\w)", clean) or re.search(word, clean))
+        if not span:
+            raise UserError(
+                f"The prompt {_short(text)!r} does not contain {_short(subject)!r}; write the concept into the prompt."
+            )
+        # The whole prompt, not the cut one: only so is it known whether the subject's last sub-token was lost.
+        offsets = self.tokenizer(clean, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        hits = [row for row, (start, end) in enumerate(offsets) if start < span.end() and end > span.start()]
+        if not hits:
+            raise UserError(f"The tokenizer knows no part of {_short(subject)!r}; write the concept in other letters.")
+        if hits[-1] > self.length - 2:  # the last row is the end-of-text token's
+            raise UserError(
+                f"The prompt {_short(text)!r} is cut at {self.length} tokens before the end of {_short(subject)!r}; "
+                "shorten it or move the concept forward."
+            )
+        return hits[0], hits[-1]
+
+    def _tokens(self, texts: Sequence[str]) -> Tensor:
+        if not texts:
+            return torch.zeros(0, self.length, dtype=torch.int64)
+        found: Any = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        )
+        return torch.as_tensor(found["input_ids"])
+
+    def _clean(self, text: str) -> str:
+        """The text as the tokenizer reads it: offsets and searches then speak of the same characters ("İ" grows when
+        lowered)."""
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        return str(normalizer.normalize_str(text))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,290 @@
+"""Stable Diffusion 1.x / 2.x and the miniature: a CLIP text encoder, a cross-attention U-Net and a KL autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Generator, Tensor, nn
+
+from realera.backbones import adapters, folder, loading, sampling
+from realera.backbones.base import BaseWeights
+from realera.backbones.text import TextEncoder
+from realera.contracts import Edit, Guide, LoraSpec, Sampler, TextStates, UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ATTENTION = ("auto", "sdpa", "plain")
+SMALL_MAP = 32 * 32  # latent pixels up to which plain attention is the faster one to train on a CPU
+DECODED_AT_ONCE = 8  # images in one pass of the autoencoder: at 512 px each takes about 1 GB
+EDIT, LORA = "edit.", "lora."
+
+
+class UNetBackbone:
+    """`contracts.Backbone` over a diffusers folder or hub id; `pretrained` None is the built-in miniature.
+
+    dtype: of the U-Net's weights, "float32" or "bfloat16"; text states, latents and images are float32. text: the width
+    and max_length that the config promises are held against the checkpoint (its row_norm serves the config's own
+    checks). text_length: rows T, None = the tokenizer's limit. attention: "plain" (matrix products; on CPUs its
+    backward is the faster one for small maps), "sdpa", or "auto". Raises UserError for bad settings and for a
+    checkpoint that is missing, torn, or not what `text` promises.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: str | Path | None,
+        sampler: Sampler,
+        dtype: str = "float32",
+        text: Mapping[str, Any] | None = None,
+        text_length: int | None = None,
+        attention: str = "auto",
+        channels_last: bool = False,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"backbone.dtype={dtype!r} is not known; choose among {', '.join(DTYPES)}.")
+        if attention not in ATTENTION:
+            raise UserError(f"backbone.attention={attention!r} is not known; choose among {', '.join(ATTENTION)}.")
+        self.name = name
+        self.sampler = sampler
+        self.attention = attention
+        self.folder = folder.locate(pretrained)
+        parts = loading.load(self.folder, DTYPES[dtype], channels_last)
+        self.text = TextEncoder(parts.tokenizer, parts.text_model, text_length)
+        self.unet: nn.Module = parts.unet
+        self.vae = parts.vae
+        self.scheduler_config = parts.scheduler_config
+        self.width, self.max_length = self.text.width, self.text.length
+        loading.refuse_other_text(
+            name, dict(text or {}), self.width, self.max_length, int(parts.unet.config.cross_attention_dim)
+        )
+        self.latent_channels = int(parts.unet.config.in_channels)
+        self.pixels_per_latent = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        sampling.refuse_bad(sampler, self.pixels_per_latent)
+        self._base = BaseWeights(self.unet, name)
+        if not self._base.cross_attention:
+            raise UserError(
+                f"The U-Net of {str(pretrained)!r} has no attn2.to_k / attn2.to_v; give a text-to-image U-Net."
+            )
+        self._forward_noise = DDIMScheduler.from_config(sampling.known(DDIMScheduler, self.scheduler_config))
+        self._depth = 0  # of nested original()
+        self._attends_on = ""  # the device type that the attention was chosen for
+        self._empty: TextStates | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Content id of weights, configuration, tokenizer and text length; reads all weights on first use."""
+        return folder.fingerprint(self.folder, text_length=self.max_length)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is now: a trainer may move it by itself, and everything else follows it."""
+        return next(self.unet.parameters()).device
+
+    # --- text --------------------------------------------------------------------------------------------------------
+
+    def encode(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates:
+        """See `TextEncoder.__call__`; on the U-Net's device, and in float32 under the caller's autocast too."""
+        device = self.device
+        self.text.model.to(device)
+        with torch.autocast(device.type, enabled=False):
+            return self.text(texts, subjects)
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def cross_attention(self) -> dict[str, nn.Linear]:
+        return dict(self._base.cross_attention)
+
+    @torch.inference_mode(False)  # weights made in inference mode could never be trained
+    @torch.no_grad()
+    def apply(self, edit: Edit) -> None:
+        """Folds W = W @ map (in float64, then rounded once) or the given weights; a second edit lands on the first."""
+        self._refuse_inside_original()
+        self._base.apply(edit)
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """The model as loaded, adapters off, and no gradients recorded: they would be taken through the wrong weights.
+
+        May be nested, and leaves everything as it was on an exception too.
+        """
+        self._depth += 1
+        try:
+            if self._depth > 1:
+                yield
+            else:
+                with torch.no_grad(), adapters.disabled(self.unet), self._base.swapped():
+                    yield
+        finally:
+            self._depth -= 1
+
+    @torch.inference_mode(False)
+    def add_adapter(self, spec: LoraSpec, generator: Generator) -> list[nn.Parameter]:
+        """See `adapters.add`; in float32 whatever the U-Net's dtype, and one at a time."""
+        self._refuse_inside_original()
+        if adapters.layers(self.unet):
+            raise RuntimeError("an adapter is in place: call merge_adapter() or remove_adapter() first")
+        return adapters.add(self.unet, spec, generator, self.name)
+
+    @torch.inference_mode(False)
+    def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
+        """Makes the U-Net's own weights trainable, for methods without LoRA; see `BaseWeights.unfreeze`."""
+        self._refuse_inside_original()
+        return self._base.unfreeze(targets)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def merge_adapter(self) -> None:
+        """Folds (alpha / rank) B A into the base weights and takes the adapter away; images change by rounding only."""
+        self._refuse_inside_original()
+        deltas = adapters.deltas(self.unet)
+        adapters.remove(self.unet)
+        parameters = self._base.parameters
+        self._base.set(
+            {f"{n}.weight": parameters[f"{n}.weight"].double() + delta.double() for n, delta in deltas.items()}
+        )
+
+    def remove_adapter(self) -> None:
+        """Takes the adapter away, unmerged."""
+        self._refuse_inside_original()
+        adapters.remove(self.unet)
+
+    def erased_state(self) -> dict[str, Tensor]:
+        """{"edit.<layer>.weight": changed base weight, "lora.<layer>.down|up|alpha": adapter}, copies on the CPU."""
+        self._refuse_inside_original()
+        state = {EDIT + name: value for name, value in self._base.changed().items()}
+        return state | {LORA + name: value for name, value in adapters.state(self.unet).items()}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def load_erased(self, state: Mapping[str, Tensor]) -> None:
+        """The original model plus exactly `state`: what was applied before is undone. Nothing of it is trainable.
+
+        Raises UserError for a state of another model, and is then the original.
+        """
+        self._refuse_inside_original()
+        adapters.remove(self.unet)
+        self._base.restore()
+        if unknown := [key for key in state if not key.startswith((EDIT, LORA))]:
+            raise UserError(
+                f"The erased weights hold {unknown[0]!r}, which is no edit and no LoRA; give an erased.safetensors."
+            )
+        try:
+            self._base.set({key.removeprefix(EDIT): value for key, value in state.items() if key.startswith(EDIT)})
+            lora = {key.removeprefix(LORA): value for key, value in state.items() if key.startswith(LORA)}
+            adapters.load(self.unet, lora, self.name)
+        except UserError:
+            self._base.restore()
+            raise
+
+    def _refuse_inside_original(self) -> None:
+        if self._depth:
+            raise RuntimeError("inside original() the weights are on loan: leave it first")
+
+    # --- noise -------------------------------------------------------------------------------------------------------
+
+    def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(abar_t) latents + sqrt(1 - abar_t) noise; timesteps (B,) in 0 .. 999 of the training schedule."""
+        noised: Tensor = self._forward_noise.add_noise(latents, noise, timesteps)
+        return noised
+
+    def predict_noise(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """The U-Net's output (B, C, h, w) in float32, gradients recorded; timesteps (B,) or ().
+
+        It is the noise, or v for a checkpoint that predicts v: guidance, and losses between two models on the same
+        latents, are linear in it, so nothing is gained by turning v into noise.
+        """
+        if pooled is not None:
+            raise ValueError(f"the U-Net of backbone {self.name} takes no pooled text state")
+        device, dtype = self.device, next(iter(self._base.parameters.values())).dtype
+        self._choose_attention(device)
+        # The caller's autocast is honoured, but not its store of half-precision copies of trainable weights, which
+        # lives until its outermost region ends (under a trainer, the whole step): original() swaps weights under the
+        # same tensors, and a copy made without gradients has none to give to the next forward.
+        kind = device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+            out: Tensor = self.unet(
+                latents.to(device, dtype),
+                timesteps.to(device),
+                encoder_hidden_states=states.to(device, dtype),
+                return_dict=False,
+            )[0]
+        return out.float()
+
+    def _choose_attention(self, device: torch.device) -> None:
+        if device.type == self._attends_on:
+            return
+        self._attends_on = device.type
+        small = int(self.unet.config.sample_size) ** 2 <= SMALL_MAP  # type: ignore[union-attr, arg-type]
+        plain = self.attention == "plain" or (self.attention == "auto" and device.type == "cpu" and small)
+        self.unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())  # type: ignore[operator]
+
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    def timesteps(self, sampler: Sampler | None = None) -> Tensor:
+        """(steps,) int64, falling: the training timestep of each step; `sample(stop_at=i)` ends at noise level [i]."""
+        return sampling.scheduler_for(sampler or self.sampler, self.scheduler_config).timesteps.clone()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        states: TextStates,
+        seeds: Sequence[int],
+        sampler: Sampler | None = None,
+        guide: Guide | None = None,
+        stop_at: int | None = None,
+    ) -> Tensor:
+        """Latents (B, C, h, w) float32; see `sampling.sample`. Raises UserError for a sampler that cannot run."""
+        chosen = sampler or self.sampler
+        sampling.refuse_bad(chosen, self.pixels_per_latent)
+        if len(seeds) != len(states.states):
+            raise ValueError(f"{len(states.states)} prompts but {len(seeds)} seeds")
+        if stop_at is not None and not 0 <= stop_at <= chosen.steps:
+            raise ValueError(f"stop_at={stop_at} is not among the steps 0 .. {chosen.steps}")
+        size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
+        cond = states.states.to(self.device)
+        if self._empty is None:
+            self._empty = self.encode([""])  # the text encoder is never edited, so one serves all
+        return sampling.sample(
+            self.predict_noise,
+            sampling.scheduler_for(chosen, self.scheduler_config),
+            sampling.start_noise(seeds, size).to(self.device),
+            cond,
+            self._empty.states.to(self.device).expand(len(cond), -1, -1),
+            chosen.guidance_scale,
+            guide,
+            stop_at,
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) on the latents' device; in float32 under the caller's autocast too."""
+        self.vae.to(latents.device)
+        scale, shift = self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
+        parts = (latents.float() / scale + shift).split(DECODED_AT_ONCE)
+        with torch.autocast(latents.device.type, enabled=False):
+            images = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
+        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def generate(
+        self, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler | None = None, guide: Guide | None = None
+    ) -> Tensor:
+        """uint8 (B, H, W, 3), all B at once: the caller chooses how many fit."""
+        return self.decode(self.sample(self.encode(texts), seeds, sampler, guide))
+
+    # --- devices -----------------------------------------------------------------------------------------------------
+
+    def to(self, device: Any) -> UNetBackbone:
+        """Moves the U-Net; text encoder and autoencoder follow when they are next used."""
+        self.unet.to(device)
+        return self
+
+    def park(self) -> None:
+        """Text encoder and autoencoder to the CPU: the training loop needs neither. They come back when used."""
+        self.text.model.to("cpu")
+        self.vae.to("cpu")

@@ -1,0 +1,41 @@
+"""The backbones' yaml files make what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from realera.backbones.unet import UNetBackbone
+from realera.contracts import Sampler, UserError
+from realera.paths import CONF_DIR, MINIATURE
+
+FILES = sorted((CONF_DIR / "backbone").glob("*.yaml"))
+
+
+def made(file: Path, **changes: Any) -> UNetBackbone:
+    config = OmegaConf.load(file)
+    backbone: UNetBackbone = instantiate(OmegaConf.merge(config, changes))
+    return backbone
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_makes_a_backbone(file: Path, tiny_sd: Path) -> None:
+    tiny = {"pretrained": str(tiny_sd), "text": {"width": 32, "max_length": 77}}
+    backbone = made(file, **tiny)
+    assert backbone.name == file.stem
+    assert isinstance(backbone.sampler, Sampler)
+    assert backbone.timesteps().shape == (backbone.sampler.steps,)
+    with pytest.raises(InstantiationException) as wrapped:  # hydra's wrapper, which the doors take off
+        made(file, pretrained=str(tiny_sd))  # another text encoder than the config speaks of
+    assert isinstance(wrapped.value.__cause__, UserError) and "backbone.text" in str(wrapped.value.__cause__)
+
+
+@pytest.mark.skipif(not (MINIATURE / "model_index.json").is_file(), reason="the miniature's weights are not there yet")
+def test_the_miniature() -> None:
+    backbone = made(CONF_DIR / "backbone" / "mini.yaml")
+    assert backbone.generate(["a photo of a cat"], [0]).shape == (1, 32, 32, 3)

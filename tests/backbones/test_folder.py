@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from realera.backbones import folder
+from realera.contracts import UserError
+
+HUB = "someone/some-diffusion"
+
+
+@pytest.fixture
+def copy(tiny_sd: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_sd, tmp_path / "copy"))
+
+
+def test_a_whole_folder_is_itself(tiny_sd: Path) -> None:
+    assert folder.locate(str(tiny_sd)) == tiny_sd
+
+
+def test_null_is_the_miniature(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "MINIATURE", tiny_sd)
+    assert folder.locate(None) == tiny_sd
+
+
+@pytest.mark.parametrize("pretrained", ["/no/such/folder", "./nothing", "nothing", "a/b/c"])
+def test_missing_folder(pretrained: str) -> None:
+    with pytest.raises(UserError, match=r"does not exist.*backbone=mini"):
+        folder.locate(pretrained)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "vae/config.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/tokenizer.json",
+    ],
+)
+def test_missing_file_is_named(copy: Path, lost: str) -> None:
+    (copy / lost).unlink()
+    with pytest.raises(UserError, match=lost):
+        folder.locate(copy)
+
+
+def test_pickled_weights_are_not_taken_for_missing_ones(copy: Path) -> None:
+    (copy / "unet/diffusion_pytorch_model.safetensors").rename(copy / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"safetensors only, not \.bin"):
+        folder.locate(copy)
+
+
+def test_old_tokenizer_files_do(copy: Path) -> None:
+    (copy / "tokenizer/tokenizer.json").unlink()
+    (copy / "tokenizer/vocab.json").write_text("{}")
+    (copy / "tokenizer/merges.txt").write_text("")
+    assert folder.missing(copy) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["half", "longer", b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0"]
+)
+def test_torn_weights(copy: Path, content: str | bytes) -> None:
+    file = copy / "vae/diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    torn = {"half": whole[: len(whole) // 2], "longer": whole + b"0"}
+    file.write_bytes(content if isinstance(content, bytes) else torn[content])
+    with pytest.raises(UserError, match=r"vae/diffusion_pytorch_model\.safetensors.*torn.*again"):
+        folder.locate(copy)
+
+
+def test_sharded_weights(copy: Path) -> None:
+    whole = copy / "unet/diffusion_pytorch_model.safetensors"
+    shard = "diffusion_pytorch_model-00001-of-00001.safetensors"
+    whole.rename(copy / "unet" / shard)
+    index = copy / "unet/diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": shard, "conv_in.bias": shard}}))
+    assert folder.locate(copy) == copy
+    assert [file.name for file in folder.weight_files(copy) if file.parent.name == "unet"] == [shard]
+    (copy / "unet" / shard).unlink()
+    with pytest.raises(UserError, match=shard):
+        folder.locate(copy)
+
+
+def test_xl_is_refused(copy: Path) -> None:
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": ["transformers", "x"]}))
+    with pytest.raises(UserError, match="XL"):
+        folder.locate(copy)
+
+
+def test_broken_json(copy: Path) -> None:
+    (copy / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        folder.locate(copy)
+
+
+# --- the fingerprint -------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_is_of_the_content_not_the_place(tiny_sd: Path, copy: Path) -> None:
+    here = folder.fingerprint(tiny_sd, 77)
+    assert len(here) == 16 and int(here, 16) >= 0
+    config = json.loads((copy / "unet/config.json").read_text())
+    (copy / "unet/config.json").write_text(json.dumps(config | {"_diffusers_version": "9", "_name_or_path": "/x"}))
+    assert folder.fingerprint(copy, 77) == here
+
+
+def test_fingerprint_sees_one_byte_of_any_weights(copy: Path) -> None:
+    seen = {folder.fingerprint(copy, 77)}
+    for file in folder.weight_files(copy):
+        with file.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            last = stream.read(1)[0]
+            stream.seek(-1, os.SEEK_END)
+            stream.write(bytes([last ^ 1]))
+        seen.add(folder.fingerprint(copy, 77))
+    assert len(seen) == 4
+
+
+def test_fingerprint_sees_what_else_an_image_depends_on(copy: Path) -> None:
+    seen = {folder.fingerprint(copy, 77), folder.fingerprint(copy, 32)}
+    config = json.loads((copy / "vae/config.json").read_text())
+    (copy / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))
+    seen.add(folder.fingerprint(copy, 77))
+    (copy / "tokenizer/tokenizer.json").write_text("{}")
+    seen.add(folder.fingerprint(copy, 77))
+    assert len(seen) == 4
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def _cached(tiny_sd: Path, home: Path, leave_out: str = "") -> Path:
+    """A Hugging Face cache as the hub's client lays it out: files are links to blobs named by their sha256."""
+    repository = home / "hub" / f"models--{HUB.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for file in tiny_sd.rglob("*.*"):
+        if (name := str(file.relative_to(tiny_sd))) != leave_out:
+            blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, blob)
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).symlink_to(blob)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    return snapshot
+
+
+def _locate_elsewhere(home: Path, **environment: str) -> str:
+    """In a fresh interpreter: the hub's client reads its environment once, and torch must not be needed."""
+    code = (
+        "import sys; from realera.backbones import folder; from realera.contracts import UserError\n"
+        f"try: print(folder.locate({HUB!r}))\n"
+        "except UserError as error: print(error)\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    )
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    source = str(Path(folder.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | {"HF_HOME": str(home), "PYTHONPATH": source} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_out_of_reach_is_one_sentence_with_the_remedies(tmp_path: Path, environment: dict[str, str]) -> None:
+    start = time.monotonic()
+    said = _locate_elsewhere(tmp_path, **environment)
+    assert time.monotonic() - start < 20  # the client's own patience is over a minute
+    assert "\n" not in said
+    for part in (HUB, str(tmp_path), "backbone.pretrained=DIR", "HF_HOME", "backbone=mini"):
+        assert part in said
+
+
+def test_cached_snapshot_needs_no_network(tiny_sd: Path, tmp_path: Path) -> None:
+    snapshot = _cached(tiny_sd, tmp_path)
+    assert _locate_elsewhere(tmp_path, HF_ENDPOINT="http://127.0.0.1:9") == str(snapshot)
+    assert folder.fingerprint(snapshot, 77) == folder.fingerprint(tiny_sd, 77)
+
+
+def test_half_cached_snapshot_names_what_is_missing(tiny_sd: Path, tmp_path: Path) -> None:
+    _cached(tiny_sd, tmp_path, leave_out="unet/diffusion_pytorch_model.safetensors")
+    said = _locate_elsewhere(tmp_path, HF_HUB_OFFLINE="1")
+    assert "unet/diffusion_pytorch_model.safetensors" in said and "vae/" not in said

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, CLIPTextModel
+
+from realera.backbones import text as room
+from realera.backbones.text import TextEncoder
+from realera.contracts import UserError
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_sd: Path) -> TextEncoder:
+    model = CLIPTextModel.from_pretrained(tiny_sd / "text_encoder").eval()
+    return TextEncoder(AutoTokenizer.from_pretrained(tiny_sd / "tokenizer"), model)
+
+
+def test_states_are_those_of_stable_diffusion(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a photo of a cat", "", "an airplane in the sky by a field", "a DOG", "tom cruise"]
+    monkeypatch.setattr(room, "BATCH", 2)
+    states = encoder(texts)
+    ids = encoder.tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = torch.cat([encoder.model(row[None])[0] for row in ids])
+    assert states.states.shape == (5, 77, 32) and states.states.dtype == torch.float32
+    torch.testing.assert_close(states.states, expected, atol=1e-5, rtol=1e-5)
+    assert states.first.tolist() == states.last.tolist() == [-1] * 5
+    assert states.length.tolist() == [6, 1, 9, 3, 3]
+    assert states.pooled is None
+
+
+def test_no_texts(encoder: TextEncoder) -> None:
+    states = encoder([], [])
+    assert states.states.shape == (0, 77, 32) and states.first.shape == states.length.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "first", "last"),
+    [
+        ("a photo of a cat", "cat", 5, 5),
+        ("A Photo of  TOM   Cruise by the sea", "tom cruise", 4, 5),
+        ("a catalog of a cat", "cat", None, None),  # the word, not its appearance inside another
+        ("cat and cat", "cat", 1, 1),  # the first of two
+        ("photo of cats", "cat", 3, None),  # inside a word, where there is nothing else
+        ("tom cruise's airplane", "Tom Cruise", 1, 2),
+        ("a jetliner", "jetliner", 2, None),
+        ("a photo of İstanbul", "İSTANBUL", 4, None),  # lower-cased it is one character longer
+        ("a café by the sea", "Café", 2, None),
+        ("a photo of (sky)", "sky", None, None),
+        ("飞机 in the sky", "飞机", 1, None),
+    ],
+)
+def test_rows_hold_the_subject(
+    encoder: TextEncoder, text: str, subject: str, first: int | None, last: int | None
+) -> None:
+    start, end = encoder.rows(text, subject)
+    assert first in (start, None) and last in (end, None)
+    ids = encoder.tokenizer(text)["input_ids"]
+    words = encoder.tokenizer.decode(ids[start : end + 1]).replace(" ", "")
+    assert encoder._clean(subject).replace(" ", "") in words
+    if len(words) > len(subject.replace(" ", "")) + 1:
+        assert "cats" in words  # only there may a row hold more than the subject
+    states = encoder([text], [subject])
+    assert (states.first.item(), states.last.item()) == (start, end)
+
+
+def test_later_prompts_keep_their_own_rows(encoder: TextEncoder) -> None:
+    states = encoder(["a cat", "a photo of a dog"], ["cat", "dog"])
+    assert states.first.tolist() == [2, 5] and states.length.tolist() == [3, 6]
+
+
+@pytest.mark.parametrize("subject", ["dog", "", "  "])
+def test_subject_that_is_not_there(encoder: TextEncoder, subject: str) -> None:
+    with pytest.raises(UserError, match="does not contain"):
+        encoder(["a photo of a cat"], [subject])
+
+
+def test_cut_before_or_through_the_subject(encoder: TextEncoder) -> None:
+    for before, subject in ((80, "cat"), (74, "tom cruise")):
+        with pytest.raises(UserError, match="cut at 77 tokens"):
+            encoder(["a " * before + subject], [subject])
+    states = encoder(["a " * 73 + "tom cruise"], ["tom cruise"])  # the last place that fits
+    assert (states.first.item(), states.last.item(), states.length.item()) == (74, 75, 76)
+
+
+def test_cut_after_the_subject_is_fine_and_silent(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        states = encoder(["a cat" + " and a dog" * 50], ["cat"])
+    assert (states.first.item(), states.length.item()) == (2, 76)
+    assert not caplog.records
+
+
+def test_padding_is_the_tokenizers_own(tiny_sd: Path, tmp_path: Path) -> None:
+    """SD 2.x pads with "!" and has one end-of-text token a prompt."""
+    shutil.copytree(tiny_sd / "tokenizer", tmp_path / "tokenizer")
+    config = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "!"}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    padded = TextEncoder(tokenizer, CLIPTextModel.from_pretrained(tiny_sd / "text_encoder").eval())
+    ids = padded._tokens(["a cat"])
+    assert (ids == tokenizer.eos_token_id).sum() == 1 and (ids[0, 4:] == tokenizer.convert_tokens_to_ids("!")).all()
+    assert padded(["a cat"], ["cat"]).length.tolist() == [3]
+
+
+def test_shorter_rows(encoder: TextEncoder) -> None:
+    short = TextEncoder(encoder.tokenizer, encoder.model, length=16)
+    states = short(["a photo of a cat"], ["cat"])
+    assert states.states.shape == (1, 16, 32)
+    torch.testing.assert_close(states.states, encoder(["a photo of a cat"]).states[:, :16])  # attention is causal
+    with pytest.raises(UserError, match="cut at 16 tokens"):
+        short(["a " * 15 + "cat"], ["cat"])
+
+
+@pytest.mark.parametrize("length", [2, 78])
+def test_impossible_length(encoder: TextEncoder, length: int) -> None:
+    with pytest.raises(UserError, match="3 to 77"):
+        TextEncoder(encoder.tokenizer, encoder.model, length=length)
+
+
+def test_one_subject_a_text(encoder: TextEncoder) -> None:
+    with pytest.raises(ValueError, match="2 texts but 1"):
+        encoder(["a cat", "a dog"], ["cat"])
+
+
+def test_states_can_be_trained_on(encoder: TextEncoder) -> None:
+    weight = torch.ones(32, requires_grad=True)
+    (encoder(["a cat"]).states * weight).sum().backward()  # inference tensors would refuse
+    assert weight.grad is not None

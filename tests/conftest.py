@@ -1,0 +1,170 @@
+"""A tiny Stable Diffusion folder with random weights and real component classes: what most tests run on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORDS = (
+    "a an the of in on by to with and or from off for this that is photo picture image drawing painting sketch up "
+    "airplane aircraft plane jet sky field sea road street room night cat dog bird deer horse ship truck car frog lake "
+    "automobile tom cruise elon musk person man woman taking airport park sitting standing flying red blue old big gun"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder: D = 32, T = 77, latents 4 x 8 x 8 for 32 px images, 14 attn2 K/V layers; about 1 MB."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny") / "sd"
+    vocab, merges = _byte_pairs(WORDS.split())
+    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77).save_pretrained(folder / "tokenizer")
+    end = vocab["<|endoftext|>"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        text = CLIPTextConfig(
+            vocab_size=len(vocab),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            projection_dim=32,
+            bos_token_id=vocab["<|startoftext|>"],
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+        UNet2DConditionModel(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=4,
+        ).save_pretrained(folder / "unet")
+        AutoencoderKL(
+            sample_size=32,
+            block_out_channels=(8, 8, 8),
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+        ).save_pretrained(folder / "vae")
+    DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    ).save_pretrained(folder / "scheduler")
+    parts = {
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+    }
+    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.0", **parts}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _byte_pairs(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's vocabulary layout in small: 256 byte letters, the same ending a word, merges that make each of `words` one
+    token, and the two special tokens. Every other word falls into several tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    merges: list[tuple[str, str]] = []
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(words)]
+    while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        pieces = [_merged(word, best) for word in pieces]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    return {token: number for number, token in enumerate(tokens)}, merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for piece in word:
+        if out and (out[-1], piece) == pair:
+            out[-1] += piece
+        else:
+            out.append(piece)
+    return out
+
+
+@pytest.fixture
+def new_backbone(tiny_sd: Path) -> Callable[..., Any]:
+    """new_backbone() loads `tiny_sd` afresh, with a sampler of two steps; keywords are those of `UNetBackbone`."""
+
+    def load(**settings: Any) -> Any:
+        from realera.backbones.unet import UNetBackbone
+        from realera.contracts import Sampler
+
+        return UNetBackbone(name="mini", pretrained=tiny_sd, sampler=Sampler("ddim", 2, 7.5, 32, 32), **settings)
+
+    return load
+
+
+TRAINING_TEMPLATES = ("a photo of the {}", "a {}", "a big drawing of {}")
+
+
+@pytest.fixture
+def new_pairs() -> Callable[..., list[Any]]:
+    """new_pairs(backbone, ("cat", "field"), ...): each concept's training prompts, encoded."""
+
+    def encode(backbone: Any, *concepts: tuple[str, str]) -> list[Any]:
+        from realera.contracts import Concept, Pair
+
+        def states(word: str) -> Any:
+            return backbone.encode([t.format(word) for t in TRAINING_TEMPLATES], [word] * len(TRAINING_TEMPLATES))
+
+        return [Pair(Concept(target, anchor), states(target), states(anchor)) for target, anchor in concepts]
+
+    return encode
+
+
+# Small enough for a test: settings of conf/method/*.yaml, set where a method has them.
+SMALL = {"latents.images": 5, "latents.chunk": 2, "latents.batch": 2, "align.steps": 4, "align.lr": 1e-2}
+
+
+@pytest.fixture
+def load_method() -> Callable[..., Any]:
+    """load_method("realera", "align.steps=2", ...): conf/method/<name>.yaml, made small, then overridden."""
+
+    def load(name: str, *overrides: str) -> Any:
+        from hydra.utils import instantiate
+        from omegaconf import OmegaConf
+
+        from realera.cli import register_resolvers
+        from realera.paths import CONF_DIR
+
+        register_resolvers()
+        config = OmegaConf.create(
+            {"backbone": {"name": "mini"}, "method": OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")}
+        )
+        for key, value in SMALL.items():
+            if OmegaConf.select(config, f"method.{key}") is not None:
+                OmegaConf.update(config, f"method.{key}", value)
+        config.merge_with_dotlist([f"method.{override}" for override in overrides])
+        return instantiate(config.method)
+
+    return load
