@@ -23,7 +23,7 @@ def layers(unet: nn.Module) -> dict[str, LoraLayer]:
 
 
 def add(unet: nn.Module, spec: LoraSpec, generator: Generator, backbone: str) -> list[nn.Parameter]:
-    """Wraps every Linear and Conv2d whose path ends in one of `spec.targets`; returns what is trained, each A before its B.
+    """Wraps every Linear and Conv2d whose path ends in one of `spec.targets`; returns what is trained, A before B.
 
     A is drawn from `generator`, B is zero: the model's output does not change yet. Raises UserError where a target
     matches nothing.
