@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from realera.contracts import Guide, Prompt, Sampler, UserError, Verdict
-from realera.evaluation.generate import generate_images, original_images, original_run, source_of
+from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
 from realera.evaluation.records import Row, read_manifest, read_verdicts, verdict_file, write_manifest
 
@@ -194,12 +194,6 @@ def test_a_cache_on_another_disk_is_copied_from(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("os.link", refuse)
     original_images(Painter(), PROMPTS, tmp_path / "a")
     assert len(_colours(tmp_path / "a" / "originals")) == 7
-
-
-def test_a_run_of_the_original_model_is_a_run_like_any_other(tmp_path: Path) -> None:
-    rows = original_run(Painter(), PROMPTS, tmp_path / "a")
-    assert read_manifest(tmp_path / "a") == rows and rows[0].original is None
-    assert all(c[1] == 0 for c in _colours(tmp_path / "a" / "images"))
 
 
 class Eye:

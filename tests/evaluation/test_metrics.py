@@ -59,7 +59,7 @@ def test_the_tables_hold_every_printed_row() -> None:
 
 @pytest.mark.parametrize(("table", "row"), _rows(), ids=["-".join(_key(t, r)) for t, r in _rows()])
 def test_h_o_is_the_papers(table: str, row: dict[str, str]) -> None:
-    """The printed H_o is one that triples rounding to the printed triple can have; where it is not, the row is listed."""
+    """The printed H_o is one that accuracies rounding to the printed ones can have; otherwise the row is listed."""
     acc_e, acc_s, acc_g, printed = (float(row[k]) for k in ("acc_e", "acc_s", "acc_g", "h_o"))
     half = 0.005  # the accuracies are rounded to two places, and so is H_o
     least, most = h_o(acc_e + half, acc_s - half, acc_g + half), h_o(acc_e - half, acc_s + half, acc_g - half)

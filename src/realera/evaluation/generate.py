@@ -69,7 +69,8 @@ def original_images(
     """The unedited model's images of the same prompts, run_dir/<folder>/<id>.png, drawn once for all runs.
 
     They stand in cache_dir()/images/<fingerprint>/<sha of text, seed, sampler, dtype>.png; the run folder holds hard
-    links, or copies where the cache is on another disk. Raises UserError as `generate_images` does.
+    links, or copies where the cache is on another disk. folder="images" beside a manifest makes a run of the original
+    model. Raises UserError as `generate_images` does.
     """
     cache = paths.cache_dir() / "images" / backbone.fingerprint
     cached = [cache / f"{_content_key(backbone, p, sampler)}.png" for p in prompts]
@@ -78,23 +79,6 @@ def original_images(
     for file, drawn in zip(files, cached):
         _link(drawn, file)
     return files
-
-
-def original_run(
-    backbone: Backbone,
-    prompts: Sequence[Prompt],
-    run_dir: Path,
-    sampler: Sampler | None = None,
-    *,
-    chunk: int = 16,
-    advance: Advance | None = None,
-) -> list[Row]:
-    """A run folder of the unedited model: its images as images/<id>.png, and the manifest."""
-    source = hashlib.sha256(_settings(backbone, sampler).encode()).hexdigest()[:16]
-    rows = [Row(p, f"{paths.IMAGES}/{p.id}.png", source) for p in prompts]
-    write_manifest(run_dir, rows)
-    original_images(backbone, prompts, run_dir, sampler, chunk=chunk, folder=paths.IMAGES, advance=advance)
-    return rows
 
 
 def source_of(backbone: Backbone, sampler: Sampler | None = None, guide: Guide | None = None) -> str:

@@ -68,26 +68,26 @@ def estimates(
         by_concept: dict[str, list[float]] = {}
         for prompt, verdict in zip(prompts, verdicts):
             if prompt.split == split:
-                by_concept.setdefault(prompt.concept, []).append(_score(prompt, verdict, mode))
+                by_concept.setdefault(prompt.concept, []).append(score(prompt, verdict, mode))
         groups = [torch.tensor(scores, dtype=torch.float64) for scores in by_concept.values()]
         scored = [g[~g.isnan()] for g in groups]
         n = sum(len(g) for g in scored)
         scored = [g for g in scored if len(g)]
-        means = [_resample(g, generator, draws) for g in scored]
+        means = [resample(g, generator, draws) for g in scored]
         resampled[measure] = torch.stack(means).mean(dim=0) if means else torch.full((draws,), math.nan).double()
         value = float(torch.stack([g.mean() for g in scored]).mean()) if scored else math.nan
-        found[measure] = Estimate(value, *_interval(resampled[measure]), n, sum(map(len, groups)) - n)
+        found[measure] = Estimate(value, *interval(resampled[measure]), n, sum(map(len, groups)) - n)
     parts = [found[m] for m in ("acc_e", "acc_s", "acc_g")]
     found["h_o"] = Estimate(
         h_o(*(part.value for part in parts)),
-        *_interval(_h_o(resampled["acc_e"], resampled["acc_s"], resampled["acc_g"])),
+        *interval(_h_o(resampled["acc_e"], resampled["acc_s"], resampled["acc_g"])),
         sum(part.n for part in parts),
         sum(part.unscored for part in parts),
     )
     return found
 
 
-def _score(prompt: Prompt, verdict: Verdict, mode: Mode) -> float:
+def score(prompt: Prompt, verdict: Verdict, mode: Mode) -> float:
     """Percent; NaN where the image was not scored."""
     if math.isnan(verdict.value):
         return math.nan
@@ -96,13 +96,14 @@ def _score(prompt: Prompt, verdict: Verdict, mode: Mode) -> float:
     return 100.0 * (verdict.label.lower() == prompt.concept.lower())
 
 
-def _resample(scores: Tensor, generator: Generator, draws: int) -> Tensor:
+def resample(scores: Tensor, generator: Generator, draws: int) -> Tensor:
     """(draws,) means of as many images drawn with replacement."""
     rows = torch.randint(len(scores), (draws, len(scores)), generator=generator)
     return scores[rows].mean(dim=1)
 
 
-def _interval(values: Tensor) -> tuple[float, float]:
+def interval(values: Tensor) -> tuple[float, float]:
+    """The ends that hold LEVEL percent of the resampled values; NaN where one of them is."""
     if values.isnan().any():
         return math.nan, math.nan
     tail = (1 - LEVEL / 100) / 2
@@ -111,7 +112,7 @@ def _interval(values: Tensor) -> tuple[float, float]:
 
 
 def by_prompt(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """For each prompt text of a split: its accuracy in both modes, as they were drawn; None where nothing was scored."""
+    """For each prompt text of a split: its accuracy in both modes, as drawn; None where nothing was scored."""
     groups: dict[tuple[str, str, str], list[tuple[Prompt, Verdict]]] = {}
     for prompt, verdict in zip(prompts, verdicts):
         groups.setdefault((prompt.split, prompt.text, prompt.concept), []).append((prompt, verdict))
@@ -120,7 +121,7 @@ def by_prompt(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> list[di
         row: dict[str, Any] = {"split": split, "prompt": text, "concept": concept}
         scored = [(p, v) for p, v in pairs if not math.isnan(v.value)]
         for mode in get_args(Mode):
-            row[mode] = sum(_score(p, v, mode) for p, v in scored) / len(scored) if scored else None
+            row[mode] = sum(score(p, v, mode) for p, v in scored) / len(scored) if scored else None
         rows.append({**row, "n": len(scored), "unscored": len(pairs) - len(scored)})
     return rows
 
@@ -142,12 +143,12 @@ def summarise(
             "by_prompt": by_prompt(prompts, said),
         }
 
-    interval = {"kind": "percentile bootstrap over images", "level": LEVEL, "draws": DRAWS, "seed": seed}
+    spread = {"kind": "percentile bootstrap over images", "level": LEVEL, "draws": DRAWS, "seed": seed}
     return {
         "headline": headline,
         **measured(verdicts),
         "original": None if original is None else measured(original),
-        "protocol": {**protocol, "interval": interval},
+        "protocol": {**protocol, "interval": spread},
     }
 
 

@@ -1,0 +1,231 @@
+import base64
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from realera.contracts import Prompt, UserError, Verdict
+from realera.evaluation.metrics import measure
+from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.report import write_report
+from realera.evaluation.sheets import Picture, first_pairs, image_rows, sheets
+
+EVIL = "</h4><script>alert('x')</script><img src=x onerror=alert(1)>"
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """What a browser would see; fails on a tag that is not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _png(path: Path, colour: int, size: int = 32) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size, size, 3), colour, np.uint8)).save(path)
+
+
+def _make(folder: Path, original: bool = True, concept: str = "airplane", size: int = 32) -> Path:
+    prompts = [Prompt(f"erase-{i}", f"a photo of the {concept}", concept, "erase", i) for i in range(20)]
+    prompts += [Prompt(f"near-{w}-{i}", f"a photo of the {w}", concept, "near", i) for w in "pq" for i in range(10)]
+    prompts += [Prompt(f"keep-{i}", "a photo of the cat", "cat", "keep", i) for i in range(10)]
+    rows = []
+    for p in prompts:
+        _png(folder / f"images/{p.id}.png", p.seed, size)
+        if original:
+            _png(folder / f"originals/{p.id}.png", 100 + p.seed, size)
+        rows.append(Row(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png" if original else None))
+    write_manifest(folder, rows)
+    said = [
+        Verdict(p.id, 0.9, "cat") if p.split == "keep" else Verdict(p.id, 0.1, "sky", {"second": "field"})
+        for p in prompts
+    ]
+    said[0] = Verdict(prompts[0].id, math.nan, "")
+    said[1] = Verdict(prompts[1].id, 0.8, concept)
+    write_verdicts(verdict_file(folder, "eye"), said)
+    if original:
+        write_verdicts(verdict_file(folder, "eye", "original"), [Verdict(p.id, 1.0, p.concept) for p in prompts])
+    protocol = {
+        "concepts": [{"target": concept, "anchor": "sky"}],
+        "judge": {"judge": "eye"},
+        "sampler": {"scheduler": "ddim", "steps": 20, "guidance_scale": 5.0},
+    }
+    measure(folder, "eye", protocol)
+    config = {"concept": concept, "seed": 3, "method": {"name": "realera"}, "backbone": {"name": "mini"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def _with_edit(folder: Path) -> Path:
+    layers = {f"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_{k}": 0.1 for k in "kv"}
+    probes = [{"text": "a photo of the p", "split": "near", "shift": 0.4}]
+    edit = {"info": {"condition": 1e5}, "layers": layers, "spectrum": [1.5, 1.0, 0.2], "probes": probes}
+    (folder / "edit.json").write_text(json.dumps(edit))
+    lines = [json.dumps({"step": s, "near": 1.0 / s, "beyond": 0.1}) for s in range(1, 30)]
+    (folder / "losses.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def _decoded(picture: Picture) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(picture.uri.split(",")[1])))
+
+
+def _read(folder: Path) -> Page:
+    return Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+def test_the_page_says_the_numbers_of_metrics_json(tmp_path: Path) -> None:
+    page = _read(_with_edit(_make(tmp_path)))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("acc_e", "acc_g", "acc_s", "h_o"):
+        for part in (metrics, metrics["original"]):
+            assert f"{part['mean_prob'][name]['value']:.1f}" in page.text, name
+    assert "19 + 1 unscored" in page.text
+    for said in ("airplane", "→ sky", "realera", "mini", "eye", "ddim, 20 steps, guidance 5"):
+        assert said in page.text
+    assert "What the edit did" in page.text and "Training" in page.text and "How far words moved" in page.text
+    assert "phrases that evoke it" not in page.text, "not measured here"
+
+
+def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
+    page = _read(_with_edit(_make(tmp_path)))
+    sources = [value or "" for name, value in page.attributes if name in ("src", "href", "action", "data")]
+    assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "url(" not in (tmp_path / "report.html").read_text()
+
+
+def test_prompts_labels_and_settings_are_escaped(tmp_path: Path) -> None:
+    folder = _with_edit(_make(tmp_path, concept=EVIL))
+    edit = json.loads((folder / "edit.json").read_text())
+    edit["probes"][0]["text"], edit["layers"] = EVIL, {EVIL: 0.1}
+    edit["info"][EVIL] = 1.0
+    (folder / "edit.json").write_text(json.dumps(edit))
+    (folder / "losses.jsonl").write_text("".join(json.dumps({"step": s, EVIL: 1.0}) + "\n" for s in (1, 2)))
+    page = _read(folder)
+    assert "script" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count("<script>alert('x')</script>") >= 6
+
+
+def test_pairs_are_of_the_same_prompt_and_seed(tmp_path: Path) -> None:
+    sheet = sheets(_make(tmp_path), "eye")
+    assert list(sheet) == ["erase", "near", "keep"]
+    (erase,), near = sheet["erase"], sheet["near"]
+    assert (len(erase.pairs), erase.images) == (16, 20), "a lone prompt has two lines"
+    assert [len(s.pairs) for s in near] == [8, 8]
+    for seed, (before, after) in enumerate(erase.pairs):
+        assert before is not None and f"seed {seed}" in before.title and f"seed {seed}" in after.title
+        grey = [
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(p.uri.split(",")[1]))))[0, 0, 0] for p in (before, after)
+        ]
+        assert grey == [100 + seed, seed]
+    assert first_pairs(sheet) == erase.pairs[:6]
+
+
+def test_marks_say_whether_the_verdict_is_what_was_wanted(tmp_path: Path) -> None:
+    sheet = sheets(_make(tmp_path), "eye")
+    after = [pair[1] for pair in sheet["erase"][0].pairs]
+    assert (after[0].good, after[0].label) == (None, "unscored")
+    assert (after[1].good, after[1].label) == (False, "airplane")
+    assert (after[2].good, after[2].label) == (True, "sky")
+    assert "second opinion field" in after[2].title
+    assert sheet["keep"][0].pairs[0][1].good is True
+
+
+def test_large_images_are_shrunk_and_small_ones_kept_to_the_bit(tmp_path: Path) -> None:
+    small = sheets(_make(tmp_path / "small"), "eye")["keep"][0].pairs[0][1]
+    file = (tmp_path / "small/images/keep-0.png").read_bytes()
+    assert small.small and base64.b64decode(small.uri.split(",")[1]) == file
+    large = sheets(_make(tmp_path / "large", size=512), "eye")["keep"][0].pairs[0][1]
+    assert not large.small and _decoded(large).size == (192, 192) and large.uri.startswith("data:image/jpeg")
+
+
+def test_a_missing_image_leaves_an_empty_place(tmp_path: Path) -> None:
+    folder = _make(tmp_path)
+    (folder / "images/keep-0.png").unlink()
+    (folder / "images/keep-1.png").write_bytes(b"torn")
+    write_report(folder)
+    assert (folder / "report.html").read_text().count('class="none"') == 2
+
+
+def test_a_run_without_originals_has_no_before(tmp_path: Path) -> None:
+    page = _read(_make(tmp_path, original=False))
+    body = page.text[page.text.index("Concept erasure") :]
+    assert "before" not in body and "Acc" in body
+
+
+def test_a_run_that_was_not_judged_shows_what_there_is(tmp_path: Path) -> None:
+    folder = _with_edit(_make(tmp_path))
+    for file in ("metrics.json", "manifest.jsonl"):
+        (folder / file).unlink()
+    page = _read(folder)
+    assert "What the edit did" in page.text and "Measured" not in page.text and "img" not in page.tags
+
+
+def test_an_edit_without_a_map_or_probes_is_shown(tmp_path: Path) -> None:
+    folder = _make(tmp_path)
+    (folder / "edit.json").write_text(json.dumps({"info": {}, "layers": {"a.to_k": 0.1}, "spectrum": [], "probes": []}))
+    page = _read(folder)
+    assert "Relative change of each layer" in page.text and "Singular values" not in page.text
+
+
+def test_a_torn_last_line_of_the_losses_is_left_out(tmp_path: Path) -> None:
+    folder = _with_edit(_make(tmp_path))
+    with (folder / "losses.jsonl").open("a") as stream:
+        stream.write('{"step": 31, "ne')
+    assert "step 29" in _read(folder).text
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "config.yaml", "edit.json", "manifest.jsonl"])
+def test_a_torn_file_is_named(tmp_path: Path, file: str) -> None:
+    folder = _with_edit(_make(tmp_path))
+    (folder / file).write_text("{")
+    with pytest.raises(UserError, match=re.escape(file)):
+        write_report(folder)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="folder of a run"):
+        write_report(tmp_path)
+
+
+def test_the_image_table_has_a_row_per_image(tmp_path: Path) -> None:
+    folder = _make(tmp_path)
+    rows = image_rows(folder, "eye")
+    assert len(rows) == 50
+    assert rows[1][:3] == ["a photo of the airplane", 1, "erase"]
+    assert rows[1][3:5] == [folder / "originals/erase-1.png", folder / "images/erase-1.png"]
+    assert [row[5] for row in rows[:3]] == ["unscored", "airplane (airplane 0.80)", "sky (airplane 0.10)"]
+    assert image_rows(folder, "nobody")[0][5] == ""
