@@ -21,7 +21,7 @@ concept without naming it, and words for it that no training caption of the back
 
 
 class UserError(Exception):
-    """Input that cannot be run. Its text is one sentence: what is wrong and what to do; the doors exit with status 2."""
+    """Input that cannot be run. Its text is one sentence, what is wrong and what to do; the doors exit with status 2."""
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -37,8 +37,8 @@ class Concept:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image to generate and judge. `id` and `seed` are fixed by the Task and the same for every method; `concept` is
-    the label a judge looks for in the image (for a synonym of the erased concept: the erased concept)."""
+    """One image to generate and judge. `id` and `seed` are fixed by the Task and the same for every method; `concept`
+    is the label a judge looks for in the image (for a synonym of the erased concept: the erased concept)."""
 
     id: str
     text: str
@@ -51,8 +51,8 @@ class Prompt:
 class TextStates:
     """Encoded prompts, as the U-Net's cross-attention reads them.
 
-    states (B, T, D) float32: last hidden state after the final norm. first, last (B,) int64: rows of the subject's first
-    and last sub-token (-1 where no subject was asked for). length (B,) int64: the row of the first end-of-text token.
+    states (B, T, D) float32: last hidden state after the final norm. first, last (B,) int64: rows of the subject's
+    first and last sub-token (-1 where no subject was asked for). length (B,) int64: the row of the first end-of-text.
     pooled (B, E) where the U-Net takes one (SDXL), else None.
     """
 
@@ -87,10 +87,11 @@ class Moments:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What was mined around one concept. Only rows marked in `*_rows` were perturbed or count; the others equal the prompt's.
+    """What was mined around one concept. Only rows marked in `*_rows` were perturbed or count; the others equal the
+    prompt's.
 
-    near, near_targets (S, T, D); near_rows (S, T) bool; beyond (S', T, D); beyond_rows (S', T) bool. A side asked for as an
-    exact expectation has no points (S = 0) and stands in `moments`.
+    near, near_targets (S, T, D); near_rows (S, T) bool; beyond (S', T, D); beyond_rows (S', T) bool. A side asked for
+    as an exact expectation has no points (S = 0) and stands in `moments`.
     """
 
     near: Tensor
@@ -103,8 +104,8 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Edit:
-    """A closed-form edit of W_K / W_V. Either `map` (D, D) float64, meaning W = W0 @ map for every cross-attention layer, or
-    `weights` {layer name: (out, D)}. `info` is logged as `edit/*` (condition number, residuals, ...)."""
+    """A closed-form edit of W_K / W_V. Either `map` (D, D) float64, meaning W = W0 @ map for every cross-attention
+    layer, or `weights` {layer name: (out, D)}. `info` is logged as `edit/*` (condition number, residuals, ...)."""
 
     map: Tensor | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -114,7 +115,7 @@ class Edit:
 @dataclass(frozen=True)
 class LoraSpec:
     """Low-rank adapters h = W x + (alpha / rank) B A x on the U-Net modules whose names end in one of `targets`
-    ("attn2.to_k"). `init` is the law of A: "gaussian" N(0, 1/rank^2) or "kaiming" (PEFT's default); B starts at zero."""
+    ("attn2.to_k"). `init` is the law of A: "gaussian" N(0, 1/rank^2) or "kaiming" (PEFT's default); B starts at 0."""
 
     rank: int = 1
     alpha: float = 1.0
@@ -135,8 +136,8 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one image. value: probability (0-1) or score of the prompt's concept, NaN = unscored (it leaves
-    the denominator). label: the judge's first choice. detail: anything else worth keeping (JSON-able)."""
+    """What a judge says of one image. value: probability (0-1) or score of the prompt's concept, NaN = unscored (it
+    leaves the denominator). label: the judge's first choice. detail: anything else worth keeping (JSON-able)."""
 
     prompt_id: str
     value: float
@@ -202,7 +203,9 @@ class Backbone(Protocol):
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
-    def predict_noise(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None = None) -> Tensor: ...
+    def predict_noise(
+        self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None = None
+    ) -> Tensor: ...
 
     def sample(
         self,
@@ -268,8 +271,8 @@ class LatentSource(Protocol):
 
 
 class Aligner(Protocol):
-    """Method part `align`: the gradient part. The sum of the returned terms is minimised; each is logged as train/<term>. A
-    term without a gradient (detached) is logged only. `step` counts from 1; the pair's tensors are on the CPU."""
+    """Method part `align`: the gradient part. The sum of the returned terms is minimised; each is logged as
+    train/<term>. A term without a gradient (detached) is logged only. `step` counts from 1; the pair's tensors are on the CPU."""
 
     steps: int
     lr: float

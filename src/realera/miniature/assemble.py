@@ -7,9 +7,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from realera.miniature.denoiser import SCHEDULE
+from realera.paths import whole
 
 
 def assemble(parts: Path, out: Path) -> None:
@@ -27,12 +30,24 @@ def assemble(parts: Path, out: Path) -> None:
     beside = out.with_name(f".{out.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(beside, safe_serialization=True)
+    prefixed(beside / "text_encoder" / "model.safetensors")
     shutil.copytree(parts / "judge", beside / "judge")
     for extra in ("vocab.json", "merges.txt"):  # readers of the older layout want these two beside tokenizer.json
         if (parts / "tokenizer" / extra).is_file():
             shutil.copy(parts / "tokenizer" / extra, beside / "tokenizer" / extra)
     shutil.rmtree(out, ignore_errors=True)
     beside.rename(out)
+
+
+def prefixed(file: Path) -> None:
+    """Renames a text encoder's tensors as hub checkpoints name them, with `text_model.` in front. Transformers 5 writes
+    them without it and reads both; transformers 4 reads this form only."""
+    with safe_open(file, "pt") as held:
+        metadata = held.metadata()
+        tensors = {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    renamed = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in tensors.items()}
+    with whole(file) as beside:
+        save_file(renamed, beside, metadata=metadata)
 
 
 def megabytes(folder: Path) -> float:
