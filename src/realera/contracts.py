@@ -21,7 +21,7 @@ concept without naming it, and words for it that no training caption of the back
 
 
 class UserError(Exception):
-    """Input that cannot be run. Its text is one sentence, what is wrong and what to do; the doors exit with status 2."""
+    """Input that cannot be run. Its text is one sentence, what is wrong and what to do; the doors exit with 2."""
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -272,7 +272,8 @@ class LatentSource(Protocol):
 
 class Aligner(Protocol):
     """Method part `align`: the gradient part. The sum of the returned terms is minimised; each is logged as
-    train/<term>. A term without a gradient (detached) is logged only. `step` counts from 1; the pair's tensors are on the CPU."""
+    train/<term>. A term without a gradient (detached) is logged only. `step` counts from 1; the pair's tensors are on
+    the CPU."""
 
     steps: int
     lr: float
