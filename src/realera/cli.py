@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,6 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -39,41 +37,37 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: one translation, here
     os.environ.setdefault("REALERA_STAMP", time.strftime("%Y%m%d-%H%M%S"))  # a distributed run's children agree on it
-    arguments = sys.argv[1:]
+    arguments = flags_first(sys.argv[1:])
     register_resolvers()
     set_up_log()
-    composed = False
+    met: list[Exception] = []  # by a step: not errors of the config, whatever their class
 
     def run(cfg: DictConfig) -> None:
-        nonlocal composed
         cfg = with_judge(cfg, config_name)
-        composed = True
         try:
             step(cfg)
-        except UserError as error:
-            if not in_sweep():
-                fail(str(error))  # SystemExit passes Hydra, which would add a line of its own to any other exception
-            print(f"error: {error}", file=sys.stderr)
-            raise
-        except InstantiationException as error:
-            if in_sweep() or (sentence := complaints.of_instantiation(error)) is None:
+        except Exception as error:
+            met.append(error)
+            sentence = complaints.of_step(error)
+            if sentence is None:
                 raise
-            fail(sentence)
+            if not in_sweep():
+                fail(sentence)  # SystemExit passes Hydra, which would add a line of its own to any other exception
+            print(f"error: {sentence}", file=sys.stderr)
+            raise  # the sweep goes on with its other jobs, and hands this back at its end
 
-    if positional:
-        sys.argv[1:] = gather(arguments, positional)
+    sys.argv[1:] = gather(arguments, positional) if positional else arguments
     try:
-        # Hydra names the job after the module of the function it wraps.
         hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(run)()
-    except UserError as error:
-        fail("a job of the sweep was refused, as said above" if composed else str(error))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if composed:
-            raise
-        fail(complaints.of_config(error, config_name, arguments))
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if error not in met:
+            fail(complaints.of_config(error, config_name, arguments))
+        if complaints.of_step(error) is None:
+            raise
+        fail("a job of the sweep was refused, as said above; the others were done")
 
 
 def fail(sentence: str) -> NoReturn:
@@ -84,6 +78,12 @@ def fail(sentence: str) -> NoReturn:
 
 def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """The command line with its key=value words last: Hydra's parser takes them in one stretch only."""
+    settings = [word for word in arguments if "=" in word and not word.startswith("-")]
+    return [*(word for word in arguments if word not in settings), *settings]
 
 
 def gather(arguments: list[str], key: str) -> list[str]:
@@ -201,9 +201,9 @@ def set_up_log() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def say_backbone(config: Mapping[str, Any]) -> None:
-    """The one log line on which backbone was taken and why."""
+def say_backbone(config: Mapping[str, Any], run: str | None = None) -> None:
+    """The one log line on which backbone was taken and why; `run`: the existing run whose own it is."""
     name, why = default_backbone()
     taken = config["backbone"]["name"]
-    asked = any(re.match(r"\+*backbone=", word) for word in sys.argv[1:])
-    log.info("backbone %s (%s)", taken, "as asked" if asked or taken != name else why)
+    asked = taken != name or any(word.startswith("backbone=") for word in sys.argv[1:])
+    log.info("backbone %s (%s)", taken, f"of {run}" if run else "as asked" if asked else why)

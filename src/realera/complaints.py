@@ -17,29 +17,35 @@ from realera.contracts import UserError
 
 
 def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
-    """The sentence for an error met while the config was composed from the command line's `arguments`."""
-    for cause in _chain(error):
-        if isinstance(cause, UserError):
-            return str(cause)
+    """The sentence for an error met while the config was composed from the command line's `arguments`.
+
+    Raises:
+        Exception: `error` itself, where it is none of Hydra's, OmegaConf's or ours.
+    """
+    if told := _told(error):
+        return told
+    if not isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
+        raise error
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(error.missing_cfg_file, error.options or ())
     if isinstance(error, OverrideParseException):
         return _unreadable(str(error.override))
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
-        return _unreadable(found[1])
+        return (
+            f"{found[1]} holds several values: add -m to try one after the other, or quote a text: {_quoted(found[1])}"
+        )
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1].split("@")[0], config_name, arguments)
-    if found := re.search(r"Key '([^']+)' is not in struct", text):
-        return _unknown_key(found[1], config_name, arguments)
     return first_line(error)
 
 
-def of_instantiation(error: InstantiationException) -> str | None:
-    """The sentence for a node that could not be built, or None where the fault is the code's and not the settings'."""
-    for cause in _chain(error):
-        if isinstance(cause, UserError):
-            return str(cause)
+def of_step(error: Exception) -> str | None:
+    """The sentence for an error that a run met, or None where the fault is the code's and not the settings'."""
+    if told := _told(error):
+        return told
+    if not isinstance(error, InstantiationException):
+        return None
     where = re.search(r"full_key: (\S+)", str(error))
     place = f"{where[1]}: " if where else ""
     for cause in _chain(error):
@@ -52,9 +58,8 @@ def of_instantiation(error: InstantiationException) -> str | None:
 
 def of_value(error: OmegaConfBaseException) -> str:
     """The sentence for a value that could not be resolved."""
-    told = next((str(cause) for cause in _chain(error) if isinstance(cause, UserError)), None)
     place = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
-    return told or first_line(error) + place
+    return _told(error) or first_line(error) + place
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -67,6 +72,11 @@ def first_line(error: BaseException) -> str:
     """An exception's message without its tail of positions and advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _told(error: BaseException) -> str | None:
+    """The text of the UserError that `error` is, or was raised from."""
+    return next((str(cause) for cause in _chain(error) if isinstance(cause, UserError)), None)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -88,11 +98,17 @@ def _unreadable(override: str) -> str:
     if not given:
         return f"'{override}' is no setting: write key=value, or a flag such as --help or -m."
     bare = value.strip("'\"")
-    quoted = f'"{key}=\\"{bare}\\""' if "'" in bare else f"{key}='\"{bare}\"'"
     return (
         f"{key}={bare} cannot be read as it stands: text with commas, parentheses, apostrophes, brackets, accents or "
-        f"colons needs quotes inside the shell's quotes: {quoted}"
+        f"colons needs quotes inside the shell's quotes: {_quoted(override)}"
     )
+
+
+def _quoted(override: str) -> str:
+    """An override as a shell and Hydra both take it for one text."""
+    key, _, value = override.partition("=")
+    bare = value.strip("'\"")
+    return f'"{key}=\\"{bare}\\""' if "'" in bare else f"{key}='\"{bare}\"'"
 
 
 def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
@@ -100,12 +116,28 @@ def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
     chosen = [word for word in arguments if word.partition("=")[0] in groups]
     try:
         with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
-            known = {*_keys(OmegaConf.to_container(compose(config_name, chosen), resolve=False)), *groups}
+            composed = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
     except (HydraException, OmegaConfBaseException):  # a second fault: the first is told without a suggestion
-        known = set(groups)
+        composed = {}
+    composed = {**dict.fromkeys(groups), **composed} if isinstance(composed, dict) else {}
+    if parent := _null_above(key, composed):
+        return f"there is no setting '{key}', because {parent} is null here: choose one that has it."
+    known = {*_keys(composed), *groups}
     same_end = {k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]}
     meant = did_you_mean(key, same_end) or did_you_mean(key, known)
     return f"there is no setting '{key}'{meant or '; --help lists them.'}"
+
+
+def _null_above(key: str, config: Any) -> str:
+    """The part of a dotted key that is null in the config; empty where there is none."""
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1], 1):
+        if not isinstance(config, Mapping) or part not in config:
+            return ""
+        config = config[part]
+        if config is None:
+            return ".".join(parts[:depth])
+    return ""
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ def demo(cfg: DictConfig) -> None:
     run = runs.open_run(str(config["run"] or latest()))
     preflight.check_run(run)
     preflight.check_model(run.config["backbone"])
-    cli.say_backbone(run.config)
+    cli.say_backbone(run.config, str(run.folder))
 
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
 

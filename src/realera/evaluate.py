@@ -24,7 +24,8 @@ def evaluate(cfg: DictConfig) -> None:
     preflight.check_model(run.config["backbone"])
     if not original:
         preflight.check_run(run)
-    cli.say_backbone(run.config)
+    runs.begin(run)
+    cli.say_backbone(run.config, None if original else str(run.folder))
 
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
     from realera.evaluation.report import write_report

@@ -24,7 +24,7 @@ def generate(cfg: DictConfig) -> None:
     preflight.check_writable(out, "out")
     preflight.check_run(run)
     preflight.check_model(run.config["backbone"])
-    cli.say_backbone(run.config)
+    cli.say_backbone(run.config, str(run.folder))
 
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
 

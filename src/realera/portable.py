@@ -14,6 +14,7 @@ from tempfile import mkdtemp
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from realera import paths
 from realera.backbones import folder as checkpoint
@@ -59,13 +60,15 @@ def merged(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dict[str
 
 def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[Lora, float]:
     """Each change cut to its `rank` largest singular values, and the relative error ||change - cut|| / ||change|| over
-    all layers (Frobenius)."""
+    all layers (Frobenius). A smaller layer is filled up with zeros: readers want one rank and one alpha for all."""
     lora: Lora = {}
     lost = whole = 0.0
     for name, change in changes.items():
         left, values, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
         root = values[:rank].sqrt()
-        down, up = root[:, None] * right[:rank], left[:, :rank] * root
+        lacking = max(0, rank - len(root))
+        down = pad(root[:, None] * right[:rank], (0, 0, 0, lacking))
+        up = pad(left[:, :rank] * root, (0, lacking))
         if change.dim() > 2:  # a convolution: the kernel goes to `down`, `up` is 1 x 1
             down, up = down.reshape(-1, *change.shape[1:]), up[:, :, None, None]
         lora[name] = (down.float().contiguous(), up.float().contiguous())

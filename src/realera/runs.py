@@ -77,22 +77,35 @@ def claim(config: dict[str, Any]) -> Run:
     if folder.exists() and config.get("overwrite"):
         _clear(folder)
     there = read_config(folder) if (folder / paths.CONFIG).is_file() else None
-    if there is None and folder.is_dir() and any(folder.iterdir()):
+    if there is None and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds files and is no run folder: choose another run_dir.")
     if there is not None and (differs := difference(identity(there), identity(config))):
         raise UserError(
             f"{folder} holds a run of other settings ({differs}): choose another run_dir, or set overwrite=true."
         )
-    done = (folder / (paths.REPORT if config.get("evaluate", True) else paths.ERASED)).is_file()
-    same_judge = there is not None and (not config.get("evaluate", True) or there.get("judge") == config.get("judge"))
-    if not (done and same_judge):
-        try:
-            paths.write_text(folder / paths.CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        except OSError as error:
-            raise UserError(
-                f"{folder} cannot be written ({error.strerror or error}): choose another run_dir."
-            ) from error
-    return Run(folder, config, finished=done and same_judge)
+    evaluated = config.get("evaluate", True)
+    wanted = (paths.METRICS, paths.REPORT) if evaluated else (paths.ERASED,)
+    same_judge = there is not None and (not evaluated or there.get("judge") == config.get("judge"))
+    run = Run(folder, config, finished=same_judge and all((folder / name).is_file() for name in wanted))
+    if not run.finished:
+        begin(run)
+    return run
+
+
+def begin(run: Run) -> None:
+    """Writes the settings of a run that is to be carried out, and takes away the numbers of earlier ones.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+        paths.write_text(run.folder / paths.CONFIG, text)
+        for name in (paths.METRICS, paths.REPORT):
+            (run.folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{run.folder} cannot be written ({reason}): choose another run_dir.") from error
 
 
 def open_run(name: str) -> Run:

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from realera.evaluation.metrics import scalars
-from realera.evaluation.records import read_manifest, read_verdicts, verdict_file
+from realera.evaluation.sheets import image_rows
 from realera.runs import Run, digest, identity
 
 ROWS_PER_SPLIT = 12  # images of each split in the table
@@ -46,14 +46,14 @@ def finish(loggers: Sequence[Logger]) -> None:
 
 
 def _table(folder: Path, judge: str) -> Any:
+    """Images beside each other with their verdict, the first of each split."""
     import wandb
 
-    table = wandb.Table(columns=["prompt", "seed", "split", "original", "erased", "verdict", "value"])
+    table = wandb.Table(columns=["prompt", "seed", "split", "original", "erased", "verdict"])
     taken: dict[str, int] = {}
-    for row, verdict in zip(read_manifest(folder), read_verdicts(verdict_file(folder, judge))):
-        split = row.prompt.split
+    for prompt, seed, split, original, erased, verdict in image_rows(folder, judge):
         taken[split] = taken.get(split, 0) + 1
         if taken[split] <= ROWS_PER_SPLIT:
-            before, after = (wandb.Image(str(row.path(folder, which))) for which in ("original", "erased"))
-            table.add_data(row.prompt.text, row.prompt.seed, split, before, after, verdict.label, verdict.value)
+            before = wandb.Image(str(original)) if original else None
+            table.add_data(prompt, seed, split, before, wandb.Image(str(erased)), verdict)
     return table

@@ -1,0 +1,94 @@
+"""One page for several runs (a sweep, say): what differs between them, their numbers, and a strip of images of each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from realera import paths
+from realera.contracts import UserError
+from realera.evaluation.sheets import first_pairs, sheets
+
+TEMPLATE = "overview.html.j2"
+COLUMNS = ("acc_e", "acc_g", "acc_s", "h_o", "acc_a", "acc_u")
+APART = ("run_dir", "overwrite", "logger", "images_at_once", "evaluate")  # settings that no number depends on
+
+
+def write_overview(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Writes the page of several finished runs, best H_o first, and returns its path.
+
+    Raises:
+        UserError: none of them is finished.
+    """
+    runs = [_read(folder, out.parent) for folder in run_dirs if (folder / paths.METRICS).is_file()]
+    if not runs:
+        raise UserError("none of these runs was judged yet: finish them, or give evaluate=true.")
+    settings = [flat(run.pop("config")) for run in runs]
+    names = differing(settings)
+    for run, own in zip(runs, settings):
+        run["settings"] = [(name, _short(own.get(name))) for name in names]
+    runs.sort(key=lambda run: -(run["measures"]["h_o"]["value"] or 0))
+    shared = [(name, _short(settings[0][name])) for name in ("concept", "method.name", "backbone.name", "seed")]
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = env.get_template(TEMPLATE).render(
+        runs=runs,
+        names=names,
+        shared=[(n, v) for n, v in shared if n not in names],
+        unfinished=len(run_dirs) - len(runs),
+    )
+    paths.write_text(out, page)
+    return out
+
+
+def flat(node: Any, at: str = "") -> dict[str, Any]:
+    """A nested config as {"method.neighbours.m": 5, ...}."""
+    if not isinstance(node, Mapping):
+        return {at: node}
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= flat(value, f"{at}.{key}" if at else str(key))
+    return found
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings that are not the same in all runs, in the order of the configs."""
+    names = dict.fromkeys(name for own in settings for name in own)
+    told = [name for name in names if name.partition(".")[0] not in APART and not name.endswith("_target_")]
+    different = [name for name in told if len({json.dumps(own.get(name), default=str) for own in settings}) > 1]
+    # task.concepts repeats concept, and of a method's parts its name says enough where the methods differ.
+    different = [name for name in different if not name.startswith(("task.concepts", "task.anchor"))]
+    if "method.name" in different:
+        different = [name for name in different if name == "method.name" or not name.startswith("method.")]
+    return different
+
+
+def _read(folder: Path, beside: Path) -> dict[str, Any]:
+    config = yaml.safe_load((folder / paths.CONFIG).read_text(encoding="utf-8"))
+    metrics = json.loads((folder / paths.METRICS).read_text(encoding="utf-8"))
+    judge = metrics["protocol"].get("judge", {}).get("judge")
+    sheet = sheets(folder, judge) if (folder / paths.MANIFEST).is_file() else {}
+    page = folder / paths.REPORT
+    return {
+        "config": config,
+        "name": folder.name,
+        "link": Path(os.path.relpath(page, beside)).as_posix() if page.is_file() else "",
+        "measures": {name: metrics[metrics["headline"]][name] for name in COLUMNS},
+        "pairs": first_pairs(sheet),
+    }
+
+
+def _short(value: Any) -> str:
+    text = "–" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"

@@ -1,0 +1,205 @@
+"""Bad input, as typed: one sentence on stderr, exit status 2, nothing written, and no time lost on heavy imports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from realera import cli, complaints
+from realera.contracts import UserError
+
+LIMIT = 6.0  # seconds; about 0.6 on an idle machine, and the promise is 3
+HEAVY = ("torch", "numpy", "diffusers", "transformers", "lightning", "wandb", "peft", "PIL")
+
+
+def door(*words: str, cwd: Path, name: str = "train", **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m realera.<name> words` in `cwd`, with no hub to reach."""
+    source = Path(cli.__file__).parents[1]
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "WANDB_", "REALERA_"))}
+    surroundings = {
+        **inherited,
+        "PYTHONPATH": str(source),
+        "HF_HOME": str(cwd / "hf"),
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # refuses at once
+        "no_proxy": "*",
+        **env,
+    }
+    return subprocess.run(
+        [sys.executable, "-m", f"realera.{name}", *words], cwd=cwd, env=surroundings, capture_output=True, text=True
+    )
+
+
+LONG = " ".join(["word"] * 2000)
+BAD = {  # what is typed -> words that the answer must hold
+    ("concept=",): ["concept", "empty"],
+    (f"concept={LONG}",): ["2000 words"],
+    ("concept=airplane", "anchor=airplane"): ["airplane", "anchor"],
+    ("concept=airplane", "task=objct"): ["no task 'objct'", "did you mean 'object'"],
+    ("concept=airplane", "method=ucee"): ["no method 'ucee'", "did you mean 'uce'"],
+    ("concept=airplane", "backbone=sd15"): ["no backbone 'sd15'", "did you mean 'sd14'"],
+    ("concept=airplane", "metod=uce"): ["no setting 'metod'", "did you mean 'method'"],
+    ("concept=airplane", "method.neighbours.mm=3"): ["did you mean 'method.neighbours.m'"],
+    ("concept=airplane", "method=uce", "method.align.steps=3"): ["method.align is null"],
+    ("concept=airplane", "method.neighbours.d1=-1"): ["d1=-1"],
+    ("concept=airplane", "method.neighbours.s_lo=0.9", "method.neighbours.s_hi=0.5"): ["s_lo=0.9", "s_hi=0.5"],
+    ("concept=airplane", "method.neighbours.s_hi=0.5", "method.neighbours.s_lo=0.4", "method.neighbours.d1=1"): [
+        "d1=1",
+        "raise d1 above",
+    ],
+    ("concept=airplane", "method.neighbours.m=0"): ["m=0"],
+    ("concept=../../x",): ["../../x"],
+    ("concept=../../x", "anchor=sky"): ["../../x", "path"],
+    ("concept=airplane", "run_dir=occupied/run"): ["run_dir=occupied/run cannot be written"],
+    ("concept=airplane", "backbone.pretrained=nowhere"): ["nowhere"],
+    ("concept=airplane", "seed=-1"): ["seed=-1"],
+    ("concept=airplane", "seed=1,2"): ["-m"],
+    ("concept=airplane", "evaluate=perhaps"): ["evaluate=perhaps"],
+    ("concept=Beyonce (singer)",): ["""concept='"Beyonce (singer)"'"""],
+    ("concept=Ocean's Eleven",): [r'''"concept=\"Ocean's Eleven\""'''],
+    ("concept=airplane", "-m", "trainer=ddp"): ["-m", "trainer=default"],
+    ("airplane",): ["'airplane' is no setting", "key=value"],
+    (): ["concept", "empty"],
+}
+
+
+@pytest.mark.parametrize("words", BAD, ids=lambda words: " ".join(words)[:60] or "nothing")
+def test_bad_input_gets_one_sentence(words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_text("a file where a folder is wanted")
+    began = time.monotonic()
+    done = door(*words, "backbone.name=mini", cwd=tmp_path)
+    spent = time.monotonic() - began
+    answers = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert answers, done.stderr
+    if "-m" not in words:  # a sweep says which job it was as well
+        assert done.stderr.splitlines() == answers[:1]
+    assert all(part in answers[0] for part in BAD[words]), answers[0]
+    assert spent < LIMIT
+    assert not (tmp_path / "runs").exists() or "-m" in words
+    assert not (tmp_path.parent / "x").exists()
+
+
+def test_an_uncached_model_without_a_network_names_the_remedies(tmp_path: Path) -> None:
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        began = time.monotonic()
+        done = door("concept=airplane", "backbone=sd14", cwd=tmp_path, **env)
+        assert done.returncode == 2
+        assert time.monotonic() - began < LIMIT
+        for part in ("CompVis/stable-diffusion-v1-4", str(tmp_path / "hf"), "backbone=mini", "pretrained=", "HF_HOME"):
+            assert part in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_torn_or_missing_weights_file_is_named(tiny_sd: Path, tmp_path: Path) -> None:
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd, model)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    words = ("concept=airplane", "backbone=mini", f"backbone.pretrained={model}")
+    for state in ("torn", "lacks"):
+        began = time.monotonic()
+        done = door(*words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert time.monotonic() - began < LIMIT
+        assert state in done.stderr and weights.name in done.stderr
+        weights.unlink(missing_ok=True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_prompt_that_is_cut_before_the_concept_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    template = " ".join(["a"] * 90) + " {}"
+    done = door(
+        "concept=airplane",
+        "backbone=mini",
+        f"backbone.pretrained={tiny_sd}",
+        "backbone.text={width:32,row_norm:5.7,max_length:77}",
+        f"task.templates=['{template}']",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "cut at 77 tokens" in done.stderr and "'airplane'" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_comes_fast_and_names_what_there_is(tmp_path: Path) -> None:
+    for name in ("train", "evaluate", "generate", "export", "report", "demo"):
+        began = time.monotonic()
+        done = door("--help", name=name, cwd=tmp_path)
+        assert time.monotonic() - began < LIMIT
+        assert done.returncode == 0, done.stderr
+        assert f"python -m realera.{name}" in done.stdout
+        assert "Hydra" not in done.stdout
+
+
+def test_nothing_heavy_is_imported_before_the_settings_are_good(tmp_path: Path) -> None:
+    watch = (
+        "import sys\nfrom realera.train import main\nsys.argv = ['train', 'concept=airplane', 'backbone.pretrained=nowhere']\n"
+        f"try:\n    main()\nexcept SystemExit:\n    pass\nprint([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", watch],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_bare_words_fill_the_list_and_flags_come_first() -> None:
+    assert cli.gather(["runs/a", "out=x", "it's", "--cfg"], "runs") == ["out=x", "--cfg", "runs=['runs/a','it\\'s']"]
+    assert cli.gather(["out=x"], "runs") == ["out=x"]
+    assert cli.flags_first(["a=1", "-m", "b=2"]) == ["-m", "a=1", "b=2"]
+
+
+def test_by_backbone_takes_the_backbones_own_entry_or_the_default() -> None:
+    cli.register_resolvers()
+    text = 'backbone: {name: mini}\nlr: "${by_backbone:{default: 1e-5, mini: 1e-3}}"\nm: "${by_backbone:{sd14: 2}}"'
+    cfg = OmegaConf.create(yaml.safe_load(text))
+    assert cfg.lr == 1e-3
+    cfg.backbone.name = "sd14"
+    assert (cfg.lr, cfg.m) == (1e-5, 2)
+    cfg.backbone.name = "other"
+    assert cfg.lr == 1e-5
+    with pytest.raises(UserError, match="no value is known for backbone other"):
+        cli.plain(cfg)
+
+
+def test_the_default_backbone_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    for devices, build, expected in ((0, "2.9.0", "mini"), (1, "2.9.0+cpu", "mini"), (1, "2.9.0+cu128", "sd14")):
+        cli.default_backbone.cache_clear()
+        monkeypatch.setattr(cli, "cuda_devices", lambda n=devices: n)
+        monkeypatch.setattr(cli.metadata, "version", lambda name, v=build: v)
+        name, why = cli.default_backbone()
+        assert name == expected and why
+    cli.default_backbone.cache_clear()
+
+
+def test_wandb_is_online_only_for_who_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert cli.wandb_mode() == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x")
+    assert cli.wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert cli.wandb_mode() == "disabled"
+
+
+def test_an_error_of_the_code_keeps_its_traceback() -> None:
+    assert complaints.of_step(RuntimeError("a bug")) is None
+    wrapped = RuntimeError("outside")
+    wrapped.__cause__ = UserError("inside")
+    assert complaints.of_step(wrapped) == "inside"
+    with pytest.raises(ZeroDivisionError):
+        complaints.of_config(ZeroDivisionError(), "train", [])

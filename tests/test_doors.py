@@ -1,0 +1,291 @@
+"""The whole road on a tiny random model: train, evaluate, generate, export, report, demo, as typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.server import ThreadingHTTPServer
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from realera import cli, runs
+from realera.webpage import handler
+
+SMALL = [
+    "backbone=mini",
+    "backbone.text={width:32,row_norm:5.7,max_length:77}",
+    "backbone.sampler.steps=2",
+    "task.images={erase:2,near:1,keep:1,associated:1,unseen:1}",
+    "judge=miniature",
+    "trainer=cpu",
+]
+METHOD = ["method.align.steps=3", "method.latents.images=2", "method.latents.batch=1", "logger=none"]
+Type = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature judge with random weights that knows the ten classes."""
+    from realera.judges.miniature_net import JudgeConfig, MiniatureCLIP, PlainCNN, save_judge
+    from realera.tasks.objects import ObjectTask
+
+    labels = ObjectTask("airplane").labels
+    config = JudgeConfig(
+        words=tuple(sorted({"a", "of", "photo", "the", *labels})),
+        labels={name: f"a photo of the {name}" for name in labels},
+        channels=(8, 8, 12),
+        plain_channels=(8, 8, 8),
+        width=16,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("judge")
+        save_judge(folder, config, MiniatureCLIP(config), PlainCNN(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def type_in(place: Path, tiny_sd: Path, judge: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
+    """Runs a door in this process, in one working directory that the tests of this file share."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("REALERA_CACHE", str(place / "cache"))
+    monkeypatch.setenv("REALERA_STAMP", "stamp")
+
+    def run(name: str, *words: str, small: bool = True) -> None:
+        model = [*SMALL, f"backbone.pretrained={tiny_sd}", f"judge.weights={judge}"] if small else []
+        monkeypatch.setattr(sys, "argv", [name, *words, *model])
+        import_module(f"realera.{name}").main()
+
+    return run
+
+
+@pytest.fixture
+def run_dir(type_in: Type, place: Path) -> Path:
+    """A finished RealEra run; the first test that asks for it makes it."""
+    type_in("train", "concept=airplane", *METHOD)
+    return next(path for path in (place / "runs").glob("airplane-realera-mini-*"))
+
+
+def test_train_leaves_a_run_that_explains_itself(
+    run_dir: Path, type_in: Type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (
+        "config.yaml",
+        "erased.safetensors",
+        "map.safetensors",
+        "manifest.jsonl",
+        "metrics.json",
+        "report.html",
+    ):
+        assert (run_dir / name).is_file(), name
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert metrics["protocol"]["judge"]["judge"] == "miniature"
+    assert metrics["protocol"]["sampler"]["steps"] == 2
+    assert metrics["original"] is not None
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["concept"] == "airplane" and config["judge"]["_target_"].endswith("MiniatureJudge")
+    assert config["method"]["align"]["lr"] == 1e-3  # the miniature's own default, resolved
+
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    capsys.readouterr()
+    type_in("train", "concept=airplane", *METHOD)
+    shown = capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before  # finished: shown, not redone
+    for part in ("Acc_e", "Acc_s", "Acc_g", "H_o", "original", "erased", "report.html", "erased.safetensors"):
+        assert part in shown
+
+
+def test_another_judge_judges_the_same_images_again(run_dir: Path, type_in: Type) -> None:
+    images = {path: path.stat().st_mtime_ns for path in (run_dir / "images").iterdir()}
+    type_in("train", "concept=airplane", *METHOD, "judge.mode=clip_score")
+    assert {path: path.stat().st_mtime_ns for path in (run_dir / "images").iterdir()} == images
+    assert json.loads((run_dir / "metrics.json").read_text())["protocol"]["judge"]["mode"] == "clip_score"
+
+
+def test_evaluate_judges_a_run_again_and_refuses_another_backbone(
+    run_dir: Path, type_in: Type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "metrics.json").unlink()
+    type_in("evaluate", f"run={run_dir}", small=False)
+    assert (run_dir / "metrics.json").is_file()
+    with pytest.raises(SystemExit) as left:
+        type_in("evaluate", f"run={run_dir}", "backbone=sd14", small=False)
+    assert left.value.code == 2
+    assert "backbone is fixed by the run" in capsys.readouterr().err
+
+
+def test_evaluate_gives_the_unedited_models_row(type_in: Type, place: Path) -> None:
+    type_in("evaluate", "run=original", "concept=cat")
+    folder = next((place / "runs").glob("cat-original-mini-*"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["original"] is None
+    assert metrics["mean_prob"]["acc_e"]["n"] == 2
+    assert not (folder / "erased.safetensors").exists()
+
+
+def test_generate_draws_what_was_asked(run_dir: Path, type_in: Type, place: Path) -> None:
+    words = ("generate", f"run={run_dir}", 'prompts=["a photo of a plane, red","../x"]', "seeds=[0,7]", "out=drawn")
+    type_in(*words, small=False)
+    lines = [json.loads(line) for line in (place / "drawn" / "manifest.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["seed"]) for line in lines] == [
+        (text, seed) for text in ("a photo of a plane, red", "../x") for seed in (0, 7)
+    ]
+    assert all((place / "drawn" / line["file"]).is_file() for line in lines)
+    assert len(list((place / "drawn" / "images").iterdir())) == 4
+    assert not list(place.glob("*.png")) and not list((place / "drawn").glob("*.png"))
+
+
+def test_an_exported_pipeline_draws_the_runs_images(run_dir: Path, type_in: Type, place: Path, tiny_sd: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from realera import steps
+
+    type_in("export", f"run={run_dir}", "to=diffusers", "out=pipeline", small=False)
+    loaded = StableDiffusionPipeline.from_pretrained(place / "pipeline").unet
+    ours = steps.load_run(runs.open_run(str(run_dir)))
+    latents, states = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), ours.encode(["a cat", "sky"])
+    with torch.no_grad():
+        expected = ours.predict_noise(latents, torch.tensor([7, 500]), states.states)
+        found = loaded(latents, torch.tensor([7, 500]), states.states).sample
+        with ours.original():
+            before = ours.predict_noise(latents, torch.tensor([7, 500]), states.states)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(before, expected, atol=1e-3)
+
+
+def test_an_exported_lora_carries_the_erasure(
+    run_dir: Path, type_in: Type, place: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    with pytest.raises(SystemExit):
+        type_in("export", f"run={run_dir}", "to=lora", "out=adapter", small=False)
+    assert "rank=16" in capsys.readouterr().err and not (place / "adapter").exists()
+
+    type_in("export", f"run={run_dir}", "to=lora", "rank=32", "out=adapter", small=False)  # 32: the layers' full rank
+    type_in("export", f"run={run_dir}", "to=kohya", "rank=32", "out=adapter", small=False)
+    type_in("export", f"run={run_dir}", "to=diffusers", "out=whole", small=False)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for file in ("pytorch_lora_weights.safetensors", f"{run_dir.name}.safetensors", None):
+        pipe = StableDiffusionPipeline.from_pretrained(tiny_sd if file else place / "whole")
+        if file:
+            pipe.load_lora_weights(place / "adapter", weight_name=file)
+        with torch.no_grad():
+            outputs.append(pipe.unet(latents, torch.tensor([500]), states).sample)
+    assert torch.allclose(outputs[0], outputs[2], atol=1e-4)
+    assert torch.allclose(outputs[1], outputs[2], atol=1e-4)
+
+
+def test_an_exported_map_is_the_runs_own(run_dir: Path, type_in: Type, place: Path) -> None:
+    type_in("export", f"run={run_dir}", "to=map", "out=map", small=False)
+    exported = load_file(place / "map" / "map.safetensors")["map"]
+    assert exported.shape == (32, 32)
+    assert torch.equal(exported, load_file(run_dir / "map.safetensors")["map"])
+
+
+def test_a_sweep_lists_its_runs_and_one_page_shows_them(
+    type_in: Type, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_in("train", "-m", "concept=airplane", "method=uce", "method.edit.ridge=0.5,5", "logger=none")
+    sweep = place / "runs" / "sweeps" / "stamp"
+    listed = runs.runs_in(str(sweep))
+    assert len(listed) == 2 and all((place / folder / "metrics.json").is_file() for folder in listed)
+    type_in("report", str(sweep), small=False)
+    page = (sweep / "report.html").read_text()
+    assert "method.edit.ridge" in page and all(folder.name in page for folder in listed)
+    assert "page to open: " in capsys.readouterr().out
+
+
+def test_a_refused_job_does_not_end_the_sweep(type_in: Type, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        type_in("train", "-m", "concept=nothingknown,deer", "method=uce", "logger=none", "evaluate=false")
+    assert left.value.code == 2
+    assert "error: 'nothingknown' is not one of the classes" in capsys.readouterr().err
+    assert list((place / "runs").glob("deer-uce-mini-*/erased.safetensors"))
+
+
+def test_a_torn_erasure_is_refused_before_torch_would_be_needed(
+    run_dir: Path, type_in: Type, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = place / "runs" / "torn"
+    torn.mkdir(parents=True)
+    (torn / "config.yaml").write_bytes((run_dir / "config.yaml").read_bytes())
+    (torn / "erased.safetensors").write_bytes((run_dir / "erased.safetensors").read_bytes()[:-50])
+    for state in ("torn", "holds no"):
+        with pytest.raises(SystemExit) as left:
+            type_in("generate", f"run={torn}", "prompts=[a cat]", small=False)
+        assert left.value.code == 2
+        assert state in capsys.readouterr().err
+        (torn / "erased.safetensors").unlink(missing_ok=True)
+
+
+def test_the_demo_answers_on_this_machine() -> None:
+    asked: list[tuple[str, int]] = []
+
+    def draw(prompt: str, seed: int) -> dict[str, str]:
+        asked.append((prompt, seed))
+        return {"original": "data:,a", "erased": "data:,b"}
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler(draw, {"title": "t", "about": "a"})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        assert b"<form>" in open_url(f"{root}/").read()
+        assert json.load(open_url(f"{root}/about")) == {"title": "t", "about": "a"}
+        drawn = json.load(open_url(f"{root}/draw?prompt=a%20%3Ccat%3E&seed=3"))
+        assert drawn == {"original": "data:,a", "erased": "data:,b"}
+        assert asked == [("a <cat>", 3)]
+        for bad in ("draw?prompt=&seed=3", "draw?prompt=a&seed=-1", "elsewhere"):
+            with pytest.raises(urllib.error.HTTPError):
+                open_url(f"{root}/{bad}")
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mark",
+    ["fit/last.ckpt", "erased.safetensors", "images/*.png", "verdicts/*.original.jsonl"],
+    ids=lambda m: m.split("/")[0],
+)
+def test_a_killed_run_ends_with_the_same_numbers(mark: str, tiny_sd: Path, judge: Path, tmp_path: Path) -> None:
+    words = [*SMALL, f"backbone.pretrained={tiny_sd}", f"judge.weights={judge}", *METHOD[1:], "method.align.steps=60"]
+    command = [sys.executable, "-m", "realera.train", "concept=airplane", *words, "images_at_once=2"]
+    source = str(Path(cli.__file__).parents[1])
+
+    def start(cwd: Path) -> subprocess.Popen[bytes]:
+        cwd.mkdir(exist_ok=True)
+        env = {**os.environ, "PYTHONPATH": source, "REALERA_CACHE": str(cwd / "cache")}
+        return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    broken = tmp_path / "broken"
+    process = start(broken)
+    until = time.monotonic() + 300
+    while process.poll() is None and not list(broken.glob(f"runs/*/{mark}")) and time.monotonic() < until:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(broken.glob(f"runs/*/{mark}"))
+    assert start(broken).wait() == 0
+    first, second = (next((tmp_path / place).glob("runs/*/metrics.json")).read_text() for place in ("whole", "broken"))
+    assert first == second
