@@ -1,0 +1,251 @@
+"""RealEra (arXiv 2410.09140): mine neighbours of a concept, edit W_K and W_V in closed form, align the noise with a
+LoRA.
+
+The paper has no public code; where it is silent or contradicts itself, what is done is said at the setting. Equation
+numbers are the paper's. Letters: p_c, p_a text states of the prompt with the concept and with the anchor, p' a mined
+neighbour, p'' a point beyond the concept. Shapes: P prompts, T token rows, D text width, B latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import mse_loss
+
+from realera.band import Band, Rows
+from realera.closed_form import NormalEquations
+from realera.contracts import Backbone, Edit, LoraSpec, Miner, Moments, Neighbours, Pair, TextStates, UserError
+from realera.neighbours import align_rows, expected_moments, fit_band, mine_beyond, mine_near
+
+GammaRole = Literal["loss_terms", "loss_terms_swapped", "none"]
+
+
+class Mining:
+    """Neighbour-Concept Mining and Beyond-Concept samples around every training prompt (Algorithm 1, lines 1-23).
+
+    m, n: near and beyond points per prompt; n = 0 mines none beyond; inf is the exact expectation of what sampling
+    tends to, and then weighs as much as m_weight (n_weight) points. The other settings are those of `Band`, by name.
+
+    Raises UserError where a count cannot be; a band that cannot be reached is refused where it meets the text states.
+    """
+
+    def __init__(self, m: float = 5, n: float = 25, m_weight: float = 5.0, n_weight: float = 25.0, **band: Any) -> None:
+        self.m = _count("m", m, least=1)
+        self.n = _count("n", n, least=0)
+        self.m_weight = _positive("neighbours.m_weight", m_weight)
+        self.n_weight = _positive("neighbours.n_weight", n_weight)
+        self.band = Band(**band)
+
+    def __call__(
+        self,
+        pair: Pair,
+        generator: Generator,
+        m: float | None = None,
+        n: float | None = None,
+        prompts: Sequence[int] | None = None,
+    ) -> Neighbours:
+        """As `contracts.Miner`. Whatever `n` asks for, nothing is mined beyond the concept where the setting says 0."""
+        m = self.m if m is None else m
+        n = self.n if n is None or self.n == 0 else n
+        e, e_star, mask = align_rows(pair, self.band.rows)
+        band = fit_band(self.band, e, mask)  # on all prompts, so that a step's single prompt is mined in the same band
+        if prompts is not None:
+            e, e_star, mask = (x[list(prompts)] for x in (e, e_star, mask))
+        near, near_targets, near_rows = e[:0], e_star[:0], mask[:0]
+        beyond, beyond_rows = e[:0], mask[:0]
+        if not math.isinf(m):
+            near, near_targets, near_rows = mine_near(e, e_star, mask, band, int(m), generator)
+        if n > 0 and not math.isinf(n):
+            beyond, beyond_rows = mine_beyond(e, mask, band, int(n), generator)
+        moments: Moments | None = None
+        if math.isinf(m) or math.isinf(n):
+            weights = (self.m_weight if math.isinf(m) else None, self.n_weight if math.isinf(n) else None)
+            moments = expected_moments(e, e_star, mask, band, *weights)
+        return Neighbours(near, near_targets, near_rows, beyond, beyond_rows, moments)
+
+
+class ClosedForm:
+    """Equation 7: W e = W0 e* for every row e of the concept's prompts and every mined neighbour, and W p = W0 p for
+    what lies beyond, in one map for all concepts and layers.
+
+    lambda_preserve: weight of a row beyond (the paper: 0.1, against 1 for an erased row). ridge: weight of ||W -
+    W0||^2, in squared units of the text states (the paper prints none). rows: which rows of the prompts themselves are
+    erased (the same choices as `Band.rows`; the paper: "the concept's token and its subsequent tokens").
+    preserve_prompts: texts all of whose rows but BOS are kept, each with lambda_preserve (the paper adds to a set of
+    preserved concepts that it does not name).
+    """
+
+    def __init__(
+        self,
+        lambda_preserve: float = 0.1,
+        ridge: float = 0.1,
+        rows: Rows = "suffix",
+        preserve_prompts: Sequence[str] = (),
+    ) -> None:
+        self.lambda_preserve = _positive("edit.lambda_preserve", lambda_preserve, least=0.0)
+        self.ridge = _positive("edit.ridge", ridge, least=0.0)
+        if rows not in get_args(Rows):
+            raise UserError(f"method.edit.rows={rows!r} is not known: choose one of {', '.join(get_args(Rows))}.")
+        self.rows = rows
+        self.preserve_prompts = list(preserve_prompts)
+
+    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
+        sums = NormalEquations(backbone.width)
+        erased = near = beyond = 0
+        for pair in pairs:
+            e, e_star, mask = align_rows(pair, self.rows)
+            sums.add_pairs(e[mask], e_star[mask])
+            erased += int(mask.sum())
+        for mined in neighbours:
+            sums.add_pairs(mined.near[mined.near_rows], mined.near_targets[mined.near_rows])
+            sums.add_preserved(mined.beyond[mined.beyond_rows], self.lambda_preserve)
+            near += int(mined.near_rows.sum())
+            beyond += int(mined.beyond_rows.sum())
+            if (q := mined.moments) is not None:
+                if q.near is not None and q.near_cross is not None:
+                    sums.add_moments(q.near_cross, q.near)
+                if q.beyond is not None:
+                    sums.add_moments(q.beyond, q.beyond, self.lambda_preserve)
+        if self.preserve_prompts:
+            kept = backbone.encode(self.preserve_prompts).states[:, 1:]
+            sums.add_preserved(kept.flatten(0, 1), self.lambda_preserve)
+        solution, info = sums.solve(self.ridge)
+        return Edit(map=solution, info={**info, "rows_erased": erased, "rows_near": near, "rows_beyond": beyond})
+
+
+class NoiseAlignment:
+    """Equations 8 and 9 on a LoRA over the edited U-Net, taught by the original one (Algorithm 1, lines 26-32).
+
+        odd steps    || eps(z_t, t, p_c) - eps0(z_t, t, p_a) ||^2
+        even steps   || eps(z_t, t, p')  - eps0(z_t, t, p_a) ||^2  and  || eps(z_t, t, p'') - eps0(z_t, t, p'') ||^2
+
+    with means for norms. A step takes one training prompt at random and mines its points afresh; without a miner every
+    step is an odd one, and where nothing is mined beyond the concept equation 9 has one term.
+
+    steps: optimiser steps, the first is odd (the paper: 200 "epochs"). lr, weight_decay: of AdamW (the paper: 1e-5,
+    unnamed). lora: None trains nothing (the paper: no rank, no modules). gamma1, gamma2, gamma_role: the paper prints
+    0.3 and 0.7 and no use; they weigh the two terms of equation 9 ("loss_terms"), the other way round
+    ("loss_terms_swapped"), or not at all ("none"). m_step, n_step: points mined a step; latent i of the batch takes
+    point i mod m_step.
+    """
+
+    def __init__(
+        self,
+        steps: int = 200,
+        lr: float = 1e-5,
+        weight_decay: float = 0.01,
+        lora: LoraSpec | None = None,
+        gamma1: float = 0.3,
+        gamma2: float = 0.7,
+        gamma_role: GammaRole = "loss_terms",
+        m_step: int = 1,
+        n_step: int = 1,
+    ) -> None:
+        if gamma_role not in get_args(GammaRole):
+            raise UserError(
+                f"method.align.gamma_role={gamma_role!r} is not known: choose one of {', '.join(get_args(GammaRole))}."
+            )
+        if steps < 0:
+            raise UserError(f"method.align.steps={steps} cannot be: give 0 (closed form only) or more.")
+        self.steps = steps
+        self.lr = _positive("align.lr", lr)
+        self.weight_decay = _positive("align.weight_decay", weight_decay, least=0.0)
+        self.lora = lora if lora is None else replace(lora, targets=tuple(lora.targets))  # yaml gives a list
+        self.m_step = _whole("m_step", m_step)
+        self.n_step = _whole("n_step", n_step)
+        first, second = (_positive(f"align.{k}", v, least=0.0) for k, v in (("gamma1", gamma1), ("gamma2", gamma2)))
+        weights = {"loss_terms": (first, second), "loss_terms_swapped": (second, first), "none": (1.0, 1.0)}
+        self.near_weight, self.beyond_weight = weights[gamma_role]
+
+    def loss(
+        self,
+        backbone: Backbone,
+        pair: Pair,
+        mine: Miner | None,
+        latents: Tensor,
+        timesteps: Tensor,
+        step: int,
+        generator: Generator,
+    ) -> dict[str, Tensor]:
+        """{"align"} on odd steps, {"near", "beyond"} on even ones, and without gradient, unweighted, what was
+        weighted."""
+        count = len(latents)
+        prompt = int(torch.randint(len(pair.target.states), (1,), generator=generator))
+        p_a, pooled_a = _repeat(pair.anchor, prompt, count)
+        p_c, pooled_c = _repeat(pair.target, prompt, count)
+
+        if step % 2 == 1 or mine is None:  # equation 8
+            target = _taught(backbone, latents, timesteps, p_a, pooled_a)
+            return {"align": mse_loss(_predict(backbone, latents, timesteps, p_c, pooled_c), target)}
+
+        with torch.autocast("cpu", enabled=False):  # mined in full precision wherever the loop runs
+            mined = mine(pair, generator, m=self.m_step, n=self.n_step, prompts=[prompt])
+        near = _cycle(mined.near, count)
+        if len(mined.beyond) == 0:
+            target = _taught(backbone, latents, timesteps, p_a, pooled_a)
+            terms = {"near": mse_loss(_predict(backbone, latents, timesteps, near, pooled_c), target)}
+        else:  # equation 9: both terms in one pass of each network
+            beyond = _cycle(mined.beyond, count)
+            z_t, t = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+            targets = _taught(backbone, z_t, t, torch.cat([p_a, beyond]), _cat(pooled_a, pooled_c)).chunk(2)
+            outputs = _predict(backbone, z_t, t, torch.cat([near, beyond]), _cat(pooled_c, pooled_c)).chunk(2)
+            terms = {name: mse_loss(out, to) for name, out, to in zip(("near", "beyond"), outputs, targets)}
+        return _weighted(terms, {"near": self.near_weight, "beyond": self.beyond_weight})
+
+
+def _weighted(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
+    plain = {f"{name}_unweighted": term.detach() for name, term in terms.items() if weights[name] != 1}
+    return {**{name: weights[name] * term for name, term in terms.items()}, **plain}
+
+
+def _predict(backbone: Backbone, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
+    """Float32, so that a mean over many small squares is exact enough under bfloat16 autocast."""
+    pooled = None if pooled is None else pooled.to(latents.device)
+    return backbone.predict_noise(latents, timesteps, states.to(latents.device), pooled).float()
+
+
+def _taught(backbone: Backbone, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
+    with torch.no_grad(), backbone.original():
+        return _predict(backbone, latents, timesteps, states, pooled)
+
+
+def _repeat(states: TextStates, prompt: int, count: int) -> tuple[Tensor, Tensor | None]:
+    """One prompt's states (B, T, D) and pooled states (B, E), `count` times."""
+    pooled = states.pooled
+    return (
+        states.states[prompt].expand(count, -1, -1),
+        None if pooled is None else pooled[prompt].expand(count, -1),
+    )
+
+
+def _cycle(points: Tensor, count: int) -> Tensor:
+    """(S, T, D) -> (B, T, D): point i mod S."""
+    return points[torch.arange(count, device=points.device) % len(points)]
+
+
+def _cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else torch.cat([first, second])
+
+
+def _count(name: str, value: float, least: int) -> float:
+    if isinstance(value, bool) or not value >= least or (not math.isinf(value) and value != int(value)):
+        raise UserError(f"{name}={value} is not a number of points per prompt: give a whole number from {least} on.")
+    return value
+
+
+def _whole(name: str, value: int) -> int:
+    if math.isinf(_count(name, value, least=1)):
+        raise UserError(f"method.align.{name}=.inf cannot be: a step takes sampled points, so give a whole number.")
+    return int(value)
+
+
+def _positive(name: str, value: float, least: float | None = None) -> float:
+    if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
+        bound = "above 0" if least is None else f"of {least:g} or more"
+        raise UserError(f"method.{name}={value} cannot be: give a finite number {bound}.")
+    return float(value)

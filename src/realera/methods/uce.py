@@ -1,0 +1,86 @@
+"""UCE (Unified Concept Editing, arXiv 2308.14761): W_K and W_V edited in closed form on the bare names of the concepts.
+
+The official code changed: today it maps one row per concept; the code of 2023, with which the tables of MACE and
+RealEra were made, maps the row of the last sub-token and all rows after it. Both are here, selected by `rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from realera.closed_form import NormalEquations
+from realera.contracts import Backbone, Edit, Neighbours, Pair, TextStates, UserError
+
+Rows = Literal["last", "suffix_2023"]
+
+
+class UnifiedConceptEdit:
+    """One map that takes each concept to its guide and keeps what is preserved.
+
+    rows: "last" = the row of the name's last sub-token; "suffix_2023" = from it to the last row, concept and guide
+    shifted so that their last sub-tokens meet and cut to equal length. guide: the text the concept is taken to; None =
+    each concept's anchor. A blank guide has no sub-token and gives, as in the official code, the row of BOS. preserve:
+    names to keep. "last": the row of the last sub-token; "suffix_2023": all rows, and those of '' always. erase_scale:
+    weight of an erased row (official: 1). preserve_scale: weight of a preserved row; None = the official 1 for "last"
+    and max(0.1, 1 / number of preserved names) for "suffix_2023". ridge: weight of ||W - W0||^2 (official: 0.5).
+    """
+
+    def __init__(
+        self,
+        rows: Rows = "last",
+        guide: str | None = None,
+        preserve: Sequence[str] = (),
+        erase_scale: float = 1.0,
+        preserve_scale: float | None = None,
+        ridge: float = 0.5,
+    ) -> None:
+        if rows not in get_args(Rows):
+            raise UserError(f"method.edit.rows={rows!r} is not known: choose one of {', '.join(get_args(Rows))}.")
+        for name, value in (("erase_scale", erase_scale), ("preserve_scale", preserve_scale), ("ridge", ridge)):
+            if value is not None and value < 0:
+                raise UserError(f"method.edit.{name}={value} cannot be: give a number of 0 or more.")
+        self.rows = rows
+        self.guide = guide
+        self.preserve = list(preserve) if rows == "last" else ["", *preserve]
+        self.erase_scale = erase_scale
+        self.preserve_scale = preserve_scale
+        self.ridge = ridge
+
+    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
+        """Neighbours are not used. The pairs' prompts are not used either: UCE encodes the bare names."""
+        sums = NormalEquations(backbone.width)
+        targets = backbone.encode([pair.concept.target for pair in pairs])
+        guides = backbone.encode([pair.concept.anchor if self.guide is None else self.guide for pair in pairs])
+        for i in range(len(pairs)):
+            sums.add_pairs(*self._erased(targets, guides, i), self.erase_scale)
+        if self.preserve:
+            kept = backbone.encode(self.preserve)
+            rows = kept.states.flatten(0, 1) if self.rows == "suffix_2023" else _last_rows(kept)
+            sums.add_preserved(rows, self._preserve_scale())
+        solution, info = sums.solve(self.ridge)
+        return Edit(map=solution, info={**info, "names_erased": len(pairs), "names_preserved": len(self.preserve)})
+
+    def _erased(self, targets: TextStates, guides: TextStates, i: int) -> tuple[Tensor, Tensor]:
+        """Keys and their anchors (n, D) of concept i."""
+        c, a = _last(targets)[i], _last(guides)[i]
+        count = 1 if self.rows == "last" else targets.states.shape[1] - max(c, a)
+        return targets.states[i, c : c + count], guides.states[i, a : a + count]
+
+    def _preserve_scale(self) -> float:
+        if self.preserve_scale is not None:
+            return self.preserve_scale
+        return 1.0 if self.rows == "last" else max(0.1, 1 / len(self.preserve))
+
+
+def _last(states: TextStates) -> list[int]:
+    """The row before the first end-of-text of each text: its last sub-token, or BOS where there is none."""
+    rows: list[int] = (states.length - 1).tolist()
+    return rows
+
+
+def _last_rows(states: TextStates) -> Tensor:
+    return states.states[torch.arange(len(states.states), device=states.states.device), states.length - 1]

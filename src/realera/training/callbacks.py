@@ -1,0 +1,219 @@
+"""What happens around the loop: the closed form before it, the anchor bank, the lines of losses.jsonl, the progress
+bar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from realera.closed_form import spectrum
+from realera.contracts import Edit, Neighbours, Prompt
+from realera.paths import EDIT_INFO, LOSSES, MAP, NEIGHBOURS, write_text
+from realera.training.checkpoint import Origin, save_map, save_neighbours
+from realera.training.module import ErasureModule, trains
+from realera.training.streams import stream
+
+
+class ClosedFormEdit(Callback):
+    """Mines, edits W_K and W_V and adds the adapter, in `setup`: before Lightning restores a checkpoint and builds the
+    optimiser. In `on_fit_start`, after the restoring, a resumed run would apply its edit to edited weights. The
+    method's finishing edit follows the loop.
+
+    Every process does the same work; the first one writes map.safetensors, neighbours.safetensors and edit.json.
+    probes: prompts whose shift under the edit is reported.
+    """
+
+    def __init__(
+        self, run_dir: Path, origin: Origin, probes: Sequence[Prompt] = (), keep_neighbours: bool = True
+    ) -> None:
+        self.run_dir = run_dir
+        self.origin = origin
+        self.probes = list({prompt.text: prompt for prompt in probes}.values())
+        self.keep_neighbours = keep_neighbours
+        self.mined: list[Neighbours] = []
+        self.report: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        module = _erasure(pl_module)
+        method, backbone = module.method, module.backbone
+        if method.edit is not None:
+            if method.neighbours is not None:
+                self.mined = [
+                    method.neighbours(p, stream(module.seed, "neighbours", i)) for i, p in enumerate(module.pairs)
+                ]
+            edit = method.edit(backbone, module.pairs, self.mined)
+            self.report = self._apply(module, edit)
+            for logger in trainer.loggers:
+                logger.log_metrics({f"edit/{name}": value for name, value in self.report["info"].items()}, step=0)
+            if trainer.is_global_zero:
+                self._write(edit)
+        if method.align is not None and method.align.lora is not None and trains(method.align):
+            backbone.add_adapter(method.align.lora, stream(module.seed, "adapter"))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _erasure(pl_module)
+        if module.method.finish is not None:
+            finish = self._apply(module, module.method.finish(module.backbone, module.pairs, self.mined))
+            self.report = {**self.report, "finish": finish}
+            if trainer.is_global_zero:
+                write_text(self.run_dir / EDIT_INFO, json.dumps(self.report, indent=1))
+
+    def _apply(self, module: ErasureModule, edit: Edit) -> dict[str, Any]:
+        """Applies the edit and measures it: relative change per layer, shift per probe, singular values of the map."""
+        backbone = module.backbone
+        layers = backbone.cross_attention()
+        before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+        backbone.apply(edit)
+        after = {name: layer.weight.detach() for name, layer in layers.items()}
+        changes = {name: _relative(after[name] - before[name], before[name]) for name in layers}
+        mean = sum(changes.values()) / len(changes)
+        return {
+            "info": {**{name: float(value) for name, value in edit.info.items()}, "relative_change": mean},
+            "layers": changes,
+            "spectrum": [] if edit.map is None else spectrum(edit.map).tolist(),
+            "probes": self._shifts(module, before, after),
+        }
+
+    def _shifts(
+        self, module: ErasureModule, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    ) -> list[dict[str, Any]]:
+        """How far the edit moves what the U-Net reads of a probe, and whether to the anchor; means over the layers.
+
+        shift: ||(W - W0) h|| / ||W0 h||, h the rows from the first word to the first end-of-text. to_anchor_before,
+        to_anchor_after: cosines of W0 h and of W h with W0 a, h and a the rows of the first end-of-text of the probe
+        and of the anchor's first training prompt.
+        """
+        if not self.probes:
+            return []
+        read = module.backbone.encode([probe.text for probe in self.probes])
+        anchors = {p.concept.target: p.anchor.states[0, int(p.anchor.length[0])] for p in module.pairs}
+        found = []
+        for i, probe in enumerate(self.probes):
+            end = int(read.length[i])
+            like = next(iter(before.values()))
+            h = read.states[i, 1 : end + 1].to(like)
+            a = anchors.get(probe.concept, next(iter(anchors.values()))).to(like)
+            rows = []
+            for name, w0 in before.items():
+                old, new, goal = h @ w0.T, h @ after[name].T, a @ w0.T
+                near = [float(torch.cosine_similarity(q[-1], goal, dim=0)) for q in (old, new)]
+                rows.append([_relative(new - old, old), *near])
+            shift, cos_before, cos_after = torch.tensor(rows).mean(dim=0).tolist()
+            found.append(
+                {
+                    "text": probe.text,
+                    "split": probe.split,
+                    "shift": shift,
+                    "to_anchor_before": cos_before,
+                    "to_anchor_after": cos_after,
+                }
+            )
+        return found
+
+    def _write(self, edit: Edit) -> None:
+        if edit.map is not None:
+            save_map(self.run_dir / MAP, edit.map, self.origin)
+        if self.mined and self.keep_neighbours:
+            save_neighbours(self.run_dir / NEIGHBOURS, self.mined, self.origin)
+        write_text(self.run_dir / EDIT_INFO, json.dumps(self.report, indent=1))
+
+
+class PrepareLatents(Callback):
+    """Makes the latent source ready on the device, the first process first: the others find its work in the cache."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _erasure(pl_module)
+        latents = module.method.latents
+        if latents is not None and trains(module.method.align):
+            for first in (True, False):
+                if trainer.is_global_zero == first:
+                    latents.prepare(module.backbone, module.pairs, self.cache, module.seed)
+                trainer.strategy.barrier("latents")
+        module.backbone.park()
+
+
+class LossLines(Callback):
+    """A line a step in losses.jsonl. A resumed run cuts the file at its checkpoint, so every step stands there once."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.file = run_dir / LOSSES
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            kept = [line for line in _whole_lines(self.file) if json.loads(line)["step"] <= trainer.global_step]
+            write_text(self.file, "".join(f"{line}\n" for line in kept))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero:
+            values = {name: float(value) for name, value in outputs["terms"].items()}
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
+
+
+class FitProgress(Callback):
+    """A bar over the loop's steps with the loss beside it."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.bar: Progress | None = None
+        self.task = TaskID(0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("steps  loss {task.fields[loss]}"),
+                TimeRemainingColumn(),
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(
+                self.description, total=trainer.max_steps, completed=trainer.global_step, loss="..."
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=trainer.global_step, loss=f"{float(outputs['loss']):.2e}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def _erasure(module: LightningModule) -> ErasureModule:
+    assert isinstance(module, ErasureModule)
+    return module
+
+
+def _relative(change: Tensor, whole: Tensor) -> float:
+    return float(torch.linalg.norm(change.double()) / torch.linalg.norm(whole.double()).clamp(min=1e-300))
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines a killed run left; the last may be torn."""
+    if not file.is_file():
+        return []
+    return [line for line in file.read_text(encoding="utf-8").splitlines(keepends=False) if line.endswith("}")]

@@ -1,0 +1,154 @@
+"""The files a fit leaves: erased.safetensors, map.safetensors, neighbours.safetensors, each with what it takes to trust
+it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from realera import __version__
+from realera.contracts import Backbone, LoraSpec, Neighbours, UserError
+from realera.paths import whole
+
+FORMAT = "realera/1"
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "lightning", "safetensors")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a file comes from: the resolved config, the backbone's name and the content id of its weights, and
+    `identity`, a hash of the settings that decide the result."""
+
+    config: Mapping[str, Any]
+    backbone: str
+    fingerprint: str
+    identity: str = ""
+
+
+@dataclass(frozen=True)
+class Erased:
+    """The content of an erased.safetensors: `state` is what `Backbone.load_erased` takes."""
+
+    state: dict[str, Tensor]
+    origin: Origin
+    lora: LoraSpec | None
+    version: str
+    libraries: dict[str, str]
+
+
+def save_erased(path: Path, backbone: Backbone, origin: Origin, lora: LoraSpec | None) -> None:
+    """Only what differs from the original weights. `lora`: the spec of the adapter among them, if there is one."""
+    _save(path, backbone.erased_state(), origin, lora=json.dumps(None if lora is None else asdict(lora)))
+
+
+def read_erased(path: Path) -> Erased:
+    """Raises UserError for a file that is missing, torn, or not one of ours."""
+    state, metadata = _read(path)
+    if "lora" not in metadata:
+        raise UserError(f"{path} holds no erased weights: give a run's erased.safetensors.")
+    lora = json.loads(metadata["lora"])
+    return Erased(
+        state=state,
+        origin=_origin(metadata),
+        lora=None if lora is None else LoraSpec(**{**lora, "targets": tuple(lora["targets"])}),
+        version=metadata["version"],
+        libraries=json.loads(metadata["libraries"]),
+    )
+
+
+def load_erased(path: Path, backbone: Backbone) -> Erased:
+    """Puts a file's weights onto the backbone they were made with.
+
+    Raises UserError as `read_erased`, and for another backbone.
+    """
+    erased = read_erased(path)
+    if erased.origin.fingerprint != backbone.fingerprint:
+        raise UserError(
+            f"{path} was made with backbone {erased.origin.backbone} ({erased.origin.fingerprint}), not with "
+            f"{backbone.name} ({backbone.fingerprint}): choose that backbone, or carry the edit over with its "
+            "map.safetensors."
+        )
+    backbone.load_erased(erased.state)
+    return erased
+
+
+def save_map(path: Path, map: Tensor, origin: Origin) -> None:
+    """The closed form (D, D), float32: W = W0 @ map."""
+    _save(path, {"map": map.float()}, origin)
+
+
+def read_map(path: Path) -> tuple[Tensor, Origin]:
+    """Raises UserError as `read_erased`."""
+    state, metadata = _read(path)
+    if "map" not in state:
+        raise UserError(f"{path} holds no map: give a run's map.safetensors.")
+    return state["map"], _origin(metadata)
+
+
+def save_neighbours(path: Path, mined: Sequence[Neighbours], origin: Origin) -> None:
+    """What was mined around concept i as "i.near", "i.near_targets", "i.near_rows", ...: points in float16, for looking
+    at."""
+    tensors: dict[str, Tensor] = {}
+    for i, found in enumerate(mined):
+        for name in ("near", "near_targets", "beyond"):
+            tensors[f"{i}.{name}"] = getattr(found, name).to(torch.float16)
+        for name in ("near_rows", "beyond_rows"):
+            tensors[f"{i}.{name}"] = getattr(found, name)
+        for name, moment in vars(found.moments).items() if found.moments is not None else ():
+            if moment is not None:
+                tensors[f"{i}.moments.{name}"] = moment
+    _save(path, tensors, origin)
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], origin: Origin, **more: str) -> None:
+    metadata = {
+        "format": FORMAT,
+        "config": yaml.safe_dump(dict(origin.config), sort_keys=False, allow_unicode=True),
+        "backbone": origin.backbone,
+        "fingerprint": origin.fingerprint,
+        "identity": origin.identity,
+        "version": __version__,
+        "libraries": json.dumps({name: _version(name) for name in LIBRARIES}),
+        **more,
+    }
+    with whole(path) as beside:
+        save_file(
+            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, beside, metadata
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise UserError(f"There is no {path}: give the folder of a finished run, or run realera.train first.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(f"{path} was not written by this version of realera: make it again with realera.train.")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is torn or no safetensors file: delete it and give the command that made it again."
+        ) from error
+
+
+def _origin(metadata: Mapping[str, str]) -> Origin:
+    config = yaml.safe_load(metadata["config"])
+    return Origin(config, metadata["backbone"], metadata["fingerprint"], metadata["identity"])
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,191 @@
+"""One function from a method to erased weights, whatever parts the method has."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from realera.contracts import Backbone, Method, Pair, Prompt, UserError
+from realera.paths import ERASED, FIT, cache_dir, whole
+from realera.training.callbacks import ClosedFormEdit, FitProgress, LossLines, PrepareLatents
+from realera.training.checkpoint import Origin, load_erased, save_erased
+from realera.training.module import ErasureModule, trains
+
+log = logging.getLogger(__name__)
+
+LAST = "last"
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # all keep the trained weights in float32
+OURS = {  # what a user may reach for in Trainer, and where it is set instead
+    "max_steps": "method.align.steps",
+    "max_epochs": "method.align.steps",
+    "accumulate_grad_batches": "method.latents.batch",
+    "callbacks": "the method's parts",
+    "logger": "logger=...",
+    "default_root_dir": "run_dir",
+}
+
+
+def fit(
+    backbone: Backbone,
+    method: Method,
+    pairs: Sequence[Pair],
+    *,
+    run_dir: Path,
+    seed: int,
+    config: Mapping[str, Any],
+    identity: str = "",
+    trainer: Mapping[str, Any] | None = None,
+    loggers: Sequence[Logger] = (),
+    callbacks: Sequence[Callback] = (),
+    probes: Sequence[Prompt] = (),
+    cache: Path | None = None,
+    checkpoint_every: int = 25,
+    keep_neighbours: bool = True,
+) -> Path:
+    """Edits and trains `backbone` in place and returns run_dir/erased.safetensors.
+
+    A run folder that has that file already is loaded, not redone. A run that was killed in the loop goes on from its
+    last checkpoint (every `checkpoint_every` steps) and ends with the same weights, bit for bit on the CPU.
+
+    config: the resolved settings, kept in the files' metadata. identity: a hash of the settings that decide the result;
+    files of another identity in `run_dir` are refused. trainer: keywords of lightning.Trainer (accelerator, devices,
+    strategy, precision, gradient_clip_val, ...). probes: prompts whose shift under the edit goes into edit.json.
+
+    Raises:
+        UserError: settings that cannot run together, and files in `run_dir` that belong to another run.
+    """
+    align = method.align
+    if trains(align) and method.latents is None:
+        raise UserError(
+            f"method {method.name} trains (align) on no latents: give it a `latents` part, or set method.align=null."
+        )
+    origin = Origin(config, backbone.name, backbone.fingerprint, identity)
+    erased = run_dir / ERASED
+    if erased.is_file():
+        _same_run(load_erased(erased, backbone).origin.identity, identity, erased)
+        log.info("%s is there already: loaded, not fitted again", erased)
+        return erased
+
+    steps = align.steps if align is not None and trains(align) else 0
+    module = ErasureModule(backbone, method, pairs, seed)
+    around = [
+        ClosedFormEdit(run_dir, origin, probes, keep_neighbours),
+        PrepareLatents(cache_dir() if cache is None else cache),
+        LossLines(run_dir),
+        FitProgress(f"Aligning noise ({method.name})"),
+        _Belongs(identity),
+        ModelCheckpoint(run_dir / FIT, LAST, every_n_train_steps=checkpoint_every, enable_version_counter=False),
+        *callbacks,
+    ]
+    with _quiet():
+        runner = _trainer(trainer or {}, steps, run_dir, loggers, around)
+        resume = _last_good(run_dir / FIT / f"{LAST}.ckpt", identity)
+        if resume is not None:
+            log.info("going on from %s", resume)
+        try:
+            runner.fit(module, ckpt_path=resume)
+        except SystemExit:
+            if runner.interrupted:  # Lightning turns Ctrl-C into an exit status of its own
+                raise KeyboardInterrupt from None
+            raise
+    if runner.is_global_zero:
+        save_erased(erased, backbone, origin, align.lora if align is not None and steps > 0 else None)
+        shutil.rmtree(run_dir / FIT, ignore_errors=True)
+    runner.strategy.barrier("erased")
+    return erased
+
+
+def _trainer(
+    given: Mapping[str, Any], steps: int, run_dir: Path, loggers: Sequence[Logger], callbacks: list[Callback]
+) -> Trainer:
+    for name, instead in OURS.items():
+        if name in given:
+            raise UserError(f"trainer.{name} is not a setting: use {instead}.")
+    settings = {"gradient_clip_val": 1.0, "log_every_n_steps": 1, "precision": "32-true", **given}
+    if settings["precision"] not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision={settings['precision']} is not known here: choose one of {', '.join(PRECISIONS)}."
+        )
+    if steps == 0:  # nothing for several processes to share, and DDP refuses a model without gradients
+        settings |= {"devices": 1, "strategy": "auto"}
+    try:
+        return Trainer(
+            max_steps=steps,
+            default_root_dir=run_dir,
+            logger=list(loggers) or False,
+            callbacks=callbacks,
+            plugins=[_WholeFiles()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            **settings,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"These trainer settings cannot run ({reason}): try trainer=default.") from error
+
+
+class _WholeFiles(TorchCheckpointIO):
+    """Lightning writes to the system's temporary folder and moves, which is a copy across file systems: it can be cut
+    short."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        with whole(Path(path)) as beside:
+            torch.save(checkpoint, beside)
+
+
+class _Belongs(Callback):
+    """Stamps the loop's checkpoints with the run they belong to."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["identity"] = self.identity
+
+
+def _last_good(file: Path, identity: str) -> Path | None:
+    """The checkpoint to go on from; None where there is none, or one that the disk has torn."""
+    if not file.is_file():
+        return None
+    try:
+        stamped = torch.load(file, map_location="cpu", weights_only=True)["identity"]
+    except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError):
+        log.warning("%s cannot be read: the loop starts again", file)
+        return None
+    _same_run(stamped, identity, file)
+    return file
+
+
+def _same_run(found: str, identity: str, file: Path) -> None:
+    if found != identity:
+        raise UserError(f"{file} belongs to a run with other settings: set overwrite=true, or another run_dir.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's advice on loaders and its banners: the log has a line per milestone."""
+    banners = logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")
+    levels = [logger.level for logger in banners]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        for logger in banners:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(banners, levels):
+                logger.setLevel(level)

@@ -1,0 +1,116 @@
+"""The gradient part of every method, as one LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader, IterableDataset
+
+from realera.contracts import Aligner, Backbone, Method, Pair, TextStates, UserError
+from realera.training.streams import stream
+
+BETAS = (0.9, 0.999)
+
+
+class ErasureModule(LightningModule):
+    """Minimises the sum of the terms of `method.align`, one concept a step, on latents from `method.latents`.
+
+    Only the U-Net is registered: it is what Lightning moves and DDP wraps. What a step draws depends on the seed, the
+    step and the rank alone.
+    """
+
+    def __init__(self, backbone: Backbone, method: Method, pairs: Sequence[Pair], seed: int) -> None:
+        super().__init__()
+        self.unet = backbone.unet
+        self.backbone = backbone
+        self.method = method
+        self.pairs = [
+            on_cpu(pair) for pair in pairs
+        ]  # points are mined there: a few rows a step, the same on every device
+        self.seed = seed
+        self.strict_loading = False  # a checkpoint holds what is trained and nothing else
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        align, latents = self.method.align, self.method.latents
+        assert align is not None and latents is not None
+        step = self.trainer.global_step + 1  # the loader's own count starts again on resume
+        here = (step, self.global_rank)
+        # Concepts take turns of two steps, because aligners alternate between odd and even ones.
+        concept = ((step - 1) // 2 + self.global_rank) % len(self.pairs)
+        z_t, timesteps = latents(self.backbone, concept, stream(self.seed, "latents", *here))
+        terms = align.loss(
+            self.backbone,
+            self.pairs[concept],
+            self.method.neighbours,
+            z_t,
+            timesteps,
+            step,
+            stream(self.seed, "align", *here),
+        )
+        loss = torch.stack([term for term in terms.values() if term.requires_grad]).sum()
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"The loss is {float(loss.detach())} at step {step}: lower method.align.lr, or set "
+                "trainer.precision=32-true."
+            )
+        values = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(z_t))
+        return {"loss": loss, "terms": values}
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        align = self.method.align
+        if align is None or not trains(align):
+            return []
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trained:
+            raise UserError(
+                "method.align has no parameters to train: give it a LoRA (method.align.lora), or set method.align=null."
+            )
+        return [AdamW(trained, lr=align.lr, betas=BETAS, weight_decay=align.weight_decay)]
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader(_Steps(), batch_size=None)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The trained parameters only: the rest comes back from the backbone's files and the edit."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Raises UserError for a state of other parameters than are trained here."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if trained != set(state_dict):
+            raise UserError(
+                "The half-finished fit trains other layers than this config: set overwrite=true or another run_dir."
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+def trains(align: Aligner | None) -> bool:
+    """Whether there is a loop to run."""
+    return align is not None and align.steps > 0
+
+
+def on_cpu(pair: Pair) -> Pair:
+    return replace(pair, target=_states_on_cpu(pair.target), anchor=_states_on_cpu(pair.anchor))
+
+
+def _states_on_cpu(states: TextStates) -> TextStates:
+    moved = {field.name: getattr(states, field.name) for field in fields(states)}
+    return replace(states, **{name: value.cpu() for name, value in moved.items() if value is not None})
+
+
+class _Steps(IterableDataset[int]):
+    """Data for a loop that draws its own: Lightning wants batches to count."""
+
+    def __iter__(self) -> Iterator[int]:
+        step = 0
+        while True:
+            yield step
+            step += 1

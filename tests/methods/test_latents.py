@@ -1,0 +1,127 @@
+"""The bank of anchor images: made once, by the original model, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from realera.contracts import Edit, Pair, Sampler, UserError
+from realera.methods.latents import AnchorBank
+
+
+class Counted:
+    """A backbone that counts the images it draws, and can fail at one."""
+
+    def __init__(self, backbone: Any, fail_at: int | None = None) -> None:
+        self.backbone = backbone
+        self.drawn: list[int] = []
+        self.fail_at = fail_at
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backbone, name)
+
+    def sample(self, states: Any, seeds: list[int], sampler: Sampler | None) -> Any:
+        if self.fail_at is not None and len(self.drawn) >= self.fail_at:
+            raise KeyboardInterrupt
+        self.drawn += seeds
+        return self.backbone.sample(states, seeds, sampler)
+
+
+@pytest.fixture
+def backbone(new_backbone: Callable[..., Any]) -> Counted:
+    return Counted(new_backbone())
+
+
+@pytest.fixture
+def pairs(backbone: Counted, new_pairs: Callable[..., list[Pair]]) -> list[Pair]:
+    return new_pairs(backbone, ("cat", "field"))
+
+
+def bank(backbone: Any, pairs: list[Pair], cache: Path, seed: int = 0, **settings: Any) -> torch.Tensor:
+    source = AnchorBank(**{"images": 5, "chunk": 2, **settings})
+    source.prepare(backbone, pairs, cache, seed)
+    return source.banks[0]
+
+
+def test_it_is_drawn_once(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
+    first = bank(backbone, pairs, tmp_path)
+    assert len(set(backbone.drawn)) == 5
+    assert torch.equal(first, bank(backbone, pairs, tmp_path))
+    assert len(backbone.drawn) == 5
+    assert first.shape == (5, 4, 8, 8)
+
+
+def test_it_holds_images_of_the_anchor(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
+    """Image i is the anchor's training prompt i mod P, drawn alone or with others."""
+    made = bank(backbone, pairs, tmp_path)
+    prompts = ["a photo of the field", "a field", "a big drawing of field", "a photo of the field", "a field"]
+    by_hand = backbone.backbone.sample(backbone.encode(prompts), backbone.drawn)
+    assert torch.allclose(made, by_hand, atol=1e-5)
+
+
+def test_the_original_model_draws_it(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
+    before = bank(backbone, pairs, tmp_path / "before")
+    backbone.apply(Edit(map=2 * torch.eye(32, dtype=torch.float64)))
+    assert torch.equal(before, bank(backbone, pairs, tmp_path / "after"))
+
+
+def test_an_interrupted_bank_goes_on(
+    new_backbone: Callable[..., Any], backbone: Counted, pairs: list[Pair], tmp_path: Path
+) -> None:
+    whole = bank(backbone, pairs, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        bank(Counted(new_backbone(), fail_at=4), pairs, tmp_path / "cut")
+    again = Counted(new_backbone())
+    assert torch.equal(whole, bank(again, pairs, tmp_path / "cut"))
+    assert len(again.drawn) == 1
+
+
+def test_a_torn_chunk_is_drawn_again(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
+    first = bank(backbone, pairs, tmp_path)
+    file = sorted(tmp_path.rglob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:100])
+    assert torch.equal(first, bank(backbone, pairs, tmp_path))
+    assert len(backbone.drawn) == 7
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"sampler": Sampler("ddim", 3, 7.5, 32, 32)}, {"images": 4}, {"chunk": 5}]
+)
+def test_what_it_depends_on_is_another_bank(
+    other: dict[str, Any], backbone: Counted, pairs: list[Pair], tmp_path: Path
+) -> None:
+    bank(backbone, pairs, tmp_path)
+    bank(backbone, pairs, tmp_path, **other)
+    assert len(list((tmp_path / "latents").iterdir())) == 2
+
+
+def test_a_shared_anchor_is_one_bank(backbone: Counted, new_pairs: Callable[..., list[Pair]], tmp_path: Path) -> None:
+    bank(backbone, new_pairs(backbone, ("cat", "field"), ("dog", "field")), tmp_path)
+    assert len(backbone.drawn) == 5
+
+
+def test_noised_latents(backbone: Counted, new_pairs: Callable[..., list[Pair]], tmp_path: Path) -> None:
+    """z_t = sqrt(abar) x0 + sqrt(1 - abar) noise of images of the concept that is asked for, t uniform in 0 ... 999."""
+    source = AnchorBank(images=3, batch=400)
+    source.prepare(backbone, new_pairs(backbone, ("cat", "field"), ("ship", "sky")), tmp_path, 0)
+    source.banks[1] += 3  # a random model draws much the same for either
+    z_t, t = source(backbone, 1, torch.Generator().manual_seed(0))
+    assert z_t.shape == (400, 4, 8, 8)
+    assert 0 <= int(t.min()) < 20 and 980 < int(t.max()) <= 999
+    assert abs(float(t.float().mean()) - 499.5) < 60
+    early = z_t[t < 20]
+    nearest = torch.stack([(early - image).flatten(1).norm(dim=1) for image in source.banks[1]]).min(dim=0).values
+    other = torch.stack([(early - image).flatten(1).norm(dim=1) for image in source.banks[0]])
+    assert float(nearest.max()) < 10 < float(other.min())
+    again = source(backbone, 1, torch.Generator().manual_seed(0))
+    assert torch.equal(z_t, again[0]) and torch.equal(t, again[1])
+
+
+@pytest.mark.parametrize("settings", [{"images": 0}, {"batch": 0}, {"chunk": -1}])
+def test_bad_settings_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=next(iter(settings))):
+        AnchorBank(**settings)

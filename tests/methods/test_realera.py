@@ -1,0 +1,234 @@
+"""RealEra's parts against slow, obvious loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from realera.band import Band
+from realera.contracts import Edit, LoraSpec, Moments, Neighbours, Pair, TextStates, UserError
+from realera.methods.realera import ClosedForm, Mining, NoiseAlignment
+from realera.neighbours import align_rows, fit_band
+
+
+def draw(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def backbone(new_backbone: Callable[..., Any]) -> Any:
+    return new_backbone()
+
+
+@pytest.fixture
+def pair(backbone: Any, new_pairs: Callable[..., list[Pair]]) -> Pair:
+    """Several sub-tokens on one side: the rows shift."""
+    return new_pairs(backbone, ("mona lisa", "person"))[0]
+
+
+# --- mining ----------------------------------------------------------------------------------------------------------
+
+
+def test_mining_counts(pair: Pair) -> None:
+    prompts = len(pair.target.states)
+    found = Mining(m=2, n=3)(pair, draw())
+    assert (len(found.near), len(found.near_targets), len(found.beyond)) == (2 * prompts, 2 * prompts, 3 * prompts)
+    assert found.moments is None
+
+
+def test_a_step_asks_for_its_own_counts_and_prompt(pair: Pair) -> None:
+    found = Mining(m=float("inf"), n=float("inf"))(pair, draw(), m=1, n=2, prompts=[1])
+    assert (len(found.near), len(found.beyond), found.moments) == (1, 2, None)
+    kept = ~found.near_rows[0]
+    assert torch.equal(found.near[0, kept], pair.target.states[1, kept])
+    assert not torch.equal(found.near[0], pair.target.states[1])
+
+
+def test_no_points_beyond_means_none_in_a_step_either(pair: Pair) -> None:
+    assert len(Mining(n=0)(pair, draw(), m=1, n=1).beyond) == 0
+
+
+def test_a_single_prompt_is_mined_in_the_band_of_all(pair: Pair) -> None:
+    """Targets lie within d1 / 2 of the anchor, d1 from the mean row of all prompts, one of which is shrunk here."""
+    e, e_star, mask = align_rows(pair, "suffix")
+    states = e.clone()
+    states[1, mask[1]] *= 0.5
+    c = pair.target
+    shrunk = Pair(pair.concept, TextStates(states, c.first, c.last, c.length), pair.anchor)
+    targets = Mining(m=100, n=0)(shrunk, draw(), prompts=[1]).near_targets
+    farthest = float((targets[:, mask[1]] - e_star[1, mask[1]]).norm(dim=-1).max())
+    own, whole = (fit_band(Band(), states[p], mask[p]).d1_anchor for p in ([1], [0, 1, 2]))
+    assert own is not None and whole is not None
+    assert own < 0.8 * whole < farthest <= whole
+
+
+# --- closed form -----------------------------------------------------------------------------------------------------
+
+
+def slow_map(
+    backbone: Any, pairs: list[Pair], mined: list[Neighbours], lam: float, ridge: float, keep: list[str]
+) -> Tensor:
+    """Equation 7 with one row at a time."""
+    left = ridge * torch.eye(32, dtype=torch.float64)
+    right = left.clone()
+
+    def ask(key: Tensor, anchor: Tensor, weight: float) -> None:
+        nonlocal left, right
+        left = left + weight * torch.outer(anchor.double(), key.double())
+        right = right + weight * torch.outer(key.double(), key.double())
+
+    for pair in pairs:
+        c, a = pair.target, pair.anchor
+        for p in range(len(c.states)):
+            for row in range(int(c.first[p]), 77):
+                partner = max(row - int(c.last[p]) + int(a.last[p]), int(a.first[p]))
+                if partner < 77:
+                    ask(c.states[p, row], a.states[p, partner], 1.0)
+    for found in mined:
+        for s, row in found.near_rows.nonzero().tolist():
+            ask(found.near[s, row], found.near_targets[s, row], 1.0)
+        for s, row in found.beyond_rows.nonzero().tolist():
+            ask(found.beyond[s, row], found.beyond[s, row], lam)
+    for text in keep:
+        for row in backbone.encode([text]).states[0, 1:]:
+            ask(row, row, lam)
+    return left @ torch.linalg.inv(right)
+
+
+@pytest.mark.parametrize("mining", [None, Mining(m=2, n=0), Mining(m=1, n=2)], ids=["no mining", "n=0", "m=1 n=2"])
+def test_equation_7(mining: Mining | None, backbone: Any, new_pairs: Callable[..., list[Pair]]) -> None:
+    pairs = new_pairs(backbone, ("mona lisa", "person"), ("cat", "field"))
+    mined = [] if mining is None else [mining(pair, draw(i)) for i, pair in enumerate(pairs)]
+    edit = ClosedForm(lambda_preserve=0.3, ridge=0.2, preserve_prompts=["a dog", "sky"])(backbone, pairs, mined)
+    assert edit.map is not None
+    assert torch.allclose(edit.map, slow_map(backbone, pairs, mined, 0.3, 0.2, ["a dog", "sky"]), atol=1e-7)
+    assert edit.info["rows_near"] == sum(int(found.near_rows.sum()) for found in mined)
+    assert edit.info["rows_beyond"] == sum(int(found.beyond_rows.sum()) for found in mined)
+
+
+def test_infinitely_many_points_are_the_limit_of_many(backbone: Any, pair: Pair) -> None:
+    count = 1500
+    infinite = Mining(m=float("inf"), n=float("inf"), m_weight=count, n_weight=count, rows="concept")
+    found = infinite(pair, draw())
+    assert len(found.near) == len(found.beyond) == 0
+    exact = ClosedForm(ridge=1.0)(backbone, [pair], [found]).map
+    few, many = (
+        ClosedForm(ridge=1.0)(backbone, [pair], [scaled(Mining(m=k, n=k, rows="concept")(pair, draw()), count / k)]).map
+        for k in (count // 100, count)
+    )
+    assert exact is not None and few is not None and many is not None
+    error = [float((sampled - exact).norm() / exact.norm()) for sampled in (few, many)]
+    assert error[1] < 0.04
+    assert error[0] > 5 * error[1]  # a hundredth of the points: ten times the error
+
+
+def scaled(found: Neighbours, weight: float) -> Neighbours:
+    """The sums over the sampled points, times a weight, as moments: so that fewer points can weigh as much as more."""
+    near, target = found.near[found.near_rows].double(), found.near_targets[found.near_rows].double()
+    beyond = found.beyond[found.beyond_rows].double()
+    sums = Moments(weight * near.T @ near, weight * target.T @ near, weight * beyond.T @ beyond)
+    return Neighbours(
+        found.near[:0], found.near[:0], found.near_rows[:0], found.beyond[:0], found.beyond_rows[:0], sums
+    )
+
+
+# --- noise alignment -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def student(backbone: Any, pair: Pair) -> Any:
+    """Edited, with an adapter that already does something."""
+    backbone.apply(Edit(map=torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, generator=draw(1)).double()))
+    for parameter in backbone.add_adapter(LoraSpec(rank=2, alpha=2.0), draw(2)):
+        nn.init.normal_(parameter, std=0.1, generator=draw(3))
+    return backbone
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(4, 4, 8, 8, generator=draw(4)), torch.tensor([3, 250, 600, 999])
+
+
+def gradients(backbone: Any, loss: Tensor) -> Tensor:
+    """Of all trained parameters, end to end."""
+    trained = [parameter for parameter in backbone.unet.parameters() if parameter.requires_grad]
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trained)]).double()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize(
+    ("role", "weights"), [("loss_terms", (0.3, 0.7)), ("loss_terms_swapped", (0.7, 0.3)), ("none", (1, 1))]
+)
+def test_equations_8_and_9(
+    step: int, role: Any, weights: tuple[float, float], student: Any, new_backbone: Callable[..., Any], pair: Pair
+) -> None:
+    """One latent and one forward at a time, with a second U-Net as the teacher."""
+    teacher, (z_t, t) = new_backbone(), batch()
+    align, mining = NoiseAlignment(gamma_role=role, m_step=2, n_step=3), Mining()
+    terms = align.loss(student, pair, mining, z_t, t, step, draw(5))
+    loss = sum(term for term in terms.values() if term.requires_grad)
+
+    generator = draw(5)
+    i = int(torch.randint(3, (1,), generator=generator))
+    p_c, p_a = pair.target.states[i], pair.anchor.states[i]
+    found = mining(pair, generator, m=2, n=3, prompts=[i])
+
+    def square(b: int, states: Tensor, taught: Tensor) -> Tensor:
+        out = student.predict_noise(z_t[b : b + 1], t[b : b + 1], states[None])
+        with torch.no_grad():
+            target = teacher.predict_noise(z_t[b : b + 1], t[b : b + 1], taught[None])
+        return ((out - target) ** 2).mean()
+
+    if step == 1:
+        slow = sum(square(b, p_c, p_a) for b in range(4)) / 4
+        assert set(terms) == {"align"}
+    else:
+        near = sum(square(b, found.near[b % 2], p_a) for b in range(4)) / 4
+        beyond = sum(square(b, found.beyond[b % 3], found.beyond[b % 3]) for b in range(4)) / 4
+        slow = weights[0] * near + weights[1] * beyond
+        unweighted = terms.get("near_unweighted", terms["near"]), terms.get("beyond_unweighted", terms["beyond"])
+        assert torch.allclose(torch.stack(unweighted), torch.stack([near, beyond]), rtol=1e-5)
+        assert len(terms) == (2 if role == "none" else 4)
+    assert isinstance(loss, Tensor) and isinstance(slow, Tensor)
+    assert torch.allclose(loss, slow, rtol=1e-5)
+    fast, plain = gradients(student, loss), gradients(student, slow)
+    assert (fast - plain).norm() < 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize(("mining", "names"), [(None, {"align"}), (Mining(n=0), {"near", "near_unweighted"})])
+def test_even_steps_without_what_they_need(mining: Mining | None, names: set[str], student: Any, pair: Pair) -> None:
+    terms = NoiseAlignment().loss(student, pair, mining, *batch(), 2, draw(5))
+    assert set(terms) == names
+    assert all(term > 0 for term in terms.values())
+
+
+def test_a_step_takes_a_random_prompt(student: Any, pair: Pair) -> None:
+    losses = {
+        float(NoiseAlignment().loss(student, pair, None, *batch(), 1, draw(seed))["align"].detach())
+        for seed in range(8)
+    }
+    assert len(losses) == len(pair.target.states)
+
+
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        (Mining, {"m": 0}),
+        (Mining, {"m": 1.5}),
+        (Mining, {"n": -1}),
+        (Mining, {"n_weight": 0}),
+        (ClosedForm, {"ridge": float("nan")}),
+        (ClosedForm, {"rows": "some"}),
+        (ClosedForm, {"lambda_preserve": -0.1}),
+        (NoiseAlignment, {"gamma_role": "thresholds"}),
+        (NoiseAlignment, {"steps": -1}),
+        (NoiseAlignment, {"lr": 0.0}),
+        (NoiseAlignment, {"m_step": float("inf")}),
+    ],
+)
+def test_bad_settings_are_refused(part: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(settings))):
+        part(**settings)

@@ -1,0 +1,218 @@
+"""The promises of every method in conf/method, whatever its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from realera.contracts import Pair
+from realera.paths import CONF_DIR
+from realera.training.checkpoint import load_erased, read_erased
+from realera.training.fit import fit
+
+METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
+CAT = ("cat", "field")
+
+
+class Stop(Exception):
+    """A run that ends in the middle of its loop."""
+
+
+@pytest.fixture
+def run(
+    new_backbone: Callable[..., Any],
+    new_pairs: Callable[..., list[Pair]],
+    load_method: Callable[..., Any],
+    tmp_path: Path,
+) -> Callable[..., Any]:
+    """run("uce") fits the method on a fresh backbone and returns the backbone; `to` names the run folder."""
+
+    def go(
+        name: str,
+        *overrides: str,
+        to: str = "run",
+        concepts: tuple[tuple[str, str], ...] = (CAT,),
+        seed: int = 0,
+        precision: str = "32-true",
+        **more: Any,
+    ) -> Any:
+        backbone = new_backbone()
+        fit(
+            backbone,
+            load_method(name, *overrides),
+            new_pairs(backbone, *concepts),
+            run_dir=tmp_path / to,
+            seed=seed,
+            config={"method": {"name": name}},
+            trainer={"accelerator": "cpu", "precision": precision},
+            cache=tmp_path / "cache",
+            checkpoint_every=1,
+            **more,
+        )
+        return backbone
+
+    return go
+
+
+def noise(backbone: Any, text: str = "a photo of a cat") -> Tensor:
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return backbone.predict_noise(latents, torch.tensor([500]), backbone.encode([text]).states)
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_changes_what_it_names_and_nothing_else(name: str, run: Any, new_backbone: Any) -> None:
+    fresh = dict(new_backbone().unet.named_parameters())
+    erased = run(name)
+    state = erased.erased_state()
+    now = {key.replace(".base_layer", ""): value for key, value in erased.unet.named_parameters() if "lora" not in key}
+    changed = {f"edit.{key}" for key, value in now.items() if not torch.equal(value, fresh[key])}
+    assert changed == {key for key in state if key.startswith("edit.")}
+    assert now.keys() == fresh.keys()
+    assert bool(state) == (name != "original")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_weights(name: str, run: Any) -> None:
+    first = run(name, to="one").erased_state()
+    assert same(first, run(name, to="two").erased_state())
+    other = run(name, to="three", seed=1).erased_state()
+    assert same(first, other) == (name in ("original", "uce"))  # nothing is drawn there
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_saved_weights_give_the_same_output(name: str, run: Any, new_backbone: Any, tmp_path: Path) -> None:
+    erased = run(name)
+    loaded = new_backbone()
+    origin = load_erased(tmp_path / "run" / "erased.safetensors", loaded).origin
+    assert torch.equal(noise(erased), noise(loaded))
+    assert origin.config == {"method": {"name": name}}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_finished_run_is_loaded_and_not_redone(name: str, run: Any, tmp_path: Path) -> None:
+    first = run(name)
+    written = (tmp_path / "run" / "erased.safetensors").stat().st_mtime_ns
+    assert same(first.erased_state(), run(name).erased_state())
+    assert (tmp_path / "run" / "erased.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_equals_an_uninterrupted_one(name: str, run: Any, load_method: Any, tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import Callback
+
+    class StopAt(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                raise Stop
+
+    straight = run(name, to="straight")
+    if load_method(name).align is not None:
+        with pytest.raises(Stop):
+            run(name, to="stopped", callbacks=[StopAt()])
+        assert (tmp_path / "stopped" / "fit" / "last.ckpt").is_file()
+    resumed = run(name, to="stopped")
+    assert same(straight.erased_state(), resumed.erased_state())
+    assert not (tmp_path / "stopped" / "fit").exists()
+    lines = [tmp_path / folder / "losses.jsonl" for folder in ("straight", "stopped")]
+    if load_method(name).align is not None:
+        assert lines[0].read_text() == lines[1].read_text()
+        assert len(lines[0].read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_erasing_nothing_changes_nothing(
+    name: str, new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
+) -> None:
+    """Target and anchor alike; without mining, which moves the rows around a concept whatever its anchor is."""
+    backbone = new_backbone()
+    before = noise(backbone)
+    fit(
+        backbone,
+        replace(load_method(name), neighbours=None),
+        new_pairs(backbone, ("cat", "cat")),
+        run_dir=tmp_path / "run",
+        seed=0,
+        config={},
+        trainer={"accelerator": "cpu"},
+        cache=tmp_path / "cache",
+    )
+    assert torch.allclose(noise(backbone), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_steps_leave_the_closed_form_alone(
+    name: str, run: Any, new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
+) -> None:
+    from realera.training.streams import stream
+
+    method = load_method(name)
+    none = ("align.steps=0",) if method.align is not None else ()
+    erased = run(name, *none)
+    by_hand = new_backbone()
+    if method.edit is not None:
+        pairs = new_pairs(by_hand, CAT)
+        mined = [method.neighbours(pairs[0], stream(0, "neighbours", 0))] if method.neighbours is not None else []
+        by_hand.apply(method.edit(by_hand, pairs, mined))
+    assert same(erased.erased_state(), by_hand.erased_state())
+    assert read_erased(tmp_path / "run" / "erased.safetensors").lora is None
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "original"])
+def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_method: Any) -> None:
+    """Each comes nearer to its anchor than where the other one alone is erased."""
+    first, second = (CAT, ("ship", "sky"))
+    original = new_backbone()
+    # What is mined at random around one concept also moves the other, in text states of 32 numbers.
+    plain = ("edit.ridge=0.01", *(("neighbours=null",) if load_method(name).neighbours is not None else ()))
+    both = run(name, *plain, to="both", concepts=(first, second))
+    alone = {
+        "cat": run(name, *plain, to="ship", concepts=(second,)),
+        "ship": run(name, *plain, to="cat", concepts=(first,)),
+    }
+
+    def left(backbone: Any, word: str, anchor: str) -> float:
+        """How far the word's last row still is from its anchor's, in keys and values; the original's own gap is 1. By
+        its bare name or in a training prompt: methods read one or the other."""
+
+        def of(template: str) -> float:
+            texts, words = [template.format(word), template.format(anchor)], [word, anchor]
+            read = original.encode(texts, words)
+            h, a = read.states[torch.arange(2), read.last]
+            layers, first = backbone.cross_attention(), original.cross_attention()
+            gap = sum(float((first[n].weight @ (h - a)).norm()) for n in first)
+            return sum(float((layers[n].weight @ h - first[n].weight @ a).norm()) for n in first) / gap
+
+        return min(of("{}"), of("a photo of the {}"))
+
+    for word, anchor in (first, second):
+        assert left(both, word, anchor) < 0.5 < 0.8 < left(alone[word], word, anchor)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16(name: str, run: Any) -> None:
+    exact, rounded = run(name, to="fp32"), run(name, to="bf16", precision="bf16-mixed")
+    states = exact.erased_state(), rounded.erased_state()
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[1].items():
+        assert value.dtype == torch.float32
+        assert torch.isfinite(value).all()
+        if key.startswith("edit."):
+            assert torch.equal(value, states[0][key])  # solved in float64 in either
+        if key.endswith(".up"):
+            assert value.abs().max() > 0
+            assert not torch.equal(value, states[0][key])  # the loop did run in another precision
+
+
+def test_the_suite_sees_every_method() -> None:
+    assert {"original", "realera", "uce"} <= set(METHODS)

@@ -1,0 +1,96 @@
+"""UCE against its official code and against sums written out row by row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from realera.contracts import Concept, Pair, Sampler, TextStates, UserError
+from realera.methods.uce import UnifiedConceptEdit
+
+GOLDENS = os.environ.get("REALERA_GOLDENS")
+
+
+@pytest.mark.skipif(not GOLDENS, reason="REALERA_GOLDENS names no folder of reference results")
+def test_it_equals_the_official_code(load_method: Callable[..., Any]) -> None:
+    """uce_airplane_sky: official code at commit 28c81ed in float32, the bare words "airplane" and "sky"."""
+    from realera.backbones.unet import UNetBackbone
+
+    folder = Path(str(GOLDENS))
+    backbone = UNetBackbone(name="mini", pretrained=folder / "tinysd", sampler=Sampler("ddim", 2, 7.5, 32, 32))
+    backbone.apply(load_method("uce").edit(backbone, [named("airplane", "sky")], []))
+    reference = load_file(folder / "uce_airplane_sky.safetensors")
+    edited = {f"{name}.weight": layer.weight for name, layer in backbone.cross_attention().items()}
+    assert reference.keys() == edited.keys()
+    for name, weight in reference.items():
+        assert (edited[name] - weight).abs().max() < 1e-5
+
+
+def named(target: str, anchor: str) -> Pair:
+    """UCE reads the names only."""
+    nothing = TextStates(*(torch.zeros(0) for _ in range(4)))
+    return Pair(Concept(target, anchor), nothing, nothing)
+
+
+def slow_edit(weight: Tensor, terms: list[tuple[Tensor, Tensor, float]], ridge: float) -> Tensor:
+    """Equation 7 of UCE with one term at a time: (key, value's state, weight)."""
+    left, right = ridge * weight.double(), ridge * torch.eye(weight.shape[1], dtype=torch.float64)
+    for key, anchor, scale in terms:
+        k, v = key.double(), weight.double() @ anchor.double()
+        left = left + scale * torch.outer(v, k)
+        right = right + scale * torch.outer(k, k)
+    return left @ torch.linalg.inv(right)
+
+
+def check(
+    backbone: Any, edit: UnifiedConceptEdit, pairs: list[Pair], terms: list[tuple[Tensor, Tensor, float]]
+) -> None:
+    solution = edit(backbone, pairs, []).map
+    assert solution is not None
+    for layer in backbone.cross_attention().values():
+        wanted = slow_edit(layer.weight, terms, edit.ridge)
+        assert torch.allclose(layer.weight.double() @ solution, wanted, atol=1e-8)
+
+
+def test_last_row_rule(new_backbone: Any) -> None:
+    """One row a name, that of its last sub-token, also for names of several; preserved names weigh 1."""
+    backbone = new_backbone()
+    edit = UnifiedConceptEdit(preserve=["bird", "tom cruise"], erase_scale=2.0)
+    read = backbone.encode(["mona lisa", "person", "cat", "dog", "bird", "tom cruise"])
+    last = [read.states[i, int(read.length[i]) - 1] for i in range(6)]
+    assert int(read.length[0]) > 3  # "mona lisa" has several sub-tokens
+    terms = [(last[0], last[1], 2.0), (last[2], last[3], 2.0), (last[4], last[4], 1.0), (last[5], last[5], 1.0)]
+    check(backbone, edit, [named("mona lisa", "person"), named("cat", "dog")], terms)
+
+
+@pytest.mark.parametrize(("target", "anchor"), [("tom cruise", "person"), ("cat", "mona lisa"), ("cat", "sky")])
+def test_suffix_rule_of_2023(target: str, anchor: str, new_backbone: Any) -> None:
+    """From the last sub-token on, shifted and cut; all rows of what is preserved; scale max(0.1, 1 / number)."""
+    backbone = new_backbone()
+    read = backbone.encode([target, anchor, "", "bird"])
+    c, a = int(read.length[0]) - 1, int(read.length[1]) - 1
+    rows = range(77 - max(c, a))
+    terms = [(read.states[0, c + i], read.states[1, a + i], 1.0) for i in rows]
+    terms += [(read.states[2, i], read.states[2, i], 0.5) for i in range(77)]
+    terms += [(read.states[3, i], read.states[3, i], 0.5) for i in range(77)]
+    check(backbone, UnifiedConceptEdit("suffix_2023", preserve=["bird"]), [named(target, anchor)], terms)
+
+
+def test_a_blank_guide_is_the_row_of_bos(new_backbone: Any) -> None:
+    backbone = new_backbone()
+    read = backbone.encode(["cat"])
+    terms = [(read.states[0, 1], read.states[0, 0], 1.0)]
+    check(backbone, UnifiedConceptEdit(guide=" "), [named("cat", "sky")], terms)
+
+
+@pytest.mark.parametrize("settings", [{"rows": "all"}, {"ridge": -1.0}, {"erase_scale": -1.0}])
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(settings))):
+        UnifiedConceptEdit(**settings)

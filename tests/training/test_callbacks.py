@@ -1,0 +1,161 @@
+"""What stands around the loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from realera.contracts import Edit, Method, Neighbours, Pair, Prompt
+from realera.training.callbacks import LossLines
+from realera.training.checkpoint import read_map
+from realera.training.fit import fit
+from realera.training.streams import stream
+
+HALF = 0.5 * torch.eye(32, dtype=torch.float64)
+PROBES = [
+    Prompt("a", "a photo of a cat", "cat", "erase", 0),
+    Prompt("b", "a photo of a cat", "cat", "erase", 1),
+    Prompt("c", "a photo of the field", "dog", "keep", 0),
+]
+
+
+class Halve:
+    """An edit whose size is known, and which counts how often it was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, backbone: Any, pairs: list[Pair], neighbours: list[Neighbours]) -> Edit:
+        self.calls.append(len(neighbours))
+        return Edit(map=HALF, info={"condition": 3})
+
+
+class Logger:
+    """What `ClosedFormEdit` needs of a Lightning logger."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, float] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.logged |= metrics
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+@pytest.fixture
+def go(new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]], tmp_path: Path) -> Callable[..., Any]:
+    def run(method: Method, *, to: str = "run", **settings: Any) -> Any:
+        backbone = new_backbone()
+        fit(
+            backbone,
+            method,
+            new_pairs(backbone, ("cat", "field")),
+            run_dir=tmp_path / to,
+            seed=0,
+            config={"x": 1},
+            trainer={"accelerator": "cpu"},
+            cache=tmp_path / "cache",
+            **settings,
+        )
+        return backbone
+
+    return run
+
+
+def test_what_the_edit_did_is_written_down(go: Callable[..., Any], tmp_path: Path) -> None:
+    logger = Logger()
+    backbone = go(Method("halve", edit=Halve()), probes=PROBES, loggers=[logger])
+    report = json.loads((tmp_path / "run" / "edit.json").read_text())
+    assert report["info"] == pytest.approx({"condition": 3.0, "relative_change": 0.5})
+    assert logger.logged == {f"edit/{name}": value for name, value in report["info"].items()}
+    assert list(report["layers"]) == list(backbone.cross_attention())
+    assert all(change == pytest.approx(0.5) for change in report["layers"].values())
+    assert report["spectrum"] == pytest.approx([0.5] * 32)
+    assert torch.equal(read_map(tmp_path / "run" / "map.safetensors")[0], HALF.float())
+    cat, field = report["probes"]
+    assert (cat["text"], cat["split"], field["text"], field["split"]) == (
+        PROBES[0].text,
+        "erase",
+        PROBES[2].text,
+        "keep",
+    )
+    assert cat["shift"] == field["shift"] == pytest.approx(0.5)
+    assert field["to_anchor_before"] == field["to_anchor_after"] == pytest.approx(1.0)  # the anchor's own prompt
+    assert cat["to_anchor_after"] == pytest.approx(cat["to_anchor_before"]) and cat["to_anchor_before"] < 0.99
+
+
+def test_a_method_without_parts_writes_no_edit(go: Callable[..., Any], tmp_path: Path) -> None:
+    go(Method("original"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["erased.safetensors"]
+
+
+def test_the_finishing_edit_follows(go: Callable[..., Any], new_backbone: Callable[..., Any], tmp_path: Path) -> None:
+    backbone = go(Method("twice", edit=Halve(), finish=Halve()))
+    plain = new_backbone().cross_attention()
+    for name, layer in backbone.cross_attention().items():
+        assert torch.allclose(layer.weight, plain[name].weight / 4)
+    report = json.loads((tmp_path / "run" / "edit.json").read_text())
+    assert report["info"]["relative_change"] == report["finish"]["info"]["relative_change"] == pytest.approx(0.5)
+
+
+def test_the_edit_is_made_once_whether_resumed_or_not(go: Callable[..., Any], load_method: Callable[..., Any]) -> None:
+    """Mined points go to it; a resumed run begins with the original weights and edits them once."""
+    from lightning.pytorch.callbacks import Callback
+
+    class Stop(Exception): ...
+
+    class StopAt(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                raise Stop
+
+    method = load_method("realera")
+    method.edit = Halve()
+    with pytest.raises(Stop):
+        go(method, callbacks=[StopAt()], checkpoint_every=1)
+    backbone = go(method, checkpoint_every=1)
+    assert method.edit.calls == [1, 1]
+    with backbone.original():
+        first = {name: layer.weight.clone() for name, layer in backbone.cross_attention().items()}
+    for name, layer in backbone.cross_attention().items():
+        assert torch.allclose(layer.weight, first[name] / 2)
+
+
+def test_what_was_mined_is_kept(go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path) -> None:
+    method = load_method("realera", "neighbours.m=1", "neighbours.n=2", "align=null")
+    pairs: list[Pair] = []
+
+    class Note(Halve):
+        def __call__(self, backbone: Any, given: list[Pair], neighbours: list[Neighbours]) -> Edit:
+            pairs.extend(given)
+            return super().__call__(backbone, given, neighbours)
+
+    method.edit = Note()
+    go(method)
+    again = method.neighbours(pairs[0], stream(0, "neighbours", 0))
+    found = load_file(tmp_path / "run" / "neighbours.safetensors")
+    assert torch.equal(found["0.near"], again.near.half())
+    assert torch.equal(found["0.beyond_rows"], again.beyond_rows)
+    go(method, to="lean", keep_neighbours=False)
+    assert not (tmp_path / "lean" / "neighbours.safetensors").exists()
+
+
+def test_losses_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
+    class Trainer:
+        is_global_zero, global_step = True, 2
+
+    lines = LossLines(tmp_path)
+    (tmp_path / "losses.jsonl").write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a": 3.0}\n{"ste')
+    trainer: Any = Trainer()
+    module: Any = None
+    lines.on_train_start(trainer, module)
+    trainer.global_step = 3
+    lines.on_train_batch_end(trainer, module, {"terms": {"a": torch.tensor(4.0)}}, None, 0)
+    assert [json.loads(line)["a"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()] == [1, 2, 4]

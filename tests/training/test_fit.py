@@ -1,0 +1,185 @@
+"""Whole runs: killed, resumed, refused, spread over processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from realera.contracts import Method, Pair, UserError
+from realera.training.fit import fit
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from lightning.pytorch.callbacks import Callback
+from realera.backbones.unet import UNetBackbone
+from realera.contracts import Concept, LoraSpec, Method, Pair, Sampler
+from realera.methods.latents import AnchorBank
+from realera.methods.realera import ClosedForm, Mining, NoiseAlignment
+from realera.training.fit import fit
+
+folder, run, cache = map(Path, sys.argv[1:4])
+kill_at, devices = map(int, sys.argv[4:])
+
+class Kill(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class Note(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        with (run / f"rank{trainer.global_rank}.txt").open("a") as file:
+            weights = sum(float(p.double().sum()) for p in module.parameters() if p.requires_grad)
+            file.write(f"{float(outputs['loss'])!r} {weights!r}\\n")
+
+backbone = UNetBackbone(name="mini", pretrained=folder, sampler=Sampler("ddim", 2, 7.5, 32, 32))
+prompts = [f"a photo of the {w}" for w in ("cat", "field")]
+states = [backbone.encode([prompt], [word]) for prompt, word in zip(prompts, ("cat", "field"))]
+align = NoiseAlignment(steps=8, lr=1e-2, lora=LoraSpec())
+method = Method("realera", Mining(m=1, n=1), ClosedForm(), AnchorBank(4, 2, 2), align)
+more = {"strategy": "ddp"} if devices > 1 else {}
+fit(backbone, method, [Pair(Concept("cat", "field"), *states)], run_dir=run, seed=0, config={}, cache=cache,
+    trainer={"accelerator": "cpu", "devices": devices, **more}, checkpoint_every=3, callbacks=[Kill(), Note()])
+"""
+
+
+def launch(script: Path, *arguments: Any) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if done.returncode not in (0, -signal.SIGKILL):
+        raise AssertionError(done.stderr[-3000:])
+    return done.returncode
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT)
+    return file
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_bit_for_bit(script: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    """kill -9 at step 5, the last checkpoint at step 3; the bank is cached by the killed run."""
+    straight, killed, cache = tmp_path / "straight", tmp_path / "killed", tmp_path / "cache"
+    assert launch(script, tiny_sd, killed, cache, 5, 1) == -signal.SIGKILL
+    assert (killed / "fit" / "last.ckpt").is_file() and not (killed / "erased.safetensors").exists()
+    assert launch(script, tiny_sd, killed, cache, -1, 1) == 0
+    assert launch(script, tiny_sd, straight, tmp_path / "other", -1, 1) == 0
+    first, second = (load_file(folder / "erased.safetensors") for folder in (straight, killed))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (straight / "losses.jsonl").read_text() == (killed / "losses.jsonl").read_text()
+    assert len((killed / "rank0.txt").read_text().splitlines()) == 4 + 5  # steps 1 to 4 and killed in 5; 4 to 8
+
+
+@pytest.mark.slow
+def test_two_processes_draw_their_own_noise_and_keep_one_adapter(script: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    assert launch(script, tiny_sd, tmp_path / "run", tmp_path / "cache", -1, 2) == 0
+    ranks = [(tmp_path / "run" / f"rank{rank}.txt").read_text().split() for rank in (0, 1)]
+    losses, weights = zip(*((values[0::2], values[1::2]) for values in ranks))
+    assert len(losses[0]) == len(losses[1]) == 8
+    assert not set(losses[0]) & set(losses[1])
+    assert weights[0] == weights[1]
+    assert (tmp_path / "run" / "erased.safetensors").is_file()
+
+
+@pytest.fixture
+def go(new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]], tmp_path: Path) -> Callable[..., Any]:
+    def run(method: Method, **settings: Any) -> Any:
+        backbone = new_backbone()
+        fit(
+            backbone,
+            method,
+            new_pairs(backbone, ("cat", "field")),
+            run_dir=tmp_path / "run",
+            **{"seed": 0, "config": {}, "cache": tmp_path / "cache", "trainer": {"accelerator": "cpu"}, **settings},
+        )
+        return backbone
+
+    return run
+
+
+def stop_at(step: int, error: BaseException) -> Any:
+    from lightning.pytorch.callbacks import Callback
+
+    class StopAt(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == step:
+                raise error
+
+    return StopAt()
+
+
+def test_ctrl_c_is_passed_on(go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        go(load_method("realera"), callbacks=[stop_at(2, KeyboardInterrupt())])
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert not (tmp_path / "run" / "erased.safetensors").exists()
+
+
+def test_a_torn_checkpoint_starts_the_loop_again(
+    go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="stop"):
+        go(load_method("realera"), callbacks=[stop_at(3, RuntimeError("stop"))], checkpoint_every=1)
+    last = tmp_path / "run" / "fit" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    torn = go(load_method("realera"), checkpoint_every=1).erased_state()
+    (tmp_path / "run" / "erased.safetensors").unlink()
+    whole = go(load_method("realera")).erased_state()
+    assert all(torch.equal(whole[name], torn[name]) for name in whole)
+
+
+def test_files_of_another_run_are_refused(
+    go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="stop"):
+        go(load_method("realera"), callbacks=[stop_at(3, RuntimeError("stop"))], checkpoint_every=1, identity="one")
+    with pytest.raises(UserError, match=r"last\.ckpt belongs to a run with other settings"):
+        go(load_method("realera"), identity="two")
+    go(load_method("realera"), identity="one")
+    with pytest.raises(UserError, match=r"erased\.safetensors belongs to a run with other settings"):
+        go(load_method("realera"), identity="two")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [
+        ({"max_steps": 3}, "use method.align.steps"),
+        ({"accumulate_grad_batches": 2}, "use method.latents.batch"),
+        ({"precision": "bf16-true"}, "choose one of 32-true, bf16-mixed"),
+        ({"accelerator": "abacus"}, "try trainer=default"),
+        ({"colour": "red"}, "try trainer=default"),
+    ],
+)
+def test_trainer_settings_that_cannot_run(trainer: dict[str, Any], says: str, go: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=says):
+        go(Method("original"), trainer=trainer)
+
+
+def test_training_on_no_latents_is_refused(go: Callable[..., Any], load_method: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="on no latents"):
+        go(load_method("realera", "latents=null"))
+
+
+def test_several_processes_are_not_started_for_nothing(go: Callable[..., Any], tmp_path: Path) -> None:
+    """Without a loop there is nothing to share, and DDP refuses a model without gradients."""
+    go(Method("original"), trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp"})
+    assert (tmp_path / "run" / "erased.safetensors").is_file()

@@ -1,0 +1,139 @@
+"""The loop's module: what it draws, what it trains, what it saves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from realera.contracts import LoraSpec, Method, Pair, UserError
+from realera.training.fit import fit
+from realera.training.module import ErasureModule
+from realera.training.streams import stream
+
+
+class Watched:
+    """An aligner whose loss is one number of the adapter, and which notes what it was given."""
+
+    steps, lr, weight_decay = 6, 1e-3, 0.0
+    lora: LoraSpec | None = LoraSpec()
+    seen: list[tuple[str, int, float, float]]
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.seen = []
+        self.factor = factor
+
+    def loss(
+        self, backbone: Any, pair: Pair, mine: Any, latents: Any, timesteps: Any, step: int, generator: Any
+    ) -> Any:
+        drawn = float(torch.rand((), generator=generator))
+        self.seen.append((pair.concept.target, step, float(latents[0, 0, 0, 0]), drawn))
+        up = next(p for name, p in backbone.unet.named_parameters() if "lora_B" in name)
+        return {"one": self.factor * ((up - 1) ** 2).sum(), "two": up.sum(), "noted": up.sum().detach() + 7}
+
+
+class Noise:
+    """Latents without a bank."""
+
+    def prepare(self, *_: Any) -> None: ...
+
+    def __call__(self, backbone: Any, concept: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(1, 4, 8, 8, generator=generator), torch.zeros(1, dtype=torch.int64)
+
+
+@pytest.fixture
+def train(new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]], tmp_path: Path) -> Callable[..., Any]:
+    def go(align: Any, *concepts: tuple[str, str], to: str = "run", **settings: Any) -> Any:
+        backbone = new_backbone()
+        fit(
+            backbone,
+            Method("watched", latents=Noise(), align=align),
+            new_pairs(backbone, *(concepts or (("cat", "field"),))),
+            run_dir=tmp_path / to,
+            config={},
+            trainer={"accelerator": "cpu"},
+            **{"seed": 0, **settings},
+        )
+        return backbone
+
+    return go
+
+
+def test_streams_depend_on_seed_and_purpose() -> None:
+    def first(*key: Any) -> float:
+        return float(torch.rand((), generator=stream(*key)))
+
+    assert first(0, "latents", 3, 0) == first(0, "latents", 3, 0)
+    keys = [(0, "latents", 3, 0), (1, "latents", 3, 0), (0, "align", 3, 0), (0, "latents", 4, 0), (0, "latents", 3, 1)]
+    assert len({first(*key) for key in keys}) == len(keys)
+
+
+def test_every_step_draws_afresh(train: Callable[..., Any]) -> None:
+    one, two = Watched(), Watched()
+    train(one, to="one")
+    train(two, to="two", seed=1)
+    assert [step for _, step, *_ in one.seen] == [1, 2, 3, 4, 5, 6]
+    drawn = [value for _, _, latent, number in one.seen + two.seen for value in (latent, number)]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_concepts_take_turns_of_an_odd_and_an_even_step(train: Callable[..., Any]) -> None:
+    align = Watched()
+    train(align, ("cat", "field"), ("ship", "sky"))
+    assert [target for target, *_ in align.seen] == ["cat", "cat", "ship", "ship", "cat", "cat"]
+
+
+def test_terms_with_a_gradient_are_summed_and_all_are_noted(train: Callable[..., Any], tmp_path: Path) -> None:
+    train(Watched())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["one"] + line["two"])
+        assert line["noted"] == pytest.approx(line["two"] + 7)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_only_the_trained_parameters_are_saved(
+    new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]]
+) -> None:
+    backbone = new_backbone()
+    module = ErasureModule(backbone, Method("watched", align=Watched()), new_pairs(backbone, ("cat", "field")), 0)
+    assert module.state_dict() == {}
+    trained = backbone.add_adapter(LoraSpec(), stream(0, "adapter"))
+    state = module.state_dict()
+    assert len(state) == len(trained) == 2 * len(backbone.cross_attention())
+    assert all(".lora_" in name for name in state)
+    doubled = {name: 2 * value + 1 for name, value in state.items()}
+    module.load_state_dict(doubled)
+    assert all(torch.equal(value, doubled[name]) for name, value in module.state_dict().items())
+    with pytest.raises(UserError, match="other layers"):
+        module.load_state_dict({**doubled, "more": torch.zeros(1)})
+
+
+def test_a_loss_that_is_no_number_stops_the_run(train: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at step 1: lower"):
+        train(Watched(float("nan")))
+    assert not (tmp_path / "run" / "erased.safetensors").exists()
+
+
+def test_nothing_to_train_is_refused(train: Callable[..., Any]) -> None:
+    align = Watched()
+    align.lora = None
+    with pytest.raises(UserError, match="no parameters to train"):
+        train(align)
+
+
+def test_pairs_stand_on_the_cpu_as_they_were(
+    new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]]
+) -> None:
+    backbone = new_backbone()
+    pair = new_pairs(backbone, ("cat", "field"))[0]
+    pair = replace(pair, target=replace(pair.target, pooled=torch.ones(3, 5)))
+    kept = ErasureModule(backbone, Method("original"), [pair], 0).pairs[0]
+    assert torch.equal(kept.target.states, pair.target.states)
+    assert kept.target.pooled is not None and kept.anchor.pooled is None
