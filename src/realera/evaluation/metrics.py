@@ -46,10 +46,11 @@ class Estimate:
 def h_o(acc_e: float, acc_s: float, acc_g: float) -> float:
     """Harmonic mean of efficacy, specificity and generality, 3 / (1/(100-acc_e) + 1/acc_s + 1/(100-acc_g)), in percent
     (RealEra, §4.1); 0 where one of the three is 0, NaN where one is."""
-    return float(_h_o(*(torch.tensor(x, dtype=torch.float64) for x in (acc_e, acc_s, acc_g))))
+    return float(harmonic_mean(*(torch.tensor(x, dtype=torch.float64) for x in (acc_e, acc_s, acc_g))))
 
 
-def _h_o(acc_e: Tensor, acc_s: Tensor, acc_g: Tensor) -> Tensor:
+def harmonic_mean(acc_e: Tensor, acc_s: Tensor, acc_g: Tensor) -> Tensor:
+    """`h_o` of whole tensors of percentages."""
     return 3 / (1 / (100 - acc_e) + 1 / acc_s + 1 / (100 - acc_g))
 
 
@@ -80,7 +81,7 @@ def estimates(
     parts = [found[m] for m in ("acc_e", "acc_s", "acc_g")]
     found["h_o"] = Estimate(
         h_o(*(part.value for part in parts)),
-        *interval(_h_o(resampled["acc_e"], resampled["acc_s"], resampled["acc_g"])),
+        *interval(harmonic_mean(resampled["acc_e"], resampled["acc_s"], resampled["acc_g"])),
         sum(part.n for part in parts),
         sum(part.unscored for part in parts),
     )

@@ -80,7 +80,7 @@ def sprites(world: Mapping[str, Any], folder: Path) -> Sprites:
                         f"{vendor} {entry['version']} has no emoji '{emoji}': name another one in world.yaml"
                     )
     with whole(store) as beside, beside.open("wb") as file:
-        np.savez_compressed(file, **drawn)
+        np.savez_compressed(file, **drawn)  # type: ignore[arg-type]
     return drawn
 
 

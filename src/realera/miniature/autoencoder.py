@@ -45,7 +45,7 @@ def train_autoencoder(
     torch.manual_seed(seed)
     vae = new_autoencoder()
     fast_norms(vae)
-    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae.to(memory_format=torch.channels_last)
 
     def loss(rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         picture = to_tensor(pictures[np.sort(rng.integers(len(pictures), size=batch))])
@@ -144,5 +144,5 @@ def fast_copy(vae: AutoencoderKL) -> AutoencoderKL:
     copy = new_autoencoder()
     copy.load_state_dict(vae.state_dict())
     fast_norms(copy)
-    copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    copy.to(memory_format=torch.channels_last)
     return copy

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
-from realera.contracts import Prompt, UserError
-from realera.paths import MINIATURE, write_text
+from realera.contracts import Prompt, Sampler, UserError
+from realera.paths import CONF_DIR, MINIATURE, write_text
 
 BARS = {
     "object": 95.0,
@@ -151,7 +152,10 @@ def generate_and_judge(folder: Path, prompts: list[Prompt]) -> tuple[np.ndarray,
         config, clip, _ = load_judge(folder / "judge")
         with torch.no_grad():
             words = clip.encode_text(list(config.labels.values()))
-        _LOADED[key] = (UNetBackbone(name="mini", pretrained=key), list(config.labels), clip, words)
+        sampler = yaml.safe_load((CONF_DIR / "backbone" / "mini.yaml").read_text(encoding="utf-8"))["sampler"]
+        sampler.pop("_target_")
+        backbone = UNetBackbone(name="mini", pretrained=key, sampler=Sampler(**sampler))
+        _LOADED[key] = (backbone, list(config.labels), clip, words)
     backbone, labels, clip, words = _LOADED[key]
     drawn, judged = [], []
     for start in range(0, len(prompts), 64):
@@ -198,9 +202,7 @@ def held_out(folder: Path, workdir: Path, found: dict[str, Any], log: Callable[[
     found["judge"] = measure_judge(*nets, np.asarray(pictures), subjects)
     for kind, row in found["judge"].items():
         if isinstance(row, Mapping):
-            log(
-                f"judge/{kind:16s} {row['clip']:6.2f}  {verdict(f'judge/{kind}', row['clip'])}  second {row['plain']}"
-            )
+            log(f"judge/{kind:16s} {row['clip']:6.2f}  {verdict(f'judge/{kind}', row['clip'])}  second {row['plain']}")
     strange = World(world, drawn, vendors=list(world["strangers"]))
     rng, foreign, said = np.random.default_rng(7), [], []
     for kind in ("object", "everyday"):

@@ -84,7 +84,7 @@ def train_denoiser(
     # SDPA's backward pass is slow on CPUs for heads this small
     unet.set_attn_processor(AttnProcessor())
     fast_norms(unet)
-    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    unet.to(memory_format=torch.channels_last)
     alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
     snr = alphas / (1 - alphas)
     weight = snr.clamp(max=5) / snr

@@ -66,7 +66,7 @@ def train_judge(
     prompts = list(config.labels.values())
     clip, plain = MiniatureCLIP(config), PlainCNN(config)
     for net in (clip, plain):
-        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.to(memory_format=torch.channels_last)
 
     def batch(rng: np.random.Generator, generator: torch.Generator) -> tuple[np.ndarray, Tensor, Tensor]:
         index = np.sort(rng.integers(len(pictures), size=64))

@@ -47,8 +47,8 @@ class Average:
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         for mean, now in zip(self.module.parameters(), module.parameters(), strict=True):
             mean.lerp_(now, 1 - decay)
-        for mean, now in zip(self.module.buffers(), module.buffers(), strict=True):
-            mean.copy_(now)
+        for held, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
+            held.copy_(buffer)
 
 
 def cosine(step: int, steps: int, warmup: int, floor: float = 0.02) -> float:
@@ -95,7 +95,7 @@ def fit(
             group["lr"] = lr * cosine(step, steps, warmup)
         value = loss(np.random.default_rng((seed, step)), torch.Generator().manual_seed(seed * 1_000_003 + step))
         optimiser.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimiser.step()
         average.update(model)

@@ -1,0 +1,79 @@
+"""Tables over runs: pooled by hand on small cases, and the intervals against what they are of."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from torch import Generator
+
+from realera.contracts import Prompt, UserError, Verdict
+from realera.evaluation.metrics import h_o
+from realera.evaluation.table import Cell, markdown, pool, table
+
+
+def cell(system: str, concept: str, seed: int, shares: dict[str, list[float]]) -> Cell:
+    """A run whose images of each split have these probabilities; keep images are of two other concepts in turn."""
+    prompts, verdicts = [], []
+    for split, values in shares.items():
+        for i, value in enumerate(values):
+            looked_for = concept if split != "keep" else ("frog", "ship")[i % 2]
+            prompts.append(Prompt(f"{split}-{i}", "a photo", looked_for, split, i))
+            verdicts.append(Verdict(prompts[-1].id, value, looked_for if value > 0.5 else "sky"))
+    return Cell(system, concept, seed, prompts, verdicts)
+
+
+def full(system: str, concept: str, seed: int, e: float, g: float, s: float, count: int = 20) -> Cell:
+    shares = {"erase": [e] * count, "near": [g] * count, "keep": [s] * count, "associated": [g], "unseen": [g]}
+    return cell(system, concept, seed, shares)
+
+
+def test_a_row_is_the_mean_over_concepts_of_the_mean_over_seeds():
+    cells = [full("a", "cat", 0, 0.1, 0.2, 0.9), full("a", "cat", 1, 0.3, 0.2, 0.9), full("a", "dog", 0, 0.5, 0.4, 0.8)]
+    row = pool(cells, "mean_prob", Generator().manual_seed(0), draws=50)
+    assert row["acc_e"].value == pytest.approx((20 + 50) / 2)
+    assert row["acc_s"].value == pytest.approx((90 + 80) / 2)
+    by_concept = [(h_o(10, 90, 20) + h_o(30, 90, 20)) / 2, h_o(50, 80, 40)]
+    assert row["h_o"].value == pytest.approx(sum(by_concept) / 2), "the mean of H_o, not H_o of the means"
+
+
+def test_an_interval_is_a_point_where_nothing_varies_and_widens_with_the_spread_of_seeds():
+    alike = pool([full("a", "cat", s, 0.1, 0.2, 0.9) for s in range(3)], "mean_prob", Generator().manual_seed(0))
+    assert alike["acc_e"].low == alike["acc_e"].high == pytest.approx(10)
+    apart = pool([full("a", "cat", s, 0.3 * s, 0.2, 0.9) for s in range(3)], "mean_prob", Generator().manual_seed(0))
+    assert apart["acc_e"].low < 15 < apart["acc_e"].value < 45 < apart["acc_e"].high
+    assert apart["acc_g"].low == apart["acc_g"].high == pytest.approx(20)
+
+
+def test_more_images_narrow_the_interval():
+    def width(count: int) -> float:
+        shares = {"erase": [0.0, 1.0] * count, "near": [0.2], "keep": [0.9, 0.9]}
+        found = pool([cell("a", "cat", 0, shares)], "top1", Generator().manual_seed(0))["acc_e"]
+        return found.high - found.low
+
+    assert width(10) == pytest.approx(2 * 196 * 0.5 / math.sqrt(20), rel=0.25), "that of a binomial share"
+    assert width(10) > 2 * width(160)
+
+
+def test_unscored_images_leave_the_denominator_and_are_counted():
+    shares = {"erase": [0.4, math.nan], "near": [0.2], "keep": [0.9, 0.9]}
+    row = pool([cell("a", "cat", 0, shares)], "mean_prob", Generator().manual_seed(0), draws=10)
+    assert row["acc_e"].value == pytest.approx(40)
+    assert (row["acc_e"].n, row["acc_e"].unscored) == (1, 1)
+    assert (row["h_o"].n, row["h_o"].unscored) == (4, 1)
+
+
+def test_results_hold_a_row_per_system_and_name_what_was_run_twice():
+    cells = [full("uce", "cat", 0, 0.1, 0.5, 0.9), full("realera", "cat", 0, 0.1, 0.1, 0.9)]
+    results = table(cells)
+    assert [row["system"] for row in results["rows"]] == ["uce", "realera"]
+    assert results["rows"][0]["by_concept"]["cat"]["acc_g"]["value"] == 50
+    text = markdown(results)
+    assert text.splitlines()[2].startswith("| uce | 10.0 [10.0, 10.0] | 90.0")
+    with pytest.raises(UserError, match="two runs of 'cat' with seed 0"):
+        table([*cells, full("uce", "cat", 0, 0.1, 0.5, 0.9)])
+
+
+def test_a_total_failure_gives_h_o_zero_not_an_error():
+    row = pool([full("a", "cat", 0, 1.0, 1.0, 0.9)], "mean_prob", Generator().manual_seed(0), draws=10)
+    assert row["h_o"].value == pytest.approx(0, abs=1e-6)
