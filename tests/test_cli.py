@@ -143,7 +143,8 @@ def test_help_comes_fast_and_names_what_there_is(tmp_path: Path) -> None:
 
 def test_nothing_heavy_is_imported_before_the_settings_are_good(tmp_path: Path) -> None:
     watch = (
-        "import sys\nfrom realera.train import main\nsys.argv = ['train', 'concept=airplane', 'backbone.pretrained=nowhere']\n"
+        "import sys\nfrom realera.train import main\n"
+        "sys.argv = ['train', 'concept=airplane', 'backbone.pretrained=nowhere']\n"
         f"try:\n    main()\nexcept SystemExit:\n    pass\nprint([name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run(

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from http.server import ThreadingHTTPServer
-from pathlib import Path
 
 from omegaconf import DictConfig
 
-from realera import cli, console, paths, preflight, runs
+from realera import cli, console, preflight, runs
 from realera.contracts import UserError
 from realera.webpage import data_uri, handler
 
 
 def demo(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
-    run = runs.open_run(str(config["run"] or latest()))
+    run = runs.open_run(str(config["run"]))
     preflight.check_run(run)
     preflight.check_model(run.config["backbone"])
     cli.say_backbone(run.config, str(run.folder))
@@ -40,14 +39,6 @@ def demo(cfg: DictConfig) -> None:
     with server:
         console.console.print(f"page to open: http://{server.server_name}:{server.server_port}/   (Ctrl-C ends it)")
         server.serve_forever()
-
-
-def latest() -> Path:
-    """The run that was finished last."""
-    found = sorted(runs.ROOT.glob(f"*/{paths.ERASED}"), key=lambda file: file.stat().st_mtime)
-    if not found:
-        raise UserError("there is no finished run yet: python -m realera.train concept=airplane makes one.")
-    return found[-1].parent
 
 
 def main() -> None:

@@ -74,11 +74,13 @@ def claim(config: dict[str, Any]) -> Run:
         UserError: the folder holds a run of other settings, or something that is no run, or cannot be written.
     """
     folder = folder_of(config)
-    if folder.exists() and config.get("overwrite"):
-        _clear(folder)
-    there = read_config(folder) if (folder / paths.CONFIG).is_file() else None
-    if there is None and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    is_run = (folder / paths.CONFIG).is_file()
+    if not is_run and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds files and is no run folder: choose another run_dir.")
+    if is_run and config.get("overwrite"):
+        _clear(folder)
+        is_run = False
+    there = read_config(folder) if is_run else None
     if there is not None and (differs := difference(identity(there), identity(config))):
         raise UserError(
             f"{folder} holds a run of other settings ({differs}): choose another run_dir, or set overwrite=true."
@@ -109,16 +111,16 @@ def begin(run: Run) -> None:
 
 
 def open_run(name: str) -> Run:
-    """An existing run, by its folder.
+    """An existing run, by its folder; "latest" is the one whose weights were saved last.
 
     Raises:
         UserError: there is no such folder, or it holds no run.
     """
-    folder = Path(name)
+    known = sorted(ROOT.glob(f"*/{paths.ERASED}"), key=lambda file: file.stat().st_mtime_ns)
+    folder = known[-1].parent if name == "latest" and known else Path(name)
     if not (folder / paths.CONFIG).is_file():
-        known = sorted(ROOT.glob(f"*/{paths.CONFIG}"), key=lambda file: file.stat().st_mtime, reverse=True)
-        latest = f"; the latest is {known[0].parent}" if known else "; make one with python -m realera.train"
-        raise UserError(f"{name} is no run folder (it has no {paths.CONFIG}){latest}.")
+        latest = f"the latest is {known[-1].parent}" if known else "make one with python -m realera.train"
+        raise UserError(f"{name} is no run folder (it has no {paths.CONFIG}); {latest}.")
     return Run(folder, read_config(folder))
 
 
@@ -165,10 +167,6 @@ def runs_in(name: str) -> list[Path]:
 
 def _clear(folder: Path) -> None:
     """Removes a run's own files from its folder and leaves what else was put there."""
-    if any(folder.iterdir()) and not (folder / paths.CONFIG).is_file():
-        raise UserError(
-            f"{folder} holds files and is no run folder, so overwrite=true does not touch it: choose another run_dir."
-        )
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
     for name in FOLDERS:

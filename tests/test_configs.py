@@ -1,0 +1,115 @@
+"""Every yaml on disk is a test case: it composes, what it names exists, and what is cheap to build is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from realera import band, cli, paths, preflight
+from realera.contracts import Concept, Method
+
+GROUPS = sorted(path.name for path in paths.CONF_DIR.iterdir() if path.is_dir())
+OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((paths.CONF_DIR / group).glob("*.yaml"))]
+DOORS = sorted(file.stem for file in paths.CONF_DIR.glob("*.yaml") if file.stem != "common")
+NEEDED = {"evaluate": ["run=x"], "generate": ["run=x", "prompts=[y]"], "export": ["run=x", "to=map", "out=z"]}
+BACKBONES = [option for group, option in OPTIONS if group == "backbone"]
+METHODS = [option for group, option in OPTIONS if group == "method"]
+TASKS = [option for group, option in OPTIONS if group == "task"]
+
+
+def composed(door: str, *overrides: str) -> dict[str, Any]:
+    """A door's settings as plain containers, every interpolation resolved."""
+    cli.register_resolvers()
+    with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+        return cli.plain(compose(door, list(overrides)))
+
+
+def targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if node.get("_target_"):
+            yield node["_target_"]
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from targets(value)
+
+
+def test_the_folder_holds_what_it_should() -> None:
+    assert {"task", "method", "backbone", "judge", "trainer", "logger", "experiment"} <= set(GROUPS)
+    assert {"train", "evaluate", "generate", "export", "report", "demo"} == set(DOORS)
+    assert {"mini", "sd14"} <= set(BACKBONES)
+    assert {"realera", "uce"} <= set(METHODS)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(("group", "option"), [o for o in OPTIONS if o[0] != "backbone"], ids=lambda value: value)
+def test_every_option_composes_on_every_backbone(group: str, option: str, backbone: str) -> None:
+    config = composed("train", "concept=airplane", f"backbone={backbone}", f"{group}={option}")
+    for target in targets(config):
+        assert callable(resolve_name(target)), target
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_composes(door: str) -> None:
+    assert composed(door, *NEEDED.get(door, []))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_task_names_prompts_and_its_judges(task: str, backbone: str) -> None:
+    config = composed("train", f"task={task}", "concept=airplane", "anchor=sky", f"backbone={backbone}")
+    built = cli.build_task(config)
+    assert built.eval_prompts() and built.training_prompts(built.concepts[0])
+    assert len({prompt.id for prompt in built.eval_prompts()}) == len(built.eval_prompts())
+    judge = cli.by_backbone(config["task"]["judges"], _root_=_Named(backbone))
+    assert ("judge", judge) in OPTIONS
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_built_and_can_mine_what_it_asks_for(method: str, backbone: str) -> None:
+    config = composed("train", "concept=airplane", f"method={method}", f"backbone={backbone}")
+    built = instantiate(config["method"])
+    assert isinstance(built, Method) and built.name == config["method"]["name"]
+    preflight.check_settings(config)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_says_what_a_band_is_checked_against(backbone: str) -> None:
+    text = composed("train", "concept=airplane", f"backbone={backbone}")["backbone"]["text"]
+    radii = band.resolve(band.Band(), text["row_norm"], text["width"])
+    assert 0 < radii.d1 < radii.d2
+    assert text["max_length"] > 8
+
+
+def test_a_backbone_is_built_from_its_yaml(tiny_sd: Path) -> None:
+    words = ["concept=airplane", "backbone=mini", f"backbone.pretrained={tiny_sd}"]
+    config = composed("train", *words, "backbone.text={width:32,row_norm:5.7,max_length:77}")
+    preflight.check_model(config["backbone"])
+    built = instantiate(config["backbone"])
+    assert (built.name, built.width, built.max_length) == ("mini", 32, 77)
+    assert built.sampler.guidance_scale == config["backbone"]["sampler"]["guidance_scale"]
+
+
+def test_a_concept_that_is_read_whole_passes_and_a_cut_one_does_not(tiny_sd: Path) -> None:
+    backbone = {"pretrained": str(tiny_sd), "text": {"max_length": 8}}
+    concept = Concept("airplane", "sky")
+    preflight.check_prompts([("a photo of the airplane", "a photo of the sky")], concept, backbone)
+    with pytest.raises(preflight.UserError, match="cut at 8 tokens"):
+        preflight.check_prompts([("a a a a a a airplane", "sky")], concept, backbone)
+    preflight.check_prompts([("a a a a a airplane", "sky")], concept, backbone)  # rows 1-6, the end in row 7
+
+
+class _Named:
+    """Stands for a config whose backbone has this name."""
+
+    def __init__(self, name: str) -> None:
+        self.backbone = self
+        self.name = name

@@ -1,0 +1,138 @@
+"""Run folders: the same settings find the same folder, nothing of somebody else's is touched."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from realera import paths, runs
+from realera.contracts import UserError
+
+CONFIG: dict[str, Any] = {
+    "task": {"name": "object", "images": {"erase": 2}},
+    "method": {"name": "realera", "neighbours": {"m": 5}},
+    "backbone": {"name": "mini"},
+    "judge": {"mode": "zero_shot"},
+    "trainer": {"precision": "32-true", "accelerator": "auto"},
+    "logger": {"project": "x"},
+    "concept": "airplane",
+    "anchor": None,
+    "seed": 0,
+    "evaluate": True,
+    "run_dir": None,
+    "overwrite": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def changed(**settings: Any) -> dict[str, Any]:
+    return {**CONFIG, **settings}
+
+
+def finish(run: runs.Run) -> None:
+    for name in (paths.ERASED, paths.METRICS, paths.REPORT):
+        paths.write_text(run.folder / name, "{}")
+
+
+def test_what_decides_the_numbers_names_the_folder() -> None:
+    folder = runs.folder_of(CONFIG)
+    assert folder.parent == Path("runs") and folder.name.startswith("airplane-realera-mini-")
+    for same in (
+        changed(logger={}, overwrite=True, evaluate=False, judge=None),
+        changed(trainer={"precision": "32-true", "accelerator": "gpu"}),
+    ):
+        assert runs.folder_of(same) == folder
+    others = [
+        changed(seed=1),
+        changed(anchor="sky"),
+        changed(method={"name": "realera", "neighbours": {"m": math.inf}}),
+        changed(trainer={"precision": "bf16-mixed"}),
+        changed(task={"name": "object", "images": {"erase": 3}}),
+    ]
+    assert len({runs.folder_of(other) for other in others} | {folder}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    "concept", ["../../x", "/etc/passwd", "..", "a/b\\c", "Beyoncé (singer)", "x" * 300, ["cat", "../dog"]]
+)
+def test_a_concept_never_becomes_a_path(concept: Any) -> None:
+    folder = runs.folder_of(changed(concept=concept))
+    assert folder.parent == Path("runs")
+    assert set(folder.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and len(folder.name) < 120
+
+
+def test_a_run_is_begun_then_gone_on_with_then_finished() -> None:
+    first = runs.claim(dict(CONFIG))
+    assert not first.finished and yaml.safe_load((first.folder / paths.CONFIG).read_text()) == CONFIG
+    paths.write_text(first.folder / paths.ERASED, "{}")
+    assert not runs.claim(dict(CONFIG)).finished
+    assert runs.claim(changed(evaluate=False)).finished  # the weights were all that is asked for
+    finish(first)
+    assert runs.claim(dict(CONFIG)).finished
+    assert (first.folder / paths.METRICS).is_file()
+
+
+def test_another_judge_keeps_the_weights_and_takes_the_numbers_away() -> None:
+    run = runs.claim(dict(CONFIG))
+    finish(run)
+    again = runs.claim(changed(judge={"mode": "clip_score"}))
+    assert again.folder == run.folder and not again.finished
+    assert (
+        run.erased.is_file() and not (run.folder / paths.METRICS).exists() and not (run.folder / paths.REPORT).exists()
+    )
+
+
+def test_overwrite_removes_a_runs_own_files_and_no_others() -> None:
+    run = runs.claim(dict(CONFIG))
+    finish(run)
+    paths.write_text(run.folder / "images" / "a.png", "")
+    paths.write_text(run.folder / "notes.txt", "mine")
+    assert not runs.claim(changed(overwrite=True)).finished
+    assert sorted(path.name for path in run.folder.iterdir()) == [paths.CONFIG, "notes.txt"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_no_run_is_left_alone(overwrite: bool) -> None:
+    paths.write_text(Path("photos") / "images" / "me.png", "me")
+    with pytest.raises(UserError, match="no run folder"):
+        runs.claim(changed(run_dir="photos", overwrite=overwrite))
+    assert [path.name for path in Path("photos").rglob("*")] == ["images", "me.png"]
+
+
+def test_a_folder_of_other_settings_says_what_differs() -> None:
+    runs.claim(changed(run_dir="mine"))
+    with pytest.raises(UserError, match=r"method\.neighbours\.m: 5 there, 6 here"):
+        runs.claim(changed(run_dir="mine", method={"name": "realera", "neighbours": {"m": 6}}))
+
+
+def test_a_torn_config_names_the_remedy() -> None:
+    run = runs.claim(dict(CONFIG))
+    (run.folder / paths.CONFIG).write_text("a: [")
+    with pytest.raises(UserError, match="overwrite=true"):
+        runs.claim(dict(CONFIG))
+
+
+def test_runs_are_found_by_name_by_sweep_and_as_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"python -m realera\.train"):
+        runs.open_run("latest")
+    monkeypatch.setenv("REALERA_STAMP", "now")
+    both = [runs.claim(changed(seed=seed)) for seed in (0, 1)]
+    for run in both:
+        runs.note_in_sweep(run.folder)
+        runs.note_in_sweep(run.folder)
+    assert runs.runs_in("runs/sweeps/now") == [run.folder for run in both]
+    assert runs.runs_in("runs") == sorted(run.folder for run in both)
+    assert runs.runs_in(str(both[0].folder)) == [both[0].folder]
+    for run in both:
+        finish(run)
+    assert runs.open_run("latest").folder == both[1].folder
+    with pytest.raises(UserError, match="the latest is"):
+        runs.open_run("elsewhere")
