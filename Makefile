@@ -22,11 +22,13 @@ help: ## list these verbs
 setup: $(STAMP) ## make .venv and install everything under the tested versions (PYTHON=python3.11 picks the interpreter)
 
 $(STAMP):
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet -c constraints.txt $(TORCH_PIP) torch torchvision
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
-	rm -f $(VENV)/.setup-*
-	touch $@
+	@test -x $(PY) || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch, the large part (minutes the first time)"
+	@$(PY) -m pip install --quiet -c constraints.txt $(TORCH_PIP) torch torchvision
+	@echo "installing realera and what else it needs"
+	@$(PY) -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@rm -f $(VENV)/.setup-*
+	@touch $@
 
 demo: setup ## erase "airplane" from the built-in model: nothing to download, ends by naming the page to open
 	$(PY) -m realera.train task=object concept=airplane $(ARGS)
