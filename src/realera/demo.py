@@ -20,10 +20,13 @@ def demo(cfg: DictConfig) -> None:
 
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
 
+    concept = run.config["concept"]
+    named = concept if isinstance(concept, str) else ", ".join(concept)
     made = f"{run.config['method']['name']} on {run.config['backbone']['name']}"
     about = {
-        "title": f"{run.config['concept']}, before and after",
+        "title": f"{named}, before and after",
         "about": f"{made}; both images of a pair start from the same noise.",
+        "prompt": f"a photo of the {concept if isinstance(concept, str) else concept[0]}",
     }
     pair = steps.pairs_from(steps.load_run(run), run.config)
 
@@ -37,7 +40,7 @@ def demo(cfg: DictConfig) -> None:
             f"port {config['port']} cannot be opened ({error.strerror}): type port=0 for a free one."
         ) from error
     with server:
-        console.console.print(f"page to open: http://{server.server_name}:{server.server_port}/   (Ctrl-C ends it)")
+        console.console.print(f"page to open: http://{config['host']}:{server.server_port}/   (Ctrl-C ends it)")
         server.serve_forever()
 
 

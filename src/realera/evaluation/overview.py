@@ -18,6 +18,7 @@ from realera.evaluation.sheets import first_pairs, sheets
 TEMPLATE = "overview.html.j2"
 COLUMNS = ("acc_e", "acc_g", "acc_s", "h_o", "acc_a", "acc_u")
 APART = ("run_dir", "overwrite", "logger", "images_at_once", "evaluate")  # settings that no number depends on
+REPEATED = ("task.concepts", "task.anchor")  # the same as concept and anchor
 
 
 def write_overview(run_dirs: Sequence[Path], out: Path) -> Path:
@@ -65,13 +66,18 @@ def flat(node: Any, at: str = "") -> dict[str, Any]:
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The settings that are not the same in all runs, in the order of the configs."""
     names = dict.fromkeys(name for own in settings for name in own)
-    told = [name for name in names if name.partition(".")[0] not in APART and not name.endswith("_target_")]
-    different = [name for name in told if len({json.dumps(own.get(name), default=str) for own in settings}) > 1]
-    # task.concepts repeats concept, and of a method's parts its name says enough where the methods differ.
-    different = [name for name in different if not name.startswith(("task.concepts", "task.anchor"))]
-    if "method.name" in different:
-        different = [name for name in different if name == "method.name" or not name.startswith("method.")]
-    return different
+    kinds: dict[Any, list[Mapping[str, Any]]] = {}
+    for own in settings:
+        kinds.setdefault(own.get("method.name"), []).append(own)
+    found = []
+    for name in names:
+        if name.partition(".")[0] in APART or name.startswith(REPEATED) or name.endswith("_target_"):
+            continue
+        # Two methods differ in every part: only what differs between runs of one method says more than its name.
+        groups = list(kinds.values()) if name.startswith("method.") and name != "method.name" else [settings]
+        if any(len({json.dumps(own.get(name), default=str) for own in group}) > 1 for group in groups):
+            found.append(name)
+    return found
 
 
 def _read(folder: Path, beside: Path) -> dict[str, Any]:
