@@ -20,13 +20,11 @@ def demo(cfg: DictConfig) -> None:
 
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
 
-    concept = run.config["concept"]
-    named = concept if isinstance(concept, str) else ", ".join(concept)
-    made = f"{run.config['method']['name']} on {run.config['backbone']['name']}"
+    concept = runs.concept_of(run.config)
     about = {
-        "title": f"{named}, before and after",
-        "about": f"{made}; both images of a pair start from the same noise.",
-        "prompt": f"a photo of the {concept if isinstance(concept, str) else concept[0]}",
+        "title": f"{concept}, before and after",
+        "about": f"{run.config['method']['name']} on {run.config['backbone']['name']}; both start from the same noise.",
+        "prompt": f"a photo of the {concept.partition(', ')[0]}",
     }
     pair = steps.pairs_from(steps.load_run(run), run.config)
 

@@ -19,8 +19,7 @@ def evaluate(cfg: DictConfig) -> None:
     original = config.pop("run") == "original"
     run = unedited(config) if original else existing(str(cfg.run), config.get("judge"))
     task = cli.build_task(run.config)
-    if run.config.get("judge") is None:
-        raise UserError("no judge was given and the task names none: type judge=NAME (--help lists them).")
+    preflight.check_judge(run.config)
     preflight.check_model(run.config["backbone"])
     if not original:
         preflight.check_run(run)
@@ -30,13 +29,14 @@ def evaluate(cfg: DictConfig) -> None:
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
     from realera.evaluation.report import write_report
 
+    judge = steps.build_judge(run.config, task)
     backbone = steps.load_backbone(run.config) if original else steps.load_run(run)
     draw = steps.draw_original if original else steps.draw
     draw(backbone, task.eval_prompts(), run.folder, run.config)
-    metrics = steps.judge(backbone, task, run.folder, run.config, originals=not original)
+    metrics = steps.judge(judge, backbone, task, run.folder, originals=not original)
     if not original:
         write_report(run.folder)
-    title = f"{run.config['concept']}, {'the unedited model' if original else 'judged again'}"
+    title = f"{runs.concept_of(run.config)}, {'the unedited model' if original else 'judged again'}"
     console.show_run(run.folder, metrics, title, erased="original" if original else "erased")
     console.show_path("metrics", run.folder / paths.METRICS)
 

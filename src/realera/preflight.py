@@ -68,6 +68,14 @@ def check_model(backbone: Mapping[str, Any]) -> None:
         check_hub(str(pretrained))
 
 
+def check_judge(config: Mapping[str, Any]) -> None:
+    """There must be a judge where there is something to judge."""
+    if not config.get("judge"):
+        raise UserError(
+            "no judge was given and the task names none: type judge=NAME (--help lists them), or evaluate=false."
+        )
+
+
 def check_run(run: Run) -> None:
     """The weights of a run must be there, and whole.
 

@@ -57,13 +57,17 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def concept_of(config: Mapping[str, Any]) -> str:
+    """What a run erases, as one text."""
+    concept = config["concept"]
+    return concept if isinstance(concept, str) else ", ".join(map(str, concept))
+
+
 def folder_of(config: Mapping[str, Any]) -> Path:
     """run_dir where it was typed, else runs/<concept>-<method>-<backbone>-<hash>: equal settings, equal folder."""
     if config.get("run_dir"):
         return Path(str(config["run_dir"]))
-    concept = config["concept"]
-    words = concept if isinstance(concept, str) else " ".join(map(str, concept))
-    names = [slug(words), *(slug(str(config[part]["name"])) for part in ("method", "backbone"))]
+    names = [slug(concept_of(config)), *(slug(str(config[part]["name"])) for part in ("method", "backbone"))]
     return ROOT / f"{'-'.join(names)}-{digest(identity(config))}"
 
 

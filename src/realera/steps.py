@@ -96,11 +96,17 @@ def draw_original(backbone: Backbone, prompts: Sequence[Prompt], folder: Path, c
         original_images(backbone, prompts, folder, chunk=chunk, folder=paths.IMAGES, advance=advance)
 
 
-def judge(
-    backbone: Backbone, task: Task, folder: Path, config: Mapping[str, Any], *, originals: bool = True
-) -> dict[str, Any]:
+def build_judge(config: Mapping[str, Any], task: Task) -> Judge:
+    """The judge of a resolved config; one that chooses among labels and was given none gets the task's."""
+    node = config["judge"]
+    if "labels" in node and node["labels"] is None:
+        node = {**node, "labels": list(task.labels)}
+    built: Judge = instantiate(node)
+    return built
+
+
+def judge(judge: Judge, backbone: Backbone, task: Task, folder: Path, *, originals: bool = True) -> dict[str, Any]:
     """Judges a folder's images, the original model's beside them, and writes verdicts and metrics.json."""
-    judge: Judge = instantiate(config["judge"])
     images = len(task.eval_prompts())
     with bar(f"judged by {judge.name}", images * (1 + originals)) as advance:
         if originals:

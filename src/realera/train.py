@@ -17,6 +17,8 @@ def train(cfg: DictConfig) -> None:
     task = cli.build_task(config)
     preflight.check_task(task, config["backbone"])
     preflight.check_model(config["backbone"])
+    if config["evaluate"]:
+        preflight.check_judge(config)
     run = runs.claim(config)
     if cli.in_sweep():
         runs.note_in_sweep(run.folder)
@@ -34,13 +36,14 @@ def carry_out(run: Run, task: Task) -> None:
     from realera import steps, tracking  # torch, diffusers and Lightning: loaded when nothing is left to refuse
     from realera.evaluation.report import write_report
 
+    judge = steps.build_judge(run.config, task) if run.config["evaluate"] else None  # first: it may be out of reach
     backbone = steps.load_backbone(run.config)
     loggers = tracking.make(run)
     try:
-        if not steps.erase(backbone, task, run, loggers) or not run.config["evaluate"]:
+        if not steps.erase(backbone, task, run, loggers) or judge is None:
             return
         steps.draw(backbone, task.eval_prompts(), run.folder, run.config)
-        metrics = steps.judge(backbone, task, run.folder, run.config)
+        metrics = steps.judge(judge, backbone, task, run.folder)
         write_report(run.folder)
         tracking.log_results(loggers, run.folder, metrics)
     finally:
@@ -51,7 +54,7 @@ def show(run: Run) -> None:
     """What a run ends with: the table, and what to open."""
     if run.config["evaluate"] and (run.folder / paths.METRICS).is_file():
         metrics = json.loads((run.folder / paths.METRICS).read_text(encoding="utf-8"))
-        console.show_run(run.folder, metrics, f"{run.config['concept']} erased by {run.config['method']['name']}")
+        console.show_run(run.folder, metrics, f"{runs.concept_of(run.config)} erased by {run.config['method']['name']}")
     else:
         console.show_path("weights", run.erased)
 
