@@ -113,6 +113,21 @@ def test_train_leaves_a_run_that_explains_itself(
         assert part in shown
 
 
+def test_a_concept_nobody_can_judge_still_ends_in_a_page(
+    type_in: Type, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    type_in("train", "concept=tractor", "anchor=field", "method=uce", "logger=wandb")
+    folder = next((place / "runs").glob("tractor-uce-mini-*"))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["mean_prob"]["acc_e"]["n"] == 0 and metrics["mean_prob"]["h_o"]["value"] is None
+    assert metrics["mean_prob"]["acc_s"]["n"] == 10
+    assert "tractor" in (folder / "report.html").read_text(encoding="utf-8")
+    shown = capsys.readouterr().out
+    assert "Acc_s" in shown and "0 + 2" in shown and "unscored" in shown
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_another_judge_judges_the_same_images_again(run_dir: Path, type_in: Type) -> None:
     images = {path: path.stat().st_mtime_ns for path in (run_dir / "images").iterdir()}
     type_in("train", "concept=airplane", *METHOD, "judge.mode=clip_score")

@@ -52,7 +52,7 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
     table.add_column("images", justify="right")
     for name, label in MEASURES.items():
         now = metrics[mode].get(name)
-        if now and now["n"]:
+        if now and now["n"] + now["unscored"]:
             cells = [_cell(before.get(name))] if before else []
             table.add_row(label, *cells, _cell(now), _count(now), end_section=name == "h_o")
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from realera import paths, preflight, runs
@@ -74,7 +74,7 @@ def erase(backbone: Backbone, task: Task, run: Run, loggers: Sequence[Any] = ())
         probes=list({prompt.text: prompt for prompt in task.eval_prompts()}.values()),
     )
     backbone.to(device(run.config))
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def draw(backbone: Backbone, prompts: Sequence[Prompt], folder: Path, config: Mapping[str, Any]) -> None:

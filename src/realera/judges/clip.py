@@ -16,8 +16,8 @@ class ClipJudge:
     A concept that is no label is unscored. The protocol's model is OpenAI's ViT-B/32 with one text per label and no
     ensembling (MACE: "a photo of the {class}").
 
-    labels: what is chosen among. model, pretrained: open_clip's names, or for `pretrained` a weights file. batch: images
-    at once. Raises UserError where the weights cannot be had.
+    labels: what is chosen among. model, pretrained: open_clip's names, `pretrained` also a weights file. batch:
+    images at once. Raises UserError where the weights cannot be had.
     """
 
     name = "clip"
