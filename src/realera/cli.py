@@ -80,6 +80,11 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def is_helper() -> bool:
+    """Whether this process was started only to train along with a first one, which draws, judges and speaks."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) > 0
+
+
 def flags_first(arguments: list[str]) -> list[str]:
     """The command line with its key=value words last: Hydra's parser takes them in one stretch only."""
     settings = [word for word in arguments if "=" in word and not word.startswith("-")]
@@ -191,7 +196,7 @@ def wandb_mode() -> str:
 
 def set_up_log() -> None:
     """A line per milestone of ours on stderr, warnings and worse of everybody else's."""
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.WARNING if is_helper() else logging.INFO)
     if not log.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))

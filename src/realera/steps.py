@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from realera import paths, preflight, runs
@@ -58,8 +57,8 @@ def encode_pair(backbone: Backbone, task: Task, concept: Concept) -> Pair:
     )
 
 
-def erase(backbone: Backbone, task: Task, run: Run, loggers: Sequence[Any] = ()) -> bool:
-    """Erases the task's concepts and saves the weights. False in a process that was started only to train along."""
+def erase(backbone: Backbone, task: Task, run: Run, loggers: Sequence[Any] = ()) -> None:
+    """Erases the task's concepts from `backbone` and saves the weights."""
     method: Method = instantiate(run.config["method"])
     fit(
         backbone,
@@ -74,7 +73,6 @@ def erase(backbone: Backbone, task: Task, run: Run, loggers: Sequence[Any] = ())
         probes=list({prompt.text: prompt for prompt in task.eval_prompts()}.values()),
     )
     backbone.to(device(run.config))
-    return int(getattr(rank_zero_only, "rank", 0)) == 0
 
 
 def draw(backbone: Backbone, prompts: Sequence[Prompt], folder: Path, config: Mapping[str, Any]) -> None:

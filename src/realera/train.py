@@ -27,7 +27,8 @@ def train(cfg: DictConfig) -> None:
         cli.log.info("%s is finished; overwrite=true does it again", run.folder)
     else:
         carry_out(run, task)
-    show(run)
+    if not cli.is_helper():
+        show(run)
 
 
 def carry_out(run: Run, task: Task) -> None:
@@ -40,7 +41,8 @@ def carry_out(run: Run, task: Task) -> None:
     backbone = steps.load_backbone(run.config)
     loggers = tracking.make(run)
     try:
-        if not steps.erase(backbone, task, run, loggers) or judge is None:
+        steps.erase(backbone, task, run, loggers)
+        if judge is None or cli.is_helper():
             return
         steps.draw(backbone, task.eval_prompts(), run.folder, run.config)
         metrics = steps.judge(judge, backbone, task, run.folder)

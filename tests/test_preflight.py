@@ -1,0 +1,115 @@
+"""What is refused before torch is loaded, asked directly."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from realera import preflight
+from realera.contracts import UserError
+
+HUB = "someone/some-model"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, and a hub that refuses at once."""
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    return tmp_path / "hf" / "hub"
+
+
+def snapshot(cache: Path, model: Path, commit: str, main: bool) -> Path:
+    root = cache / "models--someone--some-model"
+    folder = root / "snapshots" / commit
+    shutil.copytree(model, folder)
+    if main:
+        (root / "refs").mkdir(parents=True, exist_ok=True)
+        (root / "refs" / "main").write_text(commit)
+    return folder
+
+
+def test_a_cached_model_needs_no_network(hub_cache: Path, tiny_sd: Path) -> None:
+    with pytest.raises(UserError, match="the hub does not answer"):
+        preflight.check_model({"pretrained": HUB})
+    snapshot(hub_cache, tiny_sd, "abc", main=True)
+    preflight.check_model({"pretrained": HUB})
+
+
+def test_an_incomplete_snapshot_does_not_count_and_a_torn_one_is_named(hub_cache: Path, tiny_sd: Path) -> None:
+    whole = snapshot(hub_cache, tiny_sd, "abc", main=False)
+    shutil.rmtree(snapshot(hub_cache, tiny_sd, "def", main=True) / "vae")
+    preflight.check_model({"pretrained": HUB})
+    weights = whole / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(UserError, match="torn"):
+        preflight.check_model({"pretrained": HUB})
+    weights.unlink()
+    with pytest.raises(UserError, match="not in the cache"):
+        preflight.check_model({"pretrained": HUB})
+
+
+def test_a_hub_that_answers_lets_the_run_go_on(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        preflight.check_model({"pretrained": HUB})
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+            preflight.check_model({"pretrained": HUB})
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["AC/DC", "Tom Cruise", "3D", "Dalí", "a.b", "C++", "what's up?"])
+def test_odd_names_are_names(name: str) -> None:
+    preflight.check_name(name, "concept")
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/../b", "..\\x", "~/x", "...", "a\nb", "\x00cat", "?!"])
+def test_paths_and_wordless_names_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="concept="):
+        preflight.check_name(name, "concept")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "refused"),
+    [
+        ({"devices": 1}, False),
+        ({"devices": [3]}, False),
+        ({"devices": 2}, True),
+        ({"devices": [0, 1]}, True),
+        ({"devices": 1, "strategy": "ddp"}, True),
+    ],
+)
+def test_a_sweep_is_for_one_device_a_job(trainer: dict[str, Any], refused: bool) -> None:
+    if refused:
+        with pytest.raises(UserError, match="trainer=default"):
+            preflight.check_sweep(trainer)
+    else:
+        preflight.check_sweep(trainer)
+
+
+def test_a_folder_is_tried_without_leaving_a_trace(tmp_path: Path) -> None:
+    preflight.check_writable(tmp_path / "a" / "b", "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"out=.* cannot be written"):
+            preflight.check_writable(place, "out")
+
+
+def test_a_flat_band_counts_its_rows() -> None:
+    backbone = {"text": {"width": 768, "row_norm": 27.7, "max_length": 77}}
+    mining = {"m": 5, "n": 25, "s_hi": 0.9, "s_lo": 0.7, "d1": 20}
+    preflight.check_band({"neighbours": mining}, backbone)
+    with pytest.raises(UserError, match="d1=20"):  # 20 over a whole prompt is hardly a move
+        preflight.check_band({"neighbours": {**mining, "unit": "flat"}}, backbone)
+    preflight.check_band({"neighbours": None}, backbone)
+    preflight.check_band({}, {})
