@@ -90,6 +90,18 @@ def test_another_judge_keeps_the_weights_and_takes_the_numbers_away() -> None:
     )
 
 
+def test_a_finished_run_takes_a_new_label_and_keeps_its_numbers() -> None:
+    run = runs.claim(changed(label="first"))
+    finish(run)
+    assert runs.claim(changed(label="second")).finished
+    assert yaml.safe_load((run.folder / paths.CONFIG).read_text()) == changed(label="second")
+    assert (run.folder / paths.METRICS).is_file()
+
+
+def test_a_root_moves_the_folders() -> None:
+    assert runs.folder_of(changed(root="elsewhere/x")) == Path("elsewhere/x") / runs.folder_of(CONFIG).name
+
+
 def test_overwrite_removes_a_runs_own_files_and_no_others() -> None:
     run = runs.claim(dict(CONFIG))
     finish(run)

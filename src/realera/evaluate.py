@@ -11,7 +11,7 @@ from realera import cli, console, paths, preflight, runs
 from realera.contracts import UserError
 from realera.runs import Run
 
-OF_THE_RUN = ("task", "backbone", "concept", "anchor", "run_dir", "images_at_once")
+OF_THE_RUN = ("task", "backbone", "concept", "anchor", "seed", "root", "run_dir", "images_at_once")
 
 
 def evaluate(cfg: DictConfig) -> None:
@@ -44,7 +44,7 @@ def evaluate(cfg: DictConfig) -> None:
 def unedited(config: dict[str, Any]) -> Run:
     """The folder of the unedited model under this task and backbone."""
     preflight.check_settings(config)
-    return runs.claim({**config, "method": {"name": "original"}, "seed": 0, "evaluate": True})
+    return runs.claim({**config, "method": {"name": "original"}, "evaluate": True})
 
 
 def existing(name: str, judge: Any) -> Run:

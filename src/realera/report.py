@@ -21,15 +21,19 @@ def report(cfg: DictConfig) -> None:
         Path(str(config["out"])) if config["out"] else (Path(names[0]) if len(names) == 1 else runs.ROOT) / paths.REPORT
     )
     preflight.check_writable(out.parent, "out")
+    preflight.check_writable(Path(str(config["results"] or ".")), "results")
 
     from realera.evaluation.overview import write_overview  # pillow and jinja: loaded when nothing is left to refuse
     from realera.evaluation.report import write_report
+    from realera.evaluation.table import write_results
 
     with console.bar("pages", len(folders)) as advance:
         for folder in folders:
             page = write_report(folder)
             advance(1)
     console.show_path("page to open", write_overview(folders, out) if several else page)
+    if config["results"]:
+        console.show_path("results", write_results(folders, Path(str(config["results"]))))
 
 
 def main() -> None:

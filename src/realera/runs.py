@@ -17,7 +17,7 @@ from realera import __version__, paths
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
 
-ROOT = Path("runs")
+ROOT = Path("runs")  # unless `root` says otherwise
 FILES = (
     paths.CONFIG,
     paths.ERASED,
@@ -64,11 +64,11 @@ def concept_of(config: Mapping[str, Any]) -> str:
 
 
 def folder_of(config: Mapping[str, Any]) -> Path:
-    """run_dir where it was typed, else runs/<concept>-<method>-<backbone>-<hash>: equal settings, equal folder."""
+    """run_dir where it was typed, else <root>/<concept>-<method>-<backbone>-<hash>: equal settings, equal folder."""
     if config.get("run_dir"):
         return Path(str(config["run_dir"]))
     names = [slug(concept_of(config)), *(slug(str(config[part]["name"])) for part in ("method", "backbone"))]
-    return ROOT / f"{'-'.join(names)}-{digest(identity(config))}"
+    return Path(str(config.get("root") or ROOT)) / f"{'-'.join(names)}-{digest(identity(config))}"
 
 
 def claim(config: dict[str, Any]) -> Run:
@@ -95,6 +95,8 @@ def claim(config: dict[str, Any]) -> Run:
     run = Run(folder, config, finished=same_judge and all((folder / name).is_file() for name in wanted))
     if not run.finished:
         begin(run)
+    elif there is not None and there.get("label") != config.get("label"):
+        _write_config(folder, {**there, "label": config.get("label")})
     return run
 
 
@@ -105,13 +107,16 @@ def begin(run: Run) -> None:
         UserError: the folder cannot be written.
     """
     try:
-        text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-        paths.write_text(run.folder / paths.CONFIG, text)
+        _write_config(run.folder, run.config)
         for name in (paths.METRICS, paths.REPORT):
             (run.folder / name).unlink(missing_ok=True)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{run.folder} cannot be written ({reason}): choose another run_dir.") from error
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    paths.write_text(folder / paths.CONFIG, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
 
 def open_run(name: str) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from realera.evaluation.metrics import (
 )
 from realera.evaluation.records import read_manifest, read_verdicts, verdict_file
 
+MARKS = ("<!-- table -->", "<!-- end of table -->")  # what write_results fills in a README
 COLUMNS = ("acc_e", "acc_s", "acc_g", "h_o", "acc_a", "acc_u")
 
 
@@ -162,6 +164,31 @@ def table(cells: Sequence[Cell], mode: Mode = "mean_prob", seed: int = 0) -> dic
         },
         "rows": rows,
     }
+
+
+def write_results(run_dirs: Sequence[Path], folder: Path) -> Path:
+    """Writes folder/results.json over the judged runs, and the table between the MARKS of folder/README.md, if any.
+
+    Raises:
+        UserError: no run was judged, one has a twin, or they were judged by different judges.
+    """
+    judges = {run: _judge_of(run) for run in run_dirs if (run / paths.METRICS).is_file()}
+    if len(set(judges.values())) != 1:
+        raise UserError(f"a table needs runs of one judge, and these have {sorted(set(judges.values())) or 'none'}.")
+    results = {"judge": next(iter(judges.values())), **table([read_cell(run, judge) for run, judge in judges.items()])}
+    out = folder / "results.json"
+    paths.write_text(out, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    before, start, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if start and end:
+        paths.write_text(readme, f"{before}{start}\n{markdown(results)}{end}{after}")
+    return out
+
+
+def _judge_of(run_dir: Path) -> str:
+    return str(json.loads((run_dir / paths.METRICS).read_text(encoding="utf-8"))["protocol"]["judge"]["judge"])
 
 
 def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
