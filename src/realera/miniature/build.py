@@ -12,6 +12,7 @@ fetched by apt-get, or name its folder by wordnet=DIR. About four hours on two c
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -78,7 +79,9 @@ def main(arguments: list[str]) -> None:
         began = time.monotonic()
         say(name, "begins")
         STEPS[name](plan, lambda text, name=name: say(name, text))  # type: ignore[misc]
-        say(name, f"done in {(time.monotonic() - began) / 60:.1f} min")
+        minutes = (time.monotonic() - began) / 60
+        say(name, f"done in {minutes:.1f} min")
+        note_minutes(plan, name, minutes)
 
 
 def read(arguments: list[str]) -> tuple[Plan, list[str]]:
@@ -104,6 +107,16 @@ def read(arguments: list[str]) -> tuple[Plan, list[str]]:
         except ValueError as error:
             raise UserError(f"{key}={value} cannot be read: {error}") from error
     return Plan(**fields), steps
+
+
+def note_minutes(plan: Plan, step: str, minutes: float) -> None:
+    """Adds to the time a step has taken, for the card; a step that was stopped and resumed counts what it took last."""
+    from realera.miniature.kit import record
+
+    report = plan.workdir / "parts" / "report.json"
+    held = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    if minutes > 0.2 or step not in held.get("minutes", {}):
+        record(report, minutes={**held.get("minutes", {}), step: round(minutes, 1)}, threads=plan.threads)
 
 
 def say(step: str, text: str) -> None:
@@ -218,7 +231,7 @@ def unet(plan: Plan, log: Callable[[str], None]) -> None:
     from diffusers import AutoencoderKL
 
     from realera.miniature.autoencoder import encode_all
-    from realera.miniature.denoiser import Captions, train_denoiser
+    from realera.miniature.denoiser import Captions, text_states, train_denoiser
 
     parts = plan.workdir / "parts"
     if (parts / "unet").is_dir():
@@ -236,22 +249,6 @@ def unet(plan: Plan, log: Callable[[str], None]) -> None:
         torch.load(latents), subjects, captions, plan.workdir / "unet", plan.unet_steps, plan.seed + 5, log
     )
     trained.save_pretrained(parts / "unet")
-
-
-def text_states(parts: Path) -> Callable[[Any], Any]:
-    """texts -> (B, 32, 256) float32, by the distilled encoder, padded as the pipeline pads."""
-    import torch
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(parts / "text_encoder", dtype=torch.float32).eval()
-
-    @torch.no_grad()
-    def encode(texts: Any) -> Any:
-        ids = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return encoder(ids).last_hidden_state
-
-    return encode
 
 
 def decoder(plan: Plan, log: Callable[[str], None]) -> None:
@@ -284,9 +281,13 @@ def assembled(plan: Plan, log: Callable[[str], None]) -> None:
 
 def checked(plan: Plan, log: Callable[[str], None]) -> None:
     """Measures the bars and writes them, with the card, into the folder."""
+    from realera.miniature.card import write_card
     from realera.miniature.check import check
 
-    check(plan.out, images=plan.check_images, workdir=plan.workdir, log=log, strict=not plan.smoke)
+    sheet = plan.workdir / "sheet.png"
+    check(plan.out, images=plan.check_images, workdir=plan.workdir, sheet=sheet, log=log, strict=False)
+    write_card(plan.out, plan.workdir / "parts")
+    log(f"what it draws: {sheet}")
 
 
 STEPS: dict[str, Callable[[Plan, Callable[[str], None]], None]] = {

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from realera.miniature.kit import Log, fast_norms, fit
 from realera.miniature.world import Subject, World
@@ -43,6 +44,20 @@ def new_denoiser(text_width: int, channels: int) -> UNet2DConditionModel:
         attention_head_dim=4,
         norm_num_groups=16,
     )
+
+
+def text_states(parts: Path) -> Encode:
+    """texts -> (B, 32, 256) float32, by the distilled encoder, padded as the pipeline pads."""
+    tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(parts / "text_encoder", dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def encode(texts: Sequence[str]) -> Tensor:
+        ids = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        states: Tensor = encoder(ids).last_hidden_state
+        return states
+
+    return encode
 
 
 class Captions:

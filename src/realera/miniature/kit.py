@@ -129,7 +129,7 @@ def save(checkpoint: Path, model: nn.Module, average: Average, optimiser: Any, s
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """(B, 32, 32, 3) uint8 -> (B, 3, 32, 32) float32 in [-1, 1], channels last in memory."""
-    batch = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    batch = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return batch.contiguous(memory_format=torch.channels_last)
 
 

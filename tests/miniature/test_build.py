@@ -1,0 +1,56 @@
+"""The build's command line, and the whole build as a sliver (slow: it fetches the art and trains every part)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from realera.contracts import UserError
+from realera.miniature import build, check
+
+
+def test_settings_are_read_from_the_command_line(tmp_path):
+    plan, steps = build.read([f"workdir={tmp_path}", "steps=vae,unet", "unet_steps=7", "smoke=false"])
+    assert (plan.workdir, plan.out, plan.unet_steps, plan.smoke) == (tmp_path, tmp_path / "weights", 7, False)
+    assert steps == ["vae", "unet"]
+    assert build.read([])[1] == list(build.STEPS)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["smoke"], "key=value"),
+        (["steps=vea"], "no step 'vea'"),
+        (["unet_stepz=3"], "no setting 'unet_stepz'"),
+        (["unet_steps=many"], "cannot be read"),
+    ],
+)
+def test_a_wrong_word_is_named(words, said):
+    with pytest.raises(UserError, match=said):
+        build.read(words)
+
+
+def test_the_check_names_a_wrong_word():
+    with pytest.raises(UserError, match="the keys are"):
+        check.main(["pictures=3"])
+    with pytest.raises(UserError, match="whole number"):
+        check.main(["images=many"])
+
+
+@pytest.mark.slow
+def test_a_smoke_build_makes_a_whole_folder(tmp_path):
+    if shutil.which("npm") is None or shutil.which("apt-get") is None:
+        pytest.skip("the build fetches its art by npm and WordNet by apt-get")
+    pytest.importorskip("resvg_py")
+    command = [sys.executable, "-m", "realera.miniature.build", "smoke=true", f"workdir={tmp_path / 'work'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "work" / "weights"
+    for part in ("tokenizer", "text_encoder", "unet", "vae", "scheduler", "judge"):
+        assert any((out / part).iterdir())
+    assert (out / "check.json").is_file() and (out / "README.md").is_file()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0 and "step 12/12" not in again.stdout, "finished steps are not redone"
