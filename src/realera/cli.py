@@ -101,12 +101,10 @@ def gather(arguments: list[str], key: str) -> list[str]:
 
 def with_judge(cfg: DictConfig, config_name: str) -> DictConfig:
     """The config with the judge that the task names for this backbone (`judges` in its yaml), unless one was typed."""
-    typed = HydraConfig.get().overrides.task
-    if (
-        cfg.get("judge", 0) is not None
-        or "judges" not in (cfg.get("task") or {})
-        or any(w.startswith("judge=") for w in typed)
-    ):
+    hydra_config = HydraConfig.get()
+    typed = list(hydra_config.overrides.task)
+    open_choice = "judge" in hydra_config.runtime.choices and hydra_config.runtime.choices["judge"] is None
+    if not open_choice or "judges" not in (cfg.get("task") or {}) or any(w.startswith("judge=") for w in typed):
         return cfg
     return hydra.compose(config_name, [*typed, f"judge={by_backbone(cfg.task.judges, _root_=cfg)}"])
 
