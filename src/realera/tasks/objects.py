@@ -105,7 +105,8 @@ class ObjectTask:
                 )
             anchor = clean_name(self.classes[name]["anchor"] if anchor is None else anchor, "anchor")
             if anchor.lower() in (name.lower(), *(s.lower() for s in self.words[name]["synonyms"])):
-                raise UserError(f"the anchor {anchor!r} means {name!r} itself: take another, such as anchor=sky")
+                other = "field" if anchor.lower() == "sky" else "sky"
+                raise UserError(f"the anchor {anchor!r} means {name!r} itself: take another, such as anchor={other}")
             anchors.append(anchor)
         return anchors
 
