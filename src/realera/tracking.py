@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,10 @@ def make(run: Run) -> list[Logger]:
     node = run.config.get("logger") or {}
     if not node.get("_target_"):
         return []
-    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    # quiet before Lightning names a setting that W&B has retired; what a run is called stands in our own log
+    wandb.setup(wandb.Settings(silent=True))
     name = run.folder.name
     logger: Logger = instantiate(node, save_dir=str(run.folder), name=name, id=digest([name, identity(run.config)]))
     logger.log_hyperparams(run.config)
