@@ -20,6 +20,12 @@ Split = Literal["erase", "near", "keep", "associated", "unseen"]
 concept without naming it, and words for it that no training caption of the backbone ever held."""
 
 
+Mode = Literal["mean_prob", "top1", "score", "detected"]
+"""What a verdict is read as: 100 x value | whether the label is the prompt's concept | detail["score"], such as 100 cos
+| whether detail["detected"] says that something of a kind was found. The last three in percent or in the score's own
+unit; a verdict without the detail has no such reading."""
+
+
 class UserError(Exception):
     """Input that cannot be run. Its text is one sentence, what is wrong and what to do; the doors exit with 2."""
 
@@ -38,13 +44,18 @@ class Concept:
 @dataclass(frozen=True)
 class Prompt:
     """One image to generate and judge. `id` and `seed` are fixed by the Task and the same for every method; `concept`
-    is the label a judge looks for in the image (for a synonym of the erased concept: the erased concept)."""
+    is the label a judge looks for (for a synonym of the erased concept: the erased concept). `caption`: what a
+    text-image score compares the image with, None = `text`. guidance_scale, size (height, width in pixels): the
+    prompt's own where its protocol gives them, None = the backbone's sampler's."""
 
     id: str
     text: str
     concept: str
     split: Split
     seed: int
+    caption: str | None = None
+    guidance_scale: float | None = None
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +147,9 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one image. value: probability (0-1) or score of the prompt's concept, NaN = unscored (it
-    leaves the denominator). label: the judge's first choice. detail: anything else worth keeping (JSON-able)."""
+    """What a judge says of one image. value: probability (0-1) of the prompt's concept, NaN = unscored (it leaves the
+    denominator). label: the judge's first choice. detail: anything else worth keeping (JSON-able); three keys mean the
+    same for all judges: "score" (float, 100 cos of image and caption), "detected" (bool), "boxes" ({class: count})."""
 
     prompt_id: str
     value: float
@@ -158,16 +170,14 @@ class Task(Protocol):
     version: int
     concepts: Sequence[Concept]
     labels: Sequence[str]  # what a zero-shot judge chooses among; () = the judge's own labels
+    headline: Mapping[str, Mode]  # {"acc_e": "mean_prob", ...}: the reading of each measure that the tables print
+    h_o_terms: Sequence[str]  # the measures that H_o is the harmonic mean of; () = this task has no H_o
 
-    def training_prompts(self, concept: Concept) -> list[tuple[str, str]]:
-        """Pairs (prompt naming the target, the same prompt naming the anchor)."""
-        ...
+    def training_prompts(self, concept: Concept) -> list[tuple[str, str]]: ...  # (naming the target, the anchor)
 
     def eval_prompts(self) -> list[Prompt]: ...
 
-    def protocol(self) -> dict[str, Any]:
-        """Everything a number measured under this task depends on (goes into metrics.json)."""
-        ...
+    def protocol(self) -> dict[str, Any]: ...  # everything that a number measured under this task depends on
 
 
 @runtime_checkable
@@ -181,9 +191,7 @@ class Backbone(Protocol):
     sampler: Sampler  # how this backbone draws images unless told otherwise
 
     @property
-    def fingerprint(self) -> str:
-        """Content id of the weights, for caches; may read them all on first use."""
-        ...
+    def fingerprint(self) -> str: ...  # content id of the weights; may read them all on first use
 
     def encode(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates: ...
 
@@ -191,21 +199,15 @@ class Backbone(Protocol):
         """{layer name: base Linear} of every attn2.to_k / attn2.to_v, in U-Net order, adapters looked through."""
         ...
 
-    def apply(self, edit: Edit) -> None:
-        """Put an edit onto the *current* base weights; the first values are kept for `original()`."""
-        ...
+    def apply(self, edit: Edit) -> None: ...  # onto the *current* base weights; the first values are kept
 
-    def original(self) -> AbstractContextManager[None]:
-        """Base weights as loaded, adapters off: the teacher, without a second U-Net."""
-        ...
+    def original(self) -> AbstractContextManager[None]: ...  # weights as loaded, adapters off: the teacher
 
     def add_adapter(self, spec: LoraSpec, generator: Generator) -> list[nn.Parameter]: ...
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
-    def predict_noise(
-        self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None = None
-    ) -> Tensor: ...
+    def predict_noise(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Any = None) -> Tensor: ...
 
     def sample(
         self,
@@ -218,9 +220,7 @@ class Backbone(Protocol):
         """Latents (B, C, h, w) at the end of sampling, or before step `stop_at`. One CPU generator per seed."""
         ...
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3)."""
-        ...
+    def decode(self, latents: Tensor) -> Tensor: ...  # uint8 (B, H, W, 3)
 
     def generate(
         self, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler | None = None, guide: Guide | None = None
@@ -228,17 +228,13 @@ class Backbone(Protocol):
         """uint8 (B, H, W, 3): encode, sample, decode."""
         ...
 
-    def erased_state(self) -> dict[str, Tensor]:
-        """Only what differs from the original: edited base weights and adapters (the content of erased.safetensors)."""
-        ...
+    def erased_state(self) -> dict[str, Tensor]: ...  # only what differs from the original, adapters included
 
     def load_erased(self, state: Mapping[str, Tensor]) -> None: ...
 
     def to(self, device: Any) -> Backbone: ...
 
-    def park(self) -> None:
-        """What the training loop does not need leaves the device; it comes back when it is used."""
-        ...
+    def park(self) -> None: ...  # what the training loop does not need leaves the device until it is used
 
 
 class Miner(Protocol):
@@ -311,5 +307,16 @@ class Judge(Protocol):
     name: str
 
     def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]: ...
+
+    def protocol(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class SetJudge(Protocol):
+    """Compares two sets of images as wholes, such as FID; its numbers stand in metrics.json under sets.<name>."""
+
+    name: str
+
+    def compare(self, images: Sequence[Path], references: Sequence[Path]) -> dict[str, float]: ...
 
     def protocol(self) -> dict[str, Any]: ...

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import yaml
 
-from realera.contracts import Concept, Prompt, Split, UserError
+from realera.contracts import Concept, Mode, Prompt, Split, UserError
 from realera.paths import TASK_DATA
 from realera.tasks.prompts import check_template, clean_name, fill, number
 
@@ -31,6 +31,8 @@ class ObjectTask:
     """
 
     name = "object"
+    headline: Mapping[str, Mode] = dict.fromkeys(("acc_e", "acc_s", "acc_g", "acc_a", "acc_u"), "mean_prob")
+    h_o_terms = ("acc_e", "acc_s", "acc_g")
 
     def __init__(
         self,
