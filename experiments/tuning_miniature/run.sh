@@ -28,9 +28,11 @@ WORDS
 
 for round in $ROUND; do
   case $round in
-  1) sweep 1 method.align=null method.edit.ridge=0.1,5,50,200 method.neighbours.s_lo=0.7,0.85,0.95 \
-    method.neighbours.n=25,100 \
-    'label="ridge ${method.edit.ridge} s_lo ${method.neighbours.s_lo} n ${method.neighbours.n}"' ;;
+  1)
+    label='label="s_lo ${method.neighbours.s_lo} n ${method.neighbours.n} ridge ${method.edit.ridge}"'
+    sweep 1 method.align=null method.neighbours.s_lo=0.7,0.4,0.2,0.1 method.neighbours.n=25,100 "$label"
+    sweep 1 method.align=null method.neighbours.s_lo=0.2 method.edit.ridge=1,200 "$label"
+    ;;
   2) sweep 2 method.align.lr=3e-4,1e-3,3e-3 method.align.lora.rank=1,4 method.align.steps=100,300 \
     'label="lr ${method.align.lr} rank ${method.align.lora.rank} steps ${method.align.steps}"' ;;
   esac

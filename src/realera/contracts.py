@@ -261,9 +261,8 @@ class LatentSource(Protocol):
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None: ...
 
-    def __call__(self, backbone: Backbone, concept: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """(z_t (B, C, h, w), timesteps (B,))"""
-        ...
+    # (z_t (B, C, h, w), timesteps (B,))
+    def __call__(self, backbone: Backbone, concept: int, generator: Generator) -> tuple[Tensor, Tensor]: ...
 
 
 class Aligner(Protocol):
