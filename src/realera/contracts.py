@@ -233,7 +233,6 @@ class Backbone(Protocol):
     def load_erased(self, state: Mapping[str, Tensor]) -> None: ...
 
     def to(self, device: Any) -> Backbone: ...
-
     def park(self) -> None: ...  # what the training loop does not need leaves the device until it is used
 
 
@@ -257,11 +256,11 @@ class Editor(Protocol):
 
 
 class LatentSource(Protocol):
-    """Method part `latents`: where z_t comes from. `prepare` runs once, on the device, before the first step."""
+    """Method part `latents`: where z_t comes from. `prepare` runs once, on the device, before the first step.
+    A call gives z_t (B, C, h, w) and timesteps (B,)."""
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None: ...
 
-    # (z_t (B, C, h, w), timesteps (B,))
     def __call__(self, backbone: Backbone, concept: int, generator: Generator) -> tuple[Tensor, Tensor]: ...
 
 
