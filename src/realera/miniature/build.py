@@ -54,12 +54,14 @@ class Plan:
     unet_steps: int = 11_500
     decoder_steps: int = 2_000
     check_images: int = 200
+    check_words: int | None = None  # of each group; None: all
 
     def __post_init__(self) -> None:
         if self.smoke:
             self.pictures, self.held_out, self.text_steps = 600, 200, 30
             self.vae_steps = self.judge_steps = self.unet_steps = self.decoder_steps = 12
             self.check_images = 8
+            self.check_words = 4
 
 
 def main(arguments: list[str]) -> None:
@@ -285,7 +287,8 @@ def checked(plan: Plan, log: Callable[[str], None]) -> None:
     from realera.miniature.check import check
 
     sheet = plan.workdir / "sheet.png"
-    check(plan.out, images=plan.check_images, workdir=plan.workdir, sheet=sheet, log=log, strict=False)
+    few: dict[str, Any] = {"poses": plan.held_out, "most_words": plan.check_words}
+    check(plan.out, images=plan.check_images, workdir=plan.workdir, sheet=sheet, log=log, strict=False, **few)
     write_card(plan.out, plan.workdir / "parts")
     log(f"what it draws: {sheet}")
 

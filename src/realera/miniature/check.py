@@ -5,9 +5,9 @@
     workdir=runs/miniature   where held-out renderings are drawn (needs the emoji art: npm and the extra `build`)
     sheet=FILE.png   also a sheet of what each group looks like, at three times its size
 
-Groups are judged top-1 by the shipped judge, among all labels of the world. The judge and the VAE are measured on
-poses that
-training never drew (held-out renderings) and on two emoji sets that are not in the world (strangers; reported, no bar).
+Groups are judged top-1 by the shipped judge, among all labels of the world. The judge and the VAE are measured on poses
+that training never drew (held-out renderings) and on two emoji sets that are not in the world (strangers; reported, no
+bar).
 Exit status 1 when a bar is missed.
 """
 
@@ -44,10 +44,12 @@ FLOOR = 60.0  # no group under this; `unseen` is reported, whatever it is
 REPORTED_ONLY = ("unseen", "celebrity_associated", "style_associated", "unsafe_associated", "scene", "person")
 
 
-def groups(world: Mapping[str, Any], images: int, seed: int) -> dict[str, list[Prompt]]:
-    """{group: prompts}: at least `images` in each, spread evenly over its words. Seeds count up from `seed`."""
+def groups(world: Mapping[str, Any], images: int, seed: int, most_words: int | None = None) -> dict[str, list[Prompt]]:
+    """{group: prompts}: at least `images` in each, spread evenly over its words, or over the first `most_words`.
+    Seeds count up from `seed`."""
 
     def spread(words: list[tuple[str, str]]) -> list[Prompt]:
+        words = words[:most_words]
         each = -(-images // len(words))
         return [
             Prompt(f"{i}-{s}", text, label, "keep", seed + s)
@@ -96,14 +98,17 @@ def check(
     sheet: Path | None = None,
     log: Callable[[str], None] = print,
     strict: bool = True,
+    poses: int = 6000,
+    most_words: int | None = None,
 ) -> dict[str, Any]:
-    """All measures, written to folder/check.json. With `strict`, raises SystemExit(1) when a bar is missed."""
+    """All measures, written to folder/check.json. With `strict`, raises SystemExit(1) when a bar is missed. poses:
+    held-out renderings. most_words: of each group, for a sliver of a check."""
     from realera.miniature.art import load_world
 
     world = load_world()
     found: dict[str, Any] = {"images": images, "seed": seed, "groups": {}, "by_word": {}}
     sheets = []
-    for name, prompts in groups(world, images, seed).items():
+    for name, prompts in groups(world, images, seed, most_words).items():
         drawn, judged = generate_and_judge(folder, prompts)
         right = [label == prompt.concept for label, prompt in zip(judged, prompts, strict=True)]
         found["groups"][name] = round(100 * float(np.mean(right)), 2)
@@ -115,7 +120,7 @@ def check(
         each = len(prompts) // len(words)
         sheets.append(drawn.reshape(len(words), each, *drawn.shape[1:])[:, :12])
     row_norm(folder, found)
-    held_out(folder, workdir, found, log)
+    held_out(folder, workdir, found, poses, log)
     write_text(folder / "check.json", json.dumps(found, indent=1) + "\n")
     if sheet:
         save_sheet(sheets, sheet)
@@ -183,7 +188,7 @@ def row_norm(folder: Path, found: dict[str, Any]) -> None:
     found["row_norm"] = round(float(sum(norms) / len(norms)), 2)
 
 
-def held_out(folder: Path, workdir: Path, found: dict[str, Any], log: Callable[[str], None]) -> None:
+def held_out(folder: Path, workdir: Path, found: dict[str, Any], poses: int, log: Callable[[str], None]) -> None:
     """The judge and the VAE on poses, and on emoji sets, that training never drew."""
     import torch
     from diffusers import AutoencoderKL
@@ -197,7 +202,7 @@ def held_out(folder: Path, workdir: Path, found: dict[str, Any], log: Callable[[
 
     world = load_world()
     drawn = sprites(world, workdir / "art")
-    pictures, subjects = draw_pictures(World(world, drawn), workdir / "held_out", 6000, seed=2, held_out=True)
+    pictures, subjects = draw_pictures(World(world, drawn), workdir / "held_out", poses, seed=2, held_out=True)
     nets = load_judge(folder / "judge")
     found["judge"] = measure_judge(*nets, np.asarray(pictures), subjects)
     for kind, row in found["judge"].items():
