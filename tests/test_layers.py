@@ -13,8 +13,19 @@ import realera
 ROOT = Path(realera.__file__).parent
 ROOMS = {"tasks", "backbones", "methods", "judges", "training", "evaluation", "miniature"}
 DOORS = {"train", "evaluate", "generate", "export", "report", "demo"}
-DOOR_PARTS = {"cli", "complaints", "preflight", "runs", "console", "steps", "tracking", "portable", "webpage"}
-SHARED = {"contracts", "paths"}
+DOOR_PARTS = {
+    "cli",
+    "complaints",
+    "preflight",
+    "runs",
+    "console",
+    "steps",
+    "tracking",
+    "portable",
+    "webpage",
+    "processes",
+}
+SHARED = {"contracts", "paths", "ranks"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
 WORKSHOP = "miniature"  # makes the built-in model: may use every room and library, and no room uses it
 LIBRARIES = {  # where a library may be imported; the workshop is free

@@ -1,18 +1,22 @@
-"""Images of a run: drawn in fixed chunks of the prompt list, so that a run that was killed ends with the same pictures.
+"""Images of a run: drawn in fixed chunks of the prompt list, so that a run that was killed, and one of any number of
+processes, ends with the same pictures.
 
 Noise comes from each prompt's own seed, but a convolution's last bits can depend on how many images run together. So
-the chunks are fixed by the list, and one with a picture missing is drawn again whole.
+the chunks are fixed by the list, one with a picture missing is drawn again whole, and whole chunks are what processes
+share out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +26,9 @@ from torch import Tensor
 from realera import paths
 from realera.contracts import Backbone, Guide, Prompt, Sampler, UserError
 from realera.evaluation.records import ORIGINALS, Row, read_manifest, write_manifest
+from realera.ranks import ALONE, Ranks
+
+log = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
 """Told how many more images are done; a door's progress bar."""
@@ -37,22 +44,30 @@ def generate_images(
     chunk: int = 16,
     originals: bool = True,
     advance: Advance | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Row]:
     """Writes images/<id>.png for every prompt with the backbone as it stands, and the manifest.
 
     The manifest comes first and says what drew each image. Pictures that other weights or another sampler drew (the
     manifest that stands there says so) are drawn again; the rest of an unfinished run is kept. `originals`: note beside
-    each image where `original_images` puts its counterpart. Raises UserError where an image cannot be written or does
-    not fit into memory.
+    each image where `original_images` puts its counterpart. ranks: the processes that share the drawing. Raises
+    UserError where an image cannot be written or does not fit into memory, and where another process has ended.
     """
-    source = source_of(backbone, sampler, guide)
-    rows = [
-        Row(p, f"{paths.IMAGES}/{p.id}.png", source, f"{ORIGINALS}/{p.id}.png" if originals else None) for p in prompts
-    ]
-    _drop_stale(run_dir, rows)
-    write_manifest(run_dir, rows)
+
+    def begin() -> list[Row]:
+        drawn_with = [own_sampler(prompt, sampler or backbone.sampler) for prompt in prompts]
+        sources = {own: source_of(backbone, own, guide) for own in dict.fromkeys(drawn_with)}
+        rows = [
+            Row(p, f"{paths.IMAGES}/{p.id}.png", sources[own], f"{ORIGINALS}/{p.id}.png" if originals else None)
+            for p, own in zip(prompts, drawn_with)
+        ]
+        _drop_stale(run_dir, rows)
+        write_manifest(run_dir, rows)
+        return rows
+
+    rows = ranks.from_first(begin)
     files = [run_dir / row.file for row in rows]
-    _draw(backbone, prompts, files, sampler, guide, chunk, nullcontext, advance)
+    _draw(backbone, prompts, files, sampler, guide, chunk, nullcontext, advance, ranks)
     return rows
 
 
@@ -65,6 +80,7 @@ def original_images(
     chunk: int = 16,
     folder: str = ORIGINALS,
     advance: Advance | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Path]:
     """The unedited model's images of the same prompts, run_dir/<folder>/<id>.png, drawn once for all runs.
 
@@ -72,12 +88,19 @@ def original_images(
     links, or copies where the cache is on another disk. folder="images" beside a manifest makes a run of the original
     model. Raises UserError as `generate_images` does.
     """
-    cache = paths.cache_dir() / "images" / backbone.fingerprint
-    cached = [cache / f"{_content_key(backbone, p, sampler)}.png" for p in prompts]
-    _draw(backbone, prompts, cached, sampler, None, chunk, backbone.original, advance)
+
+    def places() -> list[Path]:
+        cache = paths.cache_dir() / "images" / backbone.fingerprint
+        return [cache / f"{_content_key(backbone, p, sampler)}.png" for p in prompts]
+
+    cached = ranks.from_first(places)
+    _draw(backbone, prompts, cached, sampler, None, chunk, backbone.original, advance, ranks)
     files = [run_dir / folder / f"{p.id}.png" for p in prompts]
-    for file, drawn in zip(files, cached):
-        _link(drawn, file)
+    if ranks.first:
+        for file, drawn in zip(files, cached):
+            _link(drawn, file)
+    ranks.wait()
+    _see(files)
     return files
 
 
@@ -92,6 +115,33 @@ def source_of(backbone: Backbone, sampler: Sampler | None = None, guide: Guide |
     return digest.hexdigest()[:16]
 
 
+def own_sampler(prompt: Prompt, base: Sampler) -> Sampler:
+    """How a prompt is drawn where all others are drawn with `base`: its own guidance and size, if it has any."""
+    height, width = prompt.size or (base.height, base.width)
+    guidance = base.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
+    return replace(base, guidance_scale=guidance, height=height, width=width)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images drawn together: their places in the prompt list, and how."""
+
+    places: tuple[int, ...]
+    sampler: Sampler
+
+
+def chunks_of(prompts: Sequence[Prompt], base: Sampler, size: int) -> list[Chunk]:
+    """The list in chunks of `size`, prompts of one guidance and size together, in the order in which they stand."""
+    groups: dict[Sampler, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        groups.setdefault(own_sampler(prompt, base), []).append(place)
+    return [
+        Chunk(tuple(places[start : start + size]), sampler)
+        for sampler, places in groups.items()
+        for start in range(0, len(places), size)
+    ]
+
+
 def _settings(backbone: Backbone, sampler: Sampler | None) -> str:
     """The weights' id, their precision, and the sampler, as one line."""
     dtype = next((str(p.dtype) for p in backbone.unet.parameters()), "")
@@ -99,7 +149,8 @@ def _settings(backbone: Backbone, sampler: Sampler | None) -> str:
 
 
 def _content_key(backbone: Backbone, prompt: Prompt, sampler: Sampler | None) -> str:
-    return hashlib.sha256(f"{prompt.text}|{prompt.seed}|{_settings(backbone, sampler)}".encode()).hexdigest()[:32]
+    own = own_sampler(prompt, sampler or backbone.sampler)
+    return hashlib.sha256(f"{prompt.text}|{prompt.seed}|{_settings(backbone, own)}".encode()).hexdigest()[:32]
 
 
 def _drop_stale(run_dir: Path, rows: Sequence[Row]) -> None:
@@ -128,50 +179,82 @@ def _draw(
     chunk: int,
     within: Callable[[], AbstractContextManager[None]],
     advance: Advance | None,
+    ranks: Ranks,
 ) -> None:
-    """Draws the chunks that are not whole. Files that stand are replaced only by their own chunk."""
+    """Draws this process's share of the chunks that are not whole, and returns when all have drawn theirs.
+
+    Files that stand are replaced only by their own chunk; a file that several prompts share is the first one's chunk's.
+    """
     if chunk < 1:
         raise UserError(f"chunk={chunk} draws nothing: draw 1 or more images at once")
+    chunks = chunks_of(prompts, sampler or backbone.sampler, chunk)
+    owner: dict[Path, int] = {}
+    for number, part in enumerate(chunks):
+        for place in part.places:
+            owner.setdefault(files[place], number)
+    missing = ranks.from_first(lambda: sorted({owner[file] for file in owner if not file.is_file()}))
+    if advance is not None and (there := len(prompts) - sum(len(chunks[n].places) for n in missing)):
+        advance(there)
     size = chunk
-    for start in range(0, len(prompts), chunk):
-        part = slice(start, start + chunk)
-        if not all(file.is_file() for file in files[part]):
-            with within():
-                pixels, size = _generate(backbone, prompts[part], sampler, guide, size)
-            for file, picture in zip(files[part], pixels):
-                _save(file, picture)
-        if advance is not None:
-            advance(len(prompts[part]))
+    for turn, number in enumerate(ranks.share(missing)):
+        part = chunks[number]
+        with within():
+            pixels, size = _generate(backbone, [prompts[place] for place in part.places], part.sampler, guide, size)
+        for place, picture in zip(part.places, pixels):
+            if owner[files[place]] == number:
+                _save(files[place], picture)
+        if advance is not None:  # the others are about as far
+            advance(sum(len(chunks[n].places) for n in missing[turn * ranks.world : (turn + 1) * ranks.world]))
+    ranks.wait()
+    _see(list(owner))
+
+
+def _see(files: Sequence[Path], patience: float = 60.0) -> None:
+    """Waits until a file system that several machines share shows here what the others wrote."""
+    until = time.monotonic() + patience
+    for file in files:
+        while not file.is_file():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"{file} was drawn by another process and is not seen here: the machines of a run must share its "
+                    "folder (root, run_dir) and the cache (REALERA_CACHE)."
+                )
+            time.sleep(0.5)
 
 
 def _generate(
-    backbone: Backbone, prompts: Sequence[Prompt], sampler: Sampler | None, guide: Guide | None, size: int
+    backbone: Backbone, prompts: Sequence[Prompt], sampler: Sampler, guide: Guide | None, size: int
 ) -> tuple[Tensor, int]:
     """uint8 (B, H, W, 3) and how many fitted at once: half as many after each time the memory ran out."""
+    fitted = size
     while True:
         try:
             parts = [
                 backbone.generate([p.text for p in few], [p.seed for p in few], sampler, guide).cpu()
                 for few in (prompts[i : i + size] for i in range(0, len(prompts), size))
             ]
-            return torch.cat(parts), size
         except RuntimeError as error:  # torch's OutOfMemoryError is one; a CPU's allocator raises a plain one
             if not _out_of_memory(error):
                 raise
             if size == 1:
-                asked = sampler or backbone.sampler
                 raise UserError(
-                    f"one image of {asked.width} x {asked.height} pixels does not fit into the memory of the device: "
-                    "draw smaller ones, or on another device"
+                    f"one image of {sampler.width} x {sampler.height} pixels does not fit into the memory of the "
+                    "device: draw smaller ones (backbone.sampler.height=..., width=...), at half the precision "
+                    "(backbone.dtype=bfloat16), or on another device (trainer=cpu)"
                 ) from None
             size = max(1, min(size, len(prompts)) // 2)
+        else:
+            if size < fitted:
+                log.warning("the memory ran out: %d images at once from now on", size)
+            return torch.cat(parts), size
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # outside the handler: the exception held the tensors
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
     said = str(error).lower()
-    return "out of memory" in said or "can't allocate memory" in said or "not enough memory" in said
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
+    return any(sign in said for sign in signs)
 
 
 def _save(file: Path, picture: Tensor) -> None:

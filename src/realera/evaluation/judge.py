@@ -8,6 +8,7 @@ from pathlib import Path
 from realera.contracts import Judge, UserError, Verdict
 from realera.evaluation.generate import Advance
 from realera.evaluation.records import Row, Which, read_manifest, verdict_file, write_verdicts
+from realera.ranks import ALONE, Ranks
 
 
 def judge_run(
@@ -17,24 +18,29 @@ def judge_run(
     *,
     chunk: int = 256,
     advance: Advance | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Verdict]:
     """Judges every image of the manifest and writes verdicts/<judge>.jsonl, whole, at the end.
 
+    Processes share fixed chunks of the manifest, and every one of them returns all verdicts; the first one writes.
     which="original" judges the unedited model's images of the same prompts (verdicts/<judge>.original.jsonl). Raises
     UserError for a run without images.
     """
-    rows = read_manifest(run_dir)
+    rows = ranks.from_first(lambda: read_manifest(run_dir))
     if not rows:
         raise UserError(f"{run_dir} has no images to judge: generate them first")
-    verdicts: list[Verdict] = []
-    for start in range(0, len(rows), chunk):
+    starts = range(0, len(rows), chunk)
+    mine: dict[int, list[Verdict]] = {}
+    for turn, start in enumerate(ranks.share(starts)):
         part = rows[start : start + chunk]
-        said = judge([row.path(run_dir, which) for row in part], [row.prompt for row in part])
-        _check_order(judge.name, part, said)
-        verdicts += said
-        if advance is not None:
-            advance(len(part))
-    write_verdicts(verdict_file(run_dir, judge.name, which), verdicts)
+        mine[start] = judge([row.path(run_dir, which) for row in part], [row.prompt for row in part])
+        _check_order(judge.name, part, mine[start])
+        if advance is not None:  # the others are about as far
+            advance(len(rows[turn * ranks.world * chunk : (turn + 1) * ranks.world * chunk]))
+    by_start = {start: said for share in ranks.gather(mine) for start, said in share.items()}
+    verdicts = [verdict for start in starts for verdict in by_start[start]]
+    if ranks.first:
+        write_verdicts(verdict_file(run_dir, judge.name, which), verdicts)
     return verdicts
 
 
