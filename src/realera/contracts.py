@@ -19,7 +19,6 @@ Split = Literal["erase", "near", "keep", "associated", "unseen"]
 """What a prompt is for: the erased concept by name, its synonyms, the concepts to preserve, phrases that evoke the
 concept without naming it, and words for it that no training caption of the backbone ever held."""
 
-
 Mode = Literal["mean_prob", "top1", "score", "detected"]
 """What a verdict is read as: 100 x value | whether the label is the prompt's concept | detail["score"], such as 100 cos
 | whether detail["detected"] says that something of a kind was found. The last three in percent or in the score's own
@@ -62,8 +61,8 @@ class Prompt:
 class TextStates:
     """Encoded prompts, as the U-Net's cross-attention reads them.
 
-    states (B, T, D) float32: last hidden state after the final norm. first, last (B,) int64: rows of the subject's
-    first and last sub-token (-1 where no subject was asked for). length (B,) int64: the row of the first end-of-text.
+    states (B, T, D) float32: what it reads (SD 1.x, 2.x: after the final norm; SDXL: two encoders side by side). first,
+    last (B,) int64: rows of the subject's first and last sub-token (-1: none asked). length (B,): row of the first EOS.
     pooled (B, E) where the U-Net takes one (SDXL), else None.
     """
 
@@ -201,7 +200,8 @@ class Backbone(Protocol):
 
     def apply(self, edit: Edit) -> None: ...  # onto the *current* base weights; the first values are kept
 
-    def original(self) -> AbstractContextManager[None]: ...  # weights as loaded, adapters off: the teacher
+    # The teacher, without a second U-Net: adapters off, base weights as loaded or as they are now (`edited`).
+    def original(self, edited: bool = False) -> AbstractContextManager[None]: ...
 
     def add_adapter(self, spec: LoraSpec, generator: Generator) -> list[nn.Parameter]: ...
 

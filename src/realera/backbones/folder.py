@@ -1,8 +1,9 @@
 """Checkpoint files on disk: where they are, whether they are whole, what they contain. No torch, so that bad input is
 answered fast.
 
-A checkpoint is a diffusers folder (unet/, vae/, text_encoder/, tokenizer/, scheduler/) with safetensors weights, local
-or in the Hugging Face cache.
+A checkpoint is a diffusers folder (unet/, vae/, text_encoder/, tokenizer/, scheduler/; Stable Diffusion XL also
+text_encoder_2/ and tokenizer_2/) with safetensors weights, local or in the Hugging Face cache. Weights may lie in
+shards, and where a part has only the half-precision copy (`.fp16.`), that is read.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from realera.contracts import UserError
 from realera.paths import MINIATURE
 
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+SECOND = {"text_encoder_2": "model"}  # what Stable Diffusion XL has besides
+VARIANTS = ("", ".fp16")  # what a weights file's name may hold, in the order they are looked for
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = [
     "model_index.json",
     "scheduler/scheduler_config.json",
     "tokenizer/*",
-    *(f"{part}/config.json" for part in MODELS),
+    "tokenizer_2/*",
+    *(f"{part}/config.json" for part in (*MODELS, *SECOND)),
     # Exactly the weights that are read: never the fp16, EMA or pickle copies beside them.
-    *(f"{part}/{stem}.safetensors" for part, stem in MODELS.items()),
-    *(f"{part}/{stem}.safetensors.index.json" for part, stem in MODELS.items()),
-    *(f"{part}/{stem}-*-of-*.safetensors" for part, stem in MODELS.items()),
+    *(f"{part}/{stem}.safetensors" for part, stem in (MODELS | SECOND).items()),
+    *(f"{part}/{stem}.safetensors.index.json" for part, stem in (MODELS | SECOND).items()),
+    *(f"{part}/{stem}-*-of-*.safetensors" for part, stem in (MODELS | SECOND).items()),
 ]
 
 
@@ -53,41 +57,67 @@ def check(folder: Path) -> Path:
     """`folder`, if every file that is needed is there and no weights file is torn; UserError otherwise."""
     if gone := missing(folder):
         hint = " (weights are read as safetensors only, not .bin)" if any(folder.glob("*/*.bin")) else ""
+        if (folder / "transformer").is_dir():
+            hint = " (a diffusion transformer, such as SD 3 or FLUX, cannot be run: only U-Net models can)"
+        elif "unet/config.json" not in gone and is_xl(folder):
+            hint = f" (a Stable Diffusion XL has two text encoders and two tokenizers){hint}"
         raise UserError(
             f"The checkpoint folder {str(folder)!r} lacks {', '.join(gone)}{hint}; copy or download it again, or give "
             "another folder as backbone.pretrained."
-        )
-    index = folder / "model_index.json"
-    if index.is_file() and "text_encoder_2" in read_json(index):
-        raise UserError(
-            f"The checkpoint {str(folder)!r} is a Stable Diffusion XL, which is not supported; give an SD 1.x or 2.x."
         )
     for file in weight_files(folder):
         refuse_torn(file)
     return folder
 
 
+def is_xl(folder: Path) -> bool:
+    """Whether the folder is a Stable Diffusion XL, by its index or by what its U-Net reads."""
+    index, unet = folder / "model_index.json", folder / "unet" / "config.json"
+    if index.is_file() and any(read_json(index).get("text_encoder_2") or ()):
+        return True
+    return unet.is_file() and read_json(unet).get("addition_embed_type") == "text_time"
+
+
+def models(folder: Path) -> dict[str, str]:
+    """{part: stem of its weights' file names} of the networks that this kind of checkpoint has."""
+    return MODELS | SECOND if is_xl(folder) else dict(MODELS)
+
+
+def tokenizers(folder: Path) -> list[str]:
+    """The parts that are tokenizers, in the order of the text encoders they belong to."""
+    return ["tokenizer", "tokenizer_2"] if is_xl(folder) else ["tokenizer"]
+
+
 def missing(folder: Path) -> list[str]:
     """Names of the needed files that `folder` lacks."""
-    needed = [f"{part}/config.json" for part in MODELS] + ["scheduler/scheduler_config.json"]
+    needed = [f"{part}/config.json" for part in models(folder)] + ["scheduler/scheduler_config.json"]
     gone = [name for name in needed if not (folder / name).is_file()]
-    tokenizer = folder / "tokenizer"
-    split = [tokenizer / "vocab.json", tokenizer / "merges.txt"]
-    if not (tokenizer / "tokenizer.json").is_file() and not all(file.is_file() for file in split):
-        gone.append("tokenizer/tokenizer.json")
+    for part in tokenizers(folder):
+        split = [folder / part / "vocab.json", folder / part / "merges.txt"]
+        if not (folder / part / "tokenizer.json").is_file() and not all(file.is_file() for file in split):
+            gone.append(f"{part}/tokenizer.json")
     return gone + [str(file.relative_to(folder)) for file in weight_files(folder) if not file.is_file()]
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that loading reads, in a fixed order; they need not exist."""
-    files = []
-    for part, stem in MODELS.items():
-        index = folder / part / f"{stem}.safetensors.index.json"
-        names = {f"{stem}.safetensors"}
-        if index.is_file() and not (folder / part / f"{stem}.safetensors").is_file():
-            names = set(read_json(index)["weight_map"].values())
-        files += [folder / part / name for name in sorted(names)]
-    return files
+    return [file for part in models(folder) for file in part_files(folder, part)[1]]
+
+
+def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
+    """What is read of one part: the variant ("", or "fp16" where there is nothing else), and its files."""
+    stem = models(folder)[part]
+    for mark in VARIANTS:
+        whole = folder / part / f"{stem}{mark}.safetensors"
+        index = folder / part / f"{stem}.safetensors.index{mark}.json"
+        if whole.is_file():
+            return mark[1:], [whole]
+        if index.is_file():
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not listed:
+                raise UserError(f"The file {str(index)!r} lists no weights; copy or download it again.")
+            return mark[1:], [folder / part / name for name in sorted(set(listed.values()))]
+    return "", [folder / part / f"{stem}.safetensors"]
 
 
 def fingerprint(folder: Path, text_length: int) -> str:
@@ -99,10 +129,11 @@ def fingerprint(folder: Path, text_length: int) -> str:
     digest = hashlib.sha256()
     for file in weight_files(folder):
         digest.update(f"{file.relative_to(folder)} {_sha256(file)}\n".encode())
-    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
-        if (file := folder / "tokenizer" / name).is_file():
-            digest.update(f"tokenizer/{name} {_sha256(file)}\n".encode())
-    for part in (*MODELS, "scheduler"):
+    for part in tokenizers(folder):
+        for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            if (file := folder / part / name).is_file():
+                digest.update(f"{part}/{name} {_sha256(file)}\n".encode())
+    for part in (*models(folder), "scheduler"):
         config = read_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
         kept = {
             k: v
@@ -111,7 +142,15 @@ def fingerprint(folder: Path, text_length: int) -> str:
         }
         digest.update(json.dumps([part, kept], sort_keys=True).encode())
     digest.update(f"text_length {text_length}".encode())
+    if is_xl(folder):
+        digest.update(f"zeros {zeros_for_no_prompt(folder)}".encode())
     return digest.hexdigest()[:16]
+
+
+def zeros_for_no_prompt(folder: Path) -> bool:
+    """Whether a Stable Diffusion XL is guided away from states of zeros rather than from the encoded empty prompt."""
+    index = folder / "model_index.json"
+    return bool(read_json(index).get("force_zeros_for_empty_prompt", True)) if index.is_file() else True
 
 
 def _from_hub(name: str) -> Path:

@@ -11,56 +11,112 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from realera.backbones.folder import read_json
+from realera.backbones import folder
+from realera.backbones.text import PairedTextEncoder, TextEncoder
 from realera.contracts import UserError
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What `load` found. The scheduler is only its config: each sampling builds a fresh one."""
+    """What `load` found. The scheduler is only its config: each sampling builds a fresh one. tokenizers, text_models:
+    one of each, and two where `xl`. zeros_for_no_prompt: see `folder`."""
 
-    tokenizer: PreTrainedTokenizerBase
-    text_model: CLIPTextModel
+    tokenizers: list[PreTrainedTokenizerBase]
+    text_models: list[CLIPTextModel | CLIPTextModelWithProjection]
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     scheduler_config: dict[str, Any]
+    xl: bool
+    zeros_for_no_prompt: bool
 
 
-def load(folder: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
+def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
     """All components in eval mode, without gradients, on the CPU; the U-Net in `dtype`, the others in float32.
+
+    The autoencoder stays in float32 whatever the U-Net's precision: SDXL's gives black images in float16.
 
     Raises UserError where the files do not make a Stable Diffusion.
     """
+    xl = folder.is_xl(place)
+    kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
+    if xl:
+        kinds["text_encoder_2"] = CLIPTextModelWithProjection
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", use_fast=True, local_files_only=True)
+            tokenizers = [
+                AutoTokenizer.from_pretrained(place / part, use_fast=True, local_files_only=True)
+                for part in folder.tokenizers(place)
+            ]
             # Not asked of the library: transformers 5 keeps a file's float16 unless told, and renamed the option.
-            text_model = _whole(CLIPTextModel, folder / "text_encoder").float()
-            unet = _whole(UNet2DConditionModel, folder / "unet", torch_dtype=dtype)
-            vae = _whole(AutoencoderKL, folder / "vae", torch_dtype=torch.float32)
+            text_models = [_whole(kind, place, part).float() for part, kind in kinds.items()]
+            unet = _whole(UNet2DConditionModel, place, "unet", torch_dtype=dtype)
+            vae = _whole(AutoencoderKL, place, "vae", torch_dtype=torch.float32)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"The checkpoint {str(folder)!r} cannot be loaded ({reason}); give a whole Stable Diffusion folder."
+            f"The checkpoint {str(place)!r} cannot be loaded ({reason}); give a whole Stable Diffusion folder."
         ) from error
-    if not tokenizer.is_fast:
-        raise UserError(f"The tokenizer of {str(folder)!r} gives no character offsets; save it with a tokenizer.json.")
+    if not all(tokenizer.is_fast for tokenizer in tokenizers):
+        raise UserError(f"The tokenizer of {str(place)!r} gives no character offsets; save it with a tokenizer.json.")
+    _refuse_other_unet(place, unet, vae)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)
-    return Parts(tokenizer, text_model, unet, vae, read_json(folder / "scheduler" / "scheduler_config.json"))
+    scheduler = folder.read_json(place / "scheduler" / "scheduler_config.json")
+    return Parts(tokenizers, text_models, unet, vae, scheduler, xl, folder.zeros_for_no_prompt(place))
 
 
-def refuse_other_text(name: str, promised: Mapping[str, Any], width: int, length: int, unet_width: int) -> None:
-    """UserError unless text encoder, U-Net and the config's `text` node speak of the same states."""
-    if width != unet_width:
+def text_encoder(parts: Parts, length: int | None) -> TextEncoder | PairedTextEncoder:
+    """What turns prompts into the states that this checkpoint's U-Net reads."""
+    encoders = [
+        TextEncoder(tokenizer, model, length, penultimate=parts.xl)
+        for tokenizer, model in zip(parts.tokenizers, parts.text_models, strict=True)
+    ]
+    return PairedTextEncoder(*encoders) if parts.xl else encoders[0]
+
+
+def _refuse_other_unet(place: Path, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+    """UserError for a U-Net that wants more than latents, timesteps and text, as for inpainting or upscaling."""
+    config = unet.config
+    channels, latents = int(config.in_channels), int(vae.config.latent_channels)
+    if channels != latents:
         raise UserError(
-            f"The text encoder of backbone {name} gives states of width {width} and its U-Net reads {unet_width}; give "
-            "a checkpoint whose parts belong together."
+            f"The U-Net of {str(place)!r} reads {channels} channels and its autoencoder makes {latents}: it does "
+            "inpainting, depth or upscaling; give a text-to-image checkpoint."
         )
+    for name in ("encoder_hid_dim_type", "class_embed_type", "num_class_embeds"):
+        if config.get(name) is not None:
+            raise UserError(
+                f"The U-Net of {str(place)!r} has {name}={config[name]}, which is not supported; give a Stable "
+                "Diffusion 1.x, 2.x or XL."
+            )
+    if config.get("addition_embed_type") not in (None, "text_time"):
+        raise UserError(
+            f"The U-Net of {str(place)!r} takes {config.addition_embed_type!r} besides the text, which is not "
+            "supported; give a Stable Diffusion 1.x, 2.x or XL."
+        )
+
+
+def refuse_other_text(
+    name: str, promised: Mapping[str, Any], text: TextEncoder | PairedTextEncoder, unet: Mapping[str, Any]
+) -> None:
+    """UserError unless text encoder, U-Net (its config) and the config's `text` node speak of the same states."""
+    width, length = text.width, text.length
+    if width != unet["cross_attention_dim"]:
+        raise UserError(
+            f"The text encoder of backbone {name} gives states of width {width} and its U-Net reads "
+            f"{unet['cross_attention_dim']}; give a checkpoint whose parts belong together."
+        )
+    if text.pooled_width:
+        reads = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]  # six sizes
+        if reads != text.pooled_width:
+            raise UserError(
+                f"The second text encoder of backbone {name} gives pooled states of width {text.pooled_width} and its "
+                f"U-Net reads {reads} (sizes apart); give a checkpoint whose parts belong together."
+            )
     for key, found in (("width", width), ("max_length", length)):
         wanted = promised.get(key, found)
         if wanted != found:
@@ -70,13 +126,15 @@ def refuse_other_text(name: str, promised: Mapping[str, Any], width: int, length
             )
 
 
-def _whole(kind: Any, folder: Path, **options: Any) -> Any:
+def _whole(kind: Any, place: Path, part: str, **options: Any) -> Any:
     """One model, frozen, every weight from the file: a missing one would silently stay random."""
+    if variant := folder.part_files(place, part)[0]:
+        options["variant"] = variant
     model, info = kind.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        place / part, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
     )
     if lost := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
-        raise ValueError(f"{folder.name} lacks {len(lost)} weights such as {lost[0]}")
+        raise ValueError(f"{part} lacks {len(lost)} weights such as {lost[0]}")
     frozen: nn.Module = model.eval().requires_grad_(False)
     return frozen
 

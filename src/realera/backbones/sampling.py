@@ -10,10 +10,55 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from realera.contracts import Guide, Sampler, UserError
+from realera.contracts import Guide, Sampler, TextStates, UserError
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(latents (B, C, h, w), timestep (), states (B, T, D)) -> the U-Net's output (B, C, h, w)"""
+Predict = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+"""(latents (B, C, h, w), timestep (), states (B, T, D), pooled (B, E) or None) -> the U-Net's output (B, C, h, w)"""
+
+
+class NoiseSchedule:
+    """A checkpoint's training schedule, and what its U-Net's output means: the noise ("epsilon"), or v = sqrt(abar_t)
+    noise - sqrt(1 - abar_t) x0 (arXiv 2202.00512). Raises UserError for another prediction type.
+
+    With z_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise: noise = sqrt(abar_t) v + sqrt(1 - abar_t) z_t.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.kind = str(config.get("prediction_type") or "epsilon")
+        if self.kind not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"The checkpoint's U-Net predicts {self.kind!r}, which is not supported; give one that predicts "
+                "epsilon or v_prediction."
+            )
+        self._scheduler = DDIMScheduler.from_config(known(DDIMScheduler, config))
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """sqrt(abar_t) latents + sqrt(1 - abar_t) noise; timesteps (B,)."""
+        made: Tensor = self._scheduler.add_noise(latents, noise, timesteps)
+        return made
+
+    def noise_of(self, output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise in a U-Net's output (B, C, h, w) on z_t; timesteps (B,) or ()."""
+        if self.kind == "epsilon":
+            return output
+        signal, sigma = self._levels(latents, timesteps)
+        return signal * output + sigma * latents
+
+    def output_of(self, noise: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """The output that means `noise`: the inverse of `noise_of`. Raises UserError where z_t holds noise alone."""
+        if self.kind == "epsilon":
+            return noise
+        signal, sigma = self._levels(latents, timesteps)
+        if not bool((signal > 0).all()):
+            raise UserError(
+                "This checkpoint starts from noise alone (zero terminal SNR), where a guide on the noise says nothing: "
+                "give a method without a guide, or a checkpoint whose scheduler has rescale_betas_zero_snr=false."
+            )
+        return (noise - sigma * latents) / signal
+
+    def _levels(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        abar = self._scheduler.alphas_cumprod.to(latents.device)[timesteps.to(latents.device).long()].view(-1, 1, 1, 1)
+        return abar.sqrt(), (1 - abar).sqrt()
 
 
 def refuse_bad(sampler: Sampler, multiple: int) -> None:
@@ -58,32 +103,42 @@ def start_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 def sample(
     predict: Predict,
+    schedule: NoiseSchedule,
     scheduler: DDIMScheduler | DPMSolverMultistepScheduler,
     latents: Tensor,
-    cond: Tensor,
-    uncond: Tensor,
+    cond: TextStates,
+    uncond: TextStates,
     guidance_scale: float,
     guide: Guide | None,
     stop_at: int | None,
 ) -> Tensor:
-    """Latents after all steps, or as they stand before step `stop_at`.
+    """Latents after all steps, or as they stand before step `stop_at`. cond: B prompts; uncond: one, for all.
 
     noise = uncond + guidance_scale (cond - uncond), or what `guide` makes of the two. At a scale <= 1 without a guide
-    the unconditional pass is left out. What is guided is the U-Net's raw output: noise, or v where the checkpoint
-    predicts v.
+    the unconditional pass is left out. Without a guide what is guided is the U-Net's raw output, noise or v: the rule
+    is linear, and the scheduler knows which of the two it is given.
     """
     guided = guide is not None or guidance_scale > 1
-    both = torch.cat([uncond, cond]) if guided else cond
+    states, pooled = _both(cond, uncond) if guided else (cond.states, cond.pooled)
     latents = latents * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps[:stop_at]):
         given = scheduler.scale_model_input(latents, timestep)
         if guided:
-            noise_uncond, noise_cond = predict(torch.cat([given, given]), timestep, both).chunk(2)
+            out_uncond, out_cond = predict(torch.cat([given, given]), timestep, states, pooled).chunk(2)
             if guide is not None:
-                noise = guide(noise_uncond, noise_cond, latents, step)
+                noise_uncond, noise_cond = (schedule.noise_of(o, given, timestep) for o in (out_uncond, out_cond))
+                out = schedule.output_of(guide(noise_uncond, noise_cond, latents, step), given, timestep)
             else:
-                noise = noise_uncond + guidance_scale * (noise_cond - noise_uncond)
+                out = out_uncond + guidance_scale * (out_cond - out_uncond)
         else:
-            noise = predict(given, timestep, both)
-        latents = scheduler.step(noise, timestep, latents).prev_sample
+            out = predict(given, timestep, states, pooled)
+        latents = scheduler.step(out, timestep, latents).prev_sample
     return latents
+
+
+def _both(cond: TextStates, uncond: TextStates) -> tuple[Tensor, Tensor | None]:
+    """States (2 B, T, D) and pooled states (2 B, E), the unconditional ones first."""
+    states = torch.cat([uncond.states.expand(len(cond.states), -1, -1), cond.states])
+    if cond.pooled is None or uncond.pooled is None:
+        return states, None
+    return states, torch.cat([uncond.pooled.expand(len(cond.pooled), -1), cond.pooled])

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, PreTrainedTokenizerBase
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from realera.contracts import TextStates, UserError
 
 BATCH = 64  # prompts in one forward of the text encoder
+BATCH_OF_ALL_LAYERS = 16  # where every layer's states are kept: a few hundred MB
 
 
 class TextEncoder:
     """CLIP's tokenizer and text model, always in float32: closed-form edits are sums over these states.
 
-    Padding is the tokenizer's own: SD 1.x pads with the end-of-text token, SD 2.x with "!".
+    Padding is the tokenizer's own: SD 1.x pads with the end-of-text token, SD 2.x and the second encoder of SDXL with
+    "!". penultimate: the states of the last layer but one, without the final norm, as SDXL reads them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: CLIPTextModel, length: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: CLIPTextModel | CLIPTextModelWithProjection,
+        length: int | None = None,
+        penultimate: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.model = model
+        self.penultimate = penultimate
         limit = int(model.config.max_position_embeddings)
         self.length = min(tokenizer.model_max_length, limit) if length is None else length
         self.width = int(model.config.hidden_size)
+        projected = isinstance(model, CLIPTextModelWithProjection)
+        self.pooled_width = int(model.config.projection_dim) if projected else 0
         if not 3 <= self.length <= limit:
             raise UserError(
                 f"backbone.text_length={length} cannot be: this text encoder takes 3 to {limit} tokens; choose a "
@@ -35,7 +47,8 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates:
-        """States (B, T, D) float32 on the model's device, after the final norm; rows as `contracts.TextStates` says.
+        """States (B, T, D) float32 on the model's device; rows as `contracts.TextStates` says; `pooled` is the
+        projected state of the end of the text, where the model has one.
 
         `subjects[i]` is looked for in `texts[i]` (see `rows`). Raises UserError where it is not there or was cut off.
         """
@@ -47,16 +60,25 @@ class TextEncoder:
         # Under no_grad, not inference_mode: a training forward saves these states for its backward, which inference
         # tensors forbid.
         states = torch.zeros(len(texts), self.length, self.width, device=device)
-        for start in range(0, len(texts), BATCH):
-            here = slice(start, start + BATCH)
-            states[here] = self.model(input_ids=ids[here].to(device)).last_hidden_state
+        pooled = torch.zeros(len(texts), self.pooled_width, device=device) if self.pooled_width else None
+        batch = BATCH_OF_ALL_LAYERS if self.penultimate else BATCH
+        for start in range(0, len(texts), batch):
+            here = slice(start, start + batch)
+            out = self.model(input_ids=ids[here].to(device), output_hidden_states=self.penultimate)
+            states[here] = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
+            if pooled is not None:
+                pooled[here] = out.text_embeds
         first, last = zip(*rows, strict=True) if rows else ([-1] * len(texts), [-1] * len(texts))
         return TextStates(
             states=states,
             first=torch.tensor(first, dtype=torch.int64, device=device),
             last=torch.tensor(last, dtype=torch.int64, device=device),
             length=(ids == self.tokenizer.eos_token_id).int().argmax(dim=1).to(device),
+            pooled=pooled,
         )
+
+    def to(self, device: Any) -> None:
+        self.model.to(device)
 
     def rows(self, text: str, subject: str) -> tuple[int, int]:
         """Rows of the subject's first and last sub-token in `text`: its first occurrence as a whole word, else as part
@@ -97,6 +119,41 @@ class TextEncoder:
         lowered)."""
         normalizer = self.tokenizer.backend_tokenizer.normalizer
         return str(normalizer.normalize_str(text))
+
+
+class PairedTextEncoder:
+    """The two text encoders of SDXL: rows joined along the width, D = D1 + D2, and the second one's pooled state.
+
+    A joined row is one vector everywhere: a closed form maps it as a whole, because that is what W_K and W_V read. The
+    parts are not normed and differ in scale; a distance or cosine of joined rows is ruled by the part that is longer.
+    """
+
+    def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
+        if first.length != second.length:
+            raise UserError(
+                f"The text encoders take {first.length} and {second.length} tokens; set backbone.text_length to the "
+                "smaller number."
+            )
+        self.first, self.second = first, second
+        self.length = first.length
+        self.width = first.width + second.width
+        self.pooled_width = second.pooled_width
+
+    def __call__(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates:
+        """As `TextEncoder`. Raises UserError too where the two tokenizers part a text differently."""
+        one, two = self.first(texts, subjects), self.second(texts, subjects)
+        for name in ("first", "last", "length"):
+            differs = (getattr(one, name) != getattr(two, name)).nonzero()
+            if len(differs):
+                raise UserError(
+                    f"The two tokenizers part the prompt {_short(texts[int(differs[0])])!r} differently; give a "
+                    "checkpoint whose tokenizers share their words."
+                )
+        return replace(two, states=torch.cat([one.states, two.states], dim=-1))
+
+    def to(self, device: Any) -> None:
+        self.first.to(device)
+        self.second.to(device)
 
 
 def _short(text: str) -> str:

@@ -1,38 +1,35 @@
-"""Stable Diffusion 1.x / 2.x and the miniature: a CLIP text encoder, a cross-attention U-Net and a KL autoencoder."""
+"""Stable Diffusion 1.x, 2.x, XL and the miniature: CLIP text encoders, a cross-attention U-Net and a KL autoencoder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Generator, Tensor, nn
 
 from realera.backbones import adapters, folder, loading, sampling
 from realera.backbones.base import BaseWeights
-from realera.backbones.text import TextEncoder
+from realera.backbones.denoiser import DTYPES, Denoiser
 from realera.contracts import Edit, Guide, LoraSpec, Sampler, TextStates, UserError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ATTENTION = ("auto", "sdpa", "plain")
-SMALL_MAP = 32 * 32  # latent pixels up to which plain attention is the faster one to train on a CPU
-DECODED_AT_ONCE = 8  # images in one pass of the autoencoder: at 512 px each takes about 1 GB
+DECODED_AT_ONCE = 8  # images of 512 x 512 pixels in one pass of the autoencoder: each takes about 1 GB
 EDIT, LORA = "edit.", "lora."
 
 
 class UNetBackbone:
     """`contracts.Backbone` over a diffusers folder or hub id; `pretrained` None is the built-in miniature.
 
-    dtype: of the U-Net's weights, "float32" or "bfloat16"; text states, latents and images are float32. text: the width
-    and max_length that the config promises are held against the checkpoint (its row_norm serves the config's own
-    checks). text_length: rows T, None = the tokenizer's limit. attention: "plain" (matrix products; on CPUs its
-    backward is the faster one for small maps), "sdpa", or "auto". Raises UserError for bad settings and for a
-    checkpoint that is missing, torn, or not what `text` promises.
+    dtype: of the U-Net's weights, "float32", "bfloat16", or "float16" (draws images, cannot be trained); text states,
+    latents and the autoencoder are float32. text: the width and max_length that the config promises are held against
+    the checkpoint (its row_norm serves the config's own checks). text_length: rows T, None = the tokenizer's limit.
+    attention, compile: see `Denoiser`. vae_slicing: images are decoded one by one; vae_tiling: and in overlapping
+    tiles, which shows faintly. Raises UserError for bad settings and for a checkpoint that is missing, torn, or not
+    what `text` promises.
     """
 
     def __init__(
@@ -45,24 +42,25 @@ class UNetBackbone:
         text_length: int | None = None,
         attention: str = "auto",
         channels_last: bool = False,
+        compile: bool | str = False,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"backbone.dtype={dtype!r} is not known; choose among {', '.join(DTYPES)}.")
-        if attention not in ATTENTION:
-            raise UserError(f"backbone.attention={attention!r} is not known; choose among {', '.join(ATTENTION)}.")
         self.name = name
         self.sampler = sampler
-        self.attention = attention
+        self.vae_slicing = vae_slicing
         self.folder = folder.locate(pretrained)
         parts = loading.load(self.folder, DTYPES[dtype], channels_last)
-        self.text = TextEncoder(parts.tokenizer, parts.text_model, text_length)
+        self.text = loading.text_encoder(parts, text_length)
         self.unet: nn.Module = parts.unet
         self.vae = parts.vae
+        if vae_tiling:
+            self.vae.enable_tiling()
         self.scheduler_config = parts.scheduler_config
         self.width, self.max_length = self.text.width, self.text.length
-        loading.refuse_other_text(
-            name, dict(text or {}), self.width, self.max_length, int(parts.unet.config.cross_attention_dim)
-        )
+        loading.refuse_other_text(name, dict(text or {}), self.text, parts.unet.config)
         self.latent_channels = int(parts.unet.config.in_channels)
         self.pixels_per_latent = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         sampling.refuse_bad(sampler, self.pixels_per_latent)
@@ -71,9 +69,10 @@ class UNetBackbone:
             raise UserError(
                 f"The U-Net of {str(pretrained)!r} has no attn2.to_k / attn2.to_v; give a text-to-image U-Net."
             )
-        self._forward_noise = DDIMScheduler.from_config(sampling.known(DDIMScheduler, self.scheduler_config))
+        self._denoise = Denoiser(parts.unet, attention, compile, self.pixels_per_latent, name)
+        self._schedule = sampling.NoiseSchedule(self.scheduler_config)
+        self._zeros = parts.xl and parts.zeros_for_no_prompt
         self._depth = 0  # of nested original()
-        self._attends_on = ""  # the device type that the attention was chosen for
         self._empty: TextStates | None = None
 
     @cached_property
@@ -91,7 +90,7 @@ class UNetBackbone:
     def encode(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates:
         """See `TextEncoder.__call__`; on the U-Net's device, and in float32 under the caller's autocast too."""
         device = self.device
-        self.text.model.to(device)
+        self.text.to(device)
         with torch.autocast(device.type, enabled=False):
             return self.text(texts, subjects)
 
@@ -108,17 +107,19 @@ class UNetBackbone:
         self._base.apply(edit)
 
     @contextmanager
-    def original(self) -> Iterator[None]:
+    def original(self, edited: bool = False) -> Iterator[None]:
         """The model as loaded, adapters off, and no gradients recorded: they would be taken through the wrong weights.
 
-        May be nested, and leaves everything as it was on an exception too.
+        edited: the base weights stay as they are. May be nested (the outermost decides), and leaves everything as it
+        was on an exception too.
         """
         self._depth += 1
         try:
             if self._depth > 1:
                 yield
             else:
-                with torch.no_grad(), adapters.disabled(self.unet), self._base.swapped():
+                weights = nullcontext() if edited else self._base.swapped()
+                with torch.no_grad(), adapters.disabled(self.unet), weights:
                     yield
         finally:
             self._depth -= 1
@@ -127,6 +128,7 @@ class UNetBackbone:
     def add_adapter(self, spec: LoraSpec, generator: Generator) -> list[nn.Parameter]:
         """See `adapters.add`; in float32 whatever the U-Net's dtype, and one at a time."""
         self._refuse_inside_original()
+        self._refuse_training_in_half()
         if adapters.layers(self.unet):
             raise RuntimeError("an adapter is in place: call merge_adapter() or remove_adapter() first")
         return adapters.add(self.unet, spec, generator, self.name)
@@ -135,6 +137,7 @@ class UNetBackbone:
     def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
         """Makes the U-Net's own weights trainable, for methods without LoRA; see `BaseWeights.unfreeze`."""
         self._refuse_inside_original()
+        self._refuse_training_in_half()
         return self._base.unfreeze(targets)
 
     @torch.inference_mode(False)
@@ -186,43 +189,28 @@ class UNetBackbone:
         if self._depth:
             raise RuntimeError("inside original() the weights are on loan: leave it first")
 
+    def _refuse_training_in_half(self) -> None:
+        if next(iter(self._base.parameters.values())).dtype == torch.float16:
+            raise UserError(
+                "backbone.dtype=float16 draws images but cannot be trained, because its gradients fall below the "
+                "smallest number: set backbone.dtype=bfloat16, or float32 with trainer.precision=bf16-mixed."
+            )
+
     # --- noise -------------------------------------------------------------------------------------------------------
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(abar_t) latents + sqrt(1 - abar_t) noise; timesteps (B,) in 0 .. 999 of the training schedule."""
-        noised: Tensor = self._forward_noise.add_noise(latents, noise, timesteps)
-        return noised
+        return self._schedule.noised(latents, noise, timesteps)
 
     def predict_noise(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None = None) -> Tensor:
-        """The U-Net's output (B, C, h, w) in float32, gradients recorded; timesteps (B,) or ().
+        """The noise (B, C, h, w) float32 that the U-Net sees, gradients recorded; timesteps (B,) or (), pooled (B, E)
+        where the U-Net takes one (SDXL).
 
-        It is the noise, or v for a checkpoint that predicts v: guidance, and losses between two models on the same
-        latents, are linear in it, so nothing is gained by turning v into noise.
+        A checkpoint that predicts v is asked for v, which is then turned into noise: a loss on the noise weighs its
+        timesteps as it does for one that predicts noise.
         """
-        if pooled is not None:
-            raise ValueError(f"the U-Net of backbone {self.name} takes no pooled text state")
-        device, dtype = self.device, next(iter(self._base.parameters.values())).dtype
-        self._choose_attention(device)
-        # The caller's autocast is honoured, but not its store of half-precision copies of trainable weights, which
-        # lives until its outermost region ends (under a trainer, the whole step): original() swaps weights under the
-        # same tensors, and a copy made without gradients has none to give to the next forward.
-        kind = device.type
-        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
-            out: Tensor = self.unet(
-                latents.to(device, dtype),
-                timesteps.to(device),
-                encoder_hidden_states=states.to(device, dtype),
-                return_dict=False,
-            )[0]
-        return out.float()
-
-    def _choose_attention(self, device: torch.device) -> None:
-        if device.type == self._attends_on:
-            return
-        self._attends_on = device.type
-        small = int(self.unet.config.sample_size) ** 2 <= SMALL_MAP  # type: ignore[union-attr, arg-type]
-        plain = self.attention == "plain" or (self.attention == "auto" and device.type == "cpu" and small)
-        self.unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())  # type: ignore[operator]
+        out = self._denoise(latents, timesteps, states, pooled)
+        return self._schedule.noise_of(out, latents.to(out), timesteps)
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -247,26 +235,40 @@ class UNetBackbone:
         if stop_at is not None and not 0 <= stop_at <= chosen.steps:
             raise ValueError(f"stop_at={stop_at} is not among the steps 0 .. {chosen.steps}")
         size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
-        cond = states.states.to(self.device)
-        if self._empty is None:
-            self._empty = self.encode([""])  # the text encoder is never edited, so one serves all
         return sampling.sample(
-            self.predict_noise,
+            self._denoise,
+            self._schedule,
             sampling.scheduler_for(chosen, self.scheduler_config),
             sampling.start_noise(seeds, size).to(self.device),
-            cond,
-            self._empty.states.to(self.device).expand(len(cond), -1, -1),
+            self._here(states),
+            self._here(self._no_prompt()),
             chosen.guidance_scale,
             guide,
             stop_at,
         )
 
+    def _no_prompt(self) -> TextStates:
+        """What guidance leads away from (1 prompt): the encoded empty text, or zeros where SDXL's index says so."""
+        if self._empty is None:  # the text encoder is never edited, so one serves all
+            empty = self.encode([""])
+            if self._zeros and empty.pooled is not None:
+                empty = replace(empty, states=torch.zeros_like(empty.states), pooled=torch.zeros_like(empty.pooled))
+            self._empty = empty
+        return self._empty
+
+    def _here(self, states: TextStates) -> TextStates:
+        pooled = None if states.pooled is None else states.pooled.to(self.device)
+        return replace(states, states=states.states.to(self.device), pooled=pooled)
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) on the latents' device; in float32 under the caller's autocast too."""
         self.vae.to(latents.device)
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.get("shift_factor") or 0.0
-        parts = (latents.float() / scale + shift).split(DECODED_AT_ONCE)
+        config = self.vae.config
+        scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
+        pixels = latents.shape[-2] * latents.shape[-1] * self.pixels_per_latent**2
+        at_once = 1 if self.vae_slicing else min(DECODED_AT_ONCE, max(1, DECODED_AT_ONCE * 512**2 // max(1, pixels)))
+        parts = (latents.float() / scale + shift).split(at_once)
         with torch.autocast(latents.device.type, enabled=False):
             images = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
@@ -285,6 +287,6 @@ class UNetBackbone:
         return self
 
     def park(self) -> None:
-        """Text encoder and autoencoder to the CPU: the training loop needs neither. They come back when used."""
-        self.text.model.to("cpu")
+        """Text encoders and autoencoder to the CPU: the training loop needs none. They come back when used."""
+        self.text.to("cpu")
         self.vae.to("cpu")

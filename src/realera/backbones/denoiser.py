@@ -1,0 +1,94 @@
+"""How the U-Net is called: its precision, its attention, its compilation, and what SDXL's takes besides the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor
+
+from realera.contracts import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION = ("auto", "sdpa", "plain", "sliced")
+SMALL_MAP = 32 * 32  # latent pixels up to which plain attention is the faster one to train on a CPU
+
+
+class Denoiser:
+    """The U-Net as a function (latents, timesteps, states, pooled) -> output.
+
+    attention: "plain" (matrix products; on CPUs its backward is the faster one for small maps), "sdpa", "sliced"
+    (plain, half of the heads at a time: less memory, slower), or "auto" = plain for small maps on a CPU, else sdpa.
+    compiled: torch.compile, by a backend's name or True for its default. The module itself stays as it is, so that
+    adapters and edits find their layers; a change of layers compiles anew. Raises UserError for unknown settings.
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, attention: str, compiled: bool | str, pixels_per_latent: int, backbone: str
+    ) -> None:
+        if attention not in ATTENTION:
+            raise UserError(f"backbone.attention={attention!r} is not known; choose among {', '.join(ATTENTION)}.")
+        self.unet = unet
+        self.attention = attention
+        self.pixels_per_latent = pixels_per_latent
+        self.backbone = backbone
+        self.takes_pooled = unet.config.get("addition_embed_type") == "text_time"
+        self._weight = next(unet.parameters())  # says where the U-Net is and in which precision, adapters or not
+        self._attends_on = ""  # the device type that the attention was chosen for
+        self._forward: Callable[..., Any] = unet
+        if compiled:
+            backends = torch.compiler.list_backends(exclude_tags=())
+            if compiled is not True and compiled not in backends:
+                raise UserError(
+                    f"backbone.compile={compiled!r} is not known; give false, true, or one of {', '.join(backends)}."
+                )
+            self._forward = torch.compile(unet) if compiled is True else torch.compile(unet, backend=compiled)
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
+        """The raw output (B, C, h, w) float32; timesteps (B,) or (), pooled (B, E) for a U-Net that takes one."""
+        device, dtype = self._weight.device, self._weight.dtype
+        self._choose_attention(device)
+        more: dict[str, Any] = {}
+        if self.takes_pooled:
+            if pooled is None:
+                raise ValueError(f"the U-Net of backbone {self.backbone} takes the pooled text state: give it")
+            more["added_cond_kwargs"] = {
+                "text_embeds": pooled.to(device, dtype),
+                "time_ids": self._time_ids(latents).to(device),
+            }
+        elif pooled is not None:
+            raise ValueError(f"the U-Net of backbone {self.backbone} takes no pooled text state")
+        # The caller's autocast is honoured, but not its store of half-precision copies of trainable weights, which
+        # lives until its outermost region ends (under a trainer, the whole step): original() swaps weights under the
+        # same tensors, and a copy made without gradients has none to give to the next forward.
+        kind = device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+            out: Tensor = self._forward(
+                latents.to(device, dtype),
+                timesteps.to(device),
+                encoder_hidden_states=states.to(device, dtype),
+                return_dict=False,
+                **more,
+            )[0]
+        return out.float()
+
+    def _time_ids(self, latents: Tensor) -> Tensor:
+        """SDXL's sizes (B, 6): original height and width, crop's top and left, target height and width, in pixels. An
+        image is its own original and is not cropped, as in diffusers' pipeline."""
+        height, width = (size * self.pixels_per_latent for size in latents.shape[-2:])
+        sizes = [float(height), float(width), 0.0, 0.0, float(height), float(width)]
+        return torch.tensor(sizes).expand(len(latents), -1)
+
+    def _choose_attention(self, device: torch.device) -> None:
+        if device.type == self._attends_on:
+            return
+        self._attends_on = device.type
+        if self.attention == "sliced":
+            self.unet.set_attention_slice("auto")
+            return
+        small = int(self.unet.config.sample_size) ** 2 <= SMALL_MAP
+        plain = self.attention == "plain" or (self.attention == "auto" and device.type == "cpu" and small)
+        self.unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
