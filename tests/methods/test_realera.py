@@ -139,10 +139,14 @@ def scaled(found: Neighbours, weight: float) -> Neighbours:
 # --- noise alignment -------------------------------------------------------------------------------------------------
 
 
+def edit_of_the_student() -> Edit:
+    return Edit(map=torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, generator=draw(1)).double())
+
+
 @pytest.fixture
 def student(backbone: Any, pair: Pair) -> Any:
     """Edited, with an adapter that already does something."""
-    backbone.apply(Edit(map=torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, generator=draw(1)).double()))
+    backbone.apply(edit_of_the_student())
     for parameter in backbone.add_adapter(LoraSpec(rank=2, alpha=2.0), draw(2)):
         nn.init.normal_(parameter, std=0.1, generator=draw(3))
     return backbone
@@ -160,14 +164,29 @@ def gradients(backbone: Any, loss: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize(
-    ("role", "weights"), [("loss_terms", (0.3, 0.7)), ("loss_terms_swapped", (0.7, 0.3)), ("none", (1, 1))]
+    ("settings", "weights"),
+    [
+        ({"gamma_role": "loss_terms"}, (1, 0.3, 0.7)),
+        ({"gamma_role": "loss_terms_swapped"}, (1, 0.7, 0.3)),
+        ({"gamma_role": "step_mix"}, (0.3, 0.7, 0.7)),
+        ({"gamma_role": "none"}, (1, 1, 1)),
+        ({"gamma_role": "none", "teacher": "closed_form"}, (1, 1, 1)),
+        ({"gamma_role": "none", "noise_anchor": "perturbed"}, (1, 1, 1)),
+    ],
 )
 def test_equations_8_and_9(
-    step: int, role: Any, weights: tuple[float, float], student: Any, new_backbone: Callable[..., Any], pair: Pair
+    step: int,
+    settings: dict[str, Any],
+    weights: tuple[float, float, float],
+    student: Any,
+    new_backbone: Callable[..., Any],
+    pair: Pair,
 ) -> None:
     """One latent and one forward at a time, with a second U-Net as the teacher."""
     teacher, (z_t, t) = new_backbone(), batch()
-    align, mining = NoiseAlignment(gamma_role=role, m_step=2, n_step=3), Mining()
+    if settings.get("teacher") == "closed_form":
+        teacher.apply(edit_of_the_student())
+    align, mining = NoiseAlignment(**settings, m_step=2, n_step=3), Mining()
     terms = align.loss(student, pair, mining, z_t, t, step, draw(5))
     loss = sum(term for term in terms.values() if term.requires_grad)
 
@@ -183,15 +202,16 @@ def test_equations_8_and_9(
         return ((out - target) ** 2).mean()
 
     if step == 1:
-        slow = sum(square(b, p_c, p_a) for b in range(4)) / 4
-        assert set(terms) == {"align"}
+        slow = weights[0] * sum(square(b, p_c, p_a) for b in range(4)) / 4
+        assert set(terms) - {"align_unweighted"} == {"align"}
     else:
-        near = sum(square(b, found.near[b % 2], p_a) for b in range(4)) / 4
+        perturbed = settings.get("noise_anchor") == "perturbed"
+        near = sum(square(b, found.near[b % 2], found.near_targets[b % 2] if perturbed else p_a) for b in range(4)) / 4
         beyond = sum(square(b, found.beyond[b % 3], found.beyond[b % 3]) for b in range(4)) / 4
-        slow = weights[0] * near + weights[1] * beyond
+        slow = weights[1] * near + weights[2] * beyond
         unweighted = terms.get("near_unweighted", terms["near"]), terms.get("beyond_unweighted", terms["beyond"])
-        assert torch.allclose(torch.stack(unweighted), torch.stack([near, beyond]), rtol=1e-5)
-        assert len(terms) == (2 if role == "none" else 4)
+        assert torch.allclose(torch.stack(unweighted), torch.tensor([float(near), float(beyond)]), rtol=1e-5)
+        assert len(terms) == (2 if settings["gamma_role"] == "none" else 4)
     assert isinstance(loss, Tensor) and isinstance(slow, Tensor)
     assert torch.allclose(loss, slow, rtol=1e-5)
     fast, plain = gradients(student, loss), gradients(student, slow)
@@ -224,6 +244,8 @@ def test_a_step_takes_a_random_prompt(student: Any, pair: Pair) -> None:
         (ClosedForm, {"rows": "some"}),
         (ClosedForm, {"lambda_preserve": -0.1}),
         (NoiseAlignment, {"gamma_role": "thresholds"}),
+        (NoiseAlignment, {"teacher": "student"}),
+        (NoiseAlignment, {"noise_anchor": "target"}),
         (NoiseAlignment, {"steps": -1}),
         (NoiseAlignment, {"lr": 0.0}),
         (NoiseAlignment, {"m_step": float("inf")}),

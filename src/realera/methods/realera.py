@@ -22,7 +22,9 @@ from realera.closed_form import NormalEquations
 from realera.contracts import Backbone, Edit, LoraSpec, Miner, Moments, Neighbours, Pair, TextStates, UserError
 from realera.neighbours import align_rows, expected_moments, fit_band, mine_beyond, mine_near
 
-GammaRole = Literal["loss_terms", "loss_terms_swapped", "none"]
+GammaRole = Literal["loss_terms", "loss_terms_swapped", "step_mix", "none"]
+Teacher = Literal["original", "closed_form"]
+NoiseAnchor = Literal["anchor", "perturbed"]
 
 
 class Mining:
@@ -130,8 +132,10 @@ class NoiseAlignment:
     steps: optimiser steps, the first is odd (the paper: 200 "epochs"). lr, weight_decay: of AdamW (the paper: 1e-5,
     unnamed). lora: None trains nothing (the paper: no rank, no modules). gamma1, gamma2, gamma_role: the paper prints
     0.3 and 0.7 and no use; they weigh the two terms of equation 9 ("loss_terms"), the other way round
-    ("loss_terms_swapped"), or not at all ("none"). m_step, n_step: points mined a step; latent i of the batch takes
-    point i mod m_step.
+    ("loss_terms_swapped"), equations 8 and 9 as wholes ("step_mix"), or nothing ("none"). teacher: eps0 is the model as
+    loaded ("original"), or with the closed form and without the LoRA ("closed_form"). noise_anchor: equation 9's first
+    target is drawn for p_a, as printed ("anchor"), or for the neighbour's own target of Algorithm 1's line 28
+    ("perturbed"). m_step, n_step: points mined a step; latent i of the batch takes point i mod m_step.
     """
 
     def __init__(
@@ -145,11 +149,13 @@ class NoiseAlignment:
         gamma_role: GammaRole = "loss_terms",
         m_step: int = 1,
         n_step: int = 1,
+        teacher: Teacher = "original",
+        noise_anchor: NoiseAnchor = "anchor",
     ) -> None:
-        if gamma_role not in get_args(GammaRole):
-            raise UserError(
-                f"method.align.gamma_role={gamma_role!r} is not known: choose one of {', '.join(get_args(GammaRole))}."
-            )
+        choices = {"gamma_role": GammaRole, "teacher": Teacher, "noise_anchor": NoiseAnchor}
+        for key, value in (("gamma_role", gamma_role), ("teacher", teacher), ("noise_anchor", noise_anchor)):
+            if value not in (known := get_args(choices[key])):
+                raise UserError(f"method.align.{key}={value!r} is not known: choose one of {', '.join(known)}.")
         if steps < 0:
             raise UserError(f"method.align.steps={steps} cannot be: give 0 (closed form only) or more.")
         self.steps = steps
@@ -159,8 +165,15 @@ class NoiseAlignment:
         self.m_step = _whole("m_step", m_step)
         self.n_step = _whole("n_step", n_step)
         first, second = (_positive(f"align.{k}", v, least=0.0) for k, v in (("gamma1", gamma1), ("gamma2", gamma2)))
-        weights = {"loss_terms": (first, second), "loss_terms_swapped": (second, first), "none": (1.0, 1.0)}
-        self.near_weight, self.beyond_weight = weights[gamma_role]
+        weights = {
+            "loss_terms": (1.0, first, second),
+            "loss_terms_swapped": (1.0, second, first),
+            "step_mix": (first, second, second),
+            "none": (1.0, 1.0, 1.0),
+        }
+        self.weights = dict(zip(("align", "near", "beyond"), weights[gamma_role]))
+        self.from_closed_form = teacher == "closed_form"
+        self.perturbed_anchor = noise_anchor == "perturbed"
 
     def loss(
         self,
@@ -180,38 +193,40 @@ class NoiseAlignment:
         p_c, pooled_c = _repeat(pair.target, prompt, count)
 
         if step % 2 == 1 or mine is None:  # equation 8
-            target = _taught(backbone, latents, timesteps, p_a, pooled_a)
-            return {"align": mse_loss(_predict(backbone, latents, timesteps, p_c, pooled_c), target)}
+            target = self._taught(backbone, latents, timesteps, p_a, pooled_a)
+            return self._weighted({"align": mse_loss(_predict(backbone, latents, timesteps, p_c, pooled_c), target)})
 
         with torch.autocast("cpu", enabled=False):  # mined in full precision wherever the loop runs
             mined = mine(pair, generator, m=self.m_step, n=self.n_step, prompts=[prompt])
         near = _cycle(mined.near, count)
+        if self.perturbed_anchor:
+            p_a = _cycle(mined.near_targets, count)
         if len(mined.beyond) == 0:
-            target = _taught(backbone, latents, timesteps, p_a, pooled_a)
+            target = self._taught(backbone, latents, timesteps, p_a, pooled_a)
             terms = {"near": mse_loss(_predict(backbone, latents, timesteps, near, pooled_c), target)}
         else:  # equation 9: both terms in one pass of each network
             beyond = _cycle(mined.beyond, count)
             z_t, t = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-            targets = _taught(backbone, z_t, t, torch.cat([p_a, beyond]), _cat(pooled_a, pooled_c)).chunk(2)
+            targets = self._taught(backbone, z_t, t, torch.cat([p_a, beyond]), _cat(pooled_a, pooled_c)).chunk(2)
             outputs = _predict(backbone, z_t, t, torch.cat([near, beyond]), _cat(pooled_c, pooled_c)).chunk(2)
             terms = {name: mse_loss(out, to) for name, out, to in zip(("near", "beyond"), outputs, targets)}
-        return _weighted(terms, {"near": self.near_weight, "beyond": self.beyond_weight})
+        return self._weighted(terms)
 
+    def _taught(
+        self, backbone: Backbone, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None
+    ) -> Tensor:
+        with torch.no_grad(), backbone.original(edited=self.from_closed_form):
+            return _predict(backbone, latents, timesteps, states, pooled)
 
-def _weighted(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
-    plain = {f"{name}_unweighted": term.detach() for name, term in terms.items() if weights[name] != 1}
-    return {**{name: weights[name] * term for name, term in terms.items()}, **plain}
+    def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        plain = {f"{name}_unweighted": term.detach() for name, term in terms.items() if self.weights[name] != 1}
+        return {**{name: self.weights[name] * term for name, term in terms.items()}, **plain}
 
 
 def _predict(backbone: Backbone, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
     """Float32, so that a mean over many small squares is exact enough under bfloat16 autocast."""
     pooled = None if pooled is None else pooled.to(latents.device)
     return backbone.predict_noise(latents, timesteps, states.to(latents.device), pooled).float()
-
-
-def _taught(backbone: Backbone, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
-    with torch.no_grad(), backbone.original():
-        return _predict(backbone, latents, timesteps, states, pooled)
 
 
 def _repeat(states: TextStates, prompt: int, count: int) -> tuple[Tensor, Tensor | None]:
