@@ -1,7 +1,7 @@
 import pytest
 
 from realera.contracts import UserError
-from realera.tasks.prompts import check_template, clean_name, fill, number, slug
+from realera.tasks.prompts import Wording, check_template, clean_name, fill, number, same_name, slug, typed
 
 
 def test_clean_name_joins_spaces_and_keeps_the_letters() -> None:
@@ -43,6 +43,17 @@ def test_a_slug_is_readable_and_two_texts_never_share_one() -> None:
 
 
 def test_number_gives_every_word_the_same_seeds() -> None:
-    prompts = number([("cat", "a photo of the cat", "cat"), ("dog", "a photo of the dog", "dog")], "keep", 2, 5)
+    words = [Wording("cat", "a photo of the cat", "cat"), Wording("dog", "a photo of the dog", "dog", "a dog")]
+    prompts = number(words, "keep", 2, 5)
     assert [p.id for p in prompts] == ["keep-cat-0005", "keep-cat-0006", "keep-dog-0005", "keep-dog-0006"]
     assert [p.seed for p in prompts] == [5, 6, 5, 6]
+    assert [p.caption for p in prompts] == [None, None, "a dog", "a dog"]
+
+
+def test_a_name_is_the_same_with_other_accents_and_capitals() -> None:
+    assert same_name("Salvador Dalí") == same_name("salvador DALI") != same_name("Salvador")
+
+
+def test_a_setting_is_quoted_where_a_shell_would_split_it() -> None:
+    assert typed("anchor", "sky") == "anchor=sky"
+    assert typed("anchor", "a person") == "anchor='a person'"

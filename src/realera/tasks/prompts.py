@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from realera.contracts import Prompt, Split, UserError
 
@@ -12,18 +14,38 @@ MAX_WORDS = 20  # more is a text, not a concept
 _SLUG_LENGTH = 40
 
 
-def clean_name(text: object, what: str = "concept") -> str:
+class Wording(NamedTuple):
+    """A prompt before it is numbered. name: what its id is made of; concept, caption: as in `contracts.Prompt`."""
+
+    name: str
+    text: str
+    concept: str
+    caption: str | None = None
+
+
+def typed(key: str, value: str) -> str:
+    """A setting as a shell takes it: anchor=sky, anchor='a person'."""
+    return f"{key}={value}" if value.isalnum() else f"{key}='{value}'"
+
+
+def clean_name(text: object, what: str = "concept", example: str | None = None) -> str:
     """The text with single spaces. Raises UserError where it is missing, empty or longer than MAX_WORDS words."""
     words = "" if text is None else " ".join(str(text).split())
-    example = "concept=airplane" if what == "concept" else f"{what}=sky"
+    said = typed(what, example or ("airplane" if what == "concept" else "sky"))
     if not words:
-        raise UserError(f"the {what} is empty: type a name, such as {example}")
+        raise UserError(f"the {what} is empty: type a name, such as {said}")
     if (count := len(words.split())) > MAX_WORDS or len(words) > 10 * MAX_WORDS:
         raise UserError(
             f"the {what} has {count} words and {len(words)} letters: type a name of at most {MAX_WORDS} words, "
-            f"such as {example}"
+            f"such as {said}"
         )
     return words
+
+
+def same_name(text: str) -> str:
+    """What two spellings of a name share: no accents, no capitals ("Dalí" and "dali" are one)."""
+    letters = unicodedata.normalize("NFKD", text)
+    return "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
 
 
 def fill(template: str, name: str) -> str:
@@ -49,10 +71,11 @@ def slug(text: str) -> str:
     return f"{plain[:_SLUG_LENGTH].rstrip('-')}-{digest}".lstrip("-")
 
 
-def number(words: Iterable[tuple[str, str, str]], split: Split, images: int, first_seed: int) -> list[Prompt]:
-    """`images` prompts for each (name, prompt text, concept), seeds from first_seed on; ids are "split-name-seed"."""
+def number(words: Iterable[Wording], split: Split, images: int, first_seed: int) -> list[Prompt]:
+    """`images` prompts for each wording, seeds from first_seed on; ids are "split-name-seed"."""
     return [
-        Prompt(f"{split}-{slug(name)}-{seed:04d}", text, concept, split, seed)
-        for name, text, concept in words
+        Prompt(f"{stem}-{seed:04d}", word.text, word.concept, split, seed, word.caption)
+        for word in words
+        for stem in [f"{split}-{slug(word.name)}"]
         for seed in range(first_seed, first_seed + images)
     ]

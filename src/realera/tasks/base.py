@@ -1,0 +1,274 @@
+"""What the tasks share: concepts with their anchors and words, the splits made of them, and their protocol."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
+
+import yaml
+
+from realera.contracts import Concept, Mode, Prompt, Split, UserError
+from realera.paths import TASK_DATA
+from realera.tasks.prompts import Wording, check_template, clean_name, fill, number, same_name, typed
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+_LISTED = 12  # more known names than this are not all named in an error
+
+Entry = Mapping[str, Any]
+"""What a data file says of a concept: `anchor`; `synonyms` (names for it: split near); `near`, `associated` (whole
+prompts); `unseen` (whole prompts, or {names, phrases}). All may be missing."""
+Names = str | int | Sequence[str] | None
+
+
+def load(data: str) -> dict[str, Any]:
+    """A data file of the tasks."""
+    read: dict[str, Any] = yaml.safe_load((TASK_DATA / data).read_text(encoding="utf-8"))
+    return read
+
+
+def option(table: Mapping[str, Any], chosen: str, key: str) -> Any:
+    """table[chosen]; UserError where there is no such entry."""
+    if chosen not in table:
+        raise UserError(f"task.{key}={chosen} is unknown: use {' or '.join(table)}")
+    return table[chosen]
+
+
+class NamedTask:
+    """A task whose concepts have names. A subclass reads its data file and says which concepts it knows.
+
+    concepts: one name or several, erased together; `unnamed` stands for None. anchor: None = each concept's own, else
+    `superclass`; one for all, or one per concept (None among them = its own). known: {name: entry}. preserved: what
+    must stay as it is; an erased concept is left out. templates: of the prompts that are judged; training_templates:
+    of those the methods are fitted on. images: how many per prompt in each split. words: a single concept's, in place
+    of the file's (keys as in `Entry`; None = the file's).
+
+    Raises UserError for a concept, an anchor or a number that cannot be used.
+    """
+
+    name: str
+    headline: Mapping[str, Mode]
+    h_o_terms: Sequence[str] = ("acc_e", "acc_s", "acc_g")
+    example = "airplane"  # a concept and two anchors that an error may name
+    anchors = ("sky", "field")
+    known_as = "names this task knows"
+
+    def __init__(
+        self,
+        concepts: Names,
+        anchor: str | Sequence[str | None] | None,
+        *,
+        version: int,
+        known: Mapping[str, Entry],
+        preserved: Sequence[str],
+        templates: Sequence[str],
+        training_templates: Sequence[str],
+        images: Mapping[str, int],
+        first_seed: int,
+        words: Mapping[str, Sequence[str] | None],
+        superclass: str | None = None,
+        unnamed: Sequence[str] = (),
+    ) -> None:
+        self.version = version
+        self.known = dict(known)
+        self._spelt = {same_name(name): name for name in self.known}
+        self._synonym_of = {
+            same_name(word): name for name, entry in self.known.items() for word in entry.get("synonyms", ())
+        }
+        self.templates = [check_template(str(t)) for t in templates]
+        self.training_templates = [check_template(str(t)) for t in training_templates]
+        self.images = check_images(images)
+        self.first_seed = whole("first_seed", first_seed)
+        if self.first_seed < 0:
+            raise UserError(f"first_seed={first_seed} is negative: seeds start at 0")
+
+        given: list[Any] = [concepts] if isinstance(concepts, (str, int)) else list(concepts or unnamed) or [None]
+        names = [self._canonical(name) for name in given]
+        if twice := [name for name, count in Counter(map(same_name, names)).items() if count > 1]:
+            raise UserError(f"{twice[0]!r} is asked for more than once: name each concept once")
+        self.entries: dict[str, Entry] = {name: self.known.get(name, {}) for name in names}
+        changed = {key: [clean_name(w, key) for w in value] for key, value in words.items() if value is not None}
+        if changed and len(names) > 1:
+            raise UserError(f"task.{next(iter(changed))} is for a single concept: erase {names} one at a time")
+        if changed:
+            self.entries[names[0]] = {**self.entries[names[0]], **changed}
+        self.concepts = [Concept(n, a) for n, a in zip(names, self._anchors(names, anchor, superclass))]
+        erased = set(map(same_name, names))
+        self.preserved = [name for name in preserved if same_name(name) not in erased]
+        self.labels: Sequence[str] = tuple(dict.fromkeys([*self.known, *names]))
+
+    # --- what was typed --------------------------------------------------------------------------------------------
+
+    def _canonical(self, given: object) -> str:
+        """The known name where one is meant ("tom cruise", "Dalí"), else the name as typed."""
+        name = clean_name(given, example=self.example)
+        if found := self._spelt.get(same_name(name)):
+            return found
+        if meant := self._synonym_of.get(same_name(name)):
+            raise UserError(f"{name!r} is judged as a synonym of {meant!r}: type {typed('concept', meant)}")
+        return name
+
+    def _anchors(self, names: Sequence[str], given: Any, superclass: str | None) -> list[str]:
+        listed = [given] * len(names) if given is None or isinstance(given, (str, int)) else list(given)
+        if len(listed) != len(names):
+            raise UserError(f"{len(listed)} anchors for {len(names)} concepts: give one for all, or one for each")
+        anchors = []
+        for name, anchor in zip(names, listed):
+            own = self.known[name].get("anchor", superclass) if name in self.known else None
+            if anchor is None and own is None:
+                raise UserError(self._unknown(name))
+            anchor = clean_name(own if anchor is None else anchor, "anchor", self.anchors[0])
+            if same_name(anchor) in map(same_name, (name, *self.entries[name].get("synonyms", ()))):
+                other = next(a for a in self.anchors if a != anchor.lower())
+                raise UserError(
+                    f"the anchor {anchor!r} means {name!r} itself: take another, such as {typed('anchor', other)}"
+                )
+            anchors.append(anchor)
+        return anchors
+
+    def _unknown(self, name: str) -> str:
+        known = list(self.known)
+        some = ", ".join(known) if len(known) <= _LISTED else f"{', '.join(known[:3])} and {len(known) - 3} more"
+        close = get_close_matches(same_name(name), self._spelt, n=1)
+        meant = f"did you mean {self._spelt[close[0]]!r}? If not, " if close else ""
+        return (
+            f"{name!r} is not one of the {self.known_as} ({some}): {meant}say what it should become, such as "
+            f"{typed('anchor', self.anchors[0])}"
+        )
+
+    # --- what is run -----------------------------------------------------------------------------------------------
+
+    def training_prompts(self, concept: Concept) -> list[tuple[str, str]]:
+        """Each training template with the target, and with the anchor."""
+        return [(fill(t, concept.target), fill(t, concept.anchor)) for t in self.training_templates]
+
+    def wordings(self, split: Split) -> Iterator[Wording]:
+        """The split's prompts, in the order they are drawn."""
+        if split == "keep":
+            for name in self.preserved:
+                yield from self._in_templates(name, name)
+            return
+        for concept, entry in self.entries.items():
+            unseen = entry.get("unseen", ())
+            held = unseen if isinstance(unseen, Mapping) else {"names": (), "phrases": unseen}
+            names = {"erase": [concept], "near": entry.get("synonyms", ()), "unseen": held["names"]}
+            phrases = {split: entry.get(split, ()) for split in ("near", "associated")} | {"unseen": held["phrases"]}
+            for name in names.get(split, ()):
+                yield from self._in_templates(name, concept)
+            for phrase in phrases.get(split, ()):
+                yield Wording(phrase, phrase, concept, self.caption(phrase, concept))
+
+    def _in_templates(self, name: str, concept: str) -> Iterator[Wording]:
+        for template in self.templates:
+            text = fill(template, name)
+            yield Wording(name if len(self.templates) == 1 else text, text, concept)
+
+    def caption(self, phrase: str, concept: str) -> str | None:
+        """What a score compares the image of a whole prompt with; None = the prompt."""
+        return None
+
+    def eval_prompts(self) -> list[Prompt]:
+        """All splits in the order erase, near, keep, associated, unseen; each wording `images[split]` times."""
+        return [
+            prompt
+            for split in SPLITS
+            for prompt in number(self.wordings(split), split, self.images[split], self.first_seed)
+        ]
+
+    def protocol(self) -> dict[str, Any]:
+        """What the numbers depend on: the words, how many images of each, and their seeds."""
+        return {
+            "task": self.name,
+            "version": self.version,
+            "concepts": [{"target": c.target, "anchor": c.anchor} for c in self.concepts],
+            "labels": list(self.labels),
+            "images_per_prompt": dict(self.images),
+            "first_seed": self.first_seed,
+            "prompts": {
+                split: [word.text for word in self.wordings(split)] if self.images[split] else [] for split in SPLITS
+            },
+        }
+
+
+class ProtocolTask(NamedTask):
+    """A task whose data file holds a section `protocols` and a section `worlds` (paper, miniature).
+
+    A protocol gives templates, first_seed, h_o_terms and {world: images}; a world gives `preserved` and may add
+    concepts of its own. protocol, world: which ones. images: null counts are the protocol's, which may depend on how
+    many concepts are erased ({1: 50, 5: 10}: 50 for one to four, 10 for five and more).
+    """
+
+    def __init__(
+        self,
+        concepts: Names,
+        anchor: str | Sequence[str | None] | None,
+        *,
+        raw: Mapping[str, Any],
+        protocol: str,
+        world: str,
+        images: Mapping[str, int | None] | None,
+        first_seed: int | None,
+        templates: Sequence[str],
+        words: Mapping[str, Sequence[str] | None],
+        unnamed: Sequence[str] = (),
+    ) -> None:
+        chosen = option(raw["protocols"], protocol, "protocol")
+        held = option(raw["worlds"], world, "world")
+        self.rules, self.world = protocol, world
+        self.h_o_terms = tuple(chosen["h_o_terms"])
+        several = len(concepts) if isinstance(concepts, Sequence) and not isinstance(concepts, str) else 1
+        known = {**raw.get("concepts", {}), **held.get("concepts", {})}
+        super().__init__(
+            concepts,
+            anchor,
+            version=raw["version"],
+            known={**known, **{name: {} for name in held["preserved"] if name not in known}},
+            preserved=held["preserved"],
+            templates=held.get("templates", chosen.get("templates")),
+            training_templates=[*held.get("training_templates", raw.get("training_templates", ())), *templates],
+            images={**_counts(chosen["images"][world], several), **_given(images)},
+            first_seed=chosen["first_seed"] if first_seed is None else first_seed,
+            words=words,
+            superclass=held.get("anchor", raw.get("anchor")),
+            unnamed=unnamed,
+        )
+
+    def protocol(self) -> dict[str, Any]:
+        """As of every task, and the captions that a score compares with where they are not the prompts."""
+        texts = super().protocol()
+        captions = {
+            split: [word.caption for word in self.wordings(split)]
+            for split in SPLITS
+            if self.images[split] and any(word.caption for word in self.wordings(split))
+        }
+        return {**texts, "protocol": self.rules, "world": self.world, **({"captions": captions} if captions else {})}
+
+
+def _counts(images: Mapping[str, Any], concepts: int) -> dict[str, int]:
+    """A protocol's images per prompt for this many concepts."""
+    return {
+        split: count if isinstance(count, int) else count[max(least for least in count if least <= max(concepts, 1))]
+        for split, count in images.items()
+    }
+
+
+def _given(images: Mapping[str, int | None] | None) -> dict[str, int]:
+    return {split: count for split, count in (images or {}).items() if count is not None}
+
+
+def check_images(images: Mapping[str, int]) -> dict[str, int]:
+    """Images per prompt for every split (0 where none is named). Raises UserError for what is no such table."""
+    if unknown := sorted(set(images) - set(SPLITS)):
+        raise UserError(f"task.images names {unknown[0]!r}, which is no split: use {', '.join(SPLITS)}")
+    counts: dict[str, int] = {split: whole(f"images.{split}", images.get(split, 0)) for split in SPLITS}
+    if min(counts.values()) < 0 or not counts["erase"]:
+        raise UserError(f"task.images={counts} cannot be judged: ask for one image or more in erase, none below 0")
+    return counts
+
+
+def whole(key: str, value: Any) -> int:
+    """A whole number; UserError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"task.{key}={value} is no whole number: type one, such as task.{key}=5")
+    return value
