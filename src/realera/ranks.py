@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from realera.contracts import UserError
@@ -64,6 +65,14 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def patient_group() -> Any:
+    """A group of all processes, on the CPU, in which one may be waited for a day: drawing takes hours. One that has
+    ended is heard of at once."""
+    from torch.distributed import new_group
+
+    return new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 @contextmanager

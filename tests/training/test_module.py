@@ -13,7 +13,7 @@ import torch
 
 from realera.contracts import LoraSpec, Method, Pair, UserError
 from realera.training.fit import fit
-from realera.training.module import ErasureModule
+from realera.training.module import ErasureModule, part_of
 from realera.training.streams import stream
 
 
@@ -71,6 +71,17 @@ def test_streams_depend_on_seed_and_purpose() -> None:
     assert first(0, "latents", 3, 0) == first(0, "latents", 3, 0)
     keys = [(0, "latents", 3, 0), (1, "latents", 3, 0), (0, "align", 3, 0), (0, "latents", 4, 0), (0, "latents", 3, 1)]
     assert len({first(*key) for key in keys}) == len(keys)
+
+
+def test_the_mean_over_processes_is_the_batchs_mean() -> None:
+    values = torch.arange(24, dtype=torch.float64) ** 2
+    for batch in range(1, 13):
+        for world in range(1, 13):
+            parts = [part_of(batch, rank, world) for rank in range(world)]
+            means = torch.stack([values[:batch][part].mean() for part in parts])
+            assert means.mean() == pytest.approx(float(values[:batch].mean())), (batch, world)
+    assert [part_of(8, rank, 4) for rank in range(4)] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    assert [part_of(1, rank, 3) for rank in range(3)] == [slice(0, 1)] * 3
 
 
 def test_every_step_draws_afresh(train: Callable[..., Any]) -> None:

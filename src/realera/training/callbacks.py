@@ -17,6 +17,7 @@ from torch import Tensor
 from realera.closed_form import spectrum
 from realera.contracts import Edit, Neighbours, Prompt
 from realera.paths import EDIT_INFO, LOSSES, MAP, NEIGHBOURS, write_text
+from realera.ranks import patient_group
 from realera.training.checkpoint import Origin, save_map, save_neighbours
 from realera.training.module import ErasureModule, trains
 from realera.training.streams import stream
@@ -139,7 +140,7 @@ class PrepareLatents(Callback):
             for first in (True, False):
                 if trainer.is_global_zero == first:
                     latents.prepare(module.backbone, module.pairs, self.cache, module.seed)
-                trainer.strategy.barrier("latents")
+                _wait_long(trainer)
         module.backbone.park()
 
 
@@ -201,6 +202,14 @@ class FitProgress(Callback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def _wait_long(trainer: Trainer) -> None:
+    """A barrier for work that may take longer than the minutes that gradients are waited for."""
+    if trainer.world_size > 1:
+        group = patient_group()
+        torch.distributed.barrier(group)
+        torch.distributed.destroy_process_group(group)
 
 
 def _erasure(module: LightningModule) -> ErasureModule:

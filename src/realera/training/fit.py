@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -62,7 +63,8 @@ def fit(
 
     config: the resolved settings, kept in the files' metadata. identity: a hash of the settings that decide the result;
     files of another identity in `run_dir` are refused. trainer: keywords of lightning.Trainer (accelerator, devices,
-    strategy, precision, gradient_clip_val, ...). probes: prompts whose shift under the edit goes into edit.json.
+    strategy, precision, gradient_clip_val, ...). Several processes that have found each other (torch.distributed is
+    initialised) all call this, or Lightning starts them; a method without a loop is one process's work. probes: prompts whose shift under the edit goes into edit.json.
 
     Raises:
         UserError: settings that cannot run together, and files in `run_dir` that belong to another run.
@@ -120,14 +122,17 @@ def _trainer(
             f"trainer.precision={settings['precision']} is not known here: choose one of {', '.join(PRECISIONS)}."
         )
     if steps == 0:  # nothing for several processes to share, and DDP refuses a model without gradients
-        settings |= {"devices": 1, "strategy": "auto"}
+        devices = settings.get("devices")
+        settings |= {"devices": devices[:1] if isinstance(devices, list) else 1, "num_nodes": 1, "strategy": "auto"}
+    # Processes that have found each other are numbered by RANK, whatever a scheduler around them says.
+    met = [LightningEnvironment()] if torch.distributed.is_available() and torch.distributed.is_initialized() else []
     try:
         return Trainer(
             max_steps=steps,
             default_root_dir=run_dir,
             logger=list(loggers) or False,
             callbacks=callbacks,
-            plugins=[_WholeFiles()],
+            plugins=[_WholeFiles(), *met],
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -15,14 +17,18 @@ from torch.utils.data import DataLoader, IterableDataset
 from realera.contracts import Aligner, Backbone, Method, Pair, TextStates, UserError
 from realera.training.streams import stream
 
+log = logging.getLogger(__name__)
+
 BETAS = (0.9, 0.999)
 
 
 class ErasureModule(LightningModule):
     """Minimises the sum of the terms of `method.align`, one concept a step, on latents from `method.latents`.
 
-    Only the U-Net is registered: it is what Lightning moves and DDP wraps. What a step draws depends on the seed, the
-    step and the rank alone.
+    Only the U-Net is registered: it is what Lightning moves and DDP wraps. What a step draws depends on the seed and
+    the step alone: every process draws the same batch and takes its part of it (`part_of`), so the mean of their
+    gradients is the one process's, and a run is the same for any number of processes up to rounding. What that asks of
+    an aligner: its terms are means over the latents, and it draws the same whatever their number.
     """
 
     def __init__(self, backbone: Backbone, method: Method, pairs: Sequence[Pair], seed: int) -> None:
@@ -40,26 +46,36 @@ class ErasureModule(LightningModule):
         align, latents = self.method.align, self.method.latents
         assert align is not None and latents is not None
         step = self.trainer.global_step + 1  # the loader's own count starts again on resume
-        here = (step, self.global_rank)
         # Concepts take turns of two steps, because aligners alternate between odd and even ones.
-        concept = ((step - 1) // 2 + self.global_rank) % len(self.pairs)
-        z_t, timesteps = latents(self.backbone, concept, stream(self.seed, "latents", *here))
+        concept = ((step - 1) // 2) % len(self.pairs)
+        z_t, timesteps = latents(self.backbone, concept, stream(self.seed, "latents", step, 0))
+        world = self.trainer.world_size
+        if step == 1 and world > math.gcd(len(z_t), world) and self.global_rank == 0:
+            log.info(
+                "%d processes cannot share a batch of %d evenly: %s do the same; method.latents.batch=%d would share",
+                *(world, len(z_t), world // math.gcd(len(z_t), world), world),
+            )
+        part = part_of(len(z_t), self.global_rank, world)
         terms = align.loss(
             self.backbone,
             self.pairs[concept],
             self.method.neighbours,
-            z_t,
-            timesteps,
+            z_t[part],
+            timesteps[part],
             step,
-            stream(self.seed, "align", *here),
+            stream(self.seed, "align", step, 0),
         )
         loss = torch.stack([term for term in terms.values() if term.requires_grad]).sum()
-        if not torch.isfinite(loss):
+        values = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+        means = self.trainer.strategy.reduce(
+            torch.stack([value.float() for value in values.values()]), reduce_op="mean"
+        )
+        values = dict(zip(values, means))
+        if not torch.isfinite(values["loss"]):  # in the mean: all processes stop, and none is left waiting
             raise UserError(
-                f"The loss is {float(loss.detach())} at step {step}: lower method.align.lr, or set "
+                f"The loss is {float(values['loss'])} at step {step}: lower method.align.lr, or set "
                 "trainer.precision=32-true."
             )
-        values = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
         self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(z_t))
         return {"loss": loss, "terms": values}
 
@@ -95,6 +111,17 @@ class ErasureModule(LightningModule):
 def trains(align: Aligner | None) -> bool:
     """Whether there is a loop to run."""
     return align is not None and align.steps > 0
+
+
+def part_of(batch: int, rank: int, world: int) -> slice:
+    """The part of a batch that a process takes: one of as many equal parts as divide both the batch and the processes.
+
+    A batch of 1 is thus done by all, one of 8 by four processes in twos. Each part is taken equally often, so the mean
+    over the processes of a part's mean is the batch's mean, whatever their number.
+    """
+    parts = math.gcd(batch, world)
+    size = batch // parts
+    return slice(rank % parts * size, (rank % parts + 1) * size)
 
 
 def on_cpu(pair: Pair) -> Pair:
