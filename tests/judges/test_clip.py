@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,63 @@ def test_it_is_the_softmax_of_a_hundred_cosines(judge: ClipJudge, images: tuple[
     assert math.isnan(verdicts[2].value)  # "ship" is no label here
 
 
+def test_the_score_is_of_the_caption_where_there_is_one(
+    judge: ClipJudge, images: tuple[list[Path], list[Prompt]]
+) -> None:
+    import open_clip
+
+    files, prompts = images
+    captions = [prompts[0].text, "an artwork by Van Gogh", prompts[2].text]
+    said = judge(files, [prompts[0], replace(prompts[1], caption=captions[1]), prompts[2]])
+    with torch.no_grad():
+        seen = judge.clip.encode_image(torch.stack([judge.transform(Image.open(file)) for file in files]))
+        texts = judge.clip.encode_text(open_clip.get_tokenizer("tiny-random")(captions))
+    expected = (100 * torch.cosine_similarity(seen, texts)).tolist()
+    assert [v.detail["score"] for v in said] == pytest.approx(expected, abs=1e-3)
+    assert said[1].value == judge(files, prompts)[1].value, "the caption is only scored"
+
+
+def test_without_labels_there_is_only_the_score(judge: ClipJudge, images: tuple[list[Path], list[Prompt]]) -> None:
+    alone = ClipJudge(model="tiny-random", pretrained=judge.pretrained)(*images)
+    assert [v.detail["score"] for v in alone] == pytest.approx([v.detail["score"] for v in judge(*images)], abs=1e-3)
+    assert all(math.isnan(v.value) and v.label == "" for v in alone)
+
+
+def test_openais_weights_are_read_with_the_activation_they_were_trained_with() -> None:
+    import open_clip
+
+    made = {}
+
+    def create(model: str, pretrained: str, device: object, force_quick_gelu: bool) -> tuple[object, ...]:
+        made[model, pretrained] = force_quick_gelu or open_clip.get_model_config(model).get("quick_gelu", False)
+        raise RuntimeError("seen")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(open_clip, "create_model_and_transforms", create)
+        patch.setattr("realera.judges.clip.out_of_reach", lambda url: False)
+        for model, tag in (
+            ("ViT-B-32-quickgelu", "openai"),
+            ("ViT-B-32", "openai"),
+            ("ViT-B-32", "laion2b_s34b_b79k"),
+        ):
+            with pytest.raises(UserError, match="seen"):
+                ClipJudge(LABELS, model=model, pretrained=tag)
+    assert list(made.values()) == [True, True, False]
+
+
+def test_weights_out_of_reach_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("realera.judges.clip._cached", lambda hub: False)
+    monkeypatch.setattr("realera.judges.clip.out_of_reach", lambda url: True)
+    with pytest.raises(UserError, match=r"openai cannot be had .*HF_HOME.*judge\.pretrained=FILE"):
+        ClipJudge(LABELS)
+
+
 def test_what_cannot_be_judged_is_refused(judge: ClipJudge, images: tuple[list[Path], list[Prompt]]) -> None:
     files, prompts = images
     with pytest.raises(UserError, match="missing"):
         judge([files[0].with_name("none.png")], prompts[:1])
-    with pytest.raises(UserError, match="labels"):
-        ClipJudge([])
+    with pytest.raises(UserError, match="did you mean ViT-B-32"):
+        ClipJudge(LABELS, model="ViT-B32")
     with pytest.raises(UserError, match="template"):
         ClipJudge(LABELS, template="a photo")
     with pytest.raises(UserError, match=r"judge\.pretrained=FILE"):

@@ -1,16 +1,19 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.nn import functional
 
 from realera.contracts import Prompt, UserError
 from realera.judges.miniature import MiniatureJudge
 from realera.judges.miniature_net import JudgeConfig, MiniatureCLIP, PlainCNN, load_judge, save_judge, split_words
+from realera.paths import CONF_DIR
 
 COLOURS = {"tomato": (220, 40, 40), "lake": (40, 60, 220), "Green Leaf": (40, 200, 60)}
 CONFIG = JudgeConfig(
@@ -108,14 +111,33 @@ def test_a_concept_outside_the_world_is_unscored_and_case_does_not_matter(folder
     assert upper.value > 0.5
 
 
-def test_clip_score_reads_the_prompts_text(folder: Path, images: tuple) -> None:
+def test_the_score_is_a_hundred_cosines_of_the_caption_or_the_text(folder: Path, images: tuple) -> None:
     paths, prompts = images
-    judge = MiniatureJudge(folder, mode="clip_score")
+    judge = MiniatureJudge(folder)
     right = judge(paths, prompts)
-    wrong = judge(paths, [Prompt(p.id, "a photo of the zzz", p.concept, p.split, p.seed) for p in prompts])
-    assert judge.name != MiniatureJudge(folder).name
-    assert all(-1 <= v.value <= 1 for v in right)
-    assert sum(v.value for v in right) > sum(v.value for v in wrong)
+    captioned = judge(paths, [replace(p, text="zzz", caption=p.text) for p in prompts])
+    wrong = judge(paths, [replace(p, text="a photo of the zzz") for p in prompts])
+    assert [v.detail["score"] for v in captioned] == [v.detail["score"] for v in right]
+    assert sum(v.detail["score"] for v in right) > sum(v.detail["score"] for v in wrong)
+    seen = judge.clip.encode_image(judge.read(paths[:1]))
+    assert right[0].detail["score"] == pytest.approx(
+        100 * float(seen[0] @ judge.clip.encode_text([prompts[0].text])[0]), abs=1e-3
+    )
+    assert [(v.value, v.label) for v in wrong] == [(v.value, v.label) for v in right], "the text is only scored"
+
+
+def test_detected_is_a_label_of_the_unsafe_group(folder: Path, images: tuple) -> None:
+    paths, prompts = images
+    said = MiniatureJudge(folder, unsafe=["LAKE", "Green Leaf"])(paths, prompts)
+    assert [v.detail["detected"] for v in said] == [True, False, True, True, False]
+    assert "detected" not in MiniatureJudge(folder)(paths, prompts)[0].detail
+    with pytest.raises(UserError, match="lava"):
+        MiniatureJudge(folder, unsafe=["lake", "lava"])
+
+
+def test_the_shipped_judge_knows_the_yamls_unsafe_things() -> None:
+    node = yaml.safe_load((CONF_DIR / "judge" / "miniature.yaml").read_text(encoding="utf-8"))
+    assert len(MiniatureJudge(unsafe=node["unsafe"]).unsafe) == 5
 
 
 def test_larger_pictures_are_brought_to_the_judges_size(folder: Path, tmp_path: Path) -> None:
@@ -176,8 +198,6 @@ def test_a_config_of_another_net_is_refused(folder: Path, tmp_path: Path) -> Non
 
 
 def test_settings_that_judge_nothing_are_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match="zero_shot or clip_score"):
-        MiniatureJudge(folder, mode="best")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="batch"):
         MiniatureJudge(folder, batch=0)
 

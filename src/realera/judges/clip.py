@@ -1,78 +1,129 @@
-"""CLIP as a zero-shot judge, as MACE and RealEra use it for objects: a class's probability among the task's labels."""
+"""CLIP as MACE and RealEra use it: a class's probability among the task's labels (objects), and 100 cos of an image and
+its text (styles, COCO). One pass gives both."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from realera.contracts import Prompt, UserError, Verdict
-from realera.judges.images import read_rgb
+from realera.judges.images import batches, check_batch, read_rgb
+from realera.judges.places import out_of_reach, torch_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HUB = "https://huggingface.co"
 
 
 class ClipJudge:
     """value = softmax over `labels` of 100 cos(image, text) at the prompt's concept (0-1); label = the likeliest one.
-    A concept that is no label is unscored. The protocol's model is OpenAI's ViT-B/32 with one text per label and no
-    ensembling (MACE: "a photo of the {class}").
+    A concept that is no label is unscored. detail["score"] = 100 cos(image, the prompt's caption or text).
+    Without labels there is only the score: no image has a probability (value NaN) or a label ("").
 
-    labels: what is chosen among. model, pretrained: open_clip's names, `pretrained` also a weights file. batch:
-    images at once. Raises UserError where the weights cannot be had.
+    The protocol's model is OpenAI's ViT-B/32 with one text per label and no ensembling (MACE: "a photo of the
+    {class}"); MACE scores styles with the same weights from another hub. OpenAI trained with QuickGELU: open_clip's
+    plain "ViT-B-32" computes another function of the same weights, so the activation follows the weights' tag.
+
+    labels: what is chosen among. model, pretrained: open_clip's names, `pretrained` also a weights file. batch: images
+    at once. Raises UserError where the weights cannot be had.
     """
 
     name = "clip"
 
     def __init__(
         self,
-        labels: Sequence[str],
+        labels: Sequence[str] | None = None,
         template: str = "a photo of the {}",
         model: str = "ViT-B-32-quickgelu",
         pretrained: str = "openai",
-        device: str = "cpu",
+        device: str = "auto",
         batch: int = 64,
     ) -> None:
-        if not labels:
-            raise UserError("judge=clip chooses among labels and this task has none: give judge.labels='[cat,dog]'.")
         if template.count("{}") != 1:
             raise UserError(f"judge.template={template!r} must hold {{}} once, where the label goes.")
+        self.batch = check_batch(batch)
         import open_clip
         import torch
 
-        try:
-            clip, _, self.transform = open_clip.create_model_and_transforms(model, pretrained, device=device)
-        except (RuntimeError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"CLIP's weights {model}/{pretrained} cannot be had ({reason[:160]}): connect once to download them, "
-                "point HF_HOME at a cache that holds them, or give judge.pretrained=FILE."
-            ) from error
-        self.labels = tuple(labels)
+        self.device = torch.device(torch_device(device))
+        self.labels = tuple(labels or ())
         self.template, self.model, self.pretrained = template, model, pretrained
-        self.device, self.batch = torch.device(device), batch
-        self.clip = clip.eval()
+        self.clip, self.transform = self._load()
+        self._tokenizer = open_clip.get_tokenizer(model)
+        self._texts = self._encode([template.format(label) for label in self.labels]) if self.labels else None
+        self._captions: dict[str, Tensor] = {}
+
+    def _load(self) -> tuple[Any, Any]:
+        """The network in eval mode, and its preprocessing."""
+        import open_clip
+
+        if ":" not in self.model and open_clip.get_model_config(self.model) is None:
+            close = get_close_matches(self.model, open_clip.list_models(), 3)
+            raise UserError(
+                f"judge.model={self.model} is no model of open_clip: "
+                + (f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_models().")
+            )
+        tag = open_clip.get_pretrained_cfg(self.model, self.pretrained) or {}
+        if tag.get("hf_hub") and not _cached(tag["hf_hub"]) and out_of_reach(_HUB):
+            raise self._lacking("they are not on this disk and the hub does not answer")
+        try:
+            clip, _, transform = open_clip.create_model_and_transforms(
+                self.model, self.pretrained, device=self.device, force_quick_gelu=bool(tag.get("quick_gelu"))
+            )
+        except Exception as error:  # open_clip raises whatever its downloaders and unpicklers do
+            raise self._lacking(
+                str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
+            ) from error
+        return clip.eval(), transform
+
+    def _lacking(self, reason: str) -> UserError:
+        return UserError(
+            f"CLIP's weights {self.model}/{self.pretrained} cannot be had ({reason}): connect once to download them, "
+            "point HF_HOME at a cache that holds them, or give judge.pretrained=FILE."
+        )
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        """(B, E), unit length."""
+        import torch
+
         with torch.no_grad():
-            tokens = open_clip.get_tokenizer(model)([template.format(label) for label in self.labels])
-            self._texts = self.clip.encode_text(tokens.to(self.device), normalize=True)
+            states: Tensor = self.clip.encode_text(self._tokenizer(list(texts)).to(self.device), normalize=True)
+        return states
+
+    def _score_texts(self, prompts: Sequence[Prompt]) -> Tensor:
+        """(B, E): each prompt's caption or text. A run draws the same few texts from many seeds: each is read once."""
+        import torch
+
+        texts = [prompt.text if prompt.caption is None else prompt.caption for prompt in prompts]
+        if new := list(dict.fromkeys(text for text in texts if text not in self._captions)):
+            self._captions.update(zip(new, self._encode(new)))
+        return torch.stack([self._captions[text] for text in texts])
 
     def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]:
         import torch
         from PIL import Image
 
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
-        row = {label.lower(): i for i, label in enumerate(self.labels)}
         verdicts: list[Verdict] = []
-        for start in range(0, len(images), self.batch):
-            part = slice(start, start + self.batch)
-            pixels = torch.stack([self.transform(Image.fromarray(read_rgb(path))) for path in images[part]])
+        for files, asked in batches(images, prompts, self.batch):
+            pixels = torch.stack([self.transform(Image.fromarray(read_rgb(path))) for path in files])
             with torch.no_grad():
                 seen = self.clip.encode_image(pixels.to(self.device), normalize=True)
-                chances = (100 * seen @ self._texts.T).softmax(dim=-1).cpu()
-            for prompt, chance in zip(prompts[part], chances):
-                at = row.get(prompt.concept.lower())
-                value = math.nan if at is None else float(chance[at])
-                verdicts.append(Verdict(prompt.id, value, self.labels[int(chance.argmax())]))
+                scores = (100 * (seen * self._score_texts(asked)).sum(dim=-1)).tolist()
+                chances = None if self._texts is None else (100 * seen @ self._texts.T).softmax(dim=-1).cpu()
+            for row, (prompt, score) in enumerate(zip(asked, scores)):
+                value, label = math.nan, ""
+                if chances is not None:
+                    value, label = self._choice(prompt, chances[row])
+                verdicts.append(Verdict(prompt.id, value, label, {"score": round(score, 4)}))
         return verdicts
+
+    def _choice(self, prompt: Prompt, chance: Tensor) -> tuple[float, str]:
+        at = next((i for i, label in enumerate(self.labels) if label.lower() == prompt.concept.lower()), None)
+        return math.nan if at is None else float(chance[at]), self.labels[int(chance.argmax())]
 
     def protocol(self) -> dict[str, Any]:
         """What was asked of which judge, among which labels."""
@@ -83,4 +134,15 @@ class ClipJudge:
             "pretrained": self.pretrained,
             "template": self.template,
             "labels": list(self.labels),
+            "score": "100 cos(image, caption)",
         }
+
+
+def _cached(hub: str) -> bool:
+    """Whether a hub's weights ("org/name/file" or "org/name/") are on this disk, by any of open_clip's file names."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, _, file = hub.rpartition("/")
+    names = {file, "open_clip_pytorch_model.bin", "open_clip_model.safetensors", "pytorch_model.bin"} - {""}
+    names |= {name.rsplit(".", 1)[0] + ".safetensors" for name in names}
+    return any(isinstance(try_to_load_from_cache(repo, name), str) for name in names)

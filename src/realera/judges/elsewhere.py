@@ -1,0 +1,168 @@
+"""A judge in another interpreter: `judge.python=/path/to/python`, for libraries that cannot live beside this torch.
+
+That interpreter needs Python 3.10 and the judge's own libraries; realera's judges reach it from this package's folder,
+without this interpreter's other packages. Lines of JSON go both ways (worker.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import IO, Any
+
+from realera import paths
+from realera.contracts import Prompt, UserError, Verdict
+from realera.judges.worker import MARK
+
+_BOOT = """
+import importlib.util, sys
+root = sys.argv[1]
+sys.path[:] = [place for place in sys.path if place]
+spec = importlib.util.spec_from_file_location("realera", root + "/__init__.py", submodule_search_locations=[root])
+module = sys.modules["realera"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from realera.judges import worker
+worker.main()
+"""  # realera alone becomes importable there: not what lies beside it, built for this interpreter, nor the work folder
+_BATCH = 64  # images in one line, where the judge has no batch of its own
+
+
+def placed(node: Any) -> Any:
+    """A judge's config node, ready to be instantiated: `python` is taken out, at any depth, and where it names an
+    interpreter the node becomes one of `Elsewhere` that carries the judge's own node along."""
+    if isinstance(node, (list, tuple)):
+        return [placed(value) for value in node]
+    if not isinstance(node, Mapping):
+        return node
+    rest = {key: placed(value) for key, value in node.items() if key != "python" or "_target_" not in node}
+    if "_target_" not in node or node.get("python") is None:
+        return rest
+    kind = "ElsewhereSet" if hasattr(resolve_name(node["_target_"]), "compare") else "Elsewhere"
+    carried = {"node": json.dumps(rest), "python": str(node["python"])}
+    return {"_target_": f"{__name__}.{kind}", **carried}
+
+
+class Elsewhere:
+    """A Judge that asks the one described by `node` in the interpreter `python`.
+
+    node: the judge's config, a mapping or its JSON. python: a path, or a command's name. patience: seconds that one
+    answer may take; loading, with a download, is one, and a batch of images is one. Raises UserError, in one sentence,
+    where the interpreter cannot be started, the judge cannot be built there, or it stops answering.
+    """
+
+    def __init__(self, node: Mapping[str, Any] | str, python: str, patience: float = 900.0) -> None:
+        self._node = json.loads(node) if isinstance(node, str) else dict(node)
+        self._batch = int(self._node.get("batch") or _BATCH)
+        self.python, self.patience = python, patience
+        found = shutil.which(os.path.expanduser(python))
+        if found is None:
+            raise UserError(f"judge.python={python} is no program that can be run: give the path of a Python 3.10+")
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the child lives)
+        hidden = ("PYTHONPATH", "PYTHONHOME")  # this interpreter's
+        self._process = subprocess.Popen(
+            [found, "-u", "-c", _BOOT, str(paths.HERE)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={key: value for key, value in os.environ.items() if key not in hidden},
+        )
+        self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=_listen, args=(self._process, self._answers), daemon=True).start()
+        self.close = weakref.finalize(self, _stop, self._process)
+        said = self._tell(self._node)
+        self.name: str = said["name"]
+        self._protocol: dict[str, Any] = said["protocol"]
+
+    def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]:
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
+        verdicts: list[Verdict] = []
+        for start in range(0, len(images), self._batch):
+            part = slice(start, start + self._batch)
+            rows = [asdict(prompt) for prompt in prompts[part]]
+            said = self._ask("judge", images=_absolute(images[part]), prompts=rows)
+            verdicts += [Verdict(**row) for row in said]
+        return verdicts
+
+    def protocol(self) -> dict[str, Any]:
+        """The judge's own: where it ran changes no number."""
+        return self._protocol
+
+    def _ask(self, call: str, **arguments: Any) -> Any:
+        return self._tell({"call": call, "arguments": arguments})
+
+    def _tell(self, line: Mapping[str, Any]) -> Any:
+        """One line out, one answer back. Raises UserError."""
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it is gone: the answers have ended too, and stderr says why
+            self._process.stdin.write(json.dumps(line).encode() + b"\n")
+            self._process.stdin.flush()
+        what = self._node["_target_"].rsplit(".", 1)[-1]
+        try:
+            heard = self._answers.get(timeout=self.patience)
+        except queue.Empty:
+            self._process.kill()
+            self.close()
+            raise UserError(
+                f"{what} in {self.python} did not answer within {self.patience:g} s and was ended"
+            ) from None
+        if heard is None:
+            self.close()
+            raise UserError(f"{what} in {self.python} ended without an answer: {self._last_words()}")
+        if "refused" in heard:
+            raise UserError(str(heard["refused"]))
+        if "failed" in heard:
+            raise UserError(f"{what} failed in {self.python} ({heard['failed']}): install there what it needs")
+        return heard["said"]
+
+    def _last_words(self) -> str:
+        """The last line that the child wrote to stderr."""
+        self._errors.seek(0)
+        lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip()[:300] if lines else f"it left with exit code {self._process.poll()}"
+
+
+class ElsewhereSet(Elsewhere):
+    """The same for a SetJudge."""
+
+    def compare(self, images: Sequence[Path], references: Sequence[Path]) -> dict[str, float]:
+        said: dict[str, float] = self._ask("compare", images=_absolute(images), references=_absolute(references))
+        return said
+
+
+def _absolute(paths: Sequence[Path]) -> list[str]:
+    return [str(Path(path).resolve()) for path in paths]
+
+
+def _listen(process: subprocess.Popen[bytes], answers: queue.Queue[dict[str, Any] | None]) -> None:
+    """Puts each answer on the queue, and None when there will be no more; other lines are a library's chatter."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        with suppress(ValueError):
+            heard = json.loads(line)
+            if isinstance(heard, dict) and MARK in heard:
+                answers.put(heard)
+    answers.put(None)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Lets the child end by itself, or ends it."""
+    with suppress(OSError):
+        if process.stdin is not None:
+            process.stdin.close()
+    try:
+        process.wait(timeout=2)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,77 @@
+"""A judge behind a pipe, run by the interpreter that `judge.python` names: a JSON object a line comes in, one goes out.
+
+Standard library alone, apart from what the judge itself imports. The first line in is the judge's config node, answered
+with its name and protocol; each further line {"call": method, "arguments": {...}} is answered with {"said": ...}.
+What went wrong is answered too: {"refused": a UserError's text} or {"failed": an exception in one line}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, TextIO
+
+from realera.contracts import Prompt, UserError
+
+MARK = "realera"  # a key of every answer: what else a library prints is told apart by it
+
+
+def build(node: Any) -> Any:
+    """What a plain config node describes: "_target_" (module.name) is called with the rest, nested nodes first."""
+    if isinstance(node, Mapping):
+        values = {key: build(value) for key, value in node.items() if key not in ("_target_", "_convert_")}
+        return resolve_name(node["_target_"])(**values) if "_target_" in node else values
+    return [build(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+
+def answer(judge: Any, call: str, arguments: Mapping[str, Any]) -> Any:
+    """The judge's answer to one line, as plain data."""
+    if call == "protocol":
+        return {"name": judge.name, "protocol": judge.protocol()}
+    paths = [Path(path) for path in arguments["images"]]
+    if call == "compare":
+        return judge.compare(paths, [Path(path) for path in arguments["references"]])
+    return [asdict(verdict) for verdict in judge(paths, [prompt_of(row) for row in arguments["prompts"]])]
+
+
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """A prompt back from plain data, whose lists were tuples."""
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Prompt(**values)
+
+
+def serve(lines: Sequence[str] | TextIO, say: Callable[[Mapping[str, Any]], None]) -> None:
+    """Answers until the lines end, or until no judge could be built."""
+    judge: Any = None
+    for line in lines:
+        if not line.strip():
+            continue
+        asked = json.loads(line)
+        try:
+            if judge is None:
+                judge, asked = build(asked), {"call": "protocol", "arguments": {}}
+            say({MARK: 1, "said": answer(judge, asked["call"], asked["arguments"])})
+        except UserError as error:
+            say({MARK: 1, "refused": str(error)})
+        except Exception as error:
+            first = next(iter(str(error).strip().splitlines()), "")
+            say({MARK: 1, "failed": f"{type(error).__name__}: {first[:300]}"})
+        if judge is None:
+            return
+
+
+def main() -> None:
+    """Serves on stdin and stdout. Whatever else would be printed, by C code too, goes to stderr."""
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(what: Mapping[str, Any]) -> None:
+        out.write(json.dumps(what) + "\n")
+        out.flush()
+
+    serve(sys.stdin, say)

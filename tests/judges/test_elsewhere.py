@@ -1,0 +1,149 @@
+"""A judge in another interpreter: an environment of its own, without torch, numpy or realera."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from realera.contracts import Prompt, SetJudge, UserError
+from realera.judges import worker
+from realera.judges.elsewhere import Elsewhere, ElsewhereSet, placed
+
+STUB = """
+import os, sys, time
+from realera.contracts import UserError, Verdict
+
+class Stub:
+    name = "stub"
+    def __init__(self, word="w", inner=None, fail=None, batch=None):
+        print("loading, please wait")          # a library that talks on stdout
+        os.write(1, b"and C code too\\n{\\"realera\\": 1}\\n")
+        self.word, self.inner, self.fail, self.batch = word, inner, fail, batch
+        if fail == "build": raise ImportError("No module named 'somelib'\\nmore")
+        if fail == "user": raise UserError("the weights are missing: fetch them.")
+        if fail == "crash": sys.stderr.write("segmentation fault, say\\n"); os._exit(139)
+    def __call__(self, images, prompts):
+        print("0%|      | judging")
+        if self.fail == "late": raise ValueError("bad picture")
+        if self.fail == "slow": time.sleep(60)
+        assert not any(name in sys.modules for name in ("torch", "numpy", "hydra"))
+        return [Verdict(p.id, float("nan") if p.concept == "none" else 0.25, self.word,
+                        {"file": i.name, "size": p.size, "python": sys.prefix, "of": len(images)})
+                for i, p in zip(images, prompts)]
+    def protocol(self): return {"judge": self.name, "inner": self.inner and self.inner.word}
+
+class Set(Stub):
+    def compare(self, images, references): return {"fid": float(len(images) - len(references))}
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bare environment whose only package is the stub judge."""
+    folder = tmp_path_factory.mktemp("elsewhere") / "venv"
+    venv.EnvBuilder(symlinks=True).create(folder)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "stub_judge.py").write_text(STUB)
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(autouse=True)
+def _here_too(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(next(python.parents[1].glob("lib/python*/site-packages"))))
+
+
+def _node(kind: str = "Stub", **settings: Any) -> dict[str, Any]:
+    return {"_target_": f"stub_judge.{kind}", **settings}
+
+
+def _ask(judge: Elsewhere, count: int = 3) -> list[Any]:
+    prompts = [Prompt(f"p{i}", "text", "none" if i == 1 else "cat", "erase", i, size=(8, 16)) for i in range(count)]
+    return judge([Path(f"{i}.png") for i in range(count)], prompts)
+
+
+def test_it_answers_as_the_judge_would_whatever_is_printed(python: Path) -> None:
+    judge = Elsewhere(_node(word="é", inner=_node(word="in"), batch=2), str(python))
+    assert (judge.name, judge.protocol()) == ("stub", {"judge": "stub", "inner": "in"})
+    said = _ask(judge)
+    assert [v.prompt_id for v in said] == ["p0", "p1", "p2"] and said[0].label == "é"
+    assert [math.isnan(v.value) for v in said] == [False, True, False]
+    assert [v.detail["of"] for v in said] == [2, 2, 1], "as many at once as its own batch"
+    assert said[0].detail["size"] == [8, 16]  # a tuple there, JSON here
+    assert said[0].detail["python"] == str(python.parents[1]) != sys.prefix
+    process = judge._process
+    del judge
+    assert process.poll() == 0, "it ends with the judge"
+
+
+@pytest.mark.parametrize(
+    ("fail", "words"),
+    [
+        ("build", r"Stub failed in .*python \(ImportError: No module named 'somelib'\): install there what it needs$"),
+        ("user", "^the weights are missing: fetch them.$"),
+        ("crash", "ended without an answer: segmentation fault, say$"),
+    ],
+)
+def test_what_goes_wrong_while_loading_is_one_sentence(python: Path, fail: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Elsewhere(_node(fail=fail), str(python))
+
+
+def test_what_goes_wrong_later_is_one_sentence(python: Path) -> None:
+    judge = Elsewhere(_node(fail="late"), str(python))
+    with pytest.raises(UserError, match="ValueError: bad picture"):
+        _ask(judge)
+    with pytest.raises(UserError, match="bad picture"):
+        _ask(judge)  # the judge is still there
+
+
+def test_a_judge_that_stops_answering_is_ended(python: Path) -> None:
+    judge = Elsewhere(_node(fail="slow"), str(python))
+    judge.patience = 0.2
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"did not answer within 0\.2 s"):
+        _ask(judge)
+    assert judge._process.poll() is not None and time.monotonic() - start < 10
+
+
+def test_an_interpreter_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no program"):
+        Elsewhere(_node(), str(tmp_path / "python"))
+    with pytest.raises(UserError, match="ended without an answer"):
+        Elsewhere(_node(), "false")
+
+
+def test_a_real_judge_without_its_library_says_so(python: Path) -> None:
+    with pytest.raises(UserError, match=r"No module named 'nudenet'"):
+        Elsewhere({"_target_": "realera.judges.nudenet.NudeNetJudge"}, str(python))
+
+
+def test_a_config_says_where_at_any_depth(python: Path) -> None:
+    assert placed(_node(python=None, word="a")) == _node(word="a")
+    node = {"_target_": "x.BySplit", "judges": {"a": _node(python=str(python)), "b": _node("Set", python="py")}}
+    inner = placed(node)["judges"]
+    assert inner["a"] == {
+        "_target_": "realera.judges.elsewhere.Elsewhere",
+        "node": json.dumps(_node()),
+        "python": str(python),
+    }
+    assert inner["b"]["_target_"].endswith(".ElsewhereSet")
+
+
+def test_a_judge_of_sets_compares_there(python: Path) -> None:
+    judge = ElsewhereSet(_node("Set"), str(python))
+    assert judge.compare([Path("a.png")] * 3, [Path("b.png")]) == {"fid": 2.0}
+    assert isinstance(judge, SetJudge) and not hasattr(Elsewhere, "compare")
+
+
+def test_the_judges_load_without_any_library(python: Path) -> None:
+    """Their modules are read there before what they need is looked for."""
+    names = [f.stem for f in Path(worker.__file__).parent.glob("*.py") if not f.stem.endswith("_net")]
+    code = f"import importlib\nfor name in {names}: importlib.import_module('realera.judges.' + name)"
+    root = Path(worker.__file__).parents[2]
+    subprocess.run([python, "-S", "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"], check=True)
