@@ -130,9 +130,9 @@ def test_a_concept_nobody_can_judge_still_ends_in_a_page(
 
 def test_another_judge_judges_the_same_images_again(run_dir: Path, type_in: Type) -> None:
     images = {path: path.stat().st_mtime_ns for path in (run_dir / "images").iterdir()}
-    type_in("train", "concept=airplane", *METHOD, "judge.mode=clip_score")
+    type_in("train", "concept=airplane", *METHOD, "judge.unsafe=[gun]")
     assert {path: path.stat().st_mtime_ns for path in (run_dir / "images").iterdir()} == images
-    assert json.loads((run_dir / "metrics.json").read_text())["protocol"]["judge"]["mode"] == "clip_score"
+    assert json.loads((run_dir / "metrics.json").read_text())["protocol"]["judge"]["unsafe"] == ["gun"]
 
 
 def test_evaluate_judges_a_run_again_and_refuses_another_backbone(

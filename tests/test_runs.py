@@ -16,7 +16,7 @@ CONFIG: dict[str, Any] = {
     "task": {"name": "object", "images": {"erase": 2}},
     "method": {"name": "realera", "neighbours": {"m": 5}},
     "backbone": {"name": "mini"},
-    "judge": {"mode": "zero_shot"},
+    "judge": {"template": "a {}"},
     "trainer": {"precision": "32-true", "accelerator": "auto"},
     "logger": {"project": "x"},
     "concept": "airplane",
@@ -83,7 +83,7 @@ def test_a_run_is_begun_then_gone_on_with_then_finished() -> None:
 def test_another_judge_keeps_the_weights_and_takes_the_numbers_away() -> None:
     run = runs.claim(dict(CONFIG))
     finish(run)
-    again = runs.claim(changed(judge={"mode": "clip_score"}))
+    again = runs.claim(changed(judge={"template": "the {}"}))
     assert again.folder == run.folder and not again.finished
     assert (
         run.erased.is_file() and not (run.folder / paths.METRICS).exists() and not (run.folder / paths.REPORT).exists()
