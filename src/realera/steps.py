@@ -18,6 +18,7 @@ from realera.evaluation.generate import generate_images, original_images, source
 from realera.evaluation.judge import judge_run
 from realera.evaluation.metrics import measure
 from realera.evaluation.records import Row, write_manifest
+from realera.judges.elsewhere import placed
 from realera.runs import Run
 from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
@@ -99,7 +100,7 @@ def build_judge(config: Mapping[str, Any], task: Task) -> Judge:
     node = config["judge"]
     if "labels" in node and node["labels"] is None:
         node = {**node, "labels": list(task.labels)}
-    built: Judge = instantiate(node)
+    built: Judge = instantiate(placed(node))
     return built
 
 
