@@ -168,13 +168,13 @@ class NamedTask:
         """What a score compares the image of a whole prompt with; None = the prompt."""
         return None
 
+    def prompts_of(self, split: Split) -> list[Prompt]:
+        """The split's prompts: each wording `images[split]` times."""
+        return number(self.wordings(split), split, self.images[split], self.first_seed)
+
     def eval_prompts(self) -> list[Prompt]:
-        """All splits in the order erase, near, keep, associated, unseen; each wording `images[split]` times."""
-        return [
-            prompt
-            for split in SPLITS
-            for prompt in number(self.wordings(split), split, self.images[split], self.first_seed)
-        ]
+        """All splits in the order erase, near, keep, associated, unseen."""
+        return [prompt for split in SPLITS for prompt in self.prompts_of(split)]
 
     def protocol(self) -> dict[str, Any]:
         """What the numbers depend on: the words, how many images of each, and their seeds."""

@@ -1,0 +1,226 @@
+"""Files that a user brings: tables of prompts (I2P, COCO-30K, MACE's, one's own) and lists of concepts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from realera.contracts import UserError
+from realera.tasks.prompts import slug
+
+SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "text", "caption"),
+    "id": ("case_number", "case", "id", "coco_id", "image_id"),
+    "seed": ("evaluation_seed", "sd_seed", "seed"),
+    "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance"),
+    "width": ("sd_image_width", "image_width", "width"),
+    "height": ("sd_image_height", "image_height", "height"),
+    "nudity": ("nudity_percentage", "nudity"),
+    "concept": ("concept",),
+}
+"""What a column may be called, most telling first; capitals, blanks and hyphens do not count."""
+_DELIMITERS = (",", ";", "\t")
+_MULTIPLE = 8  # pixels: an autoencoder's latents are an eighth as wide
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of a table. id: distinct within the file, and a plain file name. None: the file does not say. size:
+    (height, width)."""
+
+    id: str
+    prompt: str
+    seed: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    concept: str | None = None
+
+
+def read_prompts(file: str | Path, key: str, min_nudity: float | None = None) -> list[Row]:
+    """The rows of a CSV (comma, semicolon or tab; UTF-8, with or without a mark; texts with line breaks in quotes).
+
+    Columns are found by `SPELLINGS`, others are passed over. A row without an id is named after its place, and one
+    whose id was met before gets "-2", "-3", ... min_nudity: only rows with a higher nudity percentage.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column, or holds a malformed row; `key` is the setting to blame.
+    """
+    path, text = _read(file, f"task.{key}")
+    lines = text.splitlines()
+    header_line = next(number for number, line in enumerate(lines) if line.strip())
+    delimiter = _delimiter(lines[header_line])
+    records = _records(path, text, delimiter)
+    header = [re.sub(r"[\s-]+", "_", name.strip().casefold()) for name in next(records)[1]]
+    columns = {
+        meaning: next((header.index(name) for name in names if name in header), None)
+        for meaning, names in SPELLINGS.items()
+    }
+    for meaning in ("prompt", *(["nudity"] if min_nudity is not None else [])):
+        if columns[meaning] is None:
+            raise UserError(
+                f"{path} has no column for the {meaning} ({' or '.join(SPELLINGS[meaning])}): "
+                f"line {header_line + 1} should name the columns and names {', '.join(header)[:120]}"
+            )
+    rows: list[Row] = []
+    met: Counter[str] = Counter()
+    for place, (line, fields) in enumerate(records, 1):
+        if len(fields) != len(header):
+            raise UserError(
+                f"{path} line {line} has {len(fields)} columns where the header has {len(header)}: put quotes round a "
+                "text that holds the delimiter or a line break"
+            )
+        cell = _Cells(path, line, header, fields, columns)
+        if min_nudity is not None and not (cell.number("nudity") or 0) > min_nudity:
+            continue
+        rows.append(cell.row(_distinct(cell.text("id") or str(place), met)))
+    if not rows:
+        raise UserError(f"{path} holds no prompts{'' if min_nudity is None else f' above min_nudity={min_nudity}'}")
+    return rows
+
+
+def read_concepts(file: str | Path) -> list[tuple[str, str | None]]:
+    """(name, anchor or None) for every line "name" or "name,anchor"; names with commas in double quotes, # comments.
+
+    A first line that says "name", "concept" or "artist" is a header. Raises UserError for a file or line that cannot
+    be read.
+    """
+    path, text = _read(file, "concepts_file")
+    found: list[tuple[str, str | None]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            fields = [field.strip() for field in next(csv.reader([line], skipinitialspace=True, strict=True))]
+        except csv.Error as error:
+            raise UserError(f"{path} line {number} cannot be read ({error}): write name or name,anchor") from error
+        if len(fields) > 2 or not fields[0] or any(not letter.isprintable() for letter in "".join(fields)):
+            raise UserError(
+                f"{path} line {number} ({line.strip()[:60]!r}) is no concept: write name or name,anchor, and put "
+                "double quotes round a name that holds a comma"
+            )
+        if not found and [field.casefold() for field in fields] in _HEADERS:
+            continue
+        found.append((fields[0], fields[1] if len(fields) == 2 and fields[1] else None))
+    if not found:
+        raise UserError(f"concepts_file={path} names no concept: write one name a line")
+    return found
+
+
+_HEADERS = [[name, *more] for name in ("name", "concept", "artist") for more in ([], ["anchor"])]
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """One record by meaning, with the place to name where a cell cannot be used."""
+
+    path: Path
+    line: int
+    header: list[str]
+    fields: list[str]
+    columns: Mapping[str, int | None]
+
+    def row(self, name: str) -> Row:
+        prompt = self.text("prompt")
+        if not prompt:
+            raise self.fault("prompt", "is empty")
+        height, width = self.pixels("height"), self.pixels("width")
+        if (height is None) != (width is None):
+            raise self.fault("height" if height is None else "width", "is empty and the other side is not")
+        size = (height, width) if height is not None and width is not None else None
+        guidance = self.number("guidance")
+        return Row(name, prompt, self.whole("seed"), guidance, size, self.text("concept") or None)
+
+    def text(self, meaning: str) -> str:
+        at = self.columns[meaning]
+        return "" if at is None else self.fields[at].strip()
+
+    def number(self, meaning: str) -> float | None:
+        """0 or more; None where the cell is empty."""
+        if not (text := self.text(meaning)):
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < 0:
+            raise self.fault(meaning, f"holds {text[:40]!r}, which is no number of 0 or more")
+        return value
+
+    def whole(self, meaning: str) -> int | None:
+        """0 or more and below 2^63, also written 12.0; None where the cell is empty."""
+        if not (text := self.text(meaning)):
+            return None
+        if not (found := re.fullmatch(r"\+?(\d{1,19})(?:\.0*)?", text, re.ASCII)) or int(found[1]) >= 2**63:
+            raise self.fault(meaning, f"holds {text[:40]!r}, which is no whole number of 0 or more")
+        return int(found[1])
+
+    def pixels(self, meaning: str) -> int | None:
+        value = self.whole(meaning)
+        if value is not None and (value % _MULTIPLE or not value):
+            raise self.fault(meaning, f"holds {value}: images are a multiple of {_MULTIPLE} pixels wide and high")
+        return value
+
+    def fault(self, meaning: str, what: str) -> UserError:
+        at = self.columns[meaning]
+        column = SPELLINGS[meaning][0] if at is None else self.header[at]
+        return UserError(f"{self.path} line {self.line}: column {column} {what}")
+
+
+def _read(file: str | Path, key: str) -> tuple[Path, str]:
+    """A text file's path and content, which is not blank."""
+    path = Path(str(file)).expanduser()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{key}={path} cannot be read ({error.strerror or error}): give a file") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{key}={path} is no UTF-8 text (line {line}): save it as UTF-8") from error
+    if not text.strip():
+        raise UserError(f"{key}={path} is empty")
+    return path, text
+
+
+def _delimiter(header: str) -> str:
+    """The one that finds a column for the prompt; of several, the one that finds most columns."""
+
+    def found(delimiter: str) -> tuple[bool, int]:
+        names = [name.strip().strip('"').casefold() for name in header.split(delimiter)]
+        return any(name in SPELLINGS["prompt"] for name in names), len(names)
+
+    return max(_DELIMITERS, key=found)
+
+
+def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """(the line a record begins on, its cells) for every record that is not blank, the header first."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    while True:
+        begun = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(
+                f"{path} line {begun} is malformed ({error}): a text with quotes stands in quotes and doubles its own"
+            ) from error
+        if any(field.strip() for field in fields):
+            yield begun, fields
+
+
+def _distinct(given: str, met: Counter[str]) -> str:
+    """A plain name for `given`; name-2, name-3, ... where it was met before. Noted as met."""
+    name = made = given.zfill(5) if re.fullmatch(r"[0-9]+", given) else slug(given)
+    while met[made]:
+        met[name] += 1
+        made = f"{name}-{met[name]}"
+    met[made] += 1
+    return made

@@ -1,0 +1,125 @@
+"""Unsafe content, by the protocol of I2P and COCO: what a detector finds in images of risky prompts (Acc_e), and how
+well images of everyday captions still match their texts (Acc_s).
+
+The miniature's world has five harmless drawings that stand in for it, with their synonyms, associations and unseen
+words; there Acc_s is measured on everyday things.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from realera.contracts import Mode, Prompt, Split, UserError
+from realera.paths import TASK_DATA
+from realera.tasks.base import Names, ProtocolTask, load, option
+from realera.tasks.files import Row, read_prompts
+
+log = logging.getLogger("realera")
+KEPT = "coco"  # the concept of a row to keep: none, but a label is asked for
+
+
+class NsfwTask(ProtocolTask):
+    """concepts: None = the protocol's own (nudity; mace: four words), in the miniature's world all five stand-ins.
+    prompts_csv, keep_csv: tables of prompts of the erased concept and of captions to keep (see `files.SPELLINGS`), one
+    image a row; None = a small harmless sample where the world has one, else the world's own words. min_nudity: only
+    rows of prompts_csv with a higher nudity percentage. limit, keep_limit: only the first rows. fixed_guidance: for all
+    rows; None = the protocol's (realera: each row's own; mace: 7.5). The other settings are CelebrityTask's.
+
+    Raises UserError for a concept, an anchor or a file that cannot be used.
+    """
+
+    name = "nsfw"
+    example, known_as = "nudity", "unsafe concepts this task knows"
+
+    def __init__(
+        self,
+        concepts: Names = None,
+        anchor: str | Sequence[str | None] | None = None,
+        protocol: str = "realera",
+        world: str = "paper",
+        prompts_csv: str | None = None,
+        keep_csv: str | None = None,
+        min_nudity: float | None = None,
+        limit: int | None = None,
+        keep_limit: int | None = None,
+        fixed_guidance: float | None = None,
+        images: Mapping[str, int | None] | None = None,
+        first_seed: int | None = None,
+        templates: Sequence[str] = (),
+        synonyms: Sequence[str] | None = None,
+        associated: Sequence[str] | None = None,
+        unseen: Sequence[str] | None = None,
+        data: str = "nsfw.yaml",
+    ) -> None:
+        raw = load(data)
+        rules, held = option(raw["protocols"], protocol, "protocol"), option(raw["worlds"], world, "world")
+        self.anchors = held["anchors"]
+        super().__init__(
+            concepts,
+            anchor,
+            raw=raw,
+            protocol=protocol,
+            world=world,
+            images=images,
+            first_seed=first_seed,
+            templates=templates,
+            words={"synonyms": synonyms, "associated": associated, "unseen": unseen},
+            unnamed=held.get("unnamed", rules["concepts"]),
+        )
+        self.min_nudity = None if min_nudity is None else _number("min_nudity", min_nudity)
+        given = rules["fixed_guidance"] if fixed_guidance is None else fixed_guidance
+        self.fixed_guidance = None if given is None else _number("fixed_guidance", given)
+        samples = held.get("samples", {})
+        self.files: dict[Split, Path] = {}
+        self.rows: dict[Split, list[Row]] = {}
+        self._take("erase", "prompts_csv", prompts_csv, samples, limit, self.min_nudity)
+        self._take("keep", "keep_csv", keep_csv, samples, keep_limit, None)
+        by_text: Mode = "score" if "keep" in self.rows else "mean_prob"
+        self.headline = {**dict.fromkeys(("acc_e", "acc_g", "acc_a", "acc_u"), "detected"), "acc_s": by_text}
+
+    def _take(
+        self, split: Split, key: str, file: str | None, samples: Mapping[str, str], limit: Any, min_nudity: float | None
+    ) -> None:
+        """Reads the table of a split, where there is one."""
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise UserError(f"task.{'keep_' * (split == 'keep')}limit={limit} is no number of rows: give 1 or more")
+        if file is None and key not in samples:
+            return
+        if file is None:
+            log.info("task.%s=FILE is not given: a small sample of harmless prompts stands in", key)
+        self.files[split] = TASK_DATA / samples[key] if file is None else Path(file)
+        self.rows[split] = read_prompts(self.files[split], key, min_nudity)[:limit]
+
+    def prompts_of(self, split: Split) -> list[Prompt]:
+        """One prompt a row where the split has a table. A row without a seed is drawn with first_seed plus its place; a
+        row that names no concept is the first one's."""
+        if split not in self.rows:
+            return super().prompts_of(split)
+        erased = {concept.target.casefold(): concept.target for concept in self.concepts}
+        first = self.concepts[0].target
+        made = []
+        for place, row in enumerate(self.rows[split]):
+            concept = KEPT if split == "keep" else erased.get((row.concept or first).casefold(), first)
+            seed = self.first_seed + place if row.seed is None else row.seed
+            guidance = row.guidance if self.fixed_guidance is None else self.fixed_guidance
+            made.append(Prompt(f"{split}-{row.id}", row.prompt, concept, split, seed, None, guidance, row.size))
+        return made
+
+    def protocol(self) -> dict[str, Any]:
+        """As of every task; a table stands as its name, content and how many of its rows were taken."""
+        said = super().protocol()
+        for split, rows in self.rows.items():
+            content = hashlib.sha256(self.files[split].expanduser().read_bytes()).hexdigest()[:16]
+            said["prompts"][split] = {"file": self.files[split].name, "sha256": content, "rows": len(rows)}
+            said["images_per_prompt"][split] = 1
+        return {**said, "fixed_guidance": self.fixed_guidance, "min_nudity": self.min_nudity}
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1000:
+        raise UserError(f"task.{key}={value} is no number from 0 on: type one, such as task.{key}=7.5")
+    return float(value)
