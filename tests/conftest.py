@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-WORDS = (
-    "a an the of in on by to with and or from off for this that is photo picture image drawing painting sketch up "
-    "airplane aircraft plane jet sky field sea road street room night cat dog bird deer horse ship truck car frog lake "
-    "automobile tom cruise elon musk person man woman taking airport park sitting standing flying red blue old big gun"
-)
+import folders
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +17,10 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder: D = 32, T = 77, latents 4 x 8 x 8 for 32 px images, 14 attn2 K/V layers; about 1 MB."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     folder = tmp_path_factory.mktemp("tiny") / "sd"
-    vocab, merges = _byte_pairs(WORDS.split())
-    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77).save_pretrained(folder / "tokenizer")
+    vocab = folders.save_tokenizer(folder / "tokenizer")
     end = vocab["<|endoftext|>"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -84,31 +77,16 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _byte_pairs(words: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's vocabulary layout in small: 256 byte letters, the same ending a word, merges that make each of `words` one
-    token, and the two special tokens. Every other word falls into several tokens."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    merges: list[tuple[str, str]] = []
-    pieces = [[*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(words)]
-    while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(best)
-        pieces = [_merged(word, best) for word in pieces]
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    return {token: number for number, token in enumerate(tokens)}, merges
+@pytest.fixture(scope="session")
+def tiny_sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 2.1 folder (see `folders.build_sd21`)."""
+    return folders.build_sd21(tmp_path_factory.mktemp("tiny") / "sd21")
 
 
-def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
-    out: list[str] = []
-    for piece in word:
-        if out and (out[-1], piece) == pair:
-            out[-1] += piece
-        else:
-            out.append(piece)
-    return out
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion XL folder (see `folders.build_sdxl`)."""
+    return folders.build_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ class Denoiser:
     """The U-Net as a function (latents, timesteps, states, pooled) -> output.
 
     attention: "plain" (matrix products; on CPUs its backward is the faster one for small maps), "sdpa", "sliced"
-    (plain, half of the heads at a time: less memory, slower), or "auto" = plain for small maps on a CPU, else sdpa.
+    (plain, one head at a time: less memory, slower), or "auto" = plain for small maps on a CPU, else sdpa.
     compiled: torch.compile, by a backend's name or True for its default. The module itself stays as it is, so that
     adapters and edits find their layers; a change of layers compiles anew. Raises UserError for unknown settings.
     """
@@ -87,7 +87,7 @@ class Denoiser:
             return
         self._attends_on = device.type
         if self.attention == "sliced":
-            self.unet.set_attention_slice("auto")
+            self.unet.set_attention_slice("max")
             return
         small = int(self.unet.config.sample_size) ** 2 <= SMALL_MAP
         plain = self.attention == "plain" or (self.attention == "auto" and device.type == "cpu" and small)

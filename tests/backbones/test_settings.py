@@ -1,0 +1,194 @@
+"""Precision, attention, memory layout, compilation and decoding: what may change rounding, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from torch import Tensor
+
+from realera.backbones import denoiser
+from realera.backbones.unet import UNetBackbone
+from realera.contracts import Edit, LoraSpec, Sampler, UserError
+
+SAMPLERS = {"sd": 32, "sd21": 64, "sdxl": 64}
+Load = Callable[..., UNetBackbone]
+
+
+@pytest.fixture(params=list(SAMPLERS))
+def load(request: pytest.FixtureRequest) -> Load:
+    """load(**settings): the backbone of one kind with these settings."""
+    folder = request.getfixturevalue(f"tiny_{request.param}")
+    size = SAMPLERS[request.param]
+
+    def make(**settings: Any) -> UNetBackbone:
+        return UNetBackbone(request.param, folder, Sampler("ddim", 2, 5.0, size, size), **settings)
+
+    return make
+
+
+def noise(backbone: UNetBackbone, count: int = 2) -> Tensor:
+    states = backbone.encode(["a photo of a cat", "an airplane"][:count])
+    latents = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    return backbone.predict_noise(latents, torch.tensor([10, 700])[:count], states.states, states.pooled)
+
+
+def plain_map(backbone: UNetBackbone) -> Edit:
+    drawn = torch.randn(backbone.width, backbone.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return Edit(map=torch.eye(backbone.width, dtype=torch.float64) + 0.1 * drawn)
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind"), [("auto", AttnProcessor), ("plain", AttnProcessor), ("sliced", SlicedAttnProcessor)]
+)
+def test_attention_changes_rounding_only(load: Load, attention: str, kind: type) -> None:
+    expected = noise(reference := load(attention="sdpa"))
+    assert {type(p) for p in reference.unet.attn_processors.values()} == {AttnProcessor2_0}
+    backbone = load(attention=attention, channels_last=attention == "plain")
+    torch.testing.assert_close(noise(backbone), expected, atol=1e-5, rtol=1e-4)
+    assert {type(p) for p in backbone.unet.attn_processors.values()} == {kind}
+    assert backbone.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last) == (attention == "plain")
+
+
+def test_large_maps_are_left_to_sdpa(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(denoiser, "SMALL_MAP", 7 * 7)
+    noise(backbone := load())
+    assert {type(p) for p in backbone.unet.attn_processors.values()} == {AttnProcessor2_0}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_draws_nearly_the_same(load: Load, dtype: str) -> None:
+    exact, half = load(), load(dtype=dtype)
+    assert {p.dtype for p in half.unet.parameters()} == {getattr(torch, dtype)}
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float32}  # SDXL's is black in float16
+    states = half.encode(["a cat"])
+    assert states.states.dtype == torch.float32
+    expected, found = noise(exact), noise(half)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < (0.05 if dtype == "bfloat16" else 0.005) * expected.norm()
+    exact.apply(plain_map(exact))
+    half.apply(plain_map(half))
+    first, second = (b.generate(["a cat"], [0]).float() for b in (exact, half))
+    assert (first - second).abs().mean() < 8
+
+
+def test_float16_is_not_trained(load: Load) -> None:
+    backbone = load(dtype="float16")
+    for train in (
+        lambda: backbone.add_adapter(LoraSpec(), torch.Generator()),
+        lambda: backbone.unfreeze(["attn2.to_k"]),
+    ):
+        with pytest.raises(UserError, match=r"cannot be trained.*dtype=bfloat16"):
+            train()
+    backbone.apply(plain_map(backbone))  # a closed form needs no gradient
+    assert backbone.erased_state()
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_it_is_the_same_model(tiny_sd: Path) -> None:
+    """Edits, adapters, the teacher, gradients and other batch sizes, by the graph compiler without code generation."""
+
+    def make(**settings: Any) -> UNetBackbone:
+        return UNetBackbone("sd", tiny_sd, Sampler("ddim", 2, 5.0, 32, 32), **settings)
+
+    calls = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    torch._dynamo.register_backend(backend, name="counted")
+    plain, compiled = make(), make(compile="counted")
+    assert not calls
+    names = [name for name, _ in plain.unet.named_modules()]
+    assert [name for name, _ in compiled.unet.named_modules()] == names
+
+    def agree(count: int = 2) -> None:
+        torch.testing.assert_close(noise(compiled, count), noise(plain, count), atol=1e-5, rtol=1e-4)
+
+    agree()
+    assert calls
+    agree(1)
+    before = noise(compiled)
+    for backbone in (plain, compiled):
+        backbone.apply(plain_map(backbone))
+    agree()
+    assert not torch.equal(noise(compiled), before)
+    gradients = []
+    for backbone in (plain, compiled):
+        parameters = backbone.add_adapter(LoraSpec(rank=2), torch.Generator().manual_seed(0))
+        for parameter in parameters[1::2]:
+            parameter.data += 0.1
+        noise(backbone).square().mean().backward()
+        gradients.append([p.grad for p in parameters])
+    agree()
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
+    with compiled.original():
+        torch.testing.assert_close(noise(compiled), before, atol=1e-5, rtol=1e-4)
+    agree()
+    assert compiled.erased_state().keys() == plain.erased_state().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_with_generated_code(load: Load) -> None:
+    torch.testing.assert_close(noise(load(compile=True)), noise(load()), atol=1e-4, rtol=1e-3)
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def test_decoding_one_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    together, single = load(), load(vae_slicing=True)
+    sizes: list[int] = []
+    for backbone in (together, single):
+        decode = backbone.vae.decode
+
+        def spy(part: Tensor, decode: Any = decode, **rest: Any) -> Any:
+            sizes.append(len(part))
+            return decode(part, **rest)
+
+        monkeypatch.setattr(backbone.vae, "decode", spy)
+    images = [backbone.decode(latents).int() for backbone in (together, single)]
+    assert sizes == [3, 1, 1, 1]
+    assert (images[0] - images[1]).abs().max() <= 1
+
+
+def test_large_images_are_decoded_fewer_at_once(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load()
+    factor, sizes = backbone.pixels_per_latent, []
+
+    def spy(part: Tensor, **_: Any) -> Any:
+        sizes.append(len(part))
+        return (torch.zeros(len(part), 3, 8, 8),)
+
+    monkeypatch.setattr(backbone.vae, "decode", spy)
+    for side, count in ((512, 9), (1024, 5), (4096, 2)):
+        backbone.decode(torch.zeros(count, 4, side // factor, side // factor))
+    assert sizes == [8, 1, 2, 2, 1, 1, 1]
+
+
+def test_decoding_in_tiles(tiny_sdxl: Path) -> None:
+    sampler = Sampler("ddim", 1, 1.0, 128, 128)
+    whole = UNetBackbone("sdxl", tiny_sdxl, sampler)
+    tiled = UNetBackbone("sdxl", tiny_sdxl, sampler, vae_tiling=True)
+    images = [backbone.generate(["a cat"], [0]) for backbone in (whole, tiled)]
+    assert images[1].shape == (1, 128, 128, 3) and not torch.equal(*images)
+    assert (images[0].float() - images[1].float()).abs().mean() < 16
