@@ -122,22 +122,20 @@ def base_unet(source: Path) -> dict[str, Tensor]:
 def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None:
     """A diffusers folder like `source` with the erased U-Net (float32), whole or not at all.
 
-    Parts that the erasure does not touch are copied; a safety checker and other extras are not.
+    Parts that the erasure does not touch are copied, under the names that from_pretrained looks for without a variant;
+    a safety checker and other extras are not.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    models = checkpoint.models(source)
     try:
-        kept = [file for file in checkpoint.weight_files(source) if file.parent.name != "unet"]
-        for part in (*checkpoint.MODELS, "tokenizer", "scheduler"):
+        for part in (*models, *checkpoint.tokenizers(source), "scheduler"):
             (beside / part).mkdir()
-            small = [file for file in (source / part).iterdir() if file.suffix in (".json", ".txt", ".model")]
-            sharded = [file for file in small if file.name.endswith(".index.json") and part == "unet"]
-            for file in [*small, *(file for file in kept if file.parent.name == part)]:
-                if file not in sharded:
-                    shutil.copyfile(file, beside / part / file.name)
+            for file in _kept(source, part):
+                shutil.copyfile(file, beside / part / file.name.replace(".fp16.", "."))
         save_file(
             merged(base_unet(source), erased),
-            beside / "unet" / f"{checkpoint.MODELS['unet']}.safetensors",
+            beside / "unet" / f"{models['unet']}.safetensors",
             {"format": "pt"},
         )
         (beside / "model_index.json").write_text(json.dumps(_index(source), indent=2), encoding="utf-8")
@@ -149,25 +147,42 @@ def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _kept(source: Path, part: str) -> list[Path]:
+    """The files of one part that a pipeline needs: its settings, and its weights unless they are rewritten. Shards keep
+    their names, which their index holds."""
+    settings = [file for file in (source / part).iterdir() if file.suffix in (".json", ".txt", ".model")]
+    kept = [file for file in settings if ".safetensors.index." not in file.name]
+    stem = checkpoint.models(source).get(part)
+    if stem is None or part == "unet":
+        return kept
+    variant, weights = checkpoint.part_files(source, part)
+    mark = f".{variant}" if variant else ""
+    if weights[0].name != f"{stem}{mark}.safetensors":
+        kept.append(source / part / f"{stem}.safetensors.index{mark}.json")
+    return [*kept, *weights]
+
+
 def _index(source: Path) -> dict[str, object]:
     """The folder's index with nothing but the copied parts."""
-    parts = {*checkpoint.MODELS, "tokenizer", "scheduler"}
+    networks, tokenizers = checkpoint.models(source), checkpoint.tokenizers(source)
+    parts = {*networks, *tokenizers, "scheduler"}
     file = source / "model_index.json"
     index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     kept = {
-        key: value if key in parts or key.startswith("_") else [None, None]
-        for key, value in index.items()
-        if key.startswith("_") or isinstance(value, list)
+        key: [None, None] if isinstance(value, list) and key not in parts else value for key, value in index.items()
     }
     standard: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline",
         "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **{name: ["transformers", "CLIPTokenizer"] for name in tokenizers},
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
     }
-    return {**standard, **kept, "requires_safety_checker": False}
+    if "text_encoder_2" in networks:
+        standard["_class_name"] = "StableDiffusionXLPipeline"
+        standard["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        return {**standard, **kept}
+    return {**standard, "safety_checker": [None, None], **kept, "requires_safety_checker": False}

@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from realera.backbones import folder
 from realera.contracts import UserError
@@ -91,11 +94,139 @@ def test_sharded_weights(copy: Path) -> None:
         folder.locate(copy)
 
 
-def test_xl_is_refused(copy: Path) -> None:
-    index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps(index | {"text_encoder_2": ["transformers", "x"]}))
-    with pytest.raises(UserError, match="XL"):
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+def test_an_index_that_lists_nothing(copy: Path, content: str) -> None:
+    (copy / "unet/diffusion_pytorch_model.safetensors").unlink()
+    (copy / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="lists no weights"):
         folder.locate(copy)
+
+
+def test_a_torn_shard_is_named(copy: Path) -> None:
+    shard = _sharded(copy / "unet", "diffusion_pytorch_model")[1]
+    assert folder.locate(copy) == copy
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(UserError, match=rf"{shard.name}.*torn"):
+        folder.locate(copy)
+
+
+def _sharded(part: Path, stem: str, mark: str = "") -> list[Path]:
+    """Two shards in place of a whole file, as save_pretrained writes them; in half precision with mark=".fp16"."""
+    from safetensors.torch import load_file, save_file
+
+    whole = part / f"{stem}.safetensors"
+    state = {name: value.to(torch.float16 if mark else value.dtype) for name, value in load_file(whole).items()}
+    whole.unlink()
+    names = [f"{stem}{mark}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    where = {key: names[i % 2] for i, key in enumerate(state)}
+    for name in names:
+        save_file({key: state[key] for key in state if where[key] == name}, part / name, {"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (part / f"{stem}.safetensors.index{mark}.json").write_text(json.dumps(index))
+    return [part / name for name in names]
+
+
+def _halved(part: Path, stem: str) -> None:
+    """The half-precision copy in place of the whole file."""
+    from safetensors.torch import load_file, save_file
+
+    whole = part / f"{stem}.safetensors"
+    save_file({k: v.half() for k, v in load_file(whole).items()}, part / f"{stem}.fp16.safetensors", {"format": "pt"})
+    whole.unlink()
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_half_precision_copies_and_shards_are_read(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    from realera import portable
+    from realera.backbones.unet import UNetBackbone
+    from realera.contracts import Edit, Sampler
+
+    source = request.getfixturevalue(f"tiny_{kind}")
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    sampler = Sampler("ddim", 2, 5.0, 64, 64)
+    expected = UNetBackbone(kind, source, sampler).generate(["a cat"], [0])
+    _halved(copy / "vae", "diffusion_pytorch_model")
+    _halved(copy / "text_encoder", "model")
+    _sharded(copy / "unet", "diffusion_pytorch_model", ".fp16")
+    if kind == "sdxl":
+        _sharded(copy / "text_encoder_2", "model", ".fp16")
+    assert folder.locate(copy) == copy
+    backbone = UNetBackbone(kind, copy, sampler)
+    found = backbone.generate(["a cat"], [0])
+    assert (found.float() - expected.float()).abs().mean() < 3
+    assert folder.fingerprint(copy, 77) != folder.fingerprint(source, 77)
+    backbone.apply(Edit(map=_some_map(backbone.width)))
+    portable.save_pipeline(copy, backbone.erased_state(), tmp_path / "out")
+    again = UNetBackbone(kind, tmp_path / "out", sampler)
+    assert torch.equal(again.generate(["a cat"], [0]), backbone.generate(["a cat"], [0]))
+    assert not list((tmp_path / "out").glob("*/*.fp16.*"))
+
+
+def test_whole_files_come_first(copy: Path) -> None:
+    plain = copy / "unet/diffusion_pytorch_model.safetensors"
+    shutil.copy(plain, copy / "unet/diffusion_pytorch_model.fp16.safetensors")
+    assert folder.part_files(copy, "unet") == ("", [plain])
+
+
+# --- kinds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "text_encoder_2/model.safetensors",
+        "text_encoder_2/config.json",
+        "tokenizer_2/tokenizer.json",
+        "text_encoder/model.safetensors",
+    ],
+)
+def test_what_an_xl_lacks_is_named(tiny_sdxl: Path, tmp_path: Path, lost: str) -> None:
+    copy = Path(shutil.copytree(tiny_sdxl, tmp_path / "xl"))
+    (copy / lost).unlink()
+    with pytest.raises(UserError, match=rf"lacks {lost} \(a Stable Diffusion XL has two text encoders"):
+        folder.locate(copy)
+
+
+def test_an_xl_is_known_by_its_unet_too(tiny_sdxl: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_sdxl, tmp_path / "xl"))
+    (copy / "model_index.json").unlink()
+    assert folder.is_xl(copy) and not folder.is_xl(tiny_sd)
+    assert folder.zeros_for_no_prompt(copy)
+    assert folder.locate(copy) == copy
+    shutil.rmtree(copy / "text_encoder_2")
+    with pytest.raises(UserError, match=r"text_encoder_2/config\.json.*two text encoders"):
+        folder.locate(copy)
+
+
+def test_a_transformer_is_no_unet(copy: Path) -> None:
+    (copy / "unet").rename(copy / "transformer")
+    with pytest.raises(UserError, match="SD 3 or FLUX"):
+        folder.locate(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"in_channels": 9}, "reads 9 channels and its autoencoder makes 4: it does inpainting"),
+        ({"num_class_embeds": 3}, "num_class_embeds=3, which is not supported"),
+        ({"addition_embed_type": "text", "addition_embed_type_num_heads": 4}, "takes 'text' besides the text"),
+    ],
+)
+def test_unets_of_another_kind(copy: Path, change: dict[str, Any], message: str) -> None:
+    from diffusers import UNet2DConditionModel
+
+    from realera.backbones.unet import UNetBackbone
+    from realera.contracts import Sampler
+
+    config = UNet2DConditionModel.load_config(copy / "unet")
+    UNet2DConditionModel.from_config({**config, **change}).save_pretrained(copy / "unet")
+    with pytest.raises(UserError, match=message):
+        UNetBackbone("sd", copy, Sampler("ddim", 2, 5.0, 32, 32))
+
+
+def _some_map(width: int) -> Tensor:
+    noise = torch.randn(width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.eye(width, dtype=torch.float64) + 0.1 * noise
 
 
 def test_broken_json(copy: Path) -> None:
@@ -125,6 +256,24 @@ def test_fingerprint_sees_one_byte_of_any_weights(copy: Path) -> None:
             stream.write(bytes([last ^ 1]))
         seen.add(folder.fingerprint(copy, 77))
     assert len(seen) == 4
+
+
+def test_fingerprint_of_an_xl_sees_its_second_half(tiny_sdxl: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_sdxl, tmp_path / "xl"))
+    seen = {folder.fingerprint(copy, 77)}
+    (copy / "tokenizer_2/tokenizer.json").write_text("{}")
+    seen.add(folder.fingerprint(copy, 77))
+    config = json.loads((copy / "text_encoder_2/config.json").read_text())
+    (copy / "text_encoder_2/config.json").write_text(json.dumps(config | {"hidden_act": "quick_gelu"}))
+    seen.add(folder.fingerprint(copy, 77))
+    with (copy / "text_encoder_2/model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x7f")
+    seen.add(folder.fingerprint(copy, 77))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    seen.add(folder.fingerprint(copy, 77))
+    assert len(seen) == 5
 
 
 def test_fingerprint_sees_what_else_an_image_depends_on(copy: Path) -> None:
