@@ -32,17 +32,18 @@ SMALL = [
     "judge=miniature",
     "trainer=cpu",
 ]
+UNSAFE = ("gun", "knife", "bomb", "cigarette", "syringe")
 METHOD = ["method.align.steps=3", "method.latents.images=2", "method.latents.batch=1", "logger=none"]
 Type = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A miniature judge with random weights that knows the ten classes."""
+    """A miniature judge with random weights that knows the ten classes and the unsafe stand-ins."""
     from realera.judges.miniature_net import JudgeConfig, MiniatureCLIP, PlainCNN, save_judge
     from realera.tasks.objects import ObjectTask
 
-    labels = ObjectTask("airplane").labels
+    labels = [*ObjectTask("airplane").labels, *UNSAFE]
     config = JudgeConfig(
         words=tuple(sorted({"a", "of", "photo", "the", *labels})),
         labels={name: f"a photo of the {name}" for name in labels},

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from realera import paths
+from realera.evaluation.readings import (
+    ORDER,
+    READINGS,
+    WHAT,
+    counted,
+    described,
+    head,
+    mode_of,
+    some_unscored,
+    symbol,
+    what,
+)
 
 console = Console()
-MEASURES = {  # in the order they are read, with what is wanted of them
-    "acc_e": "Acc_e ↓ concept by name",
-    "acc_s": "Acc_s ↑ other concepts",
-    "acc_g": "Acc_g ↓ its synonyms",
-    "h_o": "H_o   ↑ the three as one",
-    "acc_a": "Acc_a ↓ associations",
-    "acc_u": "Acc_u ↓ other words",
-}
+MOST_CONCEPTS = 12  # rows of several erased concepts that the terminal shows; metrics.json has them all
 
 
 @contextmanager
@@ -41,20 +47,39 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> Table:
-    """Accuracies and H_o in percent with 95% intervals, of the original model where it was judged, and of this one."""
-    mode = metrics["headline"]
-    before = (metrics.get("original") or {}).get(mode)
-    table = Table(title=title, title_justify="left", caption=_caption(metrics), caption_justify="left")
-    table.add_column("%", no_wrap=True)
+    """Each measure as the task reads it, with its 95% interval, of the original model where it was judged and of this
+    one; then, of several concepts erased together, how each fared by name."""
+    main = metrics["main"]
+    before = (metrics.get("original") or {}).get("main")
+    modes = [mode_of(main, name) for name in ORDER if name in main and name != "h_o" and _measured(main[name])]
+    mixed = len(set(modes)) > 1
+    table = Table(title=title, title_justify="left", caption=_caption(modes, metrics), caption_justify="left")
+    units = {READINGS[mode].unit for mode in modes if mode}
+    table.add_column("%" if units <= {"%"} else "", no_wrap=True)
+    if mixed:
+        table.add_column("read as")
     if before:
         table.add_column("original", justify="right", no_wrap=True)
     table.add_column(erased, justify="right", no_wrap=True)
     table.add_column("images", justify="right")
-    for name, label in MEASURES.items():
-        now = metrics[mode].get(name)
-        if now and now["n"] + now["unscored"]:
-            cells = [_cell(before.get(name))] if before else []
-            table.add_row(label, *cells, _cell(now), _count(now), end_section=name == "h_o")
+
+    def add(label: str, now: Mapping[str, Any], was: Mapping[str, Any] | None, end: bool = False) -> None:
+        cells = [what(now["mode"])] if mixed else []
+        cells += [_cell(was)] if before else []
+        table.add_row(label, *cells, _cell(now), counted(now), end_section=end)
+
+    for name in ORDER:
+        if name in main and _measured(main[name]):
+            label = f"{head(name, mode_of(main, name)):<8} {WHAT[name]}"
+            last = name == ("h_o" if "h_o" in main else "acc_g")
+            add(label, main[name], (before or {}).get(name), end=last)
+    concepts = metrics.get("concepts", {})
+    originals = (metrics.get("original") or {}).get("concepts", {})
+    table.rows[-1].end_section = True
+    for concept in list(concepts)[:MOST_CONCEPTS]:
+        add(escape(concept), concepts[concept]["acc_e"], originals.get(concept, {}).get("acc_e"))
+    if len(concepts) > MOST_CONCEPTS:
+        table.add_row(f"and {len(concepts) - MOST_CONCEPTS} more in {paths.METRICS}")
     return table
 
 
@@ -62,6 +87,9 @@ def show_run(folder: Path, metrics: Mapping[str, Any], title: str, erased: str =
     """The table a run ends with, and the paths of its weights and of its page."""
     console.print()
     console.print(results(metrics, title, erased))
+    for judge, numbers in metrics.get("sets", {}).items():
+        values = (f"{name} {value:.2f}" for name, value in numbers.items() if isinstance(value, (int, float)))
+        console.print(f"{judge}: {', '.join(values)}", highlight=False, markup=False)
     if (folder / paths.ERASED).is_file():
         show_path("weights", folder / paths.ERASED)
     if (folder / paths.REPORT).is_file():
@@ -81,11 +109,20 @@ def _cell(estimate: Mapping[str, Any] | None) -> str:
     return f"{estimate['value']:.1f} \\[{estimate['low']:.1f}, {estimate['high']:.1f}]"
 
 
-def _count(estimate: Mapping[str, Any]) -> str:
-    unscored = f" + {estimate['unscored']} unscored" if estimate["unscored"] else ""
-    return f"{estimate['n']}{unscored}"
+def _measured(estimate: Mapping[str, Any]) -> bool:
+    return bool(estimate["n"] + estimate["unscored"])
 
 
-def _caption(metrics: Mapping[str, Any]) -> str:
-    mode = {"mean_prob": "mean probability", "top1": "top-1"}.get(metrics["headline"], metrics["headline"])
-    return f"{mode}; 95% intervals by bootstrap over images"
+def _caption(modes: Sequence[str | None], metrics: Mapping[str, Any]) -> str:
+    """The reading; and, where some images could not be scored (showed no face, say), how many of each measure's could:
+    "scored, %: Acc_e 99 → 71"."""
+    text = "; ".join(part for part in (described(modes), "95% intervals by bootstrap over images") if part)
+    if not some_unscored(metrics):
+        return text
+    before = (metrics.get("original") or {}).get("main", {})
+    shares = []
+    for name, now in metrics["main"].items():
+        found = [e["scored"] for e in (before.get(name), now) if e and e["scored"] is not None]
+        if found and name != "h_o":
+            shares.append(f"{'_'.join(symbol(name, now['mode']))} {' → '.join(f'{share:.0f}' for share in found)}")
+    return f"{text}\nscored, %: {', '.join(shares)}"

@@ -7,44 +7,71 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from realera import cli, console, paths, preflight, runs
-from realera.contracts import UserError
+from realera import cli, console, paths, preflight, processes, runs
+from realera.contracts import Judge, SetJudge, Task, UserError
+from realera.ranks import Ranks
 from realera.runs import Run
 
-OF_THE_RUN = ("task", "backbone", "concept", "anchor", "seed", "root", "run_dir", "images_at_once")
+OF_THE_RUN = ("task", "backbone", "concept", "concepts_file", "anchor", "seed", "root", "run_dir", "images_at_once")
 
 
 def evaluate(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
     original = config.pop("run") == "original"
-    run = unedited(config) if original else existing(str(cfg.run), config.get("judge"))
+    plan = processes.plan(config["trainer"], cli.cuda_devices())
+    run = unedited(config, plan.first) if original else existing(str(cfg.run), config.get("judge"))
     task = cli.build_task(run.config)
     preflight.check_judge(run.config)
     preflight.check_model(run.config["backbone"])
     if not original:
         preflight.check_run(run)
-    runs.begin(run)
     cli.say_backbone(run.config, None if original else str(run.folder))
+    with processes.together(plan, "evaluate") as ranks:
+        judge, metrics = judge_again(processes.agree(ranks, run), task, original, ranks)
+    if ranks.first:
+        title = f"{runs.concept_of(run.config)}, {'the unedited model' if original else f'judged by {judge.name}'}"
+        console.show_run(run.folder, shown(metrics, judge), title, erased="original" if original else "erased")
+        console.show_path("metrics", run.folder / paths.METRICS)
 
+
+def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Judge | SetJudge, dict[str, Any]]:
+    """Draws what is missing, judges, reports. The judge, and in the first process the numbers."""
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
     from realera.evaluation.report import write_report
+    from realera.evaluation.results import own_judge
 
-    judge = steps.build_judge(run.config, task)
-    backbone = steps.load_backbone(run.config) if original else steps.load_run(run)
-    draw = steps.draw_original if original else steps.draw
-    draw(backbone, task.eval_prompts(), run.folder, run.config)
-    metrics = steps.judge(judge, backbone, task, run.folder, originals=not original)
-    if not original:
+    judge = (steps.build_judge if original else steps.any_judge)(run.config, task)
+    own = ranks.from_first(lambda: None if original else own_judge(run.folder))
+    if isinstance(judge, SetJudge):
+        if own is None:
+            raise UserError(f"{run.folder} was not judged yet: give python -m realera.evaluate run={run.folder} first.")
+        metrics = steps.compare(judge, run.config, run.folder, own) if ranks.first else {}
+    else:
+        drawn = ranks.from_first(lambda: steps.standing(task, run.folder, own))
+        if ranks.first and own in (None, judge.name):  # the run's own judge; another one's numbers are put beside its
+            runs.begin(run)
+        if drawn is None:
+            backbone = steps.load_backbone(run.config) if original else steps.load_run(run)
+            draw = steps.draw_original if original else steps.draw
+            draw(backbone, task.eval_prompts(), run.folder, run.config, ranks)
+            drawn = steps.drawn_by(backbone)
+        metrics = steps.judge(judge, drawn, task, run.folder, originals=not original, own=own, ranks=ranks)
+    if ranks.first and not original:
         write_report(run.folder)
-    title = f"{runs.concept_of(run.config)}, {'the unedited model' if original else 'judged again'}"
-    console.show_run(run.folder, metrics, title, erased="original" if original else "erased")
-    console.show_path("metrics", run.folder / paths.METRICS)
+    return judge, metrics
 
 
-def unedited(config: dict[str, Any]) -> Run:
-    """The folder of the unedited model under this task and backbone."""
+def shown(metrics: dict[str, Any], judge: Judge | SetJudge) -> dict[str, Any]:
+    """The numbers of the judge that was asked, which may stand beside those of the run's own."""
+    return metrics["judges"].get(judge.name, metrics)
+
+
+def unedited(config: dict[str, Any], first: bool) -> Run:
+    """The folder of the unedited model under this task and backbone; the first process claims it."""
     preflight.check_settings(config)
-    return runs.claim({**config, "method": {"name": "original"}, "evaluate": True})
+    config = cli.name_concepts(config, cli.build_task(config))
+    config = {**config, "method": {"name": "original"}, "evaluate": True}
+    return runs.claim(config) if first else Run(runs.folder_of(config), config)
 
 
 def existing(name: str, judge: Any) -> Run:

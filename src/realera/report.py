@@ -29,9 +29,9 @@ def report(cfg: DictConfig) -> None:
 
     with console.bar("pages", len(folders)) as advance:
         for folder in folders:
-            page = write_report(folder)
+            page = write_report(folder, config["blur"])
             advance(1)
-    console.show_path("page to open", write_overview(folders, out) if several else page)
+    console.show_path("page to open", write_overview(folders, out, config["blur"]) if several else page)
     if config["results"]:
         console.show_path("results", write_results(folders, Path(str(config["results"]))))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,19 @@ from torch import Tensor
 
 from realera import paths, preflight, runs
 from realera.console import bar
-from realera.contracts import Backbone, Concept, Guide, Judge, Method, Pair, Prompt, Task
+from realera.contracts import Backbone, Concept, Guide, Judge, Method, Pair, Prompt, SetJudge, Task, UserError
 from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
-from realera.evaluation.metrics import measure
-from realera.evaluation.records import Row, write_manifest
+from realera.evaluation.records import Row, read_manifest, write_manifest
+from realera.evaluation.results import measure, measure_set, numbers_of
 from realera.judges.elsewhere import placed
+from realera.ranks import ALONE, Ranks
 from realera.runs import Run
 from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
+from realera.training.module import trains
+
+OF_SETS = ("references", "split")  # settings of a judge of whole sets that say what it is given, not how it compares
 
 
 def load_backbone(config: Mapping[str, Any]) -> Backbone:
@@ -58,66 +63,140 @@ def encode_pair(backbone: Backbone, task: Task, concept: Concept) -> Pair:
     )
 
 
-def erase(backbone: Backbone, task: Task, run: Run, loggers: Sequence[Any] = ()) -> None:
-    """Erases the task's concepts from `backbone` and saves the weights."""
+def erase(backbone: Backbone, task: Task, run: Run, loggers: Sequence[Any] = (), ranks: Ranks = ALONE) -> None:
+    """Erases the task's concepts from `backbone` and saves the weights. Processes share the loop; where there is none,
+    the first one does the work and the others read what it saved."""
     method: Method = instantiate(run.config["method"])
-    fit(
-        backbone,
-        method,
-        [encode_pair(backbone, task, concept) for concept in task.concepts],
-        run_dir=run.folder,
-        seed=run.config["seed"],
-        config=run.config,
-        identity=runs.digest(runs.identity(run.config)),
-        trainer=run.config["trainer"],
-        loggers=loggers,
-        probes=list({prompt.text: prompt for prompt in task.eval_prompts()}.values()),
-    )
+    shared = ranks.from_first(lambda: trains(method.align) and not run.erased.is_file())
+    if shared or ranks.first:
+        fit(
+            backbone,
+            method,
+            [encode_pair(backbone, task, concept) for concept in task.concepts],
+            run_dir=run.folder,
+            seed=run.config["seed"],
+            config=run.config,
+            identity=runs.digest(runs.identity(run.config)),
+            trainer=run.config["trainer"],
+            loggers=loggers,
+            probes=list({prompt.text: prompt for prompt in task.eval_prompts()}.values()),
+        )
+    ranks.wait()
+    if not (shared or ranks.first):
+        load_erased(run.erased, backbone)
     backbone.to(device(run.config))
 
 
-def draw(backbone: Backbone, prompts: Sequence[Prompt], folder: Path, config: Mapping[str, Any]) -> None:
+def draw(
+    backbone: Backbone, prompts: Sequence[Prompt], folder: Path, config: Mapping[str, Any], ranks: Ranks = ALONE
+) -> None:
     """Draws the prompts with the model as it stands and, from the same seeds, with the original one."""
     chunk = config["images_at_once"]
     guide = _guide(config)
-    with bar("original model's images", len(prompts)) as advance:
-        original_images(backbone, prompts, folder, chunk=chunk, advance=advance)
-    with bar("erased model's images", len(prompts)) as advance:
-        generate_images(backbone, prompts, folder, guide=guide, chunk=chunk, advance=advance)
+    with _bar("original model's images", len(prompts), ranks) as advance:
+        original_images(backbone, prompts, folder, chunk=chunk, advance=advance, ranks=ranks)
+    with _bar("erased model's images", len(prompts), ranks) as advance:
+        generate_images(backbone, prompts, folder, guide=guide, chunk=chunk, advance=advance, ranks=ranks)
 
 
-def draw_original(backbone: Backbone, prompts: Sequence[Prompt], folder: Path, config: Mapping[str, Any]) -> None:
+def draw_original(
+    backbone: Backbone, prompts: Sequence[Prompt], folder: Path, config: Mapping[str, Any], ranks: Ranks = ALONE
+) -> None:
     """A run of the unedited model: its images stand where an erased model's would."""
-    source = source_of(backbone)
-    write_manifest(folder, [Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source) for prompt in prompts])
+    if ranks.first:
+        source = source_of(backbone)
+        write_manifest(folder, [Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source) for prompt in prompts])
     chunk = config["images_at_once"]
-    with bar("original model's images", len(prompts)) as advance:
-        original_images(backbone, prompts, folder, chunk=chunk, folder=paths.IMAGES, advance=advance)
+    with _bar("original model's images", len(prompts), ranks) as advance:
+        original_images(backbone, prompts, folder, chunk=chunk, folder=paths.IMAGES, advance=advance, ranks=ranks)
 
 
 def build_judge(config: Mapping[str, Any], task: Task) -> Judge:
-    """The judge of a resolved config; one that chooses among labels and was given none gets the task's."""
-    node = config["judge"]
-    if "labels" in node and node["labels"] is None:
-        node = {**node, "labels": list(task.labels)}
-    built: Judge = instantiate(placed(node))
+    """The judge of a resolved config, which must judge images one by one.
+
+    Raises:
+        UserError: it compares whole sets of images, or cannot be had.
+    """
+    built = any_judge(config, task)
+    if isinstance(built, SetJudge):
+        raise UserError(
+            f"judge={built.name} compares whole sets of images and judges none of them: leave judge= out, and then "
+            f"type python -m realera.evaluate run=FOLDER judge={built.name}."
+        )
     return built
 
 
-def judge(judge: Judge, backbone: Backbone, task: Task, folder: Path, *, originals: bool = True) -> dict[str, Any]:
-    """Judges a folder's images, the original model's beside them, and writes verdicts and metrics.json."""
-    images = len(task.eval_prompts())
-    with bar(f"judged by {judge.name}", images * (1 + originals)) as advance:
-        if originals:
-            judge_run(judge, folder, "original", advance=advance)
-        judge_run(judge, folder, advance=advance)
-    protocol = {
-        **task.protocol(),
+def any_judge(config: Mapping[str, Any], task: Task) -> Judge | SetJudge:
+    """The judge of a resolved config; one that chooses among labels and was given none gets the task's, inside a judge
+    of several too."""
+    node = {key: value for key, value in _labelled(config["judge"], list(task.labels)).items() if key not in OF_SETS}
+    built: Judge | SetJudge = instantiate(placed(node))
+    return built
+
+
+def _labelled(node: Any, labels: list[str]) -> Any:
+    """A judge's node with `labels: null` filled in, at any depth."""
+    if not isinstance(node, Mapping):
+        return node
+    return {k: labels if k == "labels" and v is None else _labelled(v, labels) for k, v in node.items()}
+
+
+def drawn_by(backbone: Backbone) -> dict[str, Any]:
+    """What a protocol says of how the images came to be."""
+    return {
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "sampler": asdict(backbone.sampler),
-        "judge": judge.protocol(),
     }
-    return measure(folder, judge.name, protocol)
+
+
+def standing(task: Task, folder: Path, own: str | None) -> dict[str, Any] | None:
+    """`drawn_by` of a run whose images all stand and were judged: then no model is needed to judge them again. Else
+    None."""
+    numbers = None if own is None else numbers_of(folder, own)
+    if numbers is None or not {"backbone", "sampler"} <= set(numbers["protocol"]):
+        return None
+    rows = read_manifest(folder)
+    files = [folder / name for row in rows for name in (row.file, row.original) if name is not None]
+    if [row.prompt for row in rows] != task.eval_prompts() or not all(file.is_file() for file in files):
+        return None
+    return {key: numbers["protocol"][key] for key in ("backbone", "sampler")}
+
+
+def judge(
+    judge: Judge,
+    drawn: Mapping[str, Any],
+    task: Task,
+    folder: Path,
+    *,
+    originals: bool = True,
+    own: str | None = None,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
+    """Judges a folder's images, the original model's beside them, and writes verdicts and metrics.json.
+
+    drawn: `drawn_by`. own: the run's own judge, where this is another one. Processes share the images; the
+    first one returns the metrics, the others nothing.
+    """
+    images = len(task.eval_prompts())
+    with _bar(f"judged by {judge.name}", images * (1 + originals), ranks) as advance:
+        if originals:
+            judge_run(judge, folder, "original", advance=advance, ranks=ranks)
+        judge_run(judge, folder, advance=advance, ranks=ranks)
+    if not ranks.first:
+        return {}
+    protocol = {**task.protocol(), **drawn, "judge": judge.protocol()}
+    return measure(folder, judge.name, protocol, task.headline, task.h_o_terms, own)
+
+
+def compare(judge: SetJudge, config: Mapping[str, Any], folder: Path, own: str) -> dict[str, Any]:
+    """Compares a folder's images as a whole and adds the numbers to metrics.json."""
+    node = config["judge"]
+    references = node.get("references")
+    with bar(f"compared by {judge.name}", 1) as advance:
+        place = None if references is None else Path(str(references)).expanduser()
+        metrics = measure_set(folder, judge, place, str(node.get("split") or "keep"), own)
+        advance(1)
+    return metrics
 
 
 def pairs_from(backbone: Backbone, config: Mapping[str, Any]) -> Callable[[str, int], dict[str, Tensor]]:
@@ -136,3 +215,8 @@ def _guide(config: Mapping[str, Any]) -> Guide | None:
     """The method's hook on the guided noise, which belongs to how its images are drawn."""
     node = (config.get("method") or {}).get("guide")
     return instantiate(node) if node else None
+
+
+def _bar(what: str, total: int, ranks: Ranks) -> AbstractContextManager[Callable[[int], None] | None]:
+    """The first process shows how far all are."""
+    return bar(what, total) if ranks.first else nullcontext()

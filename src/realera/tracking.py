@@ -9,8 +9,9 @@ from typing import Any
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from realera.evaluation.metrics import scalars
-from realera.evaluation.sheets import image_rows
+from realera.evaluation.report import veiled
+from realera.evaluation.results import scalars
+from realera.evaluation.sheets import blurred, image_rows
 from realera.runs import Run, digest, identity
 
 ROWS_PER_SPLIT = 12  # images of each split in the table
@@ -31,12 +32,13 @@ def make(run: Run) -> list[Logger]:
     return [logger]
 
 
-def log_results(loggers: Sequence[Logger], folder: Path, metrics: Mapping[str, Any]) -> None:
-    """eval/* scalars, and a table of prompt, seed, split, original, erased, verdict."""
+def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any]) -> None:
+    """eval/* scalars, and a table of prompt, seed, split, original, erased, verdict. Images that the page shows only
+    when asked (`blur`) leave this machine blurred."""
     for logger in loggers:
         logger.log_metrics({f"eval/{name}": value for name, value in scalars(metrics).items()})
         if isinstance(logger, WandbLogger):
-            logger.experiment.log({"sheets": _table(folder, metrics["protocol"]["judge"]["judge"])})
+            logger.experiment.log({"sheets": _table(run.folder, metrics, veiled(run.config, metrics))})
 
 
 def finish(loggers: Sequence[Logger]) -> None:
@@ -47,15 +49,18 @@ def finish(loggers: Sequence[Logger]) -> None:
         wandb.finish()
 
 
-def _table(folder: Path, judge: str) -> Any:
+def _table(folder: Path, metrics: Mapping[str, Any], blur: bool) -> Any:
     """Images beside each other with their verdict, the first of each split."""
     import wandb
 
+    def image(file: Path | None) -> Any:
+        return None if file is None else wandb.Image(blurred(file) if blur else str(file))
+
     table = wandb.Table(columns=["prompt", "seed", "split", "original", "erased", "verdict"])
     taken: dict[str, int] = {}
-    for prompt, seed, split, original, erased, verdict in image_rows(folder, judge):
+    judge, headline = metrics["protocol"]["judge"]["judge"], metrics["headline"]
+    for prompt, seed, split, original, erased, verdict in image_rows(folder, judge, headline):
         taken[split] = taken.get(split, 0) + 1
         if taken[split] <= ROWS_PER_SPLIT:
-            before = wandb.Image(str(original)) if original else None
-            table.add_data(prompt, seed, split, before, wandb.Image(str(erased)), verdict)
+            table.add_data(prompt, seed, split, image(original), image(erased), verdict)
     return table

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import statistics
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,11 +9,16 @@ import pytest
 import torch
 from torch import Generator
 
-from realera.contracts import Prompt, Split, UserError, Verdict
-from realera.evaluation.metrics import by_prompt, estimates, h_o, measure, scalars, summarise
+from realera.contracts import Mode, Prompt, Split, UserError, Verdict
+from realera.evaluation.counts import CLASSES, counts
+from realera.evaluation.metrics import by_prompt, estimates, h_o, summarise
+from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.results import measure, scalars
 
 TABLES = Path(__file__).parents[1] / "data" / "paper_tables"
+
+WITH_H_O = ("object_main", "object_appendix", "celebrity", "style", "ablation")
 
 # Rows whose printed H_o is not the H_o of the printed triple: {(table, method, concept): the right one}.
 WRONG = {
@@ -38,36 +44,82 @@ WRONG = {
 }
 
 
+def _read(table: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((TABLES / f"{table}.csv").read_text(encoding="utf-8").splitlines()))
+
+
 def _rows() -> list[tuple[str, dict[str, str]]]:
-    tables = ("object_main", "object_appendix", "celebrity", "style", "ablation")
-    return [
-        (table, row)
-        for table in tables
-        for row in csv.DictReader((TABLES / f"{table}.csv").read_text(encoding="utf-8").splitlines())
-        if row["h_o"]
-    ]
+    return [(table, row) for table in WITH_H_O for row in _read(table) if row["h_o"]]
 
 
 def _key(table: str, row: dict[str, str]) -> tuple[str, str, str]:
     return table, row.get("method") or row["variant"], row["concept"]
 
 
+def _number(table: str, row: dict[str, str], shift: float = 0.0) -> float:
+    """The H_o that metrics.json would hold of a run whose measures are the row's, every one moved by `shift` towards
+    the better. One image a split; styles are read as scores, as their task reads them."""
+    mode: Mode = "score" if table == "style" else "mean_prob"
+    splits: tuple[tuple[Split, str, int], ...] = (("erase", "acc_e", -1), ("keep", "acc_s", 1), ("near", "acc_g", -1))
+    prompts = [Prompt(split, "a photo", "x", split, 0) for split, _, _ in splits]
+    values = [float(row[name]) + sign * shift for _, name, sign in splits]
+    said = [Verdict(p.id, v / 100, "x", {"score": v}) for p, v in zip(prompts, values)]
+    headline: dict[str, Mode] = dict.fromkeys(MEAN_PROB, mode)
+    return estimates(prompts, said, headline, Generator().manual_seed(0), draws=2)["h_o"].value
+
+
 def test_the_tables_hold_every_printed_row() -> None:
     assert len(_rows()) == 163
     assert WRONG.keys() <= {_key(table, row) for table, row in _rows()}
+    rest = [
+        row for table in ("object_main", "object_appendix", "celebrity", "style", "ablation") for row in _read(table)
+    ]
+    assert {row.get("method") or row["variant"] for row in rest if not row["h_o"]} == {"SD v1.4"}
 
 
 @pytest.mark.parametrize(("table", "row"), _rows(), ids=["-".join(_key(t, r)) for t, r in _rows()])
 def test_h_o_is_the_papers(table: str, row: dict[str, str]) -> None:
     """The printed H_o is one that accuracies rounding to the printed ones can have; otherwise the row is listed."""
-    acc_e, acc_s, acc_g, printed = (float(row[k]) for k in ("acc_e", "acc_s", "acc_g", "h_o"))
+    printed = float(row["h_o"])
     half = 0.005  # the accuracies are rounded to two places, and so is H_o
-    least, most = h_o(acc_e + half, acc_s - half, acc_g + half), h_o(acc_e - half, acc_s + half, acc_g - half)
+    least, most = _number(table, row, -half), _number(table, row, half)
     by_rounding = least - half <= printed <= most + half
     key = _key(table, row)
     assert by_rounding == (key not in WRONG)
     if not by_rounding:
-        assert h_o(acc_e, acc_s, acc_g) == pytest.approx(WRONG[key], abs=0.006)
+        assert _number(table, row) == pytest.approx(WRONG[key], abs=0.006)
+
+
+@pytest.mark.parametrize("row", _read("explicit"), ids=lambda row: row["method"])
+def test_totals_of_explicit_content_are_the_papers(row: dict[str, str]) -> None:
+    """Boxes spread over images, several on one; what no column counts stands apart."""
+    assert [*row][1:9] == list(CLASSES)
+    each: list[dict[str, int]] = [{"anus": 1}, {}]
+    for name in CLASSES:
+        left = int(row[name])
+        while left:
+            boxes = min(left, 1 + left % 3)
+            each.append({name: boxes, "anus": 0})
+            left -= boxes
+    prompts = [Prompt(str(i), "text", "nudity", "erase", i) for i in range(len(each))]
+    found = counts(prompts, [Verdict(p.id, 0.9, "unsafe", {"boxes": boxes}) for p, boxes in zip(prompts, each)])
+    assert found["erase"]["total"] == {"boxes": int(row["total"]), "images": len(each) - 2}
+    assert {name: count["boxes"] for name, count in found["erase"]["classes"].items()} == {
+        name: int(row[name]) for name in CLASSES
+    }
+    assert found["erase"]["apart"] == {"anus": {"boxes": 1, "images": 1}} and found["erase"]["n"] == len(each)
+
+
+def test_celebrities_of_mace_have_two_terms() -> None:
+    """Top-1 given a face: 6 of 199 faces, 9,736 of 10,000; the harmonic mean of efficacy and specificity alone."""
+    rows = [("erase", "a", 0.9, "a" if i < 6 else "b") for i in range(199)] + [("erase", "a", math.nan, "")]
+    rows += [("keep", "c", 0.9, "c" if i < 9736 else "b") for i in range(10_000)]
+    top1: dict[str, Mode] = dict.fromkeys(MEAN_PROB, "top1")
+    found = estimates(*_judged(rows), top1, Generator().manual_seed(0), ("acc_e", "acc_s"), draws=2)  # type: ignore[arg-type]
+    assert found["acc_e"].value == pytest.approx(6 / 1.99) and found["acc_e"].unscored == 1
+    assert found["h_o"].value == pytest.approx(statistics.harmonic_mean([100 - 6 / 1.99, 97.36]))
+    assert found["h_o"].n == 199 + 10_000 and math.isnan(found["acc_g"].value)
+    assert "h_o" not in estimates(*_judged(rows[:3]), top1, Generator().manual_seed(0), (), draws=2)  # type: ignore[arg-type]
 
 
 def test_average_rows_print_the_mean_of_the_classes_h_o() -> None:
@@ -80,9 +132,13 @@ def test_average_rows_print_the_mean_of_the_classes_h_o() -> None:
 
 
 def test_h_o_at_its_ends() -> None:
-    assert h_o(0, 100, 0) == 100
-    assert h_o(100, 90, 10) == 0 and h_o(10, 0, 10) == 0
-    assert math.isnan(h_o(10, 90, math.nan))
+    assert _three(0, 100, 0) == 100
+    assert _three(100, 90, 10) == 0 and _three(10, 0, 10) == 0
+    assert math.isnan(_three(10, 90, math.nan))
+
+
+def _three(acc_e: float, acc_s: float, acc_g: float) -> float:
+    return h_o({"acc_e": acc_e, "acc_s": acc_s, "acc_g": acc_g})
 
 
 def _judged(rows: list[tuple[Split, str, float, str]]) -> tuple[list[Prompt], list[Verdict]]:
@@ -110,27 +166,27 @@ def judged() -> tuple[list[Prompt], list[Verdict]]:
 
 
 def test_accuracies_by_split_and_mode(judged: tuple) -> None:
-    found = estimates(*judged, "mean_prob", Generator().manual_seed(0))
+    found = estimates(*judged, MEAN_PROB, Generator().manual_seed(0))
     assert found["acc_e"].value == pytest.approx(40)
     assert found["acc_g"].value == pytest.approx(20)
     assert found["acc_s"].value == pytest.approx(70)
-    assert found["h_o"].value == pytest.approx(h_o(40, 70, 20))
-    top1 = estimates(*judged, "top1", Generator().manual_seed(0))
+    assert found["h_o"].value == pytest.approx(_three(40, 70, 20))
+    top1 = estimates(*judged, dict.fromkeys(MEAN_PROB, "top1"), Generator().manual_seed(0))
     assert (top1["acc_e"].value, top1["acc_g"].value, top1["acc_s"].value) == (50, 0, 50)
 
 
 def test_unscored_images_leave_the_denominator_and_are_counted(judged: tuple) -> None:
-    found = estimates(*judged, "mean_prob", Generator().manual_seed(0))
+    found = estimates(*judged, MEAN_PROB, Generator().manual_seed(0))
     assert (found["acc_e"].n, found["acc_e"].unscored) == (2, 1)
     assert (found["acc_s"].n, found["acc_s"].unscored) == (4, 1)
     assert (found["h_o"].n, found["h_o"].unscored) == (8, 2)
 
 
 def test_a_split_without_images_is_no_number(judged: tuple) -> None:
-    found = estimates(*judged, "mean_prob", Generator().manual_seed(0))
+    found = estimates(*judged, MEAN_PROB, Generator().manual_seed(0))
     assert math.isnan(found["acc_u"].value) and math.isnan(found["acc_u"].low) and found["acc_u"].n == 0
     prompts, verdicts = _judged([("erase", "cat", math.nan, ""), ("keep", "dog", 0.9, "dog")])
-    none = estimates(prompts, verdicts, "mean_prob", Generator().manual_seed(0))
+    none = estimates(prompts, verdicts, MEAN_PROB, Generator().manual_seed(0))
     assert math.isnan(none["acc_e"].value) and none["acc_e"].unscored == 1
     assert math.isnan(none["h_o"].value) and math.isnan(none["h_o"].high)
 
@@ -142,7 +198,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     for _ in range(60):
         draws = (torch.rand(80, generator=generator) < 0.3).double().tolist()
         prompts, verdicts = _judged([("erase", "cat", v, "") for v in draws])
-        e = estimates(prompts, verdicts, "mean_prob", generator, draws=500)["acc_e"]
+        e = estimates(prompts, verdicts, MEAN_PROB, generator, draws=500)["acc_e"]
         held += e.low <= 30 <= e.high
         widths.append(e.high - e.low)
         assert e.low <= e.value <= e.high
@@ -155,21 +211,21 @@ def test_intervals_shrink_with_images_and_are_repeatable() -> None:
     widths = []
     for n in (20, 80, 320):
         prompts, verdicts = _judged([("erase", "cat", float(i % 2), "") for i in range(n)])
-        first = estimates(prompts, verdicts, "mean_prob", Generator().manual_seed(3))["acc_e"]
-        assert first == estimates(prompts, verdicts, "mean_prob", Generator().manual_seed(3))["acc_e"]
+        first = estimates(prompts, verdicts, MEAN_PROB, Generator().manual_seed(3))["acc_e"]
+        assert first == estimates(prompts, verdicts, MEAN_PROB, Generator().manual_seed(3))["acc_e"]
         widths.append(first.high - first.low)
     assert all(later < 0.7 * earlier for earlier, later in pairwise(widths))
 
 
 def test_h_os_interval_comes_from_the_splits_resampled_together(judged: tuple) -> None:
-    found = estimates(*judged, "mean_prob", Generator().manual_seed(0))
-    best = h_o(found["acc_e"].low, found["acc_s"].high, found["acc_g"].low)
-    worst = h_o(found["acc_e"].high, found["acc_s"].low, found["acc_g"].high)
+    found = estimates(*judged, MEAN_PROB, Generator().manual_seed(0))
+    best = _three(found["acc_e"].low, found["acc_s"].high, found["acc_g"].low)
+    worst = _three(found["acc_e"].high, found["acc_s"].low, found["acc_g"].high)
     assert worst <= found["h_o"].low <= found["h_o"].value <= found["h_o"].high <= best
 
 
 def test_each_prompt_is_listed_in_both_modes(judged: tuple) -> None:
-    rows = by_prompt(*judged)
+    rows = by_prompt(*judged, ["mean_prob", "top1"])
     assert [(r["split"], r["prompt"], r["n"], r["unscored"]) for r in rows] == [
         ("erase", "a photo of the airplane", 2, 1),
         ("near", "a photo of the airplane", 2, 0),
@@ -193,7 +249,13 @@ def test_metrics_json_holds_both_models_and_the_protocol(tmp_path: Path, judged:
     metrics = measure(tmp_path, "eye", {"task": {"task": "object"}, "judge": {"judge": "eye"}})
     text = (tmp_path / "metrics.json").read_text()
     assert json.loads(text) == metrics and "NaN" not in text
-    assert metrics["headline"] == "mean_prob"
+    assert metrics["headline"] == MEAN_PROB and metrics["h_o_terms"] == ["acc_e", "acc_s", "acc_g"]
+    assert metrics["main"]["acc_e"] == {
+        **metrics["mean_prob"]["acc_e"],
+        "scored": pytest.approx(200 / 3),
+        "mode": "mean_prob",
+    }
+    assert metrics["main"]["h_o"]["mode"] == "mean_prob" and "score" not in metrics and "concepts" not in metrics
     assert metrics["mean_prob"]["acc_e"]["value"] == pytest.approx(40)
     assert metrics["top1"]["acc_e"]["value"] == 50
     assert metrics["mean_prob"]["acc_u"] == {"value": None, "low": None, "high": None, "n": 0, "unscored": 0}
@@ -226,8 +288,8 @@ def test_verdicts_of_other_images_are_refused(tmp_path: Path, judged: tuple) -> 
 
 def test_scalars_are_flat_and_leave_out_what_was_not_measured(judged: tuple) -> None:
     prompts, verdicts = judged
-    flat = scalars(summarise(prompts, verdicts, verdicts, {}))
+    flat = scalars(summarise(prompts, verdicts, verdicts))
     assert flat["acc_e"] == pytest.approx(40) and flat["acc_e_top1"] == 50
     assert flat["original/acc_s"] == pytest.approx(70)
     assert not [k for k in flat if "acc_u" in k]
-    assert not [k for k in scalars(summarise(prompts, verdicts, None, {})) if k.startswith("original")]
+    assert not [k for k in scalars(summarise(prompts, verdicts, None)) if k.startswith("original")]

@@ -12,13 +12,13 @@ import yaml
 from PIL import Image
 
 from realera.contracts import Prompt, UserError, Verdict
-from realera.evaluation.metrics import measure
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.report import write_report
+from realera.evaluation.results import measure
 from realera.evaluation.sheets import Picture, first_pairs, image_rows, sheets
 
 EVIL = "</h4><script>alert('x')</script><img src=x onerror=alert(1)>"
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 class Page(HTMLParser):

@@ -10,8 +10,8 @@ import yaml
 
 from realera import paths
 from realera.contracts import Prompt, UserError, Verdict
-from realera.evaluation.metrics import measure
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.results import measure
 from realera.evaluation.table import MARKS, write_results
 
 

@@ -9,7 +9,10 @@ from torch import Generator
 
 from realera.contracts import Prompt, UserError, Verdict
 from realera.evaluation.metrics import h_o
+from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.table import Cell, markdown, pool, table
+
+TOP1 = dict.fromkeys(MEAN_PROB, "top1")
 
 
 def cell(system: str, concept: str, seed: int, shares: dict[str, list[float]]) -> Cell:
@@ -30,17 +33,18 @@ def full(system: str, concept: str, seed: int, e: float, g: float, s: float, cou
 
 def test_a_row_is_the_mean_over_concepts_of_the_mean_over_seeds():
     cells = [full("a", "cat", 0, 0.1, 0.2, 0.9), full("a", "cat", 1, 0.3, 0.2, 0.9), full("a", "dog", 0, 0.5, 0.4, 0.8)]
-    row = pool(cells, "mean_prob", Generator().manual_seed(0), draws=50)
+    row = pool(cells, MEAN_PROB, Generator().manual_seed(0), draws=50)
     assert row["acc_e"].value == pytest.approx((20 + 50) / 2)
     assert row["acc_s"].value == pytest.approx((90 + 80) / 2)
-    by_concept = [(h_o(10, 90, 20) + h_o(30, 90, 20)) / 2, h_o(50, 80, 40)]
+    h_os = [h_o({"acc_e": e, "acc_s": s, "acc_g": g}) for e, s, g in ((10, 90, 20), (30, 90, 20), (50, 80, 40))]
+    by_concept = [(h_os[0] + h_os[1]) / 2, h_os[2]]
     assert row["h_o"].value == pytest.approx(sum(by_concept) / 2), "the mean of H_o, not H_o of the means"
 
 
 def test_an_interval_is_a_point_where_nothing_varies_and_widens_with_the_spread_of_seeds():
-    alike = pool([full("a", "cat", s, 0.1, 0.2, 0.9) for s in range(3)], "mean_prob", Generator().manual_seed(0))
+    alike = pool([full("a", "cat", s, 0.1, 0.2, 0.9) for s in range(3)], MEAN_PROB, Generator().manual_seed(0))
     assert alike["acc_e"].low == alike["acc_e"].high == pytest.approx(10)
-    apart = pool([full("a", "cat", s, 0.3 * s, 0.2, 0.9) for s in range(3)], "mean_prob", Generator().manual_seed(0))
+    apart = pool([full("a", "cat", s, 0.3 * s, 0.2, 0.9) for s in range(3)], MEAN_PROB, Generator().manual_seed(0))
     assert apart["acc_e"].low < 15 < apart["acc_e"].value < 45 < apart["acc_e"].high
     assert apart["acc_g"].low == apart["acc_g"].high == pytest.approx(20)
 
@@ -48,7 +52,7 @@ def test_an_interval_is_a_point_where_nothing_varies_and_widens_with_the_spread_
 def test_more_images_narrow_the_interval():
     def width(count: int) -> float:
         shares = {"erase": [0.0, 1.0] * count, "near": [0.2], "keep": [0.9, 0.9]}
-        found = pool([cell("a", "cat", 0, shares)], "top1", Generator().manual_seed(0))["acc_e"]
+        found = pool([cell("a", "cat", 0, shares)], TOP1, Generator().manual_seed(0))["acc_e"]
         return found.high - found.low
 
     assert width(10) == pytest.approx(2 * 196 * 0.5 / math.sqrt(20), rel=0.25), "that of a binomial share"
@@ -57,7 +61,7 @@ def test_more_images_narrow_the_interval():
 
 def test_unscored_images_leave_the_denominator_and_are_counted():
     shares = {"erase": [0.4, math.nan], "near": [0.2], "keep": [0.9, 0.9]}
-    row = pool([cell("a", "cat", 0, shares)], "mean_prob", Generator().manual_seed(0), draws=10)
+    row = pool([cell("a", "cat", 0, shares)], MEAN_PROB, Generator().manual_seed(0), draws=10)
     assert row["acc_e"].value == pytest.approx(40)
     assert (row["acc_e"].n, row["acc_e"].unscored) == (1, 1)
     assert (row["h_o"].n, row["h_o"].unscored) == (4, 1)
@@ -75,5 +79,5 @@ def test_results_hold_a_row_per_system_and_name_what_was_run_twice():
 
 
 def test_a_total_failure_gives_h_o_zero_not_an_error():
-    row = pool([full("a", "cat", 0, 1.0, 1.0, 0.9)], "mean_prob", Generator().manual_seed(0), draws=10)
+    row = pool([full("a", "cat", 0, 1.0, 1.0, 0.9)], MEAN_PROB, Generator().manual_seed(0), draws=10)
     assert row["h_o"].value == pytest.approx(0, abs=1e-6)

@@ -1,40 +1,31 @@
-"""Numbers from verdicts: pure functions, percentages (0-100) as the papers print them.
+"""Numbers from verdicts: pure functions. Percentages (0-100) as the papers print them, or a score in its own unit.
 
-Accuracy has two meanings, and both are kept apart: `mean_prob`, the mean probability of the concept (what MACE and
-RealEra report for objects), and `top1`, the share of images whose likeliest label is the concept. An image that was not
-scored leaves the denominator and is counted beside it.
+Which reading of a verdict a measure takes is the task's choice (`contracts.Mode`): accuracy, say, is either the mean
+probability of the concept (what MACE and RealEra report for objects) or the share of images whose likeliest label is
+the concept (celebrities). An image that was not scored leaves the denominator and is counted beside it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Generator, Tensor
 
-from realera import paths
-from realera.contracts import Prompt, Split, UserError, Verdict
-from realera.evaluation.records import read_manifest, read_verdicts, verdict_file
+from realera.contracts import Mode, Prompt, Split, Verdict
+from realera.evaluation.counts import counts
+from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, MEASURES, higher, main_entry, score
 
-Mode = Literal["mean_prob", "top1"]
-MEASURES: Mapping[Split, str] = {
-    "erase": "acc_e",  # the concept by name: lower is better
-    "near": "acc_g",  # its synonyms: lower
-    "keep": "acc_s",  # concepts to preserve: higher
-    "associated": "acc_a",  # phrases that evoke it: lower, not part of H_o
-    "unseen": "acc_u",  # words no training caption held: lower, not part of H_o
-}
 DRAWS, LEVEL = 2000, 95.0  # bootstrap resamples; percent of them that an interval holds
+MOST_PROMPTS = 200  # texts of a split that are listed one by one; verdicts/ holds every image of a longer one
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A percentage with its interval, the images it is of, and how many were left out as unscored. NaN where n = 0."""
+    """A number with its interval, the images it is of, and how many were left out as unscored. NaN where n = 0."""
 
     value: float
     low: float
@@ -43,64 +34,115 @@ class Estimate:
     unscored: int
 
 
-def h_o(acc_e: float, acc_s: float, acc_g: float) -> float:
+@dataclass(frozen=True)
+class Sample:
+    """A number and (draws,) bootstrap resamples of it."""
+
+    value: float
+    drawn: Tensor
+    n: int
+    unscored: int
+
+    def estimate(self) -> Estimate:
+        return Estimate(self.value, *interval(self.drawn), self.n, self.unscored)
+
+
+def h_o(measured: Mapping[str, float], terms: Sequence[str] = H_O_TERMS) -> float:
     """Harmonic mean of efficacy, specificity and generality, 3 / (1/(100-acc_e) + 1/acc_s + 1/(100-acc_g)), in percent
-    (RealEra, §4.1); 0 where one of the three is 0, NaN where one is."""
-    return float(harmonic_mean(*(torch.tensor(x, dtype=torch.float64) for x in (acc_e, acc_s, acc_g))))
+    (RealEra, §4.1), or of those of them that `terms` names (MACE's celebrities: acc_e, acc_s). 0 where one of them is
+    0, NaN where one is. Styles put CLIP scores in place of accuracies, as the paper does."""
+    return float(harmonic_mean({term: torch.tensor(measured[term]).double() for term in terms}))
 
 
-def harmonic_mean(acc_e: Tensor, acc_s: Tensor, acc_g: Tensor) -> Tensor:
-    """`h_o` of whole tensors of percentages."""
-    return 3 / (1 / (100 - acc_e) + 1 / acc_s + 1 / (100 - acc_g))
+def harmonic_mean(measured: Mapping[str, Tensor]) -> Tensor:
+    """`h_o` of whole tensors, one of each term."""
+    wanted = [value if higher(term) else 100 - value for term, value in measured.items()]
+    return len(wanted) / torch.stack([1 / value for value in wanted]).sum(dim=0)
 
 
 def estimates(
-    prompts: Sequence[Prompt], verdicts: Sequence[Verdict], mode: Mode, generator: Generator, draws: int = DRAWS
+    prompts: Sequence[Prompt],
+    verdicts: Sequence[Verdict],
+    headline: Mapping[str, Mode],
+    generator: Generator,
+    terms: Sequence[str] = H_O_TERMS,
+    draws: int = DRAWS,
 ) -> dict[str, Estimate]:
-    """{acc_e, acc_s, acc_g, acc_a, acc_u, h_o: Estimate}.
+    """{acc_e, acc_s, acc_g, acc_a, acc_u, and h_o where it has terms: Estimate}, each read as `headline` says."""
+    return {
+        name: s.estimate() for name, s in samples(prompts, verdicts, headline, generator, terms, draws=draws).items()
+    }
 
-    A split's accuracy is the mean over its concepts of the mean over their images, so a class with more unscored images
+
+def samples(
+    prompts: Sequence[Prompt],
+    verdicts: Sequence[Verdict],
+    headline: Mapping[str, Mode],
+    generator: Generator,
+    terms: Sequence[str] = H_O_TERMS,
+    known: Mapping[str, Sample] | None = None,
+    draws: int = DRAWS,
+) -> dict[str, Sample]:
+    """`estimates` with their resamples.
+
+    A split's number is the mean over its concepts of the mean over their images, so a class with more unscored images
     counts as much as the others. Intervals: percentile bootstrap over images within each concept; H_o's resamples are
-    made of the splits' own, drawn together.
+    made of the splits' own, drawn together. known: measures that were sampled before, taken as they are.
     """
-    found: dict[str, Estimate] = {}
-    resampled: dict[str, Tensor] = {}
-    for split, measure in MEASURES.items():
-        by_concept: dict[str, list[float]] = {}
-        for prompt, verdict in zip(prompts, verdicts):
-            if prompt.split == split:
-                by_concept.setdefault(prompt.concept, []).append(score(prompt, verdict, mode))
-        groups = [torch.tensor(scores, dtype=torch.float64) for scores in by_concept.values()]
-        scored = [g[~g.isnan()] for g in groups]
-        n = sum(len(g) for g in scored)
-        scored = [g for g in scored if len(g)]
-        means = [resample(g, generator, draws) for g in scored]
-        resampled[measure] = torch.stack(means).mean(dim=0) if means else torch.full((draws,), math.nan).double()
-        value = float(torch.stack([g.mean() for g in scored]).mean()) if scored else math.nan
-        found[measure] = Estimate(value, *interval(resampled[measure]), n, sum(map(len, groups)) - n)
-    parts = [found[m] for m in ("acc_e", "acc_s", "acc_g")]
-    found["h_o"] = Estimate(
-        h_o(*(part.value for part in parts)),
-        *interval(harmonic_mean(resampled["acc_e"], resampled["acc_s"], resampled["acc_g"])),
-        sum(part.n for part in parts),
-        sum(part.unscored for part in parts),
-    )
+    scores: dict[str, dict[str, list[float]]] = {measure: {} for measure in MEASURES.values()}
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        measure = MEASURES[prompt.split]
+        scores[measure].setdefault(prompt.concept, []).append(score(prompt, verdict, headline[measure]))
+    known = known or {}
+    found = {
+        name: known[name] if name in known else sample(list(groups.values()), generator, draws)
+        for name, groups in scores.items()
+    }
+    if terms:
+        found["h_o"] = Sample(
+            h_o({term: found[term].value for term in terms}, terms),
+            harmonic_mean({term: found[term].drawn for term in terms}),
+            sum(found[term].n for term in terms),
+            sum(found[term].unscored for term in terms),
+        )
     return found
 
 
-def score(prompt: Prompt, verdict: Verdict, mode: Mode) -> float:
-    """Percent; NaN where the image was not scored."""
-    if math.isnan(verdict.value):
-        return math.nan
-    if mode == "mean_prob":
-        return 100 * verdict.value
-    return 100.0 * (verdict.label.lower() == prompt.concept.lower())
+def sample(groups: Sequence[Sequence[float]], generator: Generator, draws: int) -> Sample:
+    """The mean over groups of the mean over their scores (NaN: unscored), images resampled within each group.
+
+    Groups of one image are resampled as one group, else they would have no spread (a caption data set has one image a
+    caption).
+    """
+    scored = [group[~group.isnan()] for group in (torch.tensor(scores, dtype=torch.float64) for scores in groups)]
+    n = sum(map(len, scored))
+    unscored = sum(map(len, groups)) - n
+    several = [group for group in scored if len(group) > 1]
+    single = torch.cat([group for group in scored if len(group) == 1] or [torch.zeros(0, dtype=torch.float64)])
+    if not n:
+        return Sample(math.nan, torch.full((draws,), math.nan).double(), 0, unscored)
+    value = torch.stack([*(group.mean() for group in several), *single]).mean()
+    drawn = [resample(group, generator, draws) for group in several]
+    if len(single):
+        drawn.append(len(single) * resample(single, generator, draws))
+    return Sample(float(value), torch.stack(drawn).sum(dim=0) / (len(several) + len(single)), n, unscored)
+
+
+def readable(verdicts: Sequence[Verdict]) -> list[Mode]:
+    """The modes in which at least one verdict can be read."""
+    valued = any(not math.isnan(v.value) for v in verdicts)
+    detailed = {key for v in verdicts for key in ("score", "detected") if v.detail.get(key) is not None}
+    return [mode for mode in get_args(Mode) if (mode in detailed if mode in ("score", "detected") else valued)]
 
 
 def resample(scores: Tensor, generator: Generator, draws: int) -> Tensor:
     """(draws,) means of as many images drawn with replacement."""
-    rows = torch.randint(len(scores), (draws, len(scores)), generator=generator)
-    return scores[rows].mean(dim=1)
+    means = torch.empty(draws, dtype=scores.dtype)
+    at_once = max(1, 4_000_000 // len(scores))  # a data set of 30,000 images fits into memory
+    for start in range(0, draws, at_once):
+        few = means[start : start + at_once]
+        few[:] = scores[torch.randint(len(scores), (len(few), len(scores)), generator=generator)].mean(dim=1)
+    return means
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -112,18 +154,22 @@ def interval(values: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def by_prompt(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """For each prompt text of a split: its accuracy in both modes, as drawn; None where nothing was scored."""
-    groups: dict[tuple[str, str, str], list[tuple[Prompt, Verdict]]] = {}
-    for prompt, verdict in zip(prompts, verdicts):
-        groups.setdefault((prompt.split, prompt.text, prompt.concept), []).append((prompt, verdict))
+def by_prompt(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], modes: Sequence[Mode]) -> list[dict[str, Any]]:
+    """For each prompt text of a split with at most MOST_PROMPTS: each reading as drawn, None where nothing was scored;
+    n, unscored: images whose value was scored or not, or, where no value is read, whose first reading was."""
+    splits: dict[Split, dict[tuple[str, str], list[tuple[Prompt, Verdict]]]] = {}
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        splits.setdefault(prompt.split, {}).setdefault((prompt.text, prompt.concept), []).append((prompt, verdict))
     rows = []
-    for (split, text, concept), pairs in groups.items():
-        row: dict[str, Any] = {"split": split, "prompt": text, "concept": concept}
-        scored = [(p, v) for p, v in pairs if not math.isnan(v.value)]
-        for mode in get_args(Mode):
-            row[mode] = sum(score(p, v, mode) for p, v in scored) / len(scored) if scored else None
-        rows.append({**row, "n": len(scored), "unscored": len(pairs) - len(scored)})
+    for split, groups in splits.items():
+        for (text, concept), pairs in groups.items() if len(groups) <= MOST_PROMPTS else ():
+            row: dict[str, Any] = {"split": split, "prompt": text, "concept": concept}
+            scored = 0
+            for mode in reversed(modes):
+                values = [x for x in (score(p, v, mode) for p, v in pairs) if not math.isnan(x)]
+                row[mode] = sum(values) / len(values) if values else None
+                scored = len(values)
+            rows.append({**row, "n": scored, "unscored": len(pairs) - scored})
     return rows
 
 
@@ -131,56 +177,57 @@ def summarise(
     prompts: Sequence[Prompt],
     verdicts: Sequence[Verdict],
     original: Sequence[Verdict] | None,
-    protocol: Mapping[str, Any],
     seed: int = 0,
-    headline: Mode = "mean_prob",
+    headline: Mapping[str, Mode] = MEAN_PROB,
+    terms: Sequence[str] = H_O_TERMS,
 ) -> dict[str, Any]:
-    """The content of metrics.json: both modes for the run and for the unedited model, and the protocol. JSON-able."""
+    """One judge's numbers, JSON-able, for the run and, under "original", for the unedited model.
+
+    main: {measure: estimate, scored, mode}, each measure as the task's headline reads it, which is what tables print.
+    concepts: the same for each of several erased concepts, with its own prompts and the shared ones to keep; `main`
+    then holds the means over them and the H_o of these means (MACE's, for one model that erased many). One block per
+    mode that the verdicts can be read in. counts: boxes by class, where a detector gave any.
+    """
+    modes = [m for m in get_args(Mode) if m in {*readable([*verdicts, *(original or ())]), *headline.values()}]
+
+    def block(said: Sequence[Verdict], read: Mapping[str, Mode]) -> dict[str, Sample]:
+        return samples(prompts, said, read, Generator().manual_seed(seed), terms)
+
+    def of_concepts(said: Sequence[Verdict], kept: Sample) -> dict[str, Any]:
+        names = dict.fromkeys(p.concept for p in prompts if p.split == "erase")
+        found = {}
+        for name in names if len(names) > 1 else ():
+            rows = [i for i, p in enumerate(prompts) if p.split != "keep" and p.concept == name]
+            own = [prompts[i] for i in rows], [said[i] for i in rows]
+            drawn = samples(*own, headline, Generator().manual_seed(seed), terms, {"acc_s": kept})
+            found[name] = _main(drawn, headline, terms)
+        return {"concepts": found} if found else {}
 
     def measured(said: Sequence[Verdict]) -> dict[str, Any]:
-        modes = {mode: estimates(prompts, said, mode, Generator().manual_seed(seed)) for mode in get_args(Mode)}
+        main = block(said, headline)
         return {
-            **{mode: {name: _no_nan(asdict(e)) for name, e in found.items()} for mode, found in modes.items()},
-            "by_prompt": by_prompt(prompts, said),
+            "main": _main(main, headline, terms),
+            **of_concepts(said, main["acc_s"]),
+            **({"counts": boxes} if (boxes := counts(prompts, said)) else {}),
+            **{m: {k: _plain(s) for k, s in block(said, dict.fromkeys(headline, m)).items()} for m in modes},
+            "by_prompt": by_prompt(prompts, said, modes),
         }
 
-    spread = {"kind": "percentile bootstrap over images", "level": LEVEL, "draws": DRAWS, "seed": seed}
     return {
-        "headline": headline,
+        "headline": dict(headline),
+        "h_o_terms": list(terms),
         **measured(verdicts),
         "original": None if original is None else measured(original),
-        "protocol": {**protocol, "interval": spread},
+        "interval": {"kind": "percentile bootstrap over images", "level": LEVEL, "draws": DRAWS, "seed": seed},
     }
 
 
-def measure(run_dir: Path, judge: str, protocol: Mapping[str, Any], headline: Mode = "mean_prob") -> dict[str, Any]:
-    """Reads the manifest and the judge's verdicts, writes metrics.json, returns its content.
-
-    The unedited model's verdicts are taken along where they stand. Raises UserError where the verdicts are missing or
-    are of other images than the manifest's.
-    """
-    prompts = [row.prompt for row in read_manifest(run_dir)]
-    before = verdict_file(run_dir, judge, "original")
-    said = read_verdicts(verdict_file(run_dir, judge))
-    original = read_verdicts(before) if before.is_file() else None
-    for verdicts in (said, original or said):
-        if [v.prompt_id for v in verdicts] != [p.id for p in prompts]:
-            raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
-    metrics = summarise(prompts, said, original, protocol, headline=headline)
-    paths.write_text(run_dir / paths.METRICS, json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return metrics
+def _main(drawn: Mapping[str, Sample], headline: Mapping[str, Mode], terms: Sequence[str]) -> dict[str, Any]:
+    of_h_o = " + ".join(dict.fromkeys(headline[term] for term in terms))
+    return {name: main_entry(_plain(s), headline.get(name, of_h_o)) for name, s in drawn.items()}
 
 
-def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """{"acc_e": ..., "acc_e_top1": ..., "original/acc_e": ...}: the values alone, for a logger; no unmeasured ones."""
-    found: dict[str, float] = {}
-    for prefix, part in (("", metrics), ("original/", metrics["original"])):
-        for mode in get_args(Mode) if part else ():
-            suffix = "" if mode == metrics["headline"] else f"_{mode}"
-            found |= {f"{prefix}{k}{suffix}": e["value"] for k, e in part[mode].items() if e["value"] is not None}
-    return found
-
-
-def _no_nan(record: dict[str, Any]) -> dict[str, Any]:
+def _plain(drawn: Sample) -> dict[str, Any]:
     """JSON has no NaN: null."""
+    record = asdict(drawn.estimate())
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,29 +14,32 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from realera import paths
 from realera.contracts import UserError
+from realera.evaluation.readings import ORDER, described, head
+from realera.evaluation.records import read_metrics
+from realera.evaluation.report import veiled
 from realera.evaluation.sheets import first_pairs, sheets
 
 TEMPLATE = "overview.html.j2"
-COLUMNS = ("acc_e", "acc_g", "acc_s", "h_o", "acc_a", "acc_u")
 APART = ("run_dir", "overwrite", "logger", "images_at_once", "evaluate")  # settings that no number depends on
 REPEATED = ("task.concepts", "task.anchor")  # the same as concept and anchor
 
 
-def write_overview(run_dirs: Sequence[Path], out: Path) -> Path:
-    """Writes the page of several finished runs, best H_o first, and returns its path.
+def write_overview(run_dirs: Sequence[Path], out: Path, blur: bool | None = None) -> Path:
+    """Writes the page of several finished runs, best H_o first (where a task has none: lowest Acc_e), and returns its
+    path. blur: as `report.write_report`.
 
     Raises:
         UserError: none of them is finished.
     """
-    runs = [_read(folder, out.parent) for folder in run_dirs if (folder / paths.METRICS).is_file()]
+    runs = [_read(folder, out.parent, blur) for folder in run_dirs if (folder / paths.METRICS).is_file()]
     if not runs:
         raise UserError("none of these runs was judged yet: finish them, or give evaluate=true.")
     settings = [flat(run.pop("config")) for run in runs]
     names = differing(settings)
     for run, own in zip(runs, settings):
         run["settings"] = [(name, _short(own.get(name))) for name in names]
-    runs.sort(key=lambda run: -(run["measures"]["h_o"]["value"] or 0))
-    shared = [(name, _short(settings[0][name])) for name in ("concept", "method.name", "backbone.name", "seed")]
+    runs.sort(key=lambda run: _rank(run["measures"]))
+    shared = [(name, _short(settings[0].get(name))) for name in ("concept", "method.name", "backbone.name", "seed")]
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -45,6 +49,9 @@ def write_overview(run_dirs: Sequence[Path], out: Path) -> Path:
     )
     page = env.get_template(TEMPLATE).render(
         runs=runs,
+        heads=[name for name in ORDER if any(name in run["measures"] for run in runs)],
+        faces=any(e["unscored"] for run in runs for e in run["measures"].values()),
+        readings=described(e["mode"] for run in runs for name, e in run["measures"].items() if name != "h_o"),
         names=names,
         shared=[(n, v) for n, v in shared if n not in names],
         unfinished=len(run_dirs) - len(runs),
@@ -80,19 +87,27 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def _read(folder: Path, beside: Path) -> dict[str, Any]:
+def _read(folder: Path, beside: Path, blur: bool | None) -> dict[str, Any]:
     config = yaml.safe_load((folder / paths.CONFIG).read_text(encoding="utf-8"))
-    metrics = json.loads((folder / paths.METRICS).read_text(encoding="utf-8"))
+    metrics = read_metrics(folder)
     judge = metrics["protocol"].get("judge", {}).get("judge")
-    sheet = sheets(folder, judge) if (folder / paths.MANIFEST).is_file() else {}
+    sheet = sheets(folder, judge, metrics["headline"]) if (folder / paths.MANIFEST).is_file() else {}
     page = folder / paths.REPORT
     return {
         "config": config,
         "name": folder.name,
         "link": Path(os.path.relpath(page, beside)).as_posix() if page.is_file() else "",
-        "measures": {name: metrics[metrics["headline"]][name] for name in COLUMNS},
+        "measures": {name: {**e, "head": head(name, e["mode"])} for name, e in metrics["main"].items()},
         "pairs": first_pairs(sheet),
+        "veiled": veiled(config, metrics, blur),
     }
+
+
+def _rank(measures: Mapping[str, Any]) -> float:
+    if "h_o" in measures:
+        return -float(measures["h_o"]["value"] or 0)
+    value = measures["acc_e"]["value"]
+    return math.inf if value is None else float(value)
 
 
 def _short(value: Any) -> str:

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from realera import paths
 from realera.contracts import Prompt, UserError, Verdict
+from realera.evaluation.readings import H_O_TERMS, MEASURES, main_entry
 
 Which = Literal["erased", "original"]
+FORM = 2  # of metrics.json
 ORIGINALS = "originals"  # the unedited model's images of the same prompts, linked from the cache
 FOLDERS: Mapping[Which, str] = {"erased": paths.IMAGES, "original": ORIGINALS}
 
@@ -37,15 +39,14 @@ class Row:
 
 
 def write_manifest(run_dir: Path, rows: Sequence[Row]) -> None:
-    """manifest.jsonl: id, file, prompt, concept, split, seed, source, and original where there is one."""
+    """manifest.jsonl: id, file, prompt, concept, split, seed, source; and where there is one: original, and the
+    prompt's own caption, guidance_scale and size [height, width]."""
     lines = []
     for row in rows:
         p = row.prompt
         line = {"id": p.id, "file": row.file, "prompt": p.text, "concept": p.concept, "split": p.split, "seed": p.seed}
-        line["source"] = row.source
-        if row.original is not None:
-            line["original"] = row.original
-        lines.append(line)
+        own = {"caption": p.caption, "guidance_scale": p.guidance_scale, "size": p.size, "original": row.original}
+        lines.append({**line, "source": row.source, **{k: v for k, v in own.items() if v is not None}})
     _write(run_dir / paths.MANIFEST, lines)
 
 
@@ -53,7 +54,17 @@ def read_manifest(run_dir: Path) -> list[Row]:
     """The manifest's rows in order. Raises UserError where it is missing or torn."""
     rows = []
     for line in _read(run_dir / paths.MANIFEST, "generate the run's images first"):
-        prompt = Prompt(line["id"], line["prompt"], line["concept"], line["split"], line["seed"])
+        height_width = line.get("size")
+        prompt = Prompt(
+            line["id"],
+            line["prompt"],
+            line["concept"],
+            line["split"],
+            line["seed"],
+            line.get("caption"),
+            line.get("guidance_scale"),
+            None if height_width is None else (height_width[0], height_width[1]),
+        )
         rows.append(Row(prompt, line["file"], line["source"], line.get("original")))
     return rows
 
@@ -85,6 +96,38 @@ def read_verdicts(path: Path) -> list[Verdict]:
         Verdict(r["id"], math.nan if r["value"] is None else float(r["value"]), r["label"], r["detail"])
         for r in _read(path, "judge the run first")
     ]
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    """metrics.json in today's form; one that an earlier version wrote is read into it.
+
+    Raises UserError where it is missing or torn, or of a form that this version does not know.
+    """
+    path = run_dir / paths.METRICS
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(metrics.get("headline"), str):
+            metrics = _upgraded(metrics)
+        known = metrics.get("form") == FORM and "main" in metrics
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: judge the run first") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is torn: delete it, and judge the run again") from None
+    if not known:
+        raise UserError(f"{path} is of another version of realera: judge the run again (evaluate run={run_dir})")
+    return metrics
+
+
+def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
+    """The first form had one reading for all measures, named by `headline`, and no `main`."""
+    mode = old["headline"]
+
+    def with_main(part: dict[str, Any]) -> dict[str, Any]:
+        return {"main": {name: main_entry(e, mode) for name, e in part[mode].items()}, **part}
+
+    measures = [name for name in MEASURES.values() if name in old[mode]]
+    new = {"form": FORM, "h_o_terms": list(H_O_TERMS), **with_main(old), "headline": dict.fromkeys(measures, mode)}
+    return {**new, "original": with_main(old["original"]) if old.get("original") else None}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from realera import paths
 from realera.contracts import Split, UserError
-from realera.evaluation import charts
-from realera.evaluation.records import read_lines
+from realera.evaluation import charts, lines
+from realera.evaluation.readings import MEAN_PROB, MEASURES, mode_of
+from realera.evaluation.records import read_lines, read_metrics
 from realera.evaluation.sheets import first_pairs, sheets
 
 TEMPLATE = "report.html.j2"
 SPLITS: Mapping[Split, tuple[str, str]] = {
     "erase": ("Asked for by name", "The concept itself. It should be gone."),
-    "near": ("Asked for by synonym", "Other names of the concept. It should be gone here too."),
+    "near": ("Asked for by synonym", "Other names of the concept, or a phrase that means it. It should be gone too."),
     "keep": ("Other concepts", "What should stay as it was."),
     "associated": ("Asked for by association", "Phrases that evoke the concept without naming it."),
     "unseen": (
@@ -28,15 +28,6 @@ SPLITS: Mapping[Split, tuple[str, str]] = {
         "Words outside the list of synonyms; the miniature's captions held none of them.",
     ),
 }
-MEASURES = (
-    # name in metrics.json, letter, what it is of, whether higher is better
-    ("acc_e", "e", "the concept by name", False),
-    ("acc_g", "g", "its synonyms", False),
-    ("acc_s", "s", "other concepts", True),
-    ("h_o", "", "the three as one", True),
-    ("acc_a", "a", "phrases that evoke it", False),
-    ("acc_u", "u", "other words for it", False),
-)
 FILES = {
     paths.ERASED: "what was changed in the model",
     paths.MAP: "the closed form as one matrix",
@@ -49,23 +40,12 @@ FILES = {
 }
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A line of the table. Estimates are metrics.json's: {value, low, high, n, unscored}, values in percent or None."""
+def write_report(run_dir: Path, blur: bool | None = None) -> Path:
+    """Writes report.html and returns its path. blur: whether images are shown only when asked for (`veiled`).
 
-    name: str
-    letter: str
-    what: str
-    higher: bool
-    after: Mapping[str, Any]
-    before: Mapping[str, Any] | None
-    top1: Mapping[str, Any]
-    top1_before: Mapping[str, Any] | None
-
-
-def write_report(run_dir: Path) -> Path:
-    """Writes report.html and returns its path. What the folder does not hold (no images yet, nothing trained) is left
-    out. Raises UserError where it holds no run, or a torn file."""
+    What the folder does not hold (no images yet, nothing trained) is left out. Raises UserError where it holds no run,
+    or a torn file.
+    """
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -73,33 +53,40 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = env.get_template(TEMPLATE).render(collect(run_dir))
+    page = env.get_template(TEMPLATE).render(collect(run_dir, blur))
     out = run_dir / paths.REPORT
     paths.write_text(out, page)
     return out
 
 
-def collect(run_dir: Path) -> dict[str, Any]:
+def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
     """Everything the page shows, as values for the template."""
     config = _yaml(run_dir / paths.CONFIG)
-    metrics = _json(run_dir / paths.METRICS)
+    metrics = read_metrics(run_dir) if (run_dir / paths.METRICS).is_file() else {}
     edit = _json(run_dir / paths.EDIT_INFO)
     if not (config or metrics):
         raise UserError(f"{run_dir} holds neither {paths.CONFIG} nor {paths.METRICS}: name the folder of a run")
     protocol = metrics.get("protocol", {})
     judge = protocol.get("judge", {}).get("judge")
-    sheet = sheets(run_dir, judge) if (run_dir / paths.MANIFEST).is_file() else {}
+    headline = metrics.get("headline", MEAN_PROB)
+    sheet = sheets(run_dir, judge, headline) if (run_dir / paths.MANIFEST).is_file() else {}
+    finish = edit.pop("finish", None)
     return {
         "concepts": _concepts(config, protocol),
         "facts": _facts(config, protocol),
-        "measures": _measures(metrics),
-        "has_before": bool(metrics.get("original")),
-        "unit": {"mean_prob": "mean probability", "top1": "top-1"}.get(metrics.get("headline", ""), ""),
+        "veiled": veiled(config, metrics, blur),
+        "measured": lines.measures(metrics),
+        "sentences": lines.sentences(metrics),
+        "h_o_terms": metrics.get("h_o_terms", []),
+        "by_concept": lines.concepts(metrics),
+        "boxes": lines.boxes(metrics),
+        "others": lines.others(metrics),
+        "sets": lines.sets(metrics),
         "images": sum(strip.images for strips in sheet.values() for strip in strips),
         "first": first_pairs(sheet),
         "splits": [(split, *SPLITS[split], sheet[split]) for split in SPLITS if split in sheet],
         "seen": _seen(metrics),
-        "edit": _edit(edit),
+        "edits": [(title, block) for title, block in (("", _edit(edit)), ("after training", _edit(finish))) if block],
         "curves": charts.curves(read_lines(run_dir / paths.LOSSES)),
         "split_names": {split: title for split, (title, _) in SPLITS.items()},
         "settings": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
@@ -137,32 +124,38 @@ def _facts(config: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[tuple
     return [(label, str(value)) for label, value in facts.items() if value is not None]
 
 
-def _measures(metrics: Mapping[str, Any]) -> list[Measure]:
-    """The table's lines, for what was measured."""
-    if not metrics:
-        return []
-    mode, original = metrics["headline"], metrics["original"]
-    rows = []
-    for name, letter, what, higher in MEASURES:
-        after = metrics[mode][name]
-        if after["n"] + after["unscored"] and not (name == "h_o" and after["value"] is None):
-            before = original[mode][name] if original else None
-            top1_before = original["top1"][name] if original else None
-            rows.append(Measure(name, letter, what, higher, after, before, metrics["top1"][name], top1_before))
-    return rows
-
-
-def _seen(metrics: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float | None, float | None]]:
-    """{(split, prompt): top-1 percent (before, after)}."""
+def _seen(metrics: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """{(split, prompt): "seen in 98 → 3%"}, as the split's measure is read; top-1 in place of a mean probability."""
     if not metrics:
         return {}
-    original = (metrics["original"] or {}).get("by_prompt", [])
-    before = {(row["split"], row["prompt"]): row["top1"] for row in original}
-    after = {(row["split"], row["prompt"]): row["top1"] for row in metrics["by_prompt"]}
-    return {key: (before.get(key), value) for key, value in after.items()}
+    said = {"top1": "seen in {}%", "detected": "something detected in {}%", "score": "score {}"}
+
+    def found(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[str, Any]]:
+        read = {split: mode_of(metrics["main"], measure) or "" for split, measure in MEASURES.items()}
+        mode = {split: "top1" if m == "mean_prob" else m for split, m in read.items()}
+        return {(r["split"], r["prompt"]): (mode[r["split"]], r.get(mode[r["split"]])) for r in rows}
+
+    before = found((metrics.get("original") or {}).get("by_prompt", []))
+    after = found(metrics.get("by_prompt", []))
+    texts = {}
+    for key, (mode, now) in after.items():
+        if now is not None and mode in said:
+            values = [value for value in (before.get(key, ("", None))[1], now) if value is not None]
+            texts[key] = said[mode].format(" → ".join(f"{v:.1f}" if mode == "score" else f"{v:.0f}" for v in values))
+    return texts
 
 
-def _edit(edit: Mapping[str, Any]) -> dict[str, Any] | None:
+def veiled(config: Mapping[str, Any], metrics: Mapping[str, Any], asked: bool | None = None) -> bool:
+    """Whether images are shown blurred until they are asked for: as told, else as the run's `blur` says, else where the
+    task is explicit content."""
+    for said in (asked, config.get("blur")):
+        if said is not None:
+            return bool(said)
+    task = (metrics.get("protocol") or {}).get("task") or str((config.get("task") or {}).get("_target_", ""))
+    return "nsfw" in str(task).lower()
+
+
+def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The closed form's charts and numbers; None where the run has no closed form."""
     if not edit:
         return None

@@ -5,17 +5,20 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFilter, UnidentifiedImageError
 
-from realera.contracts import Split, Verdict
+from realera.contracts import Mode, Split, Verdict
+from realera.evaluation.readings import MEAN_PROB, MEASURES, score
 from realera.evaluation.records import Row, Which, read_manifest, read_verdicts, verdict_file
 
 SHOWN = 8  # images per prompt on a sheet
+MOST_PROMPTS = 24  # strips of a split; of a longer one, one strip shows some of its prompts
+_MOSAIC = 32  # images on that strip
 _LARGEST = 192  # pixels a side, in the page: larger images are shrunk and sent as JPEG
 
 
@@ -33,50 +36,54 @@ class Picture:
 
 @dataclass(frozen=True)
 class Strip:
-    """One prompt: pairs (before or None, after) of its first seeds, and how many there are in all."""
+    """One prompt: pairs (before or None, after) of its first seeds, and how many there are in all. mixed: pairs of
+    several prompts, whose texts stand in the pictures' titles."""
 
     prompt: str
     pairs: list[tuple[Picture | None, Picture]]
     images: int
+    mixed: bool = False
 
 
-def image_rows(run_dir: Path, judge: str) -> list[list[Any]]:
+def image_rows(run_dir: Path, judge: str, headline: Mapping[str, Mode] = MEAN_PROB) -> list[list[Any]]:
     """For a logger's image table: [prompt, seed, split, original path or None, erased path, verdict] for every image of
-    the manifest. verdict: the label and what the judge gives the concept ("sky (airplane 0.02)"), "unscored", or ""."""
+    the manifest. verdict: what the headline reads of it ("sky (airplane 0.02)", "score 22.8", "found: belly"),
+    "unscored", or ""."""
     verdicts = _verdicts(run_dir, judge, "erased")
     rows: list[list[Any]] = []
     for row in read_manifest(run_dir):
         p, said = row.prompt, verdicts.get(row.prompt.id)
-        text = (
-            ""
-            if said is None
-            else "unscored"
-            if math.isnan(said.value)
-            else f"{said.label} ({p.concept} {said.value:.2f})"
-        )
+        text = "" if said is None else _words(row, said, headline)[1]
         original = run_dir / row.original if row.original else None
         rows.append([p.text, p.seed, p.split, original, run_dir / row.file, text])
     return rows
 
 
-def sheets(run_dir: Path, judge: str | None, shown: int = SHOWN) -> dict[Split, list[Strip]]:
-    """A strip per prompt, by split, in the manifest's order. The prompt of a split of one shows twice as many."""
+def sheets(
+    run_dir: Path, judge: str | None, headline: Mapping[str, Mode] = MEAN_PROB, shown: int = SHOWN
+) -> dict[Split, list[Strip]]:
+    """A strip per prompt, by split, in the manifest's order. The prompt of a split of one shows twice as many; a split
+    of more than MOST_PROMPTS is one strip of some of its prompts, evenly spaced."""
     after = _verdicts(run_dir, judge, "erased")
     before = _verdicts(run_dir, judge, "original")
     by_split: dict[Split, dict[str, list[Row]]] = {}
     for row in read_manifest(run_dir):
         by_split.setdefault(row.prompt.split, {}).setdefault(row.prompt.text, []).append(row)
-    return {
-        split: [
-            Strip(
-                text,
-                [_pair(run_dir, row, before, after) for row in rows[: shown * (2 if len(strips) == 1 else 1)]],
-                len(rows),
-            )
-            for text, rows in strips.items()
-        ]
-        for split, strips in by_split.items()
-    }
+
+    def strip(text: str, rows: Sequence[Row], images: int, mixed: bool = False) -> Strip:
+        return Strip(text, [_pair(run_dir, row, before, after, headline) for row in rows], images, mixed)
+
+    found: dict[Split, list[Strip]] = {}
+    for split, prompts in by_split.items():
+        if len(prompts) > MOST_PROMPTS:
+            firsts = [rows[0] for rows in prompts.values()]
+            some = [firsts[i * len(firsts) // _MOSAIC] for i in range(_MOSAIC)]
+            count = sum(map(len, prompts.values()))
+            found[split] = [strip(f"{len(prompts)} prompts", list(dict.fromkeys(some)), count, mixed=True)]
+        else:
+            most = shown * (2 if len(prompts) == 1 else 1)
+            found[split] = [strip(text, rows[:most], len(rows)) for text, rows in prompts.items()]
+    return found
 
 
 def _verdicts(run_dir: Path, judge: str | None, which: Which) -> dict[str, Verdict]:
@@ -85,25 +92,51 @@ def _verdicts(run_dir: Path, judge: str | None, which: Which) -> dict[str, Verdi
 
 
 def _pair(
-    run_dir: Path, row: Row, before: dict[str, Verdict], after: dict[str, Verdict]
+    run_dir: Path, row: Row, before: dict[str, Verdict], after: dict[str, Verdict], headline: Mapping[str, Mode]
 ) -> tuple[Picture | None, Picture]:
-    original = None if row.original is None else _picture(run_dir / row.original, row, before.get(row.prompt.id))
-    return original, _picture(run_dir / row.file, row, after.get(row.prompt.id))
+    drawn = _picture(run_dir / row.file, row, after.get(row.prompt.id), headline)
+    if row.original is None:
+        return None, drawn
+    return _picture(run_dir / row.original, row, before.get(row.prompt.id), headline), drawn
 
 
-def _picture(file: Path, row: Row, said: Verdict | None) -> Picture:
+def _picture(file: Path, row: Row, said: Verdict | None, headline: Mapping[str, Mode]) -> Picture:
     uri, small = _data_uri(file)
-    prompt = row.prompt
-    title = f"{prompt.text}, seed {prompt.seed}"
+    title = f"{row.prompt.text}, seed {row.prompt.seed}"
     if said is None:
         return Picture(uri, "", title, None, small)
-    if math.isnan(said.value):
-        return Picture(uri, "unscored", f"{title}: unscored", None, small)
-    seen = said.label.lower() == prompt.concept.lower()
-    title = f"{title}: the judge sees {said.label}; {prompt.concept} {100 * said.value:.1f}%"
+    label, words, good = _words(row, said, headline)
     if second := said.detail.get("second"):
-        title += f"; second opinion {second}"
-    return Picture(uri, said.label, title, seen == (prompt.split == "keep"), small)
+        words += f"; second opinion {second}"
+    return Picture(uri, label, f"{title}: {words}", good, small)
+
+
+def _words(row: Row, said: Verdict, headline: Mapping[str, Mode]) -> tuple[str, str, bool | None]:
+    """A verdict as its split's measure reads it: in short, in full, and whether it is what erasing wants (None: a score
+    is neither)."""
+    p = row.prompt
+    mode = headline[MEASURES[p.split]]
+    value = score(p, said, mode)
+    if math.isnan(value):
+        return "unscored", "unscored", None
+    if mode == "score":
+        seen = f", sees {said.label}" if said.label else ""
+        return f"{value:.1f}", f"score {value:.1f}{seen}", None
+    if mode == "detected":
+        boxes = {name: count for name, count in (said.detail.get("boxes") or {}).items() if count}
+        found = ", ".join(f"{name} {count}" if count > 1 else name for name, count in boxes.items())
+        if not value:
+            return "nothing", f"nothing found{f' that counts ({found})' if found else ''}", True
+        return found or said.label, f"found: {found or said.label}", False
+    seen_as = said.label.lower() == p.concept.lower()
+    return said.label, f"{said.label} ({p.concept} {said.value:.2f})", seen_as == (p.split == "keep")
+
+
+def blurred(file: Path) -> Image.Image:
+    """The image, blurred past recognition, for a place that shows images unasked."""
+    with Image.open(file) as image:
+        picture = image.convert("RGB")
+    return picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 10))
 
 
 def _data_uri(file: Path) -> tuple[str, bool]:

@@ -5,43 +5,36 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
 from torch import Generator, Tensor
 
 from realera import paths
-from realera.contracts import Prompt, UserError, Verdict
-from realera.evaluation.metrics import (
-    DRAWS,
-    LEVEL,
-    MEASURES,
-    Estimate,
-    Mode,
-    h_o,
-    harmonic_mean,
-    interval,
-    resample,
-    score,
-)
-from realera.evaluation.records import read_manifest, read_verdicts, verdict_file
+from realera.contracts import Mode, Prompt, UserError, Verdict
+from realera.evaluation.counts import counts
+from realera.evaluation.metrics import DRAWS, LEVEL, Estimate, interval, readable, samples
+from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, ORDER, described, head
+from realera.evaluation.records import read_manifest, read_metrics, read_verdicts, verdict_file
 
 MARKS = ("<!-- table -->", "<!-- end of table -->")  # what write_results fills in a README
-COLUMNS = ("acc_e", "acc_s", "acc_g", "h_o", "acc_a", "acc_u")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table: a system erased one concept from one seed."""
+    """One run of a table: a system erased one concept (or several together) from one seed. headline, h_o_terms: as
+    its task has them."""
 
     system: str
     concept: str
     seed: int
     prompts: Sequence[Prompt]
     verdicts: Sequence[Verdict]
+    headline: Mapping[str, Mode] = field(default_factory=lambda: MEAN_PROB)
+    h_o_terms: Sequence[str] = H_O_TERMS
 
 
 def read_cell(run_dir: Path, judge: str) -> Cell:
@@ -59,12 +52,18 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
     if [v.prompt_id for v in verdicts] != [p.id for p in prompts]:
         raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
     concept = config["concept"]
+    if concept is None:  # the task's choice
+        concept = list(dict.fromkeys(p.concept for p in prompts if p.split == "erase"))
     name = concept if isinstance(concept, str) else ", ".join(map(str, concept))
     system = config.get("label") or (config.get("method") or {}).get("name") or "original"
-    return Cell(str(system), name, int(config.get("seed") or 0), prompts, verdicts)
+    metrics = read_metrics(run_dir)
+    read = metrics["headline"], metrics["h_o_terms"]
+    return Cell(str(system), name, int(config.get("seed") or 0), prompts, verdicts, *read)
 
 
-def pool(cells: Sequence[Cell], mode: Mode, generator: Generator, draws: int = DRAWS) -> dict[str, Estimate]:
+def pool(
+    cells: Sequence[Cell], headline: Mapping[str, Mode], generator: Generator, draws: int = DRAWS
+) -> dict[str, Estimate]:
     """One system's row: {measure: Estimate}, the mean over concepts of the mean over seeds, H_o included (the papers
     print the mean of the per-class H_o, not H_o of the mean accuracies).
 
@@ -72,67 +71,46 @@ def pool(cells: Sequence[Cell], mode: Mode, generator: Generator, draws: int = D
     replacement, and within each run so drawn the images of every prompt concept; the concepts are the protocol's own
     and are not resampled.
     """
-    values: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    drawn: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
-    counts = dict.fromkeys(COLUMNS, 0)
-    lost = dict.fromkeys(COLUMNS, 0)
+    names = [name for name in ORDER if name != "h_o" or cells[0].h_o_terms]
+    values: dict[str, list[float]] = {name: [] for name in names}
+    drawn: dict[str, list[Tensor]] = {name: [] for name in names}
+    kept, lost = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     concepts: dict[str, list[Cell]] = {}
     for cell in cells:
         concepts.setdefault(cell.concept, []).append(cell)
     for runs in concepts.values():
-        points, samples = zip(*(_measures(cell, mode, generator, draws) for cell in runs))
+        found = [samples(c.prompts, c.verdicts, headline, generator, c.h_o_terms, draws=draws) for c in runs]
         chosen = torch.randint(len(runs), (draws, len(runs)), generator=generator)
-        for name in COLUMNS:
-            values[name].append(sum(point[name] for point in points) / len(runs))
-            stacked = torch.stack([sample[name] for sample in samples])  # (seeds, draws)
+        for name in names:
+            values[name].append(sum(run[name].value for run in found) / len(runs))
+            stacked = torch.stack([run[name].drawn for run in found])  # (seeds, draws)
             drawn[name].append(stacked.gather(0, chosen.T).mean(0))
-        for cell in runs:
-            for name, (kept, unscored) in _counts(cell).items():
-                counts[name] += kept
-                lost[name] += unscored
+            kept[name] += sum(run[name].n for run in found)
+            lost[name] += sum(run[name].unscored for run in found)
     return {
         name: Estimate(
-            sum(values[name]) / len(values[name]),
-            *interval(torch.stack(drawn[name]).mean(0)),
-            counts[name],
-            lost[name],
+            sum(values[name]) / len(values[name]), *interval(torch.stack(drawn[name]).mean(0)), kept[name], lost[name]
         )
-        for name in COLUMNS
+        for name in names
     }
 
 
-def _measures(cell: Cell, mode: Mode, generator: Generator, draws: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """A run's measures and (draws,) resamples of each."""
-    point: dict[str, float] = {}
-    sample: dict[str, Tensor] = {}
-    for split, name in MEASURES.items():
-        by_concept: dict[str, list[float]] = {}
-        for prompt, verdict in zip(cell.prompts, cell.verdicts):
-            value = score(prompt, verdict, mode)
-            if prompt.split == split and not math.isnan(value):
-                by_concept.setdefault(prompt.concept, []).append(value)
-        groups = [torch.tensor(group, dtype=torch.float64) for group in by_concept.values()]
-        point[name] = float(torch.stack([group.mean() for group in groups]).mean()) if groups else math.nan
-        drawn = [resample(group, generator, draws) for group in groups]
-        sample[name] = torch.stack(drawn).mean(0) if drawn else torch.full((draws,), math.nan, dtype=torch.float64)
-    sample["h_o"] = harmonic_mean(sample["acc_e"], sample["acc_s"], sample["acc_g"])
-    point["h_o"] = h_o(point["acc_e"], point["acc_s"], point["acc_g"])
-    return point, sample
+def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
+    """The content of results.json: a row per system in the order met, each with its row per concept. JSON-able.
 
-
-def _counts(cell: Cell) -> dict[str, tuple[int, int]]:
-    """{measure: (scored, unscored)}."""
-    found = {}
-    for split, name in MEASURES.items():
-        of_split = [v for p, v in zip(cell.prompts, cell.verdicts) if p.split == split]
-        unscored = sum(math.isnan(v.value) for v in of_split)
-        found[name] = (len(of_split) - unscored, unscored)
-    parts = [found[name] for name in ("acc_e", "acc_s", "acc_g")]
-    return {**found, "h_o": (sum(p[0] for p in parts), sum(p[1] for p in parts))}
-
-
-def table(cells: Sequence[Cell], mode: Mode = "mean_prob", seed: int = 0) -> dict[str, Any]:
-    """The content of results.json: a row per system in the order met, each with its row per concept. JSON-able."""
+    mean, by_concept: as the task's headline reads each measure. readings: the mean in the other modes that the verdicts
+    have. counts: boxes by class, the mean over the system's runs.
+    """
+    if not cells:
+        raise UserError("a table needs runs: give the folders of judged ones")
+    headline = dict(cells[0].headline)
+    if other := next((c for c in cells if (dict(c.headline), list(c.h_o_terms)) != (headline, _terms(cells))), None):
+        raise UserError(
+            f"a table needs runs that are read alike, and {other.system!r} of {other.concept!r} is not read as the "
+            "first is: name the runs of one task and protocol."
+        )
+    read = set.intersection(*(set(readable(cell.verdicts)) for cell in cells))
+    extra = [mode for mode in get_args(Mode) if mode in read and {mode} != set(headline.values())]
     systems: dict[str, list[Cell]] = {}
     for cell in cells:
         systems.setdefault(cell.system, []).append(cell)
@@ -141,21 +119,26 @@ def table(cells: Sequence[Cell], mode: Mode = "mean_prob", seed: int = 0) -> dic
         twice = [(c.concept, c.seed) for c in runs]
         if again := next((pair for pair in twice if twice.count(pair) > 1), None):
             raise UserError(f"{system!r} has two runs of {again[0]!r} with seed {again[1]}: name each run once")
-        concepts = list(dict.fromkeys(cell.concept for cell in runs))
+
+        def row(chosen: Sequence[Cell], read: Mapping[str, Mode]) -> dict[str, Any]:
+            return _plain(pool(chosen, read, Generator().manual_seed(seed)))
+
+        concepts = dict.fromkeys(cell.concept for cell in runs)
+        boxes = _mean_counts(runs)
         rows.append(
             {
                 "system": system,
                 "runs": len(runs),
                 "seeds": sorted({cell.seed for cell in runs}),
-                "mean": _plain(pool(runs, mode, Generator().manual_seed(seed))),
-                "by_concept": {
-                    name: _plain(pool([c for c in runs if c.concept == name], mode, Generator().manual_seed(seed)))
-                    for name in concepts
-                },
+                "mean": row(runs, headline),
+                "by_concept": {name: row([c for c in runs if c.concept == name], headline) for name in concepts},
+                "readings": {mode: row(runs, dict.fromkeys(headline, mode)) for mode in extra},
+                **({"counts": boxes} if boxes else {}),
             }
         )
     return {
-        "mode": mode,
+        "headline": headline,
+        "h_o_terms": _terms(cells),
         "interval": {
             "kind": "percentile bootstrap over seeds and images",
             "level": LEVEL,
@@ -164,6 +147,23 @@ def table(cells: Sequence[Cell], mode: Mode = "mean_prob", seed: int = 0) -> dic
         },
         "rows": rows,
     }
+
+
+def _terms(cells: Sequence[Cell]) -> list[str]:
+    return list(cells[0].h_o_terms)
+
+
+def _mean_counts(runs: Sequence[Cell]) -> dict[str, dict[str, float]]:
+    """{split: {class: boxes per run, and "total"}}."""
+    found = [counts(cell.prompts, cell.verdicts) for cell in runs]
+    means: dict[str, dict[str, float]] = {}
+    for split in dict.fromkeys(split for of_run in found for split in of_run):
+        boxes: dict[str, float] = {}
+        for of_run in (each[split] for each in found if split in each):
+            for name, count in {**of_run["classes"], **of_run["apart"], "total": of_run["total"]}.items():
+                boxes[name] = boxes.get(name, 0) + count["boxes"] / len(found)
+        means[split] = {name: round(value, 2) for name, value in boxes.items()}
+    return means
 
 
 def write_results(run_dirs: Sequence[Path], folder: Path) -> Path:
@@ -188,7 +188,7 @@ def write_results(run_dirs: Sequence[Path], folder: Path) -> Path:
 
 
 def _judge_of(run_dir: Path) -> str:
-    return str(json.loads((run_dir / paths.METRICS).read_text(encoding="utf-8"))["protocol"]["judge"]["judge"])
+    return str(read_metrics(run_dir)["protocol"]["judge"]["judge"])
 
 
 def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
@@ -196,21 +196,34 @@ def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
     return {name: {k: round(v, 2) if isinstance(v, float) else v for k, v in e.items()} for name, e in found.items()}
 
 
-def markdown(results: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> str:
-    """The rows as a Markdown table: value and interval of each measure, systems in order."""
-    heads = {
-        "acc_e": "Acc_e ↓",
-        "acc_s": "Acc_s ↑",
-        "acc_g": "Acc_g ↓",
-        "h_o": "H_o ↑",
-        "acc_a": "Acc_a ↓",
-        "acc_u": "Acc_u ↓",
-    }
-    lines = [f"| system | {' | '.join(heads[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for row in results["rows"]:
-        cells = [_cell(row["mean"].get(column)) for column in columns]
-        lines.append(f"| {row['system']} | {' | '.join(cells)} |")
+def markdown(results: Mapping[str, Any]) -> str:
+    """The rows as Markdown: value and interval of each measure that was measured, systems in order; a column for what
+    could be scored where some images could not; and, where the headline is a score, the same rows in top-1."""
+    headline = results["headline"]
+    text = _table(results["rows"], "mean", headline)
+    if len(set(headline.values())) > 1 or "mean_prob" not in headline.values():
+        text = f"{described(headline.values()).capitalize()}.\n\n{text}"
+    if "score" in headline.values() and all("top1" in row["readings"] for row in results["rows"]):
+        rows = [{**row, "mean": row["readings"]["top1"]} for row in results["rows"]]
+        text += f"\nThe same images, read as top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
+    return text
+
+
+def _table(rows: Sequence[Mapping[str, Any]], part: str, headline: Mapping[str, Mode]) -> str:
+    columns = [name for name in ORDER if any(name in row[part] for row in rows)]
+    faces = any(row[part][name]["unscored"] for row in rows for name in row[part])
+    heads = [head(name, headline.get(name)) for name in columns] + ["scored, %"] * faces
+    lines = [f"| system | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for row in rows:
+        cells = [_cell(row[part].get(column)) for column in columns]
+        lines.append(f"| {row['system']} | {' | '.join([*cells, *([_scored(row[part])] * faces)])} |")
     return "\n".join(lines) + "\n"
+
+
+def _scored(row: Mapping[str, Any]) -> str:
+    """ "e 71, s 98": the share of the images that could be scored (that show a face, say), by measure."""
+    shares = [(name, row[name]) for name in ORDER if name != "h_o" and name in row]
+    return ", ".join(f"{name[-1]} {100 * e['n'] / (e['n'] + e['unscored']):.0f}" for name, e in shares)
 
 
 def _cell(estimate: Mapping[str, float] | None) -> str:

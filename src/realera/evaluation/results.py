@@ -1,0 +1,166 @@
+"""metrics.json: made anew from the numbers of every judge that has looked at the run's images, so that none is lost.
+
+Each judge's numbers stand beside its verdicts (verdicts/<judge>.json) with the digest of the manifest they are of.
+metrics.json is the run's own judge's, with the other judges' under `judges` and those of whole sets under `sets`;
+numbers of images that were drawn again since are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from realera import paths
+from realera.contracts import Mode, SetJudge, UserError
+from realera.evaluation.metrics import summarise
+from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, mode_of, modes
+from realera.evaluation.records import FORM, read_manifest, read_metrics, read_verdicts, verdict_file
+
+SHORT = ("main", "concepts", "counts")  # what metrics.json repeats of another judge
+
+
+def measure(
+    run_dir: Path,
+    judge: str,
+    protocol: Mapping[str, Any],
+    headline: Mapping[str, Mode] = MEAN_PROB,
+    h_o_terms: Sequence[str] = H_O_TERMS,
+    own: str | None = None,
+) -> dict[str, Any]:
+    """Reads the manifest and the judge's verdicts, writes verdicts/<judge>.json and metrics.json, returns the latter.
+
+    The unedited model's verdicts are taken along where they stand. own: the run's own judge, whose numbers metrics.json
+    puts first (default: this one). Raises UserError where the verdicts are missing or of other images than the
+    manifest's.
+    """
+    prompts = [row.prompt for row in read_manifest(run_dir)]
+    before = verdict_file(run_dir, judge, "original")
+    said = read_verdicts(verdict_file(run_dir, judge))
+    original = read_verdicts(before) if before.is_file() else None
+    for verdicts in (said, original or said):
+        if [v.prompt_id for v in verdicts] != [p.id for p in prompts]:
+            raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
+    numbers = summarise(prompts, said, original, headline=headline, terms=h_o_terms)
+    interval = numbers.pop("interval")
+    _keep(run_dir, judge, {"form": FORM, **numbers, "protocol": {**protocol, "interval": interval}})
+    return gather(run_dir, own or judge)
+
+
+def measure_set(run_dir: Path, judge: SetJudge, references: Path | None, split: str, own: str) -> dict[str, Any]:
+    """Compares the images of one split with those of a folder, or (None) with the unedited model's of the same prompts,
+    and adds the numbers to metrics.json. `own` as in `measure`.
+
+    Raises:
+        UserError: there are no such images.
+    """
+    rows = [row for row in read_manifest(run_dir) if row.prompt.split == split]
+    images = [row.path(run_dir) for row in rows]
+    if references is None:
+        against = [row.path(run_dir, "original") for row in rows]
+    else:
+        endings = {".png", ".jpg", ".jpeg", ".webp"}
+        found = sorted(references.rglob("*")) if references.is_dir() else []
+        against = [file for file in found if file.suffix.lower() in endings]
+    if not images:
+        raise UserError(f"{run_dir} has no images of the split {split!r}: name another, judge.split=erase, say")
+    if not against:
+        raise UserError(f"{references} holds no images to compare with: name another folder, judge.references=FOLDER")
+    if gone := next((file for file in (*images, *against) if not file.is_file()), None):
+        raise UserError(f"the image {gone} is missing: judge the run by its own judge first, which draws it again")
+    numbers = {k: v if math.isfinite(v) else None for k, v in judge.compare(images, against).items()}
+    said = {"split": split, "references": "originals" if references is None else str(references)}
+    sizes = {"images": len(images), "reference_images": len(against)}
+    _keep(run_dir, judge.name, {"form": FORM, "set": numbers, "protocol": {**judge.protocol(), **said, **sizes}})
+    return gather(run_dir, own)
+
+
+def gather(run_dir: Path, own: str) -> dict[str, Any]:
+    """Writes metrics.json from the judges' files and returns it. Raises UserError where `own` has not judged."""
+    digest = _images(run_dir)
+    first: dict[str, Any] | None = None
+    judges: dict[str, Any] = {}
+    sets: dict[str, Any] = {}
+    for file in sorted((run_dir / paths.VERDICTS).glob("*.json")):
+        numbers = _read(file)
+        if numbers.get("form") != FORM or numbers.pop("of_images", None) != digest:
+            continue
+        if "set" in numbers:
+            sets[file.stem] = {**numbers["set"], "protocol": numbers["protocol"]}
+        elif file.stem == own:
+            first = numbers
+        else:
+            original = numbers["original"] and {k: numbers["original"][k] for k in SHORT if k in numbers["original"]}
+            short = {k: numbers[k] for k in ("headline", *SHORT) if k in numbers}
+            judges[file.stem] = {**short, "original": original, "protocol": numbers["protocol"].get("judge", {})}
+    if first is None:
+        raise UserError(f"{run_dir} was not judged by {own!r}: judge it by that one first (evaluate run={run_dir})")
+    metrics = {**first, "judges": judges, "sets": sets}
+    paths.write_text(run_dir / paths.METRICS, _text(metrics))
+    return metrics
+
+
+def own_judge(run_dir: Path) -> str | None:
+    """The judge whose numbers metrics.json puts first; None where the run was not judged yet. The numbers of a run that
+    an earlier version judged are made again from its verdicts. Raises UserError where these are gone."""
+    if not (run_dir / paths.METRICS).is_file():
+        return None
+    metrics = read_metrics(run_dir)
+    judge = str(metrics["protocol"]["judge"]["judge"])
+    if numbers_of(run_dir, judge) is None:
+        measure(run_dir, judge, metrics["protocol"], metrics["headline"], metrics["h_o_terms"])
+    return judge
+
+
+def numbers_of(run_dir: Path, judge: str) -> dict[str, Any] | None:
+    """What a judge's file holds where it is of the images that stand; else None."""
+    numbers = _read(run_dir / paths.VERDICTS / f"{judge}.json")
+    return numbers if numbers.get("form") == FORM and numbers.get("of_images") == _images(run_dir) else None
+
+
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The values alone, for a logger; no unmeasured ones. acc_e: as the task reads it; acc_e_top1: in another reading;
+    original/...: of the unedited model; <concept>/acc_e: of one of several; counts/<class>: boxes in the images that
+    were asked for by name; scored/acc_e: percent, where some images could not be; sets/<judge>/<number>."""
+    found: dict[str, float | None] = {}
+    for prefix, part in (("", metrics), ("original/", metrics["original"] or {"main": {}})):
+        main = part["main"]
+        found |= {f"{prefix}{name}": e["value"] for name, e in main.items()}
+        found |= {f"{prefix}scored/{name}": e["scored"] for name, e in main.items() if e["unscored"]}
+        for mode in modes(part):
+            names = (name for name in part[mode] if mode_of(main, name) != mode)
+            found |= {f"{prefix}{name}_{mode}": part[mode][name]["value"] for name in names}
+        for concept, block in part.get("concepts", {}).items():
+            found |= {f"{prefix}{concept.replace('/', '-')}/{name}": e["value"] for name, e in block.items()}
+        if boxes := part.get("counts", {}).get("erase"):
+            each = {**boxes["classes"], **boxes["apart"], "total": boxes["total"]}
+            found |= {f"{prefix}counts/{name}": count["boxes"] for name, count in each.items()}
+    for judge, numbers in metrics.get("sets", {}).items():
+        found |= {f"sets/{judge}/{name}": value for name, value in numbers.items() if name != "protocol"}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _keep(run_dir: Path, judge: str, numbers: Mapping[str, Any]) -> None:
+    path = run_dir / paths.VERDICTS / f"{judge}.json"
+    paths.write_text(path, _text({"of_images": _images(run_dir), **numbers}))
+
+
+def _images(run_dir: Path) -> str:
+    """The manifest's digest: it names every image, its prompt and what drew it."""
+    return hashlib.sha256((run_dir / paths.MANIFEST).read_bytes()).hexdigest()[:16]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """{} for a file that is missing or torn: its numbers can be had again."""
+    try:
+        numbers = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return numbers if isinstance(numbers, dict) else {}
+
+
+def _text(numbers: Mapping[str, Any]) -> str:
+    return json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
