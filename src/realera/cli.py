@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from realera import complaints, paths
 from realera.contracts import Task, UserError
+from realera.tasks.files import read_concepts
 
 log = logging.getLogger("realera")
 Step = Callable[[DictConfig], None]
@@ -45,7 +46,7 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
     def run(cfg: DictConfig) -> None:
         cfg = with_judge(cfg, config_name)
         try:
-            step(cfg)
+            step(with_concepts(cfg))
         except Exception as error:
             met.append(error)
             sentence = complaints.of_step(error)
@@ -107,6 +108,33 @@ def with_judge(cfg: DictConfig, config_name: str) -> DictConfig:
     if not open_choice or "judges" not in (cfg.get("task") or {}) or any(w.startswith("judge=") for w in typed):
         return cfg
     return hydra.compose(config_name, [*typed, f"judge={by_backbone(cfg.task.judges, _root_=cfg)}"])
+
+
+def with_concepts(cfg: DictConfig) -> DictConfig:
+    """The config with the names and anchors that stand in `concepts_file`, in place of the file.
+
+    Raises:
+        UserError: the file cannot be read, or concepts or anchors are given twice.
+    """
+    file, anchor = cfg.get("concepts_file"), cfg.get("anchor")
+    if file is None:
+        return cfg
+    if cfg.concept is not None:
+        raise UserError("concept and concepts_file are both given: leave one of them out.")
+    names, anchors = zip(*read_concepts(file))
+    if OmegaConf.is_list(anchor) and any(anchors):
+        raise UserError(f"anchor is a list and {file} holds anchors too: leave one of them out.")
+    if not OmegaConf.is_list(anchor):
+        listed = [own or anchor for own in anchors]  # a typed anchor is for the names that have none of their own
+        cfg.anchor = listed if any(listed) and len(listed) > 1 else listed[0]
+    cfg.concept = list(names) if len(names) > 1 else names[0]
+    cfg.concepts_file = None
+    return cfg
+
+
+def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The config with the concepts that the task chose where none was typed."""
+    return config if config.get("concept") else {**config, "concept": [concept.target for concept in task.concepts]}
 
 
 def build_task(config: Mapping[str, Any]) -> Task:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -229,6 +230,11 @@ def _tokenizer(backbone: Mapping[str, Any]) -> Any:
     found = place if place.is_dir() else _cached(str(pretrained))
     if found is None or not (file := found / "tokenizer" / "tokenizer.json").is_file():
         return None
+    return _tokenizer_of(file)
+
+
+@cache
+def _tokenizer_of(file: Path) -> Any:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))

@@ -18,6 +18,7 @@ from realera.contracts import UserError
 from realera.tasks.prompts import slug
 
 ROOT = Path("runs")  # unless `root` says otherwise
+SPELT_OUT = 3  # more concepts than this are not all named in titles and folders
 FILES = (
     paths.CONFIG,
     paths.ERASED,
@@ -48,7 +49,15 @@ class Run:
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that an erasure's weights and numbers depend on; its hardware and its logger do not count."""
     kept = {key: config.get(key) for key in ("task", "method", "backbone", "concept", "anchor", "seed")}
+    tables = {key: file for key, file in (config.get("task") or {}).items() if key.endswith("_csv") and file}
+    if tables:  # what they hold, not only what they are called
+        kept["tables"] = {key: _content(Path(str(file)).expanduser()) for key, file in tables.items()}
     return {**kept, "precision": (config.get("trainer") or {}).get("precision"), "version": __version__}
+
+
+def _content(file: Path) -> str | None:
+    """A digest of a file's content; None where it is gone."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
 
 
 def digest(content: Any) -> str:
@@ -60,7 +69,8 @@ def digest(content: Any) -> str:
 def concept_of(config: Mapping[str, Any]) -> str:
     """What a run erases, as one text."""
     concept = config["concept"]
-    return concept if isinstance(concept, str) else ", ".join(map(str, concept))
+    names = list(map(str, concept)) if isinstance(concept, (list, tuple)) else [str(concept)]
+    return ", ".join(names) if len(names) <= SPELT_OUT else f"{names[0]} and {len(names) - 1} more"
 
 
 def folder_of(config: Mapping[str, Any]) -> Path:

@@ -15,6 +15,7 @@ def train(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
     preflight.check_settings(config, sweep=cli.in_sweep())
     task = cli.build_task(config)
+    config = cli.name_concepts(config, task)
     preflight.check_task(task, config["backbone"])
     preflight.check_model(config["backbone"])
     if config["evaluate"]:

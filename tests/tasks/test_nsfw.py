@@ -48,6 +48,7 @@ def test_the_miniatures_five_are_erased_together() -> None:
     assert Counter(p.split for p in prompts) == {"erase": 60, "near": 60, "keep": 102, "associated": 45, "unseen": 40}
     assert len({p.id for p in prompts}) == len(prompts)
     assert task.headline["acc_e"] == "detected" and task.headline["acc_s"] == "mean_prob" and task.h_o_terms == ()
+    assert task.labels == (*WORLD["unsafe"], *WORLD["everyday"])
     one = NsfwTask("Gun", world="miniature")
     assert one.concepts == [Concept("gun", "street")]
     assert {p.concept for p in one.eval_prompts() if p.split != "keep"} == {"gun"}
@@ -121,6 +122,7 @@ def test_the_protocol_names_the_files_content(i2p: str) -> None:
     ("arguments", "said"),
     [
         ({"concepts": "violence"}, "anchor='a person wearing clothes'"),
+        ({"concepts": "apple", "world": "miniature"}, "(gun, knife, bomb, cigarette, syringe)"),
         ({"concepts": "pistol", "world": "miniature"}, "concept=gun"),
         ({"concepts": "gun", "world": "miniature", "anchor": "firearm"}, "another"),
         ({"prompts_csv": "nowhere.csv"}, "nowhere.csv cannot be read"),

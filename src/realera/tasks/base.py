@@ -96,7 +96,7 @@ class NamedTask:
         self.concepts = [Concept(n, a) for n, a in zip(names, self._anchors(names, anchor, superclass))]
         erased = set(map(same_name, names))
         self.preserved = [name for name in preserved if same_name(name) not in erased]
-        self.labels: Sequence[str] = tuple(dict.fromkeys([*self.known, *names]))
+        self.labels: Sequence[str] = tuple(dict.fromkeys([*self.known, *preserved, *names]))
 
     # --- what was typed --------------------------------------------------------------------------------------------
 
@@ -219,18 +219,21 @@ class ProtocolTask(NamedTask):
         self.h_o_terms = tuple(chosen["h_o_terms"])
         several = len(concepts) if isinstance(concepts, Sequence) and not isinstance(concepts, str) else 1
         known = {**raw.get("concepts", {}), **held.get("concepts", {})}
+        superclass = held.get("anchor", raw.get("anchor"))
+        if superclass is not None:  # of the preserved ones too: they can be erased as they are
+            known |= {name: {} for name in held["preserved"] if name not in known}
         super().__init__(
             concepts,
             anchor,
             version=raw["version"],
-            known={**known, **{name: {} for name in held["preserved"] if name not in known}},
+            known=known,
             preserved=held["preserved"],
             templates=held.get("templates", chosen.get("templates")),
             training_templates=[*held.get("training_templates", raw.get("training_templates", ())), *templates],
             images={**_counts(chosen["images"][world], several), **_given(images)},
             first_seed=chosen["first_seed"] if first_seed is None else first_seed,
             words=words,
-            superclass=held.get("anchor", raw.get("anchor")),
+            superclass=superclass,
             unnamed=unnamed,
         )
 

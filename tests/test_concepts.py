@@ -1,0 +1,164 @@
+"""One concept, many, or a file of them: what a run's settings say, and where it then stands."""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from realera import cli, paths, preflight, runs
+from realera.contracts import UserError
+from realera.tasks.base import load
+
+BACKBONES = sorted(file.stem for file in (paths.CONF_DIR / "backbone").glob("*.yaml"))
+FIRST = {"celebrity": "Tom Cruise", "style": "Van Gogh", "object": "airplane", "nsfw": None}
+
+
+def settings(*words: str, door: str = "train") -> dict[str, Any]:
+    """A door's settings once the file of concepts is read."""
+    cli.register_resolvers()
+    with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+        return cli.plain(cli.with_concepts(compose(door, list(words))))
+
+
+def listed(folder: Path, text: str) -> str:
+    path = folder / "names.txt"
+    path.write_text(text, encoding="utf-8")
+    return f"concepts_file={path}"
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("task", FIRST)
+def test_every_task_knows_its_first_concept_on_every_backbone(task: str, backbone: str) -> None:
+    words = [f"task={task}", f"backbone={backbone}", *([f"concept={FIRST[task]}"] if FIRST[task] else [])]
+    config = settings(*words)
+    preflight.check_settings(config)
+    built = cli.build_task(config)
+    assert built.name == task and all(concept.anchor for concept in built.concepts)
+    assert set(built.headline) == {"acc_e", "acc_s", "acc_g", "acc_a", "acc_u"}
+    assert set(built.h_o_terms) <= set(built.headline)
+    named = cli.name_concepts(config, built)
+    assert named["concept"] and runs.folder_of(named).name.endswith(runs.digest(runs.identity(named)))
+    if backbone == "mini":
+        assert 250 <= len(built.eval_prompts()) <= 350
+
+
+@pytest.mark.parametrize("task", FIRST)
+def test_the_miniature_reads_every_prompt_whole(task: str) -> None:
+    from tokenizers import Tokenizer
+
+    config = settings(f"task={task}", "backbone=mini", "concept=tractor", "anchor=field")
+    rows = config["backbone"]["text"]["max_length"]
+    tokenizer = Tokenizer.from_file(str(paths.MINIATURE / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    raw = load({"celebrity": "celebrities", "style": "artists", "object": "objects", "nsfw": "nsfw"}[task] + ".yaml")
+    held = raw["worlds"]["miniature"] if "worlds" in raw else {}
+    names = [*raw.get("classes", {}), *raw.get("concepts", {}), *held.get("concepts", {})]
+    for name in names:
+        built = cli.build_task({**config, "task": {**config["task"], "concepts": name, "anchor": None}})
+        pairs = [text for pair in built.training_prompts(built.concepts[0]) for text in pair]
+        for text in {*pairs, *(prompt.text for prompt in built.eval_prompts())}:
+            assert len(tokenizer.encode(text).ids) <= rows, text
+        preflight.check_task(built, config["backbone"])
+
+
+def test_a_file_of_names_is_a_list_of_concepts(tmp_path: Path) -> None:
+    config = settings("task=celebrity", listed(tmp_path, "# two\nTom Cruise\nR2-D2,robot\n"))
+    assert (config["concept"], config["anchor"], config["concepts_file"]) == (
+        ["Tom Cruise", "R2-D2"],
+        [None, "robot"],
+        None,
+    )
+    built = cli.build_task(config)
+    assert [(c.target, c.anchor) for c in built.concepts] == [("Tom Cruise", "a person"), ("R2-D2", "robot")]
+    typed = settings("task=celebrity", "concept=[Tom Cruise,R2-D2]", "anchor=[null,robot]")
+    assert runs.folder_of(typed) == runs.folder_of(config)  # what is erased counts, not how it was typed
+
+
+def test_one_name_in_a_file_is_one_concept_and_a_typed_anchor_fills_the_gaps(tmp_path: Path) -> None:
+    assert settings(listed(tmp_path, "airplane\n"))["concept"] == "airplane"
+    config = settings("anchor=sky", listed(tmp_path, "airplane\ntractor,field\n"))
+    assert config["anchor"] == ["sky", "field"]
+    config = settings("anchor=[sky,road]", listed(tmp_path, "airplane\ntruck\n"))
+    assert config["anchor"] == ["sky", "road"]
+
+
+@pytest.mark.parametrize("door", ["train", "evaluate"])
+def test_concepts_given_twice_are_refused(door: str, tmp_path: Path) -> None:
+    run = ["run=original"] if door == "evaluate" else []
+    with pytest.raises(UserError, match="leave one of them out"):
+        settings("concept=cat", listed(tmp_path, "dog\n"), *run, door=door)
+    with pytest.raises(UserError, match="holds anchors too"):
+        settings("anchor=[sky,sea]", listed(tmp_path, "dog\nship,sea\n"), *run, door=door)
+
+
+def test_a_hundred_concepts_pass_the_preflight_quickly_and_stand_in_a_short_folder(tmp_path: Path) -> None:
+    names = load("celebrities.yaml")["worlds"]["paper"]["preserved"]
+    words = ["task=celebrity", "backbone=mini", "anchor=a person", listed(tmp_path, "\n".join(names))]
+    config = settings(*words)
+    begun = time.perf_counter()
+    preflight.check_settings(config)
+    built = cli.build_task(config)
+    preflight.check_task(built, config["backbone"])
+    assert time.perf_counter() - begun < 2
+    assert len(built.concepts) == 100
+    assert runs.concept_of(config) == "Aaron Paul and 99 more"
+    assert len(runs.folder_of(config).name) < 80
+    other = settings(*words[:3], listed(tmp_path, "\n".join([*names[:-1], "Tom Cruise"])))
+    assert runs.folder_of(other) != runs.folder_of(config)
+
+
+def test_titles_name_a_few_concepts() -> None:
+    assert runs.concept_of({"concept": "cat"}) == "cat"
+    assert runs.concept_of({"concept": ["cat", "dog", "frog"]}) == "cat, dog, frog"
+    assert runs.concept_of({"concept": ["cat", "dog", "frog", "ship"]}) == "cat and 3 more"
+
+
+def test_the_task_names_the_concepts_that_were_not_typed() -> None:
+    config = settings("task=nsfw", "backbone=mini")
+    named = cli.name_concepts(config, cli.build_task(config))
+    assert named["concept"] == ["gun", "knife", "bomb", "cigarette", "syringe"]
+    typed = {**config, "concept": "gun"}
+    assert cli.name_concepts(typed, cli.build_task(typed)) is typed
+
+
+def test_a_tables_content_belongs_to_the_runs_identity(tmp_path: Path) -> None:
+    table = tmp_path / "i2p.csv"
+    table.write_text("prompt\na statue\n", encoding="utf-8")
+    config = settings("task=nsfw", "backbone=mini", "concept=gun", f"task.prompts_csv={table}")
+    before = runs.folder_of(config)
+    assert runs.folder_of(config) == before
+    table.write_text("prompt\na swimmer\n", encoding="utf-8")
+    assert runs.folder_of(config) != before
+    assert "tables" not in runs.identity(settings("concept=airplane"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["task=celebrity", "concept=R2-D2"], "anchor='a person'"),
+        (["task=celebrity"], "concept='Tom Cruise'"),
+        (["task=style", "concept=Studio Ghibli"], "anchor=art"),
+        (["task=nsfw", "task.prompts_csv=nowhere.csv"], "nowhere.csv cannot be read"),
+        (["concepts_file=nowhere.txt"], "nowhere.txt cannot be read"),
+        (["task=celebrity", "task.protocol=esd", "concept=Tom Cruise"], "realera or mace"),
+        (["concept=[cat,../dog]"], "file's path"),
+    ],
+)
+def test_the_door_refuses_with_one_sentence(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", *words, "backbone=mini"])
+    with pytest.raises(SystemExit) as left:
+        import_module("realera.train").main()
+    told = capsys.readouterr().err
+    assert left.value.code == 2
+    assert said in told and told.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nothing half-written
