@@ -125,7 +125,7 @@ def test_a_concept_nobody_can_judge_still_ends_in_a_page(
     assert metrics["mean_prob"]["acc_s"]["n"] == 10
     assert "tractor" in (folder / "report.html").read_text(encoding="utf-8")
     shown = capsys.readouterr().out
-    assert "Acc_s" in shown and "0 + 2" in shown and "unscored" in shown
+    assert "Acc_s" in shown and "0/2" in shown and "scored (the others count nowhere)" in shown
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 

@@ -17,13 +17,11 @@ from realera.evaluation.readings import (
     ORDER,
     READINGS,
     WHAT,
-    counted,
     described,
     head,
     mode_of,
     some_unscored,
     symbol,
-    what,
 )
 
 console = Console()
@@ -52,25 +50,22 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
     main = metrics["main"]
     before = (metrics.get("original") or {}).get("main")
     modes = [mode_of(main, name) for name in ORDER if name in main and name != "h_o" and _measured(main[name])]
-    mixed = len(set(modes)) > 1
     table = Table(title=title, title_justify="left", caption=_caption(modes, metrics), caption_justify="left")
     units = {READINGS[mode].unit for mode in modes if mode}
     table.add_column("%" if units <= {"%"} else "", no_wrap=True)
-    if mixed:
-        table.add_column("read as")
     if before:
         table.add_column("original", justify="right", no_wrap=True)
     table.add_column(erased, justify="right", no_wrap=True)
     table.add_column("images", justify="right")
 
     def add(label: str, now: Mapping[str, Any], was: Mapping[str, Any] | None, end: bool = False) -> None:
-        cells = [what(now["mode"])] if mixed else []
-        cells += [_cell(was)] if before else []
-        table.add_row(label, *cells, _cell(now), counted(now), end_section=end)
+        cells = [_cell(was)] if before else []
+        table.add_row(label, *cells, _cell(now), _images(now), end_section=end)
 
+    width = max((len(head(name, mode_of(main, name))) for name in main), default=0)
     for name in ORDER:
         if name in main and _measured(main[name]):
-            label = f"{head(name, mode_of(main, name)):<8} {WHAT[name]}"
+            label = f"{head(name, mode_of(main, name)):<{width}} {WHAT[name]}"
             last = name == ("h_o" if "h_o" in main else "acc_g")
             add(label, main[name], (before or {}).get(name), end=last)
     concepts = metrics.get("concepts", {})
@@ -88,7 +83,7 @@ def show_run(folder: Path, metrics: Mapping[str, Any], title: str, erased: str =
     console.print()
     console.print(results(metrics, title, erased))
     for judge, numbers in metrics.get("sets", {}).items():
-        values = (f"{name} {value:.2f}" for name, value in numbers.items() if isinstance(value, (int, float)))
+        values = (f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, (int, float)))
         console.print(f"{judge}: {', '.join(values)}", highlight=False, markup=False)
     if (folder / paths.ERASED).is_file():
         show_path("weights", folder / paths.ERASED)
@@ -109,13 +104,18 @@ def _cell(estimate: Mapping[str, Any] | None) -> str:
     return f"{estimate['value']:.1f} \\[{estimate['low']:.1f}, {estimate['high']:.1f}]"
 
 
+def _images(estimate: Mapping[str, Any]) -> str:
+    """ "40", or "38/40" where two could not be scored."""
+    return f"{estimate['n']}" + (f"/{estimate['n'] + estimate['unscored']}" if estimate["unscored"] else "")
+
+
 def _measured(estimate: Mapping[str, Any]) -> bool:
     return bool(estimate["n"] + estimate["unscored"])
 
 
 def _caption(modes: Sequence[str | None], metrics: Mapping[str, Any]) -> str:
     """The reading; and, where some images could not be scored (showed no face, say), how many of each measure's could:
-    "scored, %: Acc_e 99 → 71"."""
+    "Acc_e 99 → 71"."""
     text = "; ".join(part for part in (described(modes), "95% intervals by bootstrap over images") if part)
     if not some_unscored(metrics):
         return text
@@ -125,4 +125,4 @@ def _caption(modes: Sequence[str | None], metrics: Mapping[str, Any]) -> str:
         found = [e["scored"] for e in (before.get(name), now) if e and e["scored"] is not None]
         if found and name != "h_o":
             shares.append(f"{'_'.join(symbol(name, now['mode']))} {' → '.join(f'{share:.0f}' for share in found)}")
-    return f"{text}\nscored, %: {', '.join(shares)}"
+    return f"{text}\nscored (the others count nowhere), %: {', '.join(shares)}"

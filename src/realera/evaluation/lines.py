@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from realera.evaluation import charts
-from realera.evaluation.readings import MEASURES, counted, higher, mode_of, symbol, what
+from realera.evaluation.readings import MEASURES, counted, higher, mode_of, modes, symbol, what
 
 ORDER = ("acc_e", "acc_g", "acc_s", "h_o", "acc_a", "acc_u")
 WHAT = {
     "acc_e": "the concept by name",
-    "acc_g": "synonyms, paraphrases",
+    "acc_g": "synonyms or paraphrases",
     "acc_s": "other concepts",
     "h_o": "the harmonic mean",
     "acc_a": "phrases that evoke it",
@@ -61,8 +61,8 @@ def measures(metrics: Mapping[str, Any]) -> Lines:
         for name in ORDER
         if name in main and (_images(main[name]) if name != "h_o" else main[name]["value"] is not None)
     ]
-    modes = {mode_of(main, name) for name in shown if name != "h_o"}
-    beside = "top1" if "top1" in metrics and modes != {"top1"} and "detected" not in modes else ""
+    read = {mode_of(main, name) for name in shown if name != "h_o"}
+    beside = "top1" if "top1" in metrics and read != {"top1"} and "detected" not in read else ""
     high = _axis_end(main, before, shown)
 
     def line(name: str) -> Line:
@@ -86,7 +86,7 @@ def measures(metrics: Mapping[str, Any]) -> Lines:
 
     lines = [line(name) for name in shown]
     lost = any(e["unscored"] for block in (main, before or {}) for e in block.values())
-    reading = next((each.reading for each in lines if each.name != "h_o"), "") if len(modes) == 1 else ""
+    reading = next((each.reading for each in lines if each.name != "h_o"), "") if len(read) == 1 else ""
     axis = [charts.Tick(100 * mark / high, charts.number(mark)) for mark in (0, high / 2, high)]
     return Lines(lines, axis, reading, what("top1") if beside else "", lost, before is not None)
 
@@ -190,21 +190,25 @@ def boxes(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def others(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The other judges of the same images: {"judge", "lines": [(symbol, index, reading, before, after)]}."""
+    """The other judges of the same images: {"judge", "lines": [(symbol, index, reading, before, after)]}, as the task
+    reads them, or where such a judge cannot be read so, in the first reading that it has."""
     found = []
     for judge, numbers in (metrics.get("judges") or {}).items() if metrics else ():
-        main, before = numbers["main"], (numbers.get("original") or {}).get("main", {})
+        part, read = "main", ""
+        if all(e["value"] is None for e in numbers["main"].values()):
+            part = read = next((m for m in modes(numbers) if numbers[m]["acc_e"]["value"] is not None), "main")
+        now, before = numbers[part], (numbers.get("original") or {}).get(part, {})
         rows = []
         for name in ORDER:
-            if name in main and main[name]["value"] is not None:
-                mode = mode_of(main, name)
+            if name in now and now[name]["value"] is not None:
+                mode = read or mode_of(now, name)
                 was = before.get(name, {}).get("value")
-                rows.append((*symbol(name, mode), what(mode), was, main[name]["value"]))
+                rows.append((*symbol(name, mode), what(mode), was, now[name]["value"]))
         found.append({"judge": judge, "lines": rows})
     return found
 
 
-def sets(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, float | None]], str]]:
+def sets(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]], str]]:
     """Numbers of whole sets of images: (judge, [(name, value)], what was compared)."""
     found = []
     for judge, numbers in (metrics.get("sets") or {}).items() if metrics else ():
@@ -212,5 +216,6 @@ def sets(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, float | 
         references = protocol.get("references", "")
         against = "the unedited model's of the same prompts" if references == "originals" else f"those in {references}"
         compared = f"{protocol.get('images', '?')} images of the split {protocol.get('split', '?')} against {against}"
-        found.append((judge, [(name, value) for name, value in numbers.items() if name != "protocol"], compared))
+        values = [(k, "–" if v is None else charts.number(v)) for k, v in numbers.items() if k != "protocol"]
+        found.append((judge, values, compared))
     return found

@@ -111,5 +111,5 @@ def _rank(measures: Mapping[str, Any]) -> float:
 
 
 def _short(value: Any) -> str:
-    text = "–" if value is None else str(value)
+    text = "–" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 40 else f"{text[:39]}…"

@@ -20,9 +20,9 @@ H_O_TERMS = ("acc_e", "acc_s", "acc_g")  # RealEra's; MACE's celebrities have th
 MEAN_PROB: Mapping[str, Mode] = dict.fromkeys(MEASURES.values(), "mean_prob")  # as the papers print objects
 ORDER = ("acc_e", "acc_s", "acc_g", "h_o", "acc_a", "acc_u")  # of the tables
 WHAT = {
-    "acc_e": "concept by name",
-    "acc_s": "other concepts",
-    "acc_g": "synonyms, paraphrases",
+    "acc_e": "by name",
+    "acc_s": "the others",
+    "acc_g": "paraphrases",
     "h_o": "harmonic mean",
     "acc_a": "associations",
     "acc_u": "other words",
@@ -94,11 +94,11 @@ def mode_of(main: Mapping[str, Any], measure: str) -> str | None:
 
 
 def described(modes: Iterable[str | None]) -> str:
-    """The readings in words, each once: "mean probability", "images with a detection (%) and CLIP score"."""
+    """The readings in words, each once: "mean probability"; "Det: images with a detection, %; CLIP: CLIP score"."""
     known = [READINGS[m] for m in dict.fromkeys(modes) if m is not None and m in READINGS]
     if len(known) == 1:
         return known[0].what
-    return " and ".join(f"{r.what} ({r.unit})" if r.unit else r.what for r in known)
+    return "; ".join(f"{r.symbol}: {r.what}{f', {r.unit}' if r.unit else ''}" for r in known)
 
 
 def counted(estimate: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from realera.evaluation.metrics import summarise
 from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, mode_of, modes
 from realera.evaluation.records import FORM, read_manifest, read_metrics, read_verdicts, verdict_file
 
-SHORT = ("main", "concepts", "counts")  # what metrics.json repeats of another judge
+LEFT_OUT = ("by_prompt", "protocol", "original", "h_o_terms", "form")  # of another judge
 
 
 def measure(
@@ -93,9 +93,9 @@ def gather(run_dir: Path, own: str) -> dict[str, Any]:
         elif file.stem == own:
             first = numbers
         else:
-            original = numbers["original"] and {k: numbers["original"][k] for k in SHORT if k in numbers["original"]}
-            short = {k: numbers[k] for k in ("headline", *SHORT) if k in numbers}
-            judges[file.stem] = {**short, "original": original, "protocol": numbers["protocol"].get("judge", {})}
+            said = numbers["protocol"].get("judge", {})
+            original = numbers["original"] and _short(numbers["original"])
+            judges[file.stem] = {**_short(numbers), "original": original, "protocol": said}
     if first is None:
         raise UserError(f"{run_dir} was not judged by {own!r}: judge it by that one first (evaluate run={run_dir})")
     metrics = {**first, "judges": judges, "sets": sets}
@@ -146,6 +146,10 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 def _keep(run_dir: Path, judge: str, numbers: Mapping[str, Any]) -> None:
     path = run_dir / paths.VERDICTS / f"{judge}.json"
     paths.write_text(path, _text({"of_images": _images(run_dir), **numbers}))
+
+
+def _short(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in numbers.items() if key not in LEFT_OUT}
 
 
 def _images(run_dir: Path) -> str:

@@ -202,8 +202,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     headline = results["headline"]
     text = _table(results["rows"], "mean", headline)
     if len(set(headline.values())) > 1 or "mean_prob" not in headline.values():
-        text = f"{described(headline.values()).capitalize()}.\n\n{text}"
-    if "score" in headline.values() and all("top1" in row["readings"] for row in results["rows"]):
+        said = described(headline.values())
+        text = f"{said[:1].upper()}{said[1:]}.\n\n{text}"
+    if headline["acc_e"] == "score" and all("top1" in row["readings"] for row in results["rows"]):
         rows = [{**row, "mean": row["readings"]["top1"]} for row in results["rows"]]
         text += f"\nThe same images, read as top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
     return text
