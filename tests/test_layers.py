@@ -38,11 +38,13 @@ LIBRARIES = {  # where a library may be imported; the workshop is free
     "open_clip": {"judges"},
     "nudenet": {"judges"},
     "onnxruntime": {"judges"},
+    "torch_fidelity": {"judges"},
 }
 LATE = {
     "open_clip",
     "nudenet",
     "onnxruntime",
+    "torch_fidelity",
     "torchvision",
 }  # inside __init__ only: composing a config never needs them
 LONGEST, LONGEST_DOOR = 320, 100  # lines
