@@ -27,9 +27,10 @@ class UNetBackbone:
     dtype: of the U-Net's weights, "float32", "bfloat16", or "float16" (draws images, cannot be trained); text states,
     latents and the autoencoder are float32. text: the width and max_length that the config promises are held against
     the checkpoint (its row_norm serves the config's own checks). text_length: rows T, None = the tokenizer's limit.
-    attention, compile: see `Denoiser`. vae_slicing: images are decoded one by one; vae_tiling: and in overlapping
-    tiles, which shows faintly. Raises UserError for bad settings and for a checkpoint that is missing, torn, or not
-    what `text` promises.
+    attention, compile: see `Denoiser`. gradient_checkpointing: a block's activations are computed again for the
+    gradient instead of kept. vae_slicing: images are decoded one by one; vae_tiling: and in overlapping tiles, which
+    shows faintly. Raises UserError for bad settings and for a checkpoint that is missing, torn, or not what `text`
+    promises.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class UNetBackbone:
         attention: str = "auto",
         channels_last: bool = False,
         compile: bool | str = False,
+        gradient_checkpointing: bool = False,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
     ) -> None:
@@ -55,6 +57,8 @@ class UNetBackbone:
         parts = loading.load(self.folder, DTYPES[dtype], channels_last)
         self.text = loading.text_encoder(parts, text_length)
         self.unet: nn.Module = parts.unet
+        if gradient_checkpointing:
+            parts.unet.enable_gradient_checkpointing()
         self.vae = parts.vae
         if vae_tiling:
             self.vae.enable_tiling()
