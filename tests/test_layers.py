@@ -48,6 +48,7 @@ LATE = {
     "torchvision",
 }  # inside __init__ only: composing a config never needs them
 LONGEST, LONGEST_DOOR = 320, 100  # lines
+LONGER = {"contracts": 360}  # one file by design: the file to read first
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -108,7 +109,7 @@ def test_imports_go_one_way(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_files_stay_short(file: Path) -> None:
     lines = len(file.read_text(encoding="utf-8").splitlines())
-    assert lines <= (LONGEST_DOOR if place_of(file) in DOORS else LONGEST)
+    assert lines <= LONGER.get(place_of(file), LONGEST_DOOR if place_of(file) in DOORS else LONGEST)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ S sampled points, C x h x w latents, H x W pixels. Records are frozen; roles are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,12 +125,14 @@ class Edit:
 @dataclass(frozen=True)
 class LoraSpec:
     """Low-rank adapters h = W x + (alpha / rank) B A x on the U-Net modules whose names end in one of `targets`
-    ("attn2.to_k"). `init` is the law of A: "gaussian" N(0, 1/rank^2) or "kaiming" (PEFT's default); B starts at 0."""
+    ("attn2.to_k"). `init` is the law of A: "gaussian" N(0, 1/rank^2) or "kaiming" (PEFT's default); B starts at 0.
+    per_concept: one such adapter for each erased concept, side by side; `Backbone.adapter_scale` chooses among them."""
 
     rank: int = 1
     alpha: float = 1.0
     targets: tuple[str, ...] = ("attn2.to_k", "attn2.to_v")
     init: Literal["gaussian", "kaiming"] = "gaussian"
+    per_concept: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,20 @@ class Verdict:
 
 # --- roles -----------------------------------------------------------------------------------------------------------
 
-Guide = Callable[["Tensor", "Tensor", "Tensor", int], "Tensor"]
-"""A hook on the guided noise at generation time: (noise_uncond, noise_cond, latents, step index) -> noise."""
+
+class Guide(Protocol):
+    """Method part `guide`: what is done while images are drawn. `prompts`: texts whose noise is predicted beside the
+    prompt's own (SLD's safety concept); often ()."""
+
+    prompts: Sequence[str]
+
+    def around(self, backbone: Backbone, texts: Sequence[str]) -> AbstractContextManager[None]: ...  # of one batch
+
+    def __call__(
+        self, uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, guidance_scale: float
+    ) -> Tensor:
+        """The guided noise (B, C, h, w) from what was predicted; beside (len(prompts), B, C, h, w)."""
+        ...
 
 
 class Task(Protocol):
@@ -190,6 +204,9 @@ class Backbone(Protocol):
     sampler: Sampler  # how this backbone draws images unless told otherwise
 
     @property
+    def passes(self) -> int: ...  # images that went through the U-Net so far
+
+    @property
     def fingerprint(self) -> str: ...  # content id of the weights; may read them all on first use
 
     def encode(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates: ...
@@ -203,7 +220,17 @@ class Backbone(Protocol):
     # The teacher, without a second U-Net: adapters off, base weights as loaded or as they are now (`edited`).
     def original(self, edited: bool = False) -> AbstractContextManager[None]: ...
 
-    def add_adapter(self, spec: LoraSpec, generator: Generator) -> list[nn.Parameter]: ...
+    def add_adapter(self, spec: LoraSpec, generator: Generator, concepts: int = 1) -> list[nn.Parameter]: ...
+
+    def adapter_scale(self, scale: Tensor) -> AbstractContextManager[None]:
+        """For a while, sample b's adapter of concept i counts scale[b, i] times: (B, concepts), or (1, concepts)."""
+        ...
+
+    def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]: ...  # path parts; "-part" leaves out
+
+    def attention(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """{attn2's name: probabilities (B, heads, pixels, T)} of the latest prediction within, with their gradient."""
+        ...
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
@@ -272,7 +299,8 @@ class Aligner(Protocol):
     steps: int
     lr: float
     weight_decay: float
-    lora: LoraSpec | None  # None: `parameters` names what is trained
+    lora: LoraSpec | None  # None: `parameters` names what is trained, as `Backbone.unfreeze` takes it
+    parameters: Sequence[str]
 
     def loss(
         self,

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
+from guides import By
 from realera.backbones import sampling
 from realera.backbones.unet import UNetBackbone
 from realera.contracts import Sampler, UserError
@@ -65,12 +66,12 @@ def test_stop_at(backbone: UNetBackbone, name: str) -> None:
     sampler, states = replace(SAMPLER, scheduler=name), backbone.encode(TEXTS)
     seen: list[Tensor] = []
 
-    def spy(noise_uncond: Tensor, noise_cond: Tensor, latents: Tensor, step: int) -> Tensor:
-        assert step == len(seen)
+    def spy(uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, scale: float) -> Tensor:
+        assert step == len(seen) and len(beside) == 0
         seen.append(latents.clone())
-        return noise_uncond + 5.0 * (noise_cond - noise_uncond)
+        return uncond + scale * (cond - uncond)
 
-    whole = backbone.sample(states, SEEDS, sampler, guide=spy)
+    whole = backbone.sample(states, SEEDS, sampler, guide=By(spy))
     assert torch.equal(whole, backbone.sample(states, SEEDS, sampler))
     assert torch.equal(whole, backbone.sample(states, SEEDS, sampler, stop_at=4))
     assert torch.equal(seen[0], sampling.start_noise(SEEDS, (4, 8, 8)))
@@ -110,7 +111,7 @@ def test_no_guidance_skips_the_unconditional_pass(backbone: UNetBackbone, monkey
     monkeypatch.setattr(backbone.unet, "forward", spy)
     plain = backbone.sample(states, SEEDS, replace(SAMPLER, guidance_scale=1.0))
     assert sizes == [2] * 4
-    only_cond = backbone.sample(states, SEEDS, SAMPLER, guide=lambda uncond, cond, latents, step: cond)
+    only_cond = backbone.sample(states, SEEDS, SAMPLER, guide=By(lambda uncond, cond, *_: cond))
     assert sizes[4:] == [4] * 4
     torch.testing.assert_close(plain, only_cond, atol=1e-4, rtol=1e-4)
 
@@ -156,3 +157,24 @@ def test_forward_noise(backbone: UNetBackbone) -> None:
     level = abar[timesteps].view(3, 1, 1, 1)
     expected = (level.sqrt() * x + (1 - level).sqrt() * noise).float()
     torch.testing.assert_close(backbone.noisy_latents(x, noise, timesteps), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_guide_is_given_the_noise_of_its_own_texts(backbone: UNetBackbone) -> None:
+    """Beside the prompts' own, row by row, as if each had been predicted alone."""
+    states, texts = backbone.encode(TEXTS), ["a dog", "the sky"]
+
+    def rule(uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, scale: float) -> Tensor:
+        assert beside.shape == (2, *latents.shape)
+        t = backbone.timesteps(SAMPLER)[step]
+        for i, text in enumerate(texts):
+            alone = backbone.predict_noise(latents, t, backbone.encode([text] * len(latents)).states)
+            torch.testing.assert_close(beside[i], alone, atol=1e-4, rtol=1e-4)
+        return beside[0]
+
+    guide = By(rule, texts)
+    with torch.no_grad():
+        drawn = backbone.generate(TEXTS, SEEDS, SAMPLER, guide)
+    assert guide.drawn == [list(TEXTS)]
+    alone = backbone.generate(["a dog"] * len(SEEDS), SEEDS, replace(SAMPLER, guidance_scale=1.0))
+    assert (drawn.int() - alone.int()).abs().max() <= 1
+    assert len(states.states) == len(TEXTS)

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from torch import Tensor
 
 import folders
+from guides import By
 from realera.backbones import sampling
 from realera.backbones.unet import UNetBackbone
 from realera.contracts import Edit, Sampler, UserError
@@ -93,14 +94,14 @@ def test_noise_is_another_quantity_than_v(backbone: UNetBackbone) -> None:
 def test_a_guide_is_given_noise_and_gives_noise(backbone: UNetBackbone, name: str) -> None:
     states, sampler, seen = backbone.encode(TEXTS), replace(SAMPLER, scheduler=name), []
 
-    def guide(noise_uncond: Tensor, noise_cond: Tensor, latents: Tensor, step: int) -> Tensor:
+    def rule(uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, scale: float) -> Tensor:
         t = backbone.timesteps(sampler)[step]
         expected = backbone.predict_noise(latents, t, states.states)
-        torch.testing.assert_close(noise_cond, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(cond, expected, atol=1e-4, rtol=1e-4)
         seen.append(step)
-        return noise_uncond + 7.5 * (noise_cond - noise_uncond)
+        return uncond + 7.5 * (cond - uncond)
 
-    by_guide = backbone.sample(states, SEEDS, sampler, guide=guide)
+    by_guide = backbone.sample(states, SEEDS, sampler, guide=By(rule))
     assert seen == [0, 1, 2]
     torch.testing.assert_close(by_guide, backbone.sample(states, SEEDS, sampler), atol=1e-3, rtol=1e-3)
 
@@ -120,7 +121,7 @@ def test_noise_alone_tells_a_guide_nothing(tiny_sd21: Path, tmp_path: Path) -> N
     latents, _, noise = ask(blind, torch.tensor(999))
     assert torch.equal(noise, latents)
     with pytest.raises(UserError, match="zero terminal SNR"):
-        blind.sample(states, SEEDS, guide=lambda uncond, cond, latents, step: cond)
+        blind.sample(states, SEEDS, guide=By(lambda uncond, cond, *_: cond))
 
 
 def test_other_predictions_are_refused(tiny_sd21: Path, tmp_path: Path) -> None:

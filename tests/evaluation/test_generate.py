@@ -1,5 +1,5 @@
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from realera.contracts import Guide, Prompt, Sampler, UserError, Verdict
+from realera.contracts import Backbone, Guide, Prompt, Sampler, UserError, Verdict
 from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
 from realera.evaluation.records import Row, read_manifest, read_verdicts, verdict_file, write_manifest
@@ -125,8 +125,12 @@ def test_images_of_another_prompt_list_are_deleted(tmp_path: Path) -> None:
 @dataclass(frozen=True)
 class _Pull:
     scale: float
+    prompts: tuple[str, ...] = ()
 
-    def __call__(self, uncond: Tensor, cond: Tensor, latents: Tensor, step: int) -> Tensor:
+    def around(self, backbone: Backbone, texts: Sequence[str]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def __call__(self, uncond: Tensor, cond: Tensor, *_: Any) -> Tensor:
         return cond
 
 

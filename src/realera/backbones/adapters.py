@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -22,11 +23,12 @@ def layers(unet: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
 
 
-def add(unet: nn.Module, spec: LoraSpec, generator: Generator, backbone: str) -> list[nn.Parameter]:
+def add(unet: nn.Module, spec: LoraSpec, generator: Generator, backbone: str, concepts: int = 1) -> list[nn.Parameter]:
     """Wraps every Linear and Conv2d whose path ends in one of `spec.targets`; returns what is trained, A before B.
 
-    A is drawn from `generator`, B is zero: the model's output does not change yet. Raises UserError where a target
-    matches nothing.
+    A is drawn from `generator`, B is zero: the model's output does not change yet. `spec.per_concept`: `concepts`
+    adapters of the rank stand side by side, as one of concepts x rank with the scale of one. Raises UserError where a
+    target matches nothing.
     """
     if spec.rank < 1:
         raise UserError(f"LoRA rank {spec.rank} cannot be; give a whole number from 1 on.")
@@ -42,7 +44,8 @@ def add(unet: nn.Module, spec: LoraSpec, generator: Generator, backbone: str) ->
         found += matched
     if not found:
         raise UserError(f"The LoRA has no targets; give some of: {', '.join(_endings(unet))}.")
-    _inject(unet, found, spec.rank, spec.alpha)
+    copies = concepts if spec.per_concept else 1
+    _inject(unet, found, spec.rank * copies, spec.alpha * copies)
     trained: list[nn.Parameter] = []
     for layer in layers(unet).values():
         down, up = _weights(layer)
@@ -85,6 +88,33 @@ def disabled(unet: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def scaled(unet: nn.Module, scale: Tensor) -> Iterator[None]:
+    """Rank component r of sample b counts scale[b, i] times, i the concept that r belongs to; scale (B, concepts) or
+    (1, concepts). Under guidance the batch is a multiple of B, its parts one after another.
+
+    The factor is put on A x, once: h = W x + (alpha / rank) B (s * A x).
+    """
+
+    def times(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        rank, concepts = output.shape[1 if isinstance(module, nn.Conv2d) else -1], scale.shape[1]
+        if rank % concepts:
+            raise ValueError(f"an adapter of rank {rank} does not hold {concepts} concepts")
+        factors = scale.to(output).repeat_interleave(rank // concepts, dim=1)
+        if len(factors) > 1:
+            factors = factors.repeat(len(output) // len(factors), 1)
+        middle = (1,) * (output.dim() - 2)
+        shape = (-1, rank, *middle) if isinstance(module, nn.Conv2d) else (-1, *middle, rank)
+        return output * factors.view(shape)
+
+    hooks = [layer.lora_A[ADAPTER].register_forward_hook(times) for layer in layers(unet).values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def state(unet: nn.Module) -> dict[str, Tensor]:

@@ -77,17 +77,24 @@ class BaseWeights:
         return parameter
 
     def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
-        """Trainable parameters, in U-Net order, whose path holds one of `targets` ("attn2.to_k", "attn2").
+        """Trainable parameters, in U-Net order, whose path holds one of `targets` ("attn2.to_k", "attn2") as whole
+        parts, and none of those written with a minus ("-attn2"). Only minuses: everything but those.
 
         Raises UserError where a target matches nothing.
         """
-        for target in targets:
-            if not any(f".{target}." in f".{name}." for name in self.parameters):
+        wanted = [target for target in targets if not target.startswith("-")]
+        spared = [target.removeprefix("-") for target in targets if target.startswith("-")]
+
+        def holds(name: str, parts: Sequence[str]) -> bool:
+            return any(f".{part}." in f".{name}." for part in parts)
+
+        for target in (*wanted, *spared):
+            if not any(holds(name, [target]) for name in self.parameters):
                 parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in self.parameters))
                 raise UserError(
                     f"The target {target!r} matched 0 weights of backbone {self.backbone}; its parts are: {parts}."
                 )
-        names = [name for name in self.parameters if any(f".{target}." in f".{name}." for target in targets)]
+        names = [n for n in self.parameters if (not wanted or holds(n, wanted)) and not holds(n, spared)]
         return [self.keep(name).requires_grad_(True) for name in names]  # type: ignore[misc]  # torch says Tensor
 
     @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
+from realera.backbones import attention
 from realera.contracts import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +40,7 @@ class Denoiser:
         self.takes_pooled = unet.config.get("addition_embed_type") == "text_time"
         self._weight = next(unet.parameters())  # says where the U-Net is and in which precision, adapters or not
         self._attends_on = ""  # the device type that the attention was chosen for
+        self.passes = 0  # images that went through so far
         self._forward: Callable[..., Any] = unet
         if compiled:
             backends = torch.compiler.list_backends(exclude_tags=())
@@ -50,6 +53,7 @@ class Denoiser:
     def __call__(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
         """The raw output (B, C, h, w) float32; timesteps (B,) or (), pooled (B, E) for a U-Net that takes one."""
         device, dtype = self._weight.device, self._weight.dtype
+        self.passes += len(latents)
         self._choose_attention(device)
         more: dict[str, Any] = {}
         if self.takes_pooled:
@@ -74,6 +78,17 @@ class Denoiser:
                 **more,
             )[0]
         return out.float()
+
+    @contextmanager
+    def recorded(self) -> Iterator[dict[str, Tensor]]:
+        """See `attention.recorded`; uncompiled, for what is kept would end every compiled graph."""
+        forward, self._forward = self._forward, self.unet
+        self._choose_attention(self._weight.device)  # else the first pass within would put its own processors
+        try:
+            with attention.recorded(self.unet) as maps:
+                yield maps
+        finally:
+            self._forward = forward
 
     def _time_ids(self, latents: Tensor) -> Tensor:
         """SDXL's sizes (B, 6): original height and width, crop's top and left, target height and width, in pixels. An

@@ -110,35 +110,46 @@ def sample(
     uncond: TextStates,
     guidance_scale: float,
     guide: Guide | None,
+    beside: TextStates | None,
     stop_at: int | None,
 ) -> Tensor:
-    """Latents after all steps, or as they stand before step `stop_at`. cond: B prompts; uncond: one, for all.
+    """Latents after all steps, or as they stand before step `stop_at`. cond: B prompts; uncond: one, for all; beside: G
+    texts whose noise the guide is given for each of the B, None = none.
 
-    noise = uncond + guidance_scale (cond - uncond), or what `guide` makes of the two. At a scale <= 1 without a guide
-    the unconditional pass is left out. Without a guide what is guided is the U-Net's raw output, noise or v: the rule
+    noise = uncond + guidance_scale (cond - uncond), or what `guide` makes of them. At a scale <= 1 without a guide the
+    unconditional pass is left out. Without a guide what is guided is the U-Net's raw output, noise or v: the rule
     is linear, and the scheduler knows which of the two it is given.
     """
     guided = guide is not None or guidance_scale > 1
-    states, pooled = _both(cond, uncond) if guided else (cond.states, cond.pooled)
+    states, pooled = _joined(cond, uncond, beside) if guided else (cond.states, cond.pooled)
+    parts = len(states) // max(1, len(cond.states))
     latents = latents * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps[:stop_at]):
         given = scheduler.scale_model_input(latents, timestep)
         if guided:
-            out_uncond, out_cond = predict(torch.cat([given, given]), timestep, states, pooled).chunk(2)
+            outputs = predict(given.repeat(parts, 1, 1, 1), timestep, states, pooled).unflatten(0, (parts, -1))
             if guide is not None:
-                noise_uncond, noise_cond = (schedule.noise_of(o, given, timestep) for o in (out_uncond, out_cond))
-                out = schedule.output_of(guide(noise_uncond, noise_cond, latents, step), given, timestep)
+                noises = torch.stack([schedule.noise_of(output, given, timestep) for output in outputs])
+                noise = guide(noises[0], noises[1], noises[2:], latents, step, guidance_scale)
+                out = schedule.output_of(noise, given, timestep)
             else:
-                out = out_uncond + guidance_scale * (out_cond - out_uncond)
+                out = outputs[0] + guidance_scale * (outputs[1] - outputs[0])
         else:
             out = predict(given, timestep, states, pooled)
         latents = scheduler.step(out, timestep, latents).prev_sample
     return latents
 
 
-def _both(cond: TextStates, uncond: TextStates) -> tuple[Tensor, Tensor | None]:
-    """States (2 B, T, D) and pooled states (2 B, E), the unconditional ones first."""
-    states = torch.cat([uncond.states.expand(len(cond.states), -1, -1), cond.states])
+def _joined(cond: TextStates, uncond: TextStates, beside: TextStates | None) -> tuple[Tensor, Tensor | None]:
+    """States ((2 + G) B, T, D) and pooled states ((2 + G) B, E): the unconditional ones, the prompts', and each further
+    text's, B times."""
+    count = len(cond.states)
+
+    def join(own: Tensor, empty: Tensor, more: Tensor | None) -> Tensor:
+        further = [] if more is None else [more.repeat_interleave(count, dim=0)]
+        return torch.cat([empty.expand(count, *empty.shape[1:]), own, *further])
+
+    states = join(cond.states, uncond.states, None if beside is None else beside.states)
     if cond.pooled is None or uncond.pooled is None:
         return states, None
-    return states, torch.cat([uncond.pooled.expand(len(cond.pooled), -1), cond.pooled])
+    return states, join(cond.pooled, uncond.pooled, None if beside is None else beside.pooled)

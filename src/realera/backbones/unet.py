@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -129,13 +129,16 @@ class UNetBackbone:
             self._depth -= 1
 
     @torch.inference_mode(False)
-    def add_adapter(self, spec: LoraSpec, generator: Generator) -> list[nn.Parameter]:
+    def add_adapter(self, spec: LoraSpec, generator: Generator, concepts: int = 1) -> list[nn.Parameter]:
         """See `adapters.add`; in float32 whatever the U-Net's dtype, and one at a time."""
         self._refuse_inside_original()
-        self._refuse_training_in_half()
         if adapters.layers(self.unet):
             raise RuntimeError("an adapter is in place: call merge_adapter() or remove_adapter() first")
-        return adapters.add(self.unet, spec, generator, self.name)
+        return adapters.add(self.unet, spec, generator, self.name, concepts)
+
+    def adapter_scale(self, scale: Tensor) -> AbstractContextManager[None]:
+        """See `adapters.scaled`."""
+        return adapters.scaled(self.unet, scale)
 
     @torch.inference_mode(False)
     def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
@@ -200,6 +203,15 @@ class UNetBackbone:
                 "smallest number: set backbone.dtype=bfloat16, or float32 with trainer.precision=bf16-mixed."
             )
 
+    def attention(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """See `attention.recorded`."""
+        return self._denoise.recorded()
+
+    @property
+    def passes(self) -> int:
+        """Images that went through the U-Net so far, the teacher's and the unconditional ones included."""
+        return self._denoise.passes
+
     # --- noise -------------------------------------------------------------------------------------------------------
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -239,6 +251,7 @@ class UNetBackbone:
         if stop_at is not None and not 0 <= stop_at <= chosen.steps:
             raise ValueError(f"stop_at={stop_at} is not among the steps 0 .. {chosen.steps}")
         size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
+        beside = self._here(self.encode(guide.prompts)) if guide is not None and guide.prompts else None
         return sampling.sample(
             self._denoise,
             self._schedule,
@@ -248,6 +261,7 @@ class UNetBackbone:
             self._here(self._no_prompt()),
             chosen.guidance_scale,
             guide,
+            beside,
             stop_at,
         )
 
@@ -281,7 +295,9 @@ class UNetBackbone:
         self, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler | None = None, guide: Guide | None = None
     ) -> Tensor:
         """uint8 (B, H, W, 3), all B at once: the caller chooses how many fit."""
-        return self.decode(self.sample(self.encode(texts), seeds, sampler, guide))
+        with nullcontext() if guide is None else guide.around(self, texts):
+            latents = self.sample(self.encode(texts), seeds, sampler, guide)
+        return self.decode(latents)
 
     # --- devices -----------------------------------------------------------------------------------------------------
 

@@ -138,6 +138,8 @@ class NoiseAlignment:
     ("perturbed"). m_step, n_step: points mined a step; latent i of the batch takes point i mod m_step.
     """
 
+    parameters = ()  # nothing but the LoRA
+
     def __init__(
         self,
         steps: int = 200,

@@ -56,8 +56,11 @@ class ClosedFormEdit(Callback):
                 logger.log_metrics({f"edit/{name}": value for name, value in self.report["info"].items()}, step=0)
             if trainer.is_global_zero:
                 self._write(edit)
-        if method.align is not None and method.align.lora is not None and trains(method.align):
-            backbone.add_adapter(method.align.lora, stream(module.seed, "adapter"))
+        if method.align is not None and trains(method.align):
+            if method.align.lora is not None:
+                backbone.add_adapter(method.align.lora, stream(module.seed, "adapter"), len(module.pairs))
+            elif method.align.parameters:
+                backbone.unfreeze(method.align.parameters)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _erasure(pl_module)
@@ -190,7 +193,7 @@ class FitProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=trainer.global_step, loss=f"{float(outputs['loss']):.2e}")
+            self.bar.update(self.task, completed=trainer.global_step, loss=f"{float(outputs['terms']['loss']):.2e}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
