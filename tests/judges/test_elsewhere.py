@@ -85,7 +85,7 @@ def test_it_answers_as_the_judge_would_whatever_is_printed(python: Path) -> None
     ("fail", "words"),
     [
         ("build", r"Stub failed in .*python \(ImportError: No module named 'somelib'\): install there what it needs$"),
-        ("user", "^the weights are missing: fetch them.$"),
+        ("user", r"^the weights are missing: fetch them\. \(judge\.python=.*python\)$"),
         ("crash", "ended without an answer: segmentation fault, say$"),
     ],
 )

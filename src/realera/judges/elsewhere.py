@@ -80,7 +80,11 @@ class Elsewhere:
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         threading.Thread(target=_listen, args=(self._process, self._answers), daemon=True).start()
         self.close = weakref.finalize(self, _stop, self._process)
-        said = self._tell(self._node)
+        try:
+            said = self._tell(self._node)
+        except UserError as error:
+            place = "" if python in str(error) else f" (judge.python={python})"
+            raise UserError(f"{error}{place}") from None
         self.name: str = said["name"]
         self._protocol: dict[str, Any] = said["protocol"]
 
