@@ -23,7 +23,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from realera import complaints, paths
+from realera import complaints, paths, processes
 from realera.contracts import Task, UserError
 from realera.tasks.files import read_concepts
 
@@ -37,7 +37,8 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
     Exit status: 0 done, 2 bad input (one sentence on stderr), 130 interrupted. The unforeseen keeps its traceback.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: one translation, here
-    os.environ.setdefault("REALERA_STAMP", time.strftime("%Y%m%d-%H%M%S"))  # a distributed run's children agree on it
+    os.environ.setdefault("REALERA_STAMP", time.strftime("%Y%m%d-%H%M%S"))  # a sweep's runs, and processes, agree on it
+    processes.adopt_scheduler(os.environ)
     arguments = flags_first(sys.argv[1:])
     register_resolvers()
     set_up_log()
@@ -61,7 +62,8 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(run)()
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
+        if not is_helper():
+            print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if error not in met:
@@ -82,8 +84,8 @@ def in_sweep() -> bool:
 
 
 def is_helper() -> bool:
-    """Whether this process was started only to train along with a first one, which draws, judges and speaks."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) > 0
+    """Whether this process works along with a first one, which writes and speaks."""
+    return processes.is_helper(os.environ)
 
 
 def flags_first(arguments: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, console, paths, preflight, runs
+from realera import cli, console, paths, preflight, processes, runs
 from realera.contracts import Prompt, UserError
 from realera.tasks.prompts import slug
 
@@ -16,10 +16,11 @@ from realera.tasks.prompts import slug
 def generate(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
     run = runs.open_run(str(config["run"]))
+    plan = processes.plan(None, cli.cuda_devices())  # what torchrun or srun has started, else one
     prompts = prompts_of(config["prompts"], config["seeds"])
     content = runs.digest([[prompt.text, prompt.seed] for prompt in prompts])
     out = Path(str(config["out"] or run.folder / "generated" / content))
-    if out.is_dir() and any(out.iterdir()) and not (out / paths.MANIFEST).is_file():
+    if plan.first and out.is_dir() and any(out.iterdir()) and not (out / paths.MANIFEST).is_file():
         raise UserError(f"out={out} holds other files: give a new or an empty folder.")
     preflight.check_writable(out, "out")
     preflight.check_run(run)
@@ -28,9 +29,11 @@ def generate(cfg: DictConfig) -> None:
 
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
 
-    steps.draw(steps.load_run(run), prompts, out, run.config)
-    console.show_path("images", out / paths.IMAGES)
-    console.show_path("manifest", out / paths.MANIFEST)
+    with processes.together(plan, "generate") as ranks:
+        steps.draw(steps.load_run(run), prompts, out, run.config, ranks)
+    if ranks.first:
+        console.show_path("images", out / paths.IMAGES)
+        console.show_path("manifest", out / paths.MANIFEST)
 
 
 def prompts_of(texts: Any, seeds: Any) -> list[Prompt]:

@@ -148,7 +148,8 @@ def check_band(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
 def check_sweep(trainer: Mapping[str, Any]) -> None:
     """A distributed run's children replay the command line, -m and all: each would run the sweep again."""
     devices = trainer.get("devices", 1)
-    several = (isinstance(devices, int) and devices > 1) or (isinstance(devices, (list, tuple)) and len(devices) > 1)
+    several = (isinstance(devices, int) and devices not in (0, 1)) or (isinstance(devices, list) and len(devices) > 1)
+    several = several or (trainer.get("num_nodes") or 1) > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1
     if several or str(trainer.get("strategy", "")).startswith("ddp"):
         raise UserError(
             "-m cannot be combined with several devices per run, because each process would start the whole sweep "

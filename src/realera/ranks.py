@@ -82,6 +82,6 @@ def _heard() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise UserError(
-            "another process of this run has ended (what it said stands above): the same command goes on where this "
-            "one stopped, with as many processes as you like."
+            "another process of this run has ended (if it said why, that stands above): the same command goes on where "
+            "this one stopped, with as many processes as you like."
         ) from error

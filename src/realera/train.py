@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from omegaconf import DictConfig
 
-from realera import cli, console, paths, preflight, runs
+from realera import cli, console, paths, preflight, processes, runs
 from realera.contracts import Task
+from realera.evaluation.records import read_metrics
+from realera.ranks import Ranks
 from realera.runs import Run
 
 
@@ -20,19 +20,23 @@ def train(cfg: DictConfig) -> None:
     preflight.check_model(config["backbone"])
     if config["evaluate"]:
         preflight.check_judge(config)
-    run = runs.claim(config)
+    plan = processes.plan(config["trainer"], cli.cuda_devices())
+    config["trainer"] = dict(plan.trainer)
+    run = runs.claim(config) if plan.first else Run(runs.folder_of(config), config)
     if cli.in_sweep():
         runs.note_in_sweep(run.folder)
     cli.say_backbone(config)
-    if run.finished:
-        cli.log.info("%s is finished; overwrite=true does it again", run.folder)
-    else:
-        carry_out(run, task)
-    if not cli.is_helper():
+    with processes.together(plan, "train", needed=not run.finished) as ranks:
+        run = processes.agree(ranks, run)
+        if run.finished:
+            cli.log.info("%s is finished; overwrite=true does it again", run.folder)
+        else:
+            carry_out(run, task, ranks)
+    if ranks.first:
         show(run)
 
 
-def carry_out(run: Run, task: Task) -> None:
+def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
     """Erase, save, draw, judge, log, report. Started again, it goes on where it stopped."""
     cli.log.info("run %s", run.folder)
     from realera import steps, tracking  # torch, diffusers and Lightning: loaded when nothing is left to refuse
@@ -40,15 +44,16 @@ def carry_out(run: Run, task: Task) -> None:
 
     judge = steps.build_judge(run.config, task) if run.config["evaluate"] else None  # first: it may be out of reach
     backbone = steps.load_backbone(run.config)
-    loggers = tracking.make(run)
+    loggers = tracking.make(run) if ranks.first else []
     try:
-        steps.erase(backbone, task, run, loggers)
-        if judge is None or cli.is_helper():
+        steps.erase(backbone, task, run, loggers, ranks)
+        if judge is None:
             return
-        steps.draw(backbone, task.eval_prompts(), run.folder, run.config)
-        metrics = steps.judge(judge, backbone, task, run.folder)
-        write_report(run.folder)
-        tracking.log_results(loggers, run.folder, metrics)
+        steps.draw(backbone, task.eval_prompts(), run.folder, run.config, ranks)
+        metrics = steps.judge(judge, steps.drawn_by(backbone), task, run.folder, ranks=ranks)
+        if ranks.first:
+            write_report(run.folder)
+            tracking.log_results(loggers, run, metrics)
     finally:
         tracking.finish(loggers)
 
@@ -56,7 +61,7 @@ def carry_out(run: Run, task: Task) -> None:
 def show(run: Run) -> None:
     """What a run ends with: the table, and what to open."""
     if run.config["evaluate"] and (run.folder / paths.METRICS).is_file():
-        metrics = json.loads((run.folder / paths.METRICS).read_text(encoding="utf-8"))
+        metrics = read_metrics(run.folder)
         console.show_run(run.folder, metrics, f"{runs.concept_of(run.config)} erased by {run.config['method']['name']}")
     else:
         console.show_path("weights", run.erased)

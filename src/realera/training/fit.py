@@ -64,7 +64,8 @@ def fit(
     config: the resolved settings, kept in the files' metadata. identity: a hash of the settings that decide the result;
     files of another identity in `run_dir` are refused. trainer: keywords of lightning.Trainer (accelerator, devices,
     strategy, precision, gradient_clip_val, ...). Several processes that have found each other (torch.distributed is
-    initialised) all call this, or Lightning starts them; a method without a loop is one process's work. probes: prompts whose shift under the edit goes into edit.json.
+    initialised) all call this, or Lightning starts them; a method without a loop is one process's work. probes: prompts
+    whose shift under the edit goes into edit.json.
 
     Raises:
         UserError: settings that cannot run together, and files in `run_dir` that belong to another run.
