@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,23 @@ def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any])
     for logger in loggers:
         logger.log_metrics({f"eval/{name}": value for name, value in scalars(metrics).items()})
         if isinstance(logger, WandbLogger):
-            logger.experiment.log({"sheets": _table(run.folder, metrics, veiled(run.config, metrics))})
+            with _staged_in(run.folder):
+                logger.experiment.log({"sheets": _table(run.folder, metrics, veiled(run.config, metrics))})
+
+
+@contextmanager
+def _staged_in(folder: Path) -> Iterator[None]:
+    """W&B copies a table's images to the home folder until they are sent; here they stay with the run's other files, so
+    that an offline run is whole. Where WANDB_DATA_DIR is set, it decides."""
+    name = "WANDB_DATA_DIR"
+    if os.environ.get(name):
+        yield
+        return
+    os.environ[name] = str((folder / "wandb").absolute())
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def finish(loggers: Sequence[Logger]) -> None:

@@ -76,7 +76,10 @@ class ErasureModule(LightningModule):
                 f"The loss is {float(values['loss'])} at step {step}: lower method.align.lr, or set "
                 "trainer.precision=32-true."
             )
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(z_t))
+        every = self.trainer.log_every_n_steps
+        for logger in self.trainer.loggers if every and step % every == 0 else ():
+            # Not by log_dict: it repeats a term's last value at the steps that have none.
+            logger.log_metrics({f"train/{name}": float(value) for name, value in values.items()}, step=step)
         return {"loss": loss, "terms": values}
 
     def configure_optimizers(self) -> list[Optimizer]:
