@@ -305,19 +305,3 @@ def test_a_killed_run_ends_with_the_same_numbers(mark: str, tiny_sd: Path, judge
     assert start(broken).wait() == 0
     first, second = (next((tmp_path / place).glob("runs/*/metrics.json")).read_text() for place in ("whole", "broken"))
     assert first == second
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_run(tiny_sd: Path, judge: Path, tmp_path: Path) -> None:
-    words = [*SMALL[:-1], f"backbone.pretrained={tiny_sd}", f"judge.weights={judge}", *METHOD, "concept=airplane"]
-    done = subprocess.run(
-        [sys.executable, "-m", "realera.train", *words, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "REALERA_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("airplane erased by realera") == 1
-    assert len(list(tmp_path.glob("runs/*/metrics.json"))) == 1
