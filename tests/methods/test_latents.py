@@ -121,7 +121,24 @@ def test_noised_latents(backbone: Counted, new_pairs: Callable[..., list[Pair]],
     assert torch.equal(z_t, again[0]) and torch.equal(t, again[1])
 
 
-@pytest.mark.parametrize("settings", [{"images": 0}, {"batch": 0}, {"chunk": -1}])
-def test_bad_settings_are_refused(settings: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"images": 0}, {"batch": 0}, {"chunk": -1}, {"of": "neighbours"}, {"give": ["image"]}]
+)
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
         AnchorBank(**settings)
+
+
+def test_it_tells_the_noise_and_the_prompt(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
+    """Without the noise that is told, z_t is an image of the concept's own prompt that is told."""
+    source = AnchorBank(images=4, batch=6, of="target", give=["noise", "prompts"])
+    source.prepare(backbone, pairs, tmp_path, 0)
+    z_t, t, known = source(backbone, 0, torch.Generator().manual_seed(0))
+    clean = backbone.backbone.sample(pairs[0].target, backbone.drawn[:3])  # image 3 is drawn from prompt 0 again
+    for b, prompt in enumerate(known["prompts"].tolist()):
+        images = (clean[prompt], source.banks[0][3]) if prompt == 0 else (clean[prompt],)
+        back = [backbone.noisy_latents(image[None], known["noise"][b : b + 1], t[b : b + 1])[0] for image in images]
+        assert min(float((z_t[b] - made).abs().max()) for made in back) < 1e-4
+    plain = AnchorBank(images=4, batch=6, of="target")
+    plain.prepare(backbone, pairs, tmp_path, 0)
+    assert torch.equal(z_t, plain(backbone, 0, torch.Generator().manual_seed(0))[0])

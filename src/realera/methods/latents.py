@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,83 +20,129 @@ from realera.paths import whole
 
 FIRST_SEED = 1_000_000  # far from the small seeds that evaluation draws its images with
 TIMESTEPS = 1000  # of the noise schedule of every Stable Diffusion
+Of = Literal["anchor", "target"]
+Known = Literal["noise", "prompts"]
 
 
 class AnchorBank:
     """Clean latents of images drawn from the anchor's training prompts, noised afresh at every step (RealEra, §3.3).
 
-    images: how many per concept; image i takes anchor prompt i mod P. batch: how many z_t a step is given. chunk: how
-    many images are drawn, and stored, at once. sampler: null = the backbone's own. The bank is made once by the
-    *original* model and kept under <cache>/latents/<hash of all it depends on>/, one file a chunk, so that a killed run
-    goes on with the next chunk.
+    images: how many per concept; image i takes prompt i mod P. batch: how many z_t a step is given. chunk: how many
+    images are drawn, and stored, at once. sampler: null = the backbone's own. of: whose training prompts are drawn, the
+    anchor's or the target's. give: what else is told of each z_t, "noise" (batch, C, h, w) = the noise in it, "prompts"
+    (batch,) = the numbers of the prompts its images were drawn from. The bank is made once by the *original* model; see
+    `drawn`.
     """
 
-    def __init__(self, images: int = 200, batch: int = 1, chunk: int = 8, sampler: Sampler | None = None) -> None:
+    def __init__(
+        self,
+        images: int = 200,
+        batch: int = 1,
+        chunk: int = 8,
+        sampler: Sampler | None = None,
+        of: Of = "anchor",
+        give: Sequence[Known] = (),
+    ) -> None:
         for name, value in (("images", images), ("batch", batch), ("chunk", chunk)):
             if value < 1:
                 raise UserError(f"method.latents.{name}={value} cannot be: give a whole number from 1 on.")
+        for name, asked, known in (("of", [of], get_args(Of)), ("give", give, get_args(Known))):
+            if strange := [word for word in asked if word not in known]:
+                raise UserError(f"method.latents.{name}={strange[0]!r} is not known: choose among {', '.join(known)}.")
         self.images = images
         self.batch = batch
         self.chunk = chunk
         self.sampler = sampler
+        self.of = of
+        self.give = tuple(give)
         self.banks: list[Tensor] = []  # one (images, C, h, w) per concept
+        self.prompts: list[int] = []  # P of each concept
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
-        """Loads the bank of every pair's anchor, drawing what is not in the cache."""
-        self.banks = []
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("images"),
-            TimeRemainingColumn(),
-        )
-        with bar, torch.no_grad(), backbone.original():
-            for pair in pairs:
-                task = bar.add_task(f"Anchor images of '{pair.concept.anchor}'", total=self.images)
-                folder = cache / "latents" / self._key(backbone, pair.anchor, seed)
-                chunks = []
-                for start in range(0, self.images, self.chunk):
-                    numbers = range(start, min(start + self.chunk, self.images))
-                    chunks.append(
-                        self._chunk(backbone, pair.anchor, numbers, folder / f"{start:05d}.safetensors", seed)
-                    )
-                    bar.update(task, completed=numbers.stop)
-                self.banks.append(torch.cat(chunks).to(next(backbone.unet.parameters()).device))
+        """Loads the bank of every pair, drawing what is not in the cache."""
+        self.banks, self.prompts = [], []
+        for pair in pairs:
+            states, name = (
+                (pair.anchor, pair.concept.anchor) if self.of == "anchor" else (pair.target, pair.concept.target)
+            )
+            title = f"{self.of.capitalize()} images of '{name}'"
+            self.banks.append(drawn(backbone, states, self.images, self.chunk, self.sampler, cache, seed, title))
+            self.prompts.append(len(states.states))
 
-    def __call__(self, backbone: Backbone, concept: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        """(z_t (batch, C, h, w), t (batch,) uniform in 0 ... 999) from images of one concept's anchor."""
+    def __call__(
+        self, backbone: Backbone, concept: int, generator: Generator
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(z_t (batch, C, h, w), t (batch,) uniform in 0 ... 999) from images of one concept, and what `give` names."""
         bank = self.banks[concept]
         chosen = torch.randint(len(bank), (self.batch,), generator=generator)
-        timesteps = torch.randint(TIMESTEPS, (self.batch,), generator=generator).to(bank.device)
-        noise = torch.randn(self.batch, *bank.shape[1:], generator=generator).to(bank.device)
-        return backbone.noisy_latents(bank[chosen.to(bank.device)], noise, timesteps), timesteps
+        z_t, timesteps, noise = noised(backbone, bank, chosen, generator)
+        known = {"noise": noise, "prompts": chosen % self.prompts[concept]}
+        return (z_t, timesteps, {name: known[name] for name in self.give}) if self.give else (z_t, timesteps)
 
-    def _chunk(self, backbone: Backbone, anchor: TextStates, numbers: range, file: Path, seed: int) -> Tensor:
-        if file.is_file():
-            try:
-                return load_file(file)["latents"]
-            except (SafetensorError, KeyError):  # a cache is never worth an error: the chunk is drawn again
-                pass
-        prompts = torch.tensor([number % len(anchor.states) for number in numbers])
-        drawn = backbone.sample(_rows(anchor, prompts), _seeds(numbers, seed), self.sampler).float().cpu().contiguous()
-        with whole(file) as beside:
-            save_file({"latents": drawn}, beside)
-        return drawn
 
-    def _key(self, backbone: Backbone, anchor: TextStates, seed: int) -> str:
-        parameter = next(backbone.unet.parameters())
-        settings = {
-            "backbone": backbone.fingerprint,
-            "weights": [str(parameter.dtype), parameter.device.type],
-            "sampler": asdict(self.sampler or backbone.sampler),
-            "images": self.images,
-            "chunk": self.chunk,
-            "seed": seed,
-        }
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        digest.update(anchor.states.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+def noised(backbone: Backbone, bank: Tensor, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(z_t (B, C, h, w), t (B,) uniform in 0 ... 999, the noise in z_t) of the images `chosen` (B,) of a bank."""
+    timesteps = torch.randint(TIMESTEPS, (len(chosen),), generator=generator).to(bank.device)
+    noise = torch.randn(len(chosen), *bank.shape[1:], generator=generator).to(bank.device)
+    return backbone.noisy_latents(bank[chosen.to(bank.device)], noise, timesteps), timesteps, noise
+
+
+def drawn(
+    backbone: Backbone,
+    states: TextStates,
+    images: int,
+    chunk: int,
+    sampler: Sampler | None,
+    cache: Path,
+    seed: int,
+    title: str,
+) -> Tensor:
+    """Latents (images, C, h, w) on the U-Net's device, drawn by the original model; image i takes prompt i mod P.
+
+    They are kept under <cache>/latents/<hash of all they depend on>/, one file a chunk, so that a killed run goes on
+    with the next chunk.
+    """
+    folder = cache / "latents" / _key(backbone, states, images, chunk, sampler, seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
+    chunks = []
+    with Progress(*columns, TimeRemainingColumn()) as bar, torch.no_grad(), backbone.original():
+        task = bar.add_task(title, total=images)
+        for start in range(0, images, chunk):
+            numbers = range(start, min(start + chunk, images))
+            file = folder / f"{start:05d}.safetensors"
+            chunks.append(_chunk(backbone, states, numbers, sampler, file, seed))
+            bar.update(task, completed=numbers.stop)
+    return torch.cat(chunks).to(next(backbone.unet.parameters()).device)
+
+
+def _chunk(
+    backbone: Backbone, states: TextStates, numbers: range, sampler: Sampler | None, file: Path, seed: int
+) -> Tensor:
+    if file.is_file():
+        try:
+            return load_file(file)["latents"]
+        except (SafetensorError, KeyError):  # a cache is never worth an error: the chunk is drawn again
+            pass
+    prompts = torch.tensor([number % len(states.states) for number in numbers])
+    latents = backbone.sample(_rows(states, prompts), _seeds(numbers, seed), sampler).float().cpu().contiguous()
+    with whole(file) as beside:
+        save_file({"latents": latents}, beside)
+    return latents
+
+
+def _key(backbone: Backbone, states: TextStates, images: int, chunk: int, sampler: Sampler | None, seed: int) -> str:
+    parameter = next(backbone.unet.parameters())
+    settings = {
+        "backbone": backbone.fingerprint,
+        "weights": [str(parameter.dtype), parameter.device.type],
+        "sampler": asdict(sampler or backbone.sampler),
+        "images": images,
+        "chunk": chunk,
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(states.states.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _seeds(numbers: range, seed: int) -> list[int]:
