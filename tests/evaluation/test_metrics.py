@@ -11,8 +11,8 @@ from torch import Generator
 
 from realera.contracts import Mode, Prompt, Split, UserError, Verdict
 from realera.evaluation.counts import CLASSES, counts
-from realera.evaluation.metrics import by_prompt, estimates, h_o, summarise
-from realera.evaluation.readings import MEAN_PROB
+from realera.evaluation.metrics import by_prompt, estimates, h_o, readable, summarise
+from realera.evaluation.readings import MEAN_PROB, score
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure, scalars
 
@@ -225,7 +225,7 @@ def test_h_os_interval_comes_from_the_splits_resampled_together(judged: tuple) -
 
 
 def test_each_prompt_is_listed_in_both_modes(judged: tuple) -> None:
-    rows = by_prompt(*judged, ["mean_prob", "top1"])
+    rows = by_prompt(*judged, ["mean_prob", "top1"], MEAN_PROB)
     assert [(r["split"], r["prompt"], r["n"], r["unscored"]) for r in rows] == [
         ("erase", "a photo of the airplane", 2, 1),
         ("near", "a photo of the airplane", 2, 0),
@@ -293,3 +293,79 @@ def test_scalars_are_flat_and_leave_out_what_was_not_measured(judged: tuple) -> 
     assert flat["original/acc_s"] == pytest.approx(70)
     assert not [k for k in flat if "acc_u" in k]
     assert not [k for k in scalars(summarise(prompts, verdicts, None)) if k.startswith("original")]
+
+
+def _read_so(detail: dict[str, object], value: float = math.nan, label: str = "") -> list[float]:
+    prompt = Prompt("a", "a cat", "cat", "erase", 0)
+    modes: tuple[Mode, ...] = ("mean_prob", "top1", "score", "detected")
+    return [score(prompt, Verdict("a", value, label, detail), mode) for mode in modes]
+
+
+def test_a_verdict_is_read_in_four_ways_or_is_unscored() -> None:
+    assert _read_so({"score": 28.5, "detected": True}, 0.25, "CAT") == [25, 100, 28.5, 100]
+    assert _read_so({"detected": False}, 0.25, "dog")[3] == 0
+    assert all(math.isnan(x) for x in _read_so({}))
+    assert all(math.isnan(x) for x in _read_so({"score": None, "detected": None}))
+    assert readable([Verdict("a", math.nan, "", {"score": 1.0}), Verdict("b", math.nan, "")]) == ["score"]
+    assert readable([Verdict("a", 0.5, "x", {"detected": None})]) == ["mean_prob", "top1"]
+
+
+def test_each_measure_is_read_as_the_headline_says_and_h_o_needs_terms() -> None:
+    """Explicit content: detections by name, a score for what should stay, and no H_o."""
+    rows = [("erase", "nudity"), ("erase", "nudity"), ("erase", "nudity"), ("keep", "a"), ("keep", "b")]
+    prompts = [Prompt(str(i), f"text {i}", concept, split, i) for i, (split, concept) in enumerate(rows)]  # type: ignore[arg-type]
+    details = [{"detected": True}, {"detected": False}, {}, {"score": 30.0}, {"score": 32.0}]
+    said = [Verdict(p.id, math.nan, "", detail) for p, detail in zip(prompts, details)]
+    headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
+    found = summarise(prompts, said, None, headline=headline, terms=())
+    assert found["main"]["acc_e"]["value"] == 50 and found["main"]["acc_e"]["scored"] == pytest.approx(200 / 3)
+    assert (found["main"]["acc_s"]["value"], found["main"]["acc_s"]["mode"]) == (31, "score")
+    assert "h_o" not in found["main"] and "h_o" not in found["detected"]
+    assert "mean_prob" not in found and "top1" not in found, "no verdict has such a reading"
+    assert found["by_prompt"][0]["detected"] == 100 and found["by_prompt"][0]["score"] is None
+    assert [(row["n"], row["unscored"]) for row in found["by_prompt"]] == [(1, 0), (1, 0), (0, 1), (1, 0), (1, 0)]
+
+
+def test_nothing_scored_at_all_is_no_number_and_no_error() -> None:
+    prompts, said = _judged([("erase", "cat", math.nan, ""), ("keep", "dog", math.nan, "")])
+    found = summarise(prompts, said, said)
+    assert found["mean_prob"]["acc_e"] == {"value": None, "low": None, "high": None, "n": 0, "unscored": 1}
+    assert found["main"]["h_o"]["value"] is None and "top1" not in found and "counts" not in found
+
+
+def test_several_concepts_have_a_block_each_and_main_is_their_mean() -> None:
+    rows: list[tuple[Split, str, float, str]] = [("keep", "dog", 0.9, "dog"), ("keep", "dog", 0.7, "dog")]
+    for concept, by_name, near in (("cat", 0.1, 0.2), ("bird", 0.3, 0.6)):
+        rows += [("erase", concept, by_name, "x")] * 3 + [("near", concept, near, "x")] * 2
+    found = summarise(*_judged(rows), None)
+    cat, bird = found["concepts"]["cat"], found["concepts"]["bird"]
+    assert [round(cat[m]["value"], 6) for m in ("acc_e", "acc_s", "acc_g")] == [10, 80, 20]
+    assert [round(bird[m]["value"], 6) for m in ("acc_e", "acc_s", "acc_g")] == [30, 80, 60]
+    assert cat["acc_s"] == found["main"]["acc_s"] and cat["acc_e"]["n"] == 3
+    assert found["main"]["acc_e"]["value"] == pytest.approx(20) and found["main"]["acc_g"]["value"] == pytest.approx(40)
+    assert cat["h_o"]["value"] == pytest.approx(_three(10, 80, 20))
+    assert found["main"]["h_o"]["value"] == pytest.approx(_three(20, 80, 40)), "one model, one H_o: of its means"
+    assert "concepts" not in summarise(*_judged(rows[:7]), None), "a single one is `main` itself"
+    flat = scalars({**found, "sets": {"fid": {"fid": 3.0, "gone": None, "protocol": {}}}})
+    assert flat["cat/acc_e"] == pytest.approx(10) and flat["bird/h_o"] == pytest.approx(_three(30, 80, 60))
+    assert flat["sets/fid/fid"] == 3 and "sets/fid/gone" not in flat
+
+
+def test_concepts_of_one_image_each_are_resampled_together() -> None:
+    """A caption data set: each caption is a concept of its own, and its one image has no spread."""
+    values = [float(i % 2) for i in range(100)]
+    apart = estimates(*_judged([("keep", f"c{i}", v, "") for i, v in enumerate(values)]), MEAN_PROB, Generator())
+    alike = estimates(*_judged([("keep", "c", v, "") for v in values]), MEAN_PROB, Generator())
+    assert apart["acc_s"].value == alike["acc_s"].value == 50
+    widths = [found["acc_s"].high - found["acc_s"].low for found in (apart, alike)]
+    assert widths[0] == pytest.approx(widths[1], rel=0.15) and widths[0] == pytest.approx(19.6, rel=0.15)
+
+
+def test_the_unedited_model_s_boxes_stand_beside_and_empty_ones_count_as_none() -> None:
+    prompts = [Prompt(str(i), "t", "nudity", "erase", i) for i in range(3)]
+    before = [Verdict(p.id, 1.0, "unsafe", {"boxes": {"belly": 2, "tail": 1}}) for p in prompts]
+    after = [Verdict(p.id, 0.0, "safe", {"boxes": {}}) for p in prompts[:2]] + [Verdict("2", math.nan, "")]
+    found = summarise(prompts, after, before)
+    assert found["counts"]["erase"] == {"classes": {}, "apart": {}, "total": {"boxes": 0, "images": 0}, "n": 2}
+    was = found["original"]["counts"]["erase"]
+    assert list(was["classes"]) == [*CLASSES, "tail"] and was["total"] == {"boxes": 9, "images": 3}

@@ -3,6 +3,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from realera.contracts import Prompt, UserError, Verdict
-from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
+from realera.contracts import Mode, Prompt, UserError, Verdict
+from realera.evaluation.overview import write_overview
+from realera.evaluation.readings import MEAN_PROB
+from realera.evaluation.records import Row, read_manifest, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.report import write_report
 from realera.evaluation.results import measure
 from realera.evaluation.sheets import Picture, first_pairs, image_rows, sheets
@@ -229,3 +232,93 @@ def test_the_image_table_has_a_row_per_image(tmp_path: Path) -> None:
     assert rows[1][3:5] == [folder / "originals/erase-1.png", folder / "images/erase-1.png"]
     assert [row[5] for row in rows[:3]] == ["unscored", "airplane (airplane 0.80)", "sky (airplane 0.10)"]
     assert image_rows(folder, "nobody")[0][5] == ""
+
+
+def _of_task(folder: Path, task: str, headline: dict[str, Mode], detail: dict[str, object], **config: object) -> Path:
+    """The fabricated run as another task's, with two concepts erased together; five images by name are unscored."""
+    _make(folder)
+    rows = [
+        replace(r, prompt=replace(r.prompt, concept="ship")) if r.prompt.id.endswith("9") else r
+        for r in read_manifest(folder)
+    ]
+    write_manifest(folder, rows)
+    for which, label in (("erased", "sky"), ("original", "airplane")):
+        unscored = {f"erase-{i}" for i in range(5)} if which == "erased" else set()
+        said = [
+            Verdict(r.prompt.id, math.nan, "") if r.prompt.id in unscored else Verdict(r.prompt.id, 0.5, label, detail)
+            for r in rows
+        ]
+        write_verdicts(verdict_file(folder, "eye", which), said)  # type: ignore[arg-type]
+    protocol = {"task": task, "concepts": [{"target": "airplane", "anchor": "sky"}], "judge": {"judge": "eye"}}
+    measure(folder, "eye", protocol, headline, () if "detected" in headline.values() else ("acc_e", "acc_s"))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"concept": ["airplane", "ship"], **config}))
+    return folder
+
+
+def test_explicit_images_are_veiled_until_they_are_asked_for(tmp_path: Path) -> None:
+    headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
+    detail = {"detected": True, "boxes": {"belly": 3, "anus": 1}, "score": 31.25}
+    folder = _of_task(tmp_path, "nsfw", headline, detail)
+    page = _read(folder)
+    veils = page.tags.count("label")
+    assert veils == page.tags.count("img") + 1 == page.tags.count("input"), "each image, and one for all"
+    assert "script" not in page.tags
+    assert "Something is detected" not in page.text and "something is detected in 100% of the images" in page.text
+    assert "image and text score 31.2 (31.2 before)" in page.text
+    assert "What the detector counted" in page.text and "belly 3, anus" in page.text and "harmonic" not in page.text
+    assert Page(write_report(folder, blur=False).read_text()).tags.count("label") == 0
+    (folder / "config.yaml").write_text(yaml.safe_dump({"concept": "airplane", "blur": False}))
+    assert _read(folder).tags.count("label") == 0
+    assert Page(write_report(folder, blur=True).read_text()).tags.count("label") == veils
+    overview = Page(write_overview([folder], tmp_path / "all.html", blur=True).read_text())
+    assert overview.tags.count("label") == overview.tags.count("img") + 1 > 1
+
+
+def test_each_concept_and_what_could_be_scored_are_shown(tmp_path: Path) -> None:
+    page = _read(_of_task(tmp_path, "celebrity", dict.fromkeys(MEAN_PROB, "top1"), {}))
+    assert "Each erased concept" in page.text and "label" not in page.tags
+    assert "Of the images of the concept by name, " in page.text and "could be scored (100% before)" in page.text
+    assert "harmonic mean of 100 − Acce, Accs." in page.text
+
+
+def test_a_score_is_called_by_its_name_and_shown_on_its_own_axis(tmp_path: Path) -> None:
+    page = _read(_of_task(tmp_path, "style", dict.fromkeys(MEAN_PROB, "score"), {"score": 25.0}))
+    assert "CLIP score, over 50 images" in page.text and "CLIPe" in page.text and "Acce" not in page.text
+    assert "score 25.0 → 25.0" in page.text
+    dots = [float(value[:-1]) for name, value in page.attributes if name == "cx" and value and value.endswith("%")]
+    assert max(dots) > 40, "on an axis to about 60, H_o's place"
+
+
+def test_a_split_of_many_prompts_is_one_strip_of_some_of_them(tmp_path: Path) -> None:
+    prompts = [Prompt(f"i{i}", f"text {i}", "nudity", "erase", i) for i in range(30)]
+    write_manifest(tmp_path, [Row(p, f"images/{p.id}.png", "s") for p in prompts])
+    (strip,) = sheets(tmp_path, None)["erase"]
+    assert (strip.prompt, strip.images, strip.mixed) == ("30 prompts", 30, True)
+    assert 25 < len(strip.pairs) <= 30 and len({after.title for _, after in strip.pairs}) == len(strip.pairs)
+
+
+def test_the_finishing_edit_other_judges_and_sets_have_their_place(tmp_path: Path) -> None:
+    folder = _with_edit(_make(tmp_path))
+    edit = json.loads((folder / "edit.json").read_text())
+    (folder / "edit.json").write_text(json.dumps({**edit, "finish": {**edit, "info": {"polar": 0.125}}}))
+    write_verdicts(verdict_file(folder, "ear"), [Verdict(r.prompt.id, 0.42, "x") for r in read_manifest(folder)])
+    metrics = measure(folder, "ear", {"judge": {"judge": "ear"}}, own="eye")
+    metrics["sets"] = {"fid": {"fid": 23.4, "protocol": {"images": 7, "split": "keep", "references": "originals"}}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    page = _read(folder)
+    assert "What the edit did" in page.text and "What the edit after training did" in page.text
+    assert "polar0.125" in page.text.replace("\n", "")
+    assert "As ear judges the same images" in page.text and "42.0" in page.text
+    assert "7 images of the split keep against the unedited model's" in page.text and "23.4" in page.text
+
+
+def test_what_a_judge_says_is_read_as_the_measure_is(tmp_path: Path) -> None:
+    detail = {"score": 21.24, "detected": False, "boxes": {"anus": 1, "belly": 0}}
+    _of_task(tmp_path, "nsfw", dict.fromkeys(MEAN_PROB, "detected"), detail)
+    headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
+    rows = image_rows(tmp_path, "eye", headline)
+    assert rows[0][5] == "unscored" and rows[6][5] == "nothing found that counts (anus)"
+    assert rows[-1][5] == "score 21.2, sees sky"
+    pictures = sheets(tmp_path, "eye", headline)
+    assert (pictures["erase"][0].pairs[6][1].label, pictures["erase"][0].pairs[6][1].good) == ("nothing", True)
+    assert (pictures["keep"][0].pairs[0][1].label, pictures["keep"][0].pairs[0][1].good) == ("21.2", None)

@@ -154,9 +154,11 @@ def interval(values: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def by_prompt(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], modes: Sequence[Mode]) -> list[dict[str, Any]]:
+def by_prompt(
+    prompts: Sequence[Prompt], verdicts: Sequence[Verdict], modes: Sequence[Mode], headline: Mapping[str, Mode]
+) -> list[dict[str, Any]]:
     """For each prompt text of a split with at most MOST_PROMPTS: each reading as drawn, None where nothing was scored;
-    n, unscored: images whose value was scored or not, or, where no value is read, whose first reading was."""
+    n, unscored: the images that could be read as the headline reads the split, and the others."""
     splits: dict[Split, dict[tuple[str, str], list[tuple[Prompt, Verdict]]]] = {}
     for prompt, verdict in zip(prompts, verdicts, strict=True):
         splits.setdefault(prompt.split, {}).setdefault((prompt.text, prompt.concept), []).append((prompt, verdict))
@@ -165,10 +167,11 @@ def by_prompt(prompts: Sequence[Prompt], verdicts: Sequence[Verdict], modes: Seq
         for (text, concept), pairs in groups.items() if len(groups) <= MOST_PROMPTS else ():
             row: dict[str, Any] = {"split": split, "prompt": text, "concept": concept}
             scored = 0
-            for mode in reversed(modes):
+            for mode in modes:
                 values = [x for x in (score(p, v, mode) for p, v in pairs) if not math.isnan(x)]
                 row[mode] = sum(values) / len(values) if values else None
-                scored = len(values)
+                if mode == headline[MEASURES[split]]:
+                    scored = len(values)
             rows.append({**row, "n": scored, "unscored": len(pairs) - scored})
     return rows
 
@@ -210,7 +213,7 @@ def summarise(
             **of_concepts(said, main["acc_s"]),
             **({"counts": boxes} if (boxes := counts(prompts, said)) else {}),
             **{m: {k: _plain(s) for k, s in block(said, dict.fromkeys(headline, m)).items()} for m in modes},
-            "by_prompt": by_prompt(prompts, said, modes),
+            "by_prompt": by_prompt(prompts, said, modes, headline),
         }
 
     return {
