@@ -1,0 +1,66 @@
+"""The table a run ends with, in a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from realera import console
+from realera.contracts import Mode, Prompt, Split, Verdict
+from realera.evaluation.metrics import summarise
+from realera.evaluation.readings import MEAN_PROB
+
+
+def shown(metrics: Mapping[str, Any]) -> str:
+    plain = Console(width=80, force_terminal=False)
+    with plain.capture() as capture:
+        plain.print(console.results(metrics, "a run"))
+    return capture.get()
+
+
+def judged(headline: Mapping[str, Mode], terms: tuple[str, ...], concepts: int = 1) -> dict[str, Any]:
+    """One in four images by name is unscored after erasing; every interval is as wide as it can be."""
+    splits: list[tuple[Split, str]] = [("erase", f"concept {i}") for i in range(concepts)]
+    splits += [("near", "concept 0"), ("keep", "other")]
+    prompts = [Prompt(f"{s}-{c}-{i}", "t", c, s, i) for s, c in splits for i in range(4)]
+    after = []
+    for p in prompts:
+        lost = p.split == "erase" and p.seed == 0
+        detail = {} if lost else {"score": 22.5 + p.seed % 2, "detected": p.seed % 2 == 0}
+        after.append(Verdict(p.id, math.nan if lost else 1.0, p.concept, detail))
+    before = [Verdict(p.id, 1.0, p.concept, {"score": 31.0, "detected": True}) for p in prompts]
+    return summarise(prompts, after, before, headline=headline, terms=terms)
+
+
+def test_accuracies_with_what_could_be_scored() -> None:
+    text = shown(judged(dict.fromkeys(MEAN_PROB, "top1"), ("acc_e", "acc_s", "acc_g")))
+    assert "Acc_e ↓ by name" in text and "H_o ↑" in text and "%" in text and "top-1; 95% intervals" in text
+    assert "3/4" in text and "100.0 [100.0, 100.0]" in text and "…" not in text
+    assert "Acc_e 100 → 75" in text.replace("\n", " ") and "Acc_u" not in text
+
+
+def test_scores_have_their_name_and_no_percent() -> None:
+    text = shown(judged(dict.fromkeys(MEAN_PROB, "score"), ("acc_e", "acc_s", "acc_g")))
+    assert "CLIP_e ↓" in text and "CLIP score; 95%" in text and "│ %" not in text and "┃ %" not in text
+
+
+def test_detections_beside_a_score_and_no_h_o() -> None:
+    headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
+    text = shown(judged(headline, ()))
+    assert "Det_e" in text and "CLIP_s ↑" in text and "H_o" not in text
+    assert "Det: images with a detection, %; CLIP: CLIP score" in text.replace("\n", " ")
+
+
+def test_several_concepts_are_listed_up_to_a_number() -> None:
+    text = shown(judged(MEAN_PROB, ("acc_e", "acc_s"), concepts=15))
+    assert "concept 0 " in text and "concept 11" in text and "concept 12" not in text
+    assert "and 3 more in metrics.json" in text
+
+
+def test_markup_in_a_concept_is_printed_as_it_is() -> None:
+    metrics = judged(MEAN_PROB, ("acc_e", "acc_s"), concepts=2)
+    metrics["concepts"] = {"[red]x[/red]": metrics["concepts"]["concept 0"]}
+    assert "[red]x[/red]" in shown(metrics)
