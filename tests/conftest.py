@@ -121,7 +121,16 @@ def new_pairs() -> Callable[..., list[Any]]:
 
 
 # Small enough for a test: settings of conf/method/*.yaml, set where a method has them.
-SMALL = {"latents.images": 5, "latents.chunk": 2, "latents.batch": 2, "align.steps": 4, "align.lr": 1e-2}
+SMALL = {
+    "latents.images": 5,
+    "latents.chunk": 2,
+    "latents.batch": 2,
+    "latents.steps": 3,
+    "latents.chains": 2,
+    "latents.renew": 2,
+    "align.steps": 4,
+    "align.lr": 1e-2,
+}
 
 
 @pytest.fixture
@@ -136,9 +145,9 @@ def load_method() -> Callable[..., Any]:
         from realera.paths import CONF_DIR
 
         register_resolvers()
-        config = OmegaConf.create(
-            {"backbone": {"name": "mini"}, "method": OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")}
-        )
+        method = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
+        backbone = {"name": "mini", "sampler": {"steps": 2}}
+        config = OmegaConf.create({"backbone": backbone, "concept": "cat", "method": method})
         for key, value in SMALL.items():
             if OmegaConf.select(config, f"method.{key}") is not None:
                 OmegaConf.update(config, f"method.{key}", value)

@@ -204,3 +204,14 @@ def test_an_error_of_the_code_keeps_its_traceback() -> None:
     assert complaints.of_step(wrapped) == "inside"
     with pytest.raises(ZeroDivisionError):
         complaints.of_config(ZeroDivisionError(), "train", [])
+
+
+@pytest.mark.parametrize(
+    ("task", "value"), [("styles.StyleTask", 1), ("nsfw.NsfwTask", None), ("objects.ObjectTask", 3)]
+)
+def test_by_task_takes_the_tasks_own_entry_or_the_default(task: str, value: int | None) -> None:
+    cli.register_resolvers()
+    table = '"${by_task:{default: 3, style: 1, nsfw: null}}"'
+    config = OmegaConf.create(f"task: {{_target_: realera.tasks.{task}}}\nn: {table}")
+    assert config.n == value
+    assert OmegaConf.create(f"n: {table}").n == 3

@@ -128,6 +128,13 @@ def test_the_task_names_the_concepts_that_were_not_typed() -> None:
     assert cli.name_concepts(typed, cli.build_task(typed)) is typed
 
 
+def test_a_guide_is_told_the_concepts_too() -> None:
+    config = settings("task=nsfw", "backbone=mini", "method=sld")
+    named = cli.name_concepts(config, cli.build_task(config))
+    assert named["method"]["guide"]["concepts"] == named["concept"]
+    assert settings("concept=[cat,dog]", "method=sld")["method"]["guide"]["concepts"] == ["cat", "dog"]
+
+
 def test_a_tables_content_belongs_to_the_runs_identity(tmp_path: Path) -> None:
     table = tmp_path / "i2p.csv"
     table.write_text("prompt\na statue\n", encoding="utf-8")

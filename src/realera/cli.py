@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -135,8 +135,15 @@ def with_concepts(cfg: DictConfig) -> DictConfig:
 
 
 def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
-    """The config with the concepts that the task chose where none was typed."""
-    return config if config.get("concept") else {**config, "concept": [concept.target for concept in task.concepts]}
+    """The config with the concepts that the task chose where none was typed, in the guide's node too."""
+    if config.get("concept"):
+        return config
+    named = {**config, "concept": [concept.target for concept in task.concepts]}
+    method = config.get("method") or {}
+    guide = method.get("guide") or {}
+    if "concepts" in guide and guide["concepts"] is None:
+        named["method"] = {**method, "guide": {**guide, "concepts": named["concept"]}}
+    return named
 
 
 def build_task(config: Mapping[str, Any]) -> Task:
@@ -163,9 +170,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def register_resolvers() -> None:
-    """Makes ${default_backbone:}, ${by_backbone:...} and ${wandb_mode:} known to every config."""
+    """Makes ${default_backbone:}, ${by_backbone:...}, ${by_task:...} and ${wandb_mode:} known to every config."""
     OmegaConf.register_new_resolver("default_backbone", lambda: default_backbone()[0], replace=True)
     OmegaConf.register_new_resolver("by_backbone", by_backbone, replace=True)
+    OmegaConf.register_new_resolver("by_task", by_task, replace=True)
     OmegaConf.register_new_resolver("wandb_mode", wandb_mode, replace=True)
 
 
@@ -205,6 +213,13 @@ def by_backbone(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
     if name not in table and "default" not in table:
         raise UserError(f"no value is known for backbone {name} (there are {', '.join(table)}): type one.")
     return table[name] if name in table else table["default"]
+
+
+def by_task(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """`${by_task:{default:0.1,style:0.001}}`: the entry of the chosen task's `name`, else `default`."""
+    node = _root_.get("task")
+    task: Any = None if node is None else get_class(node["_target_"])  # tasks load without torch
+    return table["default"] if task is None or task.name not in table else table[task.name]
 
 
 def wandb_mode() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from realera.contracts import Pair
@@ -17,6 +18,9 @@ from realera.training.checkpoint import load_erased, read_erased
 from realera.training.fit import fit
 
 METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
+PARTS = {name: OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml") for name in METHODS}
+STILL = [name for name in METHODS if not any(PARTS[name].get(p) for p in ("edit", "align", "finish"))]  # no weights
+DRAWN = [name for name in METHODS if PARTS[name].get("neighbours") or PARTS[name].get("align")]  # at random
 CAT = ("cat", "field")
 
 
@@ -79,7 +83,7 @@ def test_it_changes_what_it_names_and_nothing_else(name: str, run: Any, new_back
     changed = {f"edit.{key}" for key, value in now.items() if not torch.equal(value, fresh[key])}
     assert changed == {key for key in state if key.startswith("edit.")}
     assert now.keys() == fresh.keys()
-    assert bool(state) == (name != "original")
+    assert bool(state) == (name not in STILL)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -87,7 +91,7 @@ def test_the_same_seed_gives_the_same_weights(name: str, run: Any) -> None:
     first = run(name, to="one").erased_state()
     assert same(first, run(name, to="two").erased_state())
     other = run(name, to="three", seed=1).erased_state()
-    assert same(first, other) == (name in ("original", "uce"))  # nothing is drawn there
+    assert same(first, other) == (name not in DRAWN)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -168,7 +172,7 @@ def test_no_steps_leave_the_closed_form_alone(
     assert read_erased(tmp_path / "run" / "erased.safetensors").lora is None
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "original"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in STILL])
 def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_method: Any) -> None:
     """Each comes nearer to its anchor than where the other one alone is erased."""
     first, second = (CAT, ("ship", "sky"))
@@ -216,3 +220,4 @@ def test_bfloat16(name: str, run: Any) -> None:
 
 def test_the_suite_sees_every_method() -> None:
     assert {"original", "realera", "uce"} <= set(METHODS)
+    assert {"original", "sld"} <= set(STILL) and "uce" not in DRAWN
