@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
@@ -146,6 +146,58 @@ def test_evaluate_judges_a_run_again_and_refuses_another_backbone(
         type_in("evaluate", f"run={run_dir}", "backbone=sd14", small=False)
     assert left.value.code == 2
     assert "backbone is fixed by the run" in capsys.readouterr().err
+
+
+def no_model(*_: object) -> None:
+    raise AssertionError("a model was loaded")
+
+
+def test_judging_again_draws_nothing_and_loses_no_number(
+    run_dir: Path, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's own judge again, a detector beside it, then a judge of whole sets: no model is loaded for any."""
+    from realera import steps
+
+    images = {
+        path: path.stat().st_mtime_ns for place in ("images", "originals") for path in (run_dir / place).iterdir()
+    }
+    own = json.loads((run_dir / "metrics.json").read_text())
+    config = (run_dir / "config.yaml").read_text()
+    monkeypatch.setattr(steps, "load_backbone", no_model)
+    type_in("evaluate", f"run={run_dir}", small=False)
+    assert json.loads((run_dir / "metrics.json").read_text()) == own
+    capsys.readouterr()
+    type_in("evaluate", f"run={run_dir}", "judge=nudenet", "judge.threads=1", small=False)
+    assert "judged by nudenet" in capsys.readouterr().out
+    both = json.loads((run_dir / "metrics.json").read_text())
+    assert both["judges"]["nudenet"]["detected"]["acc_e"]["n"] == 2 and "counts" in both["judges"]["nudenet"]
+    assert {**both, "judges": {}} == own and (run_dir / "config.yaml").read_text() == config
+
+    class Distance:
+        name = "distance"
+
+        def compare(self, images: Sequence[Path], references: Sequence[Path]) -> dict[str, float]:
+            assert [path.parent.name for path in (images[0], references[0])] == ["images", "originals"]
+            return {"pairs": float(len(images))}
+
+        def protocol(self) -> dict[str, str]:
+            return {"judge": self.name}
+
+    monkeypatch.setattr(steps, "any_judge", lambda config, task: Distance())
+    type_in("evaluate", f"run={run_dir}", "judge=fid", small=False)
+    assert "distance: pairs 9" in capsys.readouterr().out
+    all_three = json.loads((run_dir / "metrics.json").read_text())
+    assert all_three["sets"]["distance"]["pairs"] == 9 and {**all_three, "sets": {}} == both
+    assert "As nudenet judges the same images" in (run_dir / "report.html").read_text(encoding="utf-8")
+    assert {path: path.stat().st_mtime_ns for path in images} == images
+
+
+def test_a_missing_image_is_drawn_again_before_judging(run_dir: Path, type_in: Type) -> None:
+    lost = next((run_dir / "images").iterdir())
+    content = lost.read_bytes()
+    lost.unlink()
+    type_in("evaluate", f"run={run_dir}", small=False)
+    assert lost.read_bytes() == content
 
 
 def test_evaluate_gives_the_unedited_models_row(type_in: Type, place: Path) -> None:
