@@ -209,7 +209,11 @@ class Backbone(Protocol):
     @property
     def fingerprint(self) -> str: ...  # content id of the weights; may read them all on first use
 
-    def encode(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates: ...
+    def encode(
+        self, texts: Sequence[str], subjects: Sequence[str] | None = None, vectors: Tensor | None = None
+    ) -> TextStates: ...  # vectors (n, D): instead of each subject's own rows of the token table, with their gradient
+
+    def token_vectors(self, text: str) -> Tensor: ...  # (n, D): those rows of a text
 
     def cross_attention(self) -> dict[str, nn.Linear]:
         """{layer name: base Linear} of every attn2.to_k / attn2.to_v, in U-Net order, adapters looked through."""
@@ -231,6 +235,8 @@ class Backbone(Protocol):
     def attention(self) -> AbstractContextManager[dict[str, Tensor]]:
         """{attn2's name: probabilities (B, heads, pixels, T)} of the latest prediction within, with their gradient."""
         ...
+
+    def timesteps(self, sampler: Sampler | None = None) -> Tensor: ...  # (steps,) falling: where each step begins
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
@@ -255,6 +261,8 @@ class Backbone(Protocol):
         """uint8 (B, H, W, 3): encode, sample, decode."""
         ...
 
+    def remove_adapter(self) -> None: ...  # unmerged
+
     def erased_state(self) -> dict[str, Tensor]: ...  # only what differs from the original, adapters included
 
     def load_erased(self, state: Mapping[str, Tensor]) -> None: ...
@@ -277,24 +285,29 @@ class Miner(Protocol):
 
 
 class Editor(Protocol):
-    """Method part `edit` (before the fit) and `finish` (after it)."""
+    """Method part `edit` (before the fit) and `finish` (after it; its edit holds what the adapter learnt, so the
+    adapter is then taken away)."""
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit: ...
 
 
 class LatentSource(Protocol):
     """Method part `latents`: where z_t comes from. `prepare` runs once, on the device, before the first step.
-    A call gives z_t (B, C, h, w) and timesteps (B,)."""
+    A call gives z_t (B, C, h, w), timesteps (B,) and, where the source knows more of them, tensors (B, ...) by name
+    ("mask"), which the aligner's loss is given as keywords."""
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None: ...
 
-    def __call__(self, backbone: Backbone, concept: int, generator: Generator) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, backbone: Backbone, concept: int, generator: Generator
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Tensor]]: ...
 
 
 class Aligner(Protocol):
     """Method part `align`: the gradient part. The sum of the returned terms is minimised; each is logged as
     train/<term>. A term without a gradient (detached) is logged only. `step` counts from 1; the pair's tensors are on
-    the CPU."""
+    the CPU. With one adapter per concept, `steps` are of each concept, and while a loss is computed the other concepts'
+    adapters count nothing. An aligner that has a method `prepare` like a latent source's is made ready with it."""
 
     steps: int
     lr: float
@@ -311,6 +324,7 @@ class Aligner(Protocol):
         timesteps: Tensor,
         step: int,
         generator: Generator,
+        **known: Tensor,
     ) -> dict[str, Tensor]: ...
 
 

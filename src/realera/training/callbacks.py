@@ -26,7 +26,7 @@ from realera.training.streams import stream
 class ClosedFormEdit(Callback):
     """Mines, edits W_K and W_V and adds the adapter, in `setup`: before Lightning restores a checkpoint and builds the
     optimiser. In `on_fit_start`, after the restoring, a resumed run would apply its edit to edited weights. The
-    method's finishing edit follows the loop.
+    method's finishing edit follows the loop and takes the adapter's place.
 
     Every process does the same work; the first one writes map.safetensors, neighbours.safetensors and edit.json.
     probes: prompts whose shift under the edit is reported.
@@ -66,6 +66,7 @@ class ClosedFormEdit(Callback):
         module = _erasure(pl_module)
         if module.method.finish is not None:
             finish = self._apply(module, module.method.finish(module.backbone, module.pairs, self.mined))
+            module.backbone.remove_adapter()
             self.report = {**self.report, "finish": finish}
             if trainer.is_global_zero:
                 write_text(self.run_dir / EDIT_INFO, json.dumps(self.report, indent=1))
@@ -131,19 +132,33 @@ class ClosedFormEdit(Callback):
 
 
 class PrepareLatents(Callback):
-    """Makes the latent source ready on the device, the first process first: the others find its work in the cache."""
+    """Makes the latent source ready on the device, and the aligner where it asks for that; the first process first: the
+    others find its work in the cache."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
+        self.restored: Any = None  # the latent source's state, in a run that goes on
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        latents = _erasure(pl_module).method.latents
+        if hasattr(latents, "state_dict"):
+            checkpoint["latents"] = latents.state_dict()  # type: ignore[union-attr]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.restored = checkpoint.get("latents")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _erasure(pl_module)
-        latents = module.method.latents
-        if latents is not None and trains(module.method.align):
+        parts = (module.method.latents, module.method.align)
+        asking = [part for part in parts if hasattr(part, "prepare")]
+        if asking and trains(module.method.align):
             for first in (True, False):
                 if trainer.is_global_zero == first:
-                    latents.prepare(module.backbone, module.pairs, self.cache, module.seed)
+                    for part in asking:
+                        part.prepare(module.backbone, module.pairs, self.cache, module.seed)  # type: ignore[union-attr]
                 _wait_long(trainer)
+        if self.restored is not None and hasattr(module.method.latents, "load_state_dict"):
+            module.method.latents.load_state_dict(self.restored)  # type: ignore[union-attr]
         module.backbone.park()
 
 

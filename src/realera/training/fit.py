@@ -23,7 +23,7 @@ from realera.contracts import Backbone, Method, Pair, Prompt, UserError
 from realera.paths import ERASED, FIT, cache_dir, whole
 from realera.training.callbacks import ClosedFormEdit, FitProgress, LossLines, PrepareLatents
 from realera.training.checkpoint import Origin, load_erased, save_erased
-from realera.training.module import ErasureModule, trains
+from realera.training.module import ErasureModule, steps_of, trains
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def fit(
         log.info("%s is there already: loaded, not fitted again", erased)
         return erased
 
-    steps = align.steps if align is not None and trains(align) else 0
+    steps = steps_of(align, len(pairs))
     module = ErasureModule(backbone, method, pairs, seed)
     around = [
         ClosedFormEdit(run_dir, origin, probes, keep_neighbours),
@@ -105,7 +105,8 @@ def fit(
                 raise KeyboardInterrupt from None
             raise
     if runner.is_global_zero:
-        save_erased(erased, backbone, origin, align.lora if align is not None and steps > 0 else None)
+        lora = align.lora if align is not None and trains(align) and method.finish is None else None
+        save_erased(erased, backbone, origin, lora)
         shutil.rmtree(run_dir / FIT, ignore_errors=True)
     runner.strategy.barrier("erased")
     return erased

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from realera.contracts import Aligner, Backbone, Method, Pair, TextStates, UserError
 from realera.training.streams import stream
+from realera.training.turns import AdamWInTurns
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +48,8 @@ class ErasureModule(LightningModule):
         align, latents = self.method.align, self.method.latents
         assert align is not None and latents is not None
         step = self.trainer.global_step + 1  # the loader's own count starts again on resume
-        # Concepts take turns of two steps, because aligners alternate between odd and even ones.
-        concept = ((step - 1) // 2) % len(self.pairs)
-        z_t, timesteps = latents(self.backbone, concept, stream(self.seed, "latents", step, 0))
+        concept = turn(step, len(self.pairs))
+        z_t, timesteps, *more = latents(self.backbone, concept, stream(self.seed, "latents", step, 0))
         world = self.trainer.world_size
         if step == 1 and world > math.gcd(len(z_t), world) and self.global_rank == 0:
             log.info(
@@ -56,15 +57,17 @@ class ErasureModule(LightningModule):
                 *(world, len(z_t), world // math.gcd(len(z_t), world), world),
             )
         part = part_of(len(z_t), self.global_rank, world)
-        terms = align.loss(
-            self.backbone,
-            self.pairs[concept],
-            self.method.neighbours,
-            z_t[part],
-            timesteps[part],
-            step,
-            stream(self.seed, "align", step, 0),
-        )
+        with self._own_adapter(concept):
+            terms = align.loss(
+                self.backbone,
+                self.pairs[concept],
+                self.method.neighbours,
+                z_t[part],
+                timesteps[part],
+                step,
+                stream(self.seed, "align", step, 0),
+                **{name: value[part] for known in more for name, value in known.items()},
+            )
         loss = torch.stack([term for term in terms.values() if term.requires_grad]).sum()
         values = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
         means = self.trainer.strategy.reduce(
@@ -82,6 +85,17 @@ class ErasureModule(LightningModule):
             logger.log_metrics({f"train/{name}": float(value) for name, value in values.items()}, step=step)
         return {"loss": loss, "terms": values}
 
+    def _own_adapter(self, concept: int) -> AbstractContextManager[None]:
+        """With an adapter for each concept: the others count nothing."""
+        if not one_each(self.method.align) or len(self.pairs) == 1:
+            return nullcontext()
+        return self.backbone.adapter_scale(torch.eye(len(self.pairs))[concept : concept + 1])
+
+    def on_after_backward(self) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if isinstance(optimizer, AdamWInTurns):
+            optimizer.hand_over(turn(self.trainer.global_step + 1, len(self.pairs)))
+
     def configure_optimizers(self) -> list[Optimizer]:
         align = self.method.align
         if align is None or not trains(align):
@@ -91,7 +105,10 @@ class ErasureModule(LightningModule):
             raise UserError(
                 "method.align has no parameters to train: give it a LoRA (method.align.lora), or set method.align=null."
             )
-        return [AdamW(trained, lr=align.lr, betas=BETAS, weight_decay=align.weight_decay)]
+        settings: dict[str, Any] = {"lr": align.lr, "betas": BETAS, "weight_decay": align.weight_decay}
+        if one_each(align) and len(self.pairs) > 1:
+            return [AdamWInTurns(trained, len(self.pairs), **settings)]
+        return [AdamW(trained, **settings)]
 
     def train_dataloader(self) -> DataLoader[int]:
         return DataLoader(_Steps(), batch_size=None)
@@ -114,6 +131,21 @@ class ErasureModule(LightningModule):
 def trains(align: Aligner | None) -> bool:
     """Whether there is a loop to run."""
     return align is not None and align.steps > 0
+
+
+def one_each(align: Aligner | None) -> bool:
+    """Whether each concept trains an adapter of its own."""
+    return align is not None and align.lora is not None and align.lora.per_concept
+
+
+def steps_of(align: Aligner | None, concepts: int) -> int:
+    """How many optimiser steps the loop has: `align.steps`, of each concept where it trains its own adapter."""
+    return 0 if align is None else align.steps * (concepts if one_each(align) else 1)
+
+
+def turn(step: int, concepts: int) -> int:
+    """Whose step it is, counted from 1. Concepts take turns of two, because aligners alternate between odd and even."""
+    return ((step - 1) // 2) % concepts
 
 
 def part_of(batch: int, rank: int, world: int) -> slice:

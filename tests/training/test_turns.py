@@ -1,0 +1,111 @@
+"""Adapters side by side in one tensor, trained in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from realera.contracts import Edit, LoraSpec, Method
+from realera.training.checkpoint import read_erased
+from realera.training.fit import fit
+from realera.training.turns import AdamWInTurns
+
+SETTINGS = {"lr": 0.1, "weight_decay": 0.01}
+RANK, CONCEPTS = 2, 3
+TURNS = [0, 0, 1, 1, 2, 2, 0, 0, 1]
+
+
+def start() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(CONCEPTS * RANK, 5, generator=draw), torch.randn(4, CONCEPTS * RANK, generator=draw)
+
+
+def pull(down: Tensor, up: Tensor) -> Tensor:
+    return (down.sin().sum() + up.square().sum()) * 3.0
+
+
+def test_every_concept_learns_as_if_it_were_alone() -> None:
+    down, up = (nn.Parameter(tensor) for tensor in start())
+    optimizer = AdamWInTurns([down, up], CONCEPTS, **SETTINGS)
+    for concept in TURNS:
+        optimizer.zero_grad()
+        rows = slice(concept * RANK, (concept + 1) * RANK)
+        pull(down[rows], up[:, rows]).backward()
+        optimizer.hand_over(concept)
+        optimizer.step()
+    assert down.grad is None and up.grad is None  # else they would add up over the steps
+    for concept in range(CONCEPTS):
+        rows = slice(concept * RANK, (concept + 1) * RANK)
+        first = start()
+        alone = nn.Parameter(first[0][rows].clone()), nn.Parameter(first[1][:, rows].clone())
+        single = AdamW(alone, **SETTINGS)
+        for _ in range(TURNS.count(concept)):
+            single.zero_grad()
+            pull(*alone).backward()
+            single.step()
+        torch.testing.assert_close(down[rows], alone[0])
+        torch.testing.assert_close(up[:, rows], alone[1])
+
+
+class Grow:
+    """An aligner that pulls every B it is shown to 1."""
+
+    steps, lr, weight_decay, parameters = 2, 1e-2, 0.0, ()
+    lora = LoraSpec(rank=1, per_concept=True)
+
+    def __init__(self) -> None:
+        self.concepts: list[str] = []
+        self.known: list[Tensor] = []
+        self.prepared: list[int] = []
+
+    def prepare(self, backbone: Any, pairs: Any, cache: Path, seed: int) -> None:
+        self.prepared.append(len(pairs))
+
+    def loss(self, backbone: Any, pair: Any, mine: Any, latents: Tensor, t: Tensor, *_: Any, **known: Tensor) -> Any:
+        self.concepts.append(pair.concept.target)
+        self.known.append(known["mask"])
+        return {"away": backbone.predict_noise(latents, t, pair.target.states[:1]).square().sum()}
+
+
+class Masked:
+    def prepare(self, *_: Any) -> None: ...
+
+    def __call__(self, backbone: Any, concept: int, generator: torch.Generator) -> Any:
+        z_t = torch.randn(1, 4, 8, 8, generator=generator)
+        return z_t, torch.full((1,), 300), {"mask": torch.full((1, 8, 8), float(concept))}
+
+
+class Fuse:
+    """A finishing edit that notes what it saw."""
+
+    seen: dict[str, Tensor]
+
+    def __call__(self, backbone: Any, pairs: Any, neighbours: Any) -> Edit:
+        self.seen = backbone.erased_state()
+        return Edit(weights={name: layer.weight + 1 for name, layer in backbone.cross_attention().items()})
+
+
+@pytest.mark.parametrize("concepts", [1, 2])
+def test_steps_are_each_concepts_and_a_finishing_edit_takes_the_adapters_place(
+    concepts: int, new_backbone: Callable[..., Any], new_pairs: Callable[..., Any], tmp_path: Path
+) -> None:
+    backbone, align, finish = new_backbone(), Grow(), Fuse()
+    pairs = new_pairs(backbone, ("cat", "field"), ("ship", "sky"))[:concepts]
+    method = Method("grow", latents=Masked(), align=align, finish=finish)
+    trainer = {"accelerator": "cpu"}
+    path = fit(backbone, method, pairs, run_dir=tmp_path / "a", seed=0, config={}, trainer=trainer, cache=tmp_path)
+    assert align.concepts == ["cat", "cat", "ship", "ship"][: 2 * concepts]
+    assert [float(mask.mean()) for mask in align.known] == [0, 0, 1, 1][: 2 * concepts]
+    assert align.prepared == [concepts]
+    ups = [value for key, value in finish.seen.items() if key.endswith(".up")]
+    assert all(up.shape[1] == concepts for up in ups) and any((up != 0).all() for up in ups)
+    saved = read_erased(path)
+    assert saved.lora is None
+    assert {key.split(".")[0] for key in saved.state} == {"edit"}
+    assert len(saved.state) == len(backbone.cross_attention())
