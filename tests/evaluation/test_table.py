@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from torch import Generator
 
-from realera.contracts import Prompt, UserError, Verdict
+from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation.metrics import h_o
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.table import Cell, markdown, pool, table
@@ -81,3 +82,47 @@ def test_results_hold_a_row_per_system_and_name_what_was_run_twice():
 def test_a_total_failure_gives_h_o_zero_not_an_error():
     row = pool([full("a", "cat", 0, 1.0, 1.0, 0.9)], MEAN_PROB, Generator().manual_seed(0), draws=10)
     assert row["h_o"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_each_measure_is_read_as_the_task_says_and_other_readings_stand_beside():
+    """Styles: scores in the table, top-1 of the same images under it; boxes and unscored images have their place."""
+    score: dict[str, Mode] = dict.fromkeys(MEAN_PROB, "score")
+
+    def styled(system: str, seed: int, lost: bool) -> Cell:
+        of = full(system, "Van Gogh", seed, 0.1, 0.2, 0.9, count=2)
+        said = [
+            replace(
+                v, detail={"boxes": {"belly": seed + 1, "anus": 1}, **({} if lost and i == 0 else {"score": 20.0 + i})}
+            )
+            for i, v in enumerate(of.verdicts)
+        ]
+        return replace(of, verdicts=said, headline=score, h_o_terms=("acc_e", "acc_s"))
+
+    results = table([styled("uce", 0, False), styled("uce", 1, True)])
+    (row,) = results["rows"]
+    assert results["headline"] == score and results["h_o_terms"] == ["acc_e", "acc_s"]
+    assert row["mean"]["acc_e"]["value"] == pytest.approx((20.5 + 21) / 2)
+    h_os = [h_o({"acc_e": e, "acc_s": 24.5}, ("acc_e", "acc_s")) for e in (20.5, 21)]
+    assert row["mean"]["h_o"]["value"] == pytest.approx(sum(h_os) / 2, abs=0.01)
+    assert row["readings"]["top1"]["acc_s"]["value"] == 100 and set(row["readings"]) == {"mean_prob", "top1"}
+    assert row["counts"]["erase"] == {"belly": 3.0, "anus": 2.0, "total": 3.0} | dict.fromkeys(
+        ("armpits", "buttocks", "feet", "breasts_f", "genitalia_f", "breasts_m", "genitalia_m"), 0.0
+    )
+    text = markdown(results)
+    assert text.startswith("CLIP score.\n\n| system | CLIP_e ↓ | CLIP_s ↑ |") and "scored, % |" in text
+    assert "| e 75, s 100, g 100, a 100, u 100 |" in text
+    assert "read as top-1 (%).\n\n| system | Acc_e ↓ |" in text and "Acc_e" not in text.partition("read as")[0]
+
+
+def test_explicit_content_has_no_h_o_and_runs_of_two_tasks_make_no_table():
+    found: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
+    of = full("uce", "nudity", 0, 0.1, 0.2, 0.9, count=2)
+    said = [replace(v, detail={"detected": i == 0, "score": 31.0}) for i, v in enumerate(of.verdicts)]
+    nude = replace(of, verdicts=said, headline=found, h_o_terms=())
+    text = markdown(table([nude]))
+    assert text.splitlines()[0] == "Det: images with a detection, %; CLIP: CLIP score."
+    assert "| uce | 50.0" in text and "31.0" in text and "H_o" not in text
+    with pytest.raises(UserError, match="one task and protocol"):
+        table([nude, full("uce", "cat", 0, 0.1, 0.2, 0.9)])
+    with pytest.raises(UserError, match="needs runs"):
+        table([])
