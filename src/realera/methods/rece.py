@@ -1,0 +1,112 @@
+"""RECE (arXiv 2407.12383): UCE, and then in turns the text states that bring the erased concept back, found in closed
+form, and their erasure, in closed form too.
+
+With W0 the weights as loaded and W = W0 M those edited so far (every layer by the same map M), a turn finds for every
+row h of the concept's name
+
+    h' = argmin sum_l ||W_l h' - W0_l h||^2 + lambda ||h'||^2 = (M^T G M + lambda I)^-1 M^T G h
+
+with G = sum_l W0_l^T W0_l, and asks W of h' what it answers to the guide, as UCE would: M <- M M' with
+M' the map of that edit of W. Letters: h (T, D), one row a token; l all cross-attention keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from realera.closed_form import NormalEquations, compose
+from realera.contracts import Backbone, Edit, Editor, Neighbours, Pair, UserError
+
+
+class RobustErasure:
+    """UCE made robust against states that are optimised to bring the concept back.
+
+    start: the first edit, which gives a map (the paper: UCE). rounds: turns of attack and erasure (the paper's epochs).
+    guide: the text whose rows, one by one, what was found is taken to; None = each concept's anchor. lambda_norm:
+    weight of ||h'||^2, in squared norms of the weights: small lets an attack grow. preserve: texts kept with all their
+    rows, preserve_scale: the weight of each, against erase_scale of an erased one. ridge: weight of ||W M' - W||^2 in a
+    turn. All rows count, that of BOS too (official).
+
+    The official code keeps the turn after which a detector found least; that choice is no part of this.
+
+    Raises UserError for settings that cannot be.
+    """
+
+    def __init__(
+        self,
+        start: Editor,
+        rounds: int = 1,
+        guide: str | None = " ",
+        lambda_norm: float = 0.1,
+        erase_scale: float = 1.0,
+        preserve: Sequence[str] = (" ",),
+        preserve_scale: float = 0.1,
+        ridge: float = 0.1,
+    ) -> None:
+        if rounds < 0:
+            raise UserError(f"method.edit.rounds={rounds} cannot be: give 0 (the first edit alone) or more.")
+        if not (math.isfinite(lambda_norm) and lambda_norm > 0):
+            raise UserError(f"method.edit.lambda_norm={lambda_norm} cannot be: give a finite number above 0.")
+        for name, value in (("erase_scale", erase_scale), ("preserve_scale", preserve_scale), ("ridge", ridge)):
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"method.edit.{name}={value} cannot be: give a finite number of 0 or more.")
+        self.start = start
+        self.rounds = rounds
+        self.guide = guide
+        self.lambda_norm = lambda_norm
+        self.erase_scale = erase_scale
+        self.preserve = list(preserve)
+        self.preserve_scale = preserve_scale
+        self.ridge = ridge
+
+    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
+        """One map. Of the pairs only the names are read. info: of the last turn's solve, and `attack_<turn>`: how far
+        that turn's attack stayed from the concept, ||W h' - W0 h|| / ||W0 h|| over all rows and layers."""
+        first = self.start(backbone, pairs, neighbours)
+        if first.map is None:
+            raise UserError("method.edit.start gives no map: let it be UCE.")
+        solution, info = first.map.double(), {f"start_{name}": value for name, value in first.info.items()}
+        gram = gram_of(layer.weight for layer in backbone.cross_attention().values())
+        concepts = _rows(backbone, [pair.concept.target for pair in pairs])
+        guides = _rows(backbone, [pair.concept.anchor if self.guide is None else self.guide for pair in pairs])
+        kept = _rows(backbone, self.preserve)
+        for turn in range(1, self.rounds + 1):
+            found = concepts @ attack(solution, gram, self.lambda_norm).T
+            info[f"attack_{turn}"] = relative_distance(found @ solution.T, concepts, gram)
+            sums = NormalEquations(backbone.width).add_pairs(found, guides, self.erase_scale)
+            sums.add_preserved(kept, self.preserve_scale)
+            step, solved = sums.solve(self.ridge)
+            solution = compose(step, solution)
+            info.update(solved)
+        return Edit(map=solution, info=info)
+
+
+def gram_of(weights: Iterable[Tensor]) -> Tensor:
+    """G = sum W^T W of weights (out, D), (D, D) float64 on the CPU."""
+    doubles = (weight.detach().to("cpu", torch.float64) for weight in weights)
+    return torch.stack([weight.T @ weight for weight in doubles]).sum(dim=0)
+
+
+def attack(map: Tensor, gram: Tensor, lambda_norm: float) -> Tensor:
+    """A (D, D) float64 with h' = A h, the state that comes nearest to h through weights W = W0 map."""
+    reach = map.T @ gram
+    system = reach @ map + lambda_norm * torch.eye(len(map), dtype=torch.float64)
+    return torch.cholesky_solve(reach, torch.linalg.cholesky((system + system.T) / 2))
+
+
+def relative_distance(states: Tensor, goals: Tensor, gram: Tensor) -> float:
+    """||W0 x - W0 h|| / ||W0 h|| over all rows (n, D) and the layers that `gram` sums."""
+
+    def squared(rows: Tensor) -> float:
+        return float((rows @ gram * rows).sum())
+
+    return math.sqrt(squared(states - goals) / squared(goals))
+
+
+def _rows(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    """All rows of all texts (n T, D), float64 on the CPU."""
+    return backbone.encode(texts).states.flatten(0, 1).to("cpu", torch.float64)
