@@ -1,0 +1,161 @@
+"""Noisy latents by roll-out: half-drawn images of a concept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Generator, Tensor
+
+from realera.contracts import Backbone, Pair, Sampler, TextStates, UserError
+from realera.methods.latents import FIRST_SEED, TIMESTEPS
+from realera.methods.texts import take
+
+Model = Literal["trained", "original"]
+Text = Literal["concept", "anchor", "concept_prompts", "anchor_prompts"]
+Law = Literal["bin", "level", "list"]
+
+
+class Rollout:
+    """z_t is an image that the sampler was stopped at after k of its steps, k uniform in first_stop ... steps - 1.
+
+    model: what draws, the model as it is being trained or the original one. text: what is drawn: the bare name of the
+    concept or of its anchor, or one of their training prompts at random. scheduler, steps, guidance_scale: of the
+    sampler; sizes are the backbone's. batch: z_t a step.
+
+    timestep: what the loss is told of z_t's noise. "bin": t uniform in the k-th of `steps` equal parts of 0 ... 999,
+    which begins about where z_t stands (ESD); "level": where it stands; "list": entry 1000 k / steps of 999 ... 0
+    (SPM's code). extra_steps: how many steps the sampler goes further than t says (ESD's code: 2).
+
+    renew: every how many steps of a concept images are drawn. 1: each step draws its own (as the papers do), `batch`
+    together as far as the last of them has to go. More: `chains` images are drawn to the end and all their stages
+    kept; a step takes `batch` of these at random. The law of (image, k, t) is the same, but the steps in between
+    share images, and those come from a model up to renew - 1 steps older. A run's checkpoint holds the stages.
+
+    Raises UserError for settings that cannot be.
+    """
+
+    def __init__(
+        self,
+        scheduler: str = "ddim",
+        steps: int = 50,
+        guidance_scale: float = 3.0,
+        model: Model = "trained",
+        text: Text = "concept",
+        timestep: Law = "bin",
+        extra_steps: int = 0,
+        first_stop: int = 0,
+        batch: int = 1,
+        renew: int = 1,
+        chains: int = 8,
+    ) -> None:
+        for key, word, known in (("model", model, Model), ("text", text, Text), ("timestep", timestep, Law)):
+            if word not in (choices := get_args(known)):
+                raise UserError(f"method.latents.{key}={word!r} is not known: choose one of {', '.join(choices)}.")
+        for key, value, least in (
+            ("steps", steps, 1),
+            ("batch", batch, 1),
+            ("renew", renew, 1),
+            ("chains", chains, 1),
+            ("extra_steps", extra_steps, 0),
+            ("first_stop", first_stop, 0),
+        ):
+            if value < least:
+                raise UserError(f"method.latents.{key}={value} cannot be: give a whole number from {least} on.")
+        if first_stop >= steps:
+            raise UserError(f"method.latents.first_stop={first_stop} cannot be: there are steps 0 to {steps - 1}.")
+        self.settings: dict[str, Any] = {
+            "scheduler": scheduler,
+            "steps": steps,
+            "guidance_scale": float(guidance_scale),
+        }
+        self.steps, self.batch, self.renew, self.chains = steps, batch, renew, chains
+        self.extra_steps, self.first_stop = extra_steps, first_stop
+        self.original, self.text, self.timestep = model == "original", text, timestep
+        self.texts: list[TextStates] = []  # of each concept
+        self.stages: dict[int, Tensor] = {}  # (steps + 1, chains, C, h, w) of each concept, where they are kept
+        self.uses: dict[int, int] = {}
+
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
+        name, _, prompts = self.text.partition("_")
+        self.stages, self.uses = {}, {}
+        if prompts:
+            self.texts = [pair.target if name == "concept" else pair.anchor for pair in pairs]
+        else:
+            named = [pair.concept.target if name == "concept" else pair.concept.anchor for pair in pairs]
+            self.texts = [backbone.encode([text]) for text in named]
+
+    def __call__(self, backbone: Backbone, concept: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """(z_t (batch, C, h, w), t (batch,)) of one concept."""
+        stops = torch.randint(self.first_stop, self.steps, (self.batch,), generator=generator)
+        timesteps = self._timesteps(backbone, stops, generator)
+        stops = (stops + self.extra_steps).clamp(max=self.steps)
+        if self.renew == 1:
+            chains = torch.arange(self.batch)
+            stages = self._drawn(backbone, concept, self.batch, sorted(set(stops.tolist())), generator)
+            latents = torch.stack([stages[stop][chain] for stop, chain in zip(stops.tolist(), chains.tolist())])
+        else:
+            if self.uses.get(concept, 0) % self.renew == 0:
+                drawn = self._drawn(backbone, concept, self.chains, range(self.steps + 1), generator)
+                self.stages[concept] = torch.stack(list(drawn.values()))
+            self.uses[concept] = self.uses.get(concept, 0) + 1
+            chains = torch.randint(self.chains, (self.batch,), generator=generator)
+            latents = self.stages[concept][stops, chains]
+        device = next(backbone.unet.parameters()).device
+        return latents.to(device), timesteps.to(device)
+
+    def state_dict(self) -> dict[str, dict[int, Any]]:
+        """What the next steps depend on besides their draws: the kept stages are of a model that is no more."""
+        return {"stages": {i: stages.cpu() for i, stages in self.stages.items()}, "uses": dict(self.uses)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[int, Any]]) -> None:
+        self.stages, self.uses = dict(state["stages"]), dict(state["uses"])
+
+    def _timesteps(self, backbone: Backbone, stops: Tensor, generator: Generator) -> Tensor:
+        if self.timestep == "level":
+            return backbone.timesteps(self._sampler(backbone))[stops]
+        if self.timestep == "list":
+            return TIMESTEPS - 1 - stops * TIMESTEPS // self.steps
+        first = (self.steps - 1 - stops) * TIMESTEPS / self.steps
+        low, high = first.round(), (first + TIMESTEPS / self.steps).round()
+        return (low + torch.rand(len(stops), generator=generator) * (high - low)).long()
+
+    def _drawn(
+        self, backbone: Backbone, concept: int, count: int, stops: Sequence[int], generator: Generator
+    ) -> dict[int, Tensor]:
+        """{k: latents (count, C, h, w) after k steps} of `count` images, drawn no further than the last of `stops`."""
+        texts = self.texts[concept]
+        texts = take(texts, torch.randint(len(texts.states), (count,), generator=generator))
+        seeds = torch.randint(FIRST_SEED, 2**62, (count,), generator=generator).tolist()
+        passing = _Passing(stops[:-1]) if len(stops) > 1 else None
+        with backbone.original() if self.original else nullcontext():
+            last = backbone.sample(texts, seeds, self._sampler(backbone), passing, stop_at=stops[-1])
+        return {**(passing.seen if passing is not None else {}), stops[-1]: last}
+
+    def _sampler(self, backbone: Backbone) -> Sampler:
+        return replace(backbone.sampler, **self.settings)
+
+
+class _Passing:
+    """Guides as the sampler does, and keeps the latents that come by before the steps `at`."""
+
+    prompts: Sequence[str] = ()
+
+    def __init__(self, at: Sequence[int]) -> None:
+        self.at = at
+        self.seen: dict[int, Tensor] = {}
+
+    @contextmanager
+    def around(self, backbone: Backbone, texts: Sequence[str]) -> Iterator[None]:
+        yield
+
+    def __call__(
+        self, uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, guidance_scale: float
+    ) -> Tensor:
+        if step in self.at:
+            self.seen[step] = latents
+        return uncond + guidance_scale * (cond - uncond)

@@ -1,0 +1,32 @@
+"""What aligners do with encoded prompts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from realera.contracts import Backbone, TextStates
+
+
+def take(texts: TextStates, index: Tensor) -> TextStates:
+    """The prompts at `index` (B,), repeats allowed."""
+    index = index.to(texts.states.device)
+    return TextStates(
+        states=texts.states[index],
+        first=texts.first[index],
+        last=texts.last[index],
+        length=texts.length[index],
+        pooled=None if texts.pooled is None else texts.pooled[index],
+    )
+
+
+def repeat(texts: TextStates, row: int, count: int) -> TextStates:
+    """One prompt, `count` times."""
+    return take(texts, torch.full((count,), row))
+
+
+def predict(backbone: Backbone, latents: Tensor, timesteps: Tensor, texts: TextStates) -> Tensor:
+    """The noise (B, C, h, w) for B prompts; float32, so that a mean over many small squares is exact enough under
+    bfloat16 autocast."""
+    pooled = None if texts.pooled is None else texts.pooled.to(latents.device)
+    return backbone.predict_noise(latents, timesteps, texts.states.to(latents.device), pooled).float()
