@@ -48,7 +48,7 @@ LATE = {
     "torchvision",
 }  # inside __init__ only: composing a config never needs them
 LONGEST, LONGEST_DOOR = 320, 100  # lines
-LONGER = {"contracts": 360}  # one file by design: the file to read first
+LONGER = {"contracts": 380}  # one file by design: the file to read first
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -118,6 +118,8 @@ def test_chosen_weights(new_backbone: Callable[..., Any]) -> None:
     assert chosen("-attn2", "-time_embedding") == {
         name for name in names.values() if ".attn2." not in name and not name.startswith("time_embedding.")
     }
+    assert chosen("all") == set(names.values())
+    assert chosen("all", "-attn2") == set(names.values()) - cross
     for wrong in ("attn9", "-attn9"):
         with pytest.raises(UserError, match=r"'-?attn9' matched 0"):
             backbone.unfreeze([wrong])

@@ -132,3 +132,45 @@ def test_states_can_be_trained_on(encoder: TextEncoder) -> None:
     weight = torch.ones(32, requires_grad=True)
     (encoder(["a cat"]).states * weight).sum().backward()  # inference tensors would refuse
     assert weight.grad is not None
+
+
+def test_a_word_by_its_own_vectors_is_the_word(encoder: TextEncoder) -> None:
+    texts, subjects = ["a photo of tom cruise by the sea", "tom cruise"], ["tom cruise", "Tom Cruise"]
+    plain = encoder(texts, subjects)
+    own = encoder.with_vectors(texts, subjects, encoder.vectors("Tom Cruise"))
+    for name in ("first", "last", "length"):
+        assert torch.equal(getattr(plain, name), getattr(own, name))
+    torch.testing.assert_close(own.states, plain.states, atol=1e-6, rtol=1e-5)
+    assert torch.equal(encoder(texts).states, plain.states)  # nothing is left behind
+
+
+def test_more_vectors_than_sub_tokens(encoder: TextEncoder) -> None:
+    """Four of them in the place of one word: what follows moves on, and what is read is what the vectors say."""
+    long = "a red and blue old jet"  # six words, each a token
+    vectors = encoder.vectors(long)
+    found = encoder.with_vectors(["photo of cat in the sky"], ["cat"], vectors)
+    plain = encoder([f"photo of {long} in the sky"], [long])
+    assert (int(found.first[0]), int(found.last[0]), int(found.length[0])) == (3, 8, 12)
+    torch.testing.assert_close(found.states, plain.states, atol=1e-6, rtol=1e-5)
+
+
+def test_vectors_are_reached_by_the_gradient(encoder: TextEncoder) -> None:
+    vectors = encoder.vectors("cat dog").requires_grad_(True)
+
+    def size(given: torch.Tensor) -> torch.Tensor:
+        return encoder.with_vectors(["a photo of a cat"], ["cat"], given).states[0, 6:].pow(3).sum()
+
+    (gradient,) = torch.autograd.grad(size(vectors), vectors)
+    step = torch.zeros_like(vectors)
+    step[1, 3] = 1e-2
+    with torch.no_grad():
+        slope = (size(vectors + step) - size(vectors - step)) / 2e-2
+    assert float(gradient[1, 3]) == pytest.approx(float(slope), rel=2e-2)
+
+
+def test_vectors_at_the_end_of_a_full_prompt(encoder: TextEncoder) -> None:
+    text = "cat " + "a " * 74  # 75 words and both special tokens fill the 77 rows
+    found = encoder.with_vectors([text], ["cat"], encoder.vectors("dog bird"))
+    assert int(found.length[0]) == 76
+    with pytest.raises(UserError, match="vectors"):
+        encoder.with_vectors(["a " * 70 + "cat"], ["cat"], encoder.vectors("dog bird cat ship truck sky"))

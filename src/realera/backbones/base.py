@@ -78,11 +78,11 @@ class BaseWeights:
 
     def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
         """Trainable parameters, in U-Net order, whose path holds one of `targets` ("attn2.to_k", "attn2") as whole
-        parts, and none of those written with a minus ("-attn2"). Only minuses: everything but those.
+        parts, and none of those written with a minus ("-attn2"). "all", or only minuses: everything but those.
 
         Raises UserError where a target matches nothing.
         """
-        wanted = [target for target in targets if not target.startswith("-")]
+        wanted = [target for target in targets if not target.startswith("-") and target != "all"]
         spared = [target.removeprefix("-") for target in targets if target.startswith("-")]
 
         def holds(name: str, parts: Sequence[str]) -> bool:

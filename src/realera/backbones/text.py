@@ -77,6 +77,55 @@ class TextEncoder:
             pooled=pooled,
         )
 
+    def vectors(self, text: str) -> Tensor:
+        """(n, D) float32, a copy: the rows of the token table that the text's n sub-tokens stand for."""
+        ids = self.tokenizer(self._clean(text), add_special_tokens=False)["input_ids"]
+        return self.model.get_input_embeddings().weight[ids].detach().clone()
+
+    def with_vectors(self, texts: Sequence[str], subjects: Sequence[str], vectors: Tensor) -> TextStates:
+        """As `__call__`, the n rows of `vectors` (n, D) standing in each text where the sub-tokens of its subject did;
+        the states have their gradient.
+
+        Raises UserError as `__call__` does, for the text as it becomes.
+        """
+        device, count = self.model.device, len(vectors)
+        spans = [self.rows(text, subject) for text, subject in zip(texts, subjects, strict=True)]
+        first = torch.tensor([start for start, _ in spans])
+        rows = []
+        for ids, text, (start, end) in zip(self._tokens(texts), texts, spans, strict=True):
+            if start + count > self.length - 1:
+                raise UserError(
+                    f"The prompt {_short(text)!r} is cut at {self.length} tokens before the end of {count} vectors; "
+                    "shorten it, or take fewer."
+                )
+            # What stands for the vectors is an ordinary token, not the end of the text that `length` looks for.
+            kept = torch.cat([ids[:start], torch.zeros(count, dtype=ids.dtype), ids[end + 1 :]])[: self.length]
+            pads = kept.new_full((self.length - len(kept),), int(self.tokenizer.pad_token_id or 0))
+            kept = torch.cat([kept, pads])
+            if not (kept == self.tokenizer.eos_token_id).any():
+                kept[-1] = self.tokenizer.eos_token_id
+            rows.append(kept)
+        ids = torch.stack(rows).to(device)
+
+        def put(module: Any, inputs: Any, output: Tensor) -> Tensor:
+            output = output.clone()
+            for row, start in enumerate(first.tolist()):
+                output[row, start : start + count] = vectors.to(output)
+            return output
+
+        hook = self.model.get_input_embeddings().register_forward_hook(put)
+        try:
+            out = self.model(input_ids=ids, output_hidden_states=self.penultimate)
+        finally:
+            hook.remove()
+        return TextStates(
+            states=out.hidden_states[-2] if self.penultimate else out.last_hidden_state,
+            first=first.to(device),
+            last=first.to(device) + count - 1,
+            length=(ids == self.tokenizer.eos_token_id).int().argmax(dim=1),
+            pooled=out.text_embeds if self.pooled_width else None,
+        )
+
     def to(self, device: Any) -> None:
         self.model.to(device)
 
@@ -141,7 +190,22 @@ class PairedTextEncoder:
 
     def __call__(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates:
         """As `TextEncoder`. Raises UserError too where the two tokenizers part a text differently."""
-        one, two = self.first(texts, subjects), self.second(texts, subjects)
+        return self._joined(texts, self.first(texts, subjects), self.second(texts, subjects))
+
+    def vectors(self, text: str) -> Tensor:
+        """As `TextEncoder.vectors`, of both tables."""
+        return torch.cat([self.first.vectors(text), self.second.vectors(text)], dim=-1)
+
+    def with_vectors(self, texts: Sequence[str], subjects: Sequence[str], vectors: Tensor) -> TextStates:
+        """As `TextEncoder.with_vectors`, each encoder with its part of the width."""
+        own = vectors.split([self.first.width, self.second.width], dim=-1)
+        return self._joined(
+            texts,
+            self.first.with_vectors(texts, subjects, own[0]),
+            self.second.with_vectors(texts, subjects, own[1]),
+        )
+
+    def _joined(self, texts: Sequence[str], one: TextStates, two: TextStates) -> TextStates:
         for name in ("first", "last", "length"):
             differs = (getattr(one, name) != getattr(two, name)).nonzero()
             if len(differs):

@@ -84,6 +84,11 @@ class UNetBackbone:
         """Content id of weights, configuration, tokenizer and text length; reads all weights on first use."""
         return folder.fingerprint(self.folder, text_length=self.max_length)
 
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """Content id of what the text states depend on: text encoders, tokenizers and text length."""
+        return folder.fingerprint(self.folder, text_length=self.max_length, only_text=True)
+
     @property
     def device(self) -> torch.device:
         """Where the U-Net is now: a trainer may move it by itself, and everything else follows it."""
@@ -91,12 +96,20 @@ class UNetBackbone:
 
     # --- text --------------------------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates:
-        """See `TextEncoder.__call__`; on the U-Net's device, and in float32 under the caller's autocast too."""
+    def encode(
+        self, texts: Sequence[str], subjects: Sequence[str] | None = None, vectors: Tensor | None = None
+    ) -> TextStates:
+        """See `TextEncoder.__call__` and, for vectors, `with_vectors`; on the U-Net's device, in float32 always."""
         device = self.device
         self.text.to(device)
         with torch.autocast(device.type, enabled=False):
-            return self.text(texts, subjects)
+            if vectors is None:
+                return self.text(texts, subjects)
+            return self.text.with_vectors(texts, subjects or (), vectors.to(device))
+
+    def token_vectors(self, text: str) -> Tensor:
+        """See `TextEncoder.vectors`."""
+        return self.text.vectors(text)
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
