@@ -1,0 +1,107 @@
+"""FMN (Forget-Me-Not, arXiv 2303.17591): the attention that the U-Net pays to a concept's tokens is made to vanish."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Generator, Tensor
+
+from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
+from realera.methods.inversion import TextualInversion
+from realera.methods.texts import predict, take
+
+Pooler = Literal["none", "eos", "pads"]
+
+
+class AttentionResteering:
+    """The length of the vector of all cross-attention probabilities, of all layers, heads and pixels, that stand at the
+    concept's positions: one norm over all layers, averaged over the latents.
+
+    parameters: what is trained, as `Backbone.unfreeze` takes it. pooler: what counts as the concept's besides its own
+    sub-tokens: "eos" = the first end-of-text row (official: use_pooler, on SD 2.1), "pads" = all rows from there on
+    (the same code on SD 1.x, whose pads are end-of-text tokens too), "none". inversion: the concept's own vectors,
+    found before and put where its name stands; None, or one of 0 steps: its name. steps, lr, weight_decay: of AdamW.
+
+    Raises UserError for settings that cannot be.
+    """
+
+    lora: LoraSpec | None = None
+
+    def __init__(
+        self,
+        parameters: Sequence[str] = ("all",),
+        steps: int = 35,
+        lr: float = 2e-6,
+        weight_decay: float = 0.01,
+        pooler: Pooler = "eos",
+        inversion: TextualInversion | None = None,
+    ) -> None:
+        if pooler not in get_args(Pooler):
+            raise UserError(
+                f"method.align.pooler={pooler!r} is not known: choose one of {', '.join(get_args(Pooler))}."
+            )
+        if steps < 0:
+            raise UserError(f"method.align.steps={steps} cannot be: give 0 or more.")
+        if not 0 < lr < float("inf"):
+            raise UserError(f"method.align.lr={lr} cannot be: give a finite number above 0.")
+        self.parameters = list(parameters)
+        self.steps = steps
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.pooler = pooler
+        self.inversion = inversion if inversion is not None and inversion.steps > 0 else None
+        self.found: dict[str, TextStates] = {}  # {concept: its prompt with the vectors that were found}
+
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
+        """Inverts every concept, or reads from the cache what was found."""
+        if self.inversion is not None:
+            prompts = self.inversion(backbone, pairs, cache, seed)
+            self.found = {pair.concept.target: prompt for pair, prompt in zip(pairs, prompts, strict=True)}
+
+    def loss(
+        self,
+        backbone: Backbone,
+        pair: Pair,
+        mine: Miner | None,
+        latents: Tensor,
+        timesteps: Tensor,
+        step: int,
+        generator: Generator,
+        **known: Tensor,
+    ) -> dict[str, Tensor]:
+        """{"attention"}; known: the numbers (B,) of the prompts that the images of the concept were drawn from."""
+        if getattr(backbone.unet, "is_gradient_checkpointing", False):  # it would compute again what is not kept then
+            raise UserError(
+                "method fmn reads the attention, which backbone.gradient_checkpointing drops: set it to false."
+            )
+        texts = pair.target
+        if self.inversion is not None:
+            texts, prompts = self.found[pair.concept.target], torch.zeros(len(latents), dtype=torch.int64)
+        elif "prompts" in known:
+            prompts = known["prompts"]
+        else:
+            raise UserError(
+                "method fmn has to know the prompts of its latents: set method.latents.give='[noise,prompts]'."
+            )
+        texts = take(texts, prompts.to(texts.states.device))
+        counted = positions(texts, self.pooler).to(latents.device)[:, None, None]
+        with backbone.attention() as maps:
+            noise = predict(backbone, latents, timesteps, texts)
+            squares = [torch.where(counted, found.float(), 0).square().sum(dim=(1, 2, 3)) for found in maps.values()]
+        attention = torch.stack(squares).sum(dim=0).sqrt().mean()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            attention = (
+                attention + 0 * noise.sum()
+            )  # DDP waits for gradients of the layers behind the last attention too
+        return {"attention": attention}
+
+
+def positions(texts: TextStates, pooler: Pooler) -> Tensor:
+    """(B, T) bool: the rows of each text that are the concept's."""
+    rows = torch.arange(texts.states.shape[1], device=texts.first.device)
+    first, last, end = (row[:, None] for row in (texts.first, texts.last, texts.length))
+    own = (rows >= first) & (rows <= last)
+    return {"none": own, "eos": own | (rows == end), "pads": own | (rows >= end)}[pooler]

@@ -1,0 +1,116 @@
+"""Textual inversion (arXiv 2208.01618), as FMN does it: vectors in the place of a concept's name, of the kind that the
+text encoder's token table holds, found by the noise loss on images of the concept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor
+from torch.nn.functional import mse_loss, normalize
+
+from realera.contracts import Backbone, Pair, TextStates, UserError
+from realera.methods.latents import AnchorBank
+from realera.methods.texts import predict, repeat
+from realera.paths import whole
+
+
+class TextualInversion:
+    """images: where the noised images of the concept come from; it has to give their noise. prompt: {} is where the
+    vectors stand. tokens: how many. The first ones start as the name's own, the others at random, as long as those are
+    on average. steps: 0 = none. lr, weight_decay: of AdamW. pull: after each step every vector's length goes so far
+    towards that average (official: min(1, 100 lr) towards 0.4, which is the average of SD).
+
+    Raises UserError for settings that cannot be.
+    """
+
+    def __init__(
+        self,
+        images: AnchorBank,
+        steps: int = 500,
+        tokens: int = 4,
+        prompt: str = "a photo of {}",
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        pull: float = 0.1,
+    ) -> None:
+        if steps < 0 or tokens < 1:
+            raise UserError("method.align.inversion has fewer than 0 steps or 1 token: give more.")
+        if prompt.count("{}") != 1:
+            raise UserError(f"method.align.inversion.prompt={prompt!r} must hold {{}} once, where the concept goes.")
+        if steps > 0 and "noise" not in images.give:
+            raise UserError("method.align.inversion has to know the noise: set method.latents.give='[noise,prompts]'.")
+        self.images = images
+        self.steps = steps
+        self.tokens = tokens
+        self.prompt = prompt
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.pull = pull
+
+    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> list[TextStates]:
+        """The prompt (1 text) of each concept with the vectors that were found for it, on the CPU. They are kept under
+        <cache>/inversion/."""
+        self.images.prepare(backbone, pairs, cache, seed)
+        found = []
+        for i, pair in enumerate(pairs):
+            name = pair.concept.target
+            file = cache / "inversion" / f"{self._key(backbone, name, i, seed)}.safetensors"
+            vectors = _read(file)
+            if vectors is None:
+                vectors = self.invert(backbone, name, i, Generator().manual_seed(seed))
+                with whole(file) as beside:
+                    save_file({"vectors": vectors}, beside)
+            with torch.no_grad():
+                found.append(self._prompt(backbone, name, vectors))
+        self.images.banks = []
+        return [replace(t, states=t.states.cpu(), first=t.first.cpu(), last=t.last.cpu()) for t in found]
+
+    def invert(self, backbone: Backbone, name: str, concept: int, generator: Generator) -> Tensor:
+        """(tokens, D) on the CPU."""
+        own = backbone.token_vectors(name).cpu()
+        goal = own.norm(dim=-1).mean()
+        random = goal * normalize(torch.randn(self.tokens, own.shape[-1], generator=generator), dim=-1)
+        vectors = torch.cat([own, random])[: self.tokens].clone().requires_grad_(True)
+        optimizer = torch.optim.AdamW([vectors], lr=self.lr, weight_decay=self.weight_decay)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+        with Progress(*columns, TimeRemainingColumn()) as bar, backbone.original(), torch.enable_grad():
+            task = bar.add_task(f"Inverting '{name}'", total=self.steps)
+            for _ in range(self.steps):
+                z_t, timesteps, *more = self.images(backbone, concept, generator)
+                texts = repeat(self._prompt(backbone, name, vectors), 0, len(z_t))
+                loss = mse_loss(predict(backbone, z_t, timesteps, texts), more[0]["noise"].float())
+                (vectors.grad,) = torch.autograd.grad(loss, [vectors])
+                optimizer.step()
+                with torch.no_grad():
+                    length = vectors.norm(dim=-1, keepdim=True)
+                    vectors.copy_(normalize(vectors, dim=-1) * (length + self.pull * (goal - length)))
+                bar.advance(task)
+        return vectors.detach()
+
+    def _prompt(self, backbone: Backbone, name: str, vectors: Tensor) -> TextStates:
+        return backbone.encode([self.prompt.replace("{}", name)], [name], vectors)
+
+    def _key(self, backbone: Backbone, name: str, concept: int, seed: int) -> str:
+        settings = {name: value for name, value in vars(self).items() if name != "images"}
+        bank = self.images.banks[concept]
+        about = [backbone.fingerprint, bank.device.type, settings, name, seed, self.images.batch]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        digest.update(bank.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _read(file: Path) -> Tensor | None:
+    if file.is_file():
+        try:
+            return load_file(file)["vectors"]
+        except (SafetensorError, KeyError):  # a cache is never worth an error: they are found again
+            pass
+    return None
