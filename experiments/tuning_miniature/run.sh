@@ -35,7 +35,8 @@ for round in $ROUND; do
     sweep 1 method.align=null method.neighbours.s_lo=0.2 method.edit.ridge=1,200 "$label"
     ;;
   2)
-    sweep 2 method.align.lr=3e-4,1e-3,3e-3 'label="lr ${method.align.lr}"'
+    sweep 2 method.align.lr=3e-4,1e-3,3e-3 \
+    'label="lr ${method.align.lr} rank ${method.align.lora.rank} s_lo ${method.neighbours.s_lo}"'
     ;;
   esac
   mkdir -p "$HERE/round$round"
