@@ -128,7 +128,7 @@ def _seen(metrics: Mapping[str, Any]) -> dict[tuple[str, str], str]:
     """{(split, prompt): "seen in 98 → 3%"}, as the split's measure is read; top-1 in place of a mean probability."""
     if not metrics:
         return {}
-    said = {"top1": "seen in {}%", "detected": "something detected in {}%", "score": "score {}"}
+    said = {"top1": "seen in {}%", "detected": "detected in {}%", "score": "score {}"}
 
     def found(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[str, Any]]:
         read = {split: mode_of(metrics["main"], measure) or "" for split, measure in MEASURES.items()}
