@@ -103,7 +103,7 @@ def test_train_leaves_a_run_that_explains_itself(
     assert metrics["original"] is not None
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert config["concept"] == "airplane" and config["judge"]["_target_"].endswith("MiniatureJudge")
-    assert config["method"]["align"]["lr"] == 1e-3  # the miniature's own default, resolved
+    assert config["method"]["align"]["lr"] == 3e-4  # the miniature's own default, resolved
 
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     capsys.readouterr()
