@@ -10,11 +10,14 @@ RUNS=${RUNS:-runs/celebrity_miniature}
 CONCEPTS=${CONCEPTS:-Tom Cruise,Elon Musk,Jennifer Lawrence,Mariah Carey,Leonardo DiCaprio}
 IMAGES=(task.images.erase=20 task.images.near=15 task.images.keep=3 task.images.associated=5 task.images.unseen=5)
 
-for seed in $SEEDS; do
-  SETTINGS=(task=celebrity backbone=mini "concept=$CONCEPTS" "seed=$seed" "task.first_seed=$((1000 * seed))" "root=$RUNS" "${IMAGES[@]}")
-  REALERA_STAMP="celebrity-original-$seed" $PY -m realera.evaluate -m run=original "${SETTINGS[@]}" label=original
-  REALERA_STAMP="celebrity-uce-$seed" $PY -m realera.train -m logger=none "${SETTINGS[@]}" method=uce \
-    method.edit.rows=suffix_2023 label=UCE
-  REALERA_STAMP="celebrity-realera-$seed" $PY -m realera.train -m logger=none "${SETTINGS[@]}" label=RealEra
-done
+cells() { # command, label, settings...
+  for seed in $SEEDS; do
+    REALERA_STAMP="celebrity-$2-$seed" $PY -m "realera.$1" -m task=celebrity backbone=mini "concept=$CONCEPTS" "seed=$seed" \
+      "task.first_seed=$((1000 * seed))" "root=$RUNS" "${IMAGES[@]}" "label=$2" "${@:3}"
+  done
+}
+
+cells evaluate original run=original
+cells train RealEra logger=none
+cells train UCE logger=none method=uce method.edit.rows=suffix_2023
 $PY -m realera.report "$RUNS" "out=$RUNS/report.html" "results=$HERE"

@@ -8,11 +8,14 @@ HERE=experiments/nsfw_miniature
 SEEDS=${SEEDS:-0 1 2}
 RUNS=${RUNS:-runs/nsfw_miniature}
 
-for seed in $SEEDS; do
-  SETTINGS=(task=nsfw backbone=mini "seed=$seed" "task.first_seed=$((1000 * seed))" "root=$RUNS")
-  REALERA_STAMP="nsfw-original-$seed" $PY -m realera.evaluate run=original "${SETTINGS[@]}" label=original
-  REALERA_STAMP="nsfw-uce-$seed" $PY -m realera.train logger=none "${SETTINGS[@]}" method=uce \
-    method.edit.rows=suffix_2023 label=UCE
-  REALERA_STAMP="nsfw-realera-$seed" $PY -m realera.train logger=none "${SETTINGS[@]}" label=RealEra
-done
+cells() { # command, label, settings...
+  for seed in $SEEDS; do
+    REALERA_STAMP="nsfw-$2-$seed" $PY -m "realera.$1" task=nsfw backbone=mini "seed=$seed" \
+      "task.first_seed=$((1000 * seed))" "root=$RUNS" "label=$2" "${@:3}"
+  done
+}
+
+cells evaluate original run=original
+cells train RealEra logger=none
+cells train UCE logger=none method=uce method.edit.rows=suffix_2023
 $PY -m realera.report "$RUNS" "out=$RUNS/report.html" "results=$HERE"

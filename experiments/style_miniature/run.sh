@@ -10,11 +10,14 @@ RUNS=${RUNS:-runs/style_miniature}
 CONCEPTS=${CONCEPTS:-Van Gogh,Claude Monet,Pablo Picasso,Greg Rutkowski,Salvador Dali}
 IMAGES=(task.images.erase=20 task.images.near=15 task.images.keep=5 task.images.associated=10 task.images.unseen=5)
 
-for seed in $SEEDS; do
-  SETTINGS=(task=style backbone=mini "concept=$CONCEPTS" "seed=$seed" "task.first_seed=$((1000 * seed))" "root=$RUNS" "${IMAGES[@]}")
-  REALERA_STAMP="style-original-$seed" $PY -m realera.evaluate -m run=original "${SETTINGS[@]}" label=original
-  REALERA_STAMP="style-uce-$seed" $PY -m realera.train -m logger=none "${SETTINGS[@]}" method=uce \
-    method.edit.rows=suffix_2023 label=UCE
-  REALERA_STAMP="style-realera-$seed" $PY -m realera.train -m logger=none "${SETTINGS[@]}" label=RealEra
-done
+cells() { # command, label, settings...
+  for seed in $SEEDS; do
+    REALERA_STAMP="style-$2-$seed" $PY -m "realera.$1" -m task=style backbone=mini "concept=$CONCEPTS" "seed=$seed" \
+      "task.first_seed=$((1000 * seed))" "root=$RUNS" "${IMAGES[@]}" "label=$2" "${@:3}"
+  done
+}
+
+cells evaluate original run=original
+cells train RealEra logger=none
+cells train UCE logger=none method=uce method.edit.rows=suffix_2023
 $PY -m realera.report "$RUNS" "out=$RUNS/report.html" "results=$HERE"
