@@ -209,11 +209,16 @@ class Backbone(Protocol):
     @property
     def fingerprint(self) -> str: ...  # content id of the weights; may read them all on first use
 
+    @property
+    def text_fingerprint(self) -> str: ...  # of what text states depend on: backbones that share it share maps and sums
+
     def encode(
         self, texts: Sequence[str], subjects: Sequence[str] | None = None, vectors: Tensor | None = None
     ) -> TextStates: ...  # vectors (n, D): instead of each subject's own rows of the token table, with their gradient
 
     def token_vectors(self, text: str) -> Tensor: ...  # (n, D): those rows of a text
+
+    def tokens(self, texts: Sequence[str]) -> list[set[int]]: ...  # each text's sub-tokens, without begin, end and pads
 
     def cross_attention(self) -> dict[str, nn.Linear]:
         """{layer name: base Linear} of every attn2.to_k / attn2.to_v, in U-Net order, adapters looked through."""
@@ -227,7 +232,8 @@ class Backbone(Protocol):
     def add_adapter(self, spec: LoraSpec, generator: Generator, concepts: int = 1) -> list[nn.Parameter]: ...
 
     def adapter_scale(self, scale: Tensor) -> AbstractContextManager[None]:
-        """For a while, sample b's adapter of concept i counts scale[b, i] times: (B, concepts), or (1, concepts)."""
+        """For a while, sample b's adapter of concept i counts scale[b, i] times: (B, concepts), or (1, concepts). Given
+        (B, concepts, concepts), B of concept i is fed with sum_j scale[b, i, j] A_j x."""
         ...
 
     def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]: ...  # path parts; "-part" leaves out
@@ -307,7 +313,8 @@ class Aligner(Protocol):
     """Method part `align`: the gradient part. The sum of the returned terms is minimised; each is logged as
     train/<term>. A term without a gradient (detached) is logged only. `step` counts from 1; the pair's tensors are on
     the CPU. With one adapter per concept, `steps` are of each concept, and while a loss is computed the other concepts'
-    adapters count nothing. An aligner that has a method `prepare` like a latent source's is made ready with it."""
+    adapters count nothing, nor while its latents are made. An aligner with a method `prepare` like a latent source's
+    is made ready with it; one that has `rate(step)`, counted by concept too, has lr multiplied by it."""
 
     steps: int
     lr: float

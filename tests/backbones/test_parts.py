@@ -66,6 +66,8 @@ def test_adapters_by_concept_are_adapters_of_their_own(targets: Any, new_backbon
         everything = predict(backbone, texts)
         with backbone.adapter_scale(torch.ones(1, 3)):
             assert torch.equal(predict(backbone, texts), everything)
+        with backbone.adapter_scale(torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]).diag_embed()):  # mixing nothing
+            torch.testing.assert_close(predict(backbone, texts), rows, atol=1e-5, rtol=1e-4)
     with backbone.adapter_scale(torch.ones(1, 4)), pytest.raises(ValueError, match="6 does not hold 4"):
         predict(backbone, texts)
 

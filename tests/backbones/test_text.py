@@ -34,6 +34,13 @@ def test_states_are_those_of_stable_diffusion(encoder: TextEncoder, monkeypatch:
     assert states.pooled is None
 
 
+def test_tokens_are_a_texts_own(encoder: TextEncoder) -> None:
+    cat, both, nothing = encoder.tokens(["cat", "a photo of the CAT", ""])
+    assert len(cat) == 1 and cat < both and len(both) == 5 and nothing == set()
+    assert not set(encoder.tokenizer.all_special_ids) & both
+    assert encoder.tokens([]) == []
+
+
 def test_no_texts(encoder: TextEncoder) -> None:
     states = encoder([], [])
     assert states.states.shape == (0, 77, 32) and states.first.shape == states.length.shape == (0,)

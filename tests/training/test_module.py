@@ -13,7 +13,7 @@ import torch
 
 from realera.contracts import LoraSpec, Method, Pair, UserError
 from realera.training.fit import fit
-from realera.training.module import ErasureModule, part_of
+from realera.training.module import ErasureModule, own_step, part_of, turn
 from realera.training.streams import stream
 
 
@@ -29,7 +29,15 @@ class Watched:
         self.factor = factor
 
     def loss(
-        self, backbone: Any, pair: Pair, mine: Any, latents: Any, timesteps: Any, step: int, generator: Any
+        self,
+        backbone: Any,
+        pair: Pair,
+        mine: Any,
+        latents: Any,
+        timesteps: Any,
+        step: int,
+        generator: Any,
+        **known: Any,
     ) -> Any:
         drawn = float(torch.rand((), generator=generator))
         self.seen.append((pair.concept.target, step, float(latents[0, 0, 0, 0]), drawn))
@@ -148,3 +156,24 @@ def test_pairs_stand_on_the_cpu_as_they_were(
     kept = ErasureModule(backbone, Method("original"), [pair], 0).pairs[0]
     assert torch.equal(kept.target.states, pair.target.states)
     assert kept.target.pooled is not None and kept.anchor.pooled is None
+
+
+def test_a_rate_of_the_aligners_own_is_followed(train: Callable[..., Any]) -> None:
+    """Adam moves by lr a step, whatever the gradient: so far does `rate` let it."""
+
+    class Paced(Watched):
+        lora = LoraSpec(init="gaussian")
+
+        def rate(self, step: int) -> float:
+            return {2: 1.0, 3: 0.5}.get(step, 0.0)
+
+    align = Paced()
+    backbone = train(align)
+    up = next(p for name, p in backbone.unet.named_parameters() if "lora_B" in name)
+    assert float(up.detach().abs().max()) == pytest.approx(1.5 * align.lr, rel=1e-2)
+
+
+def test_concepts_count_their_own_steps() -> None:
+    assert [turn(step, 3) for step in range(1, 9)] == [0, 0, 1, 1, 2, 2, 0, 0]
+    assert [own_step(step, 3) for step in range(1, 9)] == [1, 2, 1, 2, 1, 2, 3, 4]
+    assert [own_step(step, 1) for step in range(1, 6)] == [1, 2, 3, 4, 5]

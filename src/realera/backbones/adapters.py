@@ -95,13 +95,16 @@ def scaled(unet: nn.Module, scale: Tensor) -> Iterator[None]:
     """Rank component r of sample b counts scale[b, i] times, i the concept that r belongs to; scale (B, concepts) or
     (1, concepts). Under guidance the batch is a multiple of B, its parts one after another.
 
-    The factor is put on A x, once: h = W x + (alpha / rank) B (s * A x).
+    The factor is put on A x, once: h = W x + (alpha / rank) B (s * A x). A scale (B, concepts, concepts) mixes: what B
+    of concept i is given is then sum_j scale[b, i, j] A_j x.
     """
 
     def times(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         rank, concepts = output.shape[1 if isinstance(module, nn.Conv2d) else -1], scale.shape[1]
         if rank % concepts:
             raise ValueError(f"an adapter of rank {rank} does not hold {concepts} concepts")
+        if scale.dim() == 3:
+            return _mixed(scale.to(output), output, 1 if isinstance(module, nn.Conv2d) else -1)
         factors = scale.to(output).repeat_interleave(rank // concepts, dim=1)
         if len(factors) > 1:
             factors = factors.repeat(len(output) // len(factors), 1)
@@ -115,6 +118,13 @@ def scaled(unet: nn.Module, scale: Tensor) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _mixed(mixing: Tensor, output: Tensor, axis: int) -> Tensor:
+    """sum_j mixing[b, i, j] of concept j's part of A x, the rank along `axis`."""
+    parts = output.movedim(axis, -1).unflatten(-1, (mixing.shape[1], -1))
+    mixing = mixing.repeat(len(output) // len(mixing), 1, 1)
+    return torch.einsum("bij,b...jr->b...ir", mixing, parts).flatten(-2).movedim(-1, axis)
 
 
 def state(unet: nn.Module) -> dict[str, Tensor]:

@@ -126,6 +126,11 @@ class TextEncoder:
             pooled=out.text_embeds if self.pooled_width else None,
         )
 
+    def tokens(self, texts: Sequence[str]) -> list[set[int]]:
+        """The ids of each text's sub-tokens, without those that begin, end and pad it; as many as are read."""
+        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return [set(ids[: self.length - 2]) for ids in found]
+
     def to(self, device: Any) -> None:
         self.model.to(device)
 
@@ -214,6 +219,10 @@ class PairedTextEncoder:
                     "checkpoint whose tokenizers share their words."
                 )
         return replace(two, states=torch.cat([one.states, two.states], dim=-1))
+
+    def tokens(self, texts: Sequence[str]) -> list[set[int]]:
+        """As `TextEncoder`; the two tokenizers share their words."""
+        return self.first.tokens(texts)
 
     def to(self, device: Any) -> None:
         self.first.to(device)

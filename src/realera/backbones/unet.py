@@ -111,6 +111,10 @@ class UNetBackbone:
         """See `TextEncoder.vectors`."""
         return self.text.vectors(text)
 
+    def tokens(self, texts: Sequence[str]) -> list[set[int]]:
+        """See `TextEncoder.tokens`."""
+        return self.text.tokens(texts)
+
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def cross_attention(self) -> dict[str, nn.Linear]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from realera.contracts import Aligner, Backbone, Method, Pair, TextStates, UserError
@@ -49,7 +50,8 @@ class ErasureModule(LightningModule):
         assert align is not None and latents is not None
         step = self.trainer.global_step + 1  # the loader's own count starts again on resume
         concept = turn(step, len(self.pairs))
-        z_t, timesteps, *more = latents(self.backbone, concept, stream(self.seed, "latents", step, 0))
+        with self._own_adapter(concept):
+            z_t, timesteps, *more = latents(self.backbone, concept, stream(self.seed, "latents", step, 0))
         world = self.trainer.world_size
         if step == 1 and world > math.gcd(len(z_t), world) and self.global_rank == 0:
             log.info(
@@ -96,7 +98,7 @@ class ErasureModule(LightningModule):
         if isinstance(optimizer, AdamWInTurns):
             optimizer.hand_over(turn(self.trainer.global_step + 1, len(self.pairs)))
 
-    def configure_optimizers(self) -> list[Optimizer]:
+    def configure_optimizers(self) -> Any:
         align = self.method.align
         if align is None or not trains(align):
             return []
@@ -106,9 +108,12 @@ class ErasureModule(LightningModule):
                 "method.align has no parameters to train: give it a LoRA (method.align.lora), or set method.align=null."
             )
         settings: dict[str, Any] = {"lr": align.lr, "betas": BETAS, "weight_decay": align.weight_decay}
-        if one_each(align) and len(self.pairs) > 1:
-            return [AdamWInTurns(trained, len(self.pairs), **settings)]
-        return [AdamW(trained, **settings)]
+        concepts = len(self.pairs) if one_each(align) else 1
+        optimizer = AdamW(trained, **settings) if concepts == 1 else AdamWInTurns(trained, concepts, **settings)
+        if (rate := getattr(align, "rate", None)) is None:
+            return [optimizer]
+        follow = LambdaLR(optimizer, lambda done: rate(own_step(done + 1, concepts)))
+        return [optimizer], [{"scheduler": follow, "interval": "step"}]
 
     def train_dataloader(self) -> DataLoader[int]:
         return DataLoader(_Steps(), batch_size=None)
@@ -146,6 +151,11 @@ def steps_of(align: Aligner | None, concepts: int) -> int:
 def turn(step: int, concepts: int) -> int:
     """Whose step it is, counted from 1. Concepts take turns of two, because aligners alternate between odd and even."""
     return ((step - 1) // 2) % concepts
+
+
+def own_step(step: int, concepts: int) -> int:
+    """Which of its concept's own steps a step is, both counted from 1; see `turn`."""
+    return (step - 1) // (2 * concepts) * 2 + (step - 1) % 2 + 1
 
 
 def part_of(batch: int, rank: int, world: int) -> slice:

@@ -1,0 +1,213 @@
+"""SPM (arXiv 2312.16145): each concept is erased by a membrane, an adapter of rank 1 on every layer of the U-Net's
+transformers, which is held back from other concepts while it is trained (latent anchoring) and while images are drawn
+(facilitated transport).
+
+Letters: c the bare name of the concept, n a neutral text, k an anchor of its own (a word that is far from c), H(p) the
+text states of p. B latents, K anchors a step, T token rows, D text width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import mse_loss
+
+from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
+from realera.methods.texts import predict, repeat, take
+
+Anchoring = Literal["words", "noise"]
+Transport = Literal["per_module", "official", "none"]
+
+
+class SemiPermeableMembrane:
+    """The paper's loss, with means for norms and eps0 the original model:
+
+        || eps(z_t, c) - (eps0(z_t, n) - eta (eps0(z_t, c) - eps0(z_t, n))) ||^2
+        + anchor_weight E_k || eps(z_t, k) - eps0(z_t, k) ||^2                          (latent anchoring)
+
+    neutral: n; None = the concept's anchor. negative_guidance: eta. anchors: K. anchoring: "words" = k is drawn from
+    `words` with a probability proportional to (1 - cos(H(k), H(c)))^anchor_power, all rows as one vector, and never is
+    c; "noise" = what the official code comes to, H(k) of Gaussian noise with 0.8 to 1.2 times the norm of H(c) (its
+    rejection by the cosine rejects nothing in so many dimensions). anchor_weight 0 leaves latent anchoring out.
+
+    lr is that of AdamW at its highest: it rises linearly in `warmup` steps of each concept and falls along a cosine,
+    `cycles` times from the top; cycles 0 keeps it constant. steps, lora: of each concept.
+
+    Raises UserError for settings that cannot be.
+    """
+
+    parameters = ()  # nothing but the membranes
+
+    def __init__(
+        self,
+        lora: LoraSpec,
+        steps: int = 3000,
+        lr: float = 1e-4,
+        weight_decay: float = 0.01,
+        warmup: int = 500,
+        cycles: int = 3,
+        neutral: str | None = "",
+        negative_guidance: float = 1.0,
+        anchor_weight: float = 1000.0,
+        anchors: int = 4,
+        anchoring: Anchoring = "words",
+        anchor_power: float = 1.0,
+        words: Sequence[str] = (),
+    ) -> None:
+        if anchoring not in (known := get_args(Anchoring)):
+            raise UserError(f"method.align.anchoring={anchoring!r} is not known: choose one of {', '.join(known)}.")
+        for name, value, least in (("steps", steps, 0), ("warmup", warmup, 0), ("cycles", cycles, 0)):
+            if value < least:
+                raise UserError(f"method.align.{name}={value} cannot be: give a whole number from {least} on.")
+        numbers = {"weight_decay": weight_decay, "anchor_weight": anchor_weight, "anchor_power": anchor_power}
+        for name, number in numbers.items():
+            if not (math.isfinite(number) and number >= 0):
+                raise UserError(f"method.align.{name}={number} cannot be: give a finite number of 0 or more.")
+        if not (math.isfinite(lr) and lr > 0):
+            raise UserError(f"method.align.lr={lr} cannot be: give a finite number above 0.")
+        if not math.isfinite(negative_guidance):
+            raise UserError(f"method.align.negative_guidance={negative_guidance} cannot be: give a finite number.")
+        if anchors < 1:
+            raise UserError(f"method.align.anchors={anchors} cannot be: give 1 or more, or anchor_weight=0.")
+        self.lora = replace(lora, targets=tuple(lora.targets))  # yaml gives a list
+        self.steps, self.lr, self.weight_decay = steps, lr, weight_decay
+        self.warmup, self.cycles = warmup, cycles
+        self.neutral = neutral
+        self.negative_guidance = negative_guidance
+        self.anchor_weight, self.anchors, self.anchor_power = anchor_weight, anchors, anchor_power
+        self.words = list(dict.fromkeys(words)) if anchoring == "words" and anchor_weight > 0 else []
+        self.by_noise = anchoring == "noise"
+        self.texts: dict[str, TextStates] = {}
+        self.far: dict[str, Tensor] = {}  # of each concept, the probability of each word
+
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
+        """Encodes the names and the words, and weighs the words for each concept."""
+        names = [pair.concept.target for pair in pairs]
+        neutrals = [self._neutral(pair) for pair in pairs]
+        self.texts = {text: backbone.encode([text]) for text in (*names, *neutrals)}
+        if self.anchor_weight == 0 or self.by_noise:
+            return
+        self._words = backbone.encode(self.words)
+        for name in names:
+            distance = 1 - cosines(self.texts[name].states, self._words.states)[0].cpu()
+            others = torch.tensor([word.casefold() != name.casefold() for word in self.words])
+            self.far[name] = distance.clamp(min=0) ** self.anchor_power * others
+            if int((self.far[name] > 0).sum()) < self.anchors:
+                raise UserError(
+                    f"method.align.words holds too few words besides {name!r} to draw {self.anchors} anchors from: "
+                    "give more, or anchoring=noise."
+                )
+
+    def loss(
+        self,
+        backbone: Backbone,
+        pair: Pair,
+        mine: Miner | None,
+        latents: Tensor,
+        timesteps: Tensor,
+        step: int,
+        generator: Generator,
+        **known: Tensor,
+    ) -> dict[str, Tensor]:
+        """{"erase", "anchor"}, and "anchor_unweighted" without its gradient."""
+        count = len(latents)
+        c, n = (repeat(self.texts[text], 0, count) for text in (pair.concept.target, self._neutral(pair)))
+        with torch.no_grad(), backbone.original():
+            neutral = predict(backbone, latents, timesteps, n)
+            positive = predict(backbone, latents, timesteps, c)
+        target = neutral - self.negative_guidance * (positive - neutral)
+        terms = {"erase": mse_loss(predict(backbone, latents, timesteps, c), target)}
+        if self.anchor_weight > 0:
+            k = self._anchors(pair.concept.target, generator)
+            k = take(k, torch.arange(self.anchors).repeat_interleave(count))
+            z_t, t = latents.repeat(self.anchors, 1, 1, 1), timesteps.repeat(self.anchors)
+            with torch.no_grad(), backbone.original():
+                kept = predict(backbone, z_t, t, k)
+            moved = mse_loss(predict(backbone, z_t, t, k), kept)
+            terms |= {"anchor": self.anchor_weight * moved, "anchor_unweighted": moved.detach()}
+        return terms
+
+    def rate(self, step: int) -> float:
+        """What `lr` is multiplied by in a concept's step, counted from 1."""
+        if step <= self.warmup:
+            return (step - 1) / self.warmup
+        if self.cycles == 0:
+            return 1.0
+        done = (step - 1 - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.0 if done >= 1 else 0.5 * (1 + math.cos(math.pi * (self.cycles * done % 1)))
+
+    def _neutral(self, pair: Pair) -> str:
+        return pair.concept.anchor if self.neutral is None else self.neutral
+
+    def _anchors(self, name: str, generator: Generator) -> TextStates:
+        """K anchors' texts."""
+        if not self.by_noise:
+            return take(self._words, torch.multinomial(self.far[name], self.anchors, generator=generator))
+        c = self.texts[name]
+        noise = torch.randn(self.anchors, *c.states.shape[1:], generator=generator)
+        lengths = 0.8 + 0.4 * torch.rand(self.anchors, 1, 1, generator=generator)
+        unit = noise / noise.flatten(1).norm(dim=1)[:, None, None]
+        return replace(repeat(c, 0, self.anchors), states=(lengths * unit).to(c.states) * c.states.norm())
+
+
+@dataclass
+class FacilitatedTransport:
+    """`contracts.Guide`: how far each concept's membrane acts on a prompt p,
+
+        m_i = max( cos(H(p), H(c_i)), share of c_i's sub-tokens that p has ),
+
+    all rows of H as one vector. transport: "per_module" = each adapter counts m_i times (the paper); "official" = as in
+    the official code, which multiplies both factors of an adapter by m_i and adds factors of all concepts, not
+    adapters: one concept counts m^2 times, several get cross terms; "none" = all count fully.
+
+    concepts: the names, in the order in which they were erased. Raises UserError for settings that cannot be.
+    """
+
+    concepts: Any = ()
+    transport: Transport = "per_module"
+    prompts: Sequence[str] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        if self.transport not in (known := get_args(Transport)):
+            raise UserError(
+                f"method.guide.transport={self.transport!r} is not known: choose one of {', '.join(known)}."
+            )
+        self.concepts = (self.concepts,) if isinstance(self.concepts, str) else tuple(map(str, self.concepts or ()))
+        if not self.concepts and self.transport != "none":
+            raise UserError("method.guide has no concept to compare prompts with: name one, or type transport=none.")
+
+    @contextmanager
+    def around(self, backbone: Backbone, texts: Sequence[str]) -> Iterator[None]:
+        if self.transport == "none":
+            yield
+            return
+        m = permeability(backbone, texts, self.concepts)
+        with backbone.adapter_scale(m if self.transport == "per_module" else m[:, :, None] * m[:, None, :]):
+            yield
+
+    def __call__(
+        self, uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, guidance_scale: float
+    ) -> Tensor:
+        """Plain guidance: what acts is the membrane."""
+        return uncond + guidance_scale * (cond - uncond)
+
+
+def permeability(backbone: Backbone, texts: Sequence[str], concepts: Sequence[str]) -> Tensor:
+    """m (B, concepts) in 0 ... 1 of `FacilitatedTransport`."""
+    close = cosines(backbone.encode(texts).states, backbone.encode(concepts).states)
+    read, named = backbone.tokens(texts), backbone.tokens(concepts)
+    shared = torch.tensor([[len(p & c) / max(1, len(c)) for c in named] for p in read])
+    return torch.maximum(close, shared.to(close)).clamp(0, 1)
+
+
+def cosines(states: Tensor, others: Tensor) -> Tensor:
+    """(A, B) cosines of text states (A, T, D) and (B, T, D), all rows of each as one vector."""
+    a, b = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (states, others))
+    return a @ b.T
