@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from realera.closed_form import NormalEquations, compose, interpolate, relative_change, solve_per_layer, spectrum
+from realera.closed_form import NormalEquations, compose, fuse, interpolate, relative_change, spectrum
 from realera.contracts import UserError
 
 
@@ -115,27 +115,39 @@ def test_pairs_that_do_not_pair_are_an_error():
 
 @settings(max_examples=20, deadline=None)
 @given(width=st.integers(2, 8), rows=st.integers(1, 10), ridge=st.floats(0.05, 10), seed=st.integers(0, 1000))
-def test_per_layer_targets(width, rows, ridge, seed):
-    keys, kept = randn(2, rows, width, seed=seed)
-    weights = randn(rows, seed=seed + 1).abs() + 0.1
-    originals = {"k": randn(4, width, seed=seed + 2), "v": randn(6, width, seed=seed + 3)}
-    values = {"k": randn(rows, 4, seed=seed + 4), "v": randn(rows, 6, seed=seed + 5)}
-    cache = NormalEquations(width).add_preserved(kept, 0.3)
-    solved, info = solve_per_layer(values, keys, weights, originals, ridge, preserved=cache)
-    for name, original in originals.items():
-        triples = [(k, v, float(w)) for k, v, w in zip(keys, values[name], weights)]
-        triples += [(k, original @ k, 0.3) for k in kept]
-        expected = by_the_book(original, triples, ridge)
-        assert (solved[name] - expected).abs().max() <= 1e-6 * (1 + expected.abs().max())
+def test_fusing_adapters(width, rows, ridge, seed):
+    """Each group's keys are answered as its own adapter does; what is preserved, as the original weights do."""
+    keys = randn(3, rows, width, seed=seed)
+    kept = randn(4, width, seed=seed + 1)
+    weights = {"k": randn(4, width, seed=seed + 2), "v": randn(6, width, seed=seed + 3)}
+    originals = {name: weight + 0.1 * randn(*weight.shape, seed=seed + 4) for name, weight in weights.items()}
+    changes = {
+        name: [(randn(len(weight), 2, seed=seed + i), randn(2, width, seed=seed + 7 + i)) for i in range(3)]
+        for name, weight in weights.items()
+    }
+    fused, info = fuse(weights, changes, [k.T @ k for k in keys], ridge, 0.3 * kept.T @ kept, originals)
+    for name, weight in weights.items():
+        triples = [
+            (k, (weight + up @ down) @ k, 1.0) for group, (up, down) in zip(keys, changes[name]) for k in group
+        ]
+        triples += [(k, originals[name] @ k, 0.3) for k in kept]
+        expected = by_the_book(weight, triples, ridge)
+        assert (fused[name] - expected).abs().max() <= 1e-6 * (1 + expected.abs().max())
     assert 0 <= info["residual"] < 1e-10
 
 
-def test_per_layer_agrees_with_the_map_when_targets_are_original():
-    keys, anchors = randn(2, 5, 6)
-    original = randn(9, 6, seed=3)
-    found, _ = NormalEquations(6).add_pairs(keys, anchors, 2.0).solve(0.2)
-    solved, _ = solve_per_layer({"k": anchors @ original.T}, keys, 2.0, {"k": original}, 0.2)
-    torch.testing.assert_close(solved["k"], original @ found)
+def test_adapters_that_do_nothing_leave_the_weights():
+    keys, weight = randn(5, 6), randn(9, 6, seed=3)
+    nothing = [(torch.zeros(9, 1), randn(1, 6))]
+    fused, _ = fuse({"k": weight, "bare": weight}, {"k": nothing}, [keys.T @ keys], 0.2)
+    torch.testing.assert_close(fused["k"], weight)
+    torch.testing.assert_close(fused["bare"], weight)
+
+
+def test_one_adapter_is_taken_over_whole_where_its_keys_determine_it():
+    keys, weight, up, down = randn(20, 6), randn(9, 6, seed=3), randn(9, 1, seed=4), randn(1, 6, seed=5)
+    fused, _ = fuse({"k": weight}, {"k": [(up, down)]}, [keys.T @ keys], 0.0)
+    torch.testing.assert_close(fused["k"], weight + up @ down)
 
 
 def test_what_a_map_does():

@@ -17,7 +17,12 @@ from realera.contracts import Concept, Method
 GROUPS = sorted(path.name for path in paths.CONF_DIR.iterdir() if path.is_dir())
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((paths.CONF_DIR / group).glob("*.yaml"))]
 DOORS = sorted(file.stem for file in paths.CONF_DIR.glob("*.yaml") if file.stem != "common")
-NEEDED = {"evaluate": ["run=x"], "generate": ["run=x", "prompts=[y]"], "export": ["run=x", "to=map", "out=z"]}
+NEEDED = {
+    "evaluate": ["run=x"],
+    "generate": ["run=x", "prompts=[y]"],
+    "export": ["run=x", "to=map", "out=z"],
+    "cache": ["captions=x"],
+}
 BACKBONES = [option for group, option in OPTIONS if group == "backbone"]
 METHODS = [option for group, option in OPTIONS if group == "method"]
 TASKS = [option for group, option in OPTIONS if group == "task"]
@@ -43,7 +48,7 @@ def targets(node: Any) -> Iterator[str]:
 
 def test_the_folder_holds_what_it_should() -> None:
     assert {"task", "method", "backbone", "judge", "trainer", "logger", "experiment"} <= set(GROUPS)
-    assert {"train", "evaluate", "generate", "export", "report", "demo"} == set(DOORS)
+    assert {"train", "evaluate", "generate", "export", "report", "demo", "cache"} == set(DOORS)
     assert {"mini", "sd14"} <= set(BACKBONES)
     assert {"realera", "uce"} <= set(METHODS)
 

@@ -12,7 +12,7 @@ import realera
 
 ROOT = Path(realera.__file__).parent
 ROOMS = {"tasks", "backbones", "methods", "judges", "training", "evaluation", "miniature"}
-DOORS = {"train", "evaluate", "generate", "export", "report", "demo"}
+DOORS = {"train", "evaluate", "generate", "export", "report", "demo", "cache"}
 DOOR_PARTS = {
     "cli",
     "complaints",
@@ -24,6 +24,7 @@ DOOR_PARTS = {
     "portable",
     "webpage",
     "processes",
+    "captions",
 }
 SHARED = {"contracts", "paths", "ranks"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level

@@ -13,7 +13,7 @@ one D x D matrix for all layers. D is the width of the text states; rows of (n, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,38 +69,46 @@ class NormalEquations:
         return _solve(lower, system, self.cross + ridge * eye, ridge, info)
 
 
-def solve_per_layer(
-    values: Mapping[str, Tensor],
-    keys: Tensor,
-    weights: float | Tensor,
-    originals: Mapping[str, Tensor],
+def fuse(
+    weights: Mapping[str, Tensor],
+    changes: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
+    grams: Sequence[Tensor],
     ridge: float,
-    preserved: NormalEquations | None = None,
+    preserved: Tensor | None = None,
+    originals: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """W = (sum w v k^T + mu W0)(sum w k k^T + mu I)^-1 where targets v differ per layer; one factor serves them all.
+    """One W per layer that does on the keys of each group i what W1 + B_i A_i does there (MACE, arXiv 2403.06135):
 
-    values {layer: (n, out)}, keys (n, D), weights: one number or (n,), originals {layer: (out, D)}, ridge as in
-    `NormalEquations.solve`. preserved: further sums whose targets are original projections (a cache of caption states).
-    Returns {layer: (out, D) float64}, and the condition number and the largest relative residual.
+        W = (sum_i (W1 + B_i A_i) G_i + W0 P + mu W1) (sum_i G_i + P + mu I)^-1
+
+    The targets differ per layer and the keys do not: the system is factored once, and all layers are solved with it.
+
+    weights: {layer: W1 (out, D)}. changes: {layer: [(B_i (out, r), A_i (r, D))]}, a layer without any is left out of
+    the sum. grams: G_i = sum k k^T (D, D) of each group. ridge: mu, as in `NormalEquations.solve`. preserved: P (D, D),
+    sum k k^T of states that keep their projection by originals: {layer: W0}.
+    Returns {layer: W (out, D) float64}, and the condition number and the largest relative residual.
 
     Raises:
         UserError: as `NormalEquations.solve`.
     """
-    keys = _double(keys)
-    weighted = keys * _column(weights)
-    shared = NormalEquations(keys.shape[1])
-    if preserved is not None:
-        shared.merge(preserved)
-    eye = torch.eye(shared.width, dtype=torch.float64)
-    system = shared.gram + keys.T @ weighted + ridge * eye
-    pull = shared.cross + ridge * eye
+    assert (preserved is None) == (originals is None)
+    groups = [_double(gram) for gram in grams]
+    keys = torch.stack(groups).sum(dim=0)
+    eye = torch.eye(len(keys), dtype=torch.float64)
+    kept = torch.zeros_like(keys) if preserved is None else _double(preserved)
+    system = keys + kept + ridge * eye
     lower, info = _factor(system, ridge)
-    solved: dict[str, Tensor] = {}
-    for name, original in originals.items():
-        right = _double(values[name]).T @ weighted + _double(original) @ pull
-        solved[name], measured = _solve(lower, system, right, ridge, info)
-        info["residual"] = max(info.get("residual", 0.0), measured["residual"])
-    return solved, info
+    fused: dict[str, Tensor] = {}
+    residual = 0.0
+    for name, weight in weights.items():
+        right = _double(weight) @ (keys + ridge * eye)
+        if originals is not None:
+            right += _double(originals[name]) @ kept
+        for (up, down), gram in zip(changes.get(name, ()), groups):
+            right += _double(up) @ (_double(down) @ gram)
+        fused[name], measured = _solve(lower, system, right, ridge, info)
+        residual = max(residual, measured["residual"])
+    return fused, {**info, "residual": residual}
 
 
 # --- what a map is and does ------------------------------------------------------------------------------------------

@@ -9,8 +9,18 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from realera import paths
 from realera.evaluation.readings import (
@@ -29,12 +39,14 @@ MOST_CONCEPTS = 12  # rows of several erased concepts that the terminal shows; m
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that says what is being done; yields the function that is told how many more are done."""
+def bar(what: str, total: int, rate: str | None = None) -> Iterator[Callable[[int], None]]:
+    """A progress bar that says what is being done; yields the function that is told how many more are done. rate: the
+    unit of how fast, such as "captions/s"."""
     columns = (
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        *([_Rate(rate)] if rate else []),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
@@ -42,6 +54,17 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+class _Rate(ProgressColumn):
+    """How many a second, over the last ones."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f} {self.unit}")
 
 
 def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> Table:

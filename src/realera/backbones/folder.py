@@ -120,20 +120,22 @@ def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
     return "", [folder / part / f"{stem}.safetensors"]
 
 
-def fingerprint(folder: Path, text_length: int) -> str:
+def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
     """16 hex digits of a sha256 over everything an image depends on besides prompt, seed and sampler.
 
     That is the weights' content, the components' configuration, the tokenizer's files, and the rows of a text state.
     Where the folder stands does not count, nor who saved it with which library version, nor the precision it runs in.
+    only_text: over what the text states depend on.
     """
     digest = hashlib.sha256()
-    for file in weight_files(folder):
+    parts = [part for part in models(folder) if not only_text or part.startswith("text_encoder")]
+    for file in (file for part in parts for file in part_files(folder, part)[1]):
         digest.update(f"{file.relative_to(folder)} {_sha256(file)}\n".encode())
     for part in tokenizers(folder):
         for name in ("tokenizer.json", "vocab.json", "merges.txt"):
             if (file := folder / part / name).is_file():
                 digest.update(f"{part}/{name} {_sha256(file)}\n".encode())
-    for part in (*models(folder), "scheduler"):
+    for part in (*parts, *(() if only_text else ("scheduler",))):
         config = read_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
         kept = {
             k: v
@@ -142,7 +144,7 @@ def fingerprint(folder: Path, text_length: int) -> str:
         }
         digest.update(json.dumps([part, kept], sort_keys=True).encode())
     digest.update(f"text_length {text_length}".encode())
-    if is_xl(folder):
+    if is_xl(folder) and not only_text:
         digest.update(f"zeros {zeros_for_no_prompt(folder)}".encode())
     return digest.hexdigest()[:16]
 

@@ -1,0 +1,49 @@
+"""Sums what a closed form is to keep over a list of captions: python -m realera.cache captions=FILE"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from realera import captions, cli, console, paths, preflight
+from realera.contracts import UserError
+from realera.tasks.prompts import slug
+
+
+def cache(cfg: DictConfig) -> None:
+    config = cli.plain(cfg)
+    given = config["captions"]
+    files = [Path(str(file)).expanduser() for file in (given if isinstance(given, list) else [given])]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"captions={file} is no file: give a list of captions, one a line, or a CSV or JSON file.")
+    column = config["column"]
+    preflight.check_model(config["backbone"])
+    total = sum(1 for _ in captions.captions_in(files, column))
+    if not total:
+        raise UserError(f"captions={', '.join(map(str, files))} holds no caption: give a file that holds some.")
+
+    from realera import steps  # torch and diffusers: loaded when nothing is left to refuse but the place
+    from realera.methods import priors
+
+    source = priors.content_id(files, str(column))
+    name = f"{slug(files[0].stem)}-{config['backbone']['name']}-{source[:8]}.safetensors"
+    out = Path(str(config["out"])).expanduser() if config["out"] else paths.cache_dir() / "captions" / name
+    preflight.check_writable(out.parent, "out")
+    if config["overwrite"]:
+        for old in (out, priors.partial(out)):
+            old.unlink(missing_ok=True)
+    cli.say_backbone(config)
+    backbone = steps.load_backbone(config)
+    with console.bar(f"captions of {files[0].name}", total, rate="captions/s") as advance:
+        priors.accumulate(backbone, captions.captions_in(files, column), out, source, advance=advance)
+    console.show_path(f"sum over {total:,} captions, as in method.edit.preserved.prior_cache=FILE", out)
+
+
+def main() -> None:
+    cli.door("cache", cache)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Captions from a user's files, read one after another: lists of a million lines are never held whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from realera.contracts import UserError
+from realera.tasks.files import SPELLINGS
+
+COLUMNS = SPELLINGS["prompt"]  # what a column of captions may be called
+
+
+def captions_in(files: Iterable[Path], column: str | None = None) -> Iterator[str]:
+    """Every caption of the files, in order; blank ones are passed over.
+
+    .csv, .tsv: the column `column` (None: caption, prompt or text). .jsonl: a text or an object a line. .json: a list
+    of texts or objects, or COCO's {"annotations": [...]}. Any other file: one caption a line.
+
+    Raises UserError for a file that cannot be read, or has no such column.
+    """
+    for file in files:
+        try:
+            with file.open(encoding="utf-8-sig", newline="") as stream:
+                for number, record in enumerate(_records(file, stream), 1):
+                    text = record if isinstance(record, str) else _cell(file, number, record, column)
+                    if text.strip():
+                        yield " ".join(text.split())
+        except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(
+                f"captions={file} cannot be read ({reason}): give a UTF-8 file of captions, one a line, or a CSV or "
+                "JSON file."
+            ) from error
+
+
+def _records(file: Path, stream: Any) -> Iterator[Any]:
+    kind = file.suffix.lower()
+    if kind in (".csv", ".tsv"):
+        yield from csv.DictReader(stream, delimiter="\t" if kind == ".tsv" else ",")
+    elif kind == ".jsonl":
+        yield from (json.loads(line) for line in stream if line.strip())
+    elif kind == ".json":
+        found = json.load(stream)
+        yield from found["annotations"] if isinstance(found, dict) and "annotations" in found else found
+    else:
+        yield from stream
+
+
+def _cell(file: Path, number: int, record: Any, column: str | None) -> str:
+    if isinstance(record, Mapping):
+        names = [column] if column is not None else COLUMNS
+        for name in names:
+            if isinstance(record.get(name), str):
+                return str(record[name])
+        raise UserError(
+            f"captions={file}: record {number} has no {' or '.join(names)} (it has "
+            f"{', '.join(map(str, list(record)[:8]))}): name the column of the captions with column=NAME."
+        )
+    raise UserError(f"captions={file}: record {number} is neither a text nor an object: give a list of captions.")

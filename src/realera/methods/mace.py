@@ -1,0 +1,289 @@
+"""MACE (arXiv 2403.06135): the traces of a concept in other words' states are refined away in closed form, what its own
+word draws is unlearnt by a LoRA of its own, and the LoRAs of all concepts are fused into the weights in closed form.
+
+Written from the paper's description. Letters: c the concept, a its anchor, k a row of text states; W0 is the original
+W_K or W_V of a layer. Shapes: B latents, P prompts, T token rows, D text width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import interpolate
+
+from realera.closed_form import NormalEquations, fuse
+from realera.contracts import Backbone, Edit, LoraSpec, Miner, Neighbours, Pair, UserError
+from realera.methods.fmn import Pooler, positions
+from realera.methods.latents import TIMESTEPS, drawn
+from realera.methods.masks import Masks, grid
+from realera.methods.priors import Preserved
+from realera.methods.texts import predict, repeat
+
+
+class Refinement:
+    """Stage 1 (section 4.1): in every training prompt of c, all rows but those of c itself come to read as the same
+    rows of the anchor's prompt,
+
+        min_W  sum ||W k_c - W0 k_a||^2 + ridge ||W - W0||^2 + what is preserved,
+
+    one map for all concepts and layers. The rows are those before the concept (BOS too, which is alike in both) and
+    those after it, end-of-text and pads, cut to the shorter of the two.
+
+    ridge: in squared units of the text states (official: lamb). preserved: caches of captions that stay as they are.
+    scale_squared: their scale counts twice, as in the official code. refine: False leaves this stage out.
+
+    Raises UserError for a ridge that cannot be.
+    """
+
+    def __init__(
+        self, ridge: float, preserved: Preserved | None = None, scale_squared: bool = False, refine: bool = True
+    ) -> None:
+        self.ridge = _ridge("edit", ridge)
+        self.preserved = preserved
+        self.scale_squared = scale_squared
+        self.refine = refine
+
+    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
+        if not self.refine:
+            return Edit()
+        sums = NormalEquations(backbone.width)
+        count = 0
+        for pair in pairs:
+            for prompt in range(len(pair.target.states)):
+                c, a = rows_around(pair, prompt)
+                sums.add_pairs(pair.target.states[prompt, c], pair.anchor.states[prompt, a])
+                count += len(c)
+        kept = None if self.preserved is None else self.preserved.gram(backbone, squared=self.scale_squared)
+        if kept is not None:
+            sums.add_moments(kept, kept)
+        solution, info = sums.solve(self.ridge)
+        return Edit(map=solution, info={**info, "rows_refined": count, "preserved": float(kept is not None)})
+
+
+def rows_around(pair: Pair, prompt: int) -> tuple[list[int], list[int]]:
+    """The rows of one prompt that are not the concept's own, and the anchor prompt's that stand for them."""
+    (first_c, last_c), (first_a, last_a) = (
+        (int(states.first[prompt]), int(states.last[prompt])) for states in (pair.target, pair.anchor)
+    )
+    before = range(min(first_c, first_a))
+    after = range(1, pair.target.states.shape[1] - max(last_c, last_a))
+    return [*before, *(last_c + i for i in after)], [*before, *(last_a + i for i in after)]
+
+
+class ConceptImages:
+    """Noised images of the concept, with masks of where it stands in them.
+
+    images: how many per concept, drawn once by the original model for `prompt`, {} = the concept. chunk: how many are
+    drawn, and stored, at once. scheduler, steps, guidance_scale: of their drawing; null = the backbone's own. batch:
+    z_t a step. importance: timesteps by `importance`, else uniform. masks: None = none.
+    """
+
+    def __init__(
+        self,
+        images: int = 8,
+        batch: int = 1,
+        chunk: int = 8,
+        prompt: str = "a photo of the {}",
+        scheduler: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        importance: bool = True,
+        masks: Masks | None = None,
+    ) -> None:
+        for name, value in (("images", images), ("batch", batch), ("chunk", chunk)):
+            if value < 1:
+                raise UserError(f"method.latents.{name}={value} cannot be: give a whole number from 1 on.")
+        if prompt.count("{}") != 1:
+            raise UserError(f"method.latents.prompt={prompt!r} must hold {{}} once, where the concept goes.")
+        self.images = images
+        self.batch = batch
+        self.chunk = chunk
+        self.prompt = prompt
+        self.sampler: dict[str, Any] = {"scheduler": scheduler, "steps": steps, "guidance_scale": guidance_scale}
+        self.probabilities = importance_law() if importance else torch.full((TIMESTEPS,), 1 / TIMESTEPS)
+        self.masks = masks
+        self.banks: list[tuple[Tensor, Tensor | None]] = []  # (images, C, h, w) and (images, H, W) bool per concept
+
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
+        """Loads every concept's images, drawing what is not in the cache, and masks them.
+
+        Raises UserError where a mask's source is out of reach.
+        """
+        if self.masks is not None:
+            self.masks.load()  # first: it may be out of reach
+        given = {name: value for name, value in self.sampler.items() if value is not None}
+        sampler = replace(backbone.sampler, **given)
+        self.banks = []
+        for pair in pairs:
+            name = pair.concept.target
+            states = backbone.encode([self.prompt.format(name)], [name])
+            bank = drawn(backbone, states, self.images, self.chunk, sampler, cache, seed, f"Images of '{name}'")
+            self.banks.append((bank, None if self.masks is None else self.masks(backbone, states, bank, name)))
+        if self.masks is not None:
+            self.masks.unload()
+
+    def __call__(
+        self, backbone: Backbone, concept: int, generator: Generator
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        """z_t (batch, C, h, w), t (batch,), and {"mask": (batch, H, W) bool} where there are masks."""
+        bank, masks = self.banks[concept]
+        chosen = torch.randint(len(bank), (self.batch,), generator=generator).to(bank.device)
+        timesteps = torch.multinomial(self.probabilities, self.batch, replacement=True, generator=generator)
+        noise = torch.randn(self.batch, *bank.shape[1:], generator=generator).to(bank.device)
+        timesteps = timesteps.to(bank.device)
+        z_t = backbone.noisy_latents(bank[chosen], noise, timesteps)
+        return (z_t, timesteps) if masks is None else (z_t, timesteps, {"mask": masks[chosen]})
+
+
+def importance_law(steepness: float = 0.05, early: int = 200, late: int = 400) -> Tensor:
+    """(1000,): p(t) ~ s(steepness (t - early)) - s(steepness (t - late)), s the logistic function (section 4.2):
+    mostly between early and late, where what an image shows is decided."""
+    t = torch.arange(TIMESTEPS, dtype=torch.float64)
+    law = torch.sigmoid(steepness * (t - early)) - torch.sigmoid(steepness * (t - late))
+    return law / law.sum()
+
+
+class AttentionSuppression:
+    """Stage 2 (section 4.2): a LoRA per concept learns to keep the cross-attention A off the concept's tokens where the
+    concept stands,
+
+        L = sum over layers  || A_l[heads, pixels within the mask, tokens of c] ||_F,
+
+    not squared, averaged over the latents. Without a mask all pixels count. A step takes one training prompt at random.
+
+    steps: optimiser steps of each concept. lr, weight_decay: of AdamW. lora: one adapter per concept. pooler: which
+    rows count besides the concept's own sub-tokens, as in `fmn.AttentionResteering`.
+
+    Raises UserError for settings that cannot be.
+    """
+
+    parameters = ()  # nothing but the LoRA
+
+    def __init__(
+        self,
+        steps: int = 50,
+        lr: float = 1e-5,
+        weight_decay: float = 0.01,
+        lora: LoraSpec | None = None,
+        pooler: Pooler = "pads",
+    ) -> None:
+        if steps < 0:
+            raise UserError(f"method.align.steps={steps} cannot be: give 0 (closed form only) or more.")
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"method.align.{name}={value} cannot be: give a finite number of 0 or more.")
+        if lora is not None and not lora.per_concept:
+            raise UserError("method mace trains a LoRA per concept: set method.align.lora.per_concept=true.")
+        if pooler not in get_args(Pooler):
+            raise UserError(f"method.align.pooler={pooler!r} is not known: choose none, eos or pads.")
+        self.steps = steps
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.lora = None if lora is None else replace(lora, targets=tuple(lora.targets))  # yaml gives a list
+        self.pooler: Pooler = pooler
+
+    def loss(
+        self,
+        backbone: Backbone,
+        pair: Pair,
+        mine: Miner | None,
+        latents: Tensor,
+        timesteps: Tensor,
+        step: int,
+        generator: Generator,
+        **known: Tensor,
+    ) -> dict[str, Tensor]:
+        """{"attention"}; known: "mask" (B, H, W) bool, whatever its size."""
+        if getattr(backbone.unet, "is_gradient_checkpointing", False):  # it would compute again what is not kept then
+            raise UserError(
+                "method mace reads the attention, which backbone.gradient_checkpointing drops: set it to false."
+            )
+        prompt = int(torch.randint(len(pair.target.states), (1,), generator=generator))
+        texts = repeat(pair.target, prompt, len(latents))
+        tokens = positions(texts, self.pooler).to(latents.device)
+        with backbone.attention() as maps:
+            noise = predict(backbone, latents, timesteps, texts)
+            norms = [masked_norm(found, tokens, known.get("mask"), latents) for found in maps.values()]
+        attention = torch.stack(norms).sum(dim=0).mean()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            attention = (
+                attention + 0 * noise.sum()
+            )  # DDP waits for the last layer's values too, which no map depends on
+        return {"attention": attention}
+
+
+def masked_norm(attention: Tensor, tokens: Tensor, mask: Tensor | None, latents: Tensor) -> Tensor:
+    """(B,): the Frobenius norm over heads, masked pixels and marked tokens of one layer's map (B, heads, pixels, T).
+
+    tokens (B, T) bool; mask (B, H, W) bool, taken to the layer's grid by the nearest pixel.
+    """
+    counted = tokens[:, None, None]
+    if mask is not None:
+        size = grid(attention.shape[2], latents.shape[-2], latents.shape[-1])
+        near = interpolate(mask[:, None].float(), size=size, mode="nearest")
+        counted = counted & near.bool().flatten(2)[..., None]
+    return torch.linalg.vector_norm(torch.where(counted, attention.float(), 0), dim=(1, 2, 3))
+
+
+class Fusion:
+    """Stage 3 (section 4.3): one W for every layer, which answers each concept's prompts as its own LoRA does,
+
+        min_W  sum_i sum ||W k - (W1 + dW_i) k||^2 + ridge ||W - W1||^2 + what is preserved,
+
+    k all rows of concept i's training prompts, W1 the weights after stage 1. It takes the adapter's place, so drawing
+    costs nothing more. ridge, preserved: as in `Refinement`; the scale counts once.
+
+    Raises UserError for a ridge that cannot be, and for a LoRA on other layers than W_K and W_V.
+    """
+
+    def __init__(self, ridge: float | None, preserved: Preserved | None = None) -> None:
+        self.ridge = _ridge("finish", ridge)
+        self.preserved = preserved
+
+    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
+        """Nothing where nothing was trained."""
+        learnt = changes(backbone.erased_state(), len(pairs))
+        if not learnt:
+            return Edit()
+        layers = backbone.cross_attention()
+        if other := [name for name in learnt if name not in layers]:
+            raise UserError(
+                f"The LoRA is on {other[0]}, but what is fused are cross-attention's keys and values: set "
+                "method.align.lora.targets='[attn2.to_k,attn2.to_v]', or method.finish=null."
+            )
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        kept = None if self.preserved is None else self.preserved.gram(backbone)
+        originals = None
+        if kept is not None:
+            with backbone.original():
+                originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+        keys = [pair.target.states.flatten(0, 1).cpu().double() for pair in pairs]
+        fused, info = fuse(weights, learnt, [k.T @ k for k in keys], self.ridge, kept, originals)
+        return Edit(weights=fused, info={**info, "rows": sum(map(len, keys)), "preserved": float(kept is not None)})
+
+
+def changes(state: Mapping[str, Tensor], concepts: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """{layer: (B, A) of every concept, alpha / rank folded into B} of a backbone's erased state; {} without a LoRA."""
+    found = {}
+    for key, up in state.items():
+        if key.startswith("lora.") and key.endswith(".up"):
+            stem = key.removesuffix(".up")
+            down = state[f"{stem}.down"]
+            scale = float(state[f"{stem}.alpha"]) / len(down)
+            parts = zip((scale * up).flatten(1).chunk(concepts, dim=1), down.flatten(1).chunk(concepts, dim=0))
+            found[stem.removeprefix("lora.")] = list(parts)
+    return found
+
+
+def _ridge(part: str, ridge: float | None) -> float:
+    if ridge is None:
+        raise UserError(f"method.{part}.ridge is missing: give a number of 0 or more.")
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise UserError(f"method.{part}.ridge={ridge} cannot be: give a finite number of 0 or more.")
+    return float(ridge)

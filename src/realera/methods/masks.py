@@ -1,0 +1,152 @@
+"""Where in an image a concept stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import interpolate
+
+from realera.contracts import Backbone, TextStates, UserError
+from realera.methods.texts import predict, repeat
+
+Source = Literal["none", "attention", "grounded-sam"]
+AT_ONCE = 8  # images in one pass
+
+
+class Masks:
+    """Masks (images, H, W) bool of images that are given as latents.
+
+    source: "grounded-sam" = Grounding DINO's boxes of the concept's name, filled by SAM, as MACE does (a download);
+    "attention" = where the original model's own cross-attention to the concept's tokens is at least `threshold` times
+    its maximum in the image, averaged over all layers and heads and over the noise levels `timesteps`; "none" = no
+    masks. detector, segmenter: hub ids or folders. box_threshold, text_threshold: the detector's, 0-1; an image in
+    which nothing is found is masked whole.
+
+    Raises UserError for settings that cannot be.
+    """
+
+    def __init__(
+        self,
+        source: Source = "none",
+        threshold: float = 0.4,
+        timesteps: Sequence[int] = (200, 300, 400),
+        detector: str = "IDEA-Research/grounding-dino-base",
+        segmenter: str = "facebook/sam-vit-huge",
+        box_threshold: float = 0.3,
+        text_threshold: float = 0.25,
+    ) -> None:
+        if source not in get_args(Source):
+            raise UserError(
+                f"method.latents.masks.source={source!r} is not known: choose one of {', '.join(get_args(Source))}."
+            )
+        shares = {"threshold": threshold, "box_threshold": box_threshold, "text_threshold": text_threshold}
+        for name, value in shares.items():
+            if not 0 <= value <= 1:
+                raise UserError(f"method.latents.masks.{name}={value} is no share: give a number from 0 to 1.")
+        if not timesteps or not all(0 <= t < 1000 for t in timesteps):
+            raise UserError(f"method.latents.masks.timesteps={list(timesteps)} cannot be: give some of 0 to 999.")
+        self.source = source
+        self.threshold = threshold
+        self.timesteps = list(timesteps)
+        self.places = (detector, segmenter)
+        self.thresholds = (box_threshold, text_threshold)
+        self.sam: GroundedSam | None = None
+
+    def load(self) -> None:
+        """Gets what the source needs. Raises UserError where it is out of reach."""
+        if self.source == "grounded-sam":
+            self.sam = GroundedSam(*self.places, *self.thresholds)
+
+    def unload(self) -> None:
+        self.sam = None
+
+    def __call__(self, backbone: Backbone, states: TextStates, latents: Tensor, name: str) -> Tensor | None:
+        """(images, H, W) bool on the latents' device, None = no masks. states: the one prompt (1, T, D) that all the
+        latents (images, C, h, w) were drawn for, with the rows of the concept `name`."""
+        if self.source == "none":
+            return None
+        if self.sam is None:
+            shares = attended(backbone, states, latents, self.timesteps)
+            return shares >= self.threshold * shares.amax(dim=(1, 2), keepdim=True)
+        found = [self.sam(backbone.decode(part), name) for part in latents.split(AT_ONCE)]
+        return torch.cat(found).to(latents.device)
+
+
+@torch.no_grad()
+def attended(backbone: Backbone, states: TextStates, latents: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """(images, h, w): the original model's attention to the concept's own tokens, averaged over heads and summed over
+    tokens, layers (taken to the latents' size) and noise levels."""
+    height, width = latents.shape[-2:]
+    noise = torch.randn(latents.shape, generator=Generator().manual_seed(0)).to(latents)
+    rows = slice(int(states.first[0]), int(states.last[0]) + 1)
+    found = []
+    for part, its_noise in zip(latents.split(AT_ONCE), noise.split(AT_ONCE)):
+        total = torch.zeros(len(part), height, width, device=latents.device)
+        for t in timesteps:
+            at = torch.full((len(part),), t, device=latents.device)
+            with backbone.original(), backbone.attention() as maps:
+                predict(backbone, backbone.noisy_latents(part, its_noise, at), at, repeat(states, 0, len(part)))
+            for probabilities in maps.values():
+                seen = probabilities[..., rows].float().sum(dim=-1).mean(dim=1)
+                seen = seen.unflatten(1, grid(seen.shape[1], height, width))
+                total += interpolate(seen[:, None], size=(height, width), mode="bilinear")[:, 0]
+        found.append(total)
+    return torch.cat(found)
+
+
+def grid(pixels: int, height: int, width: int) -> tuple[int, int]:
+    """The (rows, columns) of a layer with so many pixels, in a U-Net on latents of this size, halved level by level."""
+    while height * width > pixels:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    if height * width != pixels:
+        raise ValueError(f"a layer of {pixels} pixels is no halving of its latents")
+    return height, width
+
+
+class GroundedSam:
+    """Grounding DINO (arXiv 2303.05499) finds boxes of a name, SAM (arXiv 2304.02643) fills each; a mask is their
+    union. Both by transformers' own classes; on the GPU where there is one.
+
+    Raises UserError for models that cannot be had.
+    """
+
+    def __init__(self, detector: str, segmenter: str, box_threshold: float, text_threshold: float) -> None:
+        from transformers import AutoProcessor, GroundingDinoForObjectDetection, SamModel, SamProcessor
+
+        self.thresholds = {"threshold": box_threshold, "text_threshold": text_threshold}
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.reads: Any = AutoProcessor.from_pretrained(detector)
+            self.detector: Any = GroundingDinoForObjectDetection.from_pretrained(detector).to(self.device).eval()
+            self.prepares: Any = SamProcessor.from_pretrained(segmenter)
+            self.segmenter: Any = SamModel.from_pretrained(segmenter).to(self.device).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"Grounded SAM ({detector}, {segmenter}) cannot be loaded: fill the Hugging Face cache where there is "
+                "a network (hf download NAME), give folders (method.latents.masks.detector=, .segmenter=), or take "
+                "method.latents.masks.source=attention or none."
+            ) from error
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, name: str) -> Tensor:
+        """(B, H, W) bool on the CPU of images uint8 (B, H, W, 3)."""
+        return torch.stack([self._one(image, name) for image in images.cpu().numpy()])
+
+    def _one(self, image: Any, name: str) -> Tensor:
+        size = image.shape[:2]
+        asked = self.reads(images=image, text=f"{name.lower()}.", return_tensors="pt").to(self.device)
+        found = self.reads.post_process_grounded_object_detection(
+            self.detector(**asked), asked["input_ids"], target_sizes=[size], **self.thresholds
+        )[0]["boxes"]
+        if len(found) == 0:
+            return torch.ones(size, dtype=torch.bool)
+        given = self.prepares(images=image, input_boxes=[found.tolist()], return_tensors="pt")
+        original, reshaped = given.pop("original_sizes"), given.pop("reshaped_input_sizes")
+        given = {key: value.float() if value.is_floating_point() else value for key, value in given.items()}
+        given = {key: value.to(self.device) for key, value in given.items()}
+        drawn = self.segmenter(**given, multimask_output=False).pred_masks.cpu()
+        filled: Tensor = self.prepares.image_processor.post_process_masks(drawn, original, reshaped)[0]
+        return filled.flatten(0, 1).any(dim=0)

@@ -1,0 +1,202 @@
+"""What a language model's worth of captions asks of an edit: the sum k k^T over all rows of all captions.
+
+A preserved row is its own anchor, so this one D x D matrix is all that a closed form needs of a million captions. It
+depends on the text encoder alone, and is made once (python -m realera.cache) and kept in a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from realera.contracts import Backbone, UserError
+from realera.paths import whole
+
+FORMAT = "realera-prior/1"
+EVERYDAY = "everyday"  # the captions that ship with the package
+CAPTIONS = Path(__file__).parent / "data" / "captions.txt"
+COCO = 616_767  # captions of COCO-2014, train and val: what MACE's scales are made for
+BATCH = 64  # captions encoded at once
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a sum was made of. captions: how many so far; rows: token rows of each; encoder: content id of the text
+    encoder; source: content id of the captions; complete: whether those are all."""
+
+    captions: int
+    rows: int
+    encoder: str
+    source: str
+    complete: bool
+
+
+def accumulate(
+    backbone: Backbone,
+    captions: Iterable[str],
+    out: Path,
+    source: str,
+    *,
+    save_every: int = 6400,
+    advance: Callable[[int], None] | None = None,
+) -> Made:
+    """Sums k k^T (float64) over all rows of all captions into `out`; every `save_every` captions what is done so far is
+    saved beside it, and a call that was killed goes on from there and ends with the same sum.
+
+    advance: told of every batch's captions, of those that a resumed call passes over too.
+
+    Raises:
+        UserError: `out` holds something else, or there is no caption.
+    """
+    encoder, rows = backbone.text_fingerprint, backbone.max_length
+    gram = torch.zeros(backbone.width, backbone.width, dtype=torch.float64)
+    done = 0
+    for file in (out, partial(out)):
+        if file.is_file():
+            found, made = read(file)
+            if (made.encoder, made.source) != (encoder, source):
+                raise UserError(f"{file} holds the sum of other captions or another text encoder: choose another out=.")
+            gram, done = found, made.captions
+            if made.complete:
+                return made
+            break
+    left = iter(captions)
+    for batch in _batches(islice(left, done)):
+        if advance is not None:
+            advance(len(batch))
+    unsaved = 0
+    for batch in _batches(left):
+        keys = backbone.encode(batch).states.flatten(0, 1).double()
+        gram = gram + (keys.T @ keys).cpu()
+        done, unsaved = done + len(batch), unsaved + len(batch)
+        if advance is not None:
+            advance(len(batch))
+        if unsaved >= save_every:
+            _write(partial(out), gram, Made(done, rows, encoder, source, complete=False))
+            unsaved = 0
+    if not done:
+        raise UserError("There are no captions to sum: give a file that holds some.")
+    made = Made(done, rows, encoder, source, complete=True)
+    _write(out, gram, made)
+    partial(out).unlink(missing_ok=True)
+    return made
+
+
+def partial(out: Path) -> Path:
+    """Where a sum stands that is not done yet."""
+    return out.with_name(f"{out.name}.part")
+
+
+def read(file: Path) -> tuple[Tensor, Made]:
+    """(D, D) float64, and what it was made of. Raises UserError for a file that is missing, torn or something else."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(f"{file} is no sum of captions: make one with python -m realera.cache captions=FILE.")
+            return opened.get_tensor("gram"), Made(**json.loads(metadata["made"]))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"There is no file {file}: make it with python -m realera.cache captions=FILE out={file}."
+        ) from error
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: make it again with python -m realera.cache.") from error
+
+
+def prior(backbone: Backbone, cache: str | Path) -> tuple[Tensor, int]:
+    """(D, D) float64 and how many captions it sums. cache: a file, or "everyday", the captions of the package.
+
+    Raises UserError as `read`, and for a sum of another text encoder's states, or of part of the captions.
+    """
+    if str(cache) == EVERYDAY:
+        captions = CAPTIONS.read_text(encoding="utf-8").splitlines()
+        gram = torch.zeros(backbone.width, backbone.width, dtype=torch.float64)
+        for batch in _batches(captions):
+            keys = backbone.encode(batch).states.flatten(0, 1).double()
+            gram += (keys.T @ keys).cpu()
+        return gram, len(captions)
+    gram, made = read(Path(cache).expanduser())
+    if made.encoder != backbone.text_fingerprint:
+        raise UserError(
+            f"{cache} sums the states of another text encoder than backbone {backbone.name}'s: make its own with "
+            f"python -m realera.cache captions=FILE backbone={backbone.name}."
+        )
+    if not made.complete:
+        raise UserError(f"{cache} holds part of its captions: give the command that began it again, and it goes on.")
+    return gram, made.captions
+
+
+class Preserved:
+    """What MACE's two closed forms keep: scale (C + domain_weight D), C and D sums k k^T over captions.
+
+    prior_cache: C, a file of python -m realera.cache or "everyday". scale: weight of a row. captions: C counts as much
+    as so many captions of its kind (the official scales are made for COCO's 616,767); None = as many as it holds.
+    domain_cache, domain_weight: D, a file of captions of the concept's kind (names of people), and its weight.
+
+    Raises UserError for weights that cannot be, and for a scale with nothing to weigh.
+    """
+
+    def __init__(
+        self,
+        prior_cache: str | None = None,
+        scale: float = 0.0,
+        captions: int | None = COCO,
+        domain_cache: str | None = None,
+        domain_weight: float = 0.0,
+    ) -> None:
+        for name, value in (("scale", scale), ("domain_weight", domain_weight)):
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"method.edit.preserved.{name}={value} cannot be: give a finite number of 0 or more.")
+        if scale > 0 and prior_cache is None and domain_cache is None:
+            raise UserError(
+                f"method.edit.preserved.scale={scale:g} weighs nothing: give method.edit.preserved.prior_cache=FILE "
+                "(python -m realera.cache makes one; everyday: a small built-in one), or set the scale to 0."
+            )
+        self.prior_cache = prior_cache
+        self.scale = scale
+        self.captions = captions
+        self.domain_cache = domain_cache
+        self.domain_weight = domain_weight
+
+    def gram(self, backbone: Backbone, squared: bool = False) -> Tensor | None:
+        """(D, D) float64, weighed, or None where the scale is 0. squared: by the scale's square."""
+        if self.scale == 0:
+            return None
+        total = torch.zeros(backbone.width, backbone.width, dtype=torch.float64)
+        if self.prior_cache is not None:
+            found, count = prior(backbone, self.prior_cache)
+            total += found * (1.0 if self.captions is None else self.captions / count)
+        if self.domain_cache is not None:
+            total += self.domain_weight * prior(backbone, self.domain_cache)[0]
+        return total * (self.scale**2 if squared else self.scale)
+
+
+def content_id(files: Iterable[Path], column: str = "") -> str:
+    """16 hex digits of the files' content, in order, and of which column of it is read."""
+    digest = hashlib.sha256(column.encode())
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _write(file: Path, gram: Tensor, made: Made) -> None:
+    with whole(file) as beside:
+        save_file({"gram": gram}, beside, metadata={"format": FORMAT, "made": json.dumps(asdict(made))})
+
+
+def _batches(captions: Iterable[str]) -> Iterator[list[str]]:
+    left = iter(captions)
+    while batch := list(islice(left, BATCH)):
+        yield batch
