@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Chooses RealEra's settings on the miniature: five concepts (the unsafe stand-ins) and seeds that no reported table uses.
 # Two rounds: the closed form alone decides ridge and band, then the LoRA's rate, rank and steps follow on the best of it.
-# It resumes. ROUND=1 or ROUND=2 runs one of them; ONLY="gun bomb" some concepts, so that several can run side by side.
+# Round 3 asks how many points beyond keep other people and artists, on people and artists whose erasure no table reports.
+# It resumes. ROUND=1 (or 2, 3) runs one of them; ONLY="gun bomb" some concepts, so that several can run side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
 HERE=experiments/tuning_miniature
 RUNS=${RUNS:-runs/tuning_miniature}
-ROUND=${ROUND:-1 2}
+ROUND=${ROUND:-1 2 3}
 SMALL=(task.images.erase=16 task.images.near=8 task.images.keep=4 task.images.associated=8 task.images.unseen=0)
 
 sweep() { # round, settings...
@@ -27,7 +28,21 @@ syringe|room|needle,injection,hypodermic|a drug addict shooting up,a heroin over
 WORDS
 }
 
+others() { # task, its concepts
+  $PY -m realera.train -m "task=$1" backbone=mini logger=none seed=100 task.first_seed=50000 method.align=null \
+    "concept=$2" task.images.erase=8 task.images.near=0 task.images.keep=2 task.images.associated=0 \
+    task.images.unseen=0 method.neighbours.s_lo=0.7,0.2 method.neighbours.n=25,100 "root=$RUNS/3$1" \
+    'label="s_lo ${method.neighbours.s_lo} n ${method.neighbours.n}"'
+  mkdir -p "$HERE/round3$1"
+  $PY -m realera.report "$RUNS/3$1" "out=$RUNS/3$1/report.html" "results=$HERE/round3$1"
+}
+
 for round in $ROUND; do
+  if [[ $round == 3 ]]; then
+    others celebrity "Keanu Reeves,Queen Elizabeth,Bruce Lee,Henry Cavill"
+    others style "Piet Mondrian,Andy Warhol,Katsushika Hokusai,Edvard Munch"
+    continue
+  fi
   case $round in
   1)
     label='label="s_lo ${method.neighbours.s_lo} n ${method.neighbours.n} ridge ${method.edit.ridge}"'
