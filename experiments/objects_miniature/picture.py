@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-SCALE, EACH, GAP, HEAD, LEFT = 2, 4, 14, 26, 270
+SCALE, EACH, GAP, HEAD, LEFT = 2, 3, 14, 26, 270
 WANTED = (("erase", 1), ("near", 2), ("associated", 2), ("unseen", 1), ("keep", 2))  # prompts of each split
 
 
