@@ -9,21 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
+from options import method_settings
 from realera.contracts import Concept, Pair
 from realera.paths import CONF_DIR
 from realera.training.checkpoint import load_erased, read_erased
 from realera.training.fit import fit
 
 METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
-PARTS: dict[str, Any] = {name: OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml") for name in METHODS}
+PARTS: dict[str, Any] = {name: method_settings(name) for name in METHODS}
 STILL = [name for name in METHODS if not any(PARTS[name].get(p) for p in ("edit", "align", "finish"))]  # no weights
 DRAWN = [name for name in METHODS if PARTS[name].get("neighbours") or PARTS[name].get("align")]  # at random
 EDITED = [name for name in METHODS if PARTS[name].get("edit")]
+FUSED = [name for name in METHODS if PARTS[name].get("finish")]  # what was trained ends in edited weights
 TRAINED = [name for name in METHODS if PARTS[name].get("align") and name not in EDITED]  # and nothing else
-AWAY = {"fmn", "sa", "rece"}  # these lead away from the concept, whatever its anchor is
+AWAY = {"fmn", "mace", "mace-ablation", "sa", "rece"}  # these lead away from the concept, whatever its anchor is
 UNNAMED = {"esd-u", "esd-x", "spm"}  # these lead from the bare name to no text: the concept that is nothing has no name
 CAT = ("cat", "field")
 
@@ -221,6 +222,8 @@ def test_training_for_two_concepts_at_once(
     few = ["align.lr=3e-4"]
     if name == "spm":  # in this model's text states all words are alike, and what is like the concept is held in place
         few += ["align.anchor_weight=0", "align.warmup=0"]
+    if name in ("esd-u", "esd-x"):  # and what leads from a word to no text is less than what all weights do in 12 steps
+        few += ["align.negative_guidance=10"]
     backbones = (
         run(name, "align.steps=0", to="before", concepts=concepts),
         run(name, *few, "align.steps=12", to="after", concepts=concepts),
@@ -228,6 +231,8 @@ def test_training_for_two_concepts_at_once(
     losses: list[list[float]] = []
     for backbone in backbones:
         method, pairs = load_method(name, *few, "latents.batch=8"), new_pairs(backbone, *concepts)
+        if method.align.lora is None:
+            backbone.unfreeze(method.align.parameters)  # as in a run: an aligner may weigh what is trained
         parts = [part for part in (method.latents, method.align) if hasattr(part, "prepare")]
         for part in parts:
             part.prepare(backbone, pairs, tmp_path / "cache", 0)
@@ -238,7 +243,7 @@ def test_training_for_two_concepts_at_once(
             known = {key: value for one in more for key, value in one.items()}
             with torch.no_grad():
                 terms = method.align.loss(backbone, pair, None, z_t, t, 1, draw, **known)
-            losses[-1].append(float(sum(terms.values())))
+            losses[-1].append(float(sum(term for key, term in terms.items() if key != "ewc")))  # which begins at 0
     assert all(after < before for before, after in zip(*losses, strict=True)), losses
 
 
@@ -250,9 +255,9 @@ def test_bfloat16(name: str, run: Any) -> None:
     for key, value in states[1].items():
         assert value.dtype == torch.float32
         assert torch.isfinite(value).all()
-        if key.startswith("edit.") and name in EDITED:
+        if key.startswith("edit.") and name in EDITED and name not in FUSED:
             assert torch.equal(value, states[0][key])  # solved in float64 in either
-        if key.endswith(".up") or (key.endswith(".weight") and name not in EDITED):
+        if key.endswith(".up") or (key.endswith(".weight") and (name not in EDITED or name in FUSED)):
             assert value.abs().max() > 0
             assert not torch.equal(value, states[0][key])  # the loop did run in another precision
 
