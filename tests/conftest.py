@@ -128,6 +128,9 @@ SMALL = {
     "latents.steps": 3,
     "latents.chains": 2,
     "latents.renew": 2,
+    "latents.replay.images": 6,
+    "align.fisher.samples": 2,
+    "align.fisher.timesteps": 3,
     "align.steps": 4,
     "align.lr": 1e-2,
 }
@@ -141,11 +144,11 @@ def load_method() -> Callable[..., Any]:
         from hydra.utils import instantiate
         from omegaconf import OmegaConf
 
+        from options import method_settings
         from realera.cli import register_resolvers
-        from realera.paths import CONF_DIR
 
         register_resolvers()
-        method = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
+        method = method_settings(name)
         backbone = {"name": "mini", "sampler": {"steps": 2}}
         config = OmegaConf.create({"backbone": backbone, "concept": "cat", "method": method})
         for key, value in SMALL.items():

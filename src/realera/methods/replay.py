@@ -1,0 +1,175 @@
+"""What must be remembered: images of captions that have nothing to do with a concept, and how much each weight matters
+to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor
+
+from realera.contracts import Backbone, Sampler, TextStates, UserError
+from realera.methods.latents import TIMESTEPS, drawn
+from realera.methods.texts import predict, repeat, take
+from realera.paths import whole
+
+CAPTIONS = Path(__file__).with_name("captions.txt")
+
+
+class Replay:
+    """Images of captions, drawn once by the original model and cached.
+
+    captions: a list, or a file of them, one a line; None = the ones that ship. images: how many; image i takes caption
+    i mod their number. chunk, sampler: as in `AnchorBank`.
+
+    Raises UserError for a file that cannot be read and for a list without captions.
+    """
+
+    def __init__(
+        self,
+        captions: Sequence[str] | str | None = None,
+        images: int = 5000,
+        chunk: int = 8,
+        sampler: Sampler | None = None,
+    ) -> None:
+        if captions is None or isinstance(captions, str):
+            file = CAPTIONS if captions is None else Path(captions).expanduser()
+            try:
+                captions = file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{file} cannot be read: give replay.captions a text file, one caption a line."
+                ) from error
+        self.captions = [caption.strip() for caption in captions if caption.strip()]
+        if not self.captions or images < 1:
+            raise UserError("replay.captions or replay.images is empty: give some of each.")
+        self.images = images
+        self.chunk = chunk
+        self.sampler = sampler
+        self.bank = torch.zeros(0)  # (images, C, h, w)
+        self.texts: TextStates | None = None  # of the captions
+
+    def prepare(self, backbone: Backbone, cache: Path, seed: int) -> None:
+        with torch.no_grad():
+            self.texts = backbone.encode(self.captions)
+        title = "Images of other captions"
+        self.bank = drawn(backbone, self.texts, self.images, self.chunk, self.sampler, cache, seed, title)
+
+    def without(self, names: Sequence[str]) -> Tensor:
+        """(n,) int64: the images whose captions hold none of the names as a word of theirs. Raises UserError where none
+        is left."""
+        words = [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE) for name in names]
+        clean = [not any(word.search(caption) for word in words) for caption in self.captions]
+        kept = [image for image in range(self.images) if clean[image % len(clean)]]
+        if not kept:
+            raise UserError(f"Every caption of replay.captions names {', '.join(names)}: give others too.")
+        return torch.tensor(kept)
+
+    def read(self, chosen: Tensor) -> TextStates:
+        """The captions of the images `chosen` (B,)."""
+        assert self.texts is not None
+        return take(self.texts, chosen % len(self.captions))
+
+    def drop(self) -> None:
+        """Lets the images go."""
+        self.bank, self.texts = torch.zeros(0), None
+
+
+class Fisher:
+    """The diagonal of the Fisher information of the trained weights on replayed images, as SA's official code has it:
+    the mean over images of (sum over timesteps of the gradient of the noise loss)^2, that loss a mean over pixels.
+
+    replay: the images. samples: how many, the first ones. timesteps: how many of the 1000, evenly spread; the sum is
+    scaled to all of them. at_once: timesteps in one pass. chunk: images between two saves, from which a killed run goes
+    on. The result is kept under <cache>/fisher/<hash of all it depends on>/.
+
+    Raises UserError for numbers that cannot be.
+    """
+
+    def __init__(
+        self, replay: Replay, samples: int = 5000, timesteps: int = TIMESTEPS, at_once: int = 50, chunk: int = 10
+    ) -> None:
+        numbers = {"samples": samples, "timesteps": timesteps, "at_once": at_once, "chunk": chunk}
+        for name, value in numbers.items():
+            if value < 1:
+                raise UserError(f"method.align.fisher.{name}={value} cannot be: give a whole number from 1 on.")
+        if timesteps > TIMESTEPS:
+            raise UserError(f"method.align.fisher.timesteps={timesteps} cannot be: there are {TIMESTEPS}.")
+        if samples > replay.images:
+            raise UserError(
+                f"method.align.fisher.samples={samples} are more than the {replay.images} images that are replayed: "
+                "raise replay.images."
+            )
+        self.replay = replay
+        self.samples = samples
+        self.timesteps = (torch.arange(timesteps) + 0.5).mul(TIMESTEPS / timesteps).long()
+        self.at_once = at_once
+        self.chunk = chunk
+
+    def __call__(self, backbone: Backbone, cache: Path, seed: int) -> dict[str, Tensor]:
+        """{name: (shape of the weight) float32 on its device} of every weight that is trained, at its first value."""
+        trained = {name: weight for name, weight in backbone.unet.named_parameters() if weight.requires_grad}
+        self.replay.prepare(backbone, cache, seed)
+        file = cache / "fisher" / f"{self._key(backbone, list(trained), seed)}.safetensors"
+        done, sums = _read(file, trained)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
+        with Progress(*columns, TimeRemainingColumn()) as bar, backbone.original():
+            task = bar.add_task("Fisher information", total=self.samples, completed=done)
+            while done < self.samples:
+                end = min(done + self.chunk, self.samples)
+                for image in range(done, end):
+                    for name, gradient in zip(trained, self.gradients(backbone, image, list(trained.values()), seed)):
+                        sums[name] += gradient.square_()
+                    bar.advance(task)
+                done = end
+                with whole(file) as beside:
+                    save_file({n: value.cpu() for n, value in sums.items()}, beside, {"done": str(done)})
+        self.replay.drop()
+        return {name: value / self.samples for name, value in sums.items()}
+
+    def gradients(self, backbone: Backbone, image: int, weights: Sequence[Tensor], seed: int) -> list[Tensor]:
+        """Of each weight, of the noise loss of one image summed over all timesteps, each with a noise of its own."""
+        bank = self.replay.bank
+        generator = Generator().manual_seed((seed + 1) * 1_000_003 + image)
+        total = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+        text = self.replay.read(torch.tensor([image]))
+        for part in self.timesteps.split(self.at_once):
+            noise = torch.randn(len(part), *bank.shape[1:], generator=generator).to(bank.device)
+            timesteps = part.to(bank.device)
+            z_t = backbone.noisy_latents(bank[image].expand_as(noise), noise, timesteps)
+            with torch.enable_grad():
+                out = predict(backbone, z_t, timesteps, repeat(text, 0, len(part)))
+                loss = (out - noise).square().mean(dim=(1, 2, 3)).sum() * (TIMESTEPS / len(self.timesteps))
+                found = torch.autograd.grad(loss, list(weights))
+            for own, gradient in zip(total, found):
+                own += gradient
+        return total
+
+    def _key(self, backbone: Backbone, trained: list[str], seed: int) -> str:
+        bank, texts = self.replay.bank, self.replay.texts
+        assert texts is not None
+        numbers = [self.samples, len(self.timesteps), self.at_once, seed]
+        about = [backbone.fingerprint, bank.device.type, trained, numbers]
+        digest = hashlib.sha256(json.dumps(about).encode())
+        for tensor in (bank[: self.samples], texts.states):
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _read(file: Path, trained: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
+    """How many images the sums in a file are of, and the sums; zeros of none where there is no whole file."""
+    if file.is_file():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                sums = {name: opened.get_tensor(name).to(weight.device) for name, weight in trained.items()}
+                return int(opened.metadata()["done"]), sums
+        except (SafetensorError, KeyError, OSError):  # a cache is never worth an error: it is begun again
+            pass
+    return 0, {name: torch.zeros_like(weight, dtype=torch.float32).detach() for name, weight in trained.items()}

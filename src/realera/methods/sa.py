@@ -1,0 +1,148 @@
+"""SA (Selective Amnesia, arXiv 2305.10120): the concept's prompt is taught images of the anchor, other captions are
+rehearsed, and elastic weight consolidation holds the weights that matter to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import mse_loss
+
+from realera.contracts import Backbone, LoraSpec, Miner, Pair, Sampler, UserError
+from realera.methods.latents import AnchorBank, noised
+from realera.methods.replay import Fisher, Replay
+from realera.methods.texts import take
+
+
+class ForgetAndReplay:
+    """Noised images of the anchor (the surrogate q(x|c)) and, beside each, one of another caption.
+
+    images, batch, chunk, sampler: of the surrogate, as in `AnchorBank`. replay: the others. zip_replay: image i of the
+    one goes with image i of the other, so that only as many of either are used as there are of both (the official
+    code); else both are drawn at random. Captions that name a concept are not replayed.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        images: int = 1000,
+        batch: int = 16,
+        chunk: int = 8,
+        sampler: Sampler | None = None,
+        zip_replay: bool = False,
+    ) -> None:
+        self.surrogate = AnchorBank(images, batch, chunk, sampler)
+        self.replay = replay
+        self.zip_replay = zip_replay
+        self.kept = torch.zeros(0, dtype=torch.int64)  # images that are replayed
+
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
+        self.surrogate.prepare(backbone, pairs, cache, seed)
+        self.replay.prepare(backbone, cache, seed)
+        self.kept = self.replay.without([pair.concept.target for pair in pairs])
+
+    def __call__(
+        self, backbone: Backbone, concept: int, generator: Generator
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(z_t, t) of the surrogate; known: the noise in it, the numbers of its prompts, and replay_latents,
+        replay_timesteps, replay_noise, replay_states (B, T, D), for SDXL replay_pooled (B, E)."""
+        bank, count = self.surrogate.banks[concept], self.surrogate.batch
+        both = min(len(bank), len(self.kept))
+        chosen = torch.randint(both if self.zip_replay else len(bank), (count,), generator=generator)
+        others = chosen if self.zip_replay else torch.randint(len(self.kept), (count,), generator=generator)
+        others = self.kept[others]
+        z_t, timesteps, noise = noised(backbone, bank, chosen, generator)
+        z_r, t_r, noise_r = noised(backbone, self.replay.bank, others, generator)
+        texts = self.replay.read(others)
+        known = {
+            "noise": noise,
+            "prompts": chosen % self.surrogate.prompts[concept],
+            "replay_latents": z_r,
+            "replay_timesteps": t_r,
+            "replay_noise": noise_r,
+            "replay_states": texts.states,
+        }
+        return z_t, timesteps, known if texts.pooled is None else {**known, "replay_pooled": texts.pooled}
+
+
+class SelectiveAmnesia:
+    """Equation 8:  E ||e - eps(z_t, t, p_c)||^2  +  gamma E ||e_r - eps(z_r, t_r, p_r)||^2  +  lambda sum F (w - w0)^2
+
+    with means for the norms; z_t noised images of the anchor with noise e, p_c the concept's prompt, z_r noised images
+    of another caption p_r, w0 the weights as loaded, F their Fisher information (None: no such term).
+
+    parameters: what is trained, as `Backbone.unfreeze` takes it; the sum is over these. gamma, lambda_ewc: as above.
+    steps, lr, weight_decay: of AdamW.
+
+    Raises UserError for settings that cannot be.
+    """
+
+    lora: LoraSpec | None = None
+
+    def __init__(
+        self,
+        fisher: Fisher | None = None,
+        parameters: Sequence[str] = ("all",),
+        steps: int = 12500,
+        lr: float = 1.6e-4,
+        weight_decay: float = 0.01,
+        gamma: float = 1.0,
+        lambda_ewc: float = 50.0,
+    ) -> None:
+        for name, value in (("gamma", gamma), ("lambda_ewc", lambda_ewc), ("steps", steps)):
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"method.align.{name}={value} cannot be: give a finite number of 0 or more.")
+        if not 0 < lr < math.inf:
+            raise UserError(f"method.align.lr={lr} cannot be: give a finite number above 0.")
+        self.fisher = fisher
+        self.parameters = list(parameters)
+        self.steps = steps
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.gamma = gamma
+        self.lambda_ewc = lambda_ewc
+        self.information: dict[str, Tensor] = {}
+        self.first: dict[str, Tensor] = {}
+
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
+        """Weighs the trained weights, and keeps their first values: in a run that goes on they are others by now."""
+        if self.fisher is None or self.lambda_ewc == 0:
+            return
+        self.information = self.fisher(backbone, cache, seed)
+        with backbone.original():  # no copies: the backbone keeps them itself
+            self.first = {n: w.detach() for n, w in backbone.unet.named_parameters() if n in self.information}
+
+    def loss(
+        self,
+        backbone: Backbone,
+        pair: Pair,
+        mine: Miner | None,
+        latents: Tensor,
+        timesteps: Tensor,
+        step: int,
+        generator: Generator,
+        **known: Tensor,
+    ) -> dict[str, Tensor]:
+        """{"forget", "replay", "ewc"}, weighted; known: as `ForgetAndReplay` gives it."""
+        if "replay_latents" not in known:
+            raise UserError("method sa rehearses other captions: give it method.latents of sa.ForgetAndReplay.")
+        texts = take(pair.target, known["prompts"].to(pair.target.states.device))
+        states = torch.cat([texts.states.to(latents.device), known["replay_states"].to(latents.device)])
+        pooled = None
+        if texts.pooled is not None:
+            pooled = torch.cat([texts.pooled.to(latents.device), known["replay_pooled"].to(latents.device)])
+        z_t = torch.cat([latents, known["replay_latents"]])
+        t = torch.cat([timesteps, known["replay_timesteps"]])
+        forget, replay = backbone.predict_noise(z_t, t, states, pooled).float().chunk(2)
+        terms = {
+            "forget": mse_loss(forget, known["noise"].float()),
+            "replay": self.gamma * mse_loss(replay, known["replay_noise"].float()),
+        }
+        if self.information:
+            weights = dict(backbone.unet.named_parameters())
+            moved = [(f * (weights[n] - self.first[n]).square()).sum() for n, f in self.information.items()]
+            terms["ewc"] = self.lambda_ewc * torch.stack(moved).sum()
+        return terms
