@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ class Watched:
 
     steps, lr, weight_decay = 6, 1e-3, 0.0
     lora: LoraSpec | None = LoraSpec()
+    parameters: Sequence[str] = ()
     seen: list[tuple[str, int, float, float]]
 
     def __init__(self, factor: float = 1.0) -> None:

@@ -80,8 +80,9 @@ class BaseWeights:
         """Trainable parameters, in U-Net order, whose path holds one of `targets` ("attn2.to_k", "attn2") as whole
         parts, and none of those written with a minus ("-attn2"). "all", or only minuses: everything but those.
 
-        Raises UserError where a target matches nothing.
+        Raises UserError where a target matches nothing, and in half precision.
         """
+        self.refuse_training_in_half()
         wanted = [target for target in targets if not target.startswith("-") and target != "all"]
         spared = [target.removeprefix("-") for target in targets if target.startswith("-")]
 
@@ -96,6 +97,14 @@ class BaseWeights:
                 )
         names = [n for n in self.parameters if (not wanted or holds(n, wanted)) and not holds(n, spared)]
         return [self.keep(name).requires_grad_(True) for name in names]  # type: ignore[misc]  # torch says Tensor
+
+    def refuse_training_in_half(self) -> None:
+        """UserError where the weights are float16."""
+        if next(iter(self.parameters.values())).dtype == torch.float16:
+            raise UserError(
+                "backbone.dtype=float16 draws images but cannot be trained, because its gradients fall below the "
+                "smallest number: set backbone.dtype=bfloat16, or float32 with trainer.precision=bf16-mixed."
+            )
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

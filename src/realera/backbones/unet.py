@@ -112,7 +112,6 @@ class UNetBackbone:
         return self.text.vectors(text)
 
     def tokens(self, texts: Sequence[str]) -> list[set[int]]:
-        """See `TextEncoder.tokens`."""
         return self.text.tokens(texts)
 
     # --- weights -----------------------------------------------------------------------------------------------------
@@ -149,6 +148,7 @@ class UNetBackbone:
     def add_adapter(self, spec: LoraSpec, generator: Generator, concepts: int = 1) -> list[nn.Parameter]:
         """See `adapters.add`; in float32 whatever the U-Net's dtype, and one at a time."""
         self._refuse_inside_original()
+        self._base.refuse_training_in_half()
         if adapters.layers(self.unet):
             raise RuntimeError("an adapter is in place: call merge_adapter() or remove_adapter() first")
         return adapters.add(self.unet, spec, generator, self.name, concepts)
@@ -161,7 +161,6 @@ class UNetBackbone:
     def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
         """Makes the U-Net's own weights trainable, for methods without LoRA; see `BaseWeights.unfreeze`."""
         self._refuse_inside_original()
-        self._refuse_training_in_half()
         return self._base.unfreeze(targets)
 
     @torch.inference_mode(False)
@@ -213,15 +212,7 @@ class UNetBackbone:
         if self._depth:
             raise RuntimeError("inside original() the weights are on loan: leave it first")
 
-    def _refuse_training_in_half(self) -> None:
-        if next(iter(self._base.parameters.values())).dtype == torch.float16:
-            raise UserError(
-                "backbone.dtype=float16 draws images but cannot be trained, because its gradients fall below the "
-                "smallest number: set backbone.dtype=bfloat16, or float32 with trainer.precision=bf16-mixed."
-            )
-
     def attention(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """See `attention.recorded`."""
         return self._denoise.recorded()
 
     @property
