@@ -32,9 +32,10 @@ def draw(seed: int) -> torch.Generator:
 
 @pytest.mark.skipif(not GOLDENS, reason="REALERA_GOLDENS names no folder of reference results")
 def test_the_refinement_equals_the_official_code() -> None:
-    """mace_cfr_airplane_sky: official code at commit 057e7a6 in float32, whose inverse is badly conditioned (6e5): single
-    precision in another order differs from itself by 4e-3. Without the last pad row alone the difference is 5e-3, and
-    weights of the kinds of rows that are fitted to the reference come out as 1, and 0 for the concept's own."""
+    """mace_cfr_airplane_sky: official code at commit 057e7a6 in float32, with an inverse that is badly conditioned
+    (6e5): single precision in another order differs from itself by 4e-3. Without the last pad row alone the difference
+    is 5e-3, and weights of the kinds of rows that are fitted to the reference come out as 1, and 0 for the concept's
+    own."""
     from realera.backbones.unet import UNetBackbone
 
     folder = Path(str(GOLDENS))
