@@ -43,7 +43,7 @@ BAD = {  # what is typed -> words that the answer must hold
     ("concept=airplane", "anchor=airplane"): ["airplane", "anchor"],
     ("concept=airplane", "task=objct"): ["no task 'objct'", "did you mean 'object'"],
     ("concept=airplane", "method=ucee"): ["no method 'ucee'", "did you mean 'uce'"],
-    ("concept=airplane", "backbone=sd15"): ["no backbone 'sd15'", "did you mean 'sd14'"],
+    ("concept=airplane", "backbone=sdlx"): ["no backbone 'sdlx'", "did you mean 'sdxl'"],
     ("concept=airplane", "metod=uce"): ["no setting 'metod'", "did you mean 'method'"],
     ("concept=airplane", "method.neighbours.mm=3"): ["did you mean 'method.neighbours.m'"],
     ("concept=airplane", "method=uce", "method.align.steps=3"): ["method.align is null"],
