@@ -127,9 +127,7 @@ def test_fusing_adapters(width, rows, ridge, seed):
     }
     fused, info = fuse(weights, changes, [k.T @ k for k in keys], ridge, 0.3 * kept.T @ kept, originals)
     for name, weight in weights.items():
-        triples = [
-            (k, (weight + up @ down) @ k, 1.0) for group, (up, down) in zip(keys, changes[name]) for k in group
-        ]
+        triples = [(k, (weight + up @ down) @ k, 1.0) for group, (up, down) in zip(keys, changes[name]) for k in group]
         triples += [(k, originals[name] @ k, 0.3) for k in kept]
         expected = by_the_book(weight, triples, ridge)
         assert (fused[name] - expected).abs().max() <= 1e-6 * (1 + expected.abs().max())
