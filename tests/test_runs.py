@@ -60,6 +60,19 @@ def test_what_decides_the_numbers_names_the_folder() -> None:
     assert len({runs.folder_of(other) for other in others} | {folder}) == len(others) + 1
 
 
+def test_a_cache_of_captions_counts_by_what_it_holds() -> None:
+    def folders(*edits: dict[str, Any]) -> list[Path]:
+        return [runs.folder_of(changed(method={"name": "realera", "edit": edit})) for edit in edits]
+
+    unsaid, null = folders({"ridge": 0.1}, {"ridge": 0.1, "prior_cache": None, "prior_weight": 1e-4})
+    assert unsaid == null
+    kept = ({"preserved": {"prior_cache": "sum"}}, {"prior_cache": "sum"}, {"prior_cache": "everyday"})
+    Path("sum").write_text("one")
+    first = folders(*kept)
+    Path("sum").write_text("two")
+    assert [a == b for a, b in zip(first, folders(*kept))] == [False, False, True]
+
+
 @pytest.mark.parametrize(
     "concept", ["../../x", "/etc/passwd", "..", "a/b\\c", "Beyoncé (singer)", "x" * 300, ["cat", "../dog"]]
 )

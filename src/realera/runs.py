@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,28 @@ class Run:
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that an erasure's weights and numbers depend on; its hardware and its logger do not count."""
     kept = {key: config.get(key) for key in ("task", "method", "backbone", "concept", "anchor", "seed")}
+    method = config.get("method") or {}
+    edit = method.get("edit") or {}
+    if (
+        edit.get("prior_cache", "") is None
+    ):  # nothing is kept: runs from before there was such a setting keep their name
+        said = {key: value for key, value in edit.items() if key not in ("prior_cache", "prior_weight")}
+        kept["method"] = {**method, "edit": said}
+    sums = {file for file in _sums(method) if Path(file).expanduser().is_file()}
+    if sums:  # what they hold, as of the tables
+        kept["sums"] = {file: _content(Path(file).expanduser()) for file in sorted(sums)}
     tables = {key: file for key, file in (config.get("task") or {}).items() if key.endswith("_csv") and file}
     if tables:  # what they hold, not only what they are called
         kept["tables"] = {key: _content(Path(str(file)).expanduser()) for key, file in tables.items()}
     return {**kept, "precision": (config.get("trainer") or {}).get("precision"), "version": __version__}
+
+
+def _sums(node: Any) -> Iterator[str]:
+    """The caches of captions that a method's settings name, at any depth."""
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        if key in ("prior_cache", "domain_cache") and value is not None:
+            yield str(value)
+        yield from _sums(value)
 
 
 def _content(file: Path) -> str | None:

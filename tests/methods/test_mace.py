@@ -328,3 +328,99 @@ def test_attention_cannot_be_read_where_it_is_dropped(new_backbone: Any, new_pai
         AttentionSuppression().loss(
             backbone, new_pairs(backbone, CAT)[0], None, torch.zeros(1, 4, 8, 8), torch.tensor([1]), 1, draw(0)
         )
+
+
+# --- masks by Grounding DINO and SAM ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Both models' own classes, tiny and with random weights."""
+    import transformers as hf
+
+    folder = tmp_path_factory.mktemp("grounded")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "cat", "mona", "lisa"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    small = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    swin = hf.SwinConfig(
+        image_size=32,
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        window_size=4,
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    layers = {f"{side}_layers": 2 for side in ("encoder", "decoder")}
+    heads = {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+    detector = hf.GroundingDinoConfig(
+        backbone_config=swin,
+        text_config=hf.BertConfig(vocab_size=len(words), **small).to_dict(),
+        d_model=32,
+        num_queries=5,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        **layers,
+        **heads,
+    )
+    size = {"image_size": 64, "patch_size": 16, "hidden_size": 16}
+    less = {"num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16}
+    segmenter = hf.SamConfig(
+        vision_config=hf.SamVisionConfig(
+            output_channels=16, window_size=2, global_attn_indexes=[0], num_pos_feats=8, **size, **less
+        ).to_dict(),
+        prompt_encoder_config=hf.SamPromptEncoderConfig(mask_input_channels=4, **size).to_dict(),
+        mask_decoder_config=hf.SamMaskDecoderConfig(hidden_size=16, iou_head_hidden_dim=16, **less).to_dict(),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hf.GroundingDinoForObjectDetection(detector).save_pretrained(folder / "detector")
+        hf.SamModel(segmenter).save_pretrained(folder / "segmenter")
+    hf.GroundingDinoProcessor(
+        hf.GroundingDinoImageProcessor(size={"shortest_edge": 128, "longest_edge": 160}),
+        hf.BertTokenizerFast(str(folder / "vocab.txt")),
+    ).save_pretrained(folder / "detector")
+    hf.SamProcessor(
+        hf.SamImageProcessor(
+            size={"longest_edge": 64},
+            pad_size={"height": 64, "width": 64},
+            mask_size={"longest_edge": 16},
+            mask_pad_size={"height": 16, "width": 16},
+        )
+    ).save_pretrained(folder / "segmenter")
+    return {part: str(folder / part) for part in ("detector", "segmenter")}
+
+
+@pytest.mark.slow
+def test_boxes_of_the_name_are_filled_and_joined(grounded: dict[str, str], new_backbone: Any) -> None:
+    backbone = new_backbone()
+    states = backbone.encode(["a photo of the mona lisa"], ["mona lisa"])
+    latents = torch.randn(2, 4, 8, 8, generator=draw(1))
+    some = Masks("grounded-sam", box_threshold=0.0, text_threshold=0.0, **grounded)
+    some.load()
+    found = some(backbone, states, latents, "Mona Lisa")
+    assert found is not None and found.shape == (2, 32, 32) and found.dtype == torch.bool
+    assert some.sam is not None
+    image = backbone.decode(latents)[0].numpy()
+    asked = some.sam.reads(images=image, text="mona lisa.", return_tensors="pt")
+    assert asked["input_ids"][0].tolist() == [2, 8, 9, 5, 3]
+    with torch.no_grad():
+        said = some.sam.detector(**asked)
+    (boxes,) = (
+        one["boxes"]
+        for one in some.sam.reads.post_process_grounded_object_detection(
+            said, asked["input_ids"], threshold=0.0, text_threshold=0.0, target_sizes=[(32, 32)]
+        )
+    )
+    assert len(boxes) == 5
+    joined = torch.zeros(32, 32, dtype=torch.bool)
+    for box in boxes:  # one at a time
+        given = some.sam.prepares(images=image, input_boxes=[[box.tolist()]], return_tensors="pt")
+        sizes = given.pop("original_sizes"), given.pop("reshaped_input_sizes")
+        with torch.no_grad():
+            drawn = some.sam.segmenter(**{k: v.float() for k, v in given.items()}, multimask_output=False).pred_masks
+        joined |= some.sam.prepares.image_processor.post_process_masks(drawn, *sizes)[0][0, 0]
+    assert (joined == found[0]).float().mean() > 0.99 and joined.float().mean() > 0
+    nothing = Masks("grounded-sam", box_threshold=1.0, **grounded)
+    nothing.load()
+    whole = nothing(backbone, states, latents, "Mona Lisa")
+    assert whole is not None and whole.all()  # nothing was found, so every pixel counts

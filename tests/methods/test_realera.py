@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +109,32 @@ def test_equation_7(mining: Mining | None, backbone: Any, new_pairs: Callable[..
     assert torch.allclose(edit.map, slow_map(backbone, pairs, mined, 0.3, 0.2, ["a dog", "sky"]), atol=1e-7)
     assert edit.info["rows_near"] == sum(int(found.near_rows.sum()) for found in mined)
     assert edit.info["rows_beyond"] == sum(int(found.beyond_rows.sum()) for found in mined)
+
+
+def test_captions_that_are_kept(backbone: Any, pair: Pair, tmp_path: Path) -> None:
+    """Each of their rows as a preserved one: BOS too, as the caches of MACE hold it."""
+    from realera.methods.priors import accumulate
+
+    captions = ["a dog", "the sea and a ship"]
+    accumulate(backbone, captions, tmp_path / "sum", "captions")
+    kept = ClosedForm(ridge=0.2, prior_cache=str(tmp_path / "sum"), prior_weight=0.3)(backbone, [pair], []).map
+    rows = backbone.encode(captions).states.flatten(0, 1)
+    slow_left, slow_right = slow_sums(pair, 0.2)
+    for row in rows:
+        slow_left = slow_left + 0.3 * torch.outer(row.double(), row.double())
+        slow_right = slow_right + 0.3 * torch.outer(row.double(), row.double())
+    assert kept is not None
+    assert torch.allclose(kept, slow_left @ torch.linalg.inv(slow_right), atol=1e-7)
+
+
+def slow_sums(pair: Pair, ridge: float) -> tuple[Tensor, Tensor]:
+    """Equation 7's two sums for one pair, nothing mined and nothing kept."""
+    e, e_star, mask = align_rows(pair, "suffix")
+    left = ridge * torch.eye(32, dtype=torch.float64)
+    right = left.clone()
+    for key, anchor in zip(e[mask].double(), e_star[mask].double()):
+        left, right = left + torch.outer(anchor, key), right + torch.outer(key, key)
+    return left, right
 
 
 def test_infinitely_many_points_are_the_limit_of_many(backbone: Any, pair: Pair) -> None:

@@ -83,6 +83,17 @@ def test_suffix_rule_of_2023(target: str, anchor: str, new_backbone: Any) -> Non
     check(backbone, UnifiedConceptEdit("suffix_2023", preserve=["bird"]), [named(target, anchor)], terms)
 
 
+def test_captions_that_are_kept(new_backbone: Callable[..., Any], tmp_path: Path) -> None:
+    from realera.methods.priors import accumulate
+
+    backbone = new_backbone()
+    accumulate(backbone, ["a bird"], tmp_path / "sum", "captions")
+    read = backbone.encode(["cat", "dog", "a bird"])
+    terms = [(read.states[0, 1], read.states[1, 1], 1.0), *((row, row, 0.25) for row in read.states[2])]
+    edit = UnifiedConceptEdit(prior_cache=str(tmp_path / "sum"), prior_weight=0.25)
+    check(backbone, edit, [named("cat", "dog")], terms)
+
+
 def test_a_blank_guide_is_the_row_of_bos(new_backbone: Any) -> None:
     backbone = new_backbone()
     read = backbone.encode(["cat"])

@@ -20,6 +20,7 @@ from torch.nn.functional import mse_loss
 from realera.band import Band, Rows
 from realera.closed_form import NormalEquations
 from realera.contracts import Backbone, Edit, LoraSpec, Miner, Moments, Neighbours, Pair, TextStates, UserError
+from realera.methods.priors import prior
 from realera.neighbours import align_rows, expected_moments, fit_band, mine_beyond, mine_near
 
 GammaRole = Literal["loss_terms", "loss_terms_swapped", "step_mix", "none"]
@@ -79,7 +80,8 @@ class ClosedForm:
     W0||^2, in squared units of the text states (the paper prints none). rows: which rows of the prompts themselves are
     erased (the same choices as `Band.rows`; the paper: "the concept's token and its subsequent tokens").
     preserve_prompts: texts all of whose rows but BOS are kept, each with lambda_preserve (the paper adds to a set of
-    preserved concepts that it does not name).
+    preserved concepts that it does not name). prior_cache, prior_weight: captions that are kept, as a file of python -m
+    realera.cache or "everyday" (see `priors.prior`), and the weight of each of their rows.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class ClosedForm:
         ridge: float = 0.1,
         rows: Rows = "suffix",
         preserve_prompts: Sequence[str] = (),
+        prior_cache: str | None = None,
+        prior_weight: float = 1e-4,
     ) -> None:
         self.lambda_preserve = _positive("edit.lambda_preserve", lambda_preserve, least=0.0)
         self.ridge = _positive("edit.ridge", ridge, least=0.0)
@@ -95,6 +99,8 @@ class ClosedForm:
             raise UserError(f"method.edit.rows={rows!r} is not known: choose one of {', '.join(get_args(Rows))}.")
         self.rows = rows
         self.preserve_prompts = list(preserve_prompts)
+        self.prior_cache = prior_cache
+        self.prior_weight = _positive("edit.prior_weight", prior_weight, least=0.0)
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         sums = NormalEquations(backbone.width)
@@ -116,6 +122,9 @@ class ClosedForm:
         if self.preserve_prompts:
             kept = backbone.encode(self.preserve_prompts).states[:, 1:]
             sums.add_preserved(kept.flatten(0, 1), self.lambda_preserve)
+        if self.prior_cache is not None:
+            captions, _ = prior(backbone, self.prior_cache)
+            sums.add_moments(captions, captions, self.prior_weight)
         solution, info = sums.solve(self.ridge)
         return Edit(map=solution, info={**info, "rows_erased": erased, "rows_near": near, "rows_beyond": beyond})
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from realera.closed_form import NormalEquations
 from realera.contracts import Backbone, Edit, Neighbours, Pair, TextStates, UserError
+from realera.methods.priors import prior
 
 Rows = Literal["last", "suffix_2023"]
 
@@ -27,6 +28,8 @@ class UnifiedConceptEdit:
     names to keep. "last": the row of the last sub-token; "suffix_2023": all rows, and those of '' always. erase_scale:
     weight of an erased row (official: 1). preserve_scale: weight of a preserved row; None = the official 1 for "last"
     and max(0.1, 1 / number of preserved names) for "suffix_2023". ridge: weight of ||W - W0||^2 (official: 0.5).
+    prior_cache, prior_weight: captions to keep, as a file of python -m realera.cache or "everyday" (see
+    `priors.prior`), and the weight of each of their rows.
     """
 
     def __init__(
@@ -37,10 +40,13 @@ class UnifiedConceptEdit:
         erase_scale: float = 1.0,
         preserve_scale: float | None = None,
         ridge: float = 0.5,
+        prior_cache: str | None = None,
+        prior_weight: float = 1e-4,
     ) -> None:
         if rows not in get_args(Rows):
             raise UserError(f"method.edit.rows={rows!r} is not known: choose one of {', '.join(get_args(Rows))}.")
-        for name, value in (("erase_scale", erase_scale), ("preserve_scale", preserve_scale), ("ridge", ridge)):
+        weights = {"erase_scale": erase_scale, "preserve_scale": preserve_scale, "prior_weight": prior_weight}
+        for name, value in {**weights, "ridge": ridge}.items():
             if value is not None and value < 0:
                 raise UserError(f"method.edit.{name}={value} cannot be: give a number of 0 or more.")
         self.rows = rows
@@ -49,6 +55,8 @@ class UnifiedConceptEdit:
         self.erase_scale = erase_scale
         self.preserve_scale = preserve_scale
         self.ridge = ridge
+        self.prior_cache = prior_cache
+        self.prior_weight = prior_weight
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         """Neighbours are not used. The pairs' prompts are not used either: UCE encodes the bare names."""
@@ -61,6 +69,9 @@ class UnifiedConceptEdit:
             kept = backbone.encode(self.preserve)
             rows = kept.states.flatten(0, 1) if self.rows == "suffix_2023" else _last_rows(kept)
             sums.add_preserved(rows, self._preserve_scale())
+        if self.prior_cache is not None:
+            captions, _ = prior(backbone, self.prior_cache)
+            sums.add_moments(captions, captions, self.prior_weight)
         solution, info = sums.solve(self.ridge)
         return Edit(map=solution, info={**info, "names_erased": len(pairs), "names_preserved": len(self.preserve)})
 
