@@ -27,7 +27,8 @@ count = 0
 with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
     for group in (path for path in paths.CONF_DIR.iterdir() if path.is_dir()):
         for option in group.glob("*.yaml"):
-            config = cli.plain(compose("train", ["concept=airplane", "backbone=mini", f"{group.name}={option.stem}"]))
+            typed = ["concept=airplane", "anchor=sky", "backbone=mini", f"{group.name}={option.stem}"]
+            config = cli.plain(compose("train", typed))
             cli.build_task(config)
             count += 1
 print(count)
