@@ -167,7 +167,15 @@ def _with_examples(folder: Path, *words: str) -> dict[str, Any]:
 def test_what_the_readme_says_runs(tmp_path: Path) -> None:
     for words in ours("sh"):
         command = [sys.executable, *words[1:]]
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # What is started in the background of a shell script ignores SIGINT, and so would all that it starts.
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         assert process.stdout is not None
         said = ""
         for line in process.stdout:
