@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from realera import paths
 from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation.counts import counts
-from realera.evaluation.metrics import DRAWS, LEVEL, Estimate, interval, readable, samples
+from realera.evaluation.metrics import DRAWS, LEVEL, Estimate, Sample, readable, samples
 from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, ORDER, described, head
 from realera.evaluation.records import read_manifest, read_metrics, read_verdicts, verdict_file
 
@@ -64,12 +64,20 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
 def pool(
     cells: Sequence[Cell], headline: Mapping[str, Mode], generator: Generator, draws: int = DRAWS
 ) -> dict[str, Estimate]:
-    """One system's row: {measure: Estimate}, the mean over concepts of the mean over seeds, H_o included (the papers
-    print the mean of the per-class H_o, not H_o of the mean accuracies).
+    """`pooled` with intervals: one system's row."""
+    return {name: found.estimate() for name, found in pooled(cells, headline, generator, draws).items()}
+
+
+def pooled(
+    cells: Sequence[Cell], headline: Mapping[str, Mode], generator: Generator, draws: int = DRAWS
+) -> dict[str, Sample]:
+    """One system's row with its resamples: {measure: Sample}, the mean over concepts of the mean over seeds, H_o
+    included (the papers print the mean of the per-class H_o, not H_o of the mean accuracies).
 
     Intervals: percentile bootstrap over what was drawn at random. Within each concept the seeds are drawn with
     replacement, and within each run so drawn the images of every prompt concept; the concepts are the protocol's own
-    and are not resampled.
+    and are not resampled. Two systems with the same concepts, seeds and images in the same order, given generators
+    alike, have the same seeds and images in each resample, so that the resamples' differences are of pairs.
     """
     names = [name for name in ORDER if name != "h_o" or cells[0].h_o_terms]
     values: dict[str, list[float]] = {name: [] for name in names}
@@ -88,9 +96,7 @@ def pool(
             kept[name] += sum(run[name].n for run in found)
             lost[name] += sum(run[name].unscored for run in found)
     return {
-        name: Estimate(
-            sum(values[name]) / len(values[name]), *interval(torch.stack(drawn[name]).mean(0)), kept[name], lost[name]
-        )
+        name: Sample(sum(values[name]) / len(values[name]), torch.stack(drawn[name]).mean(0), kept[name], lost[name])
         for name in names
     }
 
