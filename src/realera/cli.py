@@ -170,10 +170,12 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def register_resolvers() -> None:
-    """Makes ${default_backbone:}, ${by_backbone:...}, ${by_task:...} and ${wandb_mode:} known to every config."""
+    """Makes ${default_backbone:}, ${by_backbone:...}, ${by_task:...}, ${times:...} and ${wandb_mode:} known to every
+    config."""
     OmegaConf.register_new_resolver("default_backbone", lambda: default_backbone()[0], replace=True)
     OmegaConf.register_new_resolver("by_backbone", by_backbone, replace=True)
     OmegaConf.register_new_resolver("by_task", by_task, replace=True)
+    OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)  # ${times:1000,${seed}}
     OmegaConf.register_new_resolver("wandb_mode", wandb_mode, replace=True)
 
 
