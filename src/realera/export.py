@@ -50,6 +50,13 @@ def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
 
     source = locate(run.config["backbone"]["pretrained"])
     erased = read_erased(run.erased).state
+    if (guide := _guide(run)) and not erased:
+        raise UserError(
+            f"{run.folder} changed no weights: its {guide} acts while images are drawn, which no file holds; draw them with "
+            f"python -m realera.generate run={run.folder}."
+        )
+    if guide:
+        cli.log.warning("the %s of this run acts while images are drawn: no file holds it, only the weights", guide)
     if to == "diffusers":
         portable.save_pipeline(source, erased, out)
         console.show_path("pipeline", out)
@@ -60,6 +67,12 @@ def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
     ranks = {down.shape[0] for down, _ in lora.values()}
     cli.log.info("LoRA of rank %s on %d layers leaves out %.2f%% of the change", max(ranks), len(lora), 100 * error)
     console.show_path("LoRA", file)
+
+
+def _guide(run: Run) -> str | None:
+    """The name of what steers the drawing of a run's images beside its weights, if anything does."""
+    node = (run.config.get("method") or {}).get("guide")
+    return str(node["_target_"]).rpartition(".")[2] if node else None
 
 
 def main() -> None:

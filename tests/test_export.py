@@ -1,0 +1,44 @@
+"""What an export says of a run whose images are steered while they are drawn."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from realera import export
+from realera.contracts import UserError
+from realera.runs import Run
+
+GUIDED = {"backbone": {"pretrained": "x"}, "method": {"guide": {"_target_": "realera.methods.sld.SafetyGuidance"}}}
+
+
+@pytest.fixture
+def erased(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """What the run's file holds; nothing is read."""
+    state: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr("realera.training.checkpoint.read_erased", lambda _: SimpleNamespace(state=state))
+    monkeypatch.setattr("realera.backbones.folder.locate", lambda _: Path("base"))
+    monkeypatch.setattr("realera.portable.save_pipeline", lambda source, state, out: None)
+    return state
+
+
+def test_a_run_that_changed_no_weights_is_not_exported_as_an_erasure(erased: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(UserError, match=r"SafetyGuidance acts while images are drawn.*generate run=runs/a"):
+        export.convert(Run(Path("runs/a"), GUIDED), "diffusers", Path("out"), None)
+
+
+def test_weights_are_exported_with_a_word_on_the_guide(
+    erased: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    erased["edit.a.weight"] = torch.zeros(1, 1)
+    monkeypatch.setattr(logging.getLogger("realera"), "propagate", True)
+    export.convert(Run(Path("runs/a"), GUIDED), "diffusers", Path("out"), None)
+    assert "SafetyGuidance of this run acts while images are drawn" in caplog.text
+
+    caplog.clear()
+    export.convert(Run(Path("runs/a"), {**GUIDED, "method": {"guide": None}}), "diffusers", Path("out"), None)
+    assert "drawn" not in caplog.text
