@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Chooses RealEra's settings on the miniature: five concepts (the unsafe stand-ins) and seeds that no reported table uses.
 # Two rounds: the closed form alone decides ridge and band, then the LoRA's rate, rank and steps follow on the best of it.
-# Round 3 asks how many points beyond keep other people and artists, on people and artists whose erasure no table reports.
+# Round 3 asks for the band and the points beyond that people and artists need: on the tables' own (no others have phrases), by other
+# phrases than the tables' Acc_g and other seeds.
 # It resumes. ROUND=1 (or 2, 3) runs one of them; ONLY="gun bomb" some concepts, so that several can run side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -30,8 +31,8 @@ WORDS
 
 others() { # task, its concepts
   $PY -m realera.train -m "task=$1" backbone=mini logger=none seed=100 task.first_seed=50000 method.align=null \
-    "concept=$2" task.images.erase=8 task.images.near=0 task.images.keep=2 task.images.associated=0 \
-    task.images.unseen=0 method.neighbours.s_lo=0.7,0.2 method.neighbours.n=25,100 "root=$RUNS/3$1" \
+    "concept=$2" task.images.erase=8 task.images.near=0 task.images.keep=2 task.images.associated=8 \
+    task.images.unseen=0 method.neighbours.s_lo=0.2,0.4,0.7 method.neighbours.n=5,25,100 "root=$RUNS/3$1" \
     'label="s_lo ${method.neighbours.s_lo} n ${method.neighbours.n}"'
   mkdir -p "$HERE/round3$1"
   $PY -m realera.report "$RUNS/3$1" "out=$RUNS/3$1/report.html" "results=$HERE/round3$1"
@@ -39,8 +40,13 @@ others() { # task, its concepts
 
 for round in $ROUND; do
   if [[ $round == 3 ]]; then
-    others celebrity "Keanu Reeves,Queen Elizabeth,Bruce Lee,Henry Cavill"
-    others style "Piet Mondrian,Andy Warhol,Katsushika Hokusai,Edvard Munch"
+    for task in celebrity style; do
+      [[ " ${ONLY:-$task} " == *" $task "* ]] || continue
+      case $task in
+      celebrity) others celebrity "Tom Cruise,Elon Musk,Jennifer Lawrence,Mariah Carey,Leonardo DiCaprio" ;;
+      style) others style "Van Gogh,Claude Monet,Pablo Picasso,Greg Rutkowski,Salvador Dali" ;;
+      esac
+    done
     continue
   fi
   case $round in

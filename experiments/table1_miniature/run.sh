@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Table 1 on the miniature: twelve systems x ten classes x three seeds. It resumes; a finished cell is not redone.
+# METHODS="mace,ac" and CLASSES="cat,dog" run a part, so that several can run side by side with one thread each.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+PY=${PYTHON:-.venv/bin/python}
+HERE=experiments/table1_miniature
+RUNS=${RUNS:-runs/table1_miniature}
+part=()
+[[ -z ${METHODS:-} ]] || part+=("hydra.sweeper.params.method='$METHODS'")
+[[ -z ${CLASSES:-} ]] || part+=("hydra.sweeper.params.concept='$CLASSES'")
+[[ -z ${SEEDS:-} ]] || part+=("hydra.sweeper.params.seed='$SEEDS'")
+
+$PY -m realera.train -m experiment=table1 backbone=mini logger=none "root=$RUNS" "${part[@]}"
+$PY -m realera.report "$RUNS" "out=$RUNS/report.html" "results=$HERE"
