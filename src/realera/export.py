@@ -52,8 +52,8 @@ def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
     erased = read_erased(run.erased).state
     if (guide := _guide(run)) and not erased:
         raise UserError(
-            f"{run.folder} changed no weights: its {guide} acts while images are drawn, which no file holds; draw them with "
-            f"python -m realera.generate run={run.folder}."
+            f"{run.folder} changed no weights: its {guide} acts while images are drawn, which no file holds; draw them "
+            f"with python -m realera.generate run={run.folder}."
         )
     if guide:
         cli.log.warning("the %s of this run acts while images are drawn: no file holds it, only the weights", guide)
