@@ -128,7 +128,7 @@ def test_erased_drawn_judged_and_reported(kind: str, method: str, type_in: Calla
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_unedited_model(kind: str, type_in: Callable[..., Path]) -> None:
-    place = type_in("evaluate", kind, "run=original", "concept=cat", FEW, "judge=miniature")
+    place = type_in("evaluate", kind, "run=original", "concept=cat", FEW, "judge=miniature", "logger=none")
     metrics = json.loads(only(place, "metrics.json").read_text())
     assert metrics["original"] is None and metrics["mean_prob"]["acc_e"]["n"] == 2
 

@@ -200,13 +200,15 @@ def test_a_missing_image_is_drawn_again_before_judging(run_dir: Path, type_in: T
     assert lost.read_bytes() == content
 
 
-def test_evaluate_gives_the_unedited_models_row(type_in: Type, place: Path) -> None:
+def test_evaluate_gives_the_unedited_models_row(type_in: Type, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     type_in("evaluate", "run=original", "concept=cat")
     folder = next((place / "runs").glob("cat-original-mini-*"))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["original"] is None
     assert metrics["mean_prob"]["acc_e"]["n"] == 2
     assert not (folder / "erased.safetensors").exists()
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb")), "a row of a dashboard too"
 
 
 def test_generate_draws_what_was_asked(run_dir: Path, type_in: Type, place: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from realera import tracking
+from realera import cli, tracking
 from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
@@ -21,6 +22,7 @@ from realera.runs import Run
 from realera.training.fit import fit
 
 LOGGER = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "realera", "mode": "offline"}
+OBJECT, NSFW = "realera.tasks.objects.ObjectTask", "realera.tasks.nsfw.NsfwTask"
 BLOCK = 32768  # bytes: a record never crosses a block but in parts
 
 
@@ -59,18 +61,20 @@ def whole(file: Path) -> list[Any]:
 
 
 def held(folder: Path) -> dict[str, dict[str, Any]]:
-    """{"config", "summary", "history": {key: [values]}, "images": the table's} of the folder's only W&B run. All of it
-    stands in the folder."""
+    """{"config", "summary", "history": {key: [values]}, "images": the table's, "run": its record, "tables"} of the
+    folder's only W&B run. All of it stands in the folder."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     history: dict[str, list[Any]] = {}
     images = []
+    run = None
 
     def key(item: Any) -> str:
         return str(item.key or "/".join(item.nested_key))
 
     for record in whole(file):
+        run = record.run if record.WhichOneof("record_type") == "run" else run
         for update in (record.run.config.update, record.config.update):
             config |= {key(item): json.loads(item.value_json) for item in update}
         for entry in record.artifact.manifest.contents:
@@ -80,7 +84,10 @@ def held(folder: Path) -> dict[str, dict[str, Any]]:
         summary |= {key(item): json.loads(item.value_json) for item in record.summary.update}
         for item in record.history.item:
             history.setdefault(key(item), []).append(json.loads(item.value_json))
-    return {"config": config, "summary": summary, "history": history, "images": images}
+    tables = {
+        f.name.split("_")[0]: json.loads(f.read_text()) for f in file.parent.glob("files/media/table/*.table.json")
+    }
+    return {"config": config, "summary": summary, "history": history, "images": images, "run": run, "tables": tables}
 
 
 def judged(folder: Path, task: str, concepts: Sequence[str], mode: Mode, blur: bool | None = None) -> Run:
@@ -104,11 +111,17 @@ def judged(folder: Path, task: str, concepts: Sequence[str], mode: Mode, blur: b
     for which, value in (("erased", 0.25), ("original", 1.0)):
         said = [Verdict(p.id, value, p.concept if value == 1 else "sky", boxes) for p in prompts]
         write_verdicts(verdict_file(folder, "eye", which), said)  # type: ignore[arg-type]
-    protocol = {"task": task, "judge": {"judge": "eye"}}
+    named = [{"target": concept, "anchor": "sky"} for concept in concepts]
+    protocol = {"task": task, "concepts": named, "judge": {"judge": "eye"}, "captions": ["a"] * 30_000}
     terms = ("acc_e", "acc_s", "acc_g") if mode != "detected" else ()
     measure(folder, "eye", protocol, dict.fromkeys(MEAN_PROB, mode), terms)
+    method = {"name": "realera", "neighbours": {"m": math.inf, "n": 25, "d1": 20.0, "s_lo": 0.7}}
     config = {"task": {"_target_": task}, "concept": list(concepts), "seed": 3, "logger": LOGGER, "blur": blur}
-    return Run(folder, config)
+    return Run(folder, {**config, "method": method, "backbone": {"name": "mini"}})
+
+
+def with_logger(run: Run, **settings: Any) -> Run:
+    return Run(run.folder, {**run.config, "logger": {**LOGGER, **settings}})
 
 
 def metrics_of(run: Run) -> dict[str, Any]:
@@ -120,7 +133,7 @@ def metrics_of(run: Run) -> dict[str, Any]:
 def test_a_run_s_settings_losses_numbers_and_images(
     tmp_path: Path, new_backbone: Callable[..., Any], new_pairs: Callable[..., Any], load_method: Callable[..., Any]
 ) -> None:
-    run = judged(tmp_path, "object", ["cat"], "mean_prob")
+    run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
     backbone = new_backbone()
     loggers = tracking.make(run)
     try:
@@ -151,8 +164,7 @@ def test_a_run_s_settings_losses_numbers_and_images(
     assert summary["eval/acc_e"] == 25 and summary["eval/original/acc_e"] == 100 and summary["eval/acc_e_top1"] == 0
     assert summary["eval/h_o"] == pytest.approx(3 / (2 / 75 + 1 / 25))
     assert (summary["sheets/_type"], summary["sheets/nrows"], summary["sheets/ncols"]) == ("table-file", 6, 6)
-    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.table.json")
-    content = json.loads(file.read_text())
+    content = found["tables"]["sheets"]
     assert content["columns"] == ["prompt", "seed", "split", "original", "erased", "verdict"]
     first = content["data"][0]
     assert first[:3] == ["a erase of cat", 0, "erase"] and first[5] == "sky (cat 0.25)"
@@ -160,8 +172,85 @@ def test_a_run_s_settings_losses_numbers_and_images(
 
 
 @pytest.mark.slow
+def test_who_a_run_is_stands_where_users_of_w_and_b_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "in_sweep", lambda: True)
+    monkeypatch.setenv("REALERA_STAMP", "20260101-101010")
+    run = with_logger(judged(tmp_path, OBJECT, ["cat", "C" * 70, *"abcdef"], "mean_prob"), images=1, tags=["mine"])
+    costs = {
+        "form": 1,
+        "device": "cpu, 1 thread",
+        "stages": {"load": 9.0, "edit": 1.5, "train": 2.0, "draw": 30.0},
+        "passes": {"erase": 400, "draw": 20},
+        "shared": {"latents": {"seconds": 4.0, "passes": 100}},
+        "peak_memory_mb": {"host": 700.5, "device": None},
+    }
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    metrics = metrics_of(run)
+    loggers = tracking.make(run)
+    tracking.log_results(loggers, run, metrics)
+    tracking.finish(loggers)
+    found = held(tmp_path)
+    told, config, summary = found["run"], found["config"], found["summary"]
+    assert (told.run_group, told.job_type, told.display_name) == ("20260101-101010", "train", tmp_path.name)
+    assert list(told.tags) == ["object", "realera", "mini", "cat", "C" * 64, "a", "b", "c", "and 3 more", "mine"]
+    assert config["method"]["neighbours"] == {"m": "inf", "n": 25, "d1": 20.0, "s_lo": 0.7}, "nested, and finite"
+    assert config["system"] == "realera"
+    assert config["protocol"]["judge"] == {"judge": "eye"} and config["protocol"]["captions"] == "30000 entries"
+    main = metrics["main"]
+    for name in ("acc_e", "acc_s", "acc_g", "h_o"):
+        ends = [main[name][key] for key in ("value", "low", "high")]
+        assert [summary[f"eval/{name}{end}"] for end in ("", "_low", "_high")] == pytest.approx(ends)
+    assert summary["cost/stages/train"] == 2 and summary["cost/peak_memory_mb/host"] == 700.5
+    assert "cost/peak_memory_mb/device" not in summary and "cost/form" not in summary
+    assert summary["cost/erase_seconds"] == 7.5 and summary["cost/erase_passes"] == 500
+    splits = [row[2] for row in found["tables"]["sheets"]["data"]]
+    assert sorted(splits) == ["erase", "keep", "near"], "images=1: one row of each split"
+    cell = dict(zip(found["tables"]["cell"]["columns"], found["tables"]["cell"]["data"][0], strict=True))
+    assert (cell["system"], cell["m"], cell["d1"], cell["erase_seconds"]) == ("realera", "inf", 20.0, 7.5)
+    assert (cell["acc_s"], cell["acc_s_low"]) == (main["acc_s"]["value"], main["acc_s"]["low"])
+
+
+@pytest.mark.slow
+def test_the_unedited_model_is_a_row_of_its_own(tmp_path: Path) -> None:
+    run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
+    run = Run(tmp_path, {**run.config, "method": {"name": "original"}})
+    typed = {**LOGGER, "group": None, "images": 2}
+    tracking.log_judged(with_logger(run, group="mine", images=2), metrics_of(run), typed)
+    found = held(tmp_path)
+    assert (found["run"].run_group, found["run"].job_type, found["config"]["system"]) == (
+        "mine",
+        "evaluate",
+        "original",
+    )
+    before, after = (found["tables"]["sheets"]["data"][0][i] for i in (3, 4))
+    assert before is not None and after is None, "its images are the original's"
+
+
+def test_a_run_judged_again_is_logged_where_it_was_logged_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(tracking, "make", lambda run, node: made.append(node) or [])
+    run = with_logger(Run(tmp_path, {}), group="mine", mode="online")
+    tracking.log_judged(run, {"main": {}, "original": None}, {"_target_": "x", "mode": "offline", "group": None})
+    assert made.pop() == {**LOGGER, "group": "mine", "mode": "offline"}, "its own settings, and today's mode"
+    tracking.log_judged(run, {"main": {}, "original": None}, {"_target_": None})
+    assert not made.pop(), "logger=none was typed"
+    tracking.log_judged(Run(tmp_path, {"logger": {"_target_": None}}), {"main": {}, "original": None}, LOGGER)
+    assert not made.pop(), "it was not logged when it was made"
+
+
+@pytest.mark.slow
+def test_no_image_table_where_none_is_wanted(tmp_path: Path) -> None:
+    run = with_logger(judged(tmp_path, OBJECT, ["cat"], "mean_prob"), images=0)
+    tracking.log_judged(run, metrics_of(run))
+    found = held(tmp_path)
+    assert set(found["tables"]) == {"cell"} and not found["images"]
+
+
+@pytest.mark.slow
 def test_explicit_images_leave_this_machine_blurred_and_counted(tmp_path: Path) -> None:
-    run = judged(tmp_path, "nsfw", ["nudity", "a/b"], "detected")
+    run = judged(tmp_path, NSFW, ["nudity", "a/b"], "detected")
     loggers = tracking.make(run)
     tracking.log_results(loggers, run, metrics_of(run))
     tracking.finish(loggers)

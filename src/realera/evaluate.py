@@ -29,6 +29,7 @@ def evaluate(cfg: DictConfig) -> None:
     with processes.together(plan, "evaluate") as ranks:
         judge, metrics = judge_again(processes.agree(ranks, run), task, original, ranks)
     if ranks.first:
+        log(run, metrics, config["logger"])
         title = f"{runs.concept_of(run.config)}, {'the unedited model' if original else f'judged by {judge.name}'}"
         console.show_run(run.folder, shown(metrics, judge), title, erased="original" if original else "erased")
         console.show_path("metrics", run.folder / paths.METRICS)
@@ -59,6 +60,12 @@ def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Jud
     if ranks.first and not original:
         write_report(run.folder)
     return judge, metrics
+
+
+def log(run: Run, metrics: dict[str, Any], typed: dict[str, Any]) -> None:
+    from realera import tracking
+
+    tracking.log_judged(run, metrics, typed)
 
 
 def shown(metrics: dict[str, Any], judge: Judge | SetJudge) -> dict[str, Any]:

@@ -1,27 +1,36 @@
-"""Weights & Biases: one W&B run for a run folder, gone on with when the run is."""
+"""Weights & Biases: one W&B run for a run folder, gone on with when the run is, or is judged again."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from realera import cli
+from realera.evaluation.readings import ORDER
 from realera.evaluation.report import veiled
 from realera.evaluation.results import scalars
 from realera.evaluation.sheets import blurred, image_rows
 from realera.runs import Run, digest, identity
 
-ROWS_PER_SPLIT = 12  # images of each split in the table
+ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images says otherwise
+SHORT = 100  # entries: a longer list of the protocol (30,000 captions, say) is told by its length
+TAG = 64  # letters, W&B's own limit
+TAGGED = 5  # concepts that are tags; of more, the first ones
+COSTS = "costs.json"
+AXES = ("d1", "s_lo", "m", "n")  # of method.neighbours: what surfaces stand on
 
 
-def make(run: Run) -> list[Logger]:
-    """The loggers a run's config asks for: none, or W&B's."""
-    node = run.config.get("logger") or {}
+def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
+    """The loggers a run's config asks for (or `node` in its place): none, or W&B's."""
+    node = dict(run.config.get("logger") or {} if node is None else node)
     if not node.get("_target_"):
         return []
     import wandb
@@ -29,19 +38,64 @@ def make(run: Run) -> list[Logger]:
     # quiet before Lightning names a setting that W&B has retired; what a run is called stands in our own log
     wandb.setup(wandb.Settings(silent=True))
     name = run.folder.name
+    node.pop("images", None)
+    node["group"] = node.get("group") or (os.environ["REALERA_STAMP"] if cli.in_sweep() else None)
+    node["tags"] = list(dict.fromkeys([*tags(run.config), *(node.get("tags") or ())]))
+    node["job_type"] = "evaluate" if unedited(run) else "train"
     logger: Logger = instantiate(node, save_dir=str(run.folder), name=name, id=digest([name, identity(run.config)]))
-    logger.log_hyperparams(run.config)
+    logger.log_hyperparams({**_told(run.config), "system": system(run)})
     return [logger]
 
 
+def tags(config: Mapping[str, Any]) -> list[str]:
+    """What runs are picked by: task, method, backbone, and the concepts, of many the first ones."""
+    task = getattr(get_class(config["task"]["_target_"]), "name", None)
+    parts = [(config.get(part) or {}).get("name") for part in ("method", "backbone")]
+    concept = config.get("concept")
+    concepts = concept if isinstance(concept, (list, tuple)) else [concept]
+    more = f"and {len(concepts) - TAGGED} more" if len(concepts) > TAGGED else None
+    return [str(word)[:TAG] for word in (task, *parts, *concepts[:TAGGED], more) if word]
+
+
+def system(run: Run) -> str:
+    """What tables of several runs call this one."""
+    return str(run.config.get("label") or (run.config.get("method") or {}).get("name") or "original")
+
+
+def unedited(run: Run) -> bool:
+    return (run.config.get("method") or {}).get("name") == "original"
+
+
 def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any]) -> None:
-    """eval/* scalars, and a table of prompt, seed, split, original, erased, verdict. Images that the page shows only
-    when asked (`blur`) leave this machine blurred."""
+    """eval/* and cost/* scalars, the protocol, and two tables: `sheets` (prompt, seed, split, original, erased,
+    verdict), `cell` (the run's numbers in one row, for charts over runs). Images that the page shows only when asked
+    (`blur`) leave this machine blurred."""
+    numbers = scalars(metrics)
+    costs = _costs(run.folder)
     for logger in loggers:
-        logger.log_metrics({f"eval/{name}": value for name, value in scalars(metrics).items()})
+        named = {f"eval/{name}": value for name, value in numbers.items()}
+        logger.log_metrics({**named, **{f"cost/{name}": value for name, value in costs.items()}})
         if isinstance(logger, WandbLogger):
+            logger.experiment.config.update({"protocol": _told(metrics["protocol"])}, allow_val_change=True)
+            most = (run.config.get("logger") or {}).get("images", ROWS_PER_SPLIT)
             with _staged_in(run.folder):
-                logger.experiment.log({"sheets": _table(run.folder, metrics, veiled(run.config, metrics))})
+                tables = {"cell": _cell(run, metrics, costs)}
+                if most:
+                    tables["sheets"] = _sheets(run, metrics, most, veiled(run.config, metrics))
+                logger.experiment.log(tables)
+
+
+def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | None = None) -> None:
+    """The numbers of a run that stands, in its own W&B run. typed: the command's own logger node: with none there,
+    nothing is logged, else the run's is taken, online or offline as it is today."""
+    node = dict(run.config.get("logger") or {})
+    if typed is not None:
+        node = {**node, "mode": typed.get("mode")} if typed.get("_target_") and node.get("_target_") else {}
+    loggers = make(run, node)
+    try:
+        log_results(loggers, run, metrics)
+    finally:
+        finish(loggers)
 
 
 @contextmanager
@@ -67,8 +121,60 @@ def finish(loggers: Sequence[Logger]) -> None:
         wandb.finish()
 
 
-def _table(folder: Path, metrics: Mapping[str, Any], blur: bool) -> Any:
-    """Images beside each other with their verdict, the first of each split."""
+def _told(node: Any) -> Any:
+    """Settings as W&B's config can hold and show them: no endless lists, no infinite numbers."""
+    if isinstance(node, Mapping):
+        short = len(node) <= SHORT
+        return {str(key): _told(value) for key, value in node.items()} if short else f"{len(node)} entries"
+    if isinstance(node, (list, tuple)):
+        return [_told(value) for value in node] if len(node) <= SHORT else f"{len(node)} entries"
+    return str(node) if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def _costs(folder: Path) -> dict[str, float]:
+    """What costs.json counts, flat: stages/train, passes/erase, ...; empty where there is none."""
+    try:
+        costs = json.loads((folder / COSTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    flat = dict(_flat(costs))
+    flat.pop("form", None)
+    shared = (costs.get("shared") or {}).values()
+    aside = ("load", "draw", "judge")  # what any method pays for being measured
+    seconds = sum(took for stage, took in (costs.get("stages") or {}).items() if stage not in aside)
+    passes = (costs.get("passes") or {}).get("erase") or 0
+    return {
+        **flat,
+        "erase_seconds": seconds + sum(part.get("seconds") or 0 for part in shared),
+        "erase_passes": passes + sum(part.get("passes") or 0 for part in shared),
+    }
+
+
+def _flat(node: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{at}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{at}{key}", float(value)
+
+
+def _cell(run: Run, metrics: Mapping[str, Any], costs: Mapping[str, float]) -> Any:
+    """One row: who, on what, and the headline numbers with their intervals (None where unmeasured)."""
+    import wandb
+
+    mining = (run.config.get("method") or {}).get("neighbours") or {}
+    row: dict[str, Any] = {"system": system(run), "seed": run.config.get("seed")}
+    row["concept"] = ", ".join(c["target"] for c in metrics["protocol"].get("concepts", [])[:TAGGED])
+    row |= {axis: _told(mining.get(axis)) for axis in AXES}
+    for name in ORDER:
+        estimate = metrics["main"].get(name) or {}
+        row |= {f"{name}{end}": estimate.get(key) for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))}
+    row |= {name: costs.get(name) for name in ("erase_seconds", "erase_passes")}
+    return wandb.Table(columns=list(row), data=[list(row.values())], allow_mixed_types=True)
+
+
+def _sheets(run: Run, metrics: Mapping[str, Any], most: int, blur: bool) -> Any:
+    """Images beside each other with their verdict, the first `most` of each split."""
     import wandb
 
     def image(file: Path | None) -> Any:
@@ -77,8 +183,9 @@ def _table(folder: Path, metrics: Mapping[str, Any], blur: bool) -> Any:
     table = wandb.Table(columns=["prompt", "seed", "split", "original", "erased", "verdict"])
     taken: dict[str, int] = {}
     judge, headline = metrics["protocol"]["judge"]["judge"], metrics["headline"]
-    for prompt, seed, split, original, erased, verdict in image_rows(folder, judge, headline):
+    for prompt, seed, split, original, erased, verdict in image_rows(run.folder, judge, headline):
         taken[split] = taken.get(split, 0) + 1
-        if taken[split] <= ROWS_PER_SPLIT:
-            table.add_data(prompt, seed, split, image(original), image(erased), verdict)
+        if taken[split] <= most:
+            before, after = (erased, None) if unedited(run) else (original, erased)
+            table.add_data(prompt, seed, split, image(before), image(after), verdict)
     return table

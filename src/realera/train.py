@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from omegaconf import DictConfig
 
 from realera import cli, console, paths, preflight, processes, runs
@@ -30,6 +32,8 @@ def train(cfg: DictConfig) -> None:
         run = processes.agree(ranks, run)
         if run.finished:
             cli.log.info("%s is finished; overwrite=true does it again", run.folder)
+            if ranks.first and config["evaluate"] and os.environ.get("WANDB_SWEEP_ID"):
+                tell_agent(run)
         else:
             carry_out(run, task, ranks)
     if ranks.first:
@@ -56,6 +60,13 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
             tracking.log_results(loggers, run, metrics)
     finally:
         tracking.finish(loggers)
+
+
+def tell_agent(run: Run) -> None:
+    """The agent of a W&B sweep that started this process waits for numbers, of a finished run too."""
+    from realera import tracking
+
+    tracking.log_judged(run, read_metrics(run.folder))
 
 
 def show(run: Run) -> None:

@@ -290,6 +290,7 @@ def test_scalars_are_flat_and_leave_out_what_was_not_measured(judged: tuple) -> 
     prompts, verdicts = judged
     flat = scalars(summarise(prompts, verdicts, verdicts))
     assert flat["acc_e"] == pytest.approx(40) and flat["acc_e_top1"] == 50
+    assert flat["acc_e_low"] <= 40 <= flat["acc_e_high"] and flat["h_o_low"] <= flat["h_o"] <= flat["h_o_high"]
     assert flat["original/acc_s"] == pytest.approx(70)
     assert not [k for k in flat if "acc_u" in k]
     assert not [k for k in scalars(summarise(prompts, verdicts, None)) if k.startswith("original")]
@@ -346,7 +347,9 @@ def test_several_concepts_have_a_block_each_and_main_is_their_mean() -> None:
     assert cat["h_o"]["value"] == pytest.approx(_three(10, 80, 20))
     assert found["main"]["h_o"]["value"] == pytest.approx(_three(20, 80, 40)), "one model, one H_o: of its means"
     assert "concepts" not in summarise(*_judged(rows[:7]), None), "a single one is `main` itself"
-    flat = scalars({**found, "sets": {"fid": {"fid": 3.0, "gone": None, "protocol": {}}}})
+    other = {"ear": {"main": {"acc_e": {"value": 5.0}, "acc_s": {"value": None}}}}
+    flat = scalars({**found, "judges": other, "sets": {"fid": {"fid": 3.0, "gone": None, "protocol": {}}}})
+    assert flat["judges/ear/acc_e"] == 5 and "judges/ear/acc_s" not in flat
     assert flat["cat/acc_e"] == pytest.approx(10) and flat["bird/h_o"] == pytest.approx(_three(30, 80, 60))
     assert flat["sets/fid/fid"] == 3 and "sets/fid/gone" not in flat
 

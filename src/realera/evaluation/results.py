@@ -122,13 +122,15 @@ def numbers_of(run_dir: Path, judge: str) -> dict[str, Any] | None:
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The values alone, for a logger; no unmeasured ones. acc_e: as the task reads it; acc_e_top1: in another reading;
-    original/...: of the unedited model; <concept>/acc_e: of one of several; counts/<class>: boxes in the images that
-    were asked for by name; scored/acc_e: percent, where some images could not be; sets/<judge>/<number>."""
+    """The values alone, for a logger; no unmeasured ones. acc_e: as the task reads it; acc_e_low, acc_e_high: its
+    interval; acc_e_top1: in another reading; original/...: of the unedited model; <concept>/acc_e: of one of several;
+    counts/<class>: boxes in the images that were asked for by name; scored/acc_e: percent, where some images could not
+    be; judges/<judge>/acc_e: as another judge says; sets/<judge>/<number>."""
     found: dict[str, float | None] = {}
     for prefix, part in (("", metrics), ("original/", metrics["original"] or {"main": {}})):
         main = part["main"]
         found |= {f"{prefix}{name}": e["value"] for name, e in main.items()}
+        found |= {f"{prefix}{name}_{end}": e.get(end) for name, e in main.items() for end in ("low", "high")}
         found |= {f"{prefix}scored/{name}": e["scored"] for name, e in main.items() if e["unscored"]}
         for mode in modes(part):
             names = (name for name in part[mode] if mode_of(main, name) != mode)
@@ -138,6 +140,8 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
         if boxes := part.get("counts", {}).get("erase"):
             each = {**boxes["classes"], **boxes["apart"], "total": boxes["total"]}
             found |= {f"{prefix}counts/{name}": count["boxes"] for name, count in each.items()}
+    for judge, numbers in metrics.get("judges", {}).items():
+        found |= {f"judges/{judge}/{name}": e["value"] for name, e in numbers.get("main", {}).items()}
     for judge, numbers in metrics.get("sets", {}).items():
         found |= {f"sets/{judge}/{name}": value for name, value in numbers.items() if name != "protocol"}
     return {name: float(value) for name, value in found.items() if value is not None}
