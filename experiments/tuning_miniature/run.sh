@@ -30,10 +30,13 @@ WORDS
 }
 
 others() { # task, its concepts
-  $PY -m realera.train -m "task=$1" backbone=mini logger=none seed=100 task.first_seed=50000 method.align=null \
-    "concept=$2" task.images.erase=8 task.images.near=0 task.images.keep=2 task.images.associated=8 \
-    task.images.unseen=0 method.neighbours.s_lo=0.2,0.4,0.7 method.neighbours.n=5,25,100 "root=$RUNS/3$1" \
-    'label="s_lo ${method.neighbours.s_lo} n ${method.neighbours.n}"'
+  local grid
+  for grid in "0.2,0.4,0.7 5,25,100" "0.7,0.9 10" "0.9 25"; do
+    $PY -m realera.train -m "task=$1" backbone=mini logger=none seed=100 task.first_seed=50000 method.align=null \
+      "concept=$2" task.images.erase=8 task.images.near=0 task.images.keep=2 task.images.associated=8 task.images.unseen=0 \
+      "method.neighbours.s_lo=${grid% *}" "method.neighbours.n=${grid#* }" "root=$RUNS/3$1" \
+      'label="s_lo ${method.neighbours.s_lo} n ${method.neighbours.n}"'
+  done
   mkdir -p "$HERE/round3$1"
   $PY -m realera.report "$RUNS/3$1" "out=$RUNS/3$1/report.html" "results=$HERE/round3$1"
 }
