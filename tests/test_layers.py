@@ -25,8 +25,13 @@ DOOR_PARTS = {
     "webpage",
     "processes",
     "captions",
+    "sweep",
+    "jobs",
+    "plan",
+    "shelf",
+    "devices",
 }
-SHARED = {"contracts", "paths", "ranks"}
+SHARED = {"contracts", "paths", "ranks", "ledger", "costs"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
 WORKSHOP = "miniature"  # makes the built-in model: may use every room and library, and no room uses it
 LIBRARIES = {  # where a library may be imported; the workshop is free

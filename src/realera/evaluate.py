@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from realera import cli, console, paths, preflight, processes, runs
+from realera import cli, console, costs, paths, preflight, processes, runs
 from realera.contracts import Judge, SetJudge, Task, UserError
 from realera.ranks import Ranks
 from realera.runs import Run
@@ -49,14 +49,14 @@ def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Jud
         metrics = steps.compare(judge, run.config, run.folder, own) if ranks.first else {}
     else:
         drawn = ranks.from_first(lambda: steps.standing(task, run.folder, own))
-        if ranks.first and own in (None, judge.name):  # the run's own judge; another one's numbers are put beside its
+        of_run = own in (None, judge.name)  # another one's numbers are put beside its own, and cost it nothing
+        if ranks.first and of_run:
             runs.begin(run)
-        if drawn is None:
-            backbone = steps.load_backbone(run.config) if original else steps.load_run(run)
-            draw = steps.draw_original if original else steps.draw
-            draw(backbone, task.eval_prompts(), run.folder, run.config, ranks)
-            drawn = steps.drawn_by(backbone)
-        metrics = steps.judge(judge, drawn, task, run.folder, originals=not original, own=own, ranks=ranks)
+        with costs.of_run(run.folder, ranks) if of_run else costs.Meter() as meter:
+            drawn = drawn or steps.draw_missing(run, task, original, ranks, meter)
+            metrics = steps.judge(
+                judge, drawn, task, run.folder, originals=not original, own=own, ranks=ranks, meter=meter
+            )
     if ranks.first and not original:
         write_report(run.folder)
     return judge, metrics

@@ -28,6 +28,7 @@ REPORT = "report.html"
 IMAGES = "images"
 FIT = "fit"  # the loop's checkpoints, until it has ended
 LOSSES = "losses.jsonl"  # one line a logged step: {"step": int, "<term>": float, ...}
+COSTS = "costs.json"  # wall time by stage, passes of the U-Net, parameters, peak memory
 EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from realera import __version__, paths
+from realera import __version__, costs, paths
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
 
@@ -29,6 +29,7 @@ FILES = (
     paths.REPORT,
     paths.LOSSES,
     paths.EDIT_INFO,
+    paths.COSTS,
 )
 FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, "originals", "wandb")
 
@@ -136,6 +137,8 @@ def begin(run: Run) -> None:
     """
     try:
         _write_config(run.folder, run.config)
+        if (run.folder / paths.METRICS).is_file():
+            costs.forget(run.folder, "judge")  # it is judged anew
         for name in (paths.METRICS, paths.REPORT):
             (run.folder / name).unlink(missing_ok=True)
     except OSError as error:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from realera import paths, preflight, runs
 from realera.console import bar
-from realera.contracts import Backbone, Concept, Guide, Judge, Method, Pair, Prompt, SetJudge, Task, UserError
-from realera.evaluation.generate import generate_images, original_images, source_of
+from realera.contracts import Backbone, Concept, Guide, Judge, Method, Pair, Prompt, Sampler, SetJudge, Task, UserError
+from realera.costs import ORIGINALS, Meter
+from realera.evaluation.generate import generate_images, original_images, own_sampler, source_of
 from realera.evaluation.judge import judge_run
 from realera.evaluation.records import Row, read_manifest, write_manifest
 from realera.evaluation.results import measure, measure_set, numbers_of
@@ -29,10 +30,14 @@ from realera.training.module import trains
 OF_SETS = ("references", "split")  # settings of a judge of whole sets that say what it is given, not how it compares
 
 
-def load_backbone(config: Mapping[str, Any]) -> Backbone:
-    """The backbone of a resolved config, unedited, where images are to be drawn."""
-    backbone: Backbone = instantiate(config["backbone"])
-    return backbone.to(device(config))
+def load_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> Backbone:
+    """The backbone of a resolved config, unedited, where images are to be drawn. meter: watches it from here on."""
+    meter = meter or Meter()
+    with meter.stage("load"):
+        built: Backbone = instantiate(config["backbone"])
+        backbone = built.to(device(config))
+        meter.watch(backbone, device(config))
+    return backbone
 
 
 def device(config: Mapping[str, Any]) -> str:
@@ -41,14 +46,14 @@ def device(config: Mapping[str, Any]) -> str:
     return "cuda" if asked in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
-def load_run(run: Run) -> Backbone:
+def load_run(run: Run, meter: Meter | None = None) -> Backbone:
     """The backbone of a run with its erased weights.
 
     Raises:
         UserError: the weights are missing, torn, or were made with other base weights.
     """
     preflight.check_run(run)
-    backbone = load_backbone(run.config)
+    backbone = load_backbone(run.config, meter)
     load_erased(run.erased, backbone)
     return backbone
 
@@ -63,16 +68,27 @@ def encode_pair(backbone: Backbone, task: Task, concept: Concept) -> Pair:
     )
 
 
-def erase(backbone: Backbone, task: Task, run: Run, loggers: Sequence[Any] = (), ranks: Ranks = ALONE) -> None:
+def erase(
+    backbone: Backbone,
+    task: Task,
+    run: Run,
+    loggers: Sequence[Any] = (),
+    ranks: Ranks = ALONE,
+    meter: Meter | None = None,
+) -> None:
     """Erases the task's concepts from `backbone` and saves the weights. Processes share the loop; where there is none,
     the first one does the work and the others read what it saved."""
+    meter = meter or Meter()
     method: Method = instantiate(run.config["method"])
-    shared = ranks.from_first(lambda: trains(method.align) and not run.erased.is_file())
+    there = ranks.from_first(run.erased.is_file)
+    shared = trains(method.align) and not there
     if shared or ranks.first:
+        with nullcontext() if there else meter.stage("text"):
+            pairs = [encode_pair(backbone, task, concept) for concept in task.concepts]
         fit(
             backbone,
             method,
-            [encode_pair(backbone, task, concept) for concept in task.concepts],
+            pairs,
             run_dir=run.folder,
             seed=run.config["seed"],
             config=run.config,
@@ -80,35 +96,71 @@ def erase(backbone: Backbone, task: Task, run: Run, loggers: Sequence[Any] = (),
             trainer=run.config["trainer"],
             loggers=loggers,
             probes=list({prompt.text: prompt for prompt in task.eval_prompts()}.values()),
+            meter=meter,
         )
-    ranks.wait()
+    meter.gather(ranks)
     if not (shared or ranks.first):
         load_erased(run.erased, backbone)
     backbone.to(device(run.config))
 
 
 def draw(
-    backbone: Backbone, prompts: Sequence[Prompt], folder: Path, config: Mapping[str, Any], ranks: Ranks = ALONE
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    config: Mapping[str, Any],
+    ranks: Ranks = ALONE,
+    meter: Meter | None = None,
 ) -> None:
     """Draws the prompts with the model as it stands and, from the same seeds, with the original one."""
+    meter = meter or Meter()
     chunk = config["images_at_once"]
     guide = _guide(config)
-    with _bar("original model's images", len(prompts), ranks) as advance:
+    meter.note(passes_per_image=passes_per_image(prompts, backbone.sampler, guide))
+    with _bar("original model's images", len(prompts), ranks) as advance, meter.stage(ORIGINALS):
         original_images(backbone, prompts, folder, chunk=chunk, advance=advance, ranks=ranks)
-    with _bar("erased model's images", len(prompts), ranks) as advance:
+    with _bar("erased model's images", len(prompts), ranks) as advance, meter.stage("draw"):
         generate_images(backbone, prompts, folder, guide=guide, chunk=chunk, advance=advance, ranks=ranks)
+    meter.gather(ranks)
 
 
 def draw_original(
-    backbone: Backbone, prompts: Sequence[Prompt], folder: Path, config: Mapping[str, Any], ranks: Ranks = ALONE
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    config: Mapping[str, Any],
+    ranks: Ranks = ALONE,
+    meter: Meter | None = None,
 ) -> None:
     """A run of the unedited model: its images stand where an erased model's would."""
+    meter = meter or Meter()
+    meter.note(passes_per_image=passes_per_image(prompts, backbone.sampler, None))
     if ranks.first:
         source = source_of(backbone)
         write_manifest(folder, [Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source) for prompt in prompts])
     chunk = config["images_at_once"]
-    with _bar("original model's images", len(prompts), ranks) as advance:
+    with _bar("original model's images", len(prompts), ranks) as advance, meter.stage("draw"):
         original_images(backbone, prompts, folder, chunk=chunk, folder=paths.IMAGES, advance=advance, ranks=ranks)
+    meter.gather(ranks)
+
+
+def draw_missing(run: Run, task: Task, original: bool, ranks: Ranks, meter: Meter) -> dict[str, Any]:
+    """Draws what does not stand of a run's images, or of the unedited model's; `drawn_by`."""
+    backbone = load_backbone(run.config, meter) if original else load_run(run, meter)
+    (draw_original if original else draw)(backbone, task.eval_prompts(), run.folder, run.config, ranks, meter)
+    return drawn_by(backbone)
+
+
+def passes_per_image(prompts: Sequence[Prompt], base: Sampler, guide: Guide | None) -> float:
+    """How often the U-Net is asked for one image, the mean over the prompts: at each step for the prompt, for the empty
+    one where the noise is guided, and for what the guide wants to know beside. Every sampler here asks once a step."""
+
+    def of(sampler: Sampler) -> int:
+        guided = guide is not None or sampler.guidance_scale > 1
+        return sampler.steps * (1 + guided + (len(guide.prompts) if guide is not None else 0))
+
+    mean = sum(of(own_sampler(prompt, base)) for prompt in prompts) / max(1, len(prompts))
+    return int(mean) if mean == int(mean) else round(mean, 2)
 
 
 def build_judge(config: Mapping[str, Any], task: Task) -> Judge:
@@ -171,6 +223,7 @@ def judge(
     originals: bool = True,
     own: str | None = None,
     ranks: Ranks = ALONE,
+    meter: Meter | None = None,
 ) -> dict[str, Any]:
     """Judges a folder's images, the original model's beside them, and writes verdicts and metrics.json.
 
@@ -178,7 +231,8 @@ def judge(
     first one returns the metrics, the others nothing.
     """
     images = len(task.eval_prompts())
-    with _bar(f"judged by {judge.name}", images * (1 + originals), ranks) as advance:
+    meter = meter or Meter()
+    with _bar(f"judged by {judge.name}", images * (1 + originals), ranks) as advance, meter.stage("judge"):
         if originals:
             judge_run(judge, folder, "original", advance=advance, ranks=ranks)
         judge_run(judge, folder, advance=advance, ranks=ranks)

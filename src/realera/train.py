@@ -6,7 +6,7 @@ import os
 
 from omegaconf import DictConfig
 
-from realera import cli, console, paths, preflight, processes, runs
+from realera import cli, console, costs, paths, preflight, processes, runs
 from realera.contracts import Task
 from realera.evaluation.records import read_metrics
 from realera.ranks import Ranks
@@ -47,19 +47,20 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
     from realera.evaluation.report import write_report
 
     judge = steps.build_judge(run.config, task) if run.config["evaluate"] else None  # first: it may be out of reach
-    backbone = steps.load_backbone(run.config)
-    loggers = tracking.make(run) if ranks.first else []
-    try:
-        steps.erase(backbone, task, run, loggers, ranks)
-        if judge is None:
-            return
-        steps.draw(backbone, task.eval_prompts(), run.folder, run.config, ranks)
-        metrics = steps.judge(judge, steps.drawn_by(backbone), task, run.folder, ranks=ranks)
-        if ranks.first:
-            write_report(run.folder)
-            tracking.log_results(loggers, run, metrics)
-    finally:
-        tracking.finish(loggers)
+    with costs.of_run(run.folder, ranks) as meter:
+        backbone = steps.load_backbone(run.config, meter)
+        loggers = tracking.make(run) if ranks.first else []
+        try:
+            steps.erase(backbone, task, run, loggers, ranks, meter)
+            if judge is None:
+                return
+            steps.draw(backbone, task.eval_prompts(), run.folder, run.config, ranks, meter)
+            metrics = steps.judge(judge, steps.drawn_by(backbone), task, run.folder, ranks=ranks, meter=meter)
+            if ranks.first:
+                write_report(run.folder)
+                tracking.log_results(loggers, run, metrics)
+        finally:
+            tracking.finish(loggers)
 
 
 def tell_agent(run: Run) -> None:

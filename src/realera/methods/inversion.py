@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss, normalize
 
 from realera.contracts import Backbone, Pair, TextStates, UserError
+from realera.ledger import Cached
 from realera.methods.latents import AnchorBank
 from realera.methods.texts import predict, repeat
 from realera.paths import whole
@@ -63,11 +64,12 @@ class TextualInversion:
         for i, pair in enumerate(pairs):
             name = pair.concept.target
             file = cache / "inversion" / f"{self._key(backbone, name, i, seed)}.safetensors"
-            vectors = _read(file)
+            entry = Cached(file, backbone)
+            vectors = _read(file, entry)
             if vectors is None:
                 vectors = self.invert(backbone, name, i, Generator().manual_seed(seed))
                 with whole(file) as beside:
-                    save_file({"vectors": vectors}, beside)
+                    save_file({"vectors": vectors}, beside, entry.made())
             with torch.no_grad():
                 found.append(self._prompt(backbone, name, vectors))
         self.images.banks = []
@@ -107,10 +109,13 @@ class TextualInversion:
         return digest.hexdigest()[:16]
 
 
-def _read(file: Path) -> Tensor | None:
+def _read(file: Path, entry: Cached) -> Tensor | None:
     if file.is_file():
         try:
-            return load_file(file)["vectors"]
+            with safe_open(file, framework="pt") as opened:
+                vectors: Tensor = opened.get_tensor("vectors")
+                entry.read(opened.metadata())
+            return vectors
         except (SafetensorError, KeyError):  # a cache is never worth an error: they are found again
             pass
     return None

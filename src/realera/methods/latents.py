@@ -11,11 +11,12 @@ from typing import Literal, get_args
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from realera.contracts import Backbone, Pair, Sampler, TextStates, UserError
+from realera.ledger import Cached
 from realera.paths import whole
 
 FIRST_SEED = 1_000_000  # far from the small seeds that evaluation draws its images with
@@ -100,7 +101,7 @@ def drawn(
     """Latents (images, C, h, w) on the U-Net's device, drawn by the original model; image i takes prompt i mod P.
 
     They are kept under <cache>/latents/<hash of all they depend on>/, one file a chunk, so that a killed run goes on
-    with the next chunk.
+    with the next chunk; each says what it cost (`ledger`).
     """
     folder = cache / "latents" / _key(backbone, states, images, chunk, sampler, seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
@@ -118,15 +119,19 @@ def drawn(
 def _chunk(
     backbone: Backbone, states: TextStates, numbers: range, sampler: Sampler | None, file: Path, seed: int
 ) -> Tensor:
+    entry = Cached(file, backbone)
     if file.is_file():
         try:
-            return load_file(file)["latents"]
+            with safe_open(file, framework="pt") as opened:
+                latents: Tensor = opened.get_tensor("latents")
+                entry.read(opened.metadata())
+            return latents
         except (SafetensorError, KeyError):  # a cache is never worth an error: the chunk is drawn again
             pass
     prompts = torch.tensor([number % len(states.states) for number in numbers])
     latents = backbone.sample(_rows(states, prompts), _seeds(numbers, seed), sampler).float().cpu().contiguous()
     with whole(file) as beside:
-        save_file({"latents": latents}, beside)
+        save_file({"latents": latents}, beside, entry.made())
     return latents
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from realera.contracts import Backbone, Sampler, TextStates, UserError
+from realera.ledger import Cached
 from realera.methods.latents import TIMESTEPS, drawn
 from realera.methods.texts import predict, repeat, take
 from realera.paths import whole
@@ -118,7 +119,8 @@ class Fisher:
         trained = {name: weight for name, weight in backbone.unet.named_parameters() if weight.requires_grad}
         self.replay.prepare(backbone, cache, seed)
         file = cache / "fisher" / f"{self._key(backbone, list(trained), seed)}.safetensors"
-        done, sums = _read(file, trained)
+        entry = Cached(file, backbone)
+        done, sums = _read(file, trained, entry)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
         with Progress(*columns, TimeRemainingColumn()) as bar, backbone.original():
             task = bar.add_task("Fisher information", total=self.samples, completed=done)
@@ -130,7 +132,9 @@ class Fisher:
                     bar.advance(task)
                 done = end
                 with whole(file) as beside:
-                    save_file({n: value.cpu() for n, value in sums.items()}, beside, {"done": str(done)})
+                    save_file(
+                        {n: value.cpu() for n, value in sums.items()}, beside, {"done": str(done), **entry.made()}
+                    )
         self.replay.drop()
         return {name: value / self.samples for name, value in sums.items()}
 
@@ -163,13 +167,15 @@ class Fisher:
         return digest.hexdigest()[:16]
 
 
-def _read(file: Path, trained: Mapping[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
+def _read(file: Path, trained: Mapping[str, Tensor], entry: Cached) -> tuple[int, dict[str, Tensor]]:
     """How many images the sums in a file are of, and the sums; zeros of none where there is no whole file."""
     if file.is_file():
         try:
             with safe_open(file, framework="pt") as opened:
                 sums = {name: opened.get_tensor(name).to(weight.device) for name, weight in trained.items()}
-                return int(opened.metadata()["done"]), sums
+                done = int(opened.metadata()["done"])
+                entry.read(opened.metadata())
+            return done, sums
         except (SafetensorError, KeyError, OSError):  # a cache is never worth an error: it is begun again
             pass
     return 0, {name: torch.zeros_like(weight, dtype=torch.float32).detach() for name, weight in trained.items()}

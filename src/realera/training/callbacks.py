@@ -16,6 +16,8 @@ from torch import Tensor
 
 from realera.closed_form import spectrum
 from realera.contracts import Edit, Neighbours, Prompt
+from realera.costs import Meter
+from realera.ledger import ledger
 from realera.paths import EDIT_INFO, LOSSES, MAP, NEIGHBOURS, write_text
 from realera.ranks import patient_group
 from realera.training.checkpoint import Origin, save_map, save_neighbours
@@ -33,29 +35,38 @@ class ClosedFormEdit(Callback):
     """
 
     def __init__(
-        self, run_dir: Path, origin: Origin, probes: Sequence[Prompt] = (), keep_neighbours: bool = True
+        self,
+        run_dir: Path,
+        origin: Origin,
+        probes: Sequence[Prompt] = (),
+        keep_neighbours: bool = True,
+        meter: Meter | None = None,
     ) -> None:
         self.run_dir = run_dir
         self.origin = origin
         self.probes = list({prompt.text: prompt for prompt in probes}.values())
         self.keep_neighbours = keep_neighbours
+        self.meter = meter or Meter()
         self.mined: list[Neighbours] = []
         self.report: dict[str, Any] = {}
+        self.edited: set[str] = set()  # layers whose weights were changed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = _erasure(pl_module)
         method, backbone = module.method, module.backbone
         if method.edit is not None:
-            if method.neighbours is not None:
-                self.mined = [
-                    method.neighbours(p, stream(module.seed, "neighbours", i)) for i, p in enumerate(module.pairs)
-                ]
-            edit = method.edit(backbone, module.pairs, self.mined)
-            self.report = self._apply(module, edit)
+            with self.meter.stage("edit"):
+                if method.neighbours is not None:
+                    self.mined = [
+                        method.neighbours(p, stream(module.seed, "neighbours", i)) for i, p in enumerate(module.pairs)
+                    ]
+                edit = method.edit(backbone, module.pairs, self.mined)
+            self.report = self._apply(module, edit, "edit")
             for logger in trainer.loggers:
                 logger.log_metrics({f"edit/{name}": value for name, value in self.report["info"].items()}, step=0)
             if trainer.is_global_zero:
                 self._write(edit)
+        self._count_edited(module)
         if method.align is not None and trains(method.align):
             if method.align.lora is not None:
                 backbone.add_adapter(method.align.lora, stream(module.seed, "adapter"), len(module.pairs))
@@ -65,20 +76,29 @@ class ClosedFormEdit(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _erasure(pl_module)
         if module.method.finish is not None:
-            finish = self._apply(module, module.method.finish(module.backbone, module.pairs, self.mined))
+            with self.meter.stage("finish"):
+                edit = module.method.finish(module.backbone, module.pairs, self.mined)
+            finish = self._apply(module, edit, "finish")
             module.backbone.remove_adapter()
+            self._count_edited(module)
             self.report = {**self.report, "finish": finish}
             if trainer.is_global_zero:
                 write_text(self.run_dir / EDIT_INFO, json.dumps(self.report, indent=1))
 
-    def _apply(self, module: ErasureModule, edit: Edit) -> dict[str, Any]:
+    def _count_edited(self, module: ErasureModule) -> None:
+        layers = module.backbone.cross_attention()
+        self.meter.note(edited_parameters=sum(layers[name].weight.numel() for name in self.edited))
+
+    def _apply(self, module: ErasureModule, edit: Edit, stage: str) -> dict[str, Any]:
         """Applies the edit and measures it: relative change per layer, shift per probe, singular values of the map."""
         backbone = module.backbone
         layers = backbone.cross_attention()
         before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-        backbone.apply(edit)
+        with self.meter.stage(stage):  # the measuring is none of the method's work
+            backbone.apply(edit)
         after = {name: layer.weight.detach() for name, layer in layers.items()}
         changes = {name: _relative(after[name] - before[name], before[name]) for name in layers}
+        self.edited |= {name for name in layers if not torch.equal(after[name], before[name])}
         mean = sum(changes.values()) / len(changes)
         return {
             "info": {**{name: float(value) for name, value in edit.info.items()}, "relative_change": mean},
@@ -135,8 +155,9 @@ class PrepareLatents(Callback):
     """Makes the latent source ready on the device, and the aligner where it asks for that; the first process first: the
     others find its work in the cache."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, meter: Meter | None = None) -> None:
         self.cache = cache
+        self.meter = meter or Meter()
         self.restored: Any = None  # the latent source's state, in a run that goes on
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -152,14 +173,34 @@ class PrepareLatents(Callback):
         parts = (module.method.latents, module.method.align)
         asking = [part for part in parts if hasattr(part, "prepare")]
         if asking and trains(module.method.align):
-            for first in (True, False):
-                if trainer.is_global_zero == first:
-                    for part in asking:
-                        part.prepare(module.backbone, module.pairs, self.cache, module.seed)  # type: ignore[union-attr]
-                _wait_long(trainer)
+            with self.meter.stage("latents"), ledger() as found:
+                for first in (True, False):
+                    if trainer.is_global_zero == first:
+                        for part in asking:
+                            part.prepare(module.backbone, module.pairs, self.cache, module.seed)  # type: ignore[union-attr]
+                    _wait_long(trainer)
+                self.meter.spared("latents", found)
         if self.restored is not None and hasattr(module.method.latents, "load_state_dict"):
             module.method.latents.load_state_dict(self.restored)  # type: ignore[union-attr]
         module.backbone.park()
+
+
+class Measured(Callback):
+    """The loop's own time, and how many numbers the optimiser was given to change."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self.meter.note(trained_parameters=sum(p.numel() for group in groups for p in group["params"]))
+        self.meter.begin("train")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.meter.end("train")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.meter.end("train")
 
 
 class LossLines(Callback):

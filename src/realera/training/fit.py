@@ -20,8 +20,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from realera.contracts import Backbone, Method, Pair, Prompt, UserError
+from realera.costs import Meter
 from realera.paths import ERASED, FIT, cache_dir, whole
-from realera.training.callbacks import ClosedFormEdit, FitProgress, LossLines, PrepareLatents
+from realera.training.callbacks import ClosedFormEdit, FitProgress, LossLines, Measured, PrepareLatents
 from realera.training.checkpoint import Origin, load_erased, save_erased
 from realera.training.module import ErasureModule, steps_of, trains
 
@@ -55,6 +56,7 @@ def fit(
     cache: Path | None = None,
     checkpoint_every: int = 25,
     keep_neighbours: bool = True,
+    meter: Meter | None = None,
 ) -> Path:
     """Edits and trains `backbone` in place and returns run_dir/erased.safetensors.
 
@@ -65,7 +67,7 @@ def fit(
     files of another identity in `run_dir` are refused. trainer: keywords of lightning.Trainer (accelerator, devices,
     strategy, precision, gradient_clip_val, ...). Several processes that have found each other (torch.distributed is
     initialised) all call this, or Lightning starts them; a method without a loop is one process's work. probes: prompts
-    whose shift under the edit goes into edit.json.
+    whose shift under the edit goes into edit.json. meter: told of the stages edit, latents, train and finish.
 
     Raises:
         UserError: settings that cannot run together, and files in `run_dir` that belong to another run.
@@ -82,11 +84,15 @@ def fit(
         log.info("%s is there already: loaded, not fitted again", erased)
         return erased
 
+    meter = meter or Meter()
     steps = steps_of(align, len(pairs))
+    if steps == 0:
+        meter.note(trained_parameters=0)
     module = ErasureModule(backbone, method, pairs, seed)
     around = [
-        ClosedFormEdit(run_dir, origin, probes, keep_neighbours),
-        PrepareLatents(cache_dir() if cache is None else cache),
+        ClosedFormEdit(run_dir, origin, probes, keep_neighbours, meter),
+        PrepareLatents(cache_dir() if cache is None else cache, meter),
+        Measured(meter),
         LossLines(run_dir),
         FitProgress(f"Aligning noise ({method.name})"),
         _Belongs(identity),
@@ -106,7 +112,8 @@ def fit(
             raise
     if runner.is_global_zero:
         lora = align.lora if align is not None and trains(align) and method.finish is None else None
-        save_erased(erased, backbone, origin, lora)
+        with meter.stage("finish"):
+            save_erased(erased, backbone, origin, lora)
         shutil.rmtree(run_dir / FIT, ignore_errors=True)
     runner.strategy.barrier("erased")
     return erased
