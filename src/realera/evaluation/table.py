@@ -130,7 +130,7 @@ def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
             return _plain(pool(chosen, read, Generator().manual_seed(seed)))
 
         concepts = dict.fromkeys(cell.concept for cell in runs)
-        boxes = _mean_counts(runs)
+        boxes = mean_counts(runs)
         rows.append(
             {
                 "system": system,
@@ -159,7 +159,7 @@ def _terms(cells: Sequence[Cell]) -> list[str]:
     return list(cells[0].h_o_terms)
 
 
-def _mean_counts(runs: Sequence[Cell]) -> dict[str, dict[str, float]]:
+def mean_counts(runs: Sequence[Cell]) -> dict[str, dict[str, float]]:
     """{split: {class: boxes per run, and "total"}}."""
     found = [counts(cell.prompts, cell.verdicts) for cell in runs]
     means: dict[str, dict[str, float]] = {}
