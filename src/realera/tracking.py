@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from realera import cli
+from realera import cli, costs
 from realera.evaluation.readings import ORDER
 from realera.evaluation.report import veiled
 from realera.evaluation.results import scalars
@@ -24,7 +23,6 @@ ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images s
 SHORT = 100  # entries: a longer list of the protocol (30,000 captions, say) is told by its length
 TAG = 64  # letters, W&B's own limit
 TAGGED = 5  # concepts that are tags; of more, the first ones
-COSTS = "costs.json"
 AXES = ("d1", "s_lo", "m", "n")  # of method.neighbours: what surfaces stand on
 
 
@@ -42,7 +40,8 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
     node["group"] = node.get("group") or (os.environ["REALERA_STAMP"] if cli.in_sweep() else None)
     node["tags"] = list(dict.fromkeys([*tags(run.config), *(node.get("tags") or ())]))
     node["job_type"] = "evaluate" if unedited(run) else "train"
-    logger: Logger = instantiate(node, save_dir=str(run.folder), name=name, id=digest([name, identity(run.config)]))
+    place = str(run.folder.absolute())  # W&B's own process has a working directory of its own
+    logger: Logger = instantiate(node, save_dir=place, name=name, id=digest([name, identity(run.config)]))
     logger.log_hyperparams({**_told(run.config), "system": system(run)})
     return [logger]
 
@@ -71,15 +70,15 @@ def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any])
     verdict), `cell` (the run's numbers in one row, for charts over runs). Images that the page shows only when asked
     (`blur`) leave this machine blurred."""
     numbers = scalars(metrics)
-    costs = _costs(run.folder)
+    spent = costs.scalars(costs.read(run.folder))
     for logger in loggers:
         named = {f"eval/{name}": value for name, value in numbers.items()}
-        logger.log_metrics({**named, **{f"cost/{name}": value for name, value in costs.items()}})
+        logger.log_metrics({**named, **{f"cost/{name}": value for name, value in spent.items()}})
         if isinstance(logger, WandbLogger):
             logger.experiment.config.update({"protocol": _told(metrics["protocol"])}, allow_val_change=True)
             most = (run.config.get("logger") or {}).get("images", ROWS_PER_SPLIT)
             with _staged_in(run.folder):
-                tables = {"cell": _cell(run, metrics, costs)}
+                tables = {"cell": _cell(run, metrics, spent)}
                 if most:
                     tables["sheets"] = _sheets(run, metrics, most, veiled(run.config, metrics))
                 logger.experiment.log(tables)
@@ -131,34 +130,7 @@ def _told(node: Any) -> Any:
     return str(node) if isinstance(node, float) and not math.isfinite(node) else node
 
 
-def _costs(folder: Path) -> dict[str, float]:
-    """What costs.json counts, flat: stages/train, passes/erase, ...; empty where there is none."""
-    try:
-        costs = json.loads((folder / COSTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    flat = dict(_flat(costs))
-    flat.pop("form", None)
-    shared = (costs.get("shared") or {}).values()
-    aside = ("load", "draw", "judge")  # what any method pays for being measured
-    seconds = sum(took for stage, took in (costs.get("stages") or {}).items() if stage not in aside)
-    passes = (costs.get("passes") or {}).get("erase") or 0
-    return {
-        **flat,
-        "erase_seconds": seconds + sum(part.get("seconds") or 0 for part in shared),
-        "erase_passes": passes + sum(part.get("passes") or 0 for part in shared),
-    }
-
-
-def _flat(node: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{at}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield f"{at}{key}", float(value)
-
-
-def _cell(run: Run, metrics: Mapping[str, Any], costs: Mapping[str, float]) -> Any:
+def _cell(run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> Any:
     """One row: who, on what, and the headline numbers with their intervals (None where unmeasured)."""
     import wandb
 
@@ -169,7 +141,7 @@ def _cell(run: Run, metrics: Mapping[str, Any], costs: Mapping[str, float]) -> A
     for name in ORDER:
         estimate = metrics["main"].get(name) or {}
         row |= {f"{name}{end}": estimate.get(key) for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))}
-    row |= {name: costs.get(name) for name in ("erase_seconds", "erase_passes")}
+    row |= {name: spent.get(name) for name in ("seconds", "passes")}  # to erase
     return wandb.Table(columns=list(row), data=[list(row.values())], allow_mixed_types=True)
 
 
