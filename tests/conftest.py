@@ -78,6 +78,45 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature judge with random weights that knows the ten classes and the unsafe stand-ins."""
+    import torch
+
+    from realera.judges.miniature_net import JudgeConfig, MiniatureCLIP, PlainCNN, save_judge
+    from realera.tasks.objects import ObjectTask
+
+    labels = [*ObjectTask("airplane").labels, "gun", "knife", "bomb", "cigarette", "syringe"]
+    config = JudgeConfig(
+        words=tuple(sorted({"a", "of", "photo", "the", *labels})),
+        labels={name: f"a photo of the {name}" for name in labels},
+        channels=(8, 8, 12),
+        plain_channels=(8, 8, 8),
+        width=16,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("judge")
+        save_judge(folder, config, MiniatureCLIP(config), PlainCNN(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tiny_sd: Path, tiny_judge: Path) -> list[str]:
+    """What a door is told to work on the tiny model with few images."""
+    return [
+        "backbone=mini",
+        "backbone.text={width:32,row_norm:5.7,max_length:77}",
+        "backbone.sampler.steps=2",
+        f"backbone.pretrained={tiny_sd}",
+        "task.images={erase:2,near:1,keep:1,associated:1,unseen:1}",
+        "judge=miniature",
+        f"judge.weights={tiny_judge}",
+        "trainer=cpu",
+        "logger=none",
+    ]
+
+
+@pytest.fixture(scope="session")
 def tiny_sd21(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 2.1 folder (see `folders.build_sd21`)."""
     return folders.build_sd21(tmp_path_factory.mktemp("tiny") / "sd21")

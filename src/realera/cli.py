@@ -5,82 +5,74 @@ Nothing here imports torch: `--help` and the answer to a bad config come before 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from realera import complaints, paths, processes
+from realera import complaints, paths, processes, sweep
 from realera.contracts import Task, UserError
+from realera.devices import number as cuda_devices
+from realera.sweep import fail
+from realera.sweep import in_sweep as in_sweep  # the doors ask here
 from realera.tasks.files import read_concepts
 
 log = logging.getLogger("realera")
-Step = Callable[[DictConfig], None]
+Step = Callable[[DictConfig], float | None]
 
 
 def door(config_name: str, step: Step, positional: str | None = None) -> None:
     """Runs `step` on the composed conf/<config_name>.yaml. `positional`: the list key that bare words fill.
 
-    Exit status: 0 done, 2 bad input (one sentence on stderr), 130 interrupted. The unforeseen keeps its traceback.
+    Exit status: 0 done, 2 bad input (one sentence on stderr), 130 interrupted. The unforeseen keeps its traceback. Of a
+    sweep: 1 where a job failed, else 2 where one was refused.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: one translation, here
-    os.environ.setdefault("REALERA_STAMP", time.strftime("%Y%m%d-%H%M%S"))  # a sweep's runs, and processes, agree on it
+    os.environ.setdefault(sweep.STAMP, time.strftime("%Y%m%d-%H%M%S"))  # a sweep's runs, and processes, agree on it
     processes.adopt_scheduler(os.environ)
     arguments = flags_first(sys.argv[1:])
-    register_resolvers()
-    set_up_log()
-    met: list[Exception] = []  # by a step: not errors of the config, whatever their class
-
-    def run(cfg: DictConfig) -> None:
-        cfg = with_judge(cfg, config_name)
-        try:
-            step(with_concepts(cfg))
-        except Exception as error:
-            met.append(error)
-            sentence = complaints.of_step(error)
-            if sentence is None:
-                raise
-            if not in_sweep():
-                fail(sentence)  # SystemExit passes Hydra, which would add a line of its own to any other exception
-            print(f"error: {sentence}", file=sys.stderr)
-            raise  # the sweep goes on with its other jobs, and hands this back at its end
-
+    get_ready()
     sys.argv[1:] = gather(arguments, positional) if positional else arguments
+    job = sweep.Job(step, partial(prepared, config_name), get_ready)
+    before = sweep.size(sweep.folder())
+    status = 0
     try:
-        hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(run)()
+        hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(job)()
     except KeyboardInterrupt:
         if not is_helper():
             print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
-        sys.exit(130)
+        status = 130
     except Exception as error:
-        if error not in met:
-            fail(complaints.of_config(error, config_name, arguments))
-        if complaints.of_step(error) is None:
+        if error in job.met:
             raise
-        fail("a job of the sweep was refused, as said above; the others were done")
+        fail(complaints.of_config(error, config_name, arguments))
+    if cells := sweep.read_cells(sweep.folder(), before):
+        ended = sweep.close(cells)
+        status = status or ended
+    if status:
+        sys.exit(status)
 
 
-def fail(sentence: str) -> NoReturn:
-    """Says what is wrong and leaves with exit status 2."""
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+def prepared(config_name: str, cfg: DictConfig) -> DictConfig:
+    """The composed config as a step takes it."""
+    return with_concepts(with_judge(cfg, config_name))
 
 
-def in_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+def get_ready() -> None:
+    """What a process needs before a config is composed in it."""
+    register_resolvers()
+    set_up_log()
 
 
 def is_helper() -> bool:
@@ -194,19 +186,6 @@ def default_backbone() -> tuple[str, str]:
             f"torch {build} cannot use the CUDA device; backbone=sd14 takes Stable Diffusion 1.4 all the same",
         )
     return "sd14", "a CUDA device is there; backbone=mini takes the small model that ships with the package"
-
-
-def cuda_devices() -> int:
-    """How many CUDA devices the driver shows this process; asked of the driver, for importing torch takes seconds."""
-    for name in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            driver = ctypes.CDLL(name)
-            count = ctypes.c_int(0)
-            if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-                return count.value
-        except (OSError, AttributeError):  # no such library, or not a CUDA driver
-            continue
-    return 0
 
 
 def by_backbone(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:

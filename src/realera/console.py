@@ -36,6 +36,7 @@ from realera.evaluation.readings import (
 
 console = Console()
 MOST_CONCEPTS = 12  # rows of several erased concepts that the terminal shows; metrics.json has them all
+STATES = {"done": "done", "found": "found finished", "refused": "refused", "failed": "failed"}  # of a sweep's cells
 
 
 @contextmanager
@@ -57,6 +58,12 @@ def bar(what: str, total: int, rate: str | None = None) -> Iterator[Callable[[in
 
 
 class _Rate(ProgressColumn):
+@contextmanager
+def no_bar() -> Iterator[Callable[[int], None]]:
+    """`bar` where it would only flicker."""
+    yield lambda done: None
+
+
     """How many a second, over the last ones."""
 
     def __init__(self, unit: str) -> None:
@@ -117,6 +124,36 @@ def show_run(folder: Path, metrics: Mapping[str, Any], title: str, erased: str =
 def show_path(what: str, path: Path) -> None:
     """A path on a line of its own, never wrapped, so that it can be copied."""
     console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """What a run or a sweep will take."""
+    table = Table(title="planned", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    finished = ", ".join(f"{plan[state]} {state}" for state in ("finished", "refused") if plan[state])
+    table.add_row("cells", f"{plan['cells']}" + (f" ({finished})" if finished else ""))
+    table.add_row("images of erased models", f"{plan['images']:,}")
+    table.add_row("images of the original, drawn once", f"{plan['original_images']:,}")
+    table.add_row("training steps", f"{plan['train_steps']:,}")
+    table.add_row("hours", "?" if plan["hours"] is None else f"{plan['hours']:.1f}")
+    console.print(table)
+    console.print(f"hours: {plan['basis']}", highlight=False, markup=False)
+
+
+def show_cells(cells: Sequence[Mapping[str, Any]]) -> None:
+    """How a sweep's cells ended, and why some did not."""
+    count = {state: sum(cell["state"] == state for cell in cells) for state in STATES}
+    console.print()
+    console.print(", ".join(f"{count[state]} {said}" for state, said in STATES.items() if count[state]))
+    lost = [cell for cell in cells if cell["reason"]]
+    if lost:
+        shared = set(cells[0]["overrides"]).intersection(*(cell["overrides"] for cell in cells[1:]))
+        table = Table("cell", "reason", title="not done", title_justify="left")
+        for cell in lost:
+            own = [word for word in cell["overrides"] if word not in shared or len(cells) == 1]
+            table.add_row(escape(" ".join(own)), escape(cell["reason"]))
+        console.print(table)
+
+
 
 
 def _cell(estimate: Mapping[str, Any] | None) -> str:

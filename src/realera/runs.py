@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -64,9 +63,19 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     if tables:  # what they hold, not only what they are called
         kept["tables"] = {key: _content(Path(str(file)).expanduser()) for key, file in tables.items()}
     return {**kept, "precision": (config.get("trainer") or {}).get("precision"), "version": __version__}
+    if (weights := config.get("weights") or weights_of(config)) is not None:  # other weights may come into a folder
+        kept["weights"] = weights
 
 
 def _sums(node: Any) -> Iterator[str]:
+def weights_of(config: Mapping[str, Any]) -> str | None:
+    """What the weights in a local folder are known by; None for the built-in model, which has the package's version,
+    and for a hub's."""
+    pretrained = (config.get("backbone") or {}).get("pretrained")
+    place = None if pretrained is None else Path(str(pretrained)).expanduser()
+    return checkpoint.marks(place) if place is not None and place.is_dir() else None
+
+
     """The caches of captions that a method's settings name, at any depth."""
     for key, value in node.items() if isinstance(node, Mapping) else ():
         if key in ("prior_cache", "domain_cache") and value is not None:
@@ -118,10 +127,9 @@ def claim(config: dict[str, Any]) -> Run:
         raise UserError(
             f"{folder} holds a run of other settings ({differs}): choose another run_dir, or set overwrite=true."
         )
-    evaluated = config.get("evaluate", True)
-    wanted = (paths.METRICS, paths.REPORT) if evaluated else (paths.ERASED,)
-    same_judge = there is not None and (not evaluated or there.get("judge") == config.get("judge"))
-    run = Run(folder, config, finished=same_judge and all((folder / name).is_file() for name in wanted))
+    if (weights := weights_of(config)) is not None:
+        config = {**config, "weights": weights}
+    run = Run(folder, config, finished=there is not None and _stands(folder, there, config))
     if not run.finished:
         begin(run)
     elif there is not None and there.get("label") != config.get("label"):
@@ -130,6 +138,23 @@ def claim(config: dict[str, Any]) -> Run:
 
 
 def begin(run: Run) -> None:
+def is_finished(config: Mapping[str, Any]) -> bool:
+    """Whether `claim` would find everything done; looks and changes nothing."""
+    folder = folder_of(config)
+    if config.get("overwrite") or not (folder / paths.CONFIG).is_file():
+        return False
+    there = read_config(folder)
+    return not difference(identity(there), identity(config)) and _stands(folder, there, config)
+
+
+def _stands(folder: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings left everything that is asked for; judged by the same judge, if at all."""
+    evaluated = config.get("evaluate", True)
+    wanted = (paths.METRICS, paths.REPORT) if evaluated else (paths.ERASED,)
+    same_judge = not evaluated or there.get("judge") == config.get("judge")
+    return same_judge and all((folder / name).is_file() for name in wanted)
+
+
     """Writes the settings of a run that is to be carried out, and takes away the numbers of earlier ones.
 
     Raises:
@@ -184,14 +209,6 @@ def difference(old: Any, new: Any, at: str = "") -> str:
         return ""
     same = digest(old) == digest(new)
     return "" if same else f"{at}: {old} there, {new} here"
-
-
-def note_in_sweep(folder: Path) -> None:
-    """Adds a run to the list of the sweep it belongs to, which the report reads."""
-    listed = ROOT / "sweeps" / os.environ["REALERA_STAMP"] / "runs.txt"
-    listed.parent.mkdir(parents=True, exist_ok=True)
-    with listed.open("a", encoding="utf-8") as stream:
-        stream.write(f"{folder}\n")
 
 
 def runs_in(name: str) -> list[Path]:

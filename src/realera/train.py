@@ -13,22 +13,26 @@ from realera.ranks import Ranks
 from realera.runs import Run
 
 
-def train(cfg: DictConfig) -> None:
+def train(cfg: DictConfig) -> float | None:
+    """One run; returns its H_o, which a search maximises."""
     config = cli.plain(cfg)
     preflight.check_settings(config, sweep=cli.in_sweep())
     task = cli.build_task(config)
     config = cli.name_concepts(config, task)
     preflight.check_task(task, config["backbone"])
-    preflight.check_model(config["backbone"])
+    if config["dry_run"]:
+        plan.show(plan.summed([plan.work(config, task)]))
+        return None
+    if not runs.is_finished(config):
+        preflight.check_model(config["backbone"])
     if config["evaluate"]:
         preflight.check_judge(config)
-    plan = processes.plan(config["trainer"], cli.cuda_devices())
-    config["trainer"] = dict(plan.trainer)
-    run = runs.claim(config) if plan.first else Run(runs.folder_of(config), config)
-    if cli.in_sweep():
-        runs.note_in_sweep(run.folder)
+    among = processes.plan(config["trainer"], cli.cuda_devices())
+    config["trainer"] = dict(among.trainer)
+    run = runs.claim(config) if among.first else Run(runs.folder_of(config), config)
+    sweep.belongs(run.folder, found=run.finished)
     cli.say_backbone(config)
-    with processes.together(plan, "train", needed=not run.finished) as ranks:
+    with processes.together(among, "train", needed=not run.finished) as ranks:
         run = processes.agree(ranks, run)
         if run.finished:
             cli.log.info("%s is finished; overwrite=true does it again", run.folder)
@@ -36,19 +40,17 @@ def train(cfg: DictConfig) -> None:
                 tell_agent(run)
         else:
             carry_out(run, task, ranks)
-    if ranks.first:
-        show(run)
+    return show(run) if ranks.first else None
 
 
 def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
     """Erase, save, draw, judge, log, report. Started again, it goes on where it stopped."""
     cli.log.info("run %s", run.folder)
-    from realera import steps, tracking  # torch, diffusers and Lightning: loaded when nothing is left to refuse
+    from realera import shelf, steps, tracking  # torch, diffusers and Lightning: loaded when nothing is left to refuse
     from realera.evaluation.report import write_report
 
     judge = steps.build_judge(run.config, task) if run.config["evaluate"] else None  # first: it may be out of reach
-    with costs.of_run(run.folder, ranks) as meter:
-        backbone = steps.load_backbone(run.config, meter)
+    with costs.of_run(run.folder, ranks) as meter, shelf.borrowed(run.config, meter) as backbone:
         loggers = tracking.make(run) if ranks.first else []
         try:
             steps.erase(backbone, task, run, loggers, ranks, meter)
@@ -70,13 +72,14 @@ def tell_agent(run: Run) -> None:
     tracking.log_judged(run, read_metrics(run.folder))
 
 
-def show(run: Run) -> None:
-    """What a run ends with: the table, and what to open."""
+def show(run: Run) -> float | None:
+    """What a run ends with: the table, and what to open. Returns H_o where there is one."""
     if run.config["evaluate"] and (run.folder / paths.METRICS).is_file():
         metrics = read_metrics(run.folder)
         console.show_run(run.folder, metrics, f"{runs.concept_of(run.config)} erased by {run.config['method']['name']}")
-    else:
-        console.show_path("weights", run.erased)
+        return metrics["main"].get("h_o", {}).get("value")
+    console.show_path("weights", run.erased)
+    return None
 
 
 def main() -> None:

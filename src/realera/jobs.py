@@ -1,0 +1,137 @@
+"""Hydra's callback at the start of a sweep: composes every job, prints the plan, and ends there if that was all."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import traceback
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import InstantiationException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from realera import cli, complaints, console, plan, preflight, sweep
+from realera.contracts import UserError
+from realera.plan import Plan, Work
+
+MANY = 20  # jobs from which on composing them shows a bar
+
+
+class Beginning(Callback):
+    """Prints the plan of a sweep and keeps it as plan.json; with dry_run=true that is the end."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            refuse_missing(config)
+            planned = plan_of(config, str(kwargs.get("config_name") or config.hydra.job.config_name))
+        except Exception as error:  # Hydra would make a warning of it, and go on: SystemExit passes
+            if (sentence := complaints.of_step(error)) is not None:
+                sweep.fail(sentence)
+            traceback.print_exc()
+            sys.exit(1)
+        dry = bool(config.get("dry_run"))
+        plan.show(planned, None if dry else sweep.folder())
+        if dry:
+            sys.exit(0)
+        storage = str(config.hydra.sweeper.get("storage") or "")
+        if storage.startswith("sqlite:///"):  # the file is made, its folder is not
+            Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_missing(config: DictConfig) -> None:
+    """A launcher or sweeper that is an extra must be installed."""
+    for part in ("launcher", "sweeper"):
+        module = str(config.hydra[part].get("_target_") or "").rpartition(".")[0]
+        top = ".".join(module.split(".")[:2])
+        if top.startswith("hydra_plugins.") and (find_spec("hydra_plugins") is None or find_spec(top) is None):
+            raise UserError(f"{top.removeprefix('hydra_plugins.')} is not installed: pip install 'realera[sweeps]'.")
+
+
+def plan_of(config: DictConfig, config_name: str) -> Plan:
+    """The plan of a sweep's config as Hydra has composed it, before any job.
+
+    Raises:
+        UserError: of a search, where its one example cannot run.
+    """
+    trials = config.hydra.sweeper.get("n_trials")
+    params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
+    assert isinstance(params, dict)
+    words = [f"{key!s}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+    loader = GlobalHydra.instance().config_loader()
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
+    compose = Composer(config)
+    if trials is not None or any(one.is_sweep_override() and not one.is_discrete_sweep() for one in parsed):
+        fixed = [word for word, one in zip(words, parsed) if not one.is_sweep_override()]
+        return _several(work_of(compose(fixed), config_name), int(trials or 1))
+    jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    found: list[Work | None] = []
+    with console.bar("planning", len(jobs)) if len(jobs) >= MANY else console.no_bar() as advance:
+        for job in jobs:
+            try:
+                found.append(work_of(compose(job), config_name))
+            except (UserError, InstantiationException):  # the job itself will say it
+                found.append(None)
+            advance(1)
+    return plan.count(found)
+
+
+def _several(one: Work, trials: int) -> Plan:
+    """A search: what every trial draws is known, its settings are not."""
+    each = plan.summed([one] * trials)
+    return Plan(**{**vars(each), "basis": f"{each.basis}; {trials} trials, each as the settings stand, at most"})
+
+
+def work_of(cfg: DictConfig, config_name: str) -> Work:
+    """What a composed job has to do; of a run that is judged again nothing is known."""
+    hydra_config = HydraConfig.instance()
+    outside = hydra_config.cfg
+    hydra_config.set_config(cfg)  # as in the job: its own choices say which judge is its task's
+    try:
+        own = copy.copy(cfg)
+        with open_dict(own):
+            del own["hydra"]
+        config = cli.plain(cli.prepared(config_name, own))
+    finally:
+        hydra_config.cfg = outside
+    if config.get("run") not in (None, "original"):
+        return Work()
+    if config.get("run") == "original":
+        config = {**config, "method": {"name": "original"}, "evaluate": True}
+    preflight.check_settings(config, sweep=True)
+    task = cli.build_task(config)
+    return plan.work(cli.name_concepts(config, task), task)
+
+
+class Composer:
+    """Composes jobs as their launcher will; jobs of the same options share the slow part."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config = config
+        self.loader = GlobalHydra.instance().config_loader()
+        self.parser = OverridesParser.create(config_loader=self.loader)
+        self.options = cache(lambda group: bool(self.loader.get_group_options(group)))
+        self.bases: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, words: Sequence[str]) -> DictConfig:
+        parsed = self.parser.parse_overrides(list(words))
+        values = [one for one in parsed if not self.options(one.key_or_group)]
+        if any(one.is_delete() or one.is_add() or one.is_force_add() or one.package for one in parsed):
+            return self.loader.load_sweep_config(self.config, list(words))
+        groups = tuple(word for word, one in zip(words, parsed) if self.options(one.key_or_group))
+        if groups not in self.bases:
+            self.bases[groups] = self.loader.load_sweep_config(self.config, list(groups))
+        cfg = copy.deepcopy(self.bases[groups])
+        for one in values:
+            OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
+        with open_dict(cfg):
+            cfg.hydra.overrides.task = list(words)
+        return cfg

@@ -1,0 +1,217 @@
+"""What a run or a sweep will take, said before it is spent: cells, images, steps, hours. No model is loaded for it.
+
+Hours are an estimate. Where finished runs of the same backbone and method are at hand they are scaled (costs.json),
+else passes of the U-Net are counted and multiplied by what a pass takes (`PASS`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from realera import console, costs, devices, paths, runs
+from realera.contracts import Task, UserError
+from realera.runs import digest
+
+# Seconds of one pass (one image, one timestep) of a U-Net in float32, and where the figure comes from.
+PASS: Mapping[tuple[str, str], tuple[float, str]] = {
+    ("mini", "cpu"): (0.005, "measured on one core of a server, 32 images at once"),
+    ("mini", "gpu"): (0.001, "a guess: a small model is bound by the calls, not by the GPU"),
+    ("sd14", "cpu"): (15.0, "0.7 T multiplications a pass at 50 G a second"),
+    ("sd14", "gpu"): (
+        0.035,
+        "an A100: 1.6 s for 50 steps in float16 (fal.ai, diffusers), 2.2 x in float32",
+    ),
+    ("sd15", "cpu"): (15.0, "as sd14"),
+    ("sd15", "gpu"): (0.035, "as sd14"),
+    ("sd21", "cpu"): (40.0, "as sd14, for 2.25 x the pixels and longer attention"),
+    ("sd21", "gpu"): (0.09, "as sd14, for 2.25 x the pixels and longer attention"),
+    ("sdxl", "cpu"): (60.0, "3 T multiplications a pass at 50 G a second"),
+    ("sdxl", "gpu"): (0.12, "an A100: 7.36 s for 30 steps in float32 (Hugging Face's figures for diffusers)"),
+}
+SMALL = "mini"  # the backbone that is at home on a CPU
+LEARNT = 7  # passes that a training step takes for each latent: forward, backward (2), and the teacher's
+AROUND = 20.0  # seconds of a cell besides: loading, encoding, judging, the page
+RECENT = 20  # finished runs that are looked at
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one cell has to do. originals: keys of the unedited model's images; made: {key: passes} of what the method
+    makes once for all cells that share it, such as anchor images. pace: seconds of (image, step, all else) as finished
+    runs took them, None where there are none."""
+
+    finished: bool = False
+    images: int = 0
+    steps: int = 0
+    passes_per_image: float = 0.0
+    passes_per_step: float = 0.0
+    originals: frozenset[str] = frozenset()
+    made: Mapping[str, float] = field(default_factory=dict)
+    pace: tuple[float, float, float] | None = None
+    rate: tuple[float, str] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """plan.json. images: the erased models'; original_images: those of the unedited model that are not shared. Images
+    that stand already are not counted."""
+
+    cells: int
+    finished: int
+    refused: int
+    images: int
+    original_images: int
+    train_steps: int
+    hours: float | None
+    basis: str
+
+
+def work(config: Mapping[str, Any], task: Task) -> Work:
+    """What the run of a resolved config has still to do."""
+    if runs.is_finished(config):
+        return Work(finished=True)
+    method, backbone = config.get("method") or {}, config["backbone"]
+    folder = runs.folder_of(config)
+    prompts = task.eval_prompts() if config.get("evaluate", True) else []
+    sampler = backbone.get("sampler") or {}
+    drawn = [prompt for prompt in prompts if not (folder / paths.IMAGES / f"{prompt.id}.png").is_file()]
+    missing = [prompt for prompt in prompts if not (folder / "originals" / f"{prompt.id}.png").is_file()]
+    unedited = method.get("name") == "original"
+    how = [backbone.get("pretrained"), backbone.get("name"), sampler]
+    align = method.get("align") or {}
+    alone = bool((align.get("lora") or {}).get("per_concept"))
+    erased = (folder / paths.ERASED).is_file()
+    steps = 0 if erased else int(align.get("steps") or 0) * (len(task.concepts) if alone else 1)
+    latents = method.get("latents") or {}
+    per_image = int(sampler.get("steps") or 50) * (2.0 + bool(method.get("guide")))
+    device = _device(config)
+    return Work(
+        images=0 if unedited else len(drawn),
+        steps=steps,
+        passes_per_image=per_image,
+        passes_per_step=LEARNT * float(latents.get("batch") or 1) + _rollout(latents, sampler),
+        originals=frozenset(digest([p.text, p.seed, p.guidance_scale, p.size, how]) for p in missing),
+        made={} if erased or not steps else dict(_made(method, config, sampler)),
+        pace=_pace(str(backbone["name"]), str(method.get("name")), device, Path(str(config.get("root") or runs.ROOT))),
+        rate=PASS.get((str(backbone["name"]), device)),
+    )
+
+
+def summed(cells: Sequence[Work], refused: int = 0) -> Plan:
+    """The plan of several cells: what they share counts once."""
+    to_do = [cell for cell in cells if not cell.finished]
+    originals = frozenset[str]().union(*(cell.originals for cell in to_do))
+    made = {key: passes for cell in to_do for key, passes in cell.made.items()}
+    seconds, known = 0.0, 0
+    first = to_do[0] if to_do else Work()
+    basis: dict[str, None] = {}
+    for cell in to_do:
+        if cell.pace is not None:
+            image, step, rest = cell.pace
+            seconds += cell.images * image + cell.steps * step + rest
+            basis["finished runs of the same backbone and method on such a device"] = None
+        elif cell.rate is not None:
+            passes = cell.images * cell.passes_per_image + cell.steps * cell.passes_per_step
+            seconds += passes * cell.rate[0] + AROUND
+            basis[f"{cell.rate[0]:g} s a pass of the U-Net ({cell.rate[1]})"] = None
+        else:
+            continue
+        known += 1
+    if first.pace is not None:
+        seconds += len(originals) * first.pace[0]
+    elif first.rate is not None:
+        seconds += (len(originals) * first.passes_per_image + sum(made.values())) * first.rate[0]
+    if not to_do:
+        basis["nothing is left to do"] = None
+    said = "; ".join(basis) or "no figure is known for this backbone"
+    return Plan(
+        cells=len(cells) + refused,
+        finished=len(cells) - len(to_do),
+        refused=refused,
+        images=sum(cell.images for cell in to_do),
+        original_images=len(originals),
+        train_steps=sum(cell.steps for cell in to_do),
+        hours=round(seconds / 3600, 2) if known == len(to_do) else None,
+        basis=f"estimated: {said}" if to_do else said,
+    )
+
+
+def show(plan: Plan, place: Path | None = None) -> None:
+    """Prints the plan and, where a folder is given, leaves it there as plan.json."""
+    console.show_plan(asdict(plan))
+    if place is not None:
+        paths.write_text(place / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
+
+
+def _device(config: Mapping[str, Any]) -> str:
+    """ "gpu" or "cpu". A large model is planned for a GPU where this machine has none: there it is going to run."""
+    asked = str((config.get("trainer") or {}).get("accelerator", "auto"))
+    there = devices.number() > 0 or config["backbone"].get("name") != SMALL
+    return "gpu" if asked in ("auto", "gpu", "cuda") and there else "cpu"
+
+
+def _rollout(latents: Mapping[str, Any], sampler: Mapping[str, Any]) -> float:
+    """Passes a step of a source that draws half-way images anew every `renew` steps."""
+    if not latents.get("renew"):
+        return 0.0
+    renew = int(latents["renew"])
+    chains = int(latents.get("chains") or 1) if renew > 1 else int(latents.get("batch") or 1)
+    return int(latents.get("steps") or sampler.get("steps") or 50) * chains / renew  # half the steps, guided
+
+
+def _made(node: Any, config: Mapping[str, Any], sampler: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Images and sums over images that a method makes before it trains, at any depth of its settings."""
+    if not isinstance(node, Mapping):
+        return
+    key = digest([node, config.get("concept"), config.get("anchor"), config.get("seed"), config["backbone"]])
+    if isinstance(images := node.get("images"), int):
+        own = node.get("sampler") or {}
+        yield f"images {key}", images * 2.0 * int(own.get("steps") or node.get("steps") or sampler.get("steps") or 50)
+    if isinstance(samples := node.get("samples"), int) and isinstance(timesteps := node.get("timesteps"), int):
+        yield f"sums {key}", 3.0 * samples * timesteps  # each with its gradient
+    for value in node.values():
+        yield from _made(value, config, sampler)
+
+
+def _pace(backbone: str, method: str, device: str, root: Path) -> tuple[float, float, float] | None:
+    """Seconds of an image, of a training step and of all else, means over finished runs; None without any."""
+    found = list(_records(backbone, method, device, root))
+    if not found:
+        return None
+    images = sum(passes / each for _, passes, each, _ in found)
+    steps = sum(number for *_, number in found)
+    drawing = sum(stages.get("draw", 0.0) for stages, *_ in found)
+    training = sum(stages.get("train", 0.0) for stages, *_ in found) if steps else 0.0
+    rest = sum(sum(stages.values()) - stages.get("originals", 0.0) for stages, *_ in found) - drawing - training
+    return drawing / images, training / max(1, steps), rest / len(found)
+
+
+def _records(
+    backbone: str, method: str, device: str, root: Path
+) -> Iterator[tuple[Mapping[str, float], float, float, int]]:
+    """(seconds by stage, passes of the drawing, passes an image, training steps) of finished runs, the latest first."""
+    files = sorted(root.glob(f"*-{runs.slug(method)}-{runs.slug(backbone)}-*/{paths.COSTS}"), key=_age)
+    for file in files[-RECENT:]:
+        record = costs.read(file.parent)
+        each, passes = record.get("passes_per_image"), record.get("passes", {}).get("draw")
+        on = "cpu" if str(record.get("device", "")).startswith("cpu") else "gpu"
+        if each and passes and on == device and (file.parent / paths.METRICS).is_file():
+            try:
+                align = (runs.read_config(file.parent).get("method") or {}).get("align") or {}
+            except UserError:
+                continue
+            yield record["stages"], passes, each, int(align.get("steps") or 0)
+
+
+def _age(file: Path) -> int:
+    return file.stat().st_mtime_ns
+
+
+def count(works: Iterable[Work | None]) -> Plan:
+    """`summed`, where None stands for a cell whose settings were refused."""
+    found = list(works)
+    return summed([one for one in found if one is not None], refused=sum(one is None for one in found))

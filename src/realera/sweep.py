@@ -1,0 +1,200 @@
+"""The jobs of a sweep (-m): each leaves a line in the sweep's ledger, none stops the others, the end says how it went.
+
+runs/sweeps/<stamp>/cells.jsonl is appended to by whichever process ran the job, whatever launched it:
+{"folder", "state": done | found (was finished before) | refused (bad input) | failed, "reason", "overrides", "seconds"}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from realera import complaints, devices, paths, runs
+from realera.contracts import UserError
+
+CELLS, LISTED, FAILED = "cells.jsonl", "runs.txt", "failed"
+STAMP = "REALERA_STAMP"
+DONE, FOUND, REFUSED, BROKEN = "done", "found", "refused", "failed"
+
+
+def in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def fail(sentence: str) -> NoReturn:
+    """Says what is wrong and leaves with exit status 2."""
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def folder() -> Path:
+    """Where this sweep's own files stand."""
+    return runs.ROOT / "sweeps" / os.environ[STAMP]
+
+
+# --- the ledger ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cell:
+    """One line of the ledger. folder: the run's, None where it was refused before it had one."""
+
+    folder: str | None = None
+    state: str = DONE
+    reason: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+_running: ContextVar[Cell | None] = ContextVar("cell", default=None)  # of the job that runs here
+
+
+def belongs(run: Path, found: bool = False) -> None:
+    """Said by a job of its run folder, once it is known; `found`: the run was finished before. Outside a sweep nothing
+    is noted."""
+    cell = _running.get()
+    if cell is not None:
+        cell.folder, cell.state = str(run), FOUND if found else DONE
+        _append(folder() / LISTED, str(run))
+
+
+def read_cells(place: Path, since: int = 0) -> list[Cell]:
+    """The ledger's cells from byte `since` on. A line that was cut short is left out."""
+    file = place / CELLS
+    found = []
+    for line in file.read_bytes()[since:].splitlines() if file.is_file() else ():
+        try:
+            found.append(Cell(**json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return found
+
+
+def size(place: Path) -> int:
+    """Bytes of the ledger so far."""
+    file = place / CELLS
+    return file.stat().st_size if file.is_file() else 0
+
+
+def status(cells: Iterable[Cell]) -> int:
+    """A sweep's exit status: 1 where a job failed, 2 where one was refused and none failed, else 0."""
+    states = {cell.state for cell in cells}
+    return 1 if BROKEN in states else 2 if REFUSED in states else 0
+
+
+def _append(file: Path, line: str) -> None:
+    """A line in one write: several processes append to the same file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(handle, f"{line}\n".encode())
+    finally:
+        os.close(handle)
+
+
+# --- a job -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """What Hydra runs: `step` on the config that `prepare` makes ready. In a sweep it is called once a job, maybe in
+    another process or on another machine, and then nothing it meets stops the other jobs; it returns the step's number
+    (what a search maximises) or None. Outside a sweep bad input ends the process with exit status 2.
+
+    arrive: makes another process as ready as the door has made this one. met: errors of the step, which are not the
+    config's, whatever their class.
+    """
+
+    step: Callable[[DictConfig], float | None]
+    prepare: Callable[[DictConfig], DictConfig]
+    arrive: Callable[[], None]
+    met: list[Exception] = field(default_factory=list)
+
+    def __call__(self, cfg: DictConfig) -> float | None:
+        if not in_sweep():
+            return self._alone(self.prepare(cfg))
+        cell = Cell(overrides=list(HydraConfig.get().overrides.task))
+        token, began = _running.set(cell), time.monotonic()
+        value = None
+        try:
+            value = self.step(self.prepare(cfg))
+            if value is None and cell.state == DONE and "direction" in HydraConfig.get().sweeper:
+                raise UserError("the run ended without an H_o to search by: search a task that has it.")
+        except KeyboardInterrupt:
+            raise
+        except (Exception, SystemExit) as error:
+            _explain(cell, error)
+        finally:
+            _running.reset(token)
+        cell.seconds = round(time.monotonic() - began, 2)
+        _append(folder() / CELLS, json.dumps(asdict(cell), ensure_ascii=False))
+        return value
+
+    def _alone(self, cfg: DictConfig) -> float | None:
+        try:
+            return self.step(cfg)
+        except Exception as error:
+            self.met.append(error)
+            if (sentence := complaints.of_step(error)) is None:
+                raise
+            fail(sentence)  # SystemExit passes Hydra, which would add a line of its own to any other exception
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: os.environ[name] for name in (STAMP, "HYDRA_FULL_ERROR") if name in os.environ}
+        away = {"environ": own, "cwd": os.getcwd(), "gpus": devices.visible(), "seen": os.environ.get(devices.VISIBLE)}
+        return {**self.__dict__, "met": [], "_away": away}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        away = state.pop("_away")
+        self.__dict__.update(state)
+        os.environ.update(away["environ"])
+        if Path(away["cwd"]).is_dir():
+            os.chdir(away["cwd"])
+        devices.take(away["gpus"], away["seen"])  # before anything asks the driver: it looks at the variable once
+        self.arrive()
+
+
+def _explain(cell: Cell, error: BaseException) -> None:
+    """Writes into the cell, and onto stderr, what ended its job; of the unforeseen the traceback is kept too."""
+    sentence = complaints.of_step(error) if isinstance(error, Exception) else None
+    if sentence is not None:
+        cell.state, cell.reason = REFUSED, sentence
+    else:
+        file = folder() / FAILED / f"{HydraConfig.get().job.num}.txt"
+        paths.write_text(file, "".join(traceback.format_exception(error)))
+        met = f"{type(error).__name__}: {complaints.first_line(error)}".removesuffix(".")
+        cell.state, cell.reason = BROKEN, f"{met} (traceback in {file})."
+    print(f"error: {cell.reason}", file=sys.stderr, flush=True)
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def close(cells: list[Cell]) -> int:
+    """What a sweep ends with: how many cells are done, were found, failed, and why; the page of all; the status."""
+    from realera import console
+
+    console.show_cells([asdict(cell) for cell in cells])
+    listed = folder() / LISTED
+    whole = [Path(line) for line in dict.fromkeys(listed.read_text().splitlines())] if listed.is_file() else []
+    if any((run / paths.METRICS).is_file() for run in whole):
+        from realera.evaluation.overview import write_overview
+
+        try:
+            page = write_overview(whole, folder() / paths.REPORT)
+            console.show_path("page to open", page)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+    return status(cells)

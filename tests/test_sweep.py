@@ -1,0 +1,162 @@
+"""Sweeps: no job stops another, the ledger and the exit status say how each ended, a finished cell is found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+
+from realera import sweep, train
+from realera.sweep import Cell
+
+Type = Callable[..., int]
+UCE = ["method=uce", "evaluate=false"]
+
+
+@pytest.fixture
+def type_in(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
+    """Runs `python -m realera.train -m words` in this process; the exit status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("REALERA_STAMP", "stamp")
+
+    def run(*words: str, flag: str = "-m") -> int:
+        monkeypatch.setattr(sys, "argv", ["train", *([flag] if flag else []), *words, *small])
+        try:
+            train.main()
+        except SystemExit as left:
+            return int(left.code or 0)
+        return 0
+
+    return run
+
+
+def ledger() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("runs/sweeps/stamp/cells.jsonl").read_text().splitlines()]
+
+
+def test_no_job_stops_the_others_and_a_finished_cell_is_found(
+    type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from realera import steps
+
+    erase = steps.erase
+
+    def fails_for_one(backbone: Any, task: Any, run: Any, *more: Any) -> None:
+        if run.config["seed"] == 1:
+            raise ZeroDivisionError("a bug of the code")
+        erase(backbone, task, run, *more)
+
+    monkeypatch.setattr(steps, "erase", fails_for_one)
+    assert type_in(*UCE, "concept=nothingknown,airplane", "seed=0,1,2") == 1
+    said = capsys.readouterr().out
+    assert "2 done, 3 refused, 1 failed" in said and "a bug of the code" in said
+    cells = ledger()
+    assert [cell["state"] for cell in cells] == ["refused"] * 3 + ["done", "failed", "done"]
+    assert "is not one of the classes" in cells[0]["reason"] and cells[0]["folder"] is None
+    assert cells[4]["reason"].startswith("ZeroDivisionError: a bug of the code (traceback in ")
+    assert "fails_for_one" in Path("runs/sweeps/stamp/failed/4.txt").read_text()
+    assert "seed=1" in cells[4]["overrides"] and Path(cells[4]["folder"], "config.yaml").is_file()
+
+    monkeypatch.setattr(steps, "erase", erase)
+    assert type_in(*UCE, "concept=airplane", "seed=0,1,2") == 0
+    assert "1 done, 2 found finished" in capsys.readouterr().out  # of this call alone
+    assert [cell["state"] for cell in ledger()[6:]] == ["found", "done", "found"]
+    assert type_in(*UCE, "concept=nothingknown,airplane") == 2
+
+
+def test_an_interrupted_sweep_says_so(
+    type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from realera import steps
+
+    erase = steps.erase
+
+    def stops(backbone: Any, task: Any, run: Any, *more: Any) -> None:
+        if run.config["seed"] == 1:
+            raise KeyboardInterrupt
+        erase(backbone, task, run, *more)
+
+    monkeypatch.setattr(steps, "erase", stops)
+    assert type_in(*UCE, "concept=airplane", "seed=0,1,2") == 130
+    assert [cell["state"] for cell in ledger()] == ["done"]
+    assert "1 done" in capsys.readouterr().out
+
+
+def test_a_single_run_leaves_no_ledger(type_in: Type) -> None:
+    assert type_in(*UCE, "concept=airplane", flag="") == 0
+    assert not Path("runs/sweeps").exists()
+
+
+def test_a_sweep_ends_with_its_page(type_in: Type, capsys: pytest.CaptureFixture[str]) -> None:
+    assert type_in("method=uce", "concept=airplane", "method.edit.ridge=0.5,5") == 0
+    page = Path("runs/sweeps/stamp/report.html")
+    assert f"page to open: {page}" in capsys.readouterr().out and page.is_file()
+    plan = json.loads(page.with_name("plan.json").read_text())
+    assert (plan["cells"], plan["images"], plan["original_images"]) == (
+        2,
+        2 * plan["original_images"],
+        plan["images"] / 2,
+    )
+    assert len(Path("runs/sweeps/stamp/runs.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("states", "status"),
+    [(["done", "found"], 0), (["done", "refused"], 2), (["refused", "failed"], 1), (["failed"], 1), ([], 0)],
+)
+def test_the_exit_status_says_what_was_not_done(states: list[str], status: int) -> None:
+    assert sweep.status(Cell(state=state) for state in states) == status
+
+
+def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    lines = [json.dumps({"folder": None, "state": "done", "reason": None, "overrides": [], "seconds": 1.0})] * 2
+    (tmp_path / "cells.jsonl").write_text("\n".join(lines) + '\n{"folder": "x", "sta')
+    assert len(sweep.read_cells(tmp_path)) == 2
+    assert len(sweep.read_cells(tmp_path, since=len(lines[0]))) == 1
+    assert sweep.read_cells(tmp_path / "elsewhere") == [] and sweep.size(tmp_path / "elsewhere") == 0
+
+
+arrived: list[str] = []
+
+
+def step(cfg: DictConfig) -> float:
+    return 1.0
+
+
+def same(cfg: DictConfig) -> DictConfig:
+    return cfg
+
+
+def arrive() -> None:
+    arrived.append(os.environ["REALERA_STAMP"])
+
+
+def test_a_job_takes_stamp_folder_and_resolvers_to_another_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("REALERA_STAMP", "here")
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this_module())
+    monkeypatch.chdir(tmp_path)
+    carried = pickle.dumps(sweep.Job(step, same, arrive, met=[ValueError()]))
+    monkeypatch.chdir("/")
+    monkeypatch.delenv("REALERA_STAMP")
+    job = pickle.loads(carried)
+    assert arrived == ["here"] and Path.cwd() == tmp_path and job.met == []
+    assert job.step is step
+
+
+def _this_module() -> Any:
+    """pytest's importlib mode leaves a test module out of sys.modules under its own name; pickle looks there."""
+    import types
+
+    module = types.ModuleType(__name__)
+    module.__dict__.update({"step": step, "same": same, "arrive": arrive})
+    return module
