@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+from urllib.parse import urlsplit
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -29,6 +30,7 @@ from realera.sweep import in_sweep as in_sweep  # the doors ask here
 from realera.tasks.files import read_concepts
 
 log = logging.getLogger("realera")
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # W&B's own, before and after its move
 Step = Callable[[DictConfig], float | None]
 
 
@@ -209,9 +211,11 @@ def wandb_mode() -> str:
         return mode
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
-        logged_in = "api.wandb.ai" in netrc.read_text(encoding="utf-8", errors="replace")
+        known = netrc.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        logged_in = False
+        known = ""
+    own = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc  # a server of one's own
+    logged_in = any(host in known for host in ((own,) if own else WANDB_HOSTS))
     return "online" if logged_in or os.environ.get("WANDB_API_KEY") else "offline"
 
 

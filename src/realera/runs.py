@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from realera import __version__, costs, paths
+from realera.backbones import folder as checkpoint
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
 
@@ -62,12 +63,11 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     tables = {key: file for key, file in (config.get("task") or {}).items() if key.endswith("_csv") and file}
     if tables:  # what they hold, not only what they are called
         kept["tables"] = {key: _content(Path(str(file)).expanduser()) for key, file in tables.items()}
-    return {**kept, "precision": (config.get("trainer") or {}).get("precision"), "version": __version__}
     if (weights := config.get("weights") or weights_of(config)) is not None:  # other weights may come into a folder
         kept["weights"] = weights
+    return {**kept, "precision": (config.get("trainer") or {}).get("precision"), "version": __version__}
 
 
-def _sums(node: Any) -> Iterator[str]:
 def weights_of(config: Mapping[str, Any]) -> str | None:
     """What the weights in a local folder are known by; None for the built-in model, which has the package's version,
     and for a hub's."""
@@ -76,6 +76,7 @@ def weights_of(config: Mapping[str, Any]) -> str | None:
     return checkpoint.marks(place) if place is not None and place.is_dir() else None
 
 
+def _sums(node: Any) -> Iterator[str]:
     """The caches of captions that a method's settings name, at any depth."""
     for key, value in node.items() if isinstance(node, Mapping) else ():
         if key in ("prior_cache", "domain_cache") and value is not None:
@@ -137,7 +138,6 @@ def claim(config: dict[str, Any]) -> Run:
     return run
 
 
-def begin(run: Run) -> None:
 def is_finished(config: Mapping[str, Any]) -> bool:
     """Whether `claim` would find everything done; looks and changes nothing."""
     folder = folder_of(config)
@@ -155,6 +155,7 @@ def _stands(folder: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -
     return same_judge and all((folder / name).is_file() for name in wanted)
 
 
+def begin(run: Run) -> None:
     """Writes the settings of a run that is to be carried out, and takes away the numbers of earlier ones.
 
     Raises:

@@ -6,7 +6,7 @@ import os
 
 from omegaconf import DictConfig
 
-from realera import cli, console, costs, paths, preflight, processes, runs
+from realera import cli, console, costs, paths, plan, preflight, processes, runs, sweep
 from realera.contracts import Task
 from realera.evaluation.records import read_metrics
 from realera.ranks import Ranks
