@@ -187,11 +187,16 @@ def test_the_default_backbone_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wandb_is_online_only_for_who_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert cli.wandb_mode() == "offline"
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x")
+    for host in ("api.wandb.ai", "api.forge.coreweave.com"):
+        (tmp_path / "netrc").write_text(f"machine {host} login user password x")
+        assert cli.wandb_mode() == "online", host
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
+    assert cli.wandb_mode() == "offline", "logged in elsewhere"
+    (tmp_path / "netrc").write_text("machine wandb.example.org:8080 login user password x")
     assert cli.wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert cli.wandb_mode() == "disabled"
