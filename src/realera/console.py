@@ -35,8 +35,8 @@ from realera.evaluation.readings import (
 )
 
 console = Console()
-MOST_CONCEPTS = 12  # rows of several erased concepts that the terminal shows; metrics.json has them all
 STATES = {"done": "done", "found": "found finished", "refused": "refused", "failed": "failed"}  # of a sweep's cells
+MOST_CONCEPTS = 12  # rows of several erased concepts that the terminal shows; metrics.json has them all
 
 
 @contextmanager
@@ -57,13 +57,13 @@ def bar(what: str, total: int, rate: str | None = None) -> Iterator[Callable[[in
         yield lambda done: progress.advance(task, done)
 
 
-class _Rate(ProgressColumn):
 @contextmanager
 def no_bar() -> Iterator[Callable[[int], None]]:
     """`bar` where it would only flicker."""
     yield lambda done: None
 
 
+class _Rate(ProgressColumn):
     """How many a second, over the last ones."""
 
     def __init__(self, unit: str) -> None:
@@ -121,9 +121,6 @@ def show_run(folder: Path, metrics: Mapping[str, Any], title: str, erased: str =
         show_path("page to open", folder / paths.REPORT)
 
 
-def show_path(what: str, path: Path) -> None:
-    """A path on a line of its own, never wrapped, so that it can be copied."""
-    console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
 def show_plan(plan: Mapping[str, Any]) -> None:
     """What a run or a sweep will take."""
     table = Table(title="planned", title_justify="left", show_header=False)
@@ -154,6 +151,9 @@ def show_cells(cells: Sequence[Mapping[str, Any]]) -> None:
         console.print(table)
 
 
+def show_path(what: str, path: Path) -> None:
+    """A path on a line of its own, never wrapped, so that it can be copied."""
+    console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _cell(estimate: Mapping[str, Any] | None) -> str:
