@@ -49,7 +49,7 @@ def test_the_wheel_stands_alone(tmp_path: Path) -> None:
     wanted |= {
         f"realera/{path.relative_to(source).as_posix()}"
         for path in source.rglob("*")
-        if path.suffix in (".py", ".yaml", ".j2", ".css", ".html", ".safetensors", ".json", ".txt")
+        if path.suffix in (".py", ".yaml", ".j2", ".css", ".js", ".csv", ".html", ".safetensors", ".json", ".txt")
         and "__pycache__" not in path.parts
     }
     assert not wanted - carried

@@ -60,14 +60,20 @@ def image_rows(run_dir: Path, judge: str, headline: Mapping[str, Mode] = MEAN_PR
 
 
 def sheets(
-    run_dir: Path, judge: str | None, headline: Mapping[str, Mode] = MEAN_PROB, shown: int = SHOWN
+    run_dir: Path,
+    judge: str | None,
+    headline: Mapping[str, Mode] = MEAN_PROB,
+    shown: int = SHOWN,
+    only: Split | None = None,
 ) -> dict[Split, list[Strip]]:
     """A strip per prompt, by split, in the manifest's order. The prompt of a split of one shows twice as many; a split
-    of more than MOST_PROMPTS is one strip of some of its prompts, evenly spaced."""
+    of more than MOST_PROMPTS is one strip of some of its prompts, evenly spaced. only: no other split's."""
     after = _verdicts(run_dir, judge, "erased")
     before = _verdicts(run_dir, judge, "original")
     by_split: dict[Split, dict[str, list[Row]]] = {}
     for row in read_manifest(run_dir):
+        if only is not None and row.prompt.split != only:
+            continue
         by_split.setdefault(row.prompt.split, {}).setdefault(row.prompt.text, []).append(row)
 
     def strip(text: str, rows: Sequence[Row], images: int, mixed: bool = False) -> Strip:
@@ -94,13 +100,14 @@ def _verdicts(run_dir: Path, judge: str | None, which: Which) -> dict[str, Verdi
 def _pair(
     run_dir: Path, row: Row, before: dict[str, Verdict], after: dict[str, Verdict], headline: Mapping[str, Mode]
 ) -> tuple[Picture | None, Picture]:
-    drawn = _picture(run_dir / row.file, row, after.get(row.prompt.id), headline)
+    drawn = picture(run_dir / row.file, row, after.get(row.prompt.id), headline)
     if row.original is None:
         return None, drawn
-    return _picture(run_dir / row.original, row, before.get(row.prompt.id), headline), drawn
+    return picture(run_dir / row.original, row, before.get(row.prompt.id), headline), drawn
 
 
-def _picture(file: Path, row: Row, said: Verdict | None, headline: Mapping[str, Mode]) -> Picture:
+def picture(file: Path, row: Row, said: Verdict | None, headline: Mapping[str, Mode]) -> Picture:
+    """An image of the manifest's row, and the verdict on it as its split's measure is read."""
     uri, small = _data_uri(file)
     title = f"{row.prompt.text}, seed {row.prompt.seed}"
     if said is None:
