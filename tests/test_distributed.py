@@ -115,6 +115,9 @@ def test_without_a_loop_two_processes_end_with_the_same_bytes(tiny_sd: Path, who
     assert pictures(run) == pictures(whole)
     for name in ("manifest.jsonl", "verdicts/miniature.jsonl", "verdicts/miniature.original.jsonl", "metrics.json"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    two, one = (json.loads((place / "costs.json").read_text()) for place in (run, whole))
+    assert two["passes"] == one["passes"] and two["passes"]["draw"] > 0 and two["originals"]["passes"] > 0
+    assert two["device"] == f"{one['device']}, 2 processes"
     assert {file.name for file in run.rglob("*")} == {file.name for file in whole.rglob("*")}
 
 

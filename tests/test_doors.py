@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from http.server import ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,52 @@ def test_train_leaves_a_run_that_explains_itself(
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before  # finished: shown, not redone
     for part in ("Acc_e", "Acc_s", "Acc_g", "H_o", "original", "erased", "report.html", "erased.safetensors"):
         assert part in shown
+
+
+def costs_of(place: Path, name: str) -> tuple[dict[str, Any], int]:
+    """What a run says it cost, and how many images it drew."""
+    folder = next((place / "runs").glob(f"{name}-mini-*"))
+    return json.loads((folder / "costs.json").read_text()), len(list(folder.glob("images/*.png")))
+
+
+def test_a_run_counts_what_it_costs(type_in: Type, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = 2  # of the sampler; every image is guided
+    type_in("train", "concept=horse", *METHOD)
+    shown = capsys.readouterr().out.replace("\n", " ")
+    record, images = costs_of(place, "horse-realera")
+    assert record["passes"]["draw"] == images * steps * 2 and record["passes_per_image"] == steps * 2
+    bank, loop = 2 * steps * 2, 2 * (1 + 2 + 1)  # two images; student and teacher, near and beyond in the second step
+    assert record["passes"]["erase"] + record["shared"]["latents"]["passes"] == bank + loop
+    assert list(record["stages"]) == ["load", "text", "edit", "latents", "train", "finish", "draw", "judge"]
+    assert all(seconds > 0 for seconds in record["stages"].values()) and record["sittings"] == 1
+    weights = load_file(next((place / "runs").glob("horse-realera-mini-*/erased.safetensors")))
+    lora = sum(value.numel() for name, value in weights.items() if name.endswith((".down", ".up")))
+    assert record["trained_parameters"] == lora > 0
+    assert record["edited_parameters"] == sum(v.numel() for n, v in weights.items() if n.startswith("edit."))
+    assert "cost: " in shown and f"{bank + loop} passes of the U-Net to erase" in shown
+
+    type_in("train", "concept=horse", "method=sld", "logger=none")
+    guided, images = costs_of(place, "horse-sld")
+    assert guided["passes"] == {"erase": 0, "draw": images * steps * 3} and guided["passes_per_image"] == steps * 3
+    assert guided["originals"]["passes"] == 0, "they stood in the cache"
+    for sitting in (1, 2):
+        type_in("evaluate", "run=original", "concept=horse")
+        plain, _ = costs_of(place, "horse-original")
+        assert plain["passes"] == {"draw": 0} and plain["passes_per_image"] == steps * 2
+        assert set(plain["stages"]) == {"load", "draw", "judge"} and plain["sittings"] == sitting
+
+
+def test_a_run_that_is_done_again_is_counted_anew(type_in: Type, place: Path) -> None:
+    words = ("train", "concept=deer", "method=uce", "method.edit.ridge=2", "logger=none", "evaluate=false")
+    for _ in range(2):
+        type_in(*words, "overwrite=true", "run_dir=runs/deer-ridge-mini-2")
+        record, _ = costs_of(place, "deer-ridge")
+        assert record["sittings"] == 1 and record["passes"] == {"erase": 0} and record["trained_parameters"] == 0
+    for sitting in (2, 3):  # drawn and judged later, and judged again: its own judge's last time counts
+        type_in("evaluate", "run=runs/deer-ridge-mini-2", small=False)
+        later, images = costs_of(place, "deer-ridge")
+        assert later["passes"] == {"erase": 0, "draw": images * 4} and images > 0
+        assert later["stages"]["edit"] == record["stages"]["edit"] and later["sittings"] == sitting
 
 
 def test_a_concept_nobody_can_judge_still_ends_in_a_page(

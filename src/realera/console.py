@@ -22,7 +22,8 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from realera import paths
+from realera import costs, paths
+from realera.evaluation import cost
 from realera.evaluation.readings import (
     ORDER,
     READINGS,
@@ -115,6 +116,8 @@ def show_run(folder: Path, metrics: Mapping[str, Any], title: str, erased: str =
     for judge, numbers in metrics.get("sets", {}).items():
         values = (f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, (int, float)))
         console.print(f"{judge}: {', '.join(values)}", highlight=False, markup=False)
+    if spent := cost.sentence(costs.read(folder)):
+        console.print(f"cost: {spent}", highlight=False, markup=False)
     if (folder / paths.ERASED).is_file():
         show_path("weights", folder / paths.ERASED)
     if (folder / paths.REPORT).is_file():

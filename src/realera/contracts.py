@@ -298,7 +298,8 @@ class Editor(Protocol):
 
 
 class LatentSource(Protocol):
-    """Method part `latents`: where z_t comes from. `prepare` runs once, on the device, before the first step.
+    """Method part `latents`: where z_t comes from. `prepare` runs once, on the device, before the first step; what it
+    keeps in the cache says there what it cost (`ledger.Cached`).
     A call gives z_t (B, C, h, w), timesteps (B,) and, where the source knows more of them, tensors (B, ...) by name
     ("mask"), which the aligner's loss is given as keywords."""
 

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from realera import paths
+from realera import costs, paths
 from realera.contracts import UserError
+from realera.evaluation import cost
 from realera.evaluation.readings import ORDER, described, head
 from realera.evaluation.records import read_metrics
 from realera.evaluation.report import veiled
@@ -52,6 +53,7 @@ def write_overview(run_dirs: Sequence[Path], out: Path, blur: bool | None = None
         heads=[name for name in ORDER if any(name in run["measures"] for run in runs)],
         faces=any(e["unscored"] for run in runs for e in run["measures"].values()),
         readings=described(e["mode"] for run in runs for name, e in run["measures"].items() if name != "h_o"),
+        costs=any(run["cost"] for run in runs),
         names=names,
         shared=[(n, v) for n, v in shared if n not in names],
         unfinished=len(run_dirs) - len(runs),
@@ -98,6 +100,7 @@ def _read(folder: Path, beside: Path, blur: bool | None) -> dict[str, Any]:
         "name": folder.name,
         "link": Path(os.path.relpath(page, beside)).as_posix() if page.is_file() else "",
         "measures": {name: {**e, "head": head(name, e["mode"])} for name, e in metrics["main"].items()},
+        "cost": [f"{number} {what}" for what, number in cost.parts(costs.read(folder))[:2]],
         "pairs": first_pairs(sheet),
         "veiled": veiled(config, metrics, blur),
     }

@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from realera import paths
+from realera import costs, paths
 from realera.contracts import Split, UserError
-from realera.evaluation import charts, lines
+from realera.evaluation import charts, cost, lines
 from realera.evaluation.readings import MEAN_PROB, MEASURES, mode_of
 from realera.evaluation.records import read_lines, read_metrics
 from realera.evaluation.sheets import first_pairs, sheets
@@ -34,6 +34,7 @@ FILES = {
     paths.NEIGHBOURS: "what was mined around the concept",
     paths.CONFIG: "the settings",
     paths.METRICS: "the numbers and their protocol",
+    paths.COSTS: "what it cost",
     paths.MANIFEST: "one image a line",
     paths.VERDICTS: "one verdict a line, by judge",
     paths.IMAGES: "what was generated",
@@ -71,6 +72,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
     headline = metrics.get("headline", MEAN_PROB)
     sheet = sheets(run_dir, judge, headline) if (run_dir / paths.MANIFEST).is_file() else {}
     finish = edit.pop("finish", None)
+    spent = costs.read(run_dir)
     return {
         "concepts": _concepts(config, protocol),
         "facts": _facts(config, protocol),
@@ -88,6 +90,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
         "seen": _seen(metrics),
         "edits": [(title, block) for title, block in (("", _edit(edit)), ("after training", _edit(finish))) if block],
         "curves": charts.curves(read_lines(run_dir / paths.LOSSES)),
+        "cost": {"totals": cost.parts(spent), "stages": cost.stages(spent), "device": spent.get("device", "")},
         "split_names": {split: title for split, (title, _) in SPLITS.items()},
         "settings": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
         "protocol": yaml.safe_dump(protocol, sort_keys=False, allow_unicode=True) if protocol else "",

@@ -13,8 +13,9 @@ import torch
 import yaml
 from torch import Generator, Tensor
 
-from realera import paths
+from realera import costs, paths
 from realera.contracts import Mode, Prompt, UserError, Verdict
+from realera.evaluation import cost
 from realera.evaluation.counts import counts
 from realera.evaluation.metrics import DRAWS, LEVEL, Estimate, Sample, readable, samples
 from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, ORDER, described, head
@@ -26,7 +27,7 @@ MARKS = ("<!-- table -->", "<!-- end of table -->")  # what write_results fills 
 @dataclass(frozen=True)
 class Cell:
     """One run of a table: a system erased one concept (or several together) from one seed. headline, h_o_terms: as
-    its task has them."""
+    its task has them. costs: what costs.json holds, {} where there is none."""
 
     system: str
     concept: str
@@ -35,6 +36,7 @@ class Cell:
     verdicts: Sequence[Verdict]
     headline: Mapping[str, Mode] = field(default_factory=lambda: MEAN_PROB)
     h_o_terms: Sequence[str] = H_O_TERMS
+    costs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_cell(run_dir: Path, judge: str) -> Cell:
@@ -58,7 +60,7 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
     system = config.get("label") or (config.get("method") or {}).get("name") or "original"
     metrics = read_metrics(run_dir)
     read = metrics["headline"], metrics["h_o_terms"]
-    return Cell(str(system), name, int(config.get("seed") or 0), prompts, verdicts, *read)
+    return Cell(str(system), name, int(config.get("seed") or 0), prompts, verdicts, *read, costs.read(run_dir))
 
 
 def pool(
@@ -105,7 +107,7 @@ def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
     """The content of results.json: a row per system in the order met, each with its row per concept. JSON-able.
 
     mean, by_concept: as the task's headline reads each measure. readings: the mean in the other modes that the verdicts
-    have. counts: boxes by class, the mean over the system's runs.
+    have. counts: boxes by class, the mean over the system's runs. cost: see `cost.mean`.
     """
     if not cells:
         raise UserError("a table needs runs: give the folders of judged ones")
@@ -130,7 +132,7 @@ def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
             return _plain(pool(chosen, read, Generator().manual_seed(seed)))
 
         concepts = dict.fromkeys(cell.concept for cell in runs)
-        boxes = mean_counts(runs)
+        boxes, spent = mean_counts(runs), cost.mean([cell.costs for cell in runs])
         rows.append(
             {
                 "system": system,
@@ -140,6 +142,7 @@ def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
                 "by_concept": {name: row([c for c in runs if c.concept == name], headline) for name in concepts},
                 "readings": {mode: row(runs, dict.fromkeys(headline, mode)) for mode in extra},
                 **({"counts": boxes} if boxes else {}),
+                **({"cost": spent} if spent else {}),
             }
         )
     return {
@@ -204,7 +207,8 @@ def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The rows as Markdown: value and interval of each measure that was measured, systems in order; a column for what
-    could be scored where some images could not; and, where the headline is a score, the same rows in top-1."""
+    could be scored where some images could not; where the headline is a score, the same rows in top-1; what they
+    cost."""
     headline = results["headline"]
     text = _table(results["rows"], "mean", headline)
     if len(set(headline.values())) > 1 or "mean_prob" not in headline.values():
@@ -213,7 +217,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     if headline["acc_e"] == "score" and all("top1" in row["readings"] for row in results["rows"]):
         rows = [{**row, "mean": row["readings"]["top1"]} for row in results["rows"]]
         text += f"\nThe same images, read as top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
-    return text
+    spent = cost.markdown(results["rows"])
+    return f"{text}\n{spent}" if spent else text
 
 
 def _table(rows: Sequence[Mapping[str, Any]], part: str, headline: Mapping[str, Mode]) -> str:
