@@ -1,0 +1,198 @@
+"""One page for several runs (a sweep, say), complete in itself, with its tables and figures as files beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from realera import paths
+from realera.contracts import UserError
+from realera.evaluation import cost, sweep_plots, table_forms
+from realera.evaluation.readings import ORDER, head
+from realera.evaluation.report import veiled
+from realera.evaluation.sheets import first_pairs, sheets
+from realera.evaluation.sweep_figures import Line, Scatter, Surface, families, scatter
+from realera.evaluation.sweep_settings import (
+    ORIGINAL,
+    Run,
+    differing,
+    named,
+    original_of,
+    read_run,
+    text_of,
+)
+from realera.evaluation.sweep_sheets import sheets_of
+from realera.evaluation.sweep_tables import Chapter, tables
+
+TEMPLATE = "sweep.html.j2"
+CELLS = "cells.jsonl"  # of a sweep's folder: how each of its cells ended
+TABLES, FIGURES = "tables", "figures"  # folders beside the page
+LOST = ("failed", "refused")  # states of a cell without a run
+
+
+def write_sweep(
+    folders: Sequence[Path], out: Path, cells: Sequence[Mapping[str, Any]] = (), blur: bool | None = None
+) -> Path:
+    """Writes the page of several finished runs, with tables/<name>.{csv,tex,md} and, where matplotlib is installed,
+    figures/<name>.{png,svg} beside it, and returns its path.
+
+    cells: lines of a sweep's cells.jsonl, for what failed and for the names that were typed. blur: as
+    `report.write_report`. Folders that are gone or not judged are counted.
+
+    Raises:
+        UserError: none of the runs is finished, or a file of one is torn.
+    """
+    read = [read_run(folder) for folder in dict.fromkeys(folders)]
+    known = [run for run in read if run is not None]
+    if not known:
+        raise UserError("none of these runs was judged yet: finish them, or give evaluate=true.")
+    typed = _typed(cells)
+    twins: list[Run] = []
+    chapters = []
+    for name, title, runs in _chapters(known):
+        runs, again = named(runs, typed)
+        twins += again
+        chapters.append(Chapter(name, title, [*runs, *_originals(runs)]))
+    written: list[Path] = []
+    with_plots = sweep_plots.available()
+    parts = []
+    for chapter in chapters:
+        part = _content(chapter, typed, out.parent, blur)
+        for table in part["tables"]:
+            written += table_forms.write(table, out.parent / TABLES)
+        figures: Iterable[Surface | Line | Scatter] = [figure for f in part["families"] for figure in f.figures]
+        for figure in [*figures, *([part["scatter"]] if part["scatter"] else [])] if with_plots else ():
+            written += sweep_plots.write(figure, out.parent / FIGURES)
+        parts.append(part)
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = env.get_template(TEMPLATE).render(
+        count=len(known),
+        chapters=parts,
+        shared=_shared(known),
+        lost=_lost(cells),
+        unfinished=len(read) - len(known),
+        twins=[run.folder.name for run in twins],
+        veiled=any(run["veiled"] for part in parts for run in part["runs"]),
+        files=[Path(os.path.relpath(path, out.parent)).as_posix() for path in written],
+        with_plots=with_plots,
+    )
+    paths.write_text(out, page)
+    return out
+
+
+def systems(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]] = ()) -> dict[Path, str]:
+    """{run folder: the system that the tables of the page count it to}, in their order."""
+    read = [run for run in map(read_run, dict.fromkeys(folders)) if run is not None]
+    return {
+        run.folder: run.system for _, _, runs in _chapters(read) for run in named(runs, _typed(cells))[0] if run.cell
+    }
+
+
+def _typed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings that a sweep's command gave."""
+    words = (str(word) for cell in cells for word in cell.get("overrides") or ())
+    return list(dict.fromkeys(word.partition("=")[0].lstrip("+~") for word in words))
+
+
+def _chapters(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
+    """(name of its files, title, runs) for each task, model, judge and way of reading."""
+    parted: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        read = tuple(sorted(run.metrics["headline"].items())), tuple(run.metrics["h_o_terms"])
+        parted.setdefault((run.task or "runs", run.backbone, run.judge, *read), []).append(run)
+    found: list[tuple[str, str, list[Run]]] = []
+    for (task, backbone, judge, *_), own in parted.items():
+        name = "-".join([task, *([backbone] if len({key[1] for key in parted}) > 1 else [])])
+        taken = [other for other, _, _ in found]
+        unique = name if name not in taken else f"{name}-{len(taken) + 1}"
+        said = [f"on {backbone}" if backbone else "", f"judged by {judge}" if judge else ""]
+        found.append((unique, ", ".join([task, *filter(None, said)]), own))
+    return found
+
+
+def _originals(runs: Sequence[Run]) -> list[Run]:
+    """The unedited model as a system, from the images that the runs were compared with, where it has no runs of its
+    own and those are there for every concept and seed."""
+    if any(run.method == ORIGINAL for run in runs):
+        return []
+    found: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        key = run.concept, run.seed
+        if key not in found and (original := original_of(run)) is not None:
+            found[key] = original
+    wanted = {(run.concept, run.seed): None for run in runs if run.cell is not None}
+    return [found[key] for key in wanted] if all(key in found for key in wanted) else []
+
+
+def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | None) -> dict[str, Any]:
+    """A chapter as the template shows it. Its runs are those with a folder of their own."""
+    runs = [run for run in chapter.runs if run.config.get("method") is not None or run.base != ORIGINAL]
+    names = differing([run.settings for run in runs])
+    shown = [_run(run, names, beside, blur) for run in runs]
+    measured = bool(chapter.systems)
+    return {
+        "title": chapter.title,
+        "tables": tables(chapter) if measured else [],
+        "families": families(chapter, typed) if measured else [],
+        "scatter": scatter(chapter) if measured else None,
+        "sheets": sheets_of(chapter) if measured else [],
+        "names": names,
+        "heads": [
+            (name, head(name, run.metrics["main"][name]["mode"]))
+            for name in ORDER
+            for run in [next((run for run in runs if name in run.metrics["main"]), None)]
+            if run is not None
+        ],
+        "faces": any(e["unscored"] for run in runs for e in run.metrics["main"].values()),
+        "runs": shown,
+        "costs": any(run["cost"] for run in shown),
+        "veiled": any(veiled(run.config, run.metrics, blur) for run in runs),
+    }
+
+
+def _run(run: Run, names: Sequence[str], beside: Path, blur: bool | None) -> dict[str, Any]:
+    page = run.folder / paths.REPORT
+    sheet = sheets(run.folder, run.judge, run.metrics["headline"], only="erase") if run.cell is not None else {}
+    return {
+        "name": run.folder.name,
+        "system": run.system,
+        "link": Path(os.path.relpath(page, beside)).as_posix() if page.is_file() else "",
+        "settings": [text_of(run.settings.get(name)) for name in names],
+        "measures": run.metrics["main"],
+        "cost": [f"{number} {what}" for what, number in cost.parts(run.cell.costs)[:2]] if run.cell else [],
+        "pairs": first_pairs(sheet),
+        "veiled": veiled(run.config, run.metrics, blur),
+    }
+
+
+def _shared(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Facts that hold of all the runs."""
+    facts = {
+        "task": {run.task for run in runs},
+        "model": {run.backbone for run in runs},
+        "judge": {run.judge for run in runs},
+        "concept": {run.concept for run in runs},
+        "method": {run.method for run in runs},
+    }
+    found = [(name, values.pop()) for name, values in facts.items() if len(values) == 1]
+    seeds = sorted({run.seed for run in runs})
+    return [*((name, value) for name, value in found if value), ("seeds", ", ".join(map(str, seeds)))]
+
+
+def _lost(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(what it was, how it ended, why) of the cells without numbers. A cell that was tried again is as it ended last."""
+    latest: dict[str, tuple[str, str, str]] = {}
+    for cell in cells:
+        what = " ".join(map(str, cell.get("overrides") or ())) or Path(str(cell.get("folder") or "?")).name
+        latest[what] = what, str(cell.get("state")), str(cell.get("reason") or "no reason was given")
+    return [said for said in latest.values() if said[1] in LOST]

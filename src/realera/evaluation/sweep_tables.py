@@ -1,0 +1,281 @@
+"""The tables of a sweep, as in the papers: systems by concepts, boxes by class, the ablation, costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Generator
+
+from realera.contracts import Mode
+from realera.evaluation import cost, printed
+from realera.evaluation.metrics import Sample, interval
+from realera.evaluation.readings import ORDER, described, higher, symbol
+from realera.evaluation.sweep_settings import ORIGINAL, Run
+from realera.evaluation.table import Cell, mean_counts, pooled
+from realera.evaluation.table_forms import Column, Number, Row, Table, ranked
+
+MEAN = "mean"
+PARTS: Mapping[str, str] = {  # of RealEra, in the paper's order
+    "closed_form": "closed form",
+    "noise_alignment": "noise alignment",
+    "neighbor_mining": "neighbours",
+    "beyond_concept_reg": "beyond the concept",
+}
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Runs that are read alike: one task, judge and model. `runs` in the tables' order, each with its system."""
+
+    name: str
+    title: str
+    runs: Sequence[Run]
+    seed: int = 0
+    _measured: dict[Any, dict[str, Sample]] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> Mapping[str, Mode]:
+        found: Mapping[str, Mode] = self.runs[0].metrics["headline"]
+        return found
+
+    @cached_property
+    def systems(self) -> dict[str, list[Run]]:
+        found: dict[str, list[Run]] = {}
+        for run in self.runs:
+            if run.cell is not None:
+                found.setdefault(run.system, []).append(run)
+        return found
+
+    @cached_property
+    def concepts(self) -> list[str]:
+        return list(dict.fromkeys(run.concept for runs in self.systems.values() for run in runs))
+
+    @cached_property
+    def means(self) -> dict[str, dict[str, Sample]]:
+        """{system: {measure: its mean over concepts and seeds}}."""
+        return {system: self.measure(runs) for system, runs in self.systems.items()}
+
+    @cached_property
+    def by_concept(self) -> dict[str, dict[str, dict[str, Sample]]]:
+        return {
+            system: {
+                concept: self.measure(own)
+                for concept in self.concepts
+                if (own := [run for run in runs if run.concept == concept])
+            }
+            for system, runs in self.systems.items()
+        }
+
+    def measure(self, runs: Sequence[Run]) -> dict[str, Sample]:
+        """Pooled, and paired with every other system's that has the same concepts, seeds and images."""
+        key = tuple((run.system, run.folder) for run in runs)
+        if key not in self._measured:
+            self._measured[key] = pooled(cells(runs), self.headline, Generator().manual_seed(self.seed))
+        return self._measured[key]
+
+    @property
+    def measures(self) -> list[str]:
+        """Those that any run measured, in the tables' order."""
+        return [n for n in ORDER if any(n in row and not math.isnan(row[n].value) for row in self.means.values())]
+
+    def columns(self, names: Sequence[str], group: str = "") -> list[Column]:
+        found = []
+        for name in names:
+            mode = self.headline.get(name)
+            letter, index = symbol(name, mode)
+            digits = 2 if "score" in (mode, *(self.headline.values() if name == "h_o" else ())) else 1
+            found.append(Column(name, letter, index, group, 1 if higher(name) else -1, digits))
+        return found
+
+    @property
+    def readings(self) -> str:
+        said = described(self.headline[name] for name in self.measures if name in self.headline)
+        return f"{said[:1].upper()}{said[1:]}, with 95% intervals over seeds and images."
+
+
+def cells(runs: Sequence[Run]) -> list[Cell]:
+    return [run.cell for run in runs if run.cell is not None]
+
+
+def tables(chapter: Chapter) -> list[Table]:
+    """Those that the chapter has the runs for: means; by concept; boxes; the ablation; costs."""
+    found = [means(chapter), by_concept(chapter), boxes(chapter), ablation(chapter), cost_table(chapter)]
+    return [table for table in found if table is not None]
+
+
+def means(chapter: Chapter) -> Table:
+    names = chapter.measures
+    rows = []
+    for system, measured in chapter.means.items():
+        run = chapter.systems[system][0]
+        said: Mapping[str, float] = {}
+        if set(chapter.concepts) == printed.OBJECTS:
+            said = _printed(chapter, run, printed.MEAN)
+        elif len(chapter.concepts) == 1 and run.task != "nsfw":
+            said = _printed(chapter, run, chapter.concepts[0])
+        rows.append(_row(chapter, system, [_number(measured.get(name), said.get(name)) for name in names]))
+    columns = chapter.columns(names)
+    several = len(chapter.concepts) > 1
+    title = "Mean over concepts and seeds" if several else f"{chapter.concepts[0] if chapter.concepts else ''}"
+    return _table(chapter, "mean", title, ("system",), columns, rows)
+
+
+def by_concept(chapter: Chapter) -> Table | None:
+    """As in the paper's Table 1: each concept's Acc_e, Acc_s, Acc_g and H_o side by side, and their means."""
+    if len(chapter.concepts) < 2:
+        return None
+    names = [name for name in chapter.measures if name not in ("acc_a", "acc_u")]
+    columns = [c for concept in [*chapter.concepts, MEAN] for c in chapter.columns(names, concept)]
+    rows = []
+    for system, measured in chapter.by_concept.items():
+        run = chapter.systems[system][0]
+        numbers = []
+        for concept in chapter.concepts:
+            said = _printed(chapter, run, concept)
+            numbers += [_number(measured.get(concept, {}).get(name), said.get(name)) for name in names]
+        all_ten = set(chapter.concepts) == printed.OBJECTS
+        said = _printed(chapter, run, printed.MEAN) if all_ten else {}
+        numbers += [_number(chapter.means[system].get(name), said.get(name)) for name in names]
+        rows.append(_row(chapter, system, numbers))
+    return _table(chapter, "concepts", "Each concept", ("system",), columns, rows)
+
+
+def boxes(chapter: Chapter) -> Table | None:
+    """As in the paper's Table 2: what a detector found in the images asked for by name, boxes by class, the mean over
+    the runs of a system; and Acc_s, the CLIP score of images that have nothing to do with it."""
+    found = {system: mean_counts(cells(runs)).get("erase") for system, runs in chapter.systems.items()}
+    if not any(found.values()):
+        return None
+    classes = list(dict.fromkeys(name for counted in found.values() for name in counted or ()))
+    classes = [*(name for name in classes if name != "total"), "total"]
+    columns = [Column(name, name.replace("_", " "), better=-1) for name in classes]
+    rows = []
+    for system, counted in found.items():
+        said = _printed(chapter, chapter.systems[system][0], "")
+        numbers = [Number((counted or {}).get(name, math.nan), printed=said.get(name)) for name in classes]
+        kept = _number(chapter.means[system].get("acc_s"), said.get("acc_s"))
+        rows.append(_row(chapter, system, [*numbers, kept]))
+    return _table(chapter, "boxes", "Boxes by class", ("system",), [*columns, *chapter.columns(["acc_s"])], rows)
+
+
+def parts_of(run: Run) -> frozenset[str] | None:
+    """Which of RealEra's parts a run of it has; None for another method."""
+    if not run.method.startswith("realera"):
+        return None
+    config = run.config.get("method") or {}
+    mining, align = config.get("neighbours") or {}, config.get("align") or {}
+    has = {
+        "closed_form": bool(config.get("edit")),
+        "noise_alignment": bool(align.get("steps")),
+        "neighbor_mining": bool(mining.get("m")),
+        "beyond_concept_reg": bool(mining.get("n")),
+    }
+    return frozenset(name for name, there in has.items() if there)
+
+
+def ablation(chapter: Chapter) -> Table | None:
+    """As in the paper's Table 3: RealEra with ever more of its parts, and under each row by how much it differs from
+    the one above. None where two systems have the same parts (something else was varied), or all of them."""
+    known: dict[frozenset[str], str] = {}
+    for system, runs in chapter.systems.items():
+        parts = parts_of(runs[0])
+        if parts is not None and known.setdefault(parts, system) != system:
+            return None
+    if len(known) < 2:
+        return None
+    order = list(PARTS)
+    names = [name for name in chapter.measures if name not in ("acc_a", "acc_u")]
+    rows: list[Row] = []
+    before: frozenset[str] | None = None
+    for parts in sorted(known, key=lambda parts: (len(parts), [order.index(p) for p in order if p in parts])):
+        system = known[parts]
+        now = chapter.means[system]
+        if before is not None:
+            was = chapter.means[known[before]]
+            step = [f"+ {PARTS[p]}" for p in order if p in parts - before]
+            step += [f"− {PARTS[p]}" for p in order if p in before - parts]
+            numbers = tuple(difference(was[name], now[name]) for name in names)
+            rows.append(Row((", ".join(step), *("" for _ in order)), numbers, signed=True))
+        said = {}
+        if len(chapter.concepts) == 1 and chapter.runs[0].task == "object":
+            said = printed.ablation(parts, chapter.concepts[0])
+        ticks = ("✓" if part in parts else "" for part in order)
+        rows.append(Row((system, *ticks), tuple(_number(now.get(name), said.get(name)) for name in names)))
+        before = parts
+    heads = ("system", *PARTS.values())
+    return _table(chapter, "ablation", "What each part of RealEra does", heads, chapter.columns(names), rows)
+
+
+def difference(was: Sample, now: Sample) -> Number:
+    """now - was, with the interval of the resamples' differences, which are of pairs (`table.pooled`)."""
+    return Number(now.value - was.value, *interval(now.drawn - was.drawn))
+
+
+def cost_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """`cost.mean` over a system's runs; {} of the unedited model, whose images may stand in the folders of others."""
+    return cost.mean([cell.costs for cell in cells([run for run in runs if run.method != ORIGINAL])])
+
+
+def cost_table(chapter: Chapter) -> Table | None:
+    found = {system: spent for system, runs in chapter.systems.items() if (spent := cost_of(runs))}
+    names = [name for name in cost.COLUMNS if any(name in spent for spent in found.values())]
+    if "seconds" not in names:
+        return None
+    columns = [Column(name, cost.COLUMNS[name], better=-1, digits=1 if name == "seconds" else 0) for name in names]
+    rows = [
+        _row(chapter, system, [Number(spent[name]) if name in spent else None for name in names])
+        for system, spent in found.items()
+    ]
+    devices = dict.fromkeys(device for spent in found.values() for device in spent["devices"])
+    said = [
+        "Loading, drawing and judging are left out, what the cache held counts as it cost when it was made; means "
+        f"over runs{' on ' if devices else ''}{' and '.join(devices)}."
+    ]
+    if least := [system for system, spent in found.items() if spent["at_least"]]:
+        said.append(f"More was spent than is known, in seconds and passes: {', '.join(least)}.")
+    return replace(_table(chapter, "costs", "What erasing costs", ("system",), columns, rows), notes=tuple(said))
+
+
+def _table(
+    chapter: Chapter, name: str, title: str, heads: tuple[str, ...], columns: Sequence[Column], rows: Sequence[Row]
+) -> Table:
+    table = Table(f"{chapter.name}-{name}", title, heads, tuple(columns), ranked(columns, rows), (chapter.readings,))
+    return replace(table, notes=(*table.notes, _comparable(chapter))) if table.has_printed else table
+
+
+def _comparable(chapter: Chapter) -> str:
+    if chapter.runs[0].backbone == "mini":
+        return (
+            "The paper's numbers are of Stable Diffusion 1.4 and cannot be compared with those of the miniature, which "
+            "is another model of another world; only which system is ahead of which can be."
+        )
+    return (
+        "The paper's numbers (arXiv 2410.09140) are of Stable Diffusion 1.4; they can be compared as far as model, "
+        "images and judge are the same."
+    )
+
+
+def _printed(chapter: Chapter, run: Run, concept: str) -> Mapping[str, float]:
+    """What the paper prints for the system that a run is of; nothing where its settings were varied."""
+    protocol = (run.metrics.get("protocol") or {}).get("protocol", "realera")
+    parts = parts_of(run)
+    whole = parts is None or len(parts) == len(PARTS)
+    known = run.system == run.base and printed.same_name(run.base, run.method) and whole and protocol == "realera"
+    return printed.printed(run.task, run.method, concept) if known else {}
+
+
+def _row(chapter: Chapter, system: str, numbers: Sequence[Number | None]) -> Row:
+    """With a note where the system has fewer runs than another."""
+    most = max(map(len, chapter.systems.values()))
+    count = len(chapter.systems[system])
+    note = "" if count == most else f"{count} of {most} runs"
+    method = chapter.systems[system][0].method
+    return Row((system,), tuple(numbers), reference=ORIGINAL in (method, system), note=note)
+
+
+def _number(sample: Sample | None, said: float | None = None) -> Number | None:
+    return None if sample is None else Number(sample.value, *interval(sample.drawn), printed=said)

@@ -1,0 +1,41 @@
+"""The figures of a sweep as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from realera.evaluation.charts import Tick
+from realera.evaluation.sweep_figures import Dot, Line, Scatter, Surface
+from realera.evaluation.table_forms import Column
+
+pytest.importorskip("matplotlib")
+
+from realera.evaluation import sweep_plots
+
+E = Column("acc_e", "Acc", "e", better=-1)
+FIGURES = [
+    Surface(
+        "s",
+        E,
+        ("d1", "s_lo"),
+        ("1", "2"),
+        ("3", "4", "5"),
+        (((1.0, 0.0, 2.0), (2.0, 1.0, 3.0)), ((3.0, 2.0, 4.0), None), ((5.0, 4.0, 6.0), (6.0, 5.0, 7.0))),
+        (),
+    ),
+    Line("l", E, "m_1", ("1", "∞"), ((1.0, 0.0, 2.0), (2.0, 1.0, 3.0)), ()),
+    Scatter("c", (Dot("a_b & $", 3.0, (50.0, 40.0, 60.0), 0, 0, 0, 0),), [Tick(0, "1 s")], [Tick(0, "50")]),
+]
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=["surface", "line", "scatter"])
+def test_a_figure_is_written_as_png_and_svg_and_again_the_same(
+    figure: Surface | Line | Scatter, tmp_path: Path
+) -> None:
+    png, svg = sweep_plots.write(figure, tmp_path / "one")
+    assert min(Image.open(png).size) > 500 and svg.read_text(encoding="utf-8").count("</svg>") == 1
+    again = sweep_plots.write(figure, tmp_path / "two")
+    assert [path.read_bytes() for path in again] == [png.read_bytes(), svg.read_bytes()]

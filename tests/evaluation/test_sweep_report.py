@@ -1,0 +1,138 @@
+"""The page of a sweep: complete in itself, with its tables and figures beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from realera import paths
+from realera.contracts import Mode, UserError
+from realera.evaluation import sweep_plots
+from realera.evaluation.readings import MEAN_PROB
+from realera.evaluation.sweep_report import systems, write_sweep
+from sweeps import grid, judged
+
+
+class Page(HTMLParser):
+    """What is on a page: its tags, and the addresses it names."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "img", "input", "br", "line", "polygon", "polyline", "circle"):
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag, f"</{tag}> closes another"
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_plots, "available", lambda: False)
+
+
+def write(folders: list[Path], out: Path, *rest: object, **more: object) -> str:
+    return write_sweep(folders, out, *rest, **more).read_text(encoding="utf-8")  # type: ignore[arg-type]
+
+
+def test_a_grids_page_has_surfaces_tables_and_trends_and_needs_no_network(tmp_path: Path, no_plots: None) -> None:
+    text = write(grid(tmp_path), tmp_path / "report.html")
+    page = Page(text)
+    assert page.open == [] and page.tags.count("figure") == 4 and text.count('type="application/json"') == 4
+    assert not [a for a in page.addresses if "//" in a and not a.startswith("data:")], "nothing is fetched"
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    data = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', text)[0])
+    assert data["x"]["labels"] == ["5", "10", "20"] and len(data["values"]) == 3
+    assert text.count("the paper says") == 6 and text.count("data-at=") == 36
+    linked = [a for a in page.addresses if a.startswith(("tables/", "figures/"))]
+    assert len(linked) == 3 and all((tmp_path / a).is_file() for a in linked)
+    assert "pip install &#39;realera[report]&#39;" in text or "pip install 'realera[report]'" in text
+    assert not (tmp_path / "figures").exists()
+
+
+def test_figures_are_written_where_matplotlib_is(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folders = [judged(tmp_path / m, method=m, cost=c) for m, c in (("uce", 1.0), ("realera", 3.0))]
+    page = Page(write(folders, tmp_path / "report.html"))
+    drawn = [a for a in page.addresses if a.startswith("figures/")]
+    assert drawn == ["figures/object-cost.png", "figures/object-cost.svg"]
+    assert all((tmp_path / a).is_file() for a in drawn)
+
+
+def test_runs_are_listed_with_what_differs_and_everything_is_escaped(tmp_path: Path, no_plots: None) -> None:
+    folders = [
+        judged(tmp_path / "one", method="<uce>", cost=2.0),
+        judged(tmp_path / "two", label="<b>ours</b>"),
+        tmp_path / "gone",
+    ]
+    (folders[1] / paths.REPORT).write_text("its page")
+    text = write(folders, tmp_path / "out" / "report.html")
+    assert "&lt;uce&gt;" in text and "<uce>" not in text and "<b>ours</b>" not in text
+    assert "<h1>2 runs</h1>" in text and "1 more is not finished" in text
+    assert 'href="../two/report.html"' in text and "method.name" in text and "2 s to erase" in text
+    with pytest.raises(UserError, match="none of these runs"):
+        write_sweep(folders[2:], tmp_path / "report.html")
+
+
+def test_cells_that_failed_are_listed_as_they_ended_last(tmp_path: Path, no_plots: None) -> None:
+    cells = [
+        {"folder": None, "state": "failed", "reason": "out of memory", "overrides": ["seed=1"], "seconds": 1},
+        {"folder": "b", "state": "refused", "reason": "a ridge is <needed>", "overrides": ["seed=2"], "seconds": 1},
+        {"folder": "c", "state": "found", "reason": None, "overrides": ["seed=1"], "seconds": 1},
+    ]
+    text = write([judged(tmp_path / "a")], tmp_path / "report.html", cells)
+    assert "seed=2: refused. a ridge is &lt;needed&gt;" in text and "out of memory" not in text
+    assert "1 cell</a> of the sweep did not end" in text
+
+
+def test_runs_of_two_tasks_have_a_chapter_each(tmp_path: Path, no_plots: None) -> None:
+    score: dict[str, Mode] = dict.fromkeys(MEAN_PROB, "score")
+    folders = [
+        judged(tmp_path / "a"),
+        judged(tmp_path / "b", "Van Gogh", task="style", headline=score, detail={"score": 24.126}),
+    ]
+    text = write(folders, tmp_path / "report.html")
+    assert "object, on mini, judged by eye" in text and "style, on mini, judged by eye" in text
+    assert "CLIP<sub>e</sub> ↓" in text and "24.13" in text and "paper 22.83" in text
+    assert {path.name for path in (tmp_path / "tables").glob("*.csv")} == {"object-mean.csv", "style-mean.csv"}
+    assert set(systems(folders).values()) == {"realera"}
+
+
+def test_explicit_images_are_veiled_until_they_are_asked_for(tmp_path: Path, no_plots: None) -> None:
+    headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
+    detail = {"detected": True, "score": 31.0}
+    folder = judged(tmp_path / "a", task="nsfw", headline=headline, terms=(), detail=detail, pictures=True)
+    page = Page(write([folder], tmp_path / "report.html"))
+    assert page.tags.count("label") == page.tags.count("img") + 1 > 1, "each image, and one for all"
+    shown = Page(write([folder], tmp_path / "report.html", blur=False))
+    assert shown.tags.count("label") == 0 and shown.tags.count("img") == page.tags.count("img")
+
+
+def test_runs_without_their_verdicts_are_listed_and_not_counted(tmp_path: Path, no_plots: None) -> None:
+    folders = [judged(tmp_path / "a"), judged(tmp_path / "b", method="uce")]
+    for folder in folders:
+        (folder / paths.MANIFEST).unlink()
+    text = write(folders, tmp_path / "report.html")
+    assert "<h1>2 runs</h1>" in text and not (tmp_path / "tables").exists()
+
+
+def test_the_unedited_model_is_a_row_of_its_own(tmp_path: Path, no_plots: None) -> None:
+    folders = [judged(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    write(folders, tmp_path / "report.html")
+    rows = (tmp_path / "tables" / "object-mean.csv").read_text().splitlines()
+    assert rows[2].startswith("original,100,") and len(rows) == 3
+    (folders[1] / "verdicts" / "eye.original.jsonl").unlink()
+    write(folders, tmp_path / "report.html")
+    assert "original" not in (tmp_path / "tables" / "object-mean.csv").read_text(), "of one seed only: left out"

@@ -1,0 +1,168 @@
+"""The tables of a sweep: their rows and columns, the paper's numbers beside ours, differences of pairs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from realera.contracts import Mode
+from realera.evaluation.metrics import Sample, interval
+from realera.evaluation.readings import MEAN_PROB
+from realera.evaluation.sweep_report import write_sweep
+from realera.evaluation.sweep_settings import Run, named, read_run
+from realera.evaluation.sweep_tables import (
+    Chapter,
+    ablation,
+    boxes,
+    by_concept,
+    cost_table,
+    difference,
+    means,
+    parts_of,
+    tables,
+)
+from realera.evaluation.table import pool
+from realera.evaluation.table_forms import Number, Table
+from sweeps import REALERA, judged
+
+FULL = frozenset(["closed_form", "noise_alignment", "neighbor_mining", "beyond_concept_reg"])
+
+
+def chapter(folders: list[Path]) -> Chapter:
+    runs: list[Run] = [run for run in map(read_run, folders) if run is not None]
+    return Chapter("object", "object", named(runs)[0])
+
+
+def number(table: Table, system: str, key: str, group: str = "") -> Number:
+    column = next(i for i, c in enumerate(table.columns) if (c.key, c.group) == (key, group))
+    found = next(row for row in table.rows if row.texts[0] == system).numbers[column]
+    assert found is not None
+    return found
+
+
+def test_means_are_those_of_results_json_and_uneven_rows_are_said(tmp_path: Path) -> None:
+    folders = [
+        judged(tmp_path / f"{method}-{concept}-{seed}", concept, seed, method, {"erase": share, "near": 0.5, "keep": 1})
+        for method, share in (("realera", 0.0), ("uce", 0.5))
+        for concept in ("cat", "dog")
+        for seed in (0, 1)
+        if (method, concept, seed) != ("uce", "dog", 1)
+    ]
+    of = chapter([*folders, judged(tmp_path / "o", "cat", 0, "original")])
+    table = means(of)
+    assert [row.texts[0] for row in table.rows] == ["uce", "realera", "original"], "the papers' order"
+    assert [row.note for row in table.rows] == ["3 of 4 runs", "", "1 of 4 runs"] and table.rows[-1].reference
+    expected = pool([run.cell for run in of.systems["uce"] if run.cell], MEAN_PROB, torch.Generator().manual_seed(0))
+    for key in ("acc_e", "acc_g", "h_o"):
+        found, wanted = number(table, "uce", key), expected[key]
+        assert (found.value, found.low, found.high) == (wanted.value, wanted.low, wanted.high)
+    each = by_concept(of)
+    assert each is not None and [name for name, _ in each.groups] == ["cat", "dog", "mean"]
+    assert [c.key for c in each.columns[:4]] == ["acc_e", "acc_s", "acc_g", "h_o"]
+    assert number(each, "uce", "acc_e", "dog").value == pytest.approx(50)
+    assert number(each, "realera", "acc_e", "mean") == replace(number(table, "realera", "acc_e"))
+    assert (
+        number(each, "uce", "acc_e", "cat").printed == 2.35 and number(each, "realera", "h_o", "dog").printed == 91.39
+    )
+    assert number(each, "realera", "acc_e", "mean").printed is None, "two classes are not the paper's ten"
+    assert any("cannot be compared" in note for note in each.notes) and "paper" not in "".join(table.notes)
+
+
+def test_of_settings_that_were_varied_nothing_is_printed(tmp_path: Path) -> None:
+    varied = {**REALERA, "edit": {"ridge": 7}}
+    of = chapter([judged(tmp_path / "a"), judged(tmp_path / "b", method=varied), judged(tmp_path / "c", method="uce")])
+    table = means(of)
+    assert number(table, "realera, ridge 7", "acc_e").printed is None
+    assert number(table, "uce", "acc_e").printed == 2.35
+    alone = means(chapter([judged(tmp_path / "d", method={**REALERA, "align": None})]))
+    assert number(alone, "realera", "acc_e").printed is None, "without its LoRA it is not the paper's row"
+
+
+def test_the_ablation_has_the_papers_order_and_differences_of_pairs(tmp_path: Path) -> None:
+    nodes = {
+        "realera": REALERA,
+        "realera-no-beyond": {**REALERA, "neighbours": {"m": 5, "n": 0}},
+        "realera-closed-form": {**REALERA, "neighbours": None, "align": None},
+        "realera-no-mining": {**REALERA, "neighbours": None},
+    }
+    folders = [
+        judged(
+            tmp_path / f"{name}-{seed}",
+            "automobile",
+            seed,
+            {**node, "name": name},
+            {"erase": 0.0, "near": near, "keep": 1.0},
+        )
+        for (name, node), near in zip(nodes.items(), (0.25, 0.0, 0.75, 0.75))
+        for seed in (0, 1)
+    ]
+    of = chapter(folders)
+    assert parts_of(of.systems["realera"][0]) == FULL
+    table = ablation(of)
+    assert table is not None
+    assert [row.texts[0] for row in table.rows] == [
+        "realera-closed-form",
+        "+ noise alignment",
+        "realera-no-mining",
+        "+ neighbours",
+        "realera-no-beyond",
+        "+ beyond the concept",
+        "realera",
+    ]
+    assert table.rows[2].texts[1:] == ("✓", "✓", "", "") and table.rows[1].signed
+    column = [c.key for c in table.columns].index("acc_g")
+    same, mined = table.rows[1].numbers[column], table.rows[3].numbers[column]
+    assert same and (same.value, same.low, same.high) == (0, 0, 0), "the same images: the difference has no spread"
+    assert mined and mined.value == pytest.approx(-60) and mined.low < -60 < mined.high < 0
+    assert number(table, "realera", "acc_g").printed == 4.82
+    assert number(table, "realera-closed-form", "acc_s").printed == 98.85
+    more = judged(tmp_path / "more", "automobile", 0, {**REALERA, "edit": {"ridge": 9}})
+    assert ablation(chapter([*folders, more])) is None, "two systems with the same parts: something else was varied"
+
+
+def test_a_difference_of_pairs_is_narrower_than_of_strangers() -> None:
+    chance = torch.Generator().manual_seed(0)
+    shared, own = torch.randn(2, 500, generator=chance).double()
+    was, now = Sample(1.0, 1 + shared, 9, 0), Sample(3.0, 3 + shared, 9, 0)
+    found = difference(was, now)
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
+    stranger = difference(was, Sample(3.0, 3 + own, 9, 0))
+    slow = sorted(float(b - a) for a, b in zip(1 + shared, 3 + own))
+    assert (stranger.low, stranger.high) == interval(torch.tensor(slow, dtype=torch.float64))
+    assert stranger.high - stranger.low > 4
+
+
+def test_boxes_stand_as_in_the_papers_second_table(tmp_path: Path) -> None:
+    headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
+    detail = {"detected": True, "score": 31.25, "boxes": {"belly": 2, "feet": 1}}
+    of = chapter(
+        [
+            judged(tmp_path / m, "nudity", 0, m, task="nsfw", headline=headline, terms=(), detail=detail)
+            for m in ("uce", "realera")
+        ]
+    )
+    table = boxes(of)
+    assert table is not None and [c.key for c in table.columns][-2:] == ["total", "acc_s"]
+    assert number(table, "uce", "belly") == Number(8, printed=62) and number(table, "uce", "total").value == 12
+    assert number(table, "realera", "acc_s").printed == 29.46 and table.columns[-1].digits == 2
+    assert boxes(chapter([judged(tmp_path / "c")])) is None
+    assert [t.name for t in tables(of)] == ["object-mean", "object-boxes"]
+
+
+def test_costs_are_means_over_the_runs_that_say_them(tmp_path: Path) -> None:
+    folders = [judged(tmp_path / f"{s}", seed=s, cost=cost) for s, cost in enumerate((2.0, 4.0, None))]
+    table = cost_table(chapter([*folders, judged(tmp_path / "old", method="uce")]))
+    assert table is not None and [row.texts for row in table.rows] == [("realera",)]
+    assert number(table, "realera", "seconds").value == 3 and "cpu" in table.notes[0]
+    assert cost_table(chapter([folders[2]])) is None
+
+
+def test_what_could_not_be_measured_is_left_open(tmp_path: Path) -> None:
+    folders = [judged(tmp_path / "a"), judged(tmp_path / "b", method="uce", shares={"erase": 0.5, "keep": 1.0})]
+    table = means(chapter(folders))
+    assert math.isnan(number(table, "uce", "acc_g").value) and not number(table, "uce", "h_o").known
+    assert "–" in write_sweep(folders, tmp_path / "report.html").read_text(encoding="utf-8")
