@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from realera import cli, console, paths, preflight, runs
+from realera import cli, console, paths, preflight, runs, sweep
 from realera.contracts import UserError
 
 
@@ -16,24 +17,30 @@ def report(cfg: DictConfig) -> None:
     if not names:
         raise UserError("no run was given: python -m realera.report runs/..., or runs for all of them.")
     folders = list(dict.fromkeys(folder for name in names for folder in runs.runs_in(name)))
-    several = len(folders) > 1 or config["out"] is not None
+    sweeps = [Path(name) for name in names if (Path(name) / sweep.CELLS).is_file()]
+    several = len(folders) > 1 or config["out"] is not None or bool(sweeps)
     out = (
         Path(str(config["out"])) if config["out"] else (Path(names[0]) if len(names) == 1 else runs.ROOT) / paths.REPORT
     )
     preflight.check_writable(out.parent, "out")
     preflight.check_writable(Path(str(config["results"] or ".")), "results")
 
-    from realera.evaluation.overview import write_overview  # pillow and jinja: loaded when nothing is left to refuse
+    from realera.evaluation import sweep_report  # pillow and jinja: loaded when nothing is left to refuse
     from realera.evaluation.report import write_report
     from realera.evaluation.table import write_results
 
-    with console.bar("pages", len(folders)) as advance:
-        for folder in folders:
+    cells = [asdict(cell) for place in sweeps for cell in sweep.read_cells(place)]
+    there = [folder for folder in folders if (folder / paths.CONFIG).is_file()] if several else folders
+    with console.bar("pages", len(there)) as advance:
+        for folder in there:
             page = write_report(folder, config["blur"])
             advance(1)
-    console.show_path("page to open", write_overview(folders, out, config["blur"]) if several else page)
+    console.show_path(
+        "page to open", sweep_report.write_sweep(folders, out, cells, config["blur"]) if several else page
+    )
     if config["results"]:
-        console.show_path("results", write_results(folders, Path(str(config["results"]))))
+        systems = sweep_report.systems(folders, cells)
+        console.show_path("results", write_results(there, Path(str(config["results"])), systems))
 
 
 def main() -> None:

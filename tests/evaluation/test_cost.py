@@ -12,11 +12,11 @@ import yaml
 from realera import console, paths
 from realera.contracts import Prompt, Verdict
 from realera.evaluation import cost
-from realera.evaluation.overview import write_overview
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.report import write_report
 from realera.evaluation.results import measure
+from realera.evaluation.sweep_report import write_sweep
 from realera.evaluation.table import MARKS, markdown, write_results
 
 
@@ -104,9 +104,9 @@ def test_pages_say_what_a_run_cost(runs: list[Path], tmp_path: Path) -> None:
     assert "mining and closed form 1.2 s" in section and "found in the cache, when it was made 10 s" in section
     assert "costs.json" in page
     assert "<h2>Cost</h2>" not in write_report(runs[2]).read_text(encoding="utf-8")
-    overview = write_overview(runs, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<th>cost</th>" in overview and "11 s to erase<small>1,240 passes of the U-Net to erase</small>" in overview
-    assert "<th>cost</th>" not in write_overview(runs[2:], tmp_path / "report.html").read_text(encoding="utf-8")
+    several = write_sweep(runs, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<th>cost</th>" in several and "11 s to erase<small>1,240 passes of the U-Net to erase</small>" in several
+    assert "<th>cost</th>" not in write_sweep(runs[2:], tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_terminal_shows_it_with_the_table(runs: list[Path]) -> None:

@@ -58,3 +58,13 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     two = [run(tmp_path / "a", "a", 0, 0.1), run(tmp_path / "b", "b", 0, 0.1, judge="other")]
     with pytest.raises(UserError, match="one judge"):
         write_results(two, tmp_path)
+
+
+def test_systems_that_settings_tell_apart_are_rows_of_their_own(tmp_path: Path) -> None:
+    folders = [run(tmp_path / name, "ours", 0, erased) for name, erased in (("a", 0.1), ("b", 0.3), ("c", 0.5))]
+    systems = {folders[1]: "ours, d1 5", folders[0]: "ours, d1 10"}
+    results = json.loads(write_results(folders, tmp_path, systems).read_text(encoding="utf-8"))
+    assert [(row["system"], row["mean"]["acc_e"]["value"]) for row in results["rows"]] == [
+        ("ours, d1 5", 30.0),
+        ("ours, d1 10", 10.0),
+    ]

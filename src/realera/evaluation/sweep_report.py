@@ -29,7 +29,6 @@ from realera.evaluation.sweep_sheets import sheets_of
 from realera.evaluation.sweep_tables import Chapter, tables
 
 TEMPLATE = "sweep.html.j2"
-CELLS = "cells.jsonl"  # of a sweep's folder: how each of its cells ended
 TABLES, FIGURES = "tables", "figures"  # folders beside the page
 LOST = ("failed", "refused")  # states of a cell without a run
 
@@ -190,7 +189,7 @@ def _shared(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _lost(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """(what it was, how it ended, why) of the cells without numbers. A cell that was tried again is as it ended last."""
+    """(what it was, how it ended, why) of the cells without numbers. One that was tried again is as it ended last."""
     latest: dict[str, tuple[str, str, str]] = {}
     for cell in cells:
         what = " ".join(map(str, cell.get("overrides") or ())) or Path(str(cell.get("folder") or "?")).name

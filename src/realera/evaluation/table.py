@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -175,8 +175,9 @@ def mean_counts(runs: Sequence[Cell]) -> dict[str, dict[str, float]]:
     return means
 
 
-def write_results(run_dirs: Sequence[Path], folder: Path) -> Path:
+def write_results(run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path, str] | None = None) -> Path:
     """Writes folder/results.json over the judged runs, and the table between the MARKS of folder/README.md, if any.
+    systems: the runs that count, in order, and the system of each; None: all of them, by label or method.
 
     Raises:
         UserError: no run was judged, one has a twin, or they were judged by different judges.
@@ -184,7 +185,12 @@ def write_results(run_dirs: Sequence[Path], folder: Path) -> Path:
     judges = {run: _judge_of(run) for run in run_dirs if (run / paths.METRICS).is_file()}
     if len(set(judges.values())) != 1:
         raise UserError(f"a table needs runs of one judge, and these have {sorted(set(judges.values())) or 'none'}.")
-    results = {"judge": next(iter(judges.values())), **table([read_cell(run, judge) for run, judge in judges.items()])}
+    judge = next(iter(judges.values()))
+    cells = [read_cell(run, judge) for run in judges] if systems is None else []
+    for run, system in (systems or {}).items():
+        if run in judges:
+            cells.append(replace(read_cell(run, judge), system=system))
+    results = {"judge": judge, **table(cells)}
     out = folder / "results.json"
     paths.write_text(out, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     readme = folder / "README.md"
