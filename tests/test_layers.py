@@ -12,7 +12,7 @@ import realera
 
 ROOT = Path(realera.__file__).parent
 ROOMS = {"tasks", "backbones", "methods", "judges", "training", "evaluation", "miniature"}
-DOORS = {"train", "evaluate", "generate", "export", "report", "demo", "cache"}
+DOORS = {"train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard"}
 DOOR_PARTS = {
     "cli",
     "complaints",
@@ -25,6 +25,7 @@ DOOR_PARTS = {
     "webpage",
     "processes",
     "captions",
+    "panels",
     "sweep",
     "jobs",
     "plan",
@@ -39,6 +40,7 @@ LIBRARIES = {  # where a library may be imported; the workshop is free
     "omegaconf": DOORS | DOOR_PARTS,
     "lightning": DOORS | DOOR_PARTS | {"training"},
     "wandb": DOORS | DOOR_PARTS | {"training"},
+    "wandb_workspaces": DOORS | DOOR_PARTS,
     "diffusers": {"backbones"},
     "peft": {"backbones"},
     "open_clip": {"judges"},
@@ -54,6 +56,7 @@ LATE = {
     "torch_fidelity",
     "torchvision",
     "matplotlib",
+    "wandb_workspaces",
 }  # inside functions only: composing a config never needs them
 LONGEST, LONGEST_DOOR = 320, 100  # lines
 LONGER = {"contracts": 380}  # one file by design: the file to read first

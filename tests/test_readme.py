@@ -48,6 +48,7 @@ def test_the_documents_have_something_to_type() -> None:
         "export",
         "report",
         "demo",
+        "dashboard",
     }
     assert len(blocks(CONTRIBUTING, "python")) >= 2 and len(blocks(CONTRIBUTING, "yaml")) >= 4
 

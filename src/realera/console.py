@@ -154,8 +154,8 @@ def show_cells(cells: Sequence[Mapping[str, Any]]) -> None:
         console.print(table)
 
 
-def show_path(what: str, path: Path) -> None:
-    """A path on a line of its own, never wrapped, so that it can be copied."""
+def show_path(what: str, path: Path | str) -> None:
+    """A path, or an address, on a line of its own, never wrapped, so that it can be copied."""
     console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
 
 

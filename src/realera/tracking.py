@@ -17,13 +17,13 @@ from realera.evaluation.readings import ORDER
 from realera.evaluation.report import veiled
 from realera.evaluation.results import scalars
 from realera.evaluation.sheets import blurred, image_rows
+from realera.panels import SURFACES
 from realera.runs import Run, digest, identity
 
 ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images says otherwise
 SHORT = 100  # entries: a longer list of the protocol (30,000 captions, say) is told by its length
 TAG = 64  # letters, W&B's own limit
 TAGGED = 5  # concepts that are tags; of more, the first ones
-AXES = ("d1", "s_lo", "m", "n")  # of method.neighbours: what surfaces stand on
 
 
 def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
@@ -135,9 +135,9 @@ def _cell(run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> A
     import wandb
 
     mining = (run.config.get("method") or {}).get("neighbours") or {}
-    row: dict[str, Any] = {"system": system(run), "seed": run.config.get("seed")}
+    row: dict[str, Any] = {"run": run.folder.name, "system": system(run), "seed": run.config.get("seed")}
     row["concept"] = ", ".join(c["target"] for c in metrics["protocol"].get("concepts", [])[:TAGGED])
-    row |= {axis: _told(mining.get(axis)) for axis in AXES}
+    row |= {axis: _told(mining.get(axis)) for pair in SURFACES for axis in pair}
     for name in ORDER:
         estimate = metrics["main"].get(name) or {}
         row |= {f"{name}{end}": estimate.get(key) for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))}

@@ -1,0 +1,92 @@
+"""A workspace or a report in Weights & Biases: python -m realera.dashboard group=20260101-120000"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from typing import Any
+
+from omegaconf import DictConfig
+
+from realera import cli, complaints, console, panels
+from realera.contracts import UserError
+
+BUILDERS = {"workspace": panels.workspace, "report": panels.report}
+
+
+def dashboard(cfg: DictConfig) -> None:
+    config = cli.plain(cfg)
+    if config["kind"] not in BUILDERS:
+        close = complaints.did_you_mean(str(config["kind"]), BUILDERS)
+        raise UserError(f"kind={config['kind']} is neither workspace nor report{close}.")
+    if find_spec("wandb_workspaces") is None:
+        raise UserError("a dashboard is built by wandb-workspaces: pip install 'realera[dashboard]'.")
+    if config["dry_run"]:
+        print(json.dumps(described(config), indent=1, ensure_ascii=False))
+    elif cli.wandb_mode() != "online":
+        raise UserError(
+            "a dashboard stands in Weights & Biases and nobody is logged in here (or WANDB_MODE says offline): "
+            "wandb login, or dry_run=true prints what would be built."
+        )
+    else:
+        console.show_path(str(config["kind"]), save(config))
+
+
+def built(config: dict[str, Any], entity: str) -> Any:
+    """The library's own object, not yet saved."""
+    groups = _listed(config["group"])
+    title = config["title"] or ", ".join(["realera", *groups])
+    runs = panels.picked(groups, _listed(config["tags"]), config["filters"])
+    return BUILDERS[config["kind"]](entity, config["project"], title, runs, entity if config["charts"] else None)
+
+
+def described(config: dict[str, Any]) -> dict[str, Any]:
+    """What would be sent: the library's own form of it, and the chart presets."""
+    entity = str(config["entity"] or "ENTITY")
+    model = built(config, entity)._to_model()  # the library has no public way to its form but save()
+    charts = dict(panels.PRESETS) if config["charts"] else {}
+    spec = json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
+    return {"kind": config["kind"], "charts": charts, "sent": spec}
+
+
+def save(config: dict[str, Any]) -> str:
+    """Builds it in W&B; its address.
+
+    Raises:
+        UserError: W&B cannot be reached or does not take it.
+    """
+    import wandb
+
+    try:
+        api = wandb.Api()
+        entity = str(config["entity"] or api.default_entity)
+        for name, spec in panels.PRESETS.items() if config["charts"] else ():
+            _keep_preset(api, entity, name, spec)
+        return str(built(config, entity).save().url)
+    except (wandb.Error, ValueError) as error:
+        raise UserError(
+            f"W&B did not take it ({complaints.first_line(error)}): check entity and project, and wandb login; "
+            "dry_run=true prints what would be built."
+        ) from error
+
+
+def _keep_preset(api: Any, entity: str, name: str, spec: dict[str, Any]) -> None:
+    import wandb
+
+    try:
+        api.create_custom_chart(entity, name, name, "vega2", "private", spec)
+    except wandb.Error as error:  # it may stand already, and is then used as it is
+        reason = complaints.first_line(error)
+        cli.log.warning("the chart preset %s/%s was not saved (%s); charts=false does without", entity, name, reason)
+
+
+def _listed(value: Any) -> list[str]:
+    return [] if value is None else [str(one) for one in value] if isinstance(value, list) else [str(value)]
+
+
+def main() -> None:
+    cli.door("dashboard", dashboard)
+
+
+if __name__ == "__main__":
+    main()
