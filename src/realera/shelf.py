@@ -79,13 +79,16 @@ def state_of(backbone: Backbone) -> tuple[Any, ...]:
 def _networks(backbone: Backbone) -> list[nn.Module]:
     """The U-Net and whatever else of torch the backbone holds."""
     found: dict[int, nn.Module] = {id(backbone.unet): backbone.unet}
-    waiting = [vars(backbone)]
+    waiting: list[Any] = [backbone]
+    met: set[int] = set()
     while waiting:
-        for value in waiting.pop().values():
+        owner = waiting.pop()
+        met.add(id(owner))
+        for value in vars(owner).values():
             if isinstance(value, nn.Module):
                 found.setdefault(id(value), value)
-            elif type(value).__module__.startswith("realera.") and hasattr(value, "__dict__"):
-                waiting.append(vars(value))
+            elif type(value).__module__.startswith("realera.") and hasattr(value, "__dict__") and id(value) not in met:
+                waiting.append(value)
     return list(found.values())
 
 

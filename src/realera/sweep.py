@@ -190,10 +190,10 @@ def close(cells: list[Cell]) -> int:
     listed = folder() / LISTED
     whole = [Path(line) for line in dict.fromkeys(listed.read_text().splitlines())] if listed.is_file() else []
     if any((run / paths.METRICS).is_file() for run in whole):
-        from realera.evaluation.overview import write_overview
+        from realera.evaluation.sweep_report import write_sweep
 
         try:
-            page = write_overview(whole, folder() / paths.REPORT)
+            page = write_sweep(whole, folder() / paths.REPORT, [asdict(cell) for cell in read_cells(folder())])
             console.show_path("page to open", page)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)

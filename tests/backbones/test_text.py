@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,3 +183,26 @@ def test_vectors_at_the_end_of_a_full_prompt(encoder: TextEncoder) -> None:
     assert int(found.length[0]) == 76
     with pytest.raises(UserError, match="vectors"):
         encoder.with_vectors(["a " * 70 + "cat"], ["cat"], encoder.vectors("dog bird cat ship truck sky"))
+
+
+def test_what_was_read_is_kept_and_cannot_be_spoilt(
+    new_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = new_backbone().text
+    first = encoder(["a cat", "a dog"], ["cat", "dog"])
+    untouched = first.states.clone()
+    first.states.zero_()
+    monkeypatch.setattr(encoder, "_read", None)  # a second reading would fail
+    again = encoder(["a cat", "a dog"], ["cat", "dog"])
+    assert torch.equal(again.states, untouched) and again.first.tolist() == first.first.tolist()
+    with pytest.raises(TypeError):
+        encoder(["a dog", "a cat"], ["dog", "cat"])
+
+
+def test_what_is_kept_has_a_limit(new_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = new_backbone().text
+    one = encoder(["a cat"]).states.nbytes
+    monkeypatch.setattr(room, "KEPT", 2 * one)
+    for word in ("dog", "ship", "sky"):
+        encoder([f"a {word}"])
+    assert [key[1] for key in encoder._kept] == [("a ship",), ("a sky",)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedT
 from realera.contracts import TextStates, UserError
 
 BATCH = 64  # prompts in one forward of the text encoder
+KEPT = 64 << 20  # bytes of text states that are kept for when the same prompts are asked again
 BATCH_OF_ALL_LAYERS = 16  # where every layer's states are kept: a few hundred MB
 
 
@@ -39,13 +41,13 @@ class TextEncoder:
         self.width = int(model.config.hidden_size)
         projected = isinstance(model, CLIPTextModelWithProjection)
         self.pooled_width = int(model.config.projection_dim) if projected else 0
+        self._kept: OrderedDict[tuple[Any, ...], TextStates] = OrderedDict()  # by the whole list, so bit for bit
         if not 3 <= self.length <= limit:
             raise UserError(
                 f"backbone.text_length={length} cannot be: this text encoder takes 3 to {limit} tokens; choose a "
                 "length between them."
             )
 
-    @torch.no_grad()
     def __call__(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates:
         """States (B, T, D) float32 on the model's device; rows as `contracts.TextStates` says; `pooled` is the
         projected state of the end of the text, where the model has one.
@@ -54,6 +56,15 @@ class TextEncoder:
         """
         if subjects is not None and len(subjects) != len(texts):
             raise ValueError(f"{len(texts)} texts but {len(subjects)} subjects")
+        key = (str(self.model.device), tuple(texts), None if subjects is None else tuple(subjects))
+        found = self._kept.pop(key, None) or self._read(texts, subjects)
+        self._kept[key] = found  # the latest last
+        while len(self._kept) > 1 and sum(one.states.nbytes for one in self._kept.values()) > KEPT:
+            self._kept.popitem(last=False)
+        return _copy(found)
+
+    @torch.no_grad()
+    def _read(self, texts: Sequence[str], subjects: Sequence[str] | None) -> TextStates:
         device = self.model.device
         ids = self._tokens(texts)
         rows = [self.rows(text, subject) for text, subject in zip(texts, subjects or (), strict=False)]
@@ -227,6 +238,13 @@ class PairedTextEncoder:
     def to(self, device: Any) -> None:
         self.first.to(device)
         self.second.to(device)
+
+
+def _copy(found: TextStates) -> TextStates:
+    """The same values in memory of their own: what a caller does to them stays the caller's."""
+    pooled = None if found.pooled is None else found.pooled.clone()
+    first, last, length = found.first.clone(), found.last.clone(), found.length.clone()
+    return TextStates(found.states.clone(), first, last, length, pooled)
 
 
 def _short(text: str) -> str:

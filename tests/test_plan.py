@@ -1,0 +1,178 @@
+"""What a run or a sweep will take: counted from the settings, with what cells share counted once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from realera import cli, devices, jobs, paths, plan, runs, train
+from realera.plan import Work
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REALERA_STAMP", "stamp")
+    monkeypatch.setattr(devices, "number", lambda: 0)
+
+
+@pytest.fixture
+def hydra() -> Iterator[None]:
+    """A composing Hydra, as in a job."""
+    cli.register_resolvers()
+    with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+        yield
+    HydraConfig.instance().cfg = None
+
+
+def settings(*words: str) -> dict[str, Any]:
+    cfg = compose("train", ["concept=airplane", *words])
+    return cli.plain(cfg)
+
+
+def worked(*words: str) -> Work:
+    config = settings(*words)
+    return plan.work(config, cli.build_task(config))
+
+
+def test_a_cell_is_counted_from_its_settings(hydra: None) -> None:
+    small = "task.images={erase:4,near:2,keep:1,associated:1,unseen:1}"
+    config = settings("backbone=mini", small)
+    images = len(cli.build_task(config).eval_prompts())
+    found = worked("backbone=mini", small)
+    assert (found.images, len(found.originals), found.steps) == (images, images, 200)
+    assert found.passes_per_image == 40 and sum(found.made.values()) == 64 * 20 * 2
+    assert worked("backbone=mini", small, "method=original").images == 0
+    assert worked("backbone=mini", small, "evaluate=false").images == 0
+    assert worked("backbone=mini", small, "method=uce").made == {}
+    both = worked("backbone=mini", "concept=[airplane,cat]", "method=mace", small)
+    assert both.steps == 2 * worked("backbone=mini", "method=mace", small).steps  # a LoRA each, taught in turn
+
+
+def test_what_cells_share_counts_once(hydra: None) -> None:
+    words = [("backbone=mini", f"seed={seed}", "method=uce") for seed in (0, 1)]
+    both = plan.summed([worked(*one) for one in words])
+    alone = plan.summed([worked(*words[0])])
+    assert both.images == 2 * alone.images and both.original_images == alone.original_images == alone.images
+    assert both.hours is not None and alone.hours is not None and both.hours < 2 * alone.hours
+    other = plan.summed([worked(*words[0]), worked(*words[0], "task.first_seed=1000")])
+    assert other.original_images == 2 * alone.original_images
+
+
+def test_what_stands_is_not_planned_again(hydra: None) -> None:
+    words = ("backbone=mini", "method=uce")
+    config = settings(*words)
+    folder = runs.claim(config).folder
+    prompts = cli.build_task(config).eval_prompts()
+    for prompt in prompts[:7]:
+        paths.write_text(folder / "images" / f"{prompt.id}.png", "")
+    assert worked(*words).images == len(prompts) - 7 and not worked(*words).finished
+    for name in (paths.METRICS, paths.REPORT, paths.ERASED):
+        paths.write_text(folder / name, "{}")
+    assert worked(*words).finished and plan.summed([worked(*words)]).basis == "nothing is left to do"
+    assert not worked(*words, "overwrite=true").finished
+
+
+def test_hours_come_from_finished_runs_where_there_are_some(hydra: None) -> None:
+    words = ("backbone=mini", "method=realera")
+    guessed = worked(*words)
+    assert guessed.pace is None and guessed.rate is not None and "core" in guessed.rate[1]
+    folder = Path("runs/cat-realera-mini-01234567")
+    record = {
+        "form": 1,
+        "device": "cpu, 1 thread",
+        "stages": {"load": 2.0, "train": 50.0, "originals": 9.0, "draw": 30.0, "judge": 4.0},
+        "passes": {"erase": 5, "draw": 400},
+        "passes_per_image": 40,
+    }
+    paths.write_text(folder / paths.COSTS, json.dumps(record))
+    assert worked(*words).pace is None  # not finished
+    paths.write_text(folder / paths.METRICS, "{}")
+    paths.write_text(folder / paths.CONFIG, yaml.safe_dump({"method": {"align": {"steps": 100}}}))
+    assert worked(*words).pace == (3.0, 0.5, 6.0)
+    found = worked(*words)
+    seconds = found.images * 3.0 + 200 * 0.5 + 6.0 + len(found.originals) * 3.0
+    planned = plan.summed([found])
+    assert planned.hours == round(seconds / 3600, 2) and "finished runs" in planned.basis
+    assert worked("backbone=mini", "method=uce").pace is None
+    paths.write_text(folder / paths.COSTS, json.dumps({**record, "device": "NVIDIA A100"}))
+    assert worked(*words).pace is None
+
+
+@pytest.mark.parametrize("backbone", [file.stem for file in sorted((paths.CONF_DIR / "backbone").glob("*.yaml"))])
+def test_every_backbone_has_a_figure(backbone: str, hydra: None) -> None:
+    assert worked(f"backbone={backbone}", "trainer=cpu").rate == plan.PASS[backbone, "cpu"]
+    planned = plan.summed([worked(f"backbone={backbone}")])
+    assert planned.hours and planned.basis.startswith("estimated: ")
+    assert ("gpu" if backbone != "mini" else "cpu", backbone) in {(device, name) for name, device in plan.PASS}
+
+
+def test_jobs_are_composed_as_their_launcher_will(hydra: None) -> None:
+    master = compose("train", ["concept=airplane"], return_hydra_config=True)
+    composed = jobs.Composer(master)
+    for words in (
+        ["concept=cat", "method=uce", "method.edit.ridge=5"],
+        ["concept=cat", "method=uce", "method.edit.ridge=0.5"],
+        ["concept=[cat,dog]", "backbone=sd14", "seed=3", "task.images.erase=7"],
+        ["concept=cat", "+trainer.limit_train_batches=1"],
+    ):
+        expected = composed.loader.load_sweep_config(master, words)
+        found = composed(words)
+        assert _job(found) == _job(expected)
+        assert list(found.hydra.overrides.task) == list(expected.hydra.overrides.task)
+    assert len(composed.bases) == 2  # the options uce and sd14; what adds a key is composed as a whole
+
+
+def _job(cfg: DictConfig) -> Any:
+    config = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(config, dict)
+    return {key: value for key, value in config.items() if key != "hydra"}
+
+
+@pytest.mark.parametrize("flag", ["", "-m"])
+def test_a_dry_run_says_the_plan_and_leaves_nothing(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["backbone=sd14", "method=uce,realera" if flag else "method=realera", "concept=airplane", "dry_run=true"]
+    monkeypatch.setattr(sys, "argv", ["train", *([flag] if flag else []), *words])
+    if flag:
+        with pytest.raises(SystemExit) as left:
+            train.main()
+        assert not left.value.code
+    else:
+        train.main()
+    said = capsys.readouterr().out
+    assert "planned" in said and "A100" in said and ("6,000" if flag else "3,000") in said
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_refused_job_is_planned_as_such(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "concept=airplane,nothingknown", "method=uce", "dry_run=true"])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert not left.value.code and "2 (1 refused)" in capsys.readouterr().out
+
+
+def test_a_launcher_that_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "find_spec", lambda name: None)
+    cfg = OmegaConf.create(
+        {
+            "hydra": {
+                "launcher": {"_target_": "hydra_plugins.hydra_x_launcher.launcher.X"},
+                "sweeper": {"_target_": "a.B"},
+            }
+        }
+    )
+    with pytest.raises(jobs.UserError, match=r"hydra_x_launcher is not installed: pip install 'realera\[sweeps\]'"):
+        jobs.refuse_missing(cfg)
