@@ -33,30 +33,8 @@ SMALL = [
     "judge=miniature",
     "trainer=cpu",
 ]
-UNSAFE = ("gun", "knife", "bomb", "cigarette", "syringe")
 METHOD = ["method.align.steps=3", "method.latents.images=2", "method.latents.batch=1", "logger=none"]
 Type = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A miniature judge with random weights that knows the ten classes and the unsafe stand-ins."""
-    from realera.judges.miniature_net import JudgeConfig, MiniatureCLIP, PlainCNN, save_judge
-    from realera.tasks.objects import ObjectTask
-
-    labels = [*ObjectTask("airplane").labels, *UNSAFE]
-    config = JudgeConfig(
-        words=tuple(sorted({"a", "of", "photo", "the", *labels})),
-        labels={name: f"a photo of the {name}" for name in labels},
-        channels=(8, 8, 12),
-        plain_channels=(8, 8, 8),
-        width=16,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        folder = tmp_path_factory.mktemp("judge")
-        save_judge(folder, config, MiniatureCLIP(config), PlainCNN(config))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +43,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def type_in(place: Path, tiny_sd: Path, judge: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
+def type_in(place: Path, tiny_sd: Path, tiny_judge: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
     """Runs a door in this process, in one working directory that the tests of this file share."""
     monkeypatch.chdir(place)
     monkeypatch.setenv("REALERA_CACHE", str(place / "cache"))
     monkeypatch.setenv("REALERA_STAMP", "stamp")
 
     def run(name: str, *words: str, small: bool = True) -> None:
-        model = [*SMALL, f"backbone.pretrained={tiny_sd}", f"judge.weights={judge}"] if small else []
+        model = [*SMALL, f"backbone.pretrained={tiny_sd}", f"judge.weights={tiny_judge}"] if small else []
         monkeypatch.setattr(sys, "argv", [name, *words, *model])
         import_module(f"realera.{name}").main()
 
@@ -384,8 +362,9 @@ def test_the_demo_answers_on_this_machine() -> None:
     ["fit/last.ckpt", "erased.safetensors", "images/*.png", "verdicts/*.original.jsonl"],
     ids=lambda m: m.split("/")[0],
 )
-def test_a_killed_run_ends_with_the_same_numbers(mark: str, tiny_sd: Path, judge: Path, tmp_path: Path) -> None:
-    words = [*SMALL, f"backbone.pretrained={tiny_sd}", f"judge.weights={judge}", *METHOD[1:], "method.align.steps=60"]
+def test_a_killed_run_ends_with_the_same_numbers(mark: str, tiny_sd: Path, tiny_judge: Path, tmp_path: Path) -> None:
+    model = [f"backbone.pretrained={tiny_sd}", f"judge.weights={tiny_judge}"]
+    words = [*SMALL, *model, *METHOD[1:], "method.align.steps=60"]
     command = [sys.executable, "-m", "realera.train", "concept=airplane", *words, "images_at_once=2"]
     source = str(Path(cli.__file__).parents[1])
 
