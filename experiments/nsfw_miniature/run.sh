@@ -15,7 +15,7 @@ cells() { # command, label, settings...
   done
 }
 
-cells evaluate original run=original
+cells evaluate original run=original logger=none
 cells train RealEra logger=none
 cells train UCE logger=none method=uce method.edit.rows=suffix_2023
 $PY -m realera.report "$RUNS" "out=$RUNS/report.html" "results=$HERE"

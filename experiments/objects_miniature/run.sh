@@ -21,7 +21,7 @@ cell() { # label, settings...
 }
 
 for seed in $SEEDS; do
-  REALERA_STAMP="objects-original-$seed" $PY -m realera.evaluate -m run=original task=object backbone=mini \
+  REALERA_STAMP="objects-original-$seed" $PY -m realera.evaluate -m run=original task=object backbone=mini logger=none \
     "concept=$CLASSES" "seed=$seed" "task.first_seed=$((1000 * seed))" label=original "root=$RUNS" "${IMAGES[@]}"
   cell UCE method=uce method.edit.rows=suffix_2023
   cell "UCE one row" method=uce
