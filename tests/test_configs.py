@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
+from options import method_settings
 from realera import band, cli, paths, preflight
 from realera.contracts import Concept, Method
 
@@ -84,6 +86,17 @@ def test_every_method_is_built_and_can_mine_what_it_asks_for(method: str, backbo
     built = instantiate(config["method"])
     assert isinstance(built, Method) and built.name == config["method"]["name"]
     preflight.check_settings(config)
+
+
+def test_gradients_are_bounded_where_the_official_code_bounds_them() -> None:
+    """And on the miniature, where the rates were chosen so."""
+    cli.register_resolvers()
+    unbounded = {"esd-x", "esd-u", "spm", "sa"}
+    for method in METHODS:
+        for backbone, clip in (("sd14", None if method in unbounded else 1.0), ("mini", 1.0)):
+            config = OmegaConf.create({"backbone": {"name": backbone}, "method": method_settings(method)})
+            align = config.method.align
+            assert (1.0 if align is None or "clip" not in align else align.clip) == clip, method
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

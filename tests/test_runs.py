@@ -73,6 +73,17 @@ def test_a_cache_of_captions_counts_by_what_it_holds() -> None:
     assert [a == b for a, b in zip(first, folders(*kept))] == [False, False, True]
 
 
+def test_runs_from_before_there_was_such_a_setting_keep_their_name() -> None:
+    def name(align: dict[str, Any], **trainer: Any) -> str:
+        method = {"name": "esd-u", "align": {"steps": 2, **align}}
+        return runs.folder_of(changed(method=method, trainer={"precision": "32-true", **trainer})).name
+
+    before = name({})
+    assert name({"clip": 1.0}) == name({}, gradient_clip_val="method") == before
+    others = {name({"clip": None}), name({"clip": 2.0}), name({}, gradient_clip_val=2.0)}
+    assert len(others | {before}) == 4
+
+
 @pytest.mark.parametrize(
     "concept", ["../../x", "/etc/passwd", "..", "a/b\\c", "Beyoncé (singer)", "x" * 300, ["cat", "../dog"]]
 )

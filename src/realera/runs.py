@@ -31,6 +31,8 @@ FILES = (
     paths.EDIT_INFO,
     paths.COSTS,
 )
+# Settings of a method's parts that came later, and what was done before: runs that still do that keep their name.
+LATER = {"align.clip": 1.0}
 FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, "originals", "wandb")
 
 
@@ -57,6 +59,10 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     ):  # nothing is kept: runs from before there was such a setting keep their name
         said = {key: value for key, value in edit.items() if key not in ("prior_cache", "prior_weight")}
         kept["method"] = {**method, "edit": said}
+    kept["method"] = _without_later(kept["method"])
+    trainer = config.get("trainer") or {}
+    if (clip := trainer.get("gradient_clip_val", "method")) != "method":
+        kept["gradient_clip_val"] = clip
     sums = {file for file in _sums(method) if Path(file).expanduser().is_file()}
     if sums:  # what they hold, as of the tables
         kept["sums"] = {file: _content(Path(file).expanduser()) for file in sorted(sums)}
@@ -65,7 +71,20 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         kept["tables"] = {key: _content(Path(str(file)).expanduser()) for key, file in tables.items()}
     if (weights := config.get("weights") or weights_of(config)) is not None:  # other weights may come into a folder
         kept["weights"] = weights
-    return {**kept, "precision": (config.get("trainer") or {}).get("precision"), "version": __version__}
+    return {**kept, "precision": trainer.get("precision"), "version": __version__}
+
+
+def _without_later(method: Any) -> Any:
+    """A method's settings without those in `LATER` that say what was done before there was such a setting."""
+    if not isinstance(method, Mapping):
+        return method
+    method = dict(method)
+    for name, before in LATER.items():
+        part, key = name.split(".")
+        settings = method.get(part)
+        if isinstance(settings, Mapping) and settings.get(key, before) == before:
+            method[part] = {own: value for own, value in settings.items() if own != key}
+    return method
 
 
 def weights_of(config: Mapping[str, Any]) -> str | None:

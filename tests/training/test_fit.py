@@ -184,6 +184,38 @@ def test_trainer_settings_that_cannot_run(trainer: dict[str, Any], says: str, go
         go(Method("original"), trainer=trainer)
 
 
+@pytest.mark.parametrize(
+    ("clip", "typed", "most"),
+    [
+        ("1e-3", {}, 1e-3),
+        ("null", {}, None),
+        ("null", {"gradient_clip_val": "method"}, None),
+        ("null", {"gradient_clip_val": 1e-4}, 1e-4),
+        ("1e-3", {"gradient_clip_val": None}, None),
+    ],
+)
+def test_a_gradient_is_held_under_the_methods_norm_unless_one_is_typed(
+    clip: str, typed: dict[str, Any], most: float | None, go: Callable[..., Any], load_method: Callable[..., Any]
+) -> None:
+    from lightning.pytorch.callbacks import Callback
+
+    norms = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]  # as the optimiser saw them
+            norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+
+    method = load_method("esd-x", "align.steps=2", f"align.clip={clip}")
+    go(method, trainer={"accelerator": "cpu", **typed}, callbacks=[Look()])
+    assert min(norms) > 3e-3 if most is None else norms == pytest.approx([most, most], rel=1e-2)
+
+
+def test_a_norm_that_cannot_be_is_refused(go: Callable[..., Any], load_method: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"method\.align\.clip=0"):
+        go(load_method("esd-x", "align.clip=0"))
+
+
 def test_training_on_no_latents_is_refused(go: Callable[..., Any], load_method: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="on no latents"):
         go(load_method("realera", "latents=null"))

@@ -22,7 +22,8 @@ class NegativeGuidance:
 
     c is the bare name of the concept; the anchor plays no part. eps0 is the original model. negative_guidance: eta.
     parameters: which of the U-Net's weights are trained, as `Backbone.unfreeze` takes it. norms: whether the
-    normalisations among them are. steps, lr, weight_decay: of AdamW, which with a decay of 0 is Adam.
+    normalisations among them are. steps, lr, weight_decay: of AdamW, which with a decay of 0 is Adam. clip: the norm
+    that the gradient is held under, None = unbounded.
 
     Raises UserError for settings that cannot be.
     """
@@ -37,6 +38,7 @@ class NegativeGuidance:
         weight_decay: float = 0.0,
         negative_guidance: float = 1.0,
         norms: bool = True,
+        clip: float | None = None,
     ) -> None:
         if steps < 0:
             raise UserError(f"method.align.steps={steps} cannot be: give 0 or more.")
@@ -51,6 +53,7 @@ class NegativeGuidance:
         self.lr = lr
         self.weight_decay = weight_decay
         self.negative_guidance = negative_guidance
+        self.clip = clip
         self.texts: dict[str, TextStates] = {}
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:

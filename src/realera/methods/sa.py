@@ -75,7 +75,7 @@ class SelectiveAmnesia:
     of another caption p_r, w0 the weights as loaded, F their Fisher information (None: no such term).
 
     parameters: what is trained, as `Backbone.unfreeze` takes it; the sum is over these. gamma, lambda_ewc: as above.
-    steps, lr, weight_decay: of AdamW.
+    steps, lr, weight_decay: of AdamW. clip: the norm that the gradient is held under, None = unbounded.
 
     Raises UserError for settings that cannot be.
     """
@@ -91,6 +91,7 @@ class SelectiveAmnesia:
         weight_decay: float = 0.01,
         gamma: float = 1.0,
         lambda_ewc: float = 50.0,
+        clip: float | None = None,
     ) -> None:
         for name, value in (("gamma", gamma), ("lambda_ewc", lambda_ewc), ("steps", steps)):
             if not (math.isfinite(value) and value >= 0):
@@ -104,6 +105,7 @@ class SelectiveAmnesia:
         self.weight_decay = weight_decay
         self.gamma = gamma
         self.lambda_ewc = lambda_ewc
+        self.clip = clip
         self.information: dict[str, Tensor] = {}
         self.first: dict[str, Tensor] = {}
 

@@ -38,7 +38,8 @@ class SemiPermeableMembrane:
     rejection by the cosine rejects nothing in so many dimensions). anchor_weight 0 leaves latent anchoring out.
 
     lr is that of AdamW at its highest: it rises linearly in `warmup` steps of each concept and falls along a cosine,
-    `cycles` times from the top; cycles 0 keeps it constant. steps, lora: of each concept.
+    `cycles` times from the top; cycles 0 keeps it constant. clip: the norm that the gradient is held
+    under, None = unbounded. steps, lora: of each concept.
 
     Raises UserError for settings that cannot be.
     """
@@ -60,6 +61,7 @@ class SemiPermeableMembrane:
         anchoring: Anchoring = "words",
         anchor_power: float = 1.0,
         words: Sequence[str] = (),
+        clip: float | None = None,
     ) -> None:
         if anchoring not in (known := get_args(Anchoring)):
             raise UserError(f"method.align.anchoring={anchoring!r} is not known: choose one of {', '.join(known)}.")
@@ -78,7 +80,7 @@ class SemiPermeableMembrane:
             raise UserError(f"method.align.anchors={anchors} cannot be: give 1 or more, or anchor_weight=0.")
         self.lora = replace(lora, targets=tuple(lora.targets))  # yaml gives a list
         self.steps, self.lr, self.weight_decay = steps, lr, weight_decay
-        self.warmup, self.cycles = warmup, cycles
+        self.warmup, self.cycles, self.clip = warmup, cycles, clip
         self.neutral = neutral
         self.negative_guidance = negative_guidance
         self.anchor_weight, self.anchors, self.anchor_power = anchor_weight, anchors, anchor_power

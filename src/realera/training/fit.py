@@ -24,7 +24,7 @@ from realera.costs import Meter
 from realera.paths import ERASED, FIT, cache_dir, whole
 from realera.training.callbacks import ClosedFormEdit, FitProgress, LossLines, Measured, PrepareLatents
 from realera.training.checkpoint import Origin, load_erased, save_erased
-from realera.training.module import ErasureModule, steps_of, trains
+from realera.training.module import ErasureModule, clip_of, steps_of, trains
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +65,10 @@ def fit(
 
     config: the resolved settings, kept in the files' metadata. identity: a hash of the settings that decide the result;
     files of another identity in `run_dir` are refused. trainer: keywords of lightning.Trainer (accelerator, devices,
-    strategy, precision, gradient_clip_val, ...). Several processes that have found each other (torch.distributed is
-    initialised) all call this, or Lightning starts them; a method without a loop is one process's work. probes: prompts
-    whose shift under the edit goes into edit.json. meter: told of the stages edit, latents, train and finish.
+    strategy, precision, ...), and gradient_clip_val: a norm, None = no clipping, "method" = what the method says.
+    Several processes that have found each other (torch.distributed is initialised) all call this, or Lightning starts
+    them; a method without a loop is one process's work. probes: prompts whose shift under the edit goes into edit.json.
+    meter: told of the stages edit, latents, train and finish.
 
     Raises:
         UserError: settings that cannot run together, and files in `run_dir` that belong to another run.
@@ -86,6 +87,9 @@ def fit(
 
     meter = meter or Meter()
     steps = steps_of(align, len(pairs))
+    settings = dict(trainer or {})
+    if settings.get("gradient_clip_val", "method") == "method":
+        settings["gradient_clip_val"] = clip_of(align)
     if steps == 0:
         meter.note(trained_parameters=0)
     module = ErasureModule(backbone, method, pairs, seed)
@@ -100,7 +104,7 @@ def fit(
         *callbacks,
     ]
     with _quiet():
-        runner = _trainer(trainer or {}, steps, run_dir, loggers, around)
+        runner = _trainer(settings, steps, run_dir, loggers, around)
         resume = _last_good(run_dir / FIT / f"{LAST}.ckpt", identity)
         if resume is not None:
             log.info("going on from %s", resume)
@@ -125,7 +129,7 @@ def _trainer(
     for name, instead in OURS.items():
         if name in given:
             raise UserError(f"trainer.{name} is not a setting: use {instead}.")
-    settings = {"gradient_clip_val": 1.0, "log_every_n_steps": 1, "precision": "32-true", **given}
+    settings = {"log_every_n_steps": 1, "precision": "32-true", **given}
     if settings["precision"] not in PRECISIONS:
         raise UserError(
             f"trainer.precision={settings['precision']} is not known here: choose one of {', '.join(PRECISIONS)}."

@@ -23,6 +23,7 @@ from realera.training.turns import AdamWInTurns
 log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)
+CLIP = 1.0  # MACE's; RealEra and the others that name no norm are trained in its way
 
 
 class ErasureModule(LightningModule):
@@ -146,6 +147,17 @@ def one_each(align: Aligner | None) -> bool:
 def steps_of(align: Aligner | None, concepts: int) -> int:
     """How many optimiser steps the loop has: `align.steps`, of each concept where it trains its own adapter."""
     return 0 if align is None else align.steps * (concepts if one_each(align) else 1)
+
+
+def clip_of(align: Aligner | None) -> float | None:
+    """The norm that a step's gradient is held under: the aligner's own `clip`, None = no such thing; else `CLIP`.
+
+    Raises UserError for a norm that cannot be.
+    """
+    clip: float | None = getattr(align, "clip", CLIP)
+    if clip is not None and not 0 < clip < math.inf:
+        raise UserError(f"method.align.clip={clip} cannot be: give a finite number above 0, or null for no clipping.")
+    return clip
 
 
 def turn(step: int, concepts: int) -> int:
