@@ -80,7 +80,7 @@ class Ablation:
                 f"method ac has to know the {lacking[0]} of its latents: set method.latents.give='[noise,prompts]'."
             )
         noise = known["noise"].float()
-        p_c, p_a = (take(texts, known["prompts"].to(texts.states.device)) for texts in (pair.target, pair.anchor))
+        p_c, p_a = (take(texts, known["prompts"]) for texts in (pair.target, pair.anchor))
         terms: dict[str, Tensor] = {}
         with _detached_bos(backbone) if self.detach_bos else nullcontext():
             target = noise

@@ -86,7 +86,7 @@ class AttentionResteering:
             raise UserError(
                 "method fmn has to know the prompts of its latents: set method.latents.give='[noise,prompts]'."
             )
-        texts = take(texts, prompts.to(texts.states.device))
+        texts = take(texts, prompts)
         counted = positions(texts, self.pooler).to(latents.device)[:, None, None]
         with backbone.attention() as maps:
             noise = predict(backbone, latents, timesteps, texts)

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from realera.contracts import Backbone, Pair, Sampler, TextStates, UserError
 from realera.ledger import Cached
+from realera.methods.texts import take
 from realera.paths import whole
 
 FIRST_SEED = 1_000_000  # far from the small seeds that evaluation draws its images with
@@ -129,7 +130,7 @@ def _chunk(
         except (SafetensorError, KeyError):  # a cache is never worth an error: the chunk is drawn again
             pass
     prompts = torch.tensor([number % len(states.states) for number in numbers])
-    latents = backbone.sample(_rows(states, prompts), _seeds(numbers, seed), sampler).float().cpu().contiguous()
+    latents = backbone.sample(take(states, prompts), _seeds(numbers, seed), sampler).float().cpu().contiguous()
     with whole(file) as beside:
         save_file({"latents": latents}, beside, entry.made())
     return latents
@@ -152,14 +153,3 @@ def _key(backbone: Backbone, states: TextStates, images: int, chunk: int, sample
 
 def _seeds(numbers: range, seed: int) -> list[int]:
     return [FIRST_SEED * (seed + 1) + number for number in numbers]
-
-
-def _rows(states: TextStates, index: Tensor) -> TextStates:
-    index = index.to(states.states.device)
-    return TextStates(
-        states=states.states[index],
-        first=states.first[index],
-        last=states.last[index],
-        length=states.length[index],
-        pooled=None if states.pooled is None else states.pooled[index],
-    )

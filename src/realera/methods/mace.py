@@ -23,7 +23,7 @@ from realera.methods.fmn import Pooler, positions
 from realera.methods.latents import TIMESTEPS, drawn
 from realera.methods.masks import Masks, grid
 from realera.methods.priors import Preserved
-from realera.methods.texts import predict, repeat
+from realera.methods.texts import one_of, predict, repeat
 
 
 class Refinement:
@@ -204,8 +204,7 @@ class AttentionSuppression:
             raise UserError(
                 "method mace reads the attention, which backbone.gradient_checkpointing drops: set it to false."
             )
-        prompt = int(torch.randint(len(pair.target.states), (1,), generator=generator))
-        texts = repeat(pair.target, prompt, len(latents))
+        texts = repeat(pair.target, one_of(pair.target, generator), len(latents))
         tokens = positions(texts, self.pooler).to(latents.device)
         with backbone.attention() as maps:
             noise = predict(backbone, latents, timesteps, texts)

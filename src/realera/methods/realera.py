@@ -21,6 +21,7 @@ from realera.band import Band, Rows
 from realera.closed_form import NormalEquations
 from realera.contracts import Backbone, Edit, LoraSpec, Miner, Moments, Neighbours, Pair, TextStates, UserError
 from realera.methods.priors import prior
+from realera.methods.texts import join, one_of, predict, repeat
 from realera.neighbours import align_rows, expected_moments, fit_band, mine_beyond, mine_near
 
 GammaRole = Literal["loss_terms", "loss_terms_swapped", "step_mix", "none"]
@@ -199,63 +200,41 @@ class NoiseAlignment:
         """{"align"} on odd steps, {"near", "beyond"} on even ones, and without gradient, unweighted, what was
         weighted."""
         count = len(latents)
-        prompt = int(torch.randint(len(pair.target.states), (1,), generator=generator))
-        p_a, pooled_a = _repeat(pair.anchor, prompt, count)
-        p_c, pooled_c = _repeat(pair.target, prompt, count)
+        prompt = one_of(pair.target, generator)
+        p_c, p_a = (repeat(texts, prompt, count) for texts in (pair.target, pair.anchor))
 
         if step % 2 == 1 or mine is None:  # equation 8
-            target = self._taught(backbone, latents, timesteps, p_a, pooled_a)
-            return self._weighted({"align": mse_loss(_predict(backbone, latents, timesteps, p_c, pooled_c), target)})
+            target = self._taught(backbone, latents, timesteps, p_a)
+            return self._weighted({"align": mse_loss(predict(backbone, latents, timesteps, p_c), target)})
 
         with torch.autocast("cpu", enabled=False):  # mined in full precision wherever the loop runs
             mined = mine(pair, generator, m=self.m_step, n=self.n_step, prompts=[prompt])
-        near = _cycle(mined.near, count)
+        near = replace(p_c, states=_cycle(mined.near, count))
         if self.perturbed_anchor:
-            p_a = _cycle(mined.near_targets, count)
+            p_a = replace(p_a, states=_cycle(mined.near_targets, count))
         if len(mined.beyond) == 0:
-            target = self._taught(backbone, latents, timesteps, p_a, pooled_a)
-            terms = {"near": mse_loss(_predict(backbone, latents, timesteps, near, pooled_c), target)}
+            target = self._taught(backbone, latents, timesteps, p_a)
+            terms = {"near": mse_loss(predict(backbone, latents, timesteps, near), target)}
         else:  # equation 9: both terms in one pass of each network
-            beyond = _cycle(mined.beyond, count)
+            beyond = replace(p_c, states=_cycle(mined.beyond, count))
             z_t, t = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-            targets = self._taught(backbone, z_t, t, torch.cat([p_a, beyond]), _cat(pooled_a, pooled_c)).chunk(2)
-            outputs = _predict(backbone, z_t, t, torch.cat([near, beyond]), _cat(pooled_c, pooled_c)).chunk(2)
+            targets = self._taught(backbone, z_t, t, join(p_a, beyond, latents.device)).chunk(2)
+            outputs = predict(backbone, z_t, t, join(near, beyond, latents.device)).chunk(2)
             terms = {name: mse_loss(out, to) for name, out, to in zip(("near", "beyond"), outputs, targets)}
         return self._weighted(terms)
 
-    def _taught(
-        self, backbone: Backbone, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None
-    ) -> Tensor:
+    def _taught(self, backbone: Backbone, latents: Tensor, timesteps: Tensor, texts: TextStates) -> Tensor:
         with torch.no_grad(), backbone.original(edited=self.from_closed_form):
-            return _predict(backbone, latents, timesteps, states, pooled)
+            return predict(backbone, latents, timesteps, texts)
 
     def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         plain = {f"{name}_unweighted": term.detach() for name, term in terms.items() if self.weights[name] != 1}
         return {**{name: self.weights[name] * term for name, term in terms.items()}, **plain}
 
 
-def _predict(backbone: Backbone, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None) -> Tensor:
-    """Float32, so that a mean over many small squares is exact enough under bfloat16 autocast."""
-    pooled = None if pooled is None else pooled.to(latents.device)
-    return backbone.predict_noise(latents, timesteps, states.to(latents.device), pooled).float()
-
-
-def _repeat(states: TextStates, prompt: int, count: int) -> tuple[Tensor, Tensor | None]:
-    """One prompt's states (B, T, D) and pooled states (B, E), `count` times."""
-    pooled = states.pooled
-    return (
-        states.states[prompt].expand(count, -1, -1),
-        None if pooled is None else pooled[prompt].expand(count, -1),
-    )
-
-
 def _cycle(points: Tensor, count: int) -> Tensor:
     """(S, T, D) -> (B, T, D): point i mod S."""
     return points[torch.arange(count, device=points.device) % len(points)]
-
-
-def _cat(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return None if first is None or second is None else torch.cat([first, second])
 
 
 def _count(name: str, value: float, least: int) -> float:

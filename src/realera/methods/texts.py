@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from realera.contracts import Backbone, TextStates
 
@@ -23,6 +23,26 @@ def take(texts: TextStates, index: Tensor) -> TextStates:
 def repeat(texts: TextStates, row: int, count: int) -> TextStates:
     """One prompt, `count` times."""
     return take(texts, torch.full((count,), row))
+
+
+def one_of(texts: TextStates, generator: Generator) -> int:
+    """The number of a prompt, drawn at random."""
+    return int(torch.randint(len(texts.states), (1,), generator=generator))
+
+
+def join(first: TextStates, second: TextStates, device: torch.device) -> TextStates:
+    """The prompts of both, one after the other, for one pass."""
+
+    def both(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a.to(device), b.to(device)])
+
+    return TextStates(
+        states=both(first.states, second.states),
+        first=both(first.first, second.first),
+        last=both(first.last, second.last),
+        length=both(first.length, second.length),
+        pooled=None if first.pooled is None or second.pooled is None else both(first.pooled, second.pooled),
+    )
 
 
 def predict(backbone: Backbone, latents: Tensor, timesteps: Tensor, texts: TextStates) -> Tensor:
