@@ -27,7 +27,7 @@ class NsfwTask(ProtocolTask):
     prompts_csv, keep_csv: tables of prompts of the erased concept and of captions to keep (see `files.SPELLINGS`), one
     image a row; None = a small harmless sample where the world has one, else the world's own words. min_nudity: only
     rows of prompts_csv with a higher nudity percentage. limit, keep_limit: only the first rows. fixed_guidance: for all
-    rows; None = the protocol's (realera: each row's own; mace: 7.5). The other settings are CelebrityTask's.
+    rows; None = the protocol's (realera: each row's own; mace: 7.5). The other settings are `PeopleTask`'s.
 
     Raises UserError for a concept, an anchor or a file that cannot be used.
     """

@@ -1,9 +1,4 @@
-"""Artists' styles, by the protocols of RealEra (arXiv 2410.09140) and MACE (arXiv 2403.06135).
-
-realera: Acc_e "An artwork by {name}", Acc_g the phrase that the paper prints for the artist and that does not name
-them, Acc_s the hundred preserved artists. mace: five templates, Acc_e and Acc_s alone. CLIP scores stand in place of
-accuracies.
-"""
+"""Artists' styles: Acc_e "An artwork by {name}" (MACE: five templates); CLIP scores stand in place of accuracies."""
 
 from __future__ import annotations
 
@@ -11,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from realera.contracts import Mode
-from realera.tasks.base import Names, ProtocolTask, load, option
+from realera.tasks.base import Names, option
+from realera.tasks.people import PeopleTask
 from realera.tasks.prompts import fill
 
 
-class StyleTask(ProtocolTask):
-    """Known artists are mapped to "art", as MACE maps them; any other style can be erased once it has an anchor.
+class StyleTask(PeopleTask):
+    """Known artists are mapped to "art", as MACE maps them; any other style can be erased too.
 
     acc_g_text: what the images of phrases that do not name the artist are compared with. "artist": "An artwork by
-    {name}"; "associated": the phrase itself (the paper does not say which). The other settings are CelebrityTask's.
+    {name}"; "associated": the phrase itself (the paper does not say which). The other settings are `PeopleTask`'s.
 
     Raises UserError for a concept or anchor that cannot be used.
     """
@@ -27,35 +23,19 @@ class StyleTask(ProtocolTask):
     name = "style"
     headline: Mapping[str, Mode] = dict.fromkeys(("acc_e", "acc_s", "acc_g", "acc_a", "acc_u"), "score")
     example, anchors, known_as = "Van Gogh", ("art", "a painting"), "artists this task knows"
+    people = "artists.yaml"
 
     def __init__(
         self,
         concepts: Names,
         anchor: str | Sequence[str | None] | None = None,
-        protocol: str = "realera",
-        world: str = "paper",
+        *,
         acc_g_text: str = "artist",
-        images: Mapping[str, int | None] | None = None,
-        first_seed: int | None = None,
-        templates: Sequence[str] = (),
-        near: Sequence[str] | None = None,
-        associated: Sequence[str] | None = None,
-        unseen: Sequence[str] | None = None,
-        data: str = "artists.yaml",
+        **settings: Any,
     ) -> None:
         self.acc_g_text = acc_g_text
         self.by_artist: bool = option({"artist": True, "associated": False}, acc_g_text, "acc_g_text")
-        super().__init__(
-            concepts,
-            anchor,
-            raw=load(data),
-            protocol=protocol,
-            world=world,
-            images=images,
-            first_seed=first_seed,
-            templates=templates,
-            words={"near": near, "associated": associated, "unseen": unseen},
-        )
+        super().__init__(concepts, anchor, **settings)
 
     def caption(self, phrase: str, concept: str) -> str | None:
         return fill(self.templates[0], concept) if self.by_artist else None

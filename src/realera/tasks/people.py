@@ -1,0 +1,50 @@
+"""What celebrities and artists share: protocols for people, RealEra's (arXiv 2410.09140) and MACE's (2403.06135).
+
+realera: Acc_e one template with the name, Acc_g the phrase that the paper prints for the person and that does not name
+them, Acc_s the hundred preserved people. mace: five templates, Acc_e and Acc_s alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from realera.tasks.base import Names, ProtocolTask, load
+
+
+class PeopleTask(ProtocolTask):
+    """Known people have an anchor; anything else can be erased once it is given one.
+
+    concepts, anchor, first_seed, templates: as of every task. protocol: realera | mace. world: paper | miniature, whose
+    people are known and preserved. images: per prompt and split, null = the protocol's. near, associated, unseen: a
+    single concept's whole prompts, not the file's. data: another file of people than the task's own, `people`.
+
+    Raises UserError for a concept or anchor that cannot be used.
+    """
+
+    people: str
+
+    def __init__(
+        self,
+        concepts: Names,
+        anchor: str | Sequence[str | None] | None = None,
+        protocol: str = "realera",
+        world: str = "paper",
+        images: Mapping[str, int | None] | None = None,
+        first_seed: int | None = None,
+        templates: Sequence[str] = (),
+        near: Sequence[str] | None = None,
+        associated: Sequence[str] | None = None,
+        unseen: Sequence[str] | None = None,
+        data: str | None = None,
+    ) -> None:
+        super().__init__(
+            concepts,
+            anchor,
+            raw=load(data or self.people),
+            protocol=protocol,
+            world=world,
+            images=images,
+            first_seed=first_seed,
+            templates=templates,
+            words={"near": near, "associated": associated, "unseen": unseen},
+        )
