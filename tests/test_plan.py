@@ -51,7 +51,8 @@ def test_a_cell_is_counted_from_its_settings(hydra: None) -> None:
     found = worked("backbone=mini", small)
     assert (found.images, len(found.originals), found.steps) == (images, images, 200)
     assert found.passes_per_image == 40 and sum(found.made.values()) == 64 * 20 * 2
-    assert worked("backbone=mini", small, "method=original").images == 0
+    bare = plan.work(config, cli.build_task(config), unedited=True)
+    assert bare.images == 0 and bare.originals == found.originals
     assert worked("backbone=mini", small, "evaluate=false").images == 0
     assert worked("backbone=mini", small, "method=uce").made == {}
     both = worked("backbone=mini", "concept=[airplane,cat]", "method=mace", small)
@@ -66,6 +67,13 @@ def test_what_cells_share_counts_once(hydra: None) -> None:
     assert both.hours is not None and alone.hours is not None and both.hours < 2 * alone.hours
     other = plan.summed([worked(*words[0]), worked(*words[0], "task.first_seed=1000")])
     assert other.original_images == 2 * alone.original_images
+
+
+def test_what_a_method_makes_for_every_concept_counts_once(hydra: None) -> None:
+    cat, ship = (worked("backbone=sd14", "method=sa", f"concept={name}") for name in ("cat", "ship"))
+    shared = cat.made.keys() & ship.made.keys()
+    assert any(key.startswith("sums") for key in shared) and max(cat.made.values()) == cat.made[max(shared)]
+    assert any(key.startswith("images") for key in cat.made.keys() - shared)  # of the anchor
 
 
 def test_what_stands_is_not_planned_again(hydra: None) -> None:

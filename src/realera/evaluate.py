@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from realera import cli, console, costs, paths, preflight, processes, runs
+from realera import cli, console, costs, paths, preflight, processes, runs, sweep
 from realera.contracts import Judge, SetJudge, Task, UserError
 from realera.ranks import Ranks
 from realera.runs import Run
@@ -20,6 +20,7 @@ def evaluate(cfg: DictConfig) -> None:
     original = config.pop("run") == "original"
     plan = processes.plan(config["trainer"], cli.cuda_devices())
     run = unedited(config, plan.first) if original else existing(str(cfg.run), config.get("judge"))
+    sweep.belongs(run.folder)
     task = cli.build_task(run.config)
     preflight.check_judge(run.config)
     preflight.check_model(run.config["backbone"])

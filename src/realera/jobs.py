@@ -19,7 +19,7 @@ from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from realera import cli, complaints, console, plan, preflight, sweep
+from realera import cli, complaints, console, paths, plan, preflight, runs, sweep
 from realera.contracts import UserError
 from realera.plan import Plan, Work
 
@@ -74,10 +74,11 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
         return _several(work_of(compose(fixed), config_name), int(trials or 1))
     jobs = BasicSweeper.split_arguments(parsed, None)[0]
     found: list[Work | None] = []
+    known: dict[str, Any] = {}
     with console.bar("planning", len(jobs)) if len(jobs) >= MANY else console.no_bar() as advance:
         for job in jobs:
             try:
-                found.append(work_of(compose(job), config_name))
+                found.append(work_of(compose(job), config_name, known))
             except (UserError, InstantiationException):  # the job itself will say it
                 found.append(None)
             advance(1)
@@ -90,7 +91,7 @@ def _several(one: Work, trials: int) -> Plan:
     return Plan(**{**vars(each), "basis": f"{each.basis}; {trials} trials, each as the settings stand, at most"})
 
 
-def work_of(cfg: DictConfig, config_name: str) -> Work:
+def work_of(cfg: DictConfig, config_name: str, known: dict[str, Any] | None = None) -> Work:
     """What a composed job has to do; of a run that is judged again nothing is known."""
     hydra_config = HydraConfig.instance()
     outside = hydra_config.cfg
@@ -99,16 +100,20 @@ def work_of(cfg: DictConfig, config_name: str) -> Work:
         own = copy.copy(cfg)
         with open_dict(own):
             del own["hydra"]
-        config = cli.plain(cli.prepared(config_name, own))
+        config = cli.plain(cli.with_concepts(own))
+        if config.get("run") not in (None, "original"):
+            return Work()
+        unedited = config.get("run") == "original"
+        if unedited:
+            config = {**config, "method": {"name": "original"}, "evaluate": True}
+        preflight.check_settings(config, sweep=True)
+        task = cli.build_task(config)
+        config = cli.name_concepts(config, task)
+        if (runs.folder_of(config) / paths.METRICS).is_file():  # finished only if judged by this judge: slow to compose
+            config["judge"] = cli.plain(cli.with_judge(own, config_name)).get("judge")
     finally:
         hydra_config.cfg = outside
-    if config.get("run") not in (None, "original"):
-        return Work()
-    if config.get("run") == "original":
-        config = {**config, "method": {"name": "original"}, "evaluate": True}
-    preflight.check_settings(config, sweep=True)
-    task = cli.build_task(config)
-    return plan.work(cli.name_concepts(config, task), task)
+    return plan.work(config, task, unedited, known)
 
 
 class Composer:

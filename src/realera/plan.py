@@ -34,6 +34,7 @@ PASS: Mapping[tuple[str, str], tuple[float, str]] = {
 }
 SMALL = "mini"  # the backbone that is at home on a CPU
 LEARNT = 7  # passes that a training step takes for each latent: forward, backward (2), and the teacher's
+EVERYBODYS = ("replay", "fisher")  # parts of methods that are the same whatever is erased
 AROUND = 20.0  # seconds of a cell besides: loading, encoding, judging, the page
 RECENT = 20  # finished runs that are looked at
 
@@ -49,7 +50,7 @@ class Work:
     steps: int = 0
     passes_per_image: float = 0.0
     passes_per_step: float = 0.0
-    originals: frozenset[str] = frozenset()
+    originals: frozenset[int] = frozenset()
     made: Mapping[str, float] = field(default_factory=dict)
     pace: tuple[float, float, float] | None = None
     rate: tuple[float, str] | None = None
@@ -70,18 +71,23 @@ class Plan:
     basis: str
 
 
-def work(config: Mapping[str, Any], task: Task) -> Work:
-    """What the run of a resolved config has still to do."""
+def work(config: Mapping[str, Any], task: Task, unedited: bool = False, known: dict[str, Any] | None = None) -> Work:
+    """What the run of a resolved config has still to do; unedited: of the model as it is, for a row of its own. known:
+    what cells of one sweep look up once."""
+    known = {} if known is None else known
     if runs.is_finished(config):
         return Work(finished=True)
     method, backbone = config.get("method") or {}, config["backbone"]
     folder = runs.folder_of(config)
-    prompts = task.eval_prompts() if config.get("evaluate", True) else []
     sampler = backbone.get("sampler") or {}
-    drawn = [prompt for prompt in prompts if not (folder / paths.IMAGES / f"{prompt.id}.png").is_file()]
-    missing = [prompt for prompt in prompts if not (folder / "originals" / f"{prompt.id}.png").is_file()]
-    unedited = method.get("name") == "original"
-    how = [backbone.get("pretrained"), backbone.get("name"), sampler]
+    what = digest([config["task"], config.get("concept"), config.get("anchor"), sampler, backbone.get("pretrained")])
+    if what not in known:
+        how = digest([backbone.get("pretrained"), backbone.get("name"), sampler])
+        prompts = task.eval_prompts()
+        known[what] = {p.id: hash((p.text, p.seed, p.guidance_scale, p.size, how)) for p in prompts}
+    originals: Mapping[str, int] = known[what] if config.get("evaluate", True) else {}
+    images = 0 if unedited else len(originals.keys() - _pictures(folder / paths.IMAGES))
+    missing = originals.keys() - _pictures(folder / (paths.IMAGES if unedited else "originals"))
     align = method.get("align") or {}
     alone = bool((align.get("lora") or {}).get("per_concept"))
     erased = (folder / paths.ERASED).is_file()
@@ -89,14 +95,17 @@ def work(config: Mapping[str, Any], task: Task) -> Work:
     latents = method.get("latents") or {}
     per_image = int(sampler.get("steps") or 50) * (2.0 + bool(method.get("guide")))
     device = _device(config)
+    asked = (str(backbone["name"]), str(method.get("name")), device, str(config.get("root") or runs.ROOT))
+    if (paced := digest(asked)) not in known:
+        known[paced] = _pace(*asked[:3], Path(asked[3]))
     return Work(
-        images=0 if unedited else len(drawn),
+        images=images,
         steps=steps,
         passes_per_image=per_image,
         passes_per_step=LEARNT * float(latents.get("batch") or 1) + _rollout(latents, sampler),
-        originals=frozenset(digest([p.text, p.seed, p.guidance_scale, p.size, how]) for p in missing),
+        originals=frozenset(originals[name] for name in missing),
         made={} if erased or not steps else dict(_made(method, config, sampler)),
-        pace=_pace(str(backbone["name"]), str(method.get("name")), device, Path(str(config.get("root") or runs.ROOT))),
+        pace=known[paced],
         rate=PASS.get((str(backbone["name"]), device)),
     )
 
@@ -104,7 +113,7 @@ def work(config: Mapping[str, Any], task: Task) -> Work:
 def summed(cells: Sequence[Work], refused: int = 0) -> Plan:
     """The plan of several cells: what they share counts once."""
     to_do = [cell for cell in cells if not cell.finished]
-    originals = frozenset[str]().union(*(cell.originals for cell in to_do))
+    originals = frozenset[int]().union(*(cell.originals for cell in to_do))
     made = {key: passes for cell in to_do for key, passes in cell.made.items()}
     seconds, known = 0.0, 0
     first = to_do[0] if to_do else Work()
@@ -147,6 +156,10 @@ def show(plan: Plan, place: Path | None = None) -> None:
         paths.write_text(place / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
 
 
+def _pictures(place: Path) -> set[str]:
+    return {file.stem for file in place.glob("*.png")}
+
+
 def _device(config: Mapping[str, Any]) -> str:
     """ "gpu" or "cpu". A large model is planned for a GPU where this machine has none: there it is going to run."""
     asked = str((config.get("trainer") or {}).get("accelerator", "auto"))
@@ -163,18 +176,21 @@ def _rollout(latents: Mapping[str, Any], sampler: Mapping[str, Any]) -> float:
     return int(latents.get("steps") or sampler.get("steps") or 50) * chains / renew  # half the steps, guided
 
 
-def _made(node: Any, config: Mapping[str, Any], sampler: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Images and sums over images that a method makes before it trains, at any depth of its settings."""
+def _made(
+    node: Any, config: Mapping[str, Any], sampler: Mapping[str, Any], of: Sequence[str] = ("concept", "anchor")
+) -> Iterator[tuple[str, float]]:
+    """(key, passes) of images and sums over images that a method makes before it trains, at any depth of its settings.
+    of: what of the run's they depend on besides seed and model."""
     if not isinstance(node, Mapping):
         return
-    key = digest([node, config.get("concept"), config.get("anchor"), config.get("seed"), config["backbone"]])
+    key = digest([node, [config.get(name) for name in of], config.get("seed"), config["backbone"]])
     if isinstance(images := node.get("images"), int):
         own = node.get("sampler") or {}
         yield f"images {key}", images * 2.0 * int(own.get("steps") or node.get("steps") or sampler.get("steps") or 50)
     if isinstance(samples := node.get("samples"), int) and isinstance(timesteps := node.get("timesteps"), int):
         yield f"sums {key}", 3.0 * samples * timesteps  # each with its gradient
-    for value in node.values():
-        yield from _made(value, config, sampler)
+    for name, value in node.items():
+        yield from _made(value, config, sampler, () if name in EVERYBODYS else of)
 
 
 def _pace(backbone: str, method: str, device: str, root: Path) -> tuple[float, float, float] | None:
