@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import folders
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder: D = 32, T = 77, latents 4 x 8 x 8 for 32 px images, 14 attn2 K/V layers; about 1 MB."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     folder = tmp_path_factory.mktemp("tiny") / "sd"
@@ -53,28 +52,8 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
         ).save_pretrained(folder / "vae")
-    DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")
-    parts = {
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-    }
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.0", **parts}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
+    folders.save_scheduler(folder, "DDIMScheduler")
+    return folders.save_index(folder, "StableDiffusionPipeline", requires_safety_checker=False)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from omegaconf import OmegaConf
 
 from realera import cli, paths, preflight, train
 from realera.evaluation.readings import ORDER
-from realera.judges.miniature_net import JudgeConfig, MiniatureCLIP, PlainCNN, save_judge
 
 FILES = sorted((Path(__file__).parents[1] / "experiments" / "wandb").glob("*.yaml"))
 FIRST = ("experiment", "task", "method", "backbone", "judge", "trainer", "logger")  # groups: options, not values
@@ -86,18 +85,17 @@ def test_every_parameter_is_a_setting_and_its_values_compose(file: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_an_agent_s_command_runs_a_cell(
-    file: Path, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, tiny_sd: Path, tiny_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = read(file)
     last = samples(sweep)[-1]
-    judge = _judge(tmp_path / "judge")
     small = {
         "backbone.pretrained": str(tiny_sd),
         "backbone.text": "{width:32,row_norm:5.7,max_length:77}",
         "backbone.sampler.steps": 2,
         "task.images": "{erase:2,near:1,keep:1,associated:0,unseen:0}",
         "judge": "miniature",
-        "judge.weights": str(judge),
+        "judge.weights": str(tiny_judge),
         "trainer": "cpu",
         "method.align.steps": 2,
         "method.latents.images": 2,
@@ -121,23 +119,3 @@ def test_an_agent_s_command_runs_a_cell(
     train.main()
     ((where, what),) = told
     assert where.resolve() == folder.resolve() and what["main"]["h_o"] == metrics["main"]["h_o"]
-
-
-def _judge(folder: Path) -> Path:
-    """A miniature judge with random weights, of the ten classes and the unsafe stand-ins."""
-    import torch
-
-    from realera.tasks.objects import ObjectTask
-
-    labels = [*ObjectTask("airplane").labels, "gun", "knife", "bomb", "cigarette", "syringe"]
-    config = JudgeConfig(
-        words=tuple(sorted({"a", "of", "photo", "the", *labels})),
-        labels={name: f"a photo of the {name}" for name in labels},
-        channels=(8, 8, 12),
-        plain_channels=(8, 8, 8),
-        width=16,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_judge(folder, config, MiniatureCLIP(config), PlainCNN(config))
-    return folder

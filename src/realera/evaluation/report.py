@@ -47,6 +47,13 @@ def write_report(run_dir: Path, blur: bool | None = None) -> Path:
     What the folder does not hold (no images yet, nothing trained) is left out. Raises UserError where it holds no run,
     or a torn file.
     """
+    out = run_dir / paths.REPORT
+    paths.write_text(out, render(TEMPLATE, collect(run_dir, blur)))
+    return out
+
+
+def render(template: str, content: Mapping[str, Any]) -> str:
+    """A page of one of this folder's templates. Whatever a template asks for and is not in `content` is an error."""
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -54,10 +61,7 @@ def write_report(run_dir: Path, blur: bool | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = env.get_template(TEMPLATE).render(collect(run_dir, blur))
-    out = run_dir / paths.REPORT
-    paths.write_text(out, page)
-    return out
+    return env.get_template(template).render(content)
 
 
 def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from realera import paths
 from realera.contracts import UserError
 from realera.evaluation import cost, sweep_plots, table_forms
 from realera.evaluation.readings import ORDER, head
-from realera.evaluation.report import veiled
+from realera.evaluation.report import render, veiled
 from realera.evaluation.sheets import first_pairs, sheets
 from realera.evaluation.sweep_figures import Line, Scatter, Surface, families, scatter
 from realera.evaluation.sweep_settings import (
@@ -67,25 +65,18 @@ def write_sweep(
         for figure in [*figures, *([part["scatter"]] if part["scatter"] else [])] if with_plots else ():
             written += sweep_plots.write(figure, out.parent / FIGURES)
         parts.append(part)
-    env = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = env.get_template(TEMPLATE).render(
-        count=len(known),
-        chapters=parts,
-        shared=_shared(known),
-        lost=_lost(cells),
-        unfinished=len(read) - len(known),
-        twins=[run.folder.name for run in twins],
-        veiled=any(run["veiled"] for part in parts for run in part["runs"]),
-        files=[Path(os.path.relpath(path, out.parent)).as_posix() for path in written],
-        with_plots=with_plots,
-    )
-    paths.write_text(out, page)
+    content = {
+        "count": len(known),
+        "chapters": parts,
+        "shared": _shared(known),
+        "lost": _lost(cells),
+        "unfinished": len(read) - len(known),
+        "twins": [run.folder.name for run in twins],
+        "veiled": any(run["veiled"] for part in parts for run in part["runs"]),
+        "files": [Path(os.path.relpath(path, out.parent)).as_posix() for path in written],
+        "with_plots": with_plots,
+    }
+    paths.write_text(out, render(TEMPLATE, content))
     return out
 
 
