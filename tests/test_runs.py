@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,23 @@ def test_runs_are_found_by_name_by_sweep_and_as_the_latest() -> None:
     assert runs.open_run("latest").folder == both[1].folder
     with pytest.raises(UserError, match="the latest is"):
         runs.open_run("elsewhere")
+
+
+def test_other_weights_in_the_same_folder_make_another_run(tiny_sd: Path) -> None:
+    shutil.copytree(tiny_sd, "model")
+    local = changed(backbone={"name": "mini", "pretrained": "model"})
+    shipped = changed(backbone={"name": "mini", "pretrained": None})
+    assert "weights" not in runs.identity(shipped) and "weights" not in runs.claim(dict(shipped)).config
+    first = runs.claim(dict(local))
+    finish(first)
+    assert first.folder == runs.folder_of(local) == runs.folder_of(first.config) and runs.is_finished(local)
+    fixed = runs.claim({**local, "run_dir": "runs/here"})
+    weights = Path("model/unet/diffusion_pytorch_model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-4] ^= 1  # a bit of the last tensor
+    weights.write_bytes(content)
+    assert runs.folder_of(local) != first.folder and not runs.is_finished(local)
+    assert runs.folder_of(runs.read_config(first.folder)) == first.folder  # what stands keeps its name
+    with pytest.raises(UserError, match="other settings \\(weights: "):
+        runs.claim({**local, "run_dir": str(fixed.folder)})
+    assert runs.is_finished(runs.read_config(first.folder)) and not runs.is_finished({**local, "overwrite": True})

@@ -347,3 +347,27 @@ def test_half_cached_snapshot_names_what_is_missing(tiny_sd: Path, tmp_path: Pat
     _cached(tiny_sd, tmp_path, leave_out="unet/diffusion_pytorch_model.safetensors")
     said = _locate_elsewhere(tmp_path, HF_HUB_OFFLINE="1")
     assert "unet/diffusion_pytorch_model.safetensors" in said and "vae/" not in said
+
+
+def test_marks_change_with_any_tensor_and_with_nothing_else(tiny_sd: Path, tmp_path: Path) -> None:
+    place = tmp_path / "copy"
+    shutil.copytree(tiny_sd, place)
+    assert folder.marks(place) is not None and folder.marks(place) == folder.marks(tiny_sd)
+    file = folder.weight_files(place)[1]
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    seen = {folder.marks(place)}
+    for name in list(header)[1::60]:
+        if name != "__metadata__":
+            changed = bytearray(content)
+            changed[8 + length + header[name]["data_offsets"][0]] ^= 1
+            file.write_bytes(changed)
+            seen.add(folder.marks(place))
+    assert len(seen) == 1 + len([name for name in list(header)[1::60] if name != "__metadata__"]) > 2
+    file.write_bytes(content[:-10])
+    assert folder.marks(place) not in seen
+    file.write_bytes(content[:5])
+    assert folder.marks(place) is None
+    file.unlink()
+    assert folder.marks(place) is None

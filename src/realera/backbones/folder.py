@@ -21,6 +21,7 @@ from realera.paths import MINIATURE
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 SECOND = {"text_encoder_2": "model"}  # what Stable Diffusion XL has besides
 VARIANTS = ("", ".fp16")  # what a weights file's name may hold, in the order they are looked for
+PEEK = 512  # bytes of either end of a tensor that `marks` looks at
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = [
     "model_index.json",
@@ -152,7 +153,7 @@ def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
 
 def marks(folder: Path) -> str | None:
     """16 hex digits that change with the weights in a folder, without reading them: of each file its size, its header
-    and the first kilobyte of every tensor. None where a file is missing or torn."""
+    and both ends of every tensor: no training leaves those as they were. None where a file is missing or torn."""
     digest = hashlib.sha256()
     try:
         for file in weight_files(folder):
@@ -172,8 +173,9 @@ def _marks(file: Path, size: int, changed: int) -> str:
         for name, entry in sorted(json.loads(head).items()):
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                stream.seek(8 + len(head) + begin)
-                digest.update(stream.read(min(1024, end - begin)))
+                for start in (begin, max(begin, end - PEEK)):
+                    stream.seek(8 + len(head) + start)
+                    digest.update(stream.read(min(PEEK, end - start)))
     return digest.hexdigest()
 
 
