@@ -31,6 +31,16 @@ REALERA = [
     "task.images={erase:2,near:1,keep:1,associated:0,unseen:0}",
 ]
 UCE = ["method=uce", "task.images={erase:30,near:1,keep:2,associated:0,unseen:0}"]
+RIVALS = {  # what each asks of several processes
+    "sa": (  # a Fisher information that they share
+        "method.latents.replay.images=4",
+        "method.align.fisher.samples=3",
+        "method.align.fisher.timesteps=4",
+        "method.align.fisher.chunk=1",
+    ),
+    "mace": ("concept=[airplane,ship]",),  # adapters that stand still while another concept's learns
+    "fmn": (),  # weights that the loss does not depend on
+}
 COUNT = {"one": [], "two": ["trainer=ddp", "trainer.devices=2"], "three": ["trainer=ddp", "trainer.devices=3"]}
 Command = Callable[..., "subprocess.Popen[str]"]
 
@@ -107,6 +117,29 @@ def test_two_processes_erase_draw_and_judge_as_one_does(tiny_sd: Path, tmp_path:
     assert [line["value"] for line in said[1]] == pytest.approx([line["value"] for line in said[0]], abs=2e-3)
     for name, estimate in metrics(one)["main"].items():
         assert metrics(two)["main"][name]["value"] == pytest.approx(estimate["value"], abs=0.2), name
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_two_processes_train_every_kind_of_weights_as_one_does(method: str, tiny_sd: Path, tmp_path: Path) -> None:
+    words = (f"method={method}", "method.latents.images=4", "method.latents.batch=4", "method.align.steps=3")
+    for many in ("one", "two"):
+        done(give(tmp_path / many, tiny_sd, many, *words, *RIVALS[method], "evaluate=false"))
+    one, two = (run_in(tmp_path / many) for many in ("one", "two"))
+    assert one.name == two.name
+    first, second = (load_file(run / "erased.safetensors") for run in (one, two))
+    before = load_file(tiny_sd / "unet" / "diffusion_pytorch_model.safetensors")
+    assert first.keys() == second.keys() and len(first) > 10
+    moved = {name: float((value - before[name.removeprefix("edit.")]).norm()) for name, value in first.items()}
+    apart = sum(float((first[name] - second[name]).norm()) ** 2 for name in first) ** 0.5
+    # AdamW's first steps are lr * sign(g): where g is nearly 0, rounding shows
+    assert apart < 0.01 * sum(value**2 for value in moved.values()) ** 0.5
+    costs = [json.loads((run / "costs.json").read_text()) for run in (one, two)]
+    assert costs[0]["trained_parameters"] == costs[1]["trained_parameters"]
+    if method == "sa":
+        files = [next((tmp_path / many / "cache" / "fisher").iterdir()) for many in ("one", "two")]
+        alone, shared = map(load_file, files)
+        assert files[0].name == files[1].name and alone.keys() == shared.keys()
+        assert all((alone[name] - shared[name]).norm() <= 1e-5 * alone[name].norm() for name in alone)
 
 
 def test_without_a_loop_two_processes_end_with_the_same_bytes(tiny_sd: Path, whole: Path, tmp_path: Path) -> None:

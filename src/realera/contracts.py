@@ -315,8 +315,9 @@ class Aligner(Protocol):
     train/<term>. A term without a gradient (detached) is logged only. `step` counts from 1; the pair's tensors are on
     the CPU. With one adapter per concept, `steps` are of each concept, and while a loss is computed the other concepts'
     adapters count nothing, nor while its latents are made. An aligner with a method `prepare` like a latent source's
-    is made ready with it; one that has `rate(step)`, counted by concept too, has lr multiplied by it; `clip`, where it
-    has one, is the norm that the gradient is held under (None = unbounded) in place of 1."""
+    is made ready with it; where `together` is true, by all processes at once, of which it is told (`ranks`). One that
+    has `rate(step)`, counted by concept too, has lr multiplied by it; `clip`, where it has one, is the norm that the
+    gradient is held under (None = unbounded) in place of 1."""
 
     steps: int
     lr: float

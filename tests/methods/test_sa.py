@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from realera.contracts import Edit, Pair, UserError
 from realera.methods.replay import CAPTIONS, Fisher, Replay
 from realera.methods.sa import ForgetAndReplay, SelectiveAmnesia
+from realera.ranks import Ranks
 
 SAID = ["a red car", "a photo of the cat", "an old ship", "the sky"]
 
@@ -118,6 +120,25 @@ def test_a_killed_one_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pytest
     file.write_bytes(file.read_bytes()[:200])
     torn = fisher()(backbone, tmp_path / "cut", 0)
     assert seen[4:] == [0, 1, 2] and all(torch.equal(straight[name], torn[name]) for name in straight)
+
+
+def test_it_goes_on_with_another_number_of_processes(backbone: Any, tmp_path: Path) -> None:
+    """The second of two has done its share when the first is killed; one process does the rest."""
+    straight = fisher(samples=5)(backbone, tmp_path / "one", 0)
+    with pytest.raises(OSError, match="No such file"):  # nobody has put the parts together
+        fisher(samples=5)(backbone, tmp_path / "two", 0, Ranks(1, 2))
+    passes = backbone.passes
+    both = fisher(samples=5)(backbone, tmp_path / "two", 0)
+    assert backbone.passes - passes == 3 * 5  # images 0, 2, 4 at 5 timesteps each
+    for name, value in straight.items():
+        assert (value - both[name]).norm() < 1e-6 * value.norm(), name
+    files = [next((tmp_path / folder / "fisher").iterdir()) for folder in ("one", "two")]
+    assert files[0].name == files[1].name
+    notes = []
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            notes.append(opened.metadata())
+    assert notes[0]["passes"] == notes[1]["passes"] == "25"
 
 
 # --- replay ----------------------------------------------------------------------------------------------------------

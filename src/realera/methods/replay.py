@@ -20,6 +20,7 @@ from realera.ledger import Cached
 from realera.methods.latents import TIMESTEPS, drawn
 from realera.methods.texts import predict, repeat, take
 from realera.paths import whole
+from realera.ranks import ALONE, Ranks
 
 CAPTIONS = Path(__file__).with_name("captions.txt")
 
@@ -88,8 +89,9 @@ class Fisher:
     the mean over images of (sum over timesteps of the gradient of the noise loss)^2, that loss a mean over pixels.
 
     replay: the images. samples: how many, the first ones. timesteps: how many of the 1000, evenly spread; the sum is
-    scaled to all of them. at_once: timesteps in one pass. chunk: images between two saves, from which a killed run goes
-    on. The result is kept under <cache>/fisher/<hash of all it depends on>/.
+    scaled to all of them. at_once: timesteps in one pass. chunk: images between two saves of a process, from which a
+    killed run goes on with any number of them. The result is kept under <cache>/fisher/, named by a hash of all it
+    depends on.
 
     Raises UserError for numbers that cannot be.
     """
@@ -114,29 +116,59 @@ class Fisher:
         self.at_once = at_once
         self.chunk = chunk
 
-    def __call__(self, backbone: Backbone, cache: Path, seed: int) -> dict[str, Tensor]:
-        """{name: (shape of the weight) float32 on its device} of every weight that is trained, at its first value."""
+    def __call__(self, backbone: Backbone, cache: Path, seed: int, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+        """{name: (shape of the weight) float32 on its device} of every weight that is trained, at its first value. All
+        processes call it, and each takes its share of the images."""
         trained = {name: weight for name, weight in backbone.unet.named_parameters() if weight.requires_grad}
-        self.replay.prepare(backbone, cache, seed)
-        file = cache / "fisher" / f"{self._key(backbone, list(trained), seed)}.safetensors"
-        entry = Cached(file, backbone)
-        done, sums = _read(file, trained, entry)
+        for first in (True, False):  # which draws the images; the others find them
+            if ranks.first == first:
+                self.replay.prepare(backbone, cache, seed)
+            ranks.wait()
+        parts = _Parts(cache / "fisher", self._key(backbone, list(trained), seed), self.samples, backbone)
+        if not ranks.from_first(parts.is_whole):
+            done = ranks.from_first(parts.done)
+            taken = {image for images in done.values() for image in images}
+            remaining = [image for image in range(self.samples) if image not in taken]
+            self._add(backbone, trained, ranks.share(remaining), parts, done, seed, ranks)
+            ranks.wait()
+            if ranks.first:
+                parts.merge(sorted({*done, *range(min(ranks.world, len(remaining)))}))
+            ranks.wait()
+        self.replay.drop()
+        return {name: value.to(trained[name].device) / self.samples for name, value in parts.sums().items()}
+
+    def _add(
+        self,
+        backbone: Backbone,
+        trained: Mapping[str, Tensor],
+        share: Sequence[int],
+        parts: _Parts,
+        done: Mapping[int, Sequence[int]],
+        seed: int,
+        ranks: Ranks,
+    ) -> None:
+        """Adds images to this process's part, which it may have begun before."""
+        if not share:
+            return
+        entry = Cached(parts.file(ranks.rank), backbone)
+        images = list(done.get(ranks.rank, ()))
+        sums = {name: torch.zeros_like(weight, dtype=torch.float32).detach() for name, weight in trained.items()}
+        if images:
+            with safe_open(entry.file, framework="pt") as opened:
+                entry.read(opened.metadata())
+                sums = {name: opened.get_tensor(name).to(value.device) for name, value in sums.items()}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
-        with Progress(*columns, TimeRemainingColumn()) as bar, backbone.original():
-            task = bar.add_task("Fisher information", total=self.samples, completed=done)
-            while done < self.samples:
-                end = min(done + self.chunk, self.samples)
-                for image in range(done, end):
+        with Progress(*columns, TimeRemainingColumn(), disable=not ranks.first) as bar, backbone.original():
+            task = bar.add_task("Fisher information", total=len(images) + len(share), completed=len(images))
+            for start in range(0, len(share), self.chunk):
+                for image in share[start : start + self.chunk]:
                     for name, gradient in zip(trained, self.gradients(backbone, image, list(trained.values()), seed)):
                         sums[name] += gradient.square_()
+                    images.append(image)
                     bar.advance(task)
-                done = end
-                with whole(file) as beside:
-                    save_file(
-                        {n: value.cpu() for n, value in sums.items()}, beside, {"done": str(done), **entry.made()}
-                    )
-        self.replay.drop()
-        return {name: value / self.samples for name, value in sums.items()}
+                with whole(entry.file) as beside:
+                    said = {"images": json.dumps(images), **entry.made()}
+                    save_file({name: value.cpu() for name, value in sums.items()}, beside, said)
 
     def gradients(self, backbone: Backbone, image: int, weights: Sequence[Tensor], seed: int) -> list[Tensor]:
         """Of each weight, of the noise loss of one image summed over all timesteps, each with a noise of its own."""
@@ -167,15 +199,60 @@ class Fisher:
         return digest.hexdigest()[:16]
 
 
-def _read(file: Path, trained: Mapping[str, Tensor], entry: Cached) -> tuple[int, dict[str, Tensor]]:
-    """How many images the sums in a file are of, and the sums; zeros of none where there is no whole file."""
-    if file.is_file():
+class _Parts:
+    """The files of one Fisher information: <key>.part<process>.safetensors, each a sum over the images it names, which
+    no other names; and when all `samples` are summed <key>.safetensors in their place."""
+
+    def __init__(self, folder: Path, key: str, samples: int, backbone: Backbone) -> None:
+        self.folder, self.key, self.samples, self.backbone = folder, key, samples, backbone
+        self.whole = folder / f"{key}.safetensors"
+
+    def file(self, number: int) -> Path:
+        return self.folder / f"{self.key}.part{number}.safetensors"
+
+    def is_whole(self) -> bool:
+        said = self._said(self.whole)
+        if said.get("done") != str(self.samples):
+            return False
+        Cached(self.whole, self.backbone).read(said)
+        return True
+
+    def done(self) -> dict[int, list[int]]:
+        """The images of each part that was begun."""
+        found = {}
+        for file in self.folder.glob(f"{self.key}.part*.safetensors"):
+            if "images" in (said := self._said(file)):
+                Cached(file, self.backbone).read(said)
+                found[int(file.name.split(".")[-2].removeprefix("part"))] = json.loads(said["images"])
+        return found
+
+    def merge(self, numbers: Sequence[int]) -> None:
+        sums: dict[str, Tensor] = {}
+        notes = []
+        for number in numbers:
+            with safe_open(self.file(number), framework="pt") as opened:
+                notes.append(opened.metadata())
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    part = opened.get_tensor(name)
+                    sums[name] = sums[name].add_(part) if name in sums else part
+        said = {"done": str(self.samples)}
+        if all("seconds" in note and "passes" in note for note in notes):
+            said["seconds"] = f"{sum(float(note['seconds']) for note in notes):.3f}"
+            said["passes"] = str(sum(int(note["passes"]) for note in notes))
+        with whole(self.whole) as beside:
+            save_file(sums, beside, said)
+        for file in self.folder.glob(f"{self.key}.part*.safetensors"):
+            file.unlink()
+
+    def sums(self) -> dict[str, Tensor]:
+        with safe_open(self.whole, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+
+    @staticmethod
+    def _said(file: Path) -> dict[str, str]:
+        """A file's metadata; none where there is no whole file: a cache is never worth an error."""
         try:
             with safe_open(file, framework="pt") as opened:
-                sums = {name: opened.get_tensor(name).to(weight.device) for name, weight in trained.items()}
-                done = int(opened.metadata()["done"])
-                entry.read(opened.metadata())
-            return done, sums
-        except (SafetensorError, KeyError, OSError):  # a cache is never worth an error: it is begun again
-            pass
-    return 0, {name: torch.zeros_like(weight, dtype=torch.float32).detach() for name, weight in trained.items()}
+                return dict(opened.metadata() or {})
+        except (SafetensorError, OSError):
+            return {}

@@ -15,6 +15,7 @@ from realera.contracts import Backbone, LoraSpec, Miner, Pair, Sampler, UserErro
 from realera.methods.latents import AnchorBank, noised
 from realera.methods.replay import Fisher, Replay
 from realera.methods.texts import take
+from realera.ranks import ALONE, Ranks
 
 
 class ForgetAndReplay:
@@ -81,6 +82,7 @@ class SelectiveAmnesia:
     """
 
     lora: LoraSpec | None = None
+    together = True  # all processes weigh
 
     def __init__(
         self,
@@ -109,11 +111,11 @@ class SelectiveAmnesia:
         self.information: dict[str, Tensor] = {}
         self.first: dict[str, Tensor] = {}
 
-    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int, ranks: Ranks = ALONE) -> None:
         """Weighs the trained weights, and keeps their first values: in a run that goes on they are others by now."""
         if self.fisher is None or self.lambda_ewc == 0:
             return
-        self.information = self.fisher(backbone, cache, seed)
+        self.information = self.fisher(backbone, cache, seed, ranks)
         with backbone.original():  # no copies: the backbone keeps them itself
             self.first = {n: w.detach() for n, w in backbone.unet.named_parameters() if n in self.information}
 

@@ -4,7 +4,8 @@ bar."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from realera.contracts import Edit, Neighbours, Prompt
 from realera.costs import Meter
 from realera.ledger import ledger
 from realera.paths import EDIT_INFO, LOSSES, MAP, NEIGHBOURS, write_text
-from realera.ranks import patient_group
+from realera.ranks import ALONE, Ranks, patient_group
 from realera.training.checkpoint import Origin, save_map, save_neighbours
 from realera.training.module import ErasureModule, trains
 from realera.training.streams import stream
@@ -153,7 +154,7 @@ class ClosedFormEdit(Callback):
 
 class PrepareLatents(Callback):
     """Makes the latent source ready on the device, and the aligner where it asks for that; the first process first: the
-    others find its work in the cache."""
+    others find its work in the cache. What the aligner makes `together` is shared by all, after that."""
 
     def __init__(self, cache: Path, meter: Meter | None = None) -> None:
         self.cache = cache
@@ -173,12 +174,16 @@ class PrepareLatents(Callback):
         parts = (module.method.latents, module.method.align)
         asking = [part for part in parts if hasattr(part, "prepare")]
         if asking and trains(module.method.align):
-            with self.meter.stage("latents"), ledger() as found:
+            given = (module.backbone, module.pairs, self.cache, module.seed)
+            with self.meter.stage("latents"), ledger() as found, _patient(trainer) as ranks:
                 for first in (True, False):
-                    if trainer.is_global_zero == first:
-                        for part in asking:
-                            part.prepare(module.backbone, module.pairs, self.cache, module.seed)  # type: ignore[union-attr]
-                    _wait_long(trainer)
+                    for part in asking if ranks.first == first else ():
+                        if not getattr(part, "together", False):
+                            part.prepare(*given)  # type: ignore[union-attr]
+                    ranks.wait()
+                for part in asking:
+                    if getattr(part, "together", False):
+                        part.prepare(*given, ranks=ranks)  # type: ignore[call-arg, union-attr]
                 self.meter.spared("latents", found)
         if self.restored is not None and hasattr(module.method.latents, "load_state_dict"):
             module.method.latents.load_state_dict(self.restored)  # type: ignore[union-attr]
@@ -263,12 +268,15 @@ class FitProgress(Callback):
             self.bar = None
 
 
-def _wait_long(trainer: Trainer) -> None:
-    """A barrier for work that may take longer than the minutes that gradients are waited for."""
-    if trainer.world_size > 1:
-        group = patient_group()
-        torch.distributed.barrier(group)
-        torch.distributed.destroy_process_group(group)
+@contextmanager
+def _patient(trainer: Trainer) -> Iterator[Ranks]:
+    """The run's processes, for work that may take longer than the minutes that gradients are waited for."""
+    if trainer.world_size == 1:
+        yield ALONE
+        return
+    group = patient_group()
+    yield Ranks(trainer.global_rank, trainer.world_size, trainer.local_rank, group=group)
+    torch.distributed.destroy_process_group(group)
 
 
 def _erasure(module: LightningModule) -> ErasureModule:
