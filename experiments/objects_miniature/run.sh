@@ -24,7 +24,7 @@ for seed in $SEEDS; do
   REALERA_STAMP="objects-original-$seed" $PY -m realera.evaluate -m run=original task=object backbone=mini logger=none \
     "concept=$CLASSES" "seed=$seed" "task.first_seed=$((1000 * seed))" label=original "root=$RUNS" "${IMAGES[@]}"
   cell UCE method=uce method.edit.rows=suffix_2023
-  cell "UCE one row" method=uce
+  cell "UCE one row" method=uce method.edit.rows=last
   cell "closed form alone" method.neighbours=null method.align=null
   cell "+ mining" method.neighbours.n=0 method.align=null
   cell "+ beyond-concept" method.align=null
