@@ -107,7 +107,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders.build_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_backbone(tiny_sd: Path) -> Callable[..., Any]:
     """new_backbone() loads `tiny_sd` afresh, with a sampler of two steps; keywords are those of `UNetBackbone`."""
 
@@ -123,7 +123,7 @@ def new_backbone(tiny_sd: Path) -> Callable[..., Any]:
 TRAINING_TEMPLATES = ("a photo of the {}", "a {}", "a big drawing of {}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def new_pairs() -> Callable[..., list[Any]]:
     """new_pairs(backbone, ("cat", "field"), ...): each concept's training prompts, encoded."""
 
@@ -154,7 +154,7 @@ SMALL = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def load_method() -> Callable[..., Any]:
     """load_method("realera", "align.steps=2", ...): conf/method/<name>.yaml, made small, then overridden."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache as cache_of
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,22 @@ class Stop(Exception):
     """A run that ends in the middle of its loop."""
 
 
-@pytest.fixture
-def run(
-    new_backbone: Callable[..., Any],
-    new_pairs: Callable[..., list[Pair]],
-    load_method: Callable[..., Any],
-    tmp_path: Path,
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is drawn before a fit is drawn once for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def erase(
+    new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]], load_method: Callable[..., Any], cache: Path
 ) -> Callable[..., Any]:
-    """run("uce") fits the method on a fresh backbone and returns the backbone; `to` names the run folder."""
+    """erase("uce", to=folder) fits the method on a fresh backbone and returns the backbone."""
 
     def go(
         name: str,
         *overrides: str,
-        to: str = "run",
+        to: Path,
         concepts: tuple[tuple[str, str], ...] = (CAT,),
         seed: int = 0,
         precision: str = "32-true",
@@ -56,17 +60,35 @@ def run(
             backbone,
             load_method(name, *overrides),
             new_pairs(backbone, *concepts),
-            run_dir=tmp_path / to,
+            run_dir=to,
             seed=seed,
             config={"method": {"name": name}},
             trainer={"accelerator": "cpu", "precision": precision},
-            cache=tmp_path / "cache",
+            cache=cache,
             checkpoint_every=1,
             **more,
         )
         return backbone
 
     return go
+
+
+@pytest.fixture
+def run(erase: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """`erase` to a folder of the test's own, `to`."""
+    return lambda name, *overrides, to="run", **more: erase(name, *overrides, to=tmp_path / to, **more)
+
+
+@pytest.fixture(scope="module")
+def plain(erase: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """plain("uce"): the backbone and the folder of a run as the settings stand, made once. To be looked at only."""
+
+    @cache_of
+    def made(name: str) -> tuple[Any, Path]:
+        folder = tmp_path_factory.mktemp("plain")
+        return erase(name, to=folder), folder
+
+    return made
 
 
 def noise(backbone: Any, text: str = "a photo of a cat") -> Tensor:
@@ -80,9 +102,9 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_changes_what_it_names_and_nothing_else(name: str, run: Any, new_backbone: Any) -> None:
+def test_it_changes_what_it_names_and_nothing_else(name: str, plain: Any, new_backbone: Any) -> None:
     fresh = dict(new_backbone().unet.named_parameters())
-    erased = run(name)
+    erased, _ = plain(name)
     state = erased.erased_state()
     now = {key.replace(".base_layer", ""): value for key, value in erased.unet.named_parameters() if "lora" not in key}
     changed = {f"edit.{key}" for key, value in now.items() if not torch.equal(value, fresh[key])}
@@ -92,32 +114,34 @@ def test_it_changes_what_it_names_and_nothing_else(name: str, run: Any, new_back
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_same_seed_gives_the_same_weights(name: str, run: Any) -> None:
-    first = run(name, to="one").erased_state()
+def test_the_same_seed_gives_the_same_weights(name: str, plain: Any, run: Any) -> None:
+    first = plain(name)[0].erased_state()
     assert same(first, run(name, to="two").erased_state())
     other = run(name, to="three", seed=1).erased_state()
     assert same(first, other) == (name not in DRAWN)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_saved_weights_give_the_same_output(name: str, run: Any, new_backbone: Any, tmp_path: Path) -> None:
-    erased = run(name)
+def test_saved_weights_give_the_same_output(name: str, plain: Any, new_backbone: Any) -> None:
+    erased, folder = plain(name)
     loaded = new_backbone()
-    origin = load_erased(tmp_path / "run" / "erased.safetensors", loaded).origin
+    origin = load_erased(folder / "erased.safetensors", loaded).origin
     assert torch.equal(noise(erased), noise(loaded))
     assert origin.config == {"method": {"name": name}}
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_finished_run_is_loaded_and_not_redone(name: str, run: Any, tmp_path: Path) -> None:
-    first = run(name)
-    written = (tmp_path / "run" / "erased.safetensors").stat().st_mtime_ns
-    assert same(first.erased_state(), run(name).erased_state())
-    assert (tmp_path / "run" / "erased.safetensors").stat().st_mtime_ns == written
+def test_a_finished_run_is_loaded_and_not_redone(name: str, plain: Any, erase: Any) -> None:
+    first, folder = plain(name)
+    written = (folder / "erased.safetensors").stat().st_mtime_ns
+    assert same(first.erased_state(), erase(name, to=folder).erased_state())
+    assert (folder / "erased.safetensors").stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_equals_an_uninterrupted_one(name: str, run: Any, load_method: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    name: str, plain: Any, run: Any, load_method: Any, tmp_path: Path
+) -> None:
     from lightning.pytorch.callbacks import Callback
 
     class StopAt(Callback):
@@ -125,7 +149,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, run: Any, load_met
             if trainer.global_step == 3:
                 raise Stop
 
-    straight = run(name, to="straight")
+    straight, folder = plain(name)
     if load_method(name).align is not None:
         with pytest.raises(Stop):
             run(name, to="stopped", callbacks=[StopAt()])
@@ -133,7 +157,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, run: Any, load_met
     resumed = run(name, to="stopped")
     assert same(straight.erased_state(), resumed.erased_state())
     assert not (tmp_path / "stopped" / "fit").exists()
-    lines = [tmp_path / folder / "losses.jsonl" for folder in ("straight", "stopped")]
+    lines = [place / "losses.jsonl" for place in (folder, tmp_path / "stopped")]
     if load_method(name).align is not None:
         assert lines[0].read_text() == lines[1].read_text()
         assert len(lines[0].read_text().splitlines()) == 4
@@ -141,7 +165,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, run: Any, load_met
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in AWAY])
 def test_erasing_nothing_changes_nothing(
-    name: str, new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
+    name: str, new_backbone: Any, new_pairs: Any, load_method: Any, cache: Path, tmp_path: Path
 ) -> None:
     """Target and anchor alike; without mining, which moves the rows around a concept whatever its anchor is."""
     backbone = new_backbone()
@@ -158,7 +182,7 @@ def test_erasing_nothing_changes_nothing(
         seed=0,
         config={},
         trainer={"accelerator": "cpu"},
-        cache=tmp_path / "cache",
+        cache=cache,
     )
     assert torch.allclose(noise(backbone), before, atol=1e-5)
 
@@ -215,9 +239,7 @@ def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_metho
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_training_for_two_concepts_at_once(
-    name: str, run: Any, new_pairs: Any, load_method: Any, tmp_path: Path
-) -> None:
+def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, load_method: Any, cache: Path) -> None:
     """The loss of each falls."""
     concepts = (CAT, ("ship", "sky"))
     few = ["align.lr=3e-4"]
@@ -236,7 +258,7 @@ def test_training_for_two_concepts_at_once(
             backbone.unfreeze(method.align.parameters)  # as in a run: an aligner may weigh what is trained
         parts = [part for part in (method.latents, method.align) if hasattr(part, "prepare")]
         for part in parts:
-            part.prepare(backbone, pairs, tmp_path / "cache", 0)
+            part.prepare(backbone, pairs, cache, 0)
         losses.append([])
         for i, pair in enumerate(pairs):
             draw = torch.Generator().manual_seed(5)
@@ -249,8 +271,8 @@ def test_training_for_two_concepts_at_once(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_bfloat16(name: str, run: Any) -> None:
-    exact, rounded = run(name, to="fp32"), run(name, to="bf16", precision="bf16-mixed")
+def test_bfloat16(name: str, plain: Any, run: Any) -> None:
+    exact, rounded = plain(name)[0], run(name, to="bf16", precision="bf16-mixed")
     states = exact.erased_state(), rounded.erased_state()
     assert states[0].keys() == states[1].keys()
     for key, value in states[1].items():
