@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import mse_loss
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, Sampler, UserError
 from realera.methods.latents import AnchorBank, noised
 from realera.methods.replay import Fisher, Replay
-from realera.methods.texts import take
+from realera.methods.texts import join, predict, take
 from realera.ranks import ALONE, Ranks
 
 
@@ -133,14 +134,11 @@ class SelectiveAmnesia:
         """{"forget", "replay", "ewc"}, weighted; known: as `ForgetAndReplay` gives it."""
         if "replay_latents" not in known:
             raise UserError("method sa rehearses other captions: give it method.latents of sa.ForgetAndReplay.")
-        texts = take(pair.target, known["prompts"].to(pair.target.states.device))
-        states = torch.cat([texts.states.to(latents.device), known["replay_states"].to(latents.device)])
-        pooled = None
-        if texts.pooled is not None:
-            pooled = torch.cat([texts.pooled.to(latents.device), known["replay_pooled"].to(latents.device)])
+        p_c = take(pair.target, known["prompts"])
+        p_r = replace(p_c, states=known["replay_states"], pooled=known.get("replay_pooled"))
         z_t = torch.cat([latents, known["replay_latents"]])
         t = torch.cat([timesteps, known["replay_timesteps"]])
-        forget, replay = backbone.predict_noise(z_t, t, states, pooled).float().chunk(2)
+        forget, replay = predict(backbone, z_t, t, join(p_c, p_r, latents.device)).chunk(2)
         terms = {
             "forget": mse_loss(forget, known["noise"].float()),
             "replay": self.gamma * mse_loss(replay, known["replay_noise"].float()),
