@@ -124,7 +124,7 @@ class Job:
 
     def __call__(self, cfg: DictConfig) -> float | None:
         if not in_sweep():
-            return self._alone(self.prepare(cfg))
+            return self._alone(cfg)
         cell = Cell(overrides=list(HydraConfig.get().overrides.task))
         token, began = _running.set(cell), time.monotonic()
         value = None
@@ -144,7 +144,11 @@ class Job:
 
     def _alone(self, cfg: DictConfig) -> float | None:
         try:
-            return self.step(cfg)
+            ready = self.prepare(cfg)
+        except UserError as error:
+            fail(str(error))
+        try:
+            return self.step(ready)
         except Exception as error:
             self.met.append(error)
             if (sentence := complaints.of_step(error)) is None:
