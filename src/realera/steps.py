@@ -79,6 +79,7 @@ def erase(
     """Erases the task's concepts from `backbone` and saves the weights. Processes share the loop; where there is none,
     the first one does the work and the others read what it saved."""
     meter = meter or Meter()
+    trainer = dict(run.config["trainer"])
     method: Method = instantiate(run.config["method"])
     there = ranks.from_first(run.erased.is_file)
     shared = trains(method.align) and not there
@@ -93,7 +94,8 @@ def erase(
             seed=run.config["seed"],
             config=run.config,
             identity=runs.digest(runs.identity(run.config)),
-            trainer=run.config["trainer"],
+            checkpoint_every=trainer.pop("checkpoint_every", None),
+            trainer=trainer,
             loggers=loggers,
             probes=list({prompt.text: prompt for prompt in task.eval_prompts()}.values()),
             meter=meter,

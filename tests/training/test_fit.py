@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from realera.contracts import Method, Pair, UserError
 from realera.training.fit import fit
+from realera.training.resuming import Checkpoints
 
 SCRIPT = """
 import os, signal, sys
@@ -182,6 +183,55 @@ def test_files_of_another_run_are_refused(
 def test_trainer_settings_that_cannot_run(trainer: dict[str, Any], says: str, go: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=says):
         go(Method("original"), trainer=trainer)
+
+
+@pytest.mark.parametrize("name", ["esd-u", "sa", "fmn", "realera"])
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(
+    name: str, go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
+) -> None:
+    from lightning.pytorch.callbacks import Callback
+
+    trained: dict[str, int] = {}
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            trained.update({n: p.numel() for n, p in pl_module.named_parameters() if p.requires_grad})
+            if trainer.global_step == 3:
+                raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        go(load_method(name), callbacks=[Look()], checkpoint_every=2)
+    found = torch.load(tmp_path / "run" / "fit" / "last.ckpt", weights_only=True)
+    assert found["global_step"] == 2 and found["state_dict"].keys() == trained.keys()
+    found.pop("latents", None)  # what a roll-out has drawn
+    total = sum(trained.values())
+    assert 2 * total < numbers_in(found) <= 3 * total + len(trained)  # AdamW: two moments each, and a count
+
+
+def numbers_in(node: Any) -> int:
+    if isinstance(node, torch.Tensor):
+        return node.numel()
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
+    return sum(numbers_in(value) for value in inner)
+
+
+def test_large_states_are_saved_more_seldom(
+    go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning import Trainer
+
+    saved: list[int] = []
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda self, file: saved.append(self.global_step))
+    monkeypatch.setattr(Checkpoints, "OFTEN", 1)
+    monkeypatch.setattr(Checkpoints, "SELDOM", 3)
+    for large, steps in ((10**9, [1, 2, 3, 4]), (10, [3])):
+        monkeypatch.setattr(Checkpoints, "LARGE", large)
+        saved.clear()
+        go(load_method("realera"))
+        assert saved == steps
+        (tmp_path / "run" / "erased.safetensors").unlink()
+    with pytest.raises(UserError, match="checkpoint_every=0"):
+        go(load_method("realera"), checkpoint_every=0)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from realera.paths import EDIT_INFO, LOSSES, MAP, NEIGHBOURS, write_text
 from realera.ranks import ALONE, Ranks, patient_group
 from realera.training.checkpoint import Origin, save_map, save_neighbours
 from realera.training.module import ErasureModule, trains
+from realera.training.resuming import trained_numbers
 from realera.training.streams import stream
 
 
@@ -197,8 +198,7 @@ class Measured(Callback):
         self.meter = meter
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self.meter.note(trained_parameters=sum(p.numel() for group in groups for p in group["params"]))
+        self.meter.note(trained_parameters=trained_numbers(trainer))
         self.meter.begin("train")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,23 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning import Trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from realera.contracts import Backbone, Method, Pair, Prompt, UserError
 from realera.costs import Meter
-from realera.paths import ERASED, FIT, cache_dir, whole
+from realera.paths import ERASED, FIT, cache_dir
 from realera.training.callbacks import ClosedFormEdit, FitProgress, LossLines, Measured, PrepareLatents
 from realera.training.checkpoint import Origin, load_erased, save_erased
 from realera.training.module import ErasureModule, clip_of, steps_of, trains
+from realera.training.resuming import LAST, Checkpoints, WholeFiles, last_good, same_run
 
 log = logging.getLogger(__name__)
 
-LAST = "last"
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # all keep the trained weights in float32
 OURS = {  # what a user may reach for in Trainer, and where it is set instead
     "max_steps": "method.align.steps",
@@ -54,14 +52,14 @@ def fit(
     callbacks: Sequence[Callback] = (),
     probes: Sequence[Prompt] = (),
     cache: Path | None = None,
-    checkpoint_every: int = 25,
+    checkpoint_every: int | None = None,
     keep_neighbours: bool = True,
     meter: Meter | None = None,
 ) -> Path:
     """Edits and trains `backbone` in place and returns run_dir/erased.safetensors.
 
     A run folder that has that file already is loaded, not redone. A run that was killed in the loop goes on from its
-    last checkpoint (every `checkpoint_every` steps) and ends with the same weights, bit for bit on the CPU.
+    last checkpoint (see `Checkpoints` for `checkpoint_every`) and ends with the same weights, bit for bit on the CPU.
 
     config: the resolved settings, kept in the files' metadata. identity: a hash of the settings that decide the result;
     files of another identity in `run_dir` are refused. trainer: keywords of lightning.Trainer (accelerator, devices,
@@ -81,7 +79,7 @@ def fit(
     origin = Origin(config, backbone.name, backbone.fingerprint, identity)
     erased = run_dir / ERASED
     if erased.is_file():
-        _same_run(load_erased(erased, backbone).origin.identity, identity, erased)
+        same_run(load_erased(erased, backbone).origin.identity, identity, erased)
         log.info("%s is there already: loaded, not fitted again", erased)
         return erased
 
@@ -99,13 +97,12 @@ def fit(
         Measured(meter),
         LossLines(run_dir),
         FitProgress(f"Aligning noise ({method.name})"),
-        _Belongs(identity),
-        ModelCheckpoint(run_dir / FIT, LAST, every_n_train_steps=checkpoint_every, enable_version_counter=False),
         *callbacks,
+        Checkpoints(run_dir / FIT / LAST, identity, checkpoint_every),
     ]
     with _quiet():
         runner = _trainer(settings, steps, run_dir, loggers, around)
-        resume = _last_good(run_dir / FIT / f"{LAST}.ckpt", identity)
+        resume = last_good(run_dir / FIT / LAST, identity)
         if resume is not None:
             log.info("going on from %s", resume)
         try:
@@ -145,7 +142,8 @@ def _trainer(
             default_root_dir=run_dir,
             logger=list(loggers) or False,
             callbacks=callbacks,
-            plugins=[_WholeFiles(), *met],
+            plugins=[WholeFiles(), *met],
+            enable_checkpointing=False,  # `Checkpoints` does
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
@@ -154,43 +152,6 @@ def _trainer(
     except (MisconfigurationException, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"These trainer settings cannot run ({reason}): try trainer=default.") from error
-
-
-class _WholeFiles(TorchCheckpointIO):
-    """Lightning writes to the system's temporary folder and moves, which is a copy across file systems: it can be cut
-    short."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with whole(Path(path)) as beside:
-            torch.save(checkpoint, beside)
-
-
-class _Belongs(Callback):
-    """Stamps the loop's checkpoints with the run they belong to."""
-
-    def __init__(self, identity: str) -> None:
-        self.identity = identity
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["identity"] = self.identity
-
-
-def _last_good(file: Path, identity: str) -> Path | None:
-    """The checkpoint to go on from; None where there is none, or one that the disk has torn."""
-    if not file.is_file():
-        return None
-    try:
-        stamped = torch.load(file, map_location="cpu", weights_only=True)["identity"]
-    except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError):
-        log.warning("%s cannot be read: the loop starts again", file)
-        return None
-    _same_run(stamped, identity, file)
-    return file
-
-
-def _same_run(found: str, identity: str, file: Path) -> None:
-    if found != identity:
-        raise UserError(f"{file} belongs to a run with other settings: set overwrite=true, or another run_dir.")
 
 
 @contextmanager
