@@ -135,7 +135,7 @@ def summed(cells: Sequence[Work], refused: int = 0) -> Plan:
     elif first.rate is not None:
         seconds += (len(originals) * first.passes_per_image + sum(made.values())) * first.rate[0]
     if not to_do:
-        basis["nothing is left to do"] = None
+        basis["nothing is left to do" if cells else "every cell is refused"] = None
     said = "; ".join(basis) or "no figure is known for this backbone"
     return Plan(
         cells=len(cells) + refused,
