@@ -89,13 +89,9 @@ class AttentionResteering:
         texts = take(texts, prompts)
         counted = positions(texts, self.pooler).to(latents.device)[:, None, None]
         with backbone.attention() as maps:
-            noise = predict(backbone, latents, timesteps, texts)
+            predict(backbone, latents, timesteps, texts)
             squares = [torch.where(counted, found.float(), 0).square().sum(dim=(1, 2, 3)) for found in maps.values()]
         attention = torch.stack(squares).sum(dim=0).sqrt().mean()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            attention = (
-                attention + 0 * noise.sum()
-            )  # DDP waits for gradients of the layers behind the last attention too
         return {"attention": attention}
 
 

@@ -207,13 +207,9 @@ class AttentionSuppression:
         texts = repeat(pair.target, one_of(pair.target, generator), len(latents))
         tokens = positions(texts, self.pooler).to(latents.device)
         with backbone.attention() as maps:
-            noise = predict(backbone, latents, timesteps, texts)
+            predict(backbone, latents, timesteps, texts)
             norms = [masked_norm(found, tokens, known.get("mask"), latents) for found in maps.values()]
         attention = torch.stack(norms).sum(dim=0).mean()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            attention = (
-                attention + 0 * noise.sum()
-            )  # DDP waits for the last layer's values too, which no map depends on
         return {"attention": attention}
 
 

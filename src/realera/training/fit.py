@@ -134,6 +134,10 @@ def _trainer(
     if steps == 0:  # nothing for several processes to share, and DDP refuses a model without gradients
         devices = settings.get("devices")
         settings |= {"devices": devices[:1] if isinstance(devices, list) else 1, "num_nodes": 1, "strategy": "auto"}
+    if settings.get("strategy") == "ddp":
+        # Attention losses leave the layers behind the last map without a gradient. A gradient of zeros instead, which
+        # DDP would not have to look for, is no remedy: AdamW's decay would move what stands still in one process.
+        settings["strategy"] = "ddp_find_unused_parameters_true"
     # Processes that have found each other are numbered by RANK, whatever a scheduler around them says.
     met = [LightningEnvironment()] if torch.distributed.is_available() and torch.distributed.is_initialized() else []
     try:
@@ -161,6 +165,7 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in banners]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         for logger in banners:
             logger.setLevel(logging.WARNING)
         try:
