@@ -40,3 +40,4 @@ for method in $METHODS; do
   mkdir -p "$HERE/$method"
   $PY -m realera.report "$RUNS/$method" "out=$RUNS/$method/report.html" "results=$HERE/$method"
 done
+$PY "$HERE/choose.py"
