@@ -8,7 +8,6 @@ device of its own (SLURM, ray with num_gpus) is left to it.
 from __future__ import annotations
 
 import ctypes
-import getpass
 import os
 import tempfile
 from collections.abc import MutableMapping, Sequence
@@ -56,7 +55,7 @@ def take(
     assigned = environ.get(VISIBLE)
     if held or not known or (assigned not in (seen, "") and assigned is not None):
         return None
-    place = place or Path(tempfile.gettempdir()) / f"realera-gpus-{getpass.getuser()}"
+    place = place or Path(tempfile.gettempdir()) / f"realera-gpus-{_user()}"
     place.mkdir(parents=True, exist_ok=True)
     for layer in count():
         for name in known:
@@ -65,6 +64,11 @@ def take(
                 environ[VISIBLE] = name
                 return name
     return None  # pragma: no cover
+
+
+def _user() -> str:
+    """Whose lock files they are. Not by name: in a container the user may have none."""
+    return str(os.getuid()) if hasattr(os, "getuid") else os.environ.get("USERNAME", "all")
 
 
 def _locked(file: Path) -> IO[bytes] | None:

@@ -192,7 +192,8 @@ def close(cells: list[Cell]) -> int:
 
     console.show_cells([asdict(cell) for cell in cells])
     listed = folder() / LISTED
-    whole = [Path(line) for line in dict.fromkeys(listed.read_text().splitlines())] if listed.is_file() else []
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+    whole = [Path(line) for line in dict.fromkeys(lines)]
     if any((run / paths.METRICS).is_file() for run in whole):
         from realera.evaluation.sweep_report import write_sweep
 

@@ -34,6 +34,8 @@ def test_rank_correlations_are_those_of_the_slow_loop() -> None:
         found = spearman(torch.tensor(x), torch.tensor(y).T)
         assert found.tolist() == pytest.approx([slow_spearman(x, column) for column in y])
     assert spearman(torch.tensor([1.0, 2, math.inf]), torch.tensor([3.0, 2, 1])) == pytest.approx(-1)
+    with_nan = torch.tensor([[1.0, 1], [math.nan, 2], [3, 3]])
+    assert spearman(torch.arange(3.0), with_nan).isnan().tolist() == [True, False]
 
 
 def grid(drawn: int = 60) -> tuple[dict[str, tuple[float, ...]], dict[tuple[float, ...], Sample]]:

@@ -150,14 +150,14 @@ def families(chapter: Chapter, typed: Sequence[str] = ()) -> list[Family]:
     """Lines for a grid of one setting; a surface for each two of more, the others averaged over."""
     found: list[Family] = []
     for count, grid in enumerate(grids(chapter.runs, typed), 1):
+        if grid.filled < LEAST_FILLED:
+            continue
         measured = {at: chapter.measure(runs) for at, runs in grid.cells.items()}
         name = f"{chapter.name}-grid{count}" if count > 1 else f"{chapter.name}-grid"
         short = short_names(list(grid.axes))
         names = [measure for measure in MEASURES if measure in chapter.measures]
         said = {measure: _sentences(chapter, grid, measured, measure, short) for measure in names}
         columns = {column.key: column for column in chapter.columns(names)}
-        if grid.filled < LEAST_FILLED:
-            continue
         pairs = list(combinations(grid.axes, 2))
         if not pairs:
             (axis,) = grid.axes

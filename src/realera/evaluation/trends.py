@@ -61,12 +61,14 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Rank correlation of x (n,) with each column of y (n, ...); 0 where one of them is constant (nothing changes)."""
+    """Rank correlation of x (n,) with each column of y (n, ...); 0 where one of them is constant (nothing changes),
+    NaN where y has one (a resample in which nothing was scored)."""
     a = ranks(x).reshape(-1, *(1 for _ in y.shape[1:]))
     b = ranks(y)
     a, b = a - a.mean(dim=0), b - b.mean(dim=0)
     size = (a.square().sum(dim=0) * b.square().sum(dim=0)).sqrt()
-    return torch.where(size > 0, (a * b).sum(dim=0) / size.clamp_min(1e-300), torch.zeros_like(size))
+    found = torch.where(size > 0, (a * b).sum(dim=0) / size.clamp_min(1e-300), torch.zeros_like(size))
+    return found.masked_fill(y.isnan().any(dim=0), math.nan)
 
 
 def trend(
