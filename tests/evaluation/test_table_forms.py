@@ -83,6 +83,7 @@ def test_latex_is_well_formed_and_escaped() -> None:
 
 
 def test_latex_that_is_too_wide_stands_in_several_tabulars() -> None:
+    assert latex("− neighbours") == "$-$ neighbours"
     text = as_latex(table(groups=12))
     assert text.count("\\begin{tabular}") == 3
     assert sum(line[0] == "system" for line in well_formed(text)) == 3
