@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What each decision that the paper leaves open does on the miniature: RealEra with one setting changed, on three concepts that no reported
-# table uses, two seeds. It resumes; VARIANTS="rows noise_sharing" runs some.
+# What each decision that the paper leaves open does on the miniature: RealEra with one setting changed, on three
+# concepts that no table of objects, people or styles uses, two seeds. It resumes; VARIANTS="rows noise_sharing" runs some.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}

@@ -37,7 +37,8 @@ def main() -> None:
     if len(distances) * len(cosines) != len(grid):
         sys.exit(f"error: {given.cells} cells are no grid: give a multiple of {len(DISTANCES)}, or fewer than that.")
     place = given.place.resolve()
-    shutil.rmtree(place, ignore_errors=True)
+    if place.exists():
+        sys.exit(f"error: {place} is there already: delete it to measure again, or give another --place.")
 
     axes = [f"method.neighbours.d1={','.join(distances)}", f"method.neighbours.s_lo={','.join(cosines)}"]
     sweep = run(place / "sweep", "-m", *axes)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Chooses RealEra's settings on the miniature: five concepts (the unsafe stand-ins) and seeds that no reported table uses.
-# Two rounds: the closed form alone decides ridge and band, then the LoRA's rate, rank and steps follow on the best of it.
-# Round 3 asks for the band and the points beyond that people and artists need: on the tables' own (no others have phrases), by other
-# phrases than the tables' Acc_g and other seeds.
+# Chooses RealEra's settings on the miniature: five concepts (the unsafe stand-ins) that no table of objects, people
+# or styles uses, and seeds that none uses.
+# Two rounds: the closed form alone decides ridge and band, then the LoRA's rate follows on the best of it.
+# Round 3 asks for the band and the points beyond that people and artists need: on the tables' own (no others have
+# phrases), by other phrases than the tables' Acc_g and other seeds.
 # It resumes. ROUND=1 (or 2, 3) runs one of them; ONLY="gun bomb" some concepts, so that several can run side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every method's settings on the miniature, by one budget: eight settings on three concepts that no reported table uses, from
-# seeds that none uses. It resumes; METHODS="ac fmn" runs some of them, so that several can run side by side.
+# Every method's settings on the miniature, by one budget: eight settings on three concepts that no table of objects,
+# people or styles uses, from seeds that none uses. It resumes; METHODS="ac fmn" runs some of them, so that several can
+# run side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
