@@ -25,6 +25,7 @@ from realera.contracts import Concept, Task, UserError
 from realera.paths import ERASED, MINIATURE
 from realera.runs import Run
 
+ACTING = ("edit", "align", "guide", "finish")  # parts of a method of which one at least must stand
 HUB_PATIENCE = 1.2  # seconds until a hub that does not answer counts as out of reach
 
 
@@ -47,7 +48,10 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
             raise UserError(f"{key}={config[key]} is neither true nor false.")
     if sweep:
         check_sweep(config.get("trainer") or {})
-    check_band(config.get("method") or {}, config.get("backbone") or {})
+    method = config.get("method") or {}
+    if method and method.get("name") != "original" and not any(method.get(part) for part in ACTING):
+        raise UserError(f"method {method.get('name')} has no part left that erases ({', '.join(ACTING)} are all null).")
+    check_band(method, config.get("backbone") or {})
     if config.get("run_dir"):
         check_writable(Path(str(config["run_dir"])), "run_dir")
 

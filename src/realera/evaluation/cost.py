@@ -33,6 +33,8 @@ STAGES: Mapping[str, str] = {
     "judge": "judging",
 }
 ERASING = ("seconds", "passes")  # what of the totals a cache may have had a part in
+# What a mean over the cells of a sweep cannot undo.
+WARM = "The first cell of a process pays for encoding and for warming up."
 
 
 def mean(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     return (
         f"Cost, the mean over runs{on}; loading, drawing and judging are left out, what the cache held counts as it "
-        "cost when it was made.\n\n" + "\n".join(lines) + "\n"
+        f"cost when it was made. {WARM}\n\n" + "\n".join(lines) + "\n"
     )
 
 
@@ -99,4 +101,6 @@ def stages(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 10 and value != int(value) else f"{value:,.0f}"
+    if value == int(value) or value >= 10:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"

@@ -225,7 +225,11 @@ def cost_table(chapter: Chapter) -> Table | None:
     names = [name for name in cost.COLUMNS if any(name in spent for spent in found.values())]
     if "seconds" not in names:
         return None
-    columns = [Column(name, cost.COLUMNS[name], better=-1, digits=1 if name == "seconds" else 0) for name in names]
+    columns = [
+        # the process's peak, whatever ran in it before, ranks no system
+        Column(name, cost.COLUMNS[name], better=0 if "memory" in name else -1, digits=2 if name == "seconds" else 0)
+        for name in names
+    ]
     rows = [
         _row(chapter, system, [Number(spent[name]) if name in spent else None for name in names])
         for system, spent in found.items()
@@ -233,7 +237,7 @@ def cost_table(chapter: Chapter) -> Table | None:
     devices = dict.fromkeys(device for spent in found.values() for device in spent["devices"])
     said = [
         "Loading, drawing and judging are left out, what the cache held counts as it cost when it was made; means "
-        f"over runs{' on ' if devices else ''}{' and '.join(devices)}."
+        f"over runs{' on ' if devices else ''}{' and '.join(devices)}. {cost.WARM}"
     ]
     if least := [system for system, spent in found.items() if spent["at_least"]]:
         said.append(f"More was spent than is known, in seconds and passes: {', '.join(least)}.")
