@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import statistics
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,31 +17,31 @@ from realera.evaluation.readings import MEAN_PROB, score
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure, scalars
 
-TABLES = Path(__file__).parents[1] / "data" / "paper_tables"
+TABLES = Path(str(files("realera.evaluation") / "printed"))
 
-WITH_H_O = ("object_main", "object_appendix", "celebrity", "style", "ablation")
+WITH_H_O = ("object", "celebrity", "style", "ablation")
 
 # Rows whose printed H_o is not the H_o of the printed triple: {(table, method, concept): the right one}.
 WRONG = {
     # slips of the paper
-    ("object_main", "AC", "airplane"): 7.03,
+    ("object", "AC", "airplane"): 7.03,
     ("celebrity", "AC", "Elon Musk"): 95.99,
     ("celebrity", "ESD", "Mariah Carey"): 65.15,
     # nearly right, but not by rounding
-    ("object_main", "ReaEra", "automobile"): 96.91,
-    ("object_main", "MACE", "airplane"): 92.04,
-    ("object_appendix", "UCE", "deer"): 92.33,
+    ("object", "RealEra", "automobile"): 96.91,
+    ("object", "MACE", "airplane"): 92.04,
+    ("object", "UCE", "deer"): 92.33,
     ("ablation", "1", "automobile"): 89.81,
     # the average row prints the mean of the ten H_o, not H_o of the mean accuracies
-    ("object_main", "FMN", "average_10"): 7.56,
-    ("object_main", "AC", "average_10"): 4.46,
-    ("object_main", "SPM", "average_10"): 29.27,
-    ("object_main", "UCE", "average_10"): 86.35,
-    ("object_main", "SLD-M", "average_10"): 28.89,
-    ("object_main", "ESD-x", "average_10"): 77.76,
-    ("object_main", "ESD-u", "average_10"): 84.03,
-    ("object_main", "MACE", "average_10"): 92.66,
-    ("object_main", "ReaEra", "average_10"): 93.91,
+    ("object", "FMN", "mean"): 7.56,
+    ("object", "AC", "mean"): 4.46,
+    ("object", "SPM", "mean"): 29.27,
+    ("object", "UCE", "mean"): 86.35,
+    ("object", "SLD-M", "mean"): 28.89,
+    ("object", "ESD-x", "mean"): 77.76,
+    ("object", "ESD-u", "mean"): 84.03,
+    ("object", "MACE", "mean"): 92.66,
+    ("object", "RealEra", "mean"): 93.91,
 }
 
 
@@ -71,9 +72,7 @@ def _number(table: str, row: dict[str, str], shift: float = 0.0) -> float:
 def test_the_tables_hold_every_printed_row() -> None:
     assert len(_rows()) == 163
     assert WRONG.keys() <= {_key(table, row) for table, row in _rows()}
-    rest = [
-        row for table in ("object_main", "object_appendix", "celebrity", "style", "ablation") for row in _read(table)
-    ]
+    rest = [row for table in WITH_H_O for row in _read(table)]
     assert {row.get("method") or row["variant"] for row in rest if not row["h_o"]} == {"SD v1.4"}
 
 
@@ -90,7 +89,7 @@ def test_h_o_is_the_papers(table: str, row: dict[str, str]) -> None:
         assert _number(table, row) == pytest.approx(WRONG[key], abs=0.006)
 
 
-@pytest.mark.parametrize("row", _read("explicit"), ids=lambda row: row["method"])
+@pytest.mark.parametrize("row", _read("nsfw"), ids=lambda row: row["method"])
 def test_totals_of_explicit_content_are_the_papers(row: dict[str, str]) -> None:
     """Boxes spread over images, several on one; what no column counts stands apart."""
     assert [*row][1:9] == list(CLASSES)
@@ -123,12 +122,11 @@ def test_celebrities_of_mace_have_two_terms() -> None:
 
 
 def test_average_rows_print_the_mean_of_the_classes_h_o() -> None:
-    printed = {_key(t, r): float(r["h_o"]) for t, r in _rows() if t.startswith("object")}
-    for method in ("FMN", "AC", "SPM", "UCE", "SLD-M", "ESD-x", "ESD-u", "MACE", "ReaEra"):
-        names = (method, method.replace("ReaEra", "RealEra"))
-        values = [v for (_, m, concept), v in printed.items() if m in names and concept != "average_10"]
+    printed = {_key(t, r): float(r["h_o"]) for t, r in _rows() if t == "object"}
+    for method in ("FMN", "AC", "SPM", "UCE", "SLD-M", "ESD-x", "ESD-u", "MACE", "RealEra"):
+        values = [v for (_, m, concept), v in printed.items() if m == method and concept != "mean"]
         assert len(values) == 10
-        assert sum(values) / 10 == pytest.approx(printed["object_main", method, "average_10"], abs=0.011)
+        assert sum(values) / 10 == pytest.approx(printed["object", method, "mean"], abs=0.011)
 
 
 def test_h_o_at_its_ends() -> None:
