@@ -220,3 +220,24 @@ def test_by_task_takes_the_tasks_own_entry_or_the_default(task: str, value: int 
     config = OmegaConf.create(f"task: {{_target_: realera.tasks.{task}}}\nn: {table}")
     assert config.n == value
     assert OmegaConf.create(f"n: {table}").n == 3
+
+
+@pytest.mark.parametrize(("end", "status"), [("pass", 0), ("sys.exit()", 0), ("sys.exit(2)", 2), ("1 / 0", 1)])
+def test_a_process_ends_with_its_status_its_handlers_run_and_all_said(end: str, status: int) -> None:
+    code = f"""
+import atexit, sys
+from realera import cli
+class Sticky:
+    def __del__(self): print("torn down")
+def main():
+    atexit.register(print, "handled")
+    print("said " * 10000)
+    {end}
+keep = Sticky()
+cli.as_process(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == status, ended.stderr
+    assert ended.stdout.count("said") == 10000 and "handled" in ended.stdout
+    assert ("torn down" in ended.stdout) == (status == 1)  # the unforeseen keeps Python's own way
+    assert ("ZeroDivisionError" in ended.stderr) == (status == 1)

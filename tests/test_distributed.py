@@ -71,7 +71,7 @@ def start(folder: Path, command: list[str]) -> subprocess.Popen[str]:
 def done(process: subprocess.Popen[str]) -> str:
     """What a process that ends well has shown."""
     shown, said = process.communicate(timeout=400)
-    assert process.returncode == 0, said
+    assert process.returncode == 0, shown + said
     return shown
 
 

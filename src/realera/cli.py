@@ -5,15 +5,18 @@ Nothing here imports torch: `--help` and the answer to a bad config come before 
 
 from __future__ import annotations
 
+import atexit
+import faulthandler
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import hydra
@@ -64,6 +67,27 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
         status = status or ended
     if status:
         sys.exit(status)
+
+
+def as_process(main: Callable[[], None]) -> NoReturn:
+    """Runs `main` and ends the process with its status once the exit handlers are through.
+
+    The tear-down of interpreter and native libraries is left out: it takes a second or two, and an abort in it would
+    make a failure of a run whose files all stand. A crash in native code shows where Python stood.
+    """
+    faulthandler.enable()
+    status = 0
+    try:
+        main()
+    except SystemExit as error:
+        if not isinstance(error.code, int | None):
+            raise
+        status = error.code or 0
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a reader that has gone
+            stream.flush()
+    os._exit(status)
 
 
 def prepared(config_name: str, cfg: DictConfig) -> DictConfig:

@@ -51,16 +51,20 @@ class Meter:
         self._since, self._passed = time.perf_counter(), 0
         self._lock = threading.RLock()
         self._over = threading.Event()
+        self._writer: threading.Thread | None = None
         self._resets = False  # whether the host's peak is of this sitting and not of the process
 
     def __enter__(self) -> Meter:
         self._resets = _reset_peaks()
         if self.file is not None:
-            threading.Thread(target=self._write_now_and_then, daemon=True).start()
+            self._writer = threading.Thread(target=self._write_now_and_then, daemon=True)
+            self._writer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        if self._writer is not None:
+            self._writer.join()
         if self._stages:
             self.end(self._stages[0])
 
