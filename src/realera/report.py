@@ -17,6 +17,8 @@ def report(cfg: DictConfig) -> None:
     if not names:
         raise UserError("no run was given: python -m realera.report runs/..., or runs for all of them.")
     folders = list(dict.fromkeys(folder for name in names for folder in runs.runs_in(name)))
+    if config["base"] is not None and len(folders) < 2:
+        raise UserError(f"base={config['base']} compares systems, and one run was given: give several.")
     sweeps = [Path(name) for name in names if (Path(name) / sweep.CELLS).is_file()]
     several = len(folders) > 1 or config["out"] is not None or bool(sweeps)
     out = (
@@ -35,9 +37,9 @@ def report(cfg: DictConfig) -> None:
         for folder in there:
             page = write_report(folder, config["blur"])
             advance(1)
-    console.show_path(
-        "page to open", sweep_report.write_sweep(folders, out, cells, config["blur"]) if several else page
-    )
+    if several:
+        page = sweep_report.write_sweep(folders, out, cells, config["blur"], config["base"])
+    console.show_path("page to open", page)
     if config["results"]:
         systems = sweep_report.systems(folders, cells)
         console.show_path("results", write_results(there, Path(str(config["results"])), systems))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from realera.contracts import Mode
+from realera.contracts import Mode, UserError
 from realera.evaluation.metrics import Sample, interval
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.sweep_report import write_sweep
@@ -21,6 +21,7 @@ from realera.evaluation.sweep_tables import (
     by_concept,
     cost_table,
     difference,
+    differences,
     means,
     parts_of,
     tables,
@@ -122,6 +123,28 @@ def test_the_ablation_has_the_papers_order_and_differences_of_pairs(tmp_path: Pa
     assert number(table, "realera-closed-form", "acc_s").printed == 98.85
     more = judged(tmp_path / "more", "automobile", 0, {**REALERA, "edit": {"ridge": 9}})
     assert ablation(chapter([*folders, more])) is None, "two systems with the same parts: something else was varied"
+
+
+def test_systems_less_the_base_over_what_both_have(tmp_path: Path) -> None:
+    shares = {"base": 0.75, "same": 0.75, "other": 0.0}
+    folders = [
+        judged(tmp_path / f"{label}-{seed}", "cat", seed, "uce", {"erase": share, "keep": 1}, label=label)
+        for label, share in shares.items()
+        for seed in (0, 1)
+        if (label, seed) != ("other", 0)
+    ]
+    of = chapter(folders)
+    assert differences(of) is None, "nothing is compared unless it is asked for"
+    table = differences(replace(of, base="base"))
+    assert table is not None and [row.texts[0] for row in table.rows] == ["same", "other"]
+    assert all(row.signed for row in table.rows) and [row.note for row in table.rows] == ["", "over 1 of 2 runs"]
+    same, other = number(table, "same", "acc_e"), number(table, "other", "acc_e")
+    assert (same.value, same.low, same.high) == (0, 0, 0), "the same images are drawn for both, so nothing is left"
+    assert other.low < other.value < other.high <= 0 and other.value == pytest.approx(-60)
+    page = write_sweep(folders, tmp_path / "report.html", base="base")
+    assert "Less base" in page.read_text() and (tmp_path / "tables" / "object-differences.csv").is_file()
+    with pytest.raises(UserError, match=r"called .bsae.: there are .*base"):
+        write_sweep(folders, tmp_path / "report.html", base="bsae")
 
 
 def test_a_difference_of_pairs_is_narrower_than_of_strangers() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 from realera import paths
 from realera.contracts import UserError
 from realera.evaluation import cost, sweep_plots, table_forms
+from realera.evaluation.metrics import DRAWS
 from realera.evaluation.readings import ORDER, head
 from realera.evaluation.report import render, veiled
 from realera.evaluation.sheets import first_pairs, sheets
-from realera.evaluation.sweep_figures import Line, Scatter, Surface, families, scatter
+from realera.evaluation.sweep_figures import Line, Scatter, Surface, corrected, families, scatter
 from realera.evaluation.sweep_settings import (
     ORIGINAL,
     Run,
@@ -25,6 +26,7 @@ from realera.evaluation.sweep_settings import (
 )
 from realera.evaluation.sweep_sheets import sheets_of
 from realera.evaluation.sweep_tables import Chapter, tables
+from realera.evaluation.trends import too_many
 
 TEMPLATE = "sweep.html.j2"
 TABLES, FIGURES = "tables", "figures"  # folders beside the page
@@ -32,16 +34,21 @@ LOST = ("failed", "refused")  # states of a cell without a run
 
 
 def write_sweep(
-    folders: Sequence[Path], out: Path, cells: Sequence[Mapping[str, Any]] = (), blur: bool | None = None
+    folders: Sequence[Path],
+    out: Path,
+    cells: Sequence[Mapping[str, Any]] = (),
+    blur: bool | None = None,
+    base: str | None = None,
 ) -> Path:
     """Writes the page of several finished runs, with tables/<name>.{csv,tex,md} and, where matplotlib is installed,
     figures/<name>.{png,svg} beside it, and returns its path.
 
     cells: lines of a sweep's cells.jsonl, for what failed and for the names that were typed. blur: as
-    `report.write_report`. Folders that are gone or not judged are counted.
+    `report.write_report`. base: the system that the others are compared with in one more table. Folders that are gone
+    or not judged are counted.
 
     Raises:
-        UserError: none of the runs is finished, or a file of one is torn.
+        UserError: none of the runs is finished, a file of one is torn, or no system has the name of `base`.
     """
     read = [read_run(folder) for folder in dict.fromkeys(folders)]
     known = [run for run in read if run is not None]
@@ -53,21 +60,26 @@ def write_sweep(
     for name, title, runs in _chapters(known):
         runs, again = named(runs, typed)
         twins += again
-        chapters.append(Chapter(name, title, [*runs, *_originals(runs)]))
+        chapters.append(Chapter(name, title, [*runs, *_originals(runs)], base=base))
+    there = list(dict.fromkeys(system for chapter in chapters for system in chapter.systems))
+    if base is not None and base not in there:
+        raise UserError(f"no system of these runs is called {base!r}: there are {', '.join(there)}.")
     written: list[Path] = []
     with_plots = sweep_plots.available()
-    parts = []
-    for chapter in chapters:
-        part = _content(chapter, typed, out.parent, blur)
+    parts = [_content(chapter, typed, out.parent, blur) for chapter in chapters]
+    figured, trends = corrected([part["families"] for part in parts])
+    for part, found in zip(parts, figured):
+        part["families"] = found
         for table in part["tables"]:
             written += table_forms.write(table, out.parent / TABLES)
         figures: Iterable[Surface | Line | Scatter] = [figure for f in part["families"] for figure in f.figures]
         for figure in [*figures, *([part["scatter"]] if part["scatter"] else [])] if with_plots else ():
             written += sweep_plots.write(figure, out.parent / FIGURES)
-        parts.append(part)
     content = {
         "count": len(known),
         "chapters": parts,
+        "trends": trends,
+        "too_many": too_many(trends, DRAWS),
         "shared": _shared(known),
         "lost": _lost(cells),
         "unfinished": len(read) - len(known),

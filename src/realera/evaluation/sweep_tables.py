@@ -35,6 +35,7 @@ class Chapter:
     title: str
     runs: Sequence[Run]
     seed: int = 0
+    base: str | None = None  # the system that the others are compared with
     _measured: dict[Any, dict[str, Sample]] = field(default_factory=dict)
 
     @property
@@ -102,8 +103,15 @@ def cells(runs: Sequence[Run]) -> list[Cell]:
 
 
 def tables(chapter: Chapter) -> list[Table]:
-    """Those that the chapter has the runs for: means; by concept; boxes; the ablation; costs."""
-    found = [means(chapter), by_concept(chapter), boxes(chapter), ablation(chapter), cost_table(chapter)]
+    """Those that the chapter has the runs for: means; by concept; boxes; the ablation; the base; costs."""
+    found = [
+        means(chapter),
+        by_concept(chapter),
+        boxes(chapter),
+        ablation(chapter),
+        differences(chapter),
+        cost_table(chapter),
+    ]
     return [table for table in found if table is not None]
 
 
@@ -208,6 +216,29 @@ def ablation(chapter: Chapter) -> Table | None:
         before = parts
     heads = ("system", *PARTS.values())
     return _table(chapter, "ablation", "What each part of RealEra does", heads, chapter.columns(names), rows)
+
+
+def differences(chapter: Chapter) -> Table | None:
+    """Every system's means less the base's, over the concepts and seeds that both have."""
+    if chapter.base not in chapter.systems:
+        return None
+    known = {(run.concept, run.seed): run for run in chapter.systems[chapter.base]}
+    names, rows = chapter.measures, []
+    for system, runs in chapter.systems.items():
+        both = [run for run in runs if (run.concept, run.seed) in known]
+        if system == chapter.base or not both:
+            continue
+        now, was = chapter.measure(both), chapter.measure([known[run.concept, run.seed] for run in both])
+        note = "" if len(both) == len(known) else f"over {len(both)} of {len(known)} runs"
+        rows.append(Row((system,), tuple(difference(was[name], now[name]) for name in names), note=note, signed=True))
+    if not rows:
+        return None
+    found = _table(chapter, "differences", f"Less {chapter.base}", ("system",), chapter.columns(names), rows)
+    said = (
+        "Differences of pairs (the same concepts, seeds and images), with 95% intervals. Where nothing differs, one "
+        "interval in twenty leaves out 0 all the same."
+    )
+    return replace(found, notes=(said,))
 
 
 def difference(was: Sample, now: Sample) -> Number:
