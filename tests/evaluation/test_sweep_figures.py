@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from realera.evaluation.sweep_figures import COLOURS, Line, Surface, colour, families, scatter
+from realera.evaluation.sweep_figures import COLOURS, Line, Surface, colour, corrected, families, scatter
 from realera.evaluation.sweep_settings import named, read_run
 from realera.evaluation.sweep_tables import Chapter
+from realera.evaluation.trends import holm
 from sweeps import REALERA, grid, judged
 
 
@@ -28,11 +29,23 @@ def test_two_settings_make_surfaces_with_the_tables_numbers(tmp_path: Path) -> N
     assert acc_g.values[2][2] is None
     first = of.means["realera, d1 5, s_lo 0.1"]["acc_g"].estimate()
     assert acc_g.values[0][0] == (first.value, first.low, first.high) == pytest.approx((50, first.low, first.high))
-    falls, rises = acc_g.sentences
+    falls, rises = (one.sentence for one in acc_g.told)
     assert falls.startswith("Acc_g falls as d1 grows: rank correlation -1.00") and "the paper says the same" in falls
     assert rises.startswith("Acc_g rises with s_lo") and "from 0.1 to 0.9" in rises
     assert acc_g.data["values"] is acc_g.values and acc_g.data["x"]["labels"] == acc_g.x
     assert acc_g.colour(acc_g.span[0]) == COLOURS[0] and acc_g.bright(acc_g.span[1]) and not acc_g.bright(acc_g.span[0])
+
+
+def test_the_trends_of_a_page_are_corrected_for_their_number(tmp_path: Path) -> None:
+    found = families(chapter(grid(tmp_path)))
+    ((family,), (again,)), trends = corrected([found, found])
+    assert trends == 8, "four measures along two axes; what stands in two figures is one sentence"
+    assert family == again
+    before = {(one.symbol, one.axis): one.trend for figure in found[0].figures for one in figure.told}
+    after = {(one.symbol, one.axis): one.trend for figure in family.figures for one in figure.told}
+    assert {one.among for one in after.values()} == {8}
+    assert dict(zip(before, holm([one.p for one in before.values()]))) == {at: one.p for at, one in after.items()}
+    assert min(one.p for one in before.values()) < min(one.p for one in after.values())
 
 
 def test_one_setting_makes_lines_and_two_values_none(tmp_path: Path) -> None:

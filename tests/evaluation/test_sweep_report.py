@@ -56,6 +56,7 @@ def test_a_grids_page_has_surfaces_tables_and_trends_and_needs_no_network(tmp_pa
     data = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', text)[0])
     assert data["x"]["labels"] == ["5", "10", "20"] and len(data["values"]) == 3
     assert text.count("the paper says") == 6 and text.count("data-at=") == 36
+    assert text.count("Holm's correction for all 8 trends of this page") == 1
     linked = [a for a in page.addresses if a.startswith(("tables/", "figures/"))]
     assert len(linked) == 3 and all((tmp_path / a).is_file() for a in linked)
     assert "pip install &#39;realera[report]&#39;" in text or "pip install 'realera[report]'" in text

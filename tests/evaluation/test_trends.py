@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from realera.evaluation.metrics import Sample, interval
-from realera.evaluation.trends import Trend, ranks, sentence, spearman, trend
+from realera.evaluation.trends import Trend, holm, p_value, ranks, sentence, spearman, together, too_many, trend
 
 
 def slow_ranks(values: list[float]) -> list[float]:
@@ -86,12 +86,57 @@ def test_what_nobody_could_read_is_no_trend_and_one_cell_has_none() -> None:
 
 
 def test_the_sentence_says_the_interval_and_the_paper() -> None:
-    found = Trend("neighbours.n", "acc_s", (0.9, 0.5, 1.0), (12.0, 3.0, 20.0), (50.0, 62.0), 5, -1)
+    found = Trend("neighbours.n", "acc_s", (0.9, 0.5, 1.0), (12.0, 3.0, 20.0), (50.0, 62.0), 5, 0.001, -1)
     assert found.against_paper == "refuted"
     assert sentence(found, "n", "Acc_s", ("1", "∞")) == (
         "Acc_s rises with n: rank correlation +0.90 [+0.50, +1.00]; from 1 to ∞ it goes from 50.0 to 62.0 "
         "(+12.0 [+3.0, +20.0]); the paper says the opposite."
     )
-    undecided = Trend("neighbours.n", "acc_s", (0.9, -0.5, 1.0), (math.nan,) * 3, (math.nan,) * 2, 1, 1)
+    undecided = Trend("neighbours.n", "acc_s", (0.9, -0.5, 1.0), (math.nan,) * 3, (math.nan,) * 2, 1, 0.4, 1)
     text = sentence(undecided, "n", "Acc_s", ("1", "2"))
     assert text.startswith("Acc_s shows no trend along n") and text.endswith("the paper says that it rises.")
+
+
+def test_p_is_of_the_resamples_on_the_other_side() -> None:
+    drawn = torch.tensor([0.5] * 97 + [-0.1, 0.0, -1.0])
+    assert p_value(drawn) == p_value(-drawn) == pytest.approx(2 * (1 + 3) / 101)
+    assert p_value(torch.ones(999)) == pytest.approx(2 / 1000), "no less than so many resamples can tell"
+    assert p_value(torch.zeros(9)) == 1 and p_value(torch.tensor([math.nan, *[1.0] * 999])) == 1
+
+
+def test_holm_steps_down_from_the_smallest() -> None:
+    def by_steps(p: list[float], error: float) -> set[int]:
+        """The rule as it is written: the smallest is held against error / n, the next against error / (n - 1), ...;
+        the first that fails ends it."""
+        kept: set[int] = set()
+        for rank, place in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+            if p[place] > error / (len(p) - rank):
+                break
+            kept.add(place)
+        return kept
+
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02]), "Holm's own example"
+    assert holm([]) == []
+    chance = random.Random(1)
+    for _ in range(50):
+        p = [chance.random() ** 4 for _ in range(chance.randint(1, 9))]
+        for error in (0.013, 0.05, 0.21):
+            assert {i for i, found in enumerate(holm(p)) if found <= error} == by_steps(p, error)
+
+
+def test_what_is_said_of_one_trend_is_not_said_among_many() -> None:
+    one = Trend("method.edit.b", "acc_e", (0.5, 0.1, 0.9), (4.0, 1.0, 7.0), (1.0, 5.0), 3, 0.02)
+    assert one.verdict == "rises"
+    pair = together([one, Trend("neighbours.n", "acc_e", (1.0, 1.0, 1.0), (9.0, 8.0, 9.5), (1.0, 10.0), 3, 0.001, 1)])
+    assert [found.verdict for found in pair] == ["rises", "rises"] and [found.p for found in pair] == [0.02, 0.002]
+    three = together([one, one, one])
+    assert {found.verdict for found in three} == {"neither"}
+    assert three[0].rho == one.rho and three[0].change == one.change, "intervals stay each trend's own"
+    assert sentence(three[0], "b", "Acc_e", ("1", "2")) == (
+        "Acc_e shows no trend along b that is certain among the 3 trends of this page: rank correlation +0.50 "
+        "[+0.10, +0.90]; from 1 to 2 it goes from 1.0 to 5.0 (+4.0 [+1.0, +7.0])."
+    )
+    assert not too_many(50, 2000) and too_many(51, 2000)
+    sure = Trend("x", "acc_e", (1.0, 1.0, 1.0), (9.0, 8.0, 9.5), (1.0, 10.0), 3, p_value(torch.ones(2000)))
+    assert {found.verdict for found in together([sure] * 50)} == {"rises"}
+    assert {found.verdict for found in together([sure] * 51)} == {"neither"}

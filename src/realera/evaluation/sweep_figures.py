@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -16,13 +16,28 @@ from realera.evaluation.metrics import Sample, interval
 from realera.evaluation.sweep_settings import Grid, grids, short_names, text_of
 from realera.evaluation.sweep_tables import Chapter, cost_of
 from realera.evaluation.table_forms import Column
-from realera.evaluation.trends import sentence, trend
+from realera.evaluation.trends import Trend, sentence, together, trend
 
 MEASURES = ("acc_e", "acc_s", "acc_g", "h_o")  # the four of the paper's figure 5
 MOST_PAIRS = 6  # of axes, of which surfaces are shown
 LEAST_FILLED = 0.5  # of a grid: below, the settings were searched and not spanned, and a surface would be holes
 # viridis at equal steps: lightness grows with the value, also in grey and for the colour-blind
 COLOURS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
+
+
+@dataclass(frozen=True)
+class Told:
+    """A trend of a grid's, and what its sentence calls axis, measure and the axis' ends."""
+
+    grid: str
+    trend: Trend
+    axis: str
+    symbol: str
+    ends: tuple[str, str]
+
+    @property
+    def sentence(self) -> str:
+        return sentence(self.trend, self.axis, self.symbol, self.ends)
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class Surface:
     x: tuple[str, ...]
     y: tuple[str, ...]
     values: tuple[tuple[tuple[float, float, float] | None, ...], ...]
-    sentences: tuple[str, ...]
+    told: tuple[Told, ...]
 
     @property
     def span(self) -> tuple[float, float]:
@@ -76,7 +91,7 @@ class Line:
     axis: str
     x: tuple[str, ...]
     points: tuple[tuple[float, float, float], ...]
-    sentences: tuple[str, ...]
+    told: tuple[Told, ...]
 
     @property
     def marks(self) -> list[float]:
@@ -156,37 +171,49 @@ def families(chapter: Chapter, typed: Sequence[str] = ()) -> list[Family]:
         name = f"{chapter.name}-grid{count}" if count > 1 else f"{chapter.name}-grid"
         short = short_names(list(grid.axes))
         names = [measure for measure in MEASURES if measure in chapter.measures]
-        said = {measure: _sentences(chapter, grid, measured, measure, short) for measure in names}
+        told = {measure: _told(chapter, name, grid, measured, measure, short) for measure in names}
         columns = {column.key: column for column in chapter.columns(names)}
         pairs = list(combinations(grid.axes, 2))
         if not pairs:
             (axis,) = grid.axes
-            lines = [_line(f"{name}-{m}", columns[m], short[axis], grid, measured, m, said[m]) for m in names]
+            lines = [_line(f"{name}-{m}", columns[m], short[axis], grid, measured, m, told[m]) for m in names]
             found.append(Family(f"{grid.title}: {short[axis]}", "", tuple(lines)))
         for x, y in pairs[:MOST_PAIRS]:
             stem = name if len(pairs) == 1 else f"{name}-{short[x]}-{short[y]}"
-            surfaces = [_surface(f"{stem}-{m}", columns[m], (x, y), short, grid, measured, m, said[m]) for m in names]
+            surfaces = [_surface(f"{stem}-{m}", columns[m], (x, y), short, grid, measured, m, told[m]) for m in names]
             others = [short[axis] for axis in grid.axes if axis not in (x, y)]
             note = f"Means over {', '.join(others)}." if others else ""
             found.append(Family(f"{grid.title}: {short[x]} and {short[y]}", note, tuple(surfaces)))
     return found
 
 
-def _sentences(
+def corrected(found: Sequence[Sequence[Family]]) -> tuple[list[list[Family]], int]:
+    """The families of all chapters of a page, their trends corrected for how many the page tells; and that number."""
+    told = list(dict.fromkeys(one for part in found for family in part for f in family.figures for one in f.told))
+    sure = dict(zip(told, together([one.trend for one in told])))
+
+    def anew(figure: Surface | Line) -> Surface | Line:
+        return replace(figure, told=tuple(replace(one, trend=sure[one]) for one in figure.told))
+
+    return [[replace(family, figures=tuple(map(anew, family.figures))) for family in part] for part in found], len(told)
+
+
+def _told(
     chapter: Chapter,
+    name: str,
     grid: Grid,
     measured: Mapping[tuple[float, ...], Mapping[str, Sample]],
     measure: str,
     short: Mapping[str, str],
-) -> tuple[str, ...]:
+) -> tuple[Told, ...]:
     column = chapter.columns([measure])[0]
     cells = {at: samples[measure] for at, samples in measured.items() if measure in samples}
     found = []
     for axis, values in grid.axes.items():
-        told = trend(grid.axes, cells, axis, measure, step=10.0**-column.digits)
-        if told is not None:
+        one = trend(grid.axes, cells, axis, measure, step=10.0**-column.digits)
+        if one is not None:
             ends = text_of(values[0]), text_of(values[-1])
-            found.append(sentence(told, short[axis], f"{column.symbol}_{column.index}", ends))
+            found.append(Told(name, one, short[axis], f"{column.symbol}_{column.index}", ends))
     return tuple(found)
 
 
@@ -197,12 +224,12 @@ def _line(
     grid: Grid,
     measured: Mapping[tuple[float, ...], Mapping[str, Sample]],
     measure: str,
-    said: tuple[str, ...],
+    told: tuple[Told, ...],
 ) -> Line:
     known = [(at[0], measured[at][measure]) for at in sorted(measured) if measure in measured[at]]
     known = [(value, sample) for value, sample in known if not math.isnan(sample.value)]
     points = tuple(_point([sample]) for _, sample in known)
-    return Line(name, column, short, tuple(text_of(value) for value, _ in known), points, said)
+    return Line(name, column, short, tuple(text_of(value) for value, _ in known), points, told)
 
 
 def _surface(
@@ -213,7 +240,7 @@ def _surface(
     grid: Grid,
     measured: Mapping[tuple[float, ...], Mapping[str, Sample]],
     measure: str,
-    said: tuple[str, ...],
+    told: tuple[Told, ...],
 ) -> Surface:
     place = [list(grid.axes).index(axis) for axis in axes]
     at: dict[tuple[float, float], list[Sample]] = {}
@@ -223,7 +250,7 @@ def _surface(
     x, y = (grid.axes[axis] for axis in axes)
     table = tuple(tuple(_point(at[i, j]) if (i, j) in at else None for i in x) for j in y)
     labels = tuple(map(text_of, x)), tuple(map(text_of, y))
-    return Surface(name, column, (short[axes[0]], short[axes[1]]), *labels, table, said)
+    return Surface(name, column, (short[axes[0]], short[axes[1]]), *labels, table, told)
 
 
 def _point(samples: Sequence[Sample]) -> tuple[float, float, float]:

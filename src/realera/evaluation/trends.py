@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from realera.evaluation.metrics import Sample, interval
 
 Verdict = Literal["rises", "falls", "neither"]
+ERROR = 0.05  # how often at most a page may name a trend where there is none
 
 # RealEra, figure 5: a larger D, a smaller S, a larger M erase better and preserve worse; a larger N the
 # reverse. The sign of each measure's change when the setting grows.
@@ -29,7 +30,8 @@ PAPER: Mapping[str, Mapping[str, int]] = {
 class Trend:
     """Of one measure along one axis, the other axes held. rho: Spearman's rank correlation within each line, their
     mean. change: the measure at the axis' last value less that at its first, the mean over the lines that have both.
-    Each (value, low, high). ends: the measure at both. expected: the paper's sign, 0 where it says nothing."""
+    Each (value, low, high). ends: the measure at both. p: two-sided, that rho is 0, by the same resamples, corrected
+    for the `among` trends that are told together. expected: the paper's sign, 0 where it says nothing."""
 
     axis: str
     measure: str
@@ -37,11 +39,15 @@ class Trend:
     change: tuple[float, float, float]
     ends: tuple[float, float]
     lines: int
+    p: float
     expected: int = 0
+    among: int = 1
 
     @property
     def verdict(self) -> Verdict:
-        """Said only where the interval of rho leaves out 0."""
+        """Said only where p is small enough and the interval of rho leaves out 0."""
+        if self.p > ERROR:
+            return "neither"
         return "rises" if self.rho[1] > 0 else "falls" if self.rho[2] < 0 else "neither"
 
     @property
@@ -100,15 +106,47 @@ def trend(
             firsts.append(float(y[0, 0]))
             lasts.append(float(y[-1, 0]))
     nothing = torch.full_like(rhos[0], math.nan)
+    rho = torch.stack(rhos).mean(dim=0)
     return Trend(
         axis,
         measure,
-        _with_interval(torch.stack(rhos).mean(dim=0)),
+        _with_interval(rho),
         _with_interval(torch.stack(changes).mean(dim=0) if changes else nothing),
         (_mean(firsts), _mean(lasts)),
         len(long),
+        p_value(rho[1:]),
         next((signs.get(measure, 0) for end, signs in PAPER.items() if f".{axis}".endswith(f".{end}")), 0),
     )
+
+
+def p_value(drawn: Tensor) -> float:
+    """Two-sided, that the resampled number is 0: twice the share of resamples at 0 or beyond it, each side counted with
+    one more than there are, so that never less is said than so many resamples can tell. 1 where one is NaN."""
+    if drawn.isnan().any():
+        return 1.0
+    beyond = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return min(1.0, 2 * (1 + beyond) / (1 + len(drawn)))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """The p values corrected for their number, in their order (Holm, 1979): the k-th smallest of n times n - k + 1, and
+    none below a smaller one's. Whichever lie at ERROR or below: the chance that one of them is false is no larger."""
+    found = [1.0] * len(p)
+    worst = 0.0
+    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[place]))
+        found[place] = worst
+    return found
+
+
+def too_many(trends: int, draws: int) -> bool:
+    """Whether of so many trends none can be named, for so few resamples show no p that is small enough."""
+    return trends * 2 > ERROR * (1 + draws)
+
+
+def together(trends: Sequence[Trend]) -> list[Trend]:
+    """The same trends, each corrected for all that are told beside it."""
+    return [replace(one, p=p, among=len(trends)) for one, p in zip(trends, holm([one.p for one in trends]))]
 
 
 def _with_interval(values: Tensor) -> tuple[float, float, float]:
@@ -129,6 +167,8 @@ def sentence(found: Trend, short: str, symbol: str, ends: tuple[str, str]) -> st
         "falls": f"{symbol} falls as {short} grows",
         "neither": f"{symbol} shows no trend along {short}",
     }[found.verdict]
+    if found.verdict == "neither" and (found.rho[1] > 0 or found.rho[2] < 0):
+        told += f" that is certain among the {found.among} trends of this page"
     text = f"{told}: rank correlation {rho:+.2f} [{low:+.2f}, {high:+.2f}]"
     if not math.isnan(found.change[0]):
         change, least, most = found.change
