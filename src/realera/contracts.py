@@ -261,6 +261,8 @@ class Backbone(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor: ...  # uint8 (B, H, W, 3)
 
+    def encode_images(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W), -1 to 1 -> their likeliest latents
+
     def generate(
         self, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler | None = None, guide: Guide | None = None
     ) -> Tensor:

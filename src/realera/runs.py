@@ -32,7 +32,7 @@ FILES = (
     paths.COSTS,
 )
 # Settings of a method's parts that came later, and what was done before: runs that still do that keep their name.
-LATER = {"align.clip": 1.0}
+LATER = {"align.clip": 1.0, "latents.imagenet_norm": False}
 FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, "originals", "wandb")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,6 +210,41 @@ def test_large_images_are_decoded_fewer_at_once(load: Load, monkeypatch: pytest.
     for side, count in ((512, 9), (1024, 5), (4096, 2)):
         backbone.decode(torch.zeros(count, 4, side // factor, side // factor))
     assert sizes == [8, 1, 2, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.18215, None), (0.5, 0.3)])
+def test_images_are_encoded_as_the_autoencoder_does(load: Load, scale: float, shift: float | None) -> None:
+    """diffusers' own mode of the distribution, scaled as its config says: the way back of what decoding does."""
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    backbones = load(), load(vae_slicing=True)
+    for backbone in backbones:
+        backbone.vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    found = [backbone.encode_images(images) for backbone in backbones]
+    with torch.no_grad():
+        mode = backbones[0].vae.encode(images).latent_dist.mode()
+    assert torch.equal(found[0], (mode - (shift or 0)) * scale) and not found[0].requires_grad
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[0], backbones[0].encode_images(images.double()))
+    decoded = backbones[0].vae.decode(mode, return_dict=False)[0]
+    eighths = (decoded / 2 + 0.5).clamp(0, 1) * 255
+    difference = backbones[0].decode(found[0]).permute(0, 3, 1, 2) - eighths
+    assert difference.abs().max() <= 0.51
+
+
+def test_images_are_encoded_one_at_a_time_where_they_are_large(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, single = load(), load(vae_slicing=True)
+    sizes: list[int] = []
+
+    def spy(part: Tensor) -> Any:
+        sizes.append(len(part))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.zeros(len(part), 4, 8, 8)))
+
+    for one in (backbone, single):
+        monkeypatch.setattr(one.vae, "encode", spy)
+    for side, count in ((512, 9), (1024, 3)):
+        backbone.encode_images(torch.zeros(count, 3, side, side))
+    single.encode_images(torch.zeros(2, 3, 32, 32))
+    assert sizes == [8, 1, 2, 1, 1, 1]
 
 
 def test_decoding_in_tiles(tiny_sdxl: Path) -> None:

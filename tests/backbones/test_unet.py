@@ -77,11 +77,12 @@ def test_float16_files_become_float32(tiny_sd: Path, tmp_path: Path) -> None:
 
 
 def test_lost_weights_are_not_left_random(tiny_sd: Path, tmp_path: Path) -> None:
-    for part, name in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+    parts = (("unet", "diffusion_pytorch_model", ""), ("text_encoder", "model", ""))
+    for part, name, of in (*parts, ("vae", "diffusion_pytorch_model", "encoder.")):  # images are encoded by it
         folder = Path(shutil.copytree(tiny_sd, tmp_path / part))
         file = folder / part / f"{name}.safetensors"
         state = load_file(file)
-        lost = next(key for key in state if key.endswith("weight"))
+        lost = next(key for key in state if key.startswith(of) and key.endswith("weight"))
         save_file({key: value for key, value in state.items() if key != lost}, file, metadata={"format": "pt"})
         with pytest.raises(UserError, match=f"{part} lacks 1 weights"):
             UNetBackbone("tiny", folder, SAMPLER)
@@ -256,7 +257,9 @@ def test_teacher_under_a_trainers_autocast(
 def test_text_and_images_stay_float32_under_autocast(backbone: UNetBackbone) -> None:
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     states, image = backbone.encode(["a cat"]).states, backbone.decode(latents)
+    back = backbone.encode_images(image.permute(0, 3, 1, 2) / 255)
     with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(backbone.encode_images(image.permute(0, 3, 1, 2) / 255), back)
         assert torch.equal(backbone.encode(["a cat"]).states, states)
         assert torch.equal(backbone.decode(latents), image)
 
@@ -502,4 +505,5 @@ def test_parked_parts_come_back(backbone: UNetBackbone, monkeypatch: pytest.Monk
     del asked[:]
     backbone.encode(["a cat"])
     backbone.decode(torch.zeros(1, 4, 8, 8))
-    assert asked == ["text cpu", "vae cpu"]
+    backbone.encode_images(torch.zeros(1, 3, 32, 32))
+    assert asked == ["text cpu", "vae cpu", "vae cpu"]

@@ -221,6 +221,38 @@ def test_images_of_the_concept_and_their_masks(source: Any, new_backbone: Any, n
     assert uniform(backbone, 0, draw(0))[1].float().std() > 200
 
 
+def test_images_normalised_as_the_official_code_does(
+    new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
+) -> None:
+    """By hand, pixel by pixel: from 0 to 1, less ImageNet's mean, by its deviation, encoded. In one cache with the
+    latents as they were drawn, whichever came first; masks are of the images all the same."""
+    backbone = new_backbone()
+    pairs = new_pairs(backbone, CAT, SHIP)
+
+    def prepared(cache: str, **settings: Any) -> ConceptImages:
+        images = ConceptImages(images=3, steps=2, chunk=2, masks=Masks("attention"), **settings)
+        images.prepare(backbone, pairs, tmp_path / cache, 0)
+        return images
+
+    drawn, normalised, again = prepared("one"), prepared("one", imagenet_norm=True), prepared("one")
+    first = prepared("two", imagenet_norm=True)
+    for i in range(2):
+        latents, masks = drawn.banks[i]
+        pixels = backbone.decode(latents).double()
+        images = torch.empty(3, 3, 32, 32)
+        for channel, (mean, deviation) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+            images[:, channel] = ((pixels[..., channel] / 255 - mean) / deviation).float()
+        with torch.no_grad():
+            by_hand = backbone.vae.encode(images).latent_dist.mode() * backbone.vae.config.scaling_factor
+        torch.testing.assert_close(normalised.banks[i][0], by_hand, atol=1e-5, rtol=1e-4)
+        assert (by_hand - latents).abs().max() > 0.01
+        for same, kept in ((first, normalised), (again, drawn)):
+            assert torch.equal(same.banks[i][0], kept.banks[i][0])
+        assert masks is not None and torch.equal(normalised.banks[i][1], masks)
+    assert load_method("mace").latents.imagenet_norm is False
+    assert load_method("mace", "latents.imagenet_norm=true").latents.imagenet_norm is True
+
+
 def test_a_mask_of_the_models_own_attention(new_backbone: Any) -> None:
     """By hand: the tokens' probabilities, over all layers, heads and noise levels, and a share of their maximum."""
     backbone = new_backbone()

@@ -85,3 +85,15 @@ def test_every_group_of_the_check_has_enough_images_and_its_own_prompts():
     for prompts in asked.values():
         assert len(prompts) >= 200
         assert len({(p.text, p.seed) for p in prompts}) == len(prompts)
+
+
+def test_its_encoder_was_trained_as_well():
+    """What is encoded again decodes to nearly the same picture, within the card's own bar of 27 dB."""
+    from realera.backbones.unet import UNetBackbone
+
+    backbone = UNetBackbone(name="mini", pretrained=None, sampler=Sampler("dpm++", 10, 5.0, 32, 32))
+    latents = backbone.sample(backbone.encode(["a photo of the cat", "a photo of the ship"]), [0, 1])
+    images = backbone.decode(latents)
+    back = backbone.decode(backbone.encode_images(images.permute(0, 3, 1, 2) / 127.5 - 1))
+    error = ((images.float() - back.float()) / 255).square().mean(dim=(1, 2, 3))
+    assert (error < 10**-2.7).all()

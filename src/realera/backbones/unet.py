@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from realera.backbones import adapters, folder, loading, sampling
+from realera.backbones import adapters, autoencoder, folder, loading, sampling
 from realera.backbones.base import BaseWeights
 from realera.backbones.denoiser import DTYPES, Denoiser
 from realera.contracts import Edit, Guide, LoraSpec, Sampler, TextStates, UserError
 
-DECODED_AT_ONCE = 8  # images of 512 x 512 pixels in one pass of the autoencoder: each takes about 1 GB
 EDIT, LORA = "edit.", "lora."
 
 
@@ -28,9 +27,9 @@ class UNetBackbone:
     latents and the autoencoder are float32. text: the width and max_length that the config promises are held against
     the checkpoint (its row_norm serves the config's own checks). text_length: rows T, None = the tokenizer's limit.
     attention, compile: see `Denoiser`. gradient_checkpointing: a block's activations are computed again for the
-    gradient instead of kept. vae_slicing: images are decoded one by one; vae_tiling: and in overlapping tiles, which
-    shows faintly. Raises UserError for bad settings and for a checkpoint that is missing, torn, or not what `text`
-    promises.
+    gradient instead of kept. vae_slicing: images are decoded, and encoded, one by one; vae_tiling: and in overlapping
+    tiles, which shows faintly. Raises UserError for bad settings and for a checkpoint that is missing, torn, or not
+    what `text` promises.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class UNetBackbone:
         self.width, self.max_length = self.text.width, self.text.length
         loading.refuse_other_text(name, dict(text or {}), self.text, parts.unet.config)
         self.latent_channels = int(parts.unet.config.in_channels)
-        self.pixels_per_latent = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        self.pixels_per_latent = autoencoder.pixels_per_latent(parts.vae)
         sampling.refuse_bad(sampler, self.pixels_per_latent)
         self._base = BaseWeights(self.unet, name)
         if not self._base.cross_attention:
@@ -286,18 +285,13 @@ class UNetBackbone:
         pooled = None if states.pooled is None else states.pooled.to(self.device)
         return replace(states, states=states.states.to(self.device), pooled=pooled)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) on the latents' device; in float32 under the caller's autocast too."""
-        self.vae.to(latents.device)
-        config = self.vae.config
-        scale, shift = config.scaling_factor, config.get("shift_factor") or 0.0
-        pixels = latents.shape[-2] * latents.shape[-1] * self.pixels_per_latent**2
-        at_once = 1 if self.vae_slicing else min(DECODED_AT_ONCE, max(1, DECODED_AT_ONCE * 512**2 // max(1, pixels)))
-        parts = (latents.float() / scale + shift).split(at_once)
-        with torch.autocast(latents.device.type, enabled=False):
-            images = torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts])
-        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        """See `autoencoder.decode`."""
+        return autoencoder.decode(self.vae, latents, self.vae_slicing)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """See `autoencoder.encode`."""
+        return autoencoder.encode(self.vae, images, self.vae_slicing)
 
     def generate(
         self, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler | None = None, guide: Guide | None = None

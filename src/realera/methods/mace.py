@@ -25,6 +25,8 @@ from realera.methods.masks import Masks, grid
 from realera.methods.priors import Preserved
 from realera.methods.texts import one_of, predict, repeat
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of R, G, B from 0 to 1
+
 
 class Refinement:
     """Stage 1 (section 4.1): in every training prompt of c, all rows but those of c itself come to read as the same
@@ -81,7 +83,8 @@ class ConceptImages:
 
     images: how many per concept, drawn once by the original model for `prompt`, {} = the concept. chunk: how many are
     drawn, and stored, at once. scheduler, steps, guidance_scale: of their drawing; null = the backbone's own. batch:
-    z_t a step. importance: timesteps by `importance`, else uniform. masks: None = none.
+    z_t a step. importance: timesteps by `importance_law`, else uniform. masks: None = none. imagenet_norm: the latents
+    are not those that were drawn but `encoded_as_for_imagenet`, as in the official code; masks are of the images still.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class ConceptImages:
         guidance_scale: float | None = None,
         importance: bool = True,
         masks: Masks | None = None,
+        imagenet_norm: bool = False,
     ) -> None:
         for name, value in (("images", images), ("batch", batch), ("chunk", chunk)):
             if value < 1:
@@ -108,6 +112,7 @@ class ConceptImages:
         self.sampler: dict[str, Any] = {"scheduler": scheduler, "steps": steps, "guidance_scale": guidance_scale}
         self.probabilities = importance_law() if importance else torch.full((TIMESTEPS,), 1 / TIMESTEPS)
         self.masks = masks
+        self.imagenet_norm = imagenet_norm
         self.banks: list[tuple[Tensor, Tensor | None]] = []  # (images, C, h, w) and (images, H, W) bool per concept
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
@@ -124,7 +129,8 @@ class ConceptImages:
             name = pair.concept.target
             states = backbone.encode([self.prompt.format(name)], [name])
             bank = drawn(backbone, states, self.images, self.chunk, sampler, cache, seed, f"Images of '{name}'")
-            self.banks.append((bank, None if self.masks is None else self.masks(backbone, states, bank, name)))
+            masks = None if self.masks is None else self.masks(backbone, states, bank, name)
+            self.banks.append((encoded_as_for_imagenet(backbone, bank) if self.imagenet_norm else bank, masks))
         if self.masks is not None:
             self.masks.unload()
 
@@ -139,6 +145,15 @@ class ConceptImages:
         timesteps = timesteps.to(bank.device)
         z_t = backbone.noisy_latents(bank[chosen], noise, timesteps)
         return (z_t, timesteps) if masks is None else (z_t, timesteps, {"mask": masks[chosen]})
+
+
+def encoded_as_for_imagenet(backbone: Backbone, latents: Tensor) -> Tensor:
+    """The latents (images, C, h, w) of the same images, encoded again: the pixels are normalised with ImageNet's mean
+    and standard deviation, where the autoencoder wants [-1, 1]. It is done anew for every run, so the cache holds only
+    what was drawn. The official code draws from what the encoder gives; here its mode is taken."""
+    mean, deviation = (torch.tensor(value, device=latents.device)[:, None, None] for value in IMAGENET)
+    images = backbone.decode(latents).permute(0, 3, 1, 2) / 255
+    return backbone.encode_images((images - mean) / deviation)
 
 
 def importance_law(steepness: float = 0.05, early: int = 200, late: int = 400) -> Tensor:

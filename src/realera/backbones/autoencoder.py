@@ -1,0 +1,49 @@
+"""Latents to images and back by the KL autoencoder, in float32 under the caller's autocast too."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+AT_ONCE = 8  # images of 512 x 512 pixels in one pass: each takes about 1 GB
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor, one_by_one: bool) -> Tensor:
+    """uint8 (B, H, W, 3) on the latents' (B, C, h, w) device, where the autoencoder is taken too."""
+    vae.to(latents.device)
+    scale, shift = _scale_and_shift(vae)
+    pixels = latents.shape[-2] * latents.shape[-1] * pixels_per_latent(vae) ** 2
+    parts = (latents.float() / scale + shift).split(_at_once(pixels, one_by_one))
+    with torch.autocast(latents.device.type, enabled=False):
+        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor, one_by_one: bool) -> Tensor:
+    """Latents (B, C, h, w) float32 of images (B, 3, H, W), on their device; the autoencoder was trained on [-1, 1].
+
+    Of the distribution that the encoder gives, its mode: equal images have equal latents.
+    """
+    vae.to(images.device)
+    scale, shift = _scale_and_shift(vae)
+    parts = images.float().split(_at_once(images.shape[-2] * images.shape[-1], one_by_one))
+    with torch.autocast(images.device.type, enabled=False):
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
+    return (latents - shift) * scale
+
+
+def pixels_per_latent(vae: AutoencoderKL) -> int:
+    """Of a side."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def _scale_and_shift(vae: AutoencoderKL) -> tuple[float, float]:
+    return float(vae.config.scaling_factor), float(vae.config.get("shift_factor") or 0.0)
+
+
+def _at_once(pixels: int, one_by_one: bool) -> int:
+    """How many images of so many pixels go through together."""
+    return 1 if one_by_one else min(AT_ONCE, max(1, AT_ONCE * 512**2 // max(1, pixels)))
