@@ -22,7 +22,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from realera import cli, runs
+from realera import cli, plan, runs
 from realera.webpage import handler
 
 SMALL = [
@@ -119,6 +119,12 @@ def test_a_run_counts_what_it_costs(type_in: Type, place: Path, capsys: pytest.C
     guided, images = costs_of(place, "horse-sld")
     assert guided["passes"] == {"erase": 0, "draw": images * steps * 3} and guided["passes_per_image"] == steps * 3
     assert guided["originals"]["passes"] == 0, "they stood in the cache"
+    for name, per_image in (("realera", record["passes_per_image"]), ("sld", guided["passes_per_image"])):
+        folder = next((place / "runs").glob(f"horse-{name}-mini-*"))
+        config = {**runs.read_config(folder), "overwrite": True}
+        planned = plan.work(config, cli.build_task(config))
+        assert (planned.passes_per_image, planned.images) == (per_image, images)
+        assert planned.passes_per_original == steps * 2
     for sitting in (1, 2):
         type_in("evaluate", "run=original", "concept=horse")
         plain, _ = costs_of(place, "horse-original")

@@ -12,9 +12,10 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from realera import cli, devices, jobs, paths, plan, runs, train
+from realera import cli, costs, devices, jobs, paths, plan, runs, train
 from realera.plan import Work
 
 
@@ -59,6 +60,33 @@ def test_a_cell_is_counted_from_its_settings(hydra: None) -> None:
     assert both.steps == 2 * worked("backbone=mini", "method=mace", small).steps  # a LoRA each, taught in turn
 
 
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [("realera", 2), ("sld", 3), ("spm", 2), ("spm method.guide.transport=none", 2)],  # spm's guide asks nothing beside
+)
+def test_an_image_costs_what_its_guide_asks(method: str, passes: int, hydra: None) -> None:
+    words = ["backbone=mini", *f"method={method}".split()]
+    config = settings(*words)
+    node = config["method"].get("guide")
+    sampler = instantiate(config["backbone"]["sampler"])
+    of_the_run = costs.passes_per_image(
+        cli.build_task(config).eval_prompts(), sampler, instantiate(node) if node else None
+    )
+    found = worked(*words)
+    assert found.passes_per_image == of_the_run == 20 * passes and found.passes_per_original == 20 * 2
+    assert worked(*words, "backbone.sampler.guidance_scale=1").passes_per_original == 20, "nothing is guided"
+    drawn = (found.images * found.passes_per_image + len(found.originals) * 40) * 0.005
+    rest = (sum(found.made.values()) + found.steps * found.passes_per_step) * 0.005 + plan.AROUND
+    assert plan.summed([found]).hours == pytest.approx((drawn + rest) / 3600, abs=0.006)
+
+
+def test_images_of_the_original_are_not_guided_where_the_pace_is_of_ones_that_are() -> None:
+    cell = Work(
+        images=10, passes_per_image=60, passes_per_original=40, originals=frozenset(range(9)), pace=(90.0, 0.0, 0.0)
+    )
+    assert plan.summed([cell]).hours == round((10 * 90 + 9 * 60) / 3600, 2)
+
+
 def test_what_cells_share_counts_once(hydra: None) -> None:
     words = [("backbone=mini", f"seed={seed}", "method=uce") for seed in (0, 1)]
     both = plan.summed([worked(*one) for one in words])
@@ -87,7 +115,8 @@ def test_what_stands_is_not_planned_again(hydra: None) -> None:
     for name in (paths.METRICS, paths.REPORT, paths.ERASED):
         paths.write_text(folder / name, "{}")
     assert worked(*words).finished and plan.summed([worked(*words)]).basis == "nothing is left to do"
-    assert not worked(*words, "overwrite=true").finished
+    anew = worked(*words, "overwrite=true")
+    assert not anew.finished and anew.images == len(anew.originals) == len(prompts)
 
 
 def test_hours_come_from_finished_runs_where_there_are_some(hydra: None) -> None:

@@ -9,7 +9,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from realera.ledger import Ledger
 from realera.ranks import Ranks
 
 if TYPE_CHECKING:
-    from realera.contracts import Backbone
+    from realera.contracts import Backbone, Guide, Prompt, Sampler
 
 FORM = 1  # of costs.json
 ERASING = ("text", "edit", "latents", "train", "finish")  # what a method costs; the others are the same for all
@@ -188,6 +188,18 @@ class Meter:
 def of_run(folder: Path, ranks: Ranks) -> Meter:
     """What all processes of a run measure with; the first one writes."""
     return Meter(folder / paths.COSTS if ranks.first else None, processes=ranks.world)
+
+
+def passes_per_image(prompts: Sequence[Prompt], base: Sampler, guide: Guide | None = None) -> float:
+    """How often the U-Net is asked for one image, the mean over the prompts: at each step for the prompt, for the empty
+    one where the noise is guided, and for what the guide wants to know beside. Every sampler here asks once a step."""
+
+    def of(prompt: Prompt) -> int:
+        own = base.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
+        return base.steps * (1 + (guide is not None or own > 1) + (len(guide.prompts) if guide is not None else 0))
+
+    mean = sum(map(of, prompts)) / max(1, len(prompts))
+    return int(mean) if mean == int(mean) else round(mean, 2)
 
 
 def forget(folder: Path, stage: str) -> None:

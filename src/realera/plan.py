@@ -1,4 +1,5 @@
-"""What a run or a sweep will take, said before it is spent: cells, images, steps, hours. No model is loaded for it.
+"""What a run or a sweep will take, said before it is spent: cells, images, steps, hours. No model is loaded for it, and
+torch only for a method whose images are guided: its guide says what it asks the U-Net.
 
 Hours are an estimate. Where finished runs of the same backbone and method are at hand they are scaled (costs.json),
 else passes of the U-Net are counted and multiplied by what a pass takes (`PASS`).
@@ -12,8 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import instantiate
+
 from realera import console, costs, devices, paths, runs
-from realera.contracts import Task, UserError
+from realera.contracts import Sampler, Task, UserError
 from realera.runs import digest
 
 # Seconds of one pass (one image, one timestep) of a U-Net in float32, and where the figure comes from.
@@ -49,6 +52,7 @@ class Work:
     images: int = 0
     steps: int = 0
     passes_per_image: float = 0.0
+    passes_per_original: float = 0.0
     passes_per_step: float = 0.0
     originals: frozenset[int] = frozenset()
     made: Mapping[str, float] = field(default_factory=dict)
@@ -84,16 +88,22 @@ def work(config: Mapping[str, Any], task: Task, unedited: bool = False, known: d
     if what not in known:
         how = digest([backbone.get("pretrained"), backbone.get("name"), sampler])
         prompts = task.eval_prompts()
-        known[what] = {p.id: hash((p.text, p.seed, p.guidance_scale, p.size, how)) for p in prompts}
-    originals: Mapping[str, int] = known[what] if config.get("evaluate", True) else {}
-    images = 0 if unedited else len(originals.keys() - _pictures(folder / paths.IMAGES))
-    missing = originals.keys() - _pictures(folder / (paths.IMAGES if unedited else "originals"))
+        keys = {p.id: hash((p.text, p.seed, p.guidance_scale, p.size, how)) for p in prompts}
+        known[what] = prompts, keys, costs.passes_per_image(prompts, _sampler(sampler))
+    prompts, keys, per_original = known[what]
+    originals: Mapping[str, int] = keys if config.get("evaluate", True) else {}
+    anew = bool(config.get("overwrite"))  # what stands is thrown away
+    images = 0 if unedited else len(originals.keys() - _pictures(folder / paths.IMAGES, anew))
+    missing = originals.keys() - _pictures(folder / (paths.IMAGES if unedited else "originals"), anew)
     align = method.get("align") or {}
     alone = bool((align.get("lora") or {}).get("per_concept"))
-    erased = (folder / paths.ERASED).is_file()
+    erased = (folder / paths.ERASED).is_file() and not anew
     steps = 0 if erased else int(align.get("steps") or 0) * (len(task.concepts) if alone else 1)
     latents = method.get("latents") or {}
-    per_image = int(sampler.get("steps") or 50) * (2.0 + bool(method.get("guide")))
+    if (guided := digest([what, guide := method.get("guide")])) not in known:
+        known[guided] = (
+            costs.passes_per_image(prompts, _sampler(sampler), instantiate(guide)) if guide else per_original
+        )
     device = _device(config)
     asked = (str(backbone["name"]), str(method.get("name")), device, str(config.get("root") or runs.ROOT))
     if (paced := digest(asked)) not in known:
@@ -101,7 +111,8 @@ def work(config: Mapping[str, Any], task: Task, unedited: bool = False, known: d
     return Work(
         images=images,
         steps=steps,
-        passes_per_image=per_image,
+        passes_per_image=known[guided],
+        passes_per_original=per_original,
         passes_per_step=LEARNT * float(latents.get("batch") or 1) + _rollout(latents, sampler),
         originals=frozenset(originals[name] for name in missing),
         made={} if erased or not steps else dict(_made(method, config, sampler)),
@@ -131,9 +142,9 @@ def summed(cells: Sequence[Work], refused: int = 0) -> Plan:
             continue
         known += 1
     if first.pace is not None:
-        seconds += len(originals) * first.pace[0]
+        seconds += len(originals) * first.pace[0] * first.passes_per_original / first.passes_per_image
     elif first.rate is not None:
-        seconds += (len(originals) * first.passes_per_image + sum(made.values())) * first.rate[0]
+        seconds += (len(originals) * first.passes_per_original + sum(made.values())) * first.rate[0]
     if not to_do:
         basis["nothing is left to do" if cells else "every cell is refused"] = None
     said = "; ".join(basis) or "no figure is known for this backbone"
@@ -156,8 +167,12 @@ def show(plan: Plan, place: Path | None = None) -> None:
         paths.write_text(place / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
 
 
-def _pictures(place: Path) -> set[str]:
-    return {file.stem for file in place.glob("*.png")}
+def _sampler(node: Mapping[str, Any]) -> Sampler:
+    return Sampler(**{name: value for name, value in node.items() if name != "_target_"})
+
+
+def _pictures(place: Path, anew: bool) -> set[str]:
+    return set() if anew else {file.stem for file in place.glob("*.png")}
 
 
 def _device(config: Mapping[str, Any]) -> str:

@@ -12,11 +12,11 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from realera import paths, preflight, runs
+from realera import costs, paths, preflight, runs
 from realera.console import bar
-from realera.contracts import Backbone, Concept, Guide, Judge, Method, Pair, Prompt, Sampler, SetJudge, Task, UserError
+from realera.contracts import Backbone, Concept, Guide, Judge, Method, Pair, Prompt, SetJudge, Task, UserError
 from realera.costs import ORIGINALS, Meter
-from realera.evaluation.generate import generate_images, original_images, own_sampler, source_of
+from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
 from realera.evaluation.records import Row, read_manifest, write_manifest
 from realera.evaluation.results import measure, measure_set, numbers_of
@@ -118,7 +118,7 @@ def draw(
     meter = meter or Meter()
     chunk = config["images_at_once"]
     guide = _guide(config)
-    meter.note(passes_per_image=passes_per_image(prompts, backbone.sampler, guide))
+    meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler, guide))
     with _bar("original model's images", len(prompts), ranks) as advance, meter.stage(ORIGINALS):
         original_images(backbone, prompts, folder, chunk=chunk, advance=advance, ranks=ranks)
     with _bar("erased model's images", len(prompts), ranks) as advance, meter.stage("draw"):
@@ -136,7 +136,7 @@ def draw_original(
 ) -> None:
     """A run of the unedited model: its images stand where an erased model's would."""
     meter = meter or Meter()
-    meter.note(passes_per_image=passes_per_image(prompts, backbone.sampler, None))
+    meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler))
     if ranks.first:
         source = source_of(backbone)
         write_manifest(folder, [Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source) for prompt in prompts])
@@ -151,18 +151,6 @@ def draw_missing(run: Run, task: Task, original: bool, ranks: Ranks, meter: Mete
     backbone = load_backbone(run.config, meter) if original else load_run(run, meter)
     (draw_original if original else draw)(backbone, task.eval_prompts(), run.folder, run.config, ranks, meter)
     return drawn_by(backbone)
-
-
-def passes_per_image(prompts: Sequence[Prompt], base: Sampler, guide: Guide | None) -> float:
-    """How often the U-Net is asked for one image, the mean over the prompts: at each step for the prompt, for the empty
-    one where the noise is guided, and for what the guide wants to know beside. Every sampler here asks once a step."""
-
-    def of(sampler: Sampler) -> int:
-        guided = guide is not None or sampler.guidance_scale > 1
-        return sampler.steps * (1 + guided + (len(guide.prompts) if guide is not None else 0))
-
-    mean = sum(of(own_sampler(prompt, base)) for prompt in prompts) / max(1, len(prompts))
-    return int(mean) if mean == int(mean) else round(mean, 2)
 
 
 def build_judge(config: Mapping[str, Any], task: Task) -> Judge:
