@@ -47,6 +47,7 @@ BAD = {  # what is typed -> words that the answer must hold
     ("concept=airplane", "metod=uce"): ["no setting 'metod'", "did you mean 'method'"],
     ("concept=airplane", "method.neighbours.mm=3"): ["did you mean 'method.neighbours.m'"],
     ("concept=airplane", "method=uce", "method.align.steps=3"): ["method.align is null"],
+    ("concept=airplane", "method.edit=null", "method.align=null"): ["realera has no part left", "method=original"],
     ("concept=airplane", "method.neighbours.d1=-1"): ["d1=-1"],
     ("concept=airplane", "method.neighbours.s_lo=0.9", "method.neighbours.s_hi=0.5"): ["s_lo=0.9", "s_hi=0.5"],
     ("concept=airplane", "method.neighbours.s_hi=0.5", "method.neighbours.s_lo=0.4", "method.neighbours.d1=1"): [

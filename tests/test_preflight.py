@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from options import method_settings
 from realera import preflight
 from realera.contracts import UserError
+from realera.paths import CONF_DIR
 
 HUB = "someone/some-model"
 
@@ -103,6 +106,22 @@ def test_a_folder_is_tried_without_leaving_a_trace(tmp_path: Path) -> None:
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"out=.* cannot be written"):
             preflight.check_writable(place, "out")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml")))
+def test_a_method_with_no_part_left_that_erases_is_refused(name: str) -> None:
+    """What only serves others (neighbours, latents) is no part that erases; any one of its own that does will do."""
+    method: dict[str, Any] = OmegaConf.to_container(method_settings(name))  # type: ignore[assignment]
+    own = [part for part in preflight.ACTING if method[part]]
+    assert bool(own) == (name != "original")
+    rest = {**method, "name": name, "neighbours": None, **dict.fromkeys(preflight.ACTING)}
+    if name == "original":
+        preflight.check_settings({"method": rest})
+    else:
+        with pytest.raises(UserError, match=f"method {name} has no part left that erases .*method=original"):
+            preflight.check_settings({"method": rest})
+    for part in own:
+        preflight.check_settings({"method": {**rest, part: method[part]}})
 
 
 def test_a_flat_band_counts_its_rows() -> None:

@@ -50,7 +50,10 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
         check_sweep(config.get("trainer") or {})
     method = config.get("method") or {}
     if method and method.get("name") != "original" and not any(method.get(part) for part in ACTING):
-        raise UserError(f"method {method.get('name')} has no part left that erases ({', '.join(ACTING)} are all null).")
+        raise UserError(
+            f"method {method.get('name')} has no part left that erases ({', '.join(ACTING)} are all null): leave it "
+            "one, or take method=original."
+        )
     check_band(method, config.get("backbone") or {})
     if config.get("run_dir"):
         check_writable(Path(str(config["run_dir"])), "run_dir")
