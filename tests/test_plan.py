@@ -136,6 +136,10 @@ def test_hours_come_from_finished_runs_where_there_are_some(hydra: None) -> None
     paths.write_text(folder / paths.METRICS, "{}")
     paths.write_text(folder / paths.CONFIG, yaml.safe_dump({"method": {"align": {"steps": 100}}}))
     assert worked(*words).pace == (3.0, 0.5, 6.0)
+    for lora, of_each in (({"per_concept": True}, 0.25), ({"per_concept": False}, 0.5), (None, 0.5)):
+        method = {"align": {"steps": 100, "lora": lora}}
+        paths.write_text(folder / paths.CONFIG, yaml.safe_dump({"concept": ["cat", "dog"], "method": method}))
+        assert worked(*words).pace == (3.0, of_each, 6.0), "an adapter each: 200 steps were taken in 50 s"
     found = worked(*words)
     seconds = found.images * 3.0 + 200 * 0.5 + 6.0 + len(found.originals) * 3.0
     planned = plan.summed([found])

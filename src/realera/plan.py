@@ -95,10 +95,8 @@ def work(config: Mapping[str, Any], task: Task, unedited: bool = False, known: d
     anew = bool(config.get("overwrite"))  # what stands is thrown away
     images = 0 if unedited else len(originals.keys() - _pictures(folder / paths.IMAGES, anew))
     missing = originals.keys() - _pictures(folder / (paths.IMAGES if unedited else "originals"), anew)
-    align = method.get("align") or {}
-    alone = bool((align.get("lora") or {}).get("per_concept"))
     erased = (folder / paths.ERASED).is_file() and not anew
-    steps = 0 if erased else int(align.get("steps") or 0) * (len(task.concepts) if alone else 1)
+    steps = 0 if erased else _steps(method, len(task.concepts))
     latents = method.get("latents") or {}
     if (guided := digest([what, guide := method.get("guide")])) not in known:
         known[guided] = (
@@ -167,6 +165,12 @@ def show(plan: Plan, place: Path | None = None) -> None:
         paths.write_text(place / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
 
 
+def _steps(method: Mapping[str, Any], concepts: int) -> int:
+    """As `training.module.steps_of`: of each concept where each trains an adapter of its own."""
+    align = method.get("align") or {}
+    return int(align.get("steps") or 0) * (concepts if (align.get("lora") or {}).get("per_concept") else 1)
+
+
 def _sampler(node: Mapping[str, Any]) -> Sampler:
     return Sampler(**{name: value for name, value in node.items() if name != "_target_"})
 
@@ -232,10 +236,12 @@ def _records(
         on = "cpu" if str(record.get("device", "")).startswith("cpu") else "gpu"
         if each and passes and on == device and (file.parent / paths.METRICS).is_file():
             try:
-                align = (runs.read_config(file.parent).get("method") or {}).get("align") or {}
+                config = runs.read_config(file.parent)
             except UserError:
                 continue
-            yield record["stages"], passes, each, int(align.get("steps") or 0)
+            erased = config.get("concept")
+            steps = _steps(config.get("method") or {}, len(erased) if isinstance(erased, list) else 1)
+            yield record["stages"], passes, each, steps
 
 
 def _age(file: Path) -> int:
