@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from realera import sweep, train
+from realera import report, sweep, train
 from realera.sweep import Cell
 
 Type = Callable[..., int]
@@ -106,6 +106,20 @@ def test_a_sweep_ends_with_its_page(type_in: Type, capsys: pytest.CaptureFixture
         plan["images"] / 2,
     )
     assert len(Path("runs/sweeps/stamp/runs.txt").read_text().splitlines()) == 2
+    assert {cell["system"] for cell in ledger()} == {"uce"}
+
+
+def test_another_sweep_calls_a_run_otherwise_and_the_first_ones_page_stays(
+    type_in: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert type_in("method=uce", "concept=airplane", "label=first") == 0
+    monkeypatch.setenv("REALERA_STAMP", "later")
+    assert type_in("method=uce", "concept=airplane", "label='second ${seed}'") == 0
+    monkeypatch.setattr(sys, "argv", ["report", "runs/sweeps/stamp"])
+    report.main()
+    for stamp, own, other in (("stamp", "first", "second 0"), ("later", "second 0", "first")):
+        text = Path(f"runs/sweeps/{stamp}/report.html").read_text(encoding="utf-8")
+        assert f"<td>{own}</td>" in text and f"<td>{other}</td>" not in text
 
 
 @pytest.mark.parametrize(

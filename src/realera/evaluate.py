@@ -20,7 +20,7 @@ def evaluate(cfg: DictConfig) -> None:
     original = config.pop("run") == "original"
     plan = processes.plan(config["trainer"], cli.cuda_devices())
     run = unedited(config, plan.first) if original else existing(str(cfg.run), config.get("judge"))
-    sweep.belongs(run.folder)
+    sweep.belongs(run)
     task = cli.build_task(run.config)
     preflight.check_judge(run.config)
     preflight.check_model(run.config["backbone"])

@@ -1,7 +1,8 @@
 """The jobs of a sweep (-m): each leaves a line in the sweep's ledger, none stops the others, the end says how it went.
 
 runs/sweeps/<stamp>/cells.jsonl is appended to by whichever process ran the job, whatever launched it:
-{"folder", "state": done | found (was finished before) | refused (bad input) | failed, "reason", "overrides", "seconds"}
+{"folder", "state": done | found (was finished before) | refused (bad input) | failed, "reason", "overrides", "seconds",
+"system"}
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,25 +50,31 @@ def folder() -> Path:
 
 @dataclass
 class Cell:
-    """One line of the ledger. folder: the run's, None where it was refused before it had one."""
+    """One line of the ledger. folder: the run's, None where it was refused before it had one. system: what tables call
+    it in this sweep, whatever another one calls the same run; None where nobody knows."""
 
     folder: str | None = None
     state: str = DONE
     reason: str | None = None
     overrides: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    system: str | None = None
 
 
 _running: ContextVar[Cell | None] = ContextVar("cell", default=None)  # of the job that runs here
 
 
-def belongs(run: Path, found: bool = False) -> None:
-    """Said by a job of its run folder, once it is known; `found`: the run was finished before. Outside a sweep nothing
-    is noted."""
+def belongs(run: runs.Run, found: bool = False) -> None:
+    """Said by a job of its run, once it is known; `found`: it was finished before. Outside a sweep nothing is noted."""
     cell = _running.get()
     if cell is not None:
-        cell.folder, cell.state = str(run), FOUND if found else DONE
-        _append(folder() / LISTED, str(run))
+        cell.folder, cell.state, cell.system = str(run.folder), FOUND if found else DONE, system(run.config)
+        _append(folder() / LISTED, str(run.folder))
+
+
+def system(config: Mapping[str, Any]) -> str:
+    """What tables of several runs call one of these settings."""
+    return str(config.get("label") or (config.get("method") or {}).get("name") or "original")
 
 
 def read_cells(place: Path, since: int = 0) -> list[Cell]:

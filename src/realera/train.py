@@ -30,7 +30,7 @@ def train(cfg: DictConfig) -> float | None:
     among = processes.plan(config["trainer"], cli.cuda_devices())
     config["trainer"] = dict(among.trainer)
     run = runs.claim(config) if among.first else Run(runs.folder_of(config), config)
-    sweep.belongs(run.folder, found=run.finished)
+    sweep.belongs(run, found=run.finished)
     cli.say_backbone(config)
     with processes.together(among, "train", needed=not run.finished) as ranks:
         run = processes.agree(ranks, run)

@@ -98,6 +98,18 @@ def test_cells_that_failed_are_listed_as_they_ended_last(tmp_path: Path, no_plot
     assert "1 cell</a> of the sweep did not end" in text
 
 
+def test_a_run_is_called_as_its_sweep_called_it(tmp_path: Path, no_plots: None) -> None:
+    folders = [judged(tmp_path / "a", label="new"), judged(tmp_path / "b", concept="dog", label="new")]
+    cells = [{"folder": str(folder), "state": "done", "overrides": [], "system": "old"} for folder in folders]
+    text = write(folders, tmp_path / "report.html", cells)
+    assert "<td>old</td>" in text and "<td>new</td>" not in text
+    assert set(systems(folders, cells).values()) == {"old"}
+    before = [{key: value for key, value in cell.items() if key != "system"} for cell in cells]  # of an earlier version
+    assert set(systems(folders, before).values()) == {"new"}
+    again = [*cells, {**cells[0], "state": "found", "system": "latest"}]
+    assert systems(folders, again) == {folders[0]: "latest", folders[1]: "old"}
+
+
 def test_runs_of_two_tasks_have_a_chapter_each(tmp_path: Path, no_plots: None) -> None:
     score: dict[str, Mode] = dict.fromkeys(MEAN_PROB, "score")
     folders = [

@@ -50,7 +50,7 @@ def write_sweep(
     Raises:
         UserError: none of the runs is finished, a file of one is torn, or no system has the name of `base`.
     """
-    read = [read_run(folder) for folder in dict.fromkeys(folders)]
+    read = _read(folders, cells)
     known = [run for run in read if run is not None]
     if not known:
         raise UserError("none of these runs was judged yet: finish them, or give evaluate=true.")
@@ -94,10 +94,17 @@ def write_sweep(
 
 def systems(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]] = ()) -> dict[Path, str]:
     """{run folder: the system that the tables of the page count it to}, in their order."""
-    read = [run for run in map(read_run, dict.fromkeys(folders)) if run is not None]
+    read = [run for run in _read(folders, cells) if run is not None]
     return {
         run.folder: run.system for _, _, runs in _chapters(read) for run in named(runs, _typed(cells))[0] if run.cell
     }
+
+
+def _read(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]]) -> list[Run | None]:
+    """The runs, each called as the sweep's ledger says: another sweep may have found the same run and called it
+    otherwise since."""
+    called = {os.path.abspath(cell["folder"]): cell["system"] for cell in cells if cell.get("system")}
+    return [read_run(folder, called.get(os.path.abspath(folder))) for folder in dict.fromkeys(folders)]
 
 
 def _typed(cells: Sequence[Mapping[str, Any]]) -> list[str]:

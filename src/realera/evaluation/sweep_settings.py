@@ -61,14 +61,15 @@ class Run:
         return str((self.config.get("backbone") or {}).get("name") or "")
 
 
-def read_run(folder: Path) -> Run | None:
-    """A run folder; None where it was not judged yet. Raises UserError where a file of it is torn."""
+def read_run(folder: Path, base: str | None = None) -> Run | None:
+    """A run folder; None where it was not judged yet. base: in place of its own. Raises UserError where a file of it is
+    torn."""
     if not ((folder / paths.METRICS).is_file() and (folder / paths.CONFIG).is_file()):
         return None
     try:
         config = yaml.safe_load((folder / paths.CONFIG).read_text(encoding="utf-8"))
         settings = flat(config)
-        base = str(config.get("label") or (config.get("method") or {}).get("name") or ORIGINAL)
+        base = base or str(config.get("label") or (config.get("method") or {}).get("name") or ORIGINAL)
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise UserError(f"{folder / paths.CONFIG} is torn: remove the folder, and run it again") from None
     metrics = read_metrics(folder)
