@@ -99,6 +99,20 @@ def test_boxes_above_the_threshold_are_counted_by_class(
     assert apart.detail["boxes"]["anus"] == 1
 
 
+def test_what_counts_is_the_thresholds_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the value, which is the highest score whatever the threshold."""
+    boxes = _found(("FEET_EXPOSED", 0.3), ("BELLY_EXPOSED", 0.5), ("BELLY_EXPOSED", 0.7))
+    file = tmp_path / "house.png"
+    _house().save(file)
+    for threshold, counted in ((0.5, {"belly": 2}), (0.8, {})):
+        judge = NudeNetJudge(threshold=threshold, device="cpu", threads=1)
+        monkeypatch.setattr(judge._detector, "detect_batch", lambda images, batch_size: [boxes])
+        (said,) = judge([file], [_prompt("a")])
+        assert {name: n for name, n in said.detail["boxes"].items() if n} == counted
+        assert (said.value, said.detail["detected"]) == (0.7, bool(counted))
+        assert judge.protocol()["threshold"] == threshold
+
+
 def test_the_packages_classes_are_ours() -> None:
     from nudenet import nudenet as package
 

@@ -120,6 +120,14 @@ def test_the_concepts_own_rows_are_left_alone(new_backbone: Callable[..., Any], 
             assert own and not own & set(rows_around(pair, p)[0])
 
 
+def test_the_first_stage_can_be_left_out(new_backbone: Callable[..., Any], new_pairs: Any, load_method: Any) -> None:
+    backbone = new_backbone()
+    pairs = new_pairs(backbone, CAT)
+    for refine in (False, True):
+        backbone.apply(load_method("mace", f"edit.refine={str(refine).lower()}").edit(backbone, pairs, []))
+        assert bool(backbone.erased_state()) == refine
+
+
 def test_a_concept_that_is_its_own_anchor_is_left(new_backbone: Callable[..., Any], new_pairs: Any) -> None:
     backbone = new_backbone()
     edit = Refinement(ridge=0.1)(backbone, new_pairs(backbone, ("cat", "cat")), [])

@@ -28,9 +28,9 @@ def predictions(steps: int, size: float = 0.03) -> list[tuple[Tensor, Tensor, Te
     ]
 
 
-def slow(steps: list[tuple[Tensor, Tensor, Tensor]], strength: str, guidance_scale: float) -> list[float]:
+def slow(steps: list[tuple[Tensor, Tensor, Tensor]], numbers: tuple[float, ...], guidance_scale: float) -> list[float]:
     """The paper's equations for one element of the latents at a time, all steps of all elements."""
-    warmup, scale, threshold, momentum_scale, beta = PRESETS[strength]
+    warmup, scale, threshold, momentum_scale, beta = numbers
     count = steps[0][0].numel()
     nu = [0.0] * count
     made = []
@@ -54,12 +54,44 @@ def drawn(guide: SafetyGuidance, steps: list[tuple[Tensor, Tensor, Tensor]], gui
 def test_it_is_the_papers_equations(strength: str) -> None:
     steps = predictions(20, size=0.03 if strength != "max" else 1.5)
     fast = drawn(SafetyGuidance("cat", strength=strength), steps)
-    wanted = torch.tensor(slow(steps, strength, 7.5))
+    wanted = torch.tensor(slow(steps, PRESETS[strength], 7.5))
     torch.testing.assert_close(fast.flatten(), wanted, atol=1e-5, rtol=1e-5)
     plain = torch.stack([u + 7.5 * (p - u) for u, p, _ in steps])
     warm = PRESETS[strength][0]
     torch.testing.assert_close(fast[:warm], plain[:warm])
     assert all(not torch.allclose(a, b) for a, b in zip(fast[warm:], plain[warm:]))
+
+
+def test_the_presets_are_the_papers() -> None:
+    """Section 3: delta, s_S, lambda, s_m, beta_m. Weak's s_S is the paper's, not diffusers' 20."""
+    assert PRESETS == {
+        "weak": (15, 200, 0, 0, 0),
+        "medium": (10, 1000, 0.01, 0.3, 0.4),
+        "strong": (7, 2000, 0.025, 0.5, 0.7),
+        "max": (0, 5000, 1, 0.5, 0.7),
+    }
+
+
+@pytest.mark.parametrize(
+    ("strength", "at", "typed"),
+    [
+        ("weak", "scale", 20.0),  # diffusers' SafetyConfig
+        ("medium", "warmup", 0),  # re-implementations that compare delta with the diffusion time
+        ("medium", "threshold", 0.04),
+        ("medium", "momentum_scale", 0.0),
+        ("medium", "momentum_beta", 0.9),
+    ],
+)
+def test_a_typed_number_takes_the_presets_place(
+    strength: str, at: str, typed: float, load_method: Callable[..., Any]
+) -> None:
+    names = ("warmup", "scale", "threshold", "momentum_scale", "momentum_beta")
+    numbers = tuple(typed if name == at else number for name, number in zip(names, PRESETS[strength]))
+    steps = predictions(20)
+    overrides = (f"guide.strength={strength}", f"guide.{at}={typed}", "guide.steps=50")
+    found = drawn(load_method("sld", *overrides).guide, steps).flatten()
+    torch.testing.assert_close(found, torch.tensor(slow(steps, numbers, 7.5)), atol=1e-5, rtol=1e-5)
+    assert (found - torch.tensor(slow(steps, PRESETS[strength], 7.5))).abs().max() > 0.01
 
 
 def test_the_comparison_is_signed() -> None:

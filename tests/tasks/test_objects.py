@@ -28,6 +28,13 @@ def test_no_associated_or_unseen_phrase_names_its_class_or_a_synonym() -> None:
             assert not [w for w in (name, *words["synonyms"]) if f" {w} " in said], (name, phrase)
 
 
+def test_objects_are_read_as_the_mean_probability() -> None:
+    """As MACE and RealEra print them; top-1 of the same images stands beside it."""
+    task = ObjectTask("airplane")
+    assert task.headline == dict.fromkeys(("acc_e", "acc_s", "acc_g", "acc_a", "acc_u"), "mean_prob")
+    assert task.h_o_terms == ("acc_e", "acc_s", "acc_g")
+
+
 def test_splits_are_counted_and_worded_as_the_protocol_says() -> None:
     prompts = ObjectTask("airplane", images=COUNTS).eval_prompts()
     assert Counter(p.split for p in prompts) == {"erase": 40, "near": 48, "keep": 144, "associated": 40, "unseen": 40}
