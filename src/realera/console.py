@@ -31,6 +31,7 @@ from realera.evaluation.readings import (
     described,
     head,
     mode_of,
+    near,
     some_unscored,
     symbol,
 )
@@ -96,7 +97,8 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
     width = max((len(head(name, mode_of(main, name))) for name in main), default=0)
     for name in ORDER:
         if name in main and _measured(main[name]):
-            label = f"{head(name, mode_of(main, name)):<{width}} {WHAT[name]}"
+            what = f"{near(metrics.get('protocol') or {})}s" if name == "acc_g" else WHAT[name]
+            label = f"{head(name, mode_of(main, name)):<{width}} {what}"
             last = name == ("h_o" if "h_o" in main else "acc_g")
             add(label, main[name], (before or {}).get(name), end=last)
     concepts = metrics.get("concepts", {})

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from realera.evaluation import charts
-from realera.evaluation.readings import MEASURES, counted, higher, mode_of, modes, symbol, what
+from realera.evaluation.readings import MEASURES, counted, higher, mode_of, modes, near, symbol, what
 
 ORDER = ("acc_e", "acc_g", "acc_s", "h_o", "acc_a", "acc_u")
 WHAT = {
     "acc_e": "the concept by name",
-    "acc_g": "synonyms or paraphrases",
     "acc_s": "other concepts",
     "h_o": "the harmonic mean",
     "acc_a": "phrases that evoke it",
@@ -64,6 +63,7 @@ def measures(metrics: Mapping[str, Any]) -> Lines:
     read = {mode_of(main, name) for name in shown if name != "h_o"}
     beside = "top1" if "top1" in metrics and read != {"top1"} and "detected" not in read else ""
     high = _axis_end(main, before, shown)
+    protocol = metrics.get("protocol") or {}
 
     def line(name: str) -> Line:
         after, was = main[name], (before or {}).get(name)
@@ -74,7 +74,7 @@ def measures(metrics: Mapping[str, Any]) -> Lines:
             name,
             letter,
             index,
-            WHAT[name],
+            f"{near(protocol)}s" if name == "acc_g" else WHAT[name],
             what(mode),
             higher(name),
             after,
@@ -104,12 +104,12 @@ def _images(estimate: Estimate) -> int:
 
 
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
-    """The three numbers that matter, in words: by name, by synonym, and the other concepts."""
+    """The three numbers that matter, in words: by name, by synonym or phrase, and the other concepts."""
     if not metrics:
         return []
     said = {name: _said(metrics, name) for name in ("acc_e", "acc_g", "acc_s")}
     first = [f"asked for by name, {said['acc_e']}" if said["acc_e"] else ""]
-    first += [f"asked for by synonym, {said['acc_g']}" if said["acc_g"] else ""]
+    first += [f"asked for by {near(metrics.get('protocol') or {})}, {said['acc_g']}" if said["acc_g"] else ""]
     text = "; ".join(part for part in first if part)
     kept = f"of other concepts, {said['acc_s']}" if said["acc_s"] else ""
     return [f"{part[0].upper()}{part[1:]}." for part in (text, kept, _judgeable(metrics)) if part]

@@ -19,10 +19,17 @@ MEASURES: Mapping[Split, str] = {
 H_O_TERMS = ("acc_e", "acc_s", "acc_g")  # RealEra's; MACE's celebrities have the first two
 MEAN_PROB: Mapping[str, Mode] = dict.fromkeys(MEASURES.values(), "mean_prob")  # as the papers print objects
 ORDER = ("acc_e", "acc_s", "acc_g", "h_o", "acc_a", "acc_u")  # of the tables
+NEAR: Mapping[str, str] = {  # what a task's split near is made of: other names, or whole phrases that give none
+    "object": "synonym",
+    "nsfw": "synonym",
+    "celebrity": "phrase",
+    "style": "phrase",
+}
+PARAPHRASE = "paraphrase"  # of any other task, and of several together
 WHAT = {
     "acc_e": "by name",
     "acc_s": "the others",
-    "acc_g": "paraphrases",
+    "acc_g": f"{PARAPHRASE}s",
     "h_o": "harmonic mean",
     "acc_a": "associations",
     "acc_u": "other words",
@@ -65,6 +72,11 @@ def symbol(measure: str, mode: str | None) -> tuple[str, str]:
 def what(mode: str | None) -> str:
     """A reading in words; "" for what is none (H_o of measures that are read in different ways)."""
     return READINGS[mode].what if mode is not None and mode in READINGS else ""
+
+
+def near(protocol: Mapping[str, Any]) -> str:
+    """What the prompts of the split near are called under this protocol, in the singular."""
+    return NEAR.get(str(protocol.get("task")), PARAPHRASE)
 
 
 def _reading(mode: str | None) -> Reading:

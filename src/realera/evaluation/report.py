@@ -13,20 +13,21 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from realera import costs, paths
 from realera.contracts import Split, UserError
 from realera.evaluation import charts, cost, lines
-from realera.evaluation.readings import MEAN_PROB, MEASURES, mode_of
+from realera.evaluation.readings import MEAN_PROB, MEASURES, mode_of, near
 from realera.evaluation.records import read_lines, read_metrics
 from realera.evaluation.sheets import first_pairs, sheets
 
 TEMPLATE = "report.html.j2"
 SPLITS: Mapping[Split, tuple[str, str]] = {
     "erase": ("Asked for by name", "The concept itself. It should be gone."),
-    "near": ("Asked for by synonym", "Other names of the concept, or a phrase that means it. It should be gone too."),
+    "near": ("Asked for by paraphrase", "Other words that mean the concept. It should be gone too."),
     "keep": ("Other concepts", "What should stay as it was."),
     "associated": ("Asked for by association", "Phrases that evoke the concept without naming it."),
-    "unseen": (
-        "Asked for by other words",
-        "Words outside the list of synonyms; the miniature's captions held none of them.",
-    ),
+    "unseen": ("Asked for by other words", "Words for it of which the miniature's captions held none."),
+}
+NEAR: Mapping[str, tuple[str, str]] = {  # by what the task makes of the split
+    "synonym": ("Asked for by synonym", "Other names of the concept. It should be gone too."),
+    "phrase": ("Asked for by phrase", "Phrases that mean the concept and do not name it. It should be gone too."),
 }
 FILES = {
     paths.ERASED: "what was changed in the model",
@@ -77,6 +78,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
     sheet = sheets(run_dir, judge, headline) if (run_dir / paths.MANIFEST).is_file() else {}
     finish = edit.pop("finish", None)
     spent = costs.read(run_dir)
+    splits = {**SPLITS, "near": NEAR.get(near(protocol), SPLITS["near"])}
     return {
         "concepts": _concepts(config, protocol),
         "facts": _facts(config, protocol),
@@ -90,12 +92,12 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
         "sets": lines.sets(metrics),
         "images": sum(strip.images for strips in sheet.values() for strip in strips),
         "first": first_pairs(sheet),
-        "splits": [(split, *SPLITS[split], sheet[split]) for split in SPLITS if split in sheet],
+        "splits": [(split, *titles, sheet[split]) for split, titles in splits.items() if split in sheet],
         "seen": _seen(metrics),
         "edits": [(title, block) for title, block in (("", _edit(edit)), ("after training", _edit(finish))) if block],
         "curves": charts.curves(read_lines(run_dir / paths.LOSSES)),
         "cost": {"totals": cost.parts(spent), "stages": cost.stages(spent), "device": spent.get("device", "")},
-        "split_names": {split: title for split, (title, _) in SPLITS.items()},
+        "split_names": {split: title for split, (title, _) in splits.items()},
         "settings": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
         "protocol": yaml.safe_dump(protocol, sort_keys=False, allow_unicode=True) if protocol else "",
         "files": [(name, what) for name, what in FILES.items() if (run_dir / name).exists()],

@@ -11,7 +11,7 @@ from realera import paths
 from realera.contracts import UserError
 from realera.evaluation import cost, sweep_plots, table_forms
 from realera.evaluation.metrics import DRAWS
-from realera.evaluation.readings import ORDER, head
+from realera.evaluation.readings import ORDER, head, near
 from realera.evaluation.report import render, veiled
 from realera.evaluation.sheets import first_pairs, sheets
 from realera.evaluation.sweep_figures import Line, Scatter, Surface, corrected, families, scatter
@@ -156,6 +156,7 @@ def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | 
         "scatter": scatter(chapter) if measured else None,
         "sheets": sheets_of(chapter) if measured else [],
         "names": names,
+        "near": near(chapter.runs[0].metrics.get("protocol") or {}),
         "heads": [
             (name, head(name, run.metrics["main"][name]["mode"]))
             for name in ORDER
