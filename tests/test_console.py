@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from realera import console
+from realera import console, runs, train
 from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation.metrics import summarise
 from realera.evaluation.readings import MEAN_PROB
+from sweeps import judged as judged_run
 
 
 def shown(metrics: Mapping[str, Any]) -> str:
@@ -64,3 +67,14 @@ def test_markup_in_a_concept_is_printed_as_it_is() -> None:
     metrics = judged(MEAN_PROB, ("acc_e", "acc_s"), concepts=2)
     metrics["concepts"] = {"[red]x[/red]": metrics["concepts"]["concept 0"]}
     assert "[red]x[/red]" in shown(metrics)
+
+
+def test_nothing_is_erased_by_the_original_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method, title, column in (
+        ("original", "cat, the original model", "unchanged"),
+        ("uce", "cat erased by uce", "erased"),
+    ):
+        folder = judged_run(tmp_path / method, method=method)
+        train.show(runs.Run(folder, {**runs.read_config(folder), "evaluate": True}))
+        said = capsys.readouterr().out
+        assert title in said and column in said and "erased by original" not in said

@@ -231,9 +231,12 @@ def test_a_missing_image_is_drawn_again_before_judging(run_dir: Path, type_in: T
     assert lost.read_bytes() == content
 
 
-def test_evaluate_gives_the_unedited_models_row(type_in: Type, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_gives_the_unedited_models_row(
+    type_in: Type, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     type_in("evaluate", "run=original", "concept=cat")
+    assert "cat, the original model" in capsys.readouterr().out
     folder = next((place / "runs").glob("cat-original-mini-*"))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["original"] is None

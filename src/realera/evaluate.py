@@ -31,7 +31,7 @@ def evaluate(cfg: DictConfig) -> None:
         judge, metrics = judge_again(processes.agree(ranks, run), task, original, ranks)
     if ranks.first:
         log(run, metrics, config["logger"])
-        title = f"{runs.concept_of(run.config)}, {'the unedited model' if original else f'judged by {judge.name}'}"
+        title = runs.title(run.config) if original else f"{runs.concept_of(run.config)}, judged by {judge.name}"
         console.show_run(run.folder, shown(metrics, judge), title, erased="original" if original else "erased")
         console.show_path("metrics", run.folder / paths.METRICS)
 

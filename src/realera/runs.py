@@ -121,6 +121,17 @@ def concept_of(config: Mapping[str, Any]) -> str:
     return ", ".join(names) if len(names) <= SPELT_OUT else f"{names[0]} and {len(names) - 1} more"
 
 
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether nothing is erased: a run of the base model as it is."""
+    return (config.get("method") or {}).get("name") == "original"
+
+
+def title(config: Mapping[str, Any]) -> str:
+    """ "cat erased by uce", "cat, the original model"."""
+    erased = f" erased by {(config.get('method') or {}).get('name')}"
+    return f"{concept_of(config)}{', the original model' if is_original(config) else erased}"
+
+
 def folder_of(config: Mapping[str, Any]) -> Path:
     """run_dir where it was typed, else <root>/<concept>-<method>-<backbone>-<hash>: equal settings, equal folder."""
     if config.get("run_dir"):

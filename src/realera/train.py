@@ -76,7 +76,8 @@ def show(run: Run) -> float | None:
     """What a run ends with: the table, and what to open. Returns H_o where there is one."""
     if run.config["evaluate"] and (run.folder / paths.METRICS).is_file():
         metrics = read_metrics(run.folder)
-        console.show_run(run.folder, metrics, f"{runs.concept_of(run.config)} erased by {run.config['method']['name']}")
+        column = "unchanged" if runs.is_original(run.config) else "erased"
+        console.show_run(run.folder, metrics, runs.title(run.config), erased=column)
         return metrics["main"].get("h_o", {}).get("value")
     console.show_path("weights", run.erased)
     return None

@@ -120,6 +120,17 @@ def test_the_page_says_the_numbers_of_metrics_json(tmp_path: Path) -> None:
     assert "phrases that evoke it" not in page.text, "not measured here"
 
 
+def test_the_original_models_page_strikes_nothing_out(tmp_path: Path) -> None:
+    erased = _read(_make(tmp_path))
+    assert "del" in erased.tags and "the original model" not in erased.text
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "method": {"name": "original"}}))
+    page = _read(tmp_path)
+    assert "del" not in page.tags and "→ sky" not in page.text
+    assert "airplane, the original model – concept erasure" in page.text
+    assert "the original model, nothing erased" in page.text
+
+
 def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
     page = _read(_with_edit(_make(tmp_path)))
     sources = [value or "" for name, value in page.attributes if name in ("src", "href", "action", "data")]

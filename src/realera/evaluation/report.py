@@ -81,6 +81,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
     splits = {**SPLITS, "near": NEAR.get(near(protocol), SPLITS["near"])}
     return {
         "concepts": _concepts(config, protocol),
+        "original": (config.get("method") or {}).get("name") == "original",
         "facts": _facts(config, protocol),
         "veiled": veiled(config, metrics, blur),
         "measured": lines.measures(metrics),
