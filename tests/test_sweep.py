@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,26 @@ def test_no_job_stops_the_others_and_a_finished_cell_is_found(
     assert "1 done, 2 found finished" in capsys.readouterr().out  # of this call alone
     assert [cell["state"] for cell in ledger()[6:]] == ["found", "done", "found"]
     assert type_in(*UCE, "concept=nothingknown,airplane") == 2
+
+
+def test_sweeps_that_begin_in_the_same_second_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep.time, "strftime", lambda form: "20260101-120000")
+    own = sweep.new_stamp()
+    assert own == f"20260101-120000-{os.getpid()}"
+    monkeypatch.setattr(sweep.os, "getpid", lambda: 7)
+    assert sweep.new_stamp() == "20260101-120000-7" != own
+    monkeypatch.setattr(sweep.time, "strftime", lambda form: "20260101-120001")
+    assert sweep.new_stamp() > own, "folders sort by time, whoever made them"
+
+
+def test_a_process_that_a_sweep_begins_belongs_to_it(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REALERA_STAMP")
+    assert type_in(*UCE, "concept=nothingknown") == 2
+    (place,) = Path("runs/sweeps").iterdir()
+    assert place.name == os.environ["REALERA_STAMP"] and re.fullmatch(rf"\d{{8}}-\d{{6}}-{os.getpid()}", place.name)
+    monkeypatch.setattr(sweep.os, "getpid", lambda: 7)  # another process, with the first one's environment
+    assert type_in(*UCE, "concept=nothingknown") == 2
+    assert list(Path("runs/sweeps").iterdir()) == [place] and len(sweep.read_cells(place)) == 2
 
 
 def test_an_interrupted_sweep_says_so(

@@ -10,7 +10,6 @@ import faulthandler
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
@@ -44,7 +43,7 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
     sweep: 1 where a job failed, else 2 where one was refused.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: one translation, here
-    os.environ.setdefault(sweep.STAMP, time.strftime("%Y%m%d-%H%M%S"))  # a sweep's runs, and processes, agree on it
+    os.environ.setdefault(sweep.STAMP, sweep.new_stamp())  # a sweep's runs, and processes, agree on it
     processes.adopt_scheduler(os.environ)
     arguments = flags_first(sys.argv[1:])
     get_ready()

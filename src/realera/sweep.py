@@ -40,6 +40,11 @@ def fail(sentence: str) -> NoReturn:
     sys.exit(2)
 
 
+def new_stamp() -> str:
+    """The name of a sweep that begins now: sorted by time, and another one for each process that begins one."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
 def folder() -> Path:
     """Where this sweep's own files stand."""
     return runs.ROOT / "sweeps" / os.environ[STAMP]
