@@ -7,18 +7,19 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from realera import cli, tracking
+from realera import cli, paths, tracking
 from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
-from realera.runs import Run
+from realera.runs import FILES, Run, digest, identity
 from realera.training.fit import fit
 
 LOGGER = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "realera", "mode": "offline"}
@@ -169,6 +170,35 @@ def test_a_run_s_settings_losses_numbers_and_images(
     first = content["data"][0]
     assert first[:3] == ["a erase of cat", 0, "erase"] and first[5] == "sky (cat 0.25)"
     assert {int(np.ptp(image)) for image in found["images"]} == {255}, "as they were drawn"
+
+
+def test_a_folder_is_one_w_and_b_run_and_another_folder_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def made(node: Any, **settings: Any) -> Any:
+        asked.append(settings["id"])
+        return SimpleNamespace(log_hyperparams=lambda told: None)
+
+    monkeypatch.setattr(tracking, "instantiate", made)
+    monkeypatch.setattr("wandb.setup", lambda settings: None)
+    config = {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": LOGGER}
+    first, other = (Run(tmp_path / root / "cat-uce-mini-01234567", config) for root in ("runs", "elsewhere"))
+    for run in (first, other, first, other):
+        tracking.make(run)
+    assert asked[:2] == asked[2:] and len(set(asked)) == 2, "one each, the same when it is gone on with"
+    first.folder.rename(tmp_path / "moved")
+    tracking.make(Run(tmp_path / "moved", config))
+    assert asked[-1] == asked[0]
+    assert paths.WANDB_ID in FILES, "what is done anew is a new run"
+
+
+def test_a_run_that_was_logged_before_ids_were_kept_goes_on_as_it_was(tmp_path: Path) -> None:
+    run = Run(tmp_path / "cat-uce-mini-01234567", {"concept": "cat", "method": {"name": "uce"}})
+    (run.folder / "wandb").mkdir(parents=True)
+    assert tracking.run_id(run) == digest([run.folder.name, identity(run.config)])
+    assert tracking.run_id(Run(run.folder, {**run.config, "seed": 3})) == tracking.run_id(run)
 
 
 @pytest.mark.slow

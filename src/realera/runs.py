@@ -30,6 +30,7 @@ FILES = (
     paths.LOSSES,
     paths.EDIT_INFO,
     paths.COSTS,
+    paths.WANDB_ID,
 )
 # Settings of a method's parts that came later, and what was done before: runs that still do that keep their name.
 LATER = {"align.clip": 1.0, "latents.imagenet_norm": False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from realera import cli, costs
+from realera import cli, costs, paths, sweep
 from realera.evaluation.readings import ORDER
 from realera.evaluation.report import veiled
 from realera.evaluation.results import scalars
 from realera.evaluation.sheets import blurred, image_rows
 from realera.panels import SURFACES
-from realera.runs import Run, digest, identity
+from realera.runs import Run, digest, identity, is_original
 
 ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images says otherwise
 SHORT = 100  # entries: a longer list of the protocol (30,000 captions, say) is told by its length
@@ -41,9 +42,21 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
     node["tags"] = list(dict.fromkeys([*tags(run.config), *(node.get("tags") or ())]))
     node["job_type"] = "evaluate" if unedited(run) else "train"
     place = str(run.folder.absolute())  # W&B's own process has a working directory of its own
-    logger: Logger = instantiate(node, save_dir=place, name=name, id=digest([name, identity(run.config)]))
+    logger: Logger = instantiate(node, save_dir=place, name=name, id=run_id(run))
     logger.log_hyperparams({**_told(run.config), "system": system(run)})
     return [logger]
+
+
+def run_id(run: Run) -> str:
+    """The id of the run folder's W&B run, made with its first logger and kept in the folder: gone on with, judged
+    again or moved, it stays one run, and a folder of the same settings under another root, in another checkout or on
+    another machine is another one."""
+    file = run.folder / paths.WANDB_ID
+    if not file.is_file():
+        # One that was logged before ids were kept had its id from its settings.
+        before = digest([run.folder.name, identity(run.config)]) if (run.folder / "wandb").is_dir() else None
+        paths.write_text(file, f"{before or uuid.uuid4().hex[:12]}\n")
+    return file.read_text(encoding="utf-8").strip()
 
 
 def tags(config: Mapping[str, Any]) -> list[str]:
@@ -58,11 +71,11 @@ def tags(config: Mapping[str, Any]) -> list[str]:
 
 def system(run: Run) -> str:
     """What tables of several runs call this one."""
-    return str(run.config.get("label") or (run.config.get("method") or {}).get("name") or "original")
+    return sweep.system(run.config)
 
 
 def unedited(run: Run) -> bool:
-    return (run.config.get("method") or {}).get("name") == "original"
+    return is_original(run.config)
 
 
 def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any]) -> None:
