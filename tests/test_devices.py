@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO
+from types import SimpleNamespace
+from typing import IO, Any
 
 import pytest
 
@@ -46,6 +47,24 @@ def test_what_a_scheduler_has_chosen_stays(
     environ = {} if assigned is None else {devices.VISIBLE: assigned}
     assert devices.take(["0", "1"], seen, environ, tmp_path, []) == taken
     assert environ.get(devices.VISIBLE) == (taken or assigned)
+
+
+@pytest.mark.parametrize("hidden", ["", " ", "-1", "-1,0", " -1 "])
+def test_devices_that_are_hidden_count_as_none(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def driver(name: str) -> SimpleNamespace:
+        def count(found: Any) -> int:
+            found._obj.value = 4
+            return 0
+
+        return SimpleNamespace(cuInit=lambda flags: 0, cuDeviceGetCount=count)
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", driver)
+    monkeypatch.delenv(devices.VISIBLE, raising=False)
+    assert devices.number() == 4 and devices.visible() == ["0", "1", "2", "3"]
+    monkeypatch.setenv(devices.VISIBLE, hidden)
+    assert devices.number() == 0 and devices.visible() == []
+    monkeypatch.setenv(devices.VISIBLE, "2,-1,3")
+    assert devices.visible() == ["2"], "as CUDA reads it"
 
 
 def test_without_devices_nothing_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import ctypes
 import os
 import tempfile
 from collections.abc import MutableMapping, Sequence
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +21,8 @@ _held: list[IO[bytes]] = []  # the lock of this process
 
 def number() -> int:
     """How many CUDA devices the driver shows this process; asked of the driver, for importing torch takes seconds."""
+    if _given() == []:  # nor need a driver be asked, which reads the variable once
+        return 0
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
             driver = ctypes.CDLL(name)
@@ -34,10 +36,18 @@ def number() -> int:
 
 def visible() -> list[str]:
     """The devices that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    given = _given()
+    return [str(index) for index in range(number())] if given is None else given
+
+
+def _given() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names, None where it is not set. As for CUDA, the first number that is no device's ends
+    the list: "-1" hides them all."""
     given = os.environ.get(VISIBLE)
-    if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip()]
-    return [str(index) for index in range(number())]
+    if given is None:
+        return None
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    return list(takewhile(lambda name: not name.startswith("-"), names))
 
 
 def take(
