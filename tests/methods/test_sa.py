@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from realera.contracts import Edit, Pair, UserError
 from realera.methods.replay import CAPTIONS, Fisher, Replay
 from realera.methods.sa import ForgetAndReplay, SelectiveAmnesia
 from realera.ranks import Ranks
+from realera.tasks import objects
 
 SAID = ["a red car", "a photo of the cat", "an old ship", "the sky"]
 
@@ -160,6 +163,13 @@ def test_captions_from_a_file(tmp_path: Path) -> None:
         Replay(captions=str(tmp_path / "none.txt"))
     own = Replay().captions
     assert own == CAPTIONS.read_text(encoding="utf-8").splitlines() and len(set(own)) == len(own) > 100
+    classes = yaml.safe_load((Path(objects.__file__).parent / "data" / "objects.yaml").read_text(encoding="utf-8"))[
+        "classes"
+    ]
+    judged = [word for name, said in classes.items() for word in (name, *said["synonyms"])]
+    assert not [line for line in own for word in judged if re.search(rf"(?<!\w){word}s?(?!\w)", line, re.IGNORECASE)], (
+        "what a table judges is rehearsed by no method"
+    )
 
 
 @pytest.mark.parametrize("zipped", [False, True])
