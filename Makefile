@@ -31,7 +31,7 @@ $(STAMP):
 	@touch $@
 
 demo: setup ## erase "airplane" from the built-in model: nothing to download, ends by naming the page to open
-	$(PY) -m realera.train task=object concept=airplane $(ARGS)
+	$(PY) -m realera.train task=object concept=airplane backbone=mini $(ARGS)
 
 test: setup ## run the tests (seconds each, no network, no GPU)
 	$(PY) -m pytest -m "not slow" $(ARGS)

@@ -145,11 +145,11 @@ def test_the_example_judge_judges(examples: dict[str, types.ModuleType], tmp_pat
 
 
 def test_the_example_task_and_base_model_compose(tmp_path: Path) -> None:
-    task = cli.build_task(_with_examples(tmp_path, "task=tractor", "backbone=sd21"))
+    task = cli.build_task(_with_examples(tmp_path, "task=tractor", "backbone=sd21-base"))
     assert [concept.target for concept in task.concepts] == ["tractor"]
     assert {prompt.text for prompt in task.eval_prompts() if prompt.split == "associated"} == {"ploughing at dawn"}
-    backbone = _with_examples(tmp_path, "task=tractor", "backbone=sd21")["backbone"]
-    assert (backbone["name"], backbone["text"]["width"], backbone["text"]["max_length"]) == ("sd21", 1024, 77)
+    backbone = _with_examples(tmp_path, "task=tractor", "backbone=sd21-base")["backbone"]
+    assert (backbone["name"], backbone["text"]["width"], backbone["text"]["max_length"]) == ("sd21-base", 1024, 77)
 
 
 def _with_examples(folder: Path, *words: str) -> dict[str, Any]:

@@ -6,10 +6,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
 HERE=experiments/table1_miniature
 RUNS=${RUNS:-runs/table1_miniature}
+export REALERA_STAMP=${REALERA_STAMP:-table1-miniature} # the page is of this sweep's cells: other tables share its runs
 part=()
 [[ -z ${METHODS:-} ]] || part+=("hydra.sweeper.params.method='$METHODS'")
 [[ -z ${CLASSES:-} ]] || part+=("hydra.sweeper.params.concept='$CLASSES'")
 [[ -z ${SEEDS:-} ]] || part+=("hydra.sweeper.params.seed='$SEEDS'")
 
 $PY -m realera.train -m experiment=table1 backbone=mini logger=none "root=$RUNS" "${part[@]}"
-$PY -m realera.report "$RUNS" "out=$RUNS/report.html" "results=$HERE"
+$PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=$HERE"

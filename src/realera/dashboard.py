@@ -1,4 +1,4 @@
-"""A workspace or a report in Weights & Biases: python -m realera.dashboard group=20260101-120000"""
+"""A workspace or a report in Weights & Biases: python -m realera.dashboard group=20260101-120000-4321"""
 
 from __future__ import annotations
 

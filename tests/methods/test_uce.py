@@ -25,7 +25,7 @@ def test_it_equals_the_official_code(load_method: Callable[..., Any]) -> None:
 
     folder = Path(str(GOLDENS))
     backbone = UNetBackbone(name="mini", pretrained=folder / "tinysd", sampler=Sampler("ddim", 2, 7.5, 32, 32))
-    method = load_method("uce", "edit.rows=last")  # the default but on the miniature
+    method = load_method("uce", "edit.rows=last")
     backbone.apply(method.edit(backbone, [named("airplane", "sky")], []))
     reference = load_file(folder / "uce_airplane_sky.safetensors")
     edited = {f"{name}.weight": layer.weight for name, layer in backbone.cross_attention().items()}
