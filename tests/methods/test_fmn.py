@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,29 @@ def test_inverted_once_and_put_where_the_name_stands(backbone: Any, pair: Pair, 
     loss = align.loss(backbone, pair, None, Z_T, T, 1, draw())["attention"]
     named = AttentionResteering().loss(backbone, pair, None, Z_T, T, 1, draw(), prompts=PROMPTS)["attention"]
     assert float(loss) > 0 and not torch.allclose(loss, named)
+
+
+class OnGpu(Tensor):
+    """Stands for a tensor of another device: what `cpu` gives back is a plain one."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_what_was_found_lies_on_one_device(
+    backbone: Any, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss compares the rows of a text with one another: all fields come back from the GPU, or none may."""
+    part = inversion()
+    plain = backbone.encode(["a photo of mona lisa"], ["mona lisa"])
+    values = {field.name: getattr(plain, field.name) for field in fields(plain)}
+    there = {name: value.as_subclass(OnGpu) for name, value in {**values, "pooled": torch.ones(1, 4)}.items()}
+    monkeypatch.setattr(TextualInversion, "invert", lambda *_: torch.zeros(3, 32))
+    monkeypatch.setattr(TextualInversion, "_prompt", lambda *_: replace(plain, **there))
+    (found,) = part(backbone, [pair], tmp_path, 0)
+    assert {name: type(getattr(found, name)) for name in there} == dict.fromkeys(there, Tensor)
 
 
 @pytest.mark.parametrize("settings", [{"pooler": "all"}, {"steps": -1}, {"lr": 0.0}])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.functional import mse_loss, normalize
 from realera.contracts import Backbone, Pair, TextStates, UserError
 from realera.ledger import Cached
 from realera.methods.latents import AnchorBank
-from realera.methods.texts import predict, repeat
+from realera.methods.texts import on_cpu, predict, repeat
 from realera.paths import whole
 
 
@@ -73,7 +72,7 @@ class TextualInversion:
             with torch.no_grad():
                 found.append(self._prompt(backbone, name, vectors))
         self.images.banks = []
-        return [replace(t, states=t.states.cpu(), first=t.first.cpu(), last=t.last.cpu()) for t in found]
+        return [on_cpu(texts) for texts in found]
 
     def invert(self, backbone: Backbone, name: str, concept: int, generator: Generator) -> Tensor:
         """(tokens, D) on the CPU."""

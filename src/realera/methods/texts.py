@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import torch
 from torch import Generator, Tensor
 
@@ -28,6 +30,12 @@ def repeat(texts: TextStates, row: int, count: int) -> TextStates:
 def one_of(texts: TextStates, generator: Generator) -> int:
     """The number of a prompt, drawn at random."""
     return int(torch.randint(len(texts.states), (1,), generator=generator))
+
+
+def on_cpu(texts: TextStates) -> TextStates:
+    """All of it on the CPU: whoever compares rows with one another needs them on one device."""
+    moved = {field.name: getattr(texts, field.name) for field in fields(texts)}
+    return replace(texts, **{name: value.cpu() for name, value in moved.items() if value is not None})
 
 
 def join(first: TextStates, second: TextStates, device: torch.device) -> TextStates:
