@@ -97,7 +97,7 @@ def erase(
             checkpoint_every=trainer.pop("checkpoint_every", None),
             trainer=trainer,
             loggers=loggers,
-            probes=list({prompt.text: prompt for prompt in task.eval_prompts()}.values()),
+            probes=task.eval_prompts(),
             meter=meter,
         )
     meter.gather(ranks)

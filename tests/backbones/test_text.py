@@ -206,3 +206,5 @@ def test_what_is_kept_has_a_limit(new_backbone: Callable[..., Any], monkeypatch:
     for word in ("dog", "ship", "sky"):
         encoder([f"a {word}"])
     assert [key[1] for key in encoder._kept] == [("a ship",), ("a sky",)]
+    encoder(["a cat", "a dog", "a ship"])  # more than may be kept: it pushes nothing out
+    assert [key[1] for key in encoder._kept] == [("a ship",), ("a sky",)]

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from realera.backbones.text import TextEncoder
 from realera.contracts import Edit, Method, Neighbours, Pair, Prompt
+from realera.training import callbacks as room
 from realera.training.callbacks import LossLines
 from realera.training.checkpoint import read_map
 from realera.training.fit import fit
@@ -89,6 +91,31 @@ def test_what_the_edit_did_is_written_down(go: Callable[..., Any], tmp_path: Pat
     assert cat["shift"] == field["shift"] == pytest.approx(0.5)
     assert field["to_anchor_before"] == field["to_anchor_after"] == pytest.approx(1.0)  # the anchor's own prompt
     assert cat["to_anchor_after"] == pytest.approx(cat["to_anchor_before"]) and cat["to_anchor_before"] < 0.99
+
+
+def test_of_many_prompts_some_are_probed(
+    go: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evenly spread over each split, encoded few at a time, and each as it is where it is alone."""
+    places = ["sky", "field", "sea", "road", "room", "beach", "forest"]
+    many = [Prompt(place, f"a cat in the {place}", "cat", "keep", 0) for place in places]
+    go(Method("halve", edit=Halve()), to="alone", probes=[PROBES[0], many[3]])
+    monkeypatch.setattr(room, "PROBED", 3)
+    monkeypatch.setattr(room, "AT_ONCE", 2)
+    asked: list[int] = []
+    plain = TextEncoder.__call__
+
+    def counted(self: TextEncoder, texts: list[str], subjects: Any = None) -> Any:
+        asked.append(len(texts))
+        return plain(self, texts, subjects)
+
+    monkeypatch.setattr(TextEncoder, "__call__", counted)
+    go(Method("halve", edit=Halve()), probes=[*many, PROBES[0]])
+    found, alone = (json.loads((tmp_path / to / "edit.json").read_text())["probes"] for to in ("run", "alone"))
+    assert [probe["text"] for probe in found] == [many[i].text for i in (0, 3, 6)] + [PROBES[0].text]
+    assert asked[-2:] == [2, 2]
+    for one, other in ((found[1], alone[1]), (found[3], alone[0])):
+        assert {**one, "text": ""} == pytest.approx({**other, "text": ""}, abs=1e-5)
 
 
 def test_a_method_without_parts_writes_no_edit(go: Callable[..., Any], tmp_path: Path) -> None:

@@ -58,8 +58,10 @@ class TextEncoder:
             raise ValueError(f"{len(texts)} texts but {len(subjects)} subjects")
         key = (str(self.model.device), tuple(texts), None if subjects is None else tuple(subjects))
         found = self._kept.pop(key, None) or self._read(texts, subjects)
+        if found.states.nbytes > KEPT:  # a data set's captions: nobody waits for all of them again
+            return found
         self._kept[key] = found  # the latest last
-        while len(self._kept) > 1 and sum(one.states.nbytes for one in self._kept.values()) > KEPT:
+        while sum(one.states.nbytes for one in self._kept.values()) > KEPT:
             self._kept.popitem(last=False)
         return _copy(found)
 

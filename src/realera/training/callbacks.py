@@ -26,6 +26,9 @@ from realera.training.module import ErasureModule, trains
 from realera.training.resuming import trained_numbers
 from realera.training.streams import stream
 
+PROBED = 50  # distinct prompts of a split whose shift is reported: a data set's captions are tens of thousands
+AT_ONCE = 64  # of them encoded at once
+
 
 class ClosedFormEdit(Callback):
     """Mines, edits W_K and W_V and adds the adapter, in `setup`: before Lightning restores a checkpoint and builds the
@@ -33,7 +36,7 @@ class ClosedFormEdit(Callback):
     method's finishing edit follows the loop and takes the adapter's place.
 
     Every process does the same work; the first one writes map.safetensors, neighbours.safetensors and edit.json.
-    probes: prompts whose shift under the edit is reported.
+    probes: prompts whose shift under the edit is reported, at most `PROBED` of a split.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class ClosedFormEdit(Callback):
     ) -> None:
         self.run_dir = run_dir
         self.origin = origin
-        self.probes = list({prompt.text: prompt for prompt in probes}.values())
+        self.probes = spread(list({prompt.text: prompt for prompt in probes}.values()), PROBED)
         self.keep_neighbours = keep_neighbours
         self.meter = meter or Meter()
         self.mined: list[Neighbours] = []
@@ -120,30 +123,25 @@ class ClosedFormEdit(Callback):
         """
         if not self.probes:
             return []
-        read = module.backbone.encode([probe.text for probe in self.probes])
-        anchors = {p.concept.target: p.anchor.states[0, int(p.anchor.length[0])] for p in module.pairs}
-        found = []
-        for i, probe in enumerate(self.probes):
-            end = int(read.length[i])
-            like = next(iter(before.values()))
-            h = read.states[i, 1 : end + 1].to(like)
-            a = anchors.get(probe.concept, next(iter(anchors.values()))).to(like)
-            rows = []
-            for name, w0 in before.items():
-                old, new, goal = h @ w0.T, h @ after[name].T, a @ w0.T
-                near = [float(torch.cosine_similarity(q[-1], goal, dim=0)) for q in (old, new)]
-                rows.append([_relative(new - old, old), *near])
-            shift, cos_before, cos_after = torch.tensor(rows).mean(dim=0).tolist()
-            found.append(
-                {
-                    "text": probe.text,
-                    "split": probe.split,
-                    "shift": shift,
-                    "to_anchor_before": cos_before,
-                    "to_anchor_after": cos_after,
-                }
-            )
-        return found
+        like = next(iter(before.values()))
+        anchors = {p.concept.target: p.anchor.states[0, int(p.anchor.length[0])].to(like) for p in module.pairs}
+        goals = {target: [a @ w0.T for w0 in before.values()] for target, a in anchors.items()}
+        means = []
+        for start in range(0, len(self.probes), AT_ONCE):
+            probes = self.probes[start : start + AT_ONCE]
+            read = module.backbone.encode([probe.text for probe in probes])
+            for states, end, probe in zip(read.states, read.length.tolist(), probes):
+                h = states[1 : end + 1].to(like)
+                rows = []
+                for name, goal in zip(before, goals.get(probe.concept, next(iter(goals.values())))):
+                    old, new = h @ before[name].T, h @ after[name].T
+                    near = [torch.cosine_similarity(q[-1], goal, dim=0).float() for q in (old, new)]
+                    rows.append(torch.stack([_share(new - old, old).float(), *near]))
+                means.append(torch.stack(rows).mean(dim=0))  # stays on the device: nothing is waited for till all stand
+        return [
+            {"text": probe.text, "split": probe.split, "shift": shift, "to_anchor_before": old, "to_anchor_after": new}
+            for probe, (shift, old, new) in zip(self.probes, torch.stack(means).tolist())
+        ]
 
     def _write(self, edit: Edit) -> None:
         if edit.map is not None:
@@ -284,8 +282,25 @@ def _erasure(module: LightningModule) -> ErasureModule:
     return module
 
 
+def spread(probes: Sequence[Prompt], most: int) -> list[Prompt]:
+    """At most so many of each split, from its first to its last at even distances; the order stays."""
+    splits: dict[str, list[int]] = {}
+    for place, probe in enumerate(probes):
+        splits.setdefault(probe.split, []).append(place)
+    kept = {
+        place
+        for own in splits.values()
+        for place in (own if len(own) <= most else [own[i * (len(own) - 1) // (most - 1)] for i in range(most)])
+    }
+    return [probe for place, probe in enumerate(probes) if place in kept]
+
+
 def _relative(change: Tensor, whole: Tensor) -> float:
-    return float(torch.linalg.norm(change.double()) / torch.linalg.norm(whole.double()).clamp(min=1e-300))
+    return float(_share(change, whole))
+
+
+def _share(change: Tensor, whole: Tensor) -> Tensor:
+    return torch.linalg.norm(change.double()) / torch.linalg.norm(whole.double()).clamp(min=1e-300)
 
 
 def _whole_lines(file: Path) -> list[str]:
