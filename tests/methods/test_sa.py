@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor
 
+from options import method_settings
+from realera.cli import register_resolvers
 from realera.contracts import Edit, Pair, UserError
 from realera.methods.replay import CAPTIONS, Fisher, Replay
 from realera.methods.sa import ForgetAndReplay, SelectiveAmnesia
@@ -170,6 +173,27 @@ def test_captions_from_a_file(tmp_path: Path) -> None:
     assert not [line for line in own for word in judged if re.search(rf"(?<!\w){word}s?(?!\w)", line, re.IGNORECASE)], (
         "what a table judges is rehearsed by no method"
     )
+
+
+def test_a_pass_that_no_gpu_holds_is_warned_of(
+    new_backbone: Any, new_pairs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By its pixels; not where what is large about it is computed again."""
+    for batch, checkpointing in ((8192, True), (2048, False), (8192, False)):
+        assert not caplog.records
+        backbone = new_backbone(gradient_checkpointing=checkpointing)
+        both = ForgetAndReplay(replay(images=1), images=1, batch=batch)
+        both.prepare(backbone, new_pairs(backbone, ("cat", "field")), tmp_path, 0)
+    (record,) = caplog.records
+    assert "16384 images of 32 x 32 pixels" in record.message and "gradient_checkpointing=true" in record.message
+
+
+def test_a_pass_of_the_fisher_information_is_small_but_on_the_miniature() -> None:
+    register_resolvers()
+    for backbone, size in (("mini", 20), ("sd14", 4), ("sdxl", 1)):
+        given = {"backbone": {"name": backbone}, "task": {"name": "object"}}
+        config = OmegaConf.create({**given, "method": method_settings("sa")})
+        assert config.method.align.fisher.at_once == size
 
 
 @pytest.mark.parametrize("zipped", [False, True])

@@ -3,6 +3,7 @@ rehearsed, and elastic weight consolidation holds the weights that matter to the
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,10 @@ from realera.methods.latents import AnchorBank, noised
 from realera.methods.replay import Fisher, Replay
 from realera.methods.texts import join, predict, take
 from realera.ranks import ALONE, Ranks
+
+log = logging.getLogger(__name__)
+
+MANY = 16 * 512 * 512  # pixels in a pass of training; twice as many took about 86 GiB in float32
 
 
 class ForgetAndReplay:
@@ -42,6 +47,14 @@ class ForgetAndReplay:
         self.kept = torch.zeros(0, dtype=torch.int64)  # images that are replayed
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
+        """Draws both banks, or reads them. Warns first where a pass of training will want more than a large GPU has."""
+        size, count = backbone.sampler, 2 * self.surrogate.batch
+        if count * size.height * size.width > MANY and not getattr(backbone.unet, "is_gradient_checkpointing", False):
+            log.warning(
+                "a pass of training is of %d images of %d x %d pixels (processes share them): for one GPU of 80 GB set "
+                "backbone.gradient_checkpointing=true, or fewer by method.latents.batch",
+                *(count, size.height, size.width),
+            )
         self.surrogate.prepare(backbone, pairs, cache, seed)
         self.replay.prepare(backbone, cache, seed)
         self.kept = self.replay.without([pair.concept.target for pair in pairs])
