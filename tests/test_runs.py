@@ -86,6 +86,10 @@ def test_runs_from_before_there_was_such_a_setting_keep_their_name() -> None:
     latents = [{"images": 8}, {"images": 8, "imagenet_norm": False}, {"images": 8, "imagenet_norm": True}]
     unsaid, off, on = (runs.folder_of(changed(method={"name": "mace", "latents": one})) for one in latents)
     assert unsaid == off != on
+    for part in ("edit", "finish"):
+        closed = [{"ridge": 50}, {"ridge": 50, "prompts": None}, {"ridge": 50, "prompts": 30}]
+        unsaid, off, on = (runs.folder_of(changed(method={"name": "mace", part: one})) for one in closed)
+        assert unsaid == off != on
 
 
 @pytest.mark.parametrize(

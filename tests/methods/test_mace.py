@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from options import method_settings
 from realera.contracts import Concept, LoraSpec, Pair, Sampler, UserError
 from realera.methods.mace import AttentionSuppression, ConceptImages, Fusion, Refinement, importance_law
 from realera.methods.masks import Masks, attended
@@ -100,6 +102,35 @@ def test_the_refinement_row_by_row(
         edit = Refinement(ridge=0.2, preserved=preserved, scale_squared=squared)(backbone, pairs, [])
         torch.testing.assert_close(w0 @ edit.map, left @ torch.linalg.inv(right), atol=1e-6, rtol=1e-6)
         assert edit.info["rows_refined"] == sum(len(rows_by_hand(q, p)[0]) for q in pairs for p in range(3))
+
+
+def test_three_prompts_that_count_as_thirty(new_backbone: Callable[..., Any], new_pairs: Any, tmp_path: Path) -> None:
+    """Ten of each: both closed forms come out as with a tenth of the weights that hold against them."""
+    backbone = new_backbone()
+    pairs = new_pairs(backbone, CAT, SHIP)
+    prior = cached(backbone, ["a photo of a dog"], tmp_path / "prior.safetensors")
+    for parameter in backbone.add_adapter(LoraSpec(per_concept=True), draw(1), 2):
+        nn.init.normal_(parameter, std=0.2, generator=draw(parameter.numel()))
+
+    def solved(ridge: float, scale: float, prompts: int | None) -> list[Tensor]:
+        kept = Preserved(str(prior), scale=scale, captions=5)
+        first = Refinement(ridge=ridge, preserved=kept, prompts=prompts)(backbone, pairs, []).map
+        return [first, *Fusion(ridge=ridge, preserved=kept, prompts=prompts)(backbone, pairs, []).weights.values()]
+
+    for thirty, tenth, as_it_is in zip(solved(0.2, 0.3, 30), solved(0.02, 0.03, None), solved(0.2, 0.3, None)):
+        torch.testing.assert_close(thirty, tenth, atol=1e-9, rtol=1e-7)
+        assert not torch.allclose(thirty, as_it_is, atol=1e-4)
+
+
+def test_released_weights_are_meant_for_thirty_prompts() -> None:
+    """The miniature's ridge was found for the templates as they are."""
+    from realera.cli import register_resolvers
+
+    register_resolvers()
+    for backbone, prompts in (("sd14", 30), ("mini", None)):
+        given = {"backbone": {"name": backbone}, "task": {"name": "object"}}
+        method = OmegaConf.create({**given, "method": method_settings("mace")}).method
+        assert (method.edit.prompts, method.finish.prompts) == (prompts, prompts)
 
 
 def cached(backbone: Any, captions: list[str], out: Path) -> Path:
@@ -341,6 +372,8 @@ def test_a_lora_elsewhere_cannot_be_fused(new_backbone: Any, new_pairs: Any) -> 
     ("build", "match"),
     [
         (lambda: Refinement(ridge=-1.0), "edit.ridge"),
+        (lambda: Refinement(ridge=1.0, prompts=0), "edit.prompts"),
+        (lambda: Fusion(ridge=1.0, prompts=-1), "finish.prompts"),
         (lambda: Fusion(ridge=None), "finish.ridge"),
         (lambda: Fusion(ridge=float("nan")), "finish.ridge"),
         (lambda: AttentionSuppression(steps=-1), "steps"),

@@ -38,15 +38,22 @@ class Refinement:
     those after it, end-of-text and pads, cut to the shorter of the two.
 
     ridge: in squared units of the text states (official: lamb). preserved: caches of captions that stay as they are.
-    scale_squared: their scale counts twice, as in the official code. refine: False leaves this stage out.
+    scale_squared: their scale counts twice, as in the official code. refine: False leaves this stage out. prompts: how
+    many prompts of a concept those two weights are meant for; the P that there are count as so many. None = as P.
 
-    Raises UserError for a ridge that cannot be.
+    Raises UserError for a ridge and for prompts that cannot be.
     """
 
     def __init__(
-        self, ridge: float, preserved: Preserved | None = None, scale_squared: bool = False, refine: bool = True
+        self,
+        ridge: float,
+        preserved: Preserved | None = None,
+        scale_squared: bool = False,
+        refine: bool = True,
+        prompts: int | None = None,
     ) -> None:
         self.ridge = _ridge("edit", ridge)
+        self.prompts = _prompts("edit", prompts)
         self.preserved = preserved
         self.scale_squared = scale_squared
         self.refine = refine
@@ -57,9 +64,10 @@ class Refinement:
         sums = NormalEquations(backbone.width)
         count = 0
         for pair in pairs:
+            weight = _weight(self.prompts, pair)
             for prompt in range(len(pair.target.states)):
                 c, a = rows_around(pair, prompt)
-                sums.add_pairs(pair.target.states[prompt, c], pair.anchor.states[prompt, a])
+                sums.add_pairs(pair.target.states[prompt, c], pair.anchor.states[prompt, a], weight)
                 count += len(c)
         kept = None if self.preserved is None else self.preserved.gram(backbone, squared=self.scale_squared)
         if kept is not None:
@@ -247,13 +255,14 @@ class Fusion:
         min_W  sum_i sum ||W k - (W1 + dW_i) k||^2 + ridge ||W - W1||^2 + what is preserved,
 
     k all rows of concept i's training prompts, W1 the weights after stage 1. It takes the adapter's place, so drawing
-    costs nothing more. ridge, preserved: as in `Refinement`; the scale counts once.
+    costs nothing more. ridge, preserved, prompts: as in `Refinement`; the scale counts once.
 
-    Raises UserError for a ridge that cannot be, and for a LoRA on other layers than W_K and W_V.
+    Raises UserError for numbers that cannot be, and for a LoRA on other layers than W_K and W_V.
     """
 
-    def __init__(self, ridge: float | None, preserved: Preserved | None = None) -> None:
+    def __init__(self, ridge: float | None, preserved: Preserved | None = None, prompts: int | None = None) -> None:
         self.ridge = _ridge("finish", ridge)
+        self.prompts = _prompts("finish", prompts)
         self.preserved = preserved
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
@@ -274,7 +283,8 @@ class Fusion:
             with backbone.original():
                 originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
         keys = [pair.target.states.flatten(0, 1).cpu().double() for pair in pairs]
-        fused, info = fuse(weights, learnt, [k.T @ k for k in keys], self.ridge, kept, originals)
+        grams = [_weight(self.prompts, pair) * (k.T @ k) for pair, k in zip(pairs, keys)]
+        fused, info = fuse(weights, learnt, grams, self.ridge, kept, originals)
         return Edit(weights=fused, info={**info, "rows": sum(map(len, keys)), "preserved": float(kept is not None)})
 
 
@@ -289,6 +299,17 @@ def changes(state: Mapping[str, Tensor], concepts: int) -> dict[str, list[tuple[
             parts = zip((scale * up).flatten(1).chunk(concepts, dim=1), down.flatten(1).chunk(concepts, dim=0))
             found[stem.removeprefix("lora.")] = list(parts)
     return found
+
+
+def _weight(prompts: int | None, pair: Pair) -> float:
+    """Of one of a concept's prompts: all of them count as `prompts`, None = each as one."""
+    return 1.0 if prompts is None else prompts / len(pair.target.states)
+
+
+def _prompts(part: str, prompts: int | None) -> int | None:
+    if prompts is not None and prompts < 1:
+        raise UserError(f"method.{part}.prompts={prompts} cannot be: give a number from 1 on, or null.")
+    return prompts
 
 
 def _ridge(part: str, ridge: float | None) -> float:
