@@ -146,6 +146,32 @@ def test_the_source_is_the_content_of_weights_sampler_and_guide() -> None:
     assert len(others) == 4 and base not in others
 
 
+def test_of_many_samplers_the_weights_are_read_once(tmp_path: Path) -> None:
+    """Each has an id of its own still, and another one where the weights or the guide are others. A run of one sampler
+    has the id that it always had."""
+
+    class Counted(Painter):
+        read = 0
+
+        def erased_state(self) -> dict[str, Tensor]:
+            self.read += 1
+            return super().erased_state()
+
+    def sources(edit: float, *guidances: float, guide: Any = None) -> set[str]:
+        painter = Counted(edit)
+        prompts = [Prompt(f"{g}", "a cat", "cat", "erase", 0, guidance_scale=g) for g in (*guidances, *guidances)]
+        rows = generate_images(painter, prompts, tmp_path, guide=guide)
+        assert painter.read == 1 and [row.source for row in rows[: len(guidances)]] == [
+            row.source for row in rows[len(guidances) :]
+        ]
+        return {row.source for row in rows}
+
+    assert sources(9.0, 7.5) == {source_of(Painter())} == {"594790bf32895059"}
+    found = [sources(*given) for given in ((9.0, 5.0, 6.0, 7.5), (8.0, 5.0, 6.0, 7.5))]
+    found.append(sources(9.0, 5.0, 6.0, 7.5, guide=_Pull(1.0)))
+    assert len(set.union(*found)) == 9
+
+
 def test_batches_are_halved_when_memory_runs_out_and_stay_small(tmp_path: Path) -> None:
     painter = Painter(fits=2)
     generate_images(painter, PROMPTS, tmp_path, chunk=4)

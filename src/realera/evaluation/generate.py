@@ -56,7 +56,7 @@ def generate_images(
 
     def begin() -> list[Row]:
         drawn_with = [own_sampler(prompt, sampler or backbone.sampler) for prompt in prompts]
-        sources = {own: source_of(backbone, own, guide) for own in dict.fromkeys(drawn_with)}
+        sources = sources_of(backbone, list(dict.fromkeys(drawn_with)), guide)
         rows = [
             Row(p, f"{paths.IMAGES}/{p.id}.png", sources[own], f"{ORIGINALS}/{p.id}.png" if originals else None)
             for p, own in zip(prompts, drawn_with)
@@ -107,9 +107,28 @@ def original_images(
 def source_of(backbone: Backbone, sampler: Sampler | None = None, guide: Guide | None = None) -> str:
     """Content id of what draws an image: the original weights, what was changed in them, the sampler, the guide."""
     digest = hashlib.sha256(_settings(backbone, sampler).encode())
+    _add_changes(digest, backbone)
+    return _with_guide(digest, guide)
+
+
+def sources_of(backbone: Backbone, samplers: Sequence[Sampler], guide: Guide | None = None) -> dict[Sampler, str]:
+    """Such an id for each sampler. One alone has `source_of`'s, which folders of runs hold; of several the changed
+    weights, gigabytes perhaps, are read once."""
+    if len(samplers) == 1:
+        return {samplers[0]: source_of(backbone, samplers[0], guide)}
+    changes = hashlib.sha256()
+    _add_changes(changes, backbone)
+    said = {sampler: f"{_settings(backbone, sampler)}|{changes.hexdigest()}" for sampler in samplers}
+    return {sampler: _with_guide(hashlib.sha256(text.encode()), guide) for sampler, text in said.items()}
+
+
+def _add_changes(digest: hashlib._Hash, backbone: Backbone) -> None:
     for name, tensor in sorted(backbone.erased_state().items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def _with_guide(digest: hashlib._Hash, guide: Guide | None) -> str:
     if guide is not None:
         digest.update((repr(guide) if is_dataclass(type(guide)) else type(guide).__qualname__).encode())
     return digest.hexdigest()[:16]
