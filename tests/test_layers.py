@@ -28,6 +28,7 @@ DOOR_PARTS = {
     "panels",
     "sweep",
     "jobs",
+    "judged",
     "plan",
     "shelf",
     "devices",

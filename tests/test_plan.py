@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from safetensors.numpy import save_file
 
-from realera import cli, costs, devices, jobs, paths, plan, runs, train
+from realera import cli, costs, devices, evaluate, jobs, paths, plan, runs, train
 from realera.plan import Work
 
 
@@ -194,6 +198,72 @@ def test_a_dry_run_says_the_plan_and_leaves_nothing(
     said = capsys.readouterr().out
     assert "planned" in said and "A100" in said and ("6,000" if flag else "3,000") in said
     assert not list(Path.cwd().iterdir())
+
+
+def half_drawn() -> tuple[Path, int]:
+    """The folder of a run whose weights stand, and its images but for seven; how many it should have."""
+    config = settings("backbone=mini", "method=uce")
+    folder = runs.claim({**config, "judge": {"_target_": "realera.judges.clip.ClipJudge"}, "overwrite": True}).folder
+    save_file({"edit.x.weight": np.zeros(1, np.float32)}, folder / paths.ERASED)
+    prompts = cli.build_task(config).eval_prompts()
+    for prompt in prompts[7:]:
+        for place in (paths.IMAGES, "originals"):
+            paths.write_text(folder / place / f"{prompt.id}.png", "")
+    return folder, len(prompts)
+
+
+def test_what_is_left_to_draw_and_judge_of_a_run_that_stands(hydra: None) -> None:
+    folder, count = half_drawn()
+    run = runs.open_run(str(folder))
+    task = cli.build_task(run.config)
+    found = plan.judging(run, task, unedited=False)
+    assert (found.images, len(found.originals), found.judged, found.steps, found.made) == (7, 7, 2 * count, 0, {})
+    for name in (paths.METRICS, paths.REPORT):
+        paths.write_text(folder / name, "{}")
+    assert plan.work(run.config | {"overwrite": False}, task).finished, "and yet:"
+    again = plan.judging(run, task, unedited=False)
+    assert not again.finished and again.judged == 2 * count
+    keep = sum(prompt.split == "keep" for prompt in task.eval_prompts())
+    fid = runs.Run(folder, {**run.config, "judge": {"_target_": "realera.judges.fid.FidJudge", "split": "keep"}})
+    compared = plan.judging(fid, task, unedited=False)
+    assert compared == Work(judged=keep), "no image is drawn for a judge of whole sets"
+    assert plan.summed([compared, again]).judged == keep + 2 * count
+
+
+def test_the_hours_of_judging_again_are_of_what_is_done_again(hydra: None) -> None:
+    folder, _ = half_drawn()
+    stages = {"load": 2.0, "edit": 700.0, "draw": 30.0, "judge": 4.0}
+    record = {"form": 1, "device": "cpu", "stages": stages, "passes": {"draw": 400}, "passes_per_image": 40}
+    other = Path("runs/cat-uce-mini-01234567")
+    for name, content in ((paths.COSTS, json.dumps(record)), (paths.METRICS, "{}"), (paths.CONFIG, "{}")):
+        paths.write_text(other / name, content)
+    run = runs.open_run(str(folder))
+    assert plan.judging(run, cli.build_task(run.config), unedited=False).pace == (3.0, 0.0, 6.0)
+    assert worked("backbone=mini", "method=uce", "seed=1").pace == (3.0, 0.0, 706.0)
+
+
+@pytest.mark.parametrize("flag", ["", "-m"])
+@pytest.mark.parametrize("of", ["original", "folder"])
+def test_a_dry_run_of_evaluate_says_what_is_left_and_changes_nothing(
+    of: str, flag: str, hydra: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, count = half_drawn()
+    GlobalHydra.instance().clear()
+    words = ["run=original", "backbone=mini", f"concept=airplane{',cat' if flag else ''}"]
+    words = words if of == "original" else [f"run={folder}"]
+    before = {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")}
+    monkeypatch.setattr(sys, "argv", ["evaluate", *([flag] if flag else []), *words, "dry_run=true"])
+    try:
+        evaluate.main()
+    except SystemExit as left:
+        assert not left.code
+    said = dict(
+        re.findall(r"(images to judge|images of erased models|training steps) *│ *([0-9,]+)", capsys.readouterr().out)
+    )
+    to_judge = 2 * count if of == "folder" or flag else count
+    drawn = {"images of erased models": "7" if of == "folder" else "0", "training steps": "0"}
+    assert said == {**drawn, "images to judge": f"{to_judge:,}"}
+    assert {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")} == before
 
 
 def test_a_refused_job_is_planned_as_such(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

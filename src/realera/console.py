@@ -135,6 +135,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     table.add_row("cells", f"{plan['cells']}" + (f" ({finished})" if finished else ""))
     table.add_row("images of erased models", f"{plan['images']:,}")
     table.add_row("images of the original, drawn once", f"{plan['original_images']:,}")
+    table.add_row("images to judge", f"{plan['judged']:,}")
     table.add_row("training steps", f"{plan['train_steps']:,}")
     table.add_row("hours", "?" if plan["hours"] is None else f"{plan['hours']:.{1 if plan['hours'] >= 10 else 2}f}")
     console.print(table)

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from realera import cli, console, costs, paths, preflight, processes, runs, sweep
+from realera import cli, console, costs, judged, paths, plan, preflight, processes, runs, sweep
 from realera.contracts import Judge, SetJudge, Task, UserError
 from realera.ranks import Ranks
 from realera.runs import Run
 
-OF_THE_RUN = ("task", "backbone", "concept", "concepts_file", "anchor", "seed", "root", "run_dir", "images_at_once")
-
 
 def evaluate(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
-    original = config.pop("run") == "original"
-    plan = processes.plan(config["trainer"], cli.cuda_devices())
-    run = unedited(config, plan.first) if original else existing(str(cfg.run), config.get("judge"))
+    among = processes.plan(config["trainer"], cli.cuda_devices())
+    run, original = judged.run_of(config, claim=among.first and not config["dry_run"])
     sweep.belongs(run)
     task = cli.build_task(run.config)
     preflight.check_judge(run.config)
-    preflight.check_model(run.config["backbone"])
     if not original:
         preflight.check_run(run)
+    if config["dry_run"]:
+        plan.show(plan.summed([plan.judging(run, task, original)]))
+        return
+    preflight.check_model(run.config["backbone"])
     cli.say_backbone(run.config, None if original else str(run.folder))
-    with processes.together(plan, "evaluate") as ranks:
+    with processes.together(among, "evaluate") as ranks:
         judge, metrics = judge_again(processes.agree(ranks, run), task, original, ranks)
     if ranks.first:
         log(run, metrics, config["logger"])
@@ -72,24 +71,6 @@ def log(run: Run, metrics: dict[str, Any], typed: dict[str, Any]) -> None:
 def shown(metrics: dict[str, Any], judge: Judge | SetJudge) -> dict[str, Any]:
     """The numbers of the judge that was asked, which may stand beside those of the run's own."""
     return metrics["judges"].get(judge.name, metrics)
-
-
-def unedited(config: dict[str, Any], first: bool) -> Run:
-    """The folder of the unedited model under this task and backbone; the first process claims it."""
-    preflight.check_settings(config)
-    config = cli.name_concepts(config, cli.build_task(config))
-    config = {**config, "method": {"name": "original"}, "evaluate": True}
-    return runs.claim(config) if first else Run(runs.folder_of(config), config)
-
-
-def existing(name: str, judge: Any) -> Run:
-    """A run that stands, to be judged by the typed judge or by its own."""
-    typed = {word.partition("=")[0].lstrip("+") for word in HydraConfig.get().overrides.task}
-    if clash := sorted(typed & set(OF_THE_RUN)):
-        raise UserError(f"{clash[0]} is fixed by the run {name}: leave it out, or give run=original.")
-    run = runs.open_run(name)
-    by_another = judge is not None and "judge" in typed
-    return Run(run.folder, {**run.config, "judge": judge}) if by_another or not run.config.get("judge") else run
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from realera import cli, complaints, console, paths, plan, preflight, runs, sweep
+from realera import cli, complaints, console, judged, paths, plan, preflight, runs, sweep
 from realera.contracts import UserError
 from realera.plan import Plan, Work
 
@@ -92,7 +92,7 @@ def _several(one: Work, trials: int) -> Plan:
 
 
 def work_of(cfg: DictConfig, config_name: str, known: dict[str, Any] | None = None) -> Work:
-    """What a composed job has to do; of a run that is judged again nothing is known."""
+    """What a composed job has to do."""
     hydra_config = HydraConfig.instance()
     outside = hydra_config.cfg
     hydra_config.set_config(cfg)  # as in the job: its own choices say which judge is its task's
@@ -101,11 +101,9 @@ def work_of(cfg: DictConfig, config_name: str, known: dict[str, Any] | None = No
         with open_dict(own):
             del own["hydra"]
         config = cli.plain(cli.with_concepts(own))
-        if config.get("run") not in (None, "original"):
-            return Work()
-        unedited = config.get("run") == "original"
-        if unedited:
-            config = {**config, "method": {"name": "original"}, "evaluate": True}
+        if config.get("run") is not None:
+            run, unedited = judged.run_of(config)
+            return plan.judging(run, cli.build_task(run.config), unedited, known)
         preflight.check_settings(config, sweep=True)
         task = cli.build_task(config)
         config = cli.name_concepts(config, task)
@@ -113,7 +111,7 @@ def work_of(cfg: DictConfig, config_name: str, known: dict[str, Any] | None = No
             config["judge"] = cli.plain(cli.with_judge(own, config_name)).get("judge")
     finally:
         hydra_config.cfg = outside
-    return plan.work(config, task, unedited, known)
+    return plan.work(config, task, known=known)
 
 
 class Composer:

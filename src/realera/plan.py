@@ -8,16 +8,16 @@ else passes of the U-Net are counted and multiplied by what a pass takes (`PASS`
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 
 from realera import console, costs, devices, paths, runs
 from realera.contracts import Sampler, Task, UserError
-from realera.runs import digest
+from realera.runs import Run, digest
 
 # Seconds of one pass (one image, one timestep) of a U-Net in float32, and where the figure comes from.
 PASS: Mapping[tuple[str, str], tuple[float, str]] = {
@@ -39,6 +39,7 @@ SMALL = "mini"  # the backbone that is at home on a CPU
 LEARNT = 7  # passes that a training step takes for each latent: forward, backward (2), and the teacher's
 EVERYBODYS = ("replay", "fisher")  # parts of methods that are the same whatever is erased
 AROUND = 20.0  # seconds of a cell besides: loading, encoding, judging, the page
+AGAIN = ("load", "judge")  # stages of a run that is judged again, besides drawing
 RECENT = 20  # finished runs that are looked at
 
 
@@ -50,6 +51,7 @@ class Work:
 
     finished: bool = False
     images: int = 0
+    judged: int = 0
     steps: int = 0
     passes_per_image: float = 0.0
     passes_per_original: float = 0.0
@@ -70,16 +72,23 @@ class Plan:
     refused: int
     images: int
     original_images: int
+    judged: int
     train_steps: int
     hours: float | None
     basis: str
 
 
-def work(config: Mapping[str, Any], task: Task, unedited: bool = False, known: dict[str, Any] | None = None) -> Work:
+def work(
+    config: Mapping[str, Any],
+    task: Task,
+    unedited: bool = False,
+    known: dict[str, Any] | None = None,
+    again: bool = False,
+) -> Work:
     """What the run of a resolved config has still to do; unedited: of the model as it is, for a row of its own. known:
-    what cells of one sweep look up once."""
+    what cells of one sweep look up once. again: even if it is finished."""
     known = {} if known is None else known
-    if runs.is_finished(config):
+    if not again and runs.is_finished(config):
         return Work(finished=True)
     method, backbone = config.get("method") or {}, config["backbone"]
     folder = runs.folder_of(config)
@@ -104,10 +113,11 @@ def work(config: Mapping[str, Any], task: Task, unedited: bool = False, known: d
         )
     device = _device(config)
     asked = (str(backbone["name"]), str(method.get("name")), device, str(config.get("root") or runs.ROOT))
-    if (paced := digest(asked)) not in known:
-        known[paced] = _pace(*asked[:3], Path(asked[3]))
+    if (paced := digest([*asked, again])) not in known:
+        known[paced] = _pace(*asked[:3], Path(asked[3]), AGAIN if again else None)
     return Work(
         images=images,
+        judged=len(originals) * (1 if unedited else 2),  # the original's beside them
         steps=steps,
         passes_per_image=known[guided],
         passes_per_original=per_original,
@@ -119,13 +129,26 @@ def work(config: Mapping[str, Any], task: Task, unedited: bool = False, known: d
     )
 
 
+def judging(run: Run, task: Task, unedited: bool, known: dict[str, Any] | None = None) -> Work:
+    """What evaluate has still to do of a run: to draw the images that are missing, and to judge all. unedited: of the
+    model as it is; its images are drawn anew where `overwrite` says so."""
+    anew = unedited and bool(run.config.get("overwrite"))
+    place = {"run_dir": str(run.folder), "root": str(run.folder.parent)}
+    config = {**run.config, **place, "evaluate": True, "overwrite": anew}
+    judge = config.get("judge") or {}
+    if hasattr(get_class(str(judge["_target_"])) if judge else None, "compare"):  # whole sets, as they stand
+        compared = sum(prompt.split == (judge.get("split") or "keep") for prompt in task.eval_prompts())
+        return Work(judged=compared)
+    return replace(work(config, task, unedited, known, again=True), steps=0, made={})
+
+
 def summed(cells: Sequence[Work], refused: int = 0) -> Plan:
     """The plan of several cells: what they share counts once."""
     to_do = [cell for cell in cells if not cell.finished]
     originals = frozenset[int]().union(*(cell.originals for cell in to_do))
     made = {key: passes for cell in to_do for key, passes in cell.made.items()}
     seconds, known = 0.0, 0
-    first = to_do[0] if to_do else Work()
+    first = next((cell for cell in to_do if cell.passes_per_image), Work())
     basis: dict[str, None] = {}
     for cell in to_do:
         if cell.pace is not None:
@@ -145,13 +168,14 @@ def summed(cells: Sequence[Work], refused: int = 0) -> Plan:
         seconds += (len(originals) * first.passes_per_original + sum(made.values())) * first.rate[0]
     if not to_do:
         basis["nothing is left to do" if cells else "every cell is refused"] = None
-    said = "; ".join(basis) or "no figure is known for this backbone"
+    said = "; ".join(basis) or "no figure is known for what is to be done"
     return Plan(
         cells=len(cells) + refused,
         finished=len(cells) - len(to_do),
         refused=refused,
         images=sum(cell.images for cell in to_do),
         original_images=len(originals),
+        judged=sum(cell.judged for cell in to_do),
         train_steps=sum(cell.steps for cell in to_do),
         hours=round(seconds / 3600, 2) if known == len(to_do) else None,
         basis=f"estimated: {said}" if to_do else said,
@@ -212,8 +236,11 @@ def _made(
         yield from _made(value, config, sampler, () if name in EVERYBODYS else of)
 
 
-def _pace(backbone: str, method: str, device: str, root: Path) -> tuple[float, float, float] | None:
-    """Seconds of an image, of a training step and of all else, means over finished runs; None without any."""
+def _pace(
+    backbone: str, method: str, device: str, root: Path, only: Collection[str] | None = None
+) -> tuple[float, float, float] | None:
+    """Seconds of an image, of a training step and of all else, means over finished runs; None without any. only: the
+    stages that all else is."""
     found = list(_records(backbone, method, device, root))
     if not found:
         return None
@@ -221,7 +248,8 @@ def _pace(backbone: str, method: str, device: str, root: Path) -> tuple[float, f
     steps = sum(number for *_, number in found)
     drawing = sum(stages.get("draw", 0.0) for stages, *_ in found)
     training = sum(stages.get("train", 0.0) for stages, *_ in found) if steps else 0.0
-    rest = sum(sum(stages.values()) - stages.get("originals", 0.0) for stages, *_ in found) - drawing - training
+    other = [name for name in costs.STAGES if name not in ("draw", "train") and (only is None or name in only)]
+    rest = sum(stages.get(name, 0.0) for stages, *_ in found for name in other)
     return drawing / images, training / max(1, steps), rest / len(found)
 
 

@@ -1,0 +1,45 @@
+"""Which run is judged again: one that stands, or the unedited model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from realera import cli, preflight, runs
+from realera.contracts import UserError
+from realera.runs import Run
+
+ORIGINAL = "original"  # in place of a run's name
+OF_THE_RUN = ("task", "backbone", "concept", "concepts_file", "anchor", "seed", "root", "run_dir", "images_at_once")
+
+
+def run_of(config: Mapping[str, Any], claim: bool = False) -> tuple[Run, bool]:
+    """The run that evaluate's resolved config names, and whether it is the unedited model's. claim: its folder is made
+    ready.
+
+    Raises:
+        UserError: there is no such run, or a setting was typed that is not the command's to choose.
+    """
+    original = config["run"] == ORIGINAL
+    rest = {key: value for key, value in config.items() if key not in ("run", "dry_run")}
+    return (_unedited(rest, claim) if original else _existing(str(config["run"]), rest.get("judge"))), original
+
+
+def _unedited(config: dict[str, Any], claim: bool) -> Run:
+    """The folder of the unedited model under this task and backbone."""
+    preflight.check_settings(config)
+    config = cli.name_concepts(config, cli.build_task(config))
+    config = {**config, "method": {"name": "original"}, "evaluate": True}
+    return runs.claim(config) if claim else Run(runs.folder_of(config), config)
+
+
+def _existing(name: str, judge: Any) -> Run:
+    """A run that stands, to be judged by the typed judge or by its own."""
+    typed = {word.partition("=")[0].lstrip("+") for word in HydraConfig.get().overrides.task}
+    if clash := sorted(typed & set(OF_THE_RUN)):
+        raise UserError(f"{clash[0]} is fixed by the run {name}: leave it out, or give run=original.")
+    run = runs.open_run(name)
+    by_another = judge is not None and "judge" in typed
+    return Run(run.folder, {**run.config, "judge": judge}) if by_another or not run.config.get("judge") else run
