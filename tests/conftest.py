@@ -167,7 +167,7 @@ def load_method() -> Callable[..., Any]:
 
         register_resolvers()
         method = method_settings(name)
-        backbone = {"name": "mini", "sampler": {"steps": 2}}
+        backbone = {"name": "mini", "sampler": {"steps": 2, "height": 32, "width": 32}}
         config = OmegaConf.create({"backbone": backbone, "concept": "cat", "method": method})
         for key, value in SMALL.items():
             if OmegaConf.select(config, f"method.{key}") is not None:

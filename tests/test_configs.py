@@ -99,6 +99,20 @@ def test_gradients_are_bounded_where_the_official_code_bounds_them() -> None:
             assert (1.0 if align is None or "clip" not in align else align.clip) == clip, method
 
 
+@pytest.mark.parametrize("backbone", ["sd14", "sd21", "sdxl"])
+def test_ac_draws_its_anchors_at_the_backbones_size(backbone: str) -> None:
+    """SD 2.1's 512-pixel model is a matter of two settings."""
+    own = composed("train", "concept=airplane", "method=ac", f"backbone={backbone}")
+    side = {"sd14": 512, "sd21": 768, "sdxl": 1024}[backbone]
+    typed = composed(
+        "train",
+        *("concept=airplane", "method=ac", f"backbone={backbone}"),
+        *("backbone.sampler.height=448", "backbone.sampler.width=576"),
+    )
+    sizes = [(one["height"], one["width"]) for one in (c["method"]["latents"]["sampler"] for c in (own, typed))]
+    assert sizes == [(side, side), (448, 576)]
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_says_what_a_band_is_checked_against(backbone: str) -> None:
     text = composed("train", "concept=airplane", f"backbone={backbone}")["backbone"]["text"]
