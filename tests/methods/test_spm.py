@@ -85,8 +85,10 @@ def test_the_loss_is_the_papers(
         generator = draw(5)
         noise = torch.randn(3, *c.shape, generator=generator)
         lengths = 0.8 + 0.4 * torch.rand(3, 1, 1, generator=generator)
-        anchors = [length * x / x.norm() * c.norm() for x, length in zip(noise, lengths)]
-        assert all(0.8 <= float(k.norm() / c.norm()) <= 1.2 for k in anchors)
+        noisy = [length * x / x.norm() * c.norm() for x, length in zip(noise, lengths)]
+        assert all(0.8 <= float(k.norm() / c.norm()) <= 1.2 for k in noisy)
+        empty = teacher.encode([""]).states[0]
+        anchors = [row for k in noisy for row in (empty, k)][3:]
 
     def noise_of(backbone: Any, b: int, states: Tensor) -> Tensor:
         with torch.set_grad_enabled(backbone is student):
@@ -103,6 +105,19 @@ def test_the_loss_is_the_papers(
     torch.testing.assert_close(loss, slow, rtol=1e-5, atol=1e-6)
     fast, plain = gradients(student, loss), gradients(student, slow)
     assert (fast - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_of_four_anchors_of_noise_two_are_empty(trained: Callable[[int], Any], new_pairs: Any) -> None:
+    """As officially: an empty prompt before each, and of the eight the second half."""
+    backbone = trained(1)
+    found = aligner(backbone, new_pairs(backbone, ("cat", "field")), anchoring="noise", anchors=4)._anchors(
+        "cat", draw(5)
+    )
+    empty = backbone.encode([""]).states[0]
+    assert [torch.allclose(states, empty, atol=1e-6) for states in found.states] == [True, False, True, False]
+    noise = torch.randn(4, *empty.shape, generator=draw(5))
+    for states, drawn in ((found.states[1], noise[2]), (found.states[3], noise[3])):
+        assert float(torch.cosine_similarity(states.flatten(), drawn.flatten(), dim=0)) == pytest.approx(1, abs=1e-5)
 
 
 def test_far_words_are_drawn_more_often(new_backbone: Any, new_pairs: Any) -> None:

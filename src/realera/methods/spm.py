@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
-from realera.methods.texts import predict, repeat, take
+from realera.methods.texts import join, predict, repeat, take
 
 Anchoring = Literal["words", "noise"]
 Transport = Literal["per_module", "official", "none"]
@@ -34,8 +34,9 @@ class SemiPermeableMembrane:
 
     neutral: n; None = the concept's anchor. negative_guidance: eta. anchors: K. anchoring: "words" = k is drawn from
     `words` with a probability proportional to (1 - cos(H(k), H(c)))^anchor_power, all rows as one vector, and never is
-    c; "noise" = what the official code comes to, H(k) of Gaussian noise with 0.8 to 1.2 times the norm of H(c) (its
-    rejection by the cosine rejects nothing in so many dimensions). anchor_weight 0 leaves latent anchoring out.
+    c; "noise" = what the official code comes to: K times Gaussian noise for H(k), with 0.8 to 1.2 times the norm of
+    H(c) (its rejection by the cosine rejects nothing in so many dimensions), an empty prompt before each, and of these
+    2K the second half alone: of four, two of noise and two empty. anchor_weight 0 leaves latent anchoring out.
 
     lr is that of AdamW at its highest: it rises linearly in `warmup` steps of each concept and falls along a cosine,
     `cycles` times from the top; cycles 0 keeps it constant. clip: the norm that the gradient is held
@@ -93,7 +94,8 @@ class SemiPermeableMembrane:
         """Encodes the names and the words, and weighs the words for each concept."""
         names = [pair.concept.target for pair in pairs]
         neutrals = [self._neutral(pair) for pair in pairs]
-        self.texts = {text: backbone.encode([text]) for text in (*names, *neutrals)}
+        empty = [""] if self.by_noise else []
+        self.texts = {text: backbone.encode([text]) for text in (*names, *neutrals, *empty)}
         if self.anchor_weight == 0 or self.by_noise:
             return
         self._words = backbone.encode(self.words)
@@ -149,14 +151,16 @@ class SemiPermeableMembrane:
         return pair.concept.anchor if self.neutral is None else self.neutral
 
     def _anchors(self, name: str, generator: Generator) -> TextStates:
-        """K anchors' texts."""
+        """The texts of K anchors."""
         if not self.by_noise:
             return take(self._words, torch.multinomial(self.far[name], self.anchors, generator=generator))
         c = self.texts[name]
         noise = torch.randn(self.anchors, *c.states.shape[1:], generator=generator)
         lengths = 0.8 + 0.4 * torch.rand(self.anchors, 1, 1, generator=generator)
         unit = noise / noise.flatten(1).norm(dim=1)[:, None, None]
-        return replace(repeat(c, 0, self.anchors), states=(lengths * unit).to(c.states) * c.states.norm())
+        noisy = replace(repeat(c, 0, self.anchors), states=(lengths * unit).to(c.states) * c.states.norm())
+        pairs = [row for k in range(self.anchors) for row in (0, 1 + k)]  # empty, noise, empty, ...
+        return take(join(self.texts[""], noisy, c.states.device), torch.tensor(pairs[self.anchors :]))
 
 
 @dataclass
