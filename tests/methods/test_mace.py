@@ -292,6 +292,40 @@ def test_images_normalised_as_the_official_code_does(
     assert load_method("mace", "latents.imagenet_norm=true").latents.imagenet_norm is True
 
 
+def test_masks_are_made_once(
+    new_backbone: Any, new_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later run reads them, and needs no model for it; another threshold, name or a torn file makes them again."""
+    backbone = new_backbone()
+    asked: list[str] = []
+
+    class Detector:
+        def __init__(self, *_: Any) -> None:
+            asked.append("loaded")
+
+        def __call__(self, images: Tensor, name: str) -> Tensor:
+            asked.append(name)
+            return images[..., 0] > 99
+
+    monkeypatch.setattr("realera.methods.masks.GroundedSam", Detector)
+
+    def prepared(*concepts: tuple[str, str], **settings: Any) -> tuple[list[Tensor | None], list[str]]:
+        asked.clear()
+        images = ConceptImages(images=3, steps=2, masks=Masks("grounded-sam", **settings))
+        images.prepare(backbone, new_pairs(backbone, *concepts), tmp_path, 0)
+        return [masks for _, masks in images.banks], list(asked)
+
+    first, calls = prepared(CAT)
+    assert calls == ["loaded", "cat"] and first[0] is not None and first[0].dtype == torch.bool
+    again, calls = prepared(CAT)
+    assert calls == [] and again[0] is not None and torch.equal(again[0], first[0])
+    assert prepared(CAT, SHIP)[1] == ["loaded", "mona lisa"]
+    assert prepared(CAT, box_threshold=0.4)[1] == ["loaded", "cat"]
+    for file in tmp_path.rglob("masks-*.safetensors"):
+        file.write_bytes(b"torn")
+    assert prepared(CAT)[1] == ["loaded", "cat"]
+
+
 def test_a_mask_of_the_models_own_attention(new_backbone: Any) -> None:
     """By hand: the tokens' probabilities, over all layers, heads and noise levels, and a share of their maximum."""
     backbone = new_backbone()

@@ -104,7 +104,7 @@ def drawn(
     They are kept under <cache>/latents/<hash of all they depend on>/, one file a chunk, so that a killed run goes on
     with the next chunk; each says what it cost (`ledger`).
     """
-    folder = cache / "latents" / _key(backbone, states, images, chunk, sampler, seed)
+    folder = bank_folder(backbone, states, images, chunk, sampler, cache, seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
     chunks = []
     with Progress(*columns, TimeRemainingColumn()) as bar, torch.no_grad(), backbone.original():
@@ -136,7 +136,16 @@ def _chunk(
     return latents
 
 
-def _key(backbone: Backbone, states: TextStates, images: int, chunk: int, sampler: Sampler | None, seed: int) -> str:
+def bank_folder(
+    backbone: Backbone,
+    states: TextStates,
+    images: int,
+    chunk: int,
+    sampler: Sampler | None,
+    cache: Path,
+    seed: int,
+) -> Path:
+    """Where `drawn` keeps such images, whether they stand there or not."""
     parameter = next(backbone.unet.parameters())
     settings = {
         "backbone": backbone.fingerprint,
@@ -148,7 +157,7 @@ def _key(backbone: Backbone, states: TextStates, images: int, chunk: int, sample
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(states.states.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return cache / "latents" / digest.hexdigest()[:16]
 
 
 def _seeds(numbers: range, seed: int) -> list[int]:

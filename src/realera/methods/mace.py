@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from realera.closed_form import NormalEquations, fuse
 from realera.contracts import Backbone, Edit, LoraSpec, Miner, Neighbours, Pair, UserError
 from realera.methods.fmn import Pooler, positions
-from realera.methods.latents import TIMESTEPS, drawn
+from realera.methods.latents import TIMESTEPS, bank_folder, drawn
 from realera.methods.masks import Masks, grid
 from realera.methods.priors import Preserved
 from realera.methods.texts import one_of, predict, repeat
@@ -124,20 +124,21 @@ class ConceptImages:
         self.banks: list[tuple[Tensor, Tensor | None]] = []  # (images, C, h, w) and (images, H, W) bool per concept
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
-        """Loads every concept's images, drawing what is not in the cache, and masks them.
+        """Loads every concept's images and their masks, making what is not in the cache.
 
         Raises UserError where a mask's source is out of reach.
         """
-        if self.masks is not None:
-            self.masks.load()  # first: it may be out of reach
         given = {name: value for name, value in self.sampler.items() if value is not None}
-        sampler = replace(backbone.sampler, **given)
+        drawing = (self.images, self.chunk, replace(backbone.sampler, **given), cache, seed)
+        names = [pair.concept.target for pair in pairs]
+        texts = [backbone.encode([self.prompt.format(name)], [name]) for name in names]
+        folders = [bank_folder(backbone, states, *drawing) for states in texts]
+        if self.masks is not None:
+            self.masks.load_for(folders, names)  # first: it may be out of reach
         self.banks = []
-        for pair in pairs:
-            name = pair.concept.target
-            states = backbone.encode([self.prompt.format(name)], [name])
-            bank = drawn(backbone, states, self.images, self.chunk, sampler, cache, seed, f"Images of '{name}'")
-            masks = None if self.masks is None else self.masks(backbone, states, bank, name)
+        for name, states, folder in zip(names, texts, folders):
+            bank = drawn(backbone, states, *drawing, f"Images of '{name}'")
+            masks = None if self.masks is None else self.masks.kept(backbone, states, bank, name, folder)
             self.banks.append((encoded_as_for_imagenet(backbone, bank) if self.imagenet_norm else bank, masks))
         if self.masks is not None:
             self.masks.unload()
@@ -232,8 +233,7 @@ class AttentionSuppression:
         with backbone.attention() as maps:
             predict(backbone, latents, timesteps, texts)
             norms = [masked_norm(found, tokens, known.get("mask"), latents) for found in maps.values()]
-        attention = torch.stack(norms).sum(dim=0).mean()
-        return {"attention": attention}
+        return {"attention": torch.stack(norms).sum(dim=0).mean()}
 
 
 def masked_norm(attention: Tensor, tokens: Tensor, mask: Tensor | None, latents: Tensor) -> Tensor:

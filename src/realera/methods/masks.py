@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from realera.contracts import Backbone, TextStates, UserError
+from realera.ledger import Cached
 from realera.methods.texts import predict, repeat
+from realera.paths import whole
 
 Source = Literal["none", "attention", "grounded-sam"]
 AT_ONCE = 8  # images in one pass
@@ -55,6 +62,11 @@ class Masks:
         self.thresholds = (box_threshold, text_threshold)
         self.sam: GroundedSam | None = None
 
+    def load_for(self, folders: Sequence[Path], names: Sequence[str]) -> None:
+        """`load`, where a mask of these is not kept yet."""
+        if not all(self._file(folder, name).is_file() for folder, name in zip(folders, names, strict=True)):
+            self.load()
+
     def load(self) -> None:
         """Gets what the source needs. Raises UserError where it is out of reach."""
         if self.source == "grounded-sam":
@@ -62,6 +74,33 @@ class Masks:
 
     def unload(self) -> None:
         self.sam = None
+
+    def kept(self, backbone: Backbone, states: TextStates, latents: Tensor, name: str, folder: Path) -> Tensor | None:
+        """As a call, from the file that keeps them beside the latents in `folder`, which is made where it is not there:
+        other processes and later runs read the same masks, and need no models for it."""
+        if self.source == "none":
+            return None
+        file = self._file(folder, name)
+        entry = Cached(file, backbone)
+        if file.is_file():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    found: Tensor = opened.get_tensor("masks")
+                    entry.read(opened.metadata())
+                return found.to(latents.device)
+            except (SafetensorError, KeyError):  # a cache is never worth an error: they are made again
+                pass
+        if self.sam is None:
+            self.load()
+        made = self(backbone, states, latents, name)
+        assert made is not None
+        with whole(file) as beside:
+            save_file({"masks": made.cpu().contiguous()}, beside, entry.made())
+        return made
+
+    def _file(self, folder: Path, name: str) -> Path:
+        about = [self.source, self.threshold, self.timesteps, self.places, self.thresholds, name]
+        return folder / f"masks-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors"
 
     def __call__(self, backbone: Backbone, states: TextStates, latents: Tensor, name: str) -> Tensor | None:
         """(images, H, W) bool on the latents' device, None = no masks. states: the one prompt (1, T, D) that all the
