@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from realera.contracts import Concept, Edit, Pair, TextStates, UserError
-from realera.methods.rece import RobustErasure
+from realera.methods.rece import RobustErasure, gram_of
 from realera.methods.uce import UnifiedConceptEdit
 
 NAMES = (("cat", "field"), ("mona lisa", "person"))
@@ -82,6 +84,23 @@ def test_the_attack_finds_what_comes_nearest(new_backbone: Any) -> None:
     edit = RobustErasure(UnifiedConceptEdit("suffix_2023", guide=" "), rounds=3, lambda_norm=1e-3)
     info = edit(backbone, named(NAMES[0]), []).info
     assert info["attack_1"] < info["attack_2"] < info["attack_3"], info
+
+
+def test_layers_are_summed_one_at_a_time() -> None:
+    """As many as SDXL has would not fit into memory together."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(5, 37, generator=generator) for _ in range(8)]
+    alive: list[int] = []
+
+    def watched() -> Iterator[Tensor]:
+        for layer in layers:
+            alive.append(sum(type(found) is Tensor and found.shape == (37, 37) for found in gc.get_objects()))
+            yield layer
+
+    found = gram_of(watched())
+    stacked = torch.stack([layer.double().T @ layer.double() for layer in layers]).sum(dim=0)
+    assert found.dtype == torch.float64 and (found - stacked).norm() < 1e-12 * stacked.norm()
+    assert max(alive) <= 3
 
 
 def test_no_rounds_are_uce(new_backbone: Any) -> None:

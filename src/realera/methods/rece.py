@@ -88,7 +88,8 @@ class RobustErasure:
 def gram_of(weights: Iterable[Tensor]) -> Tensor:
     """G = sum W^T W of weights (out, D), (D, D) float64 on the CPU."""
     doubles = (weight.detach().to("cpu", torch.float64) for weight in weights)
-    return torch.stack([weight.T @ weight for weight in doubles]).sum(dim=0)
+    grams = (weight.T @ weight for weight in doubles)  # one at a time: SDXL has 140 of 34 MB each
+    return sum(grams, torch.zeros((), dtype=torch.float64))
 
 
 def attack(map: Tensor, gram: Tensor, lambda_norm: float) -> Tensor:
