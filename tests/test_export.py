@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from realera import export
+from realera import export, paths
 from realera.contracts import UserError
 from realera.runs import Run
 
@@ -42,3 +43,31 @@ def test_weights_are_exported_with_a_word_on_the_guide(
     caplog.clear()
     export.convert(Run(Path("runs/a"), {**GUIDED, "method": {"guide": None}}), "diffusers", Path("out"), None)
     assert "drawn" not in caplog.text
+
+
+LORA = {"steps": 2, "lora": {"rank": 1}}
+FUSION = {"_target_": "realera.methods.mace.Fusion"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"align": None, "finish": None}, None),
+        ({"align": {**LORA, "steps": 0}, "finish": FUSION}, None),
+        ({"align": LORA, "finish": None}, "the LoRA of this run is not in it"),
+        ({"align": LORA, "finish": FUSION}, "the LoRA and the fusion of this run are not in it"),
+        ({"align": {"steps": 2, "lora": None}, "finish": None}, "the training of this run is not in it"),
+    ],
+)
+def test_a_map_that_is_a_part_of_the_erasure_says_so(
+    parts: dict[str, Any],
+    said: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("realera"), "propagate", True)
+    (tmp_path / paths.MAP).write_bytes(b"a map")
+    export.export_map(Run(tmp_path, {"method": parts}), tmp_path / "out")
+    assert (tmp_path / "out" / paths.MAP).read_bytes() == b"a map"
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ([said] if said else [])

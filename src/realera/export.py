@@ -39,6 +39,9 @@ def export_map(run: Run, out: Path) -> None:
         raise UserError(f"{run.folder} holds no {paths.MAP}: its method has no closed form that is one matrix.")
     with paths.whole(out / paths.MAP) as beside:
         shutil.copyfile(run.folder / paths.MAP, beside)
+    if left := _beyond_map(run):
+        what, verb = " and the ".join(left), "are" if len(left) > 1 else "is"
+        cli.log.warning("the map is the closed form alone: the %s of this run %s not in it", what, verb)
     console.show_path("map", out / paths.MAP)
 
 
@@ -67,6 +70,16 @@ def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
     ranks = {down.shape[0] for down, _ in lora.values()}
     cli.log.info("LoRA of rank %s on %d layers leaves out %.2f%% of the change", max(ranks), len(lora), 100 * error)
     console.show_path("LoRA", file)
+
+
+def _beyond_map(run: Run) -> list[str]:
+    """What changed a run's weights after its first closed form."""
+    method = run.config.get("method") or {}
+    align, finish = method.get("align"), method.get("finish")
+    if align and not align.get("steps", 1):  # nothing was trained, so nothing is left to finish
+        return []
+    trained = [] if not align else ["LoRA" if align.get("lora") else "training"]
+    return [*trained, *([str(finish["_target_"]).rpartition(".")[2].lower()] if finish else [])]
 
 
 def _guide(run: Run) -> str | None:
