@@ -1,8 +1,9 @@
 """Edit, two alignment steps and one image on a full-size folder, with the time and the peak memory of every stage:
 
-python experiments/full_size/measure.py FOLDER [setting ...] > results.json
+python experiments/full_size/measure.py FOLDER RESULTS.json [setting ...]
 
-Settings are those of realera.train, such as backbone.gradient_checkpointing=true.
+It writes the file itself, whole: bars are drawn on standard output. Settings are those of realera.train, such as
+backbone.gradient_checkpointing=true.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def stage(clock: Clock, name: str) -> Iterator[None]:
     clock.close(name)
 
 
-def main(folder: str, *settings: str) -> None:
+def main(folder: str, results: str, *settings: str) -> None:
     cli.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         config = cli.plain(compose("train", [*SETTINGS, f"backbone.pretrained={folder}", *settings]))
@@ -138,7 +139,7 @@ def main(folder: str, *settings: str) -> None:
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    print(json.dumps(result, indent=1))
+    paths.write_text(Path(results), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,5 +7,4 @@ HERE=experiments/full_size
 FOLDER=${FOLDER:-runs/full_size/sd14}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ -f "$FOLDER/model_index.json" ] || $PY $HERE/folder.py "$FOLDER"
-$PY $HERE/measure.py "$FOLDER" backbone.gradient_checkpointing=true "$@" > "$FOLDER/results.json"
-mv "$FOLDER/results.json" $HERE/results.json
+$PY $HERE/measure.py "$FOLDER" $HERE/results.json backbone.gradient_checkpointing=true "$@"
