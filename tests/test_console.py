@@ -41,7 +41,9 @@ def judged(headline: Mapping[str, Mode], terms: tuple[str, ...], concepts: int =
 def test_accuracies_with_what_could_be_scored() -> None:
     text = shown(judged(dict.fromkeys(MEAN_PROB, "top1"), ("acc_e", "acc_s", "acc_g")))
     assert "Acc_e ↓ by name" in text and "H_o ↑" in text and "%" in text and "top-1; 95% intervals" in text
-    assert "3/4" in text and "100.0 [100.0, 100.0]" in text and "…" not in text
+    assert "3/4" in text and "100.0 [39.8, 100.0]" in text and "…" not in text
+    whole = shown(judged(MEAN_PROB, ("acc_e", "acc_s", "acc_g")))
+    assert "100.0 [100.0, 100.0]" in whole and "…" not in whole
     assert "Acc_e 100 → 75" in text.replace("\n", " ") and "Acc_u" not in text
 
 

@@ -16,6 +16,7 @@ from realera.contracts import Prompt, SetJudge, Split, UserError, Verdict
 from realera.evaluation.metrics import samples
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, read_metrics, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.resamples import Resamples
 from realera.evaluation.results import gather, measure, measure_set, own_judge
 
 SPLITS: tuple[Split, ...] = ("erase", "near", "keep")
@@ -137,10 +138,8 @@ def test_a_run_of_an_earlier_version_is_measured_again_from_its_verdicts(tmp_pat
 
 def test_the_samples_of_a_measure_can_be_shared() -> None:
     """A hundred concepts with the same hundred to keep resample those once."""
-    import torch
-
     prompts = [Prompt("a", "t", "cat", "erase", 0), Prompt("b", "t", "dog", "keep", 0)]
     said = [Verdict("a", 0.1, "x"), Verdict("b", 0.9, "dog")]
-    first = samples(prompts, said, MEAN_PROB, torch.Generator().manual_seed(0), draws=4)
-    again = samples(prompts[:1], said[:1], MEAN_PROB, torch.Generator(), known={"acc_s": first["acc_s"]}, draws=4)
+    first = samples(prompts, said, MEAN_PROB, Resamples(0, 4))
+    again = samples(prompts[:1], said[:1], MEAN_PROB, Resamples(0, 4), known={"acc_s": first["acc_s"]})
     assert again["acc_s"] is first["acc_s"] and again["acc_e"].value == pytest.approx(10)

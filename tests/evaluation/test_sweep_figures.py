@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from realera.evaluation.sweep_chapter import Chapter
 from realera.evaluation.sweep_figures import COLOURS, Line, Surface, colour, corrected, families, scatter
 from realera.evaluation.sweep_settings import named, read_run
-from realera.evaluation.sweep_tables import Chapter
 from realera.evaluation.trends import holm
 from sweeps import REALERA, grid, judged
 

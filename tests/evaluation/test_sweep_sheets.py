@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from realera.evaluation.sweep_chapter import Chapter
 from realera.evaluation.sweep_report import _originals
 from realera.evaluation.sweep_settings import named, read_run
 from realera.evaluation.sweep_sheets import sheets_of
-from realera.evaluation.sweep_tables import Chapter
 from sweeps import judged
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from realera.contracts import Mode, UserError
-from realera.evaluation.metrics import Sample, interval
+from realera.evaluation.metrics import Sample
 from realera.evaluation.readings import MEAN_PROB
+from realera.evaluation.records import read_verdicts, verdict_file, write_verdicts
+from realera.evaluation.resamples import Resamples, interval
+from realera.evaluation.sweep_chapter import Chapter
 from realera.evaluation.sweep_report import write_sweep
-from realera.evaluation.sweep_settings import Run, named, read_run
+from realera.evaluation.sweep_settings import Run, named, original_of, read_run
 from realera.evaluation.sweep_tables import (
-    Chapter,
     ablation,
     boxes,
     by_concept,
@@ -28,7 +30,7 @@ from realera.evaluation.sweep_tables import (
 )
 from realera.evaluation.table import pool
 from realera.evaluation.table_forms import Number, Table
-from sweeps import REALERA, judged
+from sweeps import JUDGE, REALERA, judged
 
 FULL = frozenset(["closed_form", "noise_alignment", "neighbor_mining", "beyond_concept_reg"])
 
@@ -57,7 +59,7 @@ def test_means_are_those_of_results_json_and_uneven_rows_are_said(tmp_path: Path
     table = means(of)
     assert [row.texts[0] for row in table.rows] == ["uce", "realera", "original"], "the papers' order"
     assert [row.note for row in table.rows] == ["3 of 4 runs", "", "1 of 4 runs"] and table.rows[-1].reference
-    expected = pool([run.cell for run in of.systems["uce"] if run.cell], MEAN_PROB, torch.Generator().manual_seed(0))
+    expected = pool([run.cell for run in of.systems["uce"] if run.cell], MEAN_PROB, Resamples())
     for key in ("acc_e", "acc_g", "h_o"):
         found, wanted = number(table, "uce", key), expected[key]
         assert (found.value, found.low, found.high) == (wanted.value, wanted.low, wanted.high)
@@ -189,3 +191,31 @@ def test_what_could_not_be_measured_is_left_open(tmp_path: Path) -> None:
     table = means(chapter(folders))
     assert math.isnan(number(table, "uce", "acc_g").value) and not number(table, "uce", "h_o").known
     assert "–" in write_sweep(folders, tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_runs_that_measured_nothing_are_left_out_of_means_and_of_pairs(tmp_path: Path) -> None:
+    """One of two trainings leaves no face: the mean and the difference are over the other, and the tables say so."""
+    folders = []
+    for label, shares in {"base": (0.75, 0.25), "other": (0.5, 0.0)}.items():
+        for seed, share in enumerate(shares):
+            folder = judged(tmp_path / f"{label}-{seed}", "cat", seed, "uce", {"erase": share, "keep": 1}, label=label)
+            if (label, seed) == ("other", 1):
+                said = [
+                    replace(v, value=math.nan) if v.prompt_id.startswith("erase") else v
+                    for v in read_verdicts(verdict_file(folder, JUDGE))
+                ]
+                write_verdicts(verdict_file(folder, JUDGE), said)
+            folders.append(folder)
+    of = replace(chapter(folders), base="base")
+    table, less = means(of), differences(of)
+    assert number(table, "other", "acc_e").value == pytest.approx(50) and number(table, "other", "acc_s").value == 90
+    assert "Acc_e of other: over 1 of 2 runs, for in the others no image could be scored." in table.notes
+    assert less is not None and number(less, "other", "acc_e").value == pytest.approx(-20), "50 less the 70 of its pair"
+    assert not any("base" in note for note in table.notes)
+
+
+def test_images_of_the_unedited_model_that_several_runs_asked_for_count_once(tmp_path: Path) -> None:
+    runs = [read_run(judged(tmp_path / f"{m}-{s}", "cat", 0, m, images=6)) for s, m in enumerate(("uce", "realera"))]
+    originals = [replace(found, folder=run.folder) for run in runs if run and (found := original_of(run))]
+    row = Chapter("object", "object", originals).means["original"]
+    assert (row["acc_e"].n, row["acc_s"].n, row["acc_e"].value) == (6, 6, 100)

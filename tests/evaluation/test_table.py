@@ -6,11 +6,11 @@ import math
 from dataclasses import replace
 
 import pytest
-from torch import Generator
 
 from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation.metrics import h_o
 from realera.evaluation.readings import MEAN_PROB
+from realera.evaluation.resamples import Resamples
 from realera.evaluation.table import Cell, markdown, pool, table
 
 TOP1 = dict.fromkeys(MEAN_PROB, "top1")
@@ -34,7 +34,7 @@ def full(system: str, concept: str, seed: int, e: float, g: float, s: float, cou
 
 def test_a_row_is_the_mean_over_concepts_of_the_mean_over_seeds():
     cells = [full("a", "cat", 0, 0.1, 0.2, 0.9), full("a", "cat", 1, 0.3, 0.2, 0.9), full("a", "dog", 0, 0.5, 0.4, 0.8)]
-    row = pool(cells, MEAN_PROB, Generator().manual_seed(0), draws=50)
+    row = pool(cells, MEAN_PROB, Resamples(0, 50))
     assert row["acc_e"].value == pytest.approx((20 + 50) / 2)
     assert row["acc_s"].value == pytest.approx((90 + 80) / 2)
     h_os = [h_o({"acc_e": e, "acc_s": s, "acc_g": g}) for e, s, g in ((10, 90, 20), (30, 90, 20), (50, 80, 40))]
@@ -43,9 +43,9 @@ def test_a_row_is_the_mean_over_concepts_of_the_mean_over_seeds():
 
 
 def test_an_interval_is_a_point_where_nothing_varies_and_widens_with_the_spread_of_seeds():
-    alike = pool([full("a", "cat", s, 0.1, 0.2, 0.9) for s in range(3)], MEAN_PROB, Generator().manual_seed(0))
+    alike = pool([full("a", "cat", s, 0.1, 0.2, 0.9) for s in range(3)], MEAN_PROB, Resamples())
     assert alike["acc_e"].low == alike["acc_e"].high == pytest.approx(10)
-    apart = pool([full("a", "cat", s, 0.3 * s, 0.2, 0.9) for s in range(3)], MEAN_PROB, Generator().manual_seed(0))
+    apart = pool([full("a", "cat", s, 0.3 * s, 0.2, 0.9) for s in range(3)], MEAN_PROB, Resamples())
     assert apart["acc_e"].low < 15 < apart["acc_e"].value < 45 < apart["acc_e"].high
     assert apart["acc_g"].low == apart["acc_g"].high == pytest.approx(20)
 
@@ -53,7 +53,7 @@ def test_an_interval_is_a_point_where_nothing_varies_and_widens_with_the_spread_
 def test_more_images_narrow_the_interval():
     def width(count: int) -> float:
         shares = {"erase": [0.0, 1.0] * count, "near": [0.2], "keep": [0.9, 0.9]}
-        found = pool([cell("a", "cat", 0, shares)], TOP1, Generator().manual_seed(0))["acc_e"]
+        found = pool([cell("a", "cat", 0, shares)], TOP1, Resamples())["acc_e"]
         return found.high - found.low
 
     assert width(10) == pytest.approx(2 * 196 * 0.5 / math.sqrt(20), rel=0.25), "that of a binomial share"
@@ -62,7 +62,7 @@ def test_more_images_narrow_the_interval():
 
 def test_unscored_images_leave_the_denominator_and_are_counted():
     shares = {"erase": [0.4, math.nan], "near": [0.2], "keep": [0.9, 0.9]}
-    row = pool([cell("a", "cat", 0, shares)], MEAN_PROB, Generator().manual_seed(0), draws=10)
+    row = pool([cell("a", "cat", 0, shares)], MEAN_PROB, Resamples(0, 10))
     assert row["acc_e"].value == pytest.approx(40)
     assert (row["acc_e"].n, row["acc_e"].unscored) == (1, 1)
     assert (row["h_o"].n, row["h_o"].unscored) == (4, 1)
@@ -80,7 +80,7 @@ def test_results_hold_a_row_per_system_and_name_what_was_run_twice():
 
 
 def test_a_total_failure_gives_h_o_zero_not_an_error():
-    row = pool([full("a", "cat", 0, 1.0, 1.0, 0.9)], MEAN_PROB, Generator().manual_seed(0), draws=10)
+    row = pool([full("a", "cat", 0, 1.0, 1.0, 0.9)], MEAN_PROB, Resamples(0, 10))
     assert row["h_o"].value == pytest.approx(0, abs=1e-6)
 
 

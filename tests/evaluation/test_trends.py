@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 
-from realera.evaluation.metrics import Sample, interval
+from realera.evaluation.metrics import Sample
+from realera.evaluation.resamples import interval
 from realera.evaluation.trends import Trend, holm, p_value, ranks, sentence, spearman, together, too_many, trend
 
 

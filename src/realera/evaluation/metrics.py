@@ -9,42 +9,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation.counts import counts
 from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, MEASURES, higher, main_entry, score
+from realera.evaluation.resamples import Resamples, described, exact, image_key, interval
 
-DRAWS, LEVEL = 2000, 95.0  # bootstrap resamples; percent of them that an interval holds
+YES_OR_NO: tuple[Mode, ...] = ("top1", "detected")  # modes in which an image is 0 or 100
 MOST_PROMPTS = 200  # texts of a split that are listed one by one; verdicts/ holds every image of a longer one
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval, the images it is of, and how many were left out as unscored. NaN where n = 0."""
+    """A number with its interval, the images it is of, and how many were left out as unscored. NaN where n = 0.
+    undefined: of a mean over runs, those that it leaves out because none of their images was scored."""
 
     value: float
     low: float
     high: float
     n: int
     unscored: int
+    undefined: int = 0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A number and (draws,) bootstrap resamples of it."""
+    """A number and (draws,) bootstrap resamples of it. trials: where it is a share of images that are read as yes or
+    no, and all alike, how many images; 0 otherwise. undefined: as in `Estimate`."""
 
     value: float
     drawn: Tensor
     n: int
     unscored: int
+    trials: int = 0
+    undefined: int = 0
+
+    def interval(self) -> tuple[float, float]:
+        """Of the resamples; the exact one where all images were read alike, for then resamples have no spread."""
+        return exact(self.value, self.trials) if self.trials else interval(self.drawn)
 
     def estimate(self) -> Estimate:
-        return Estimate(self.value, *interval(self.drawn), self.n, self.unscored)
+        return Estimate(self.value, *self.interval(), self.n, self.unscored, self.undefined)
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a prompt concept's images were scored, NaN: unscored; keys: `resamples.image_key` of each."""
+
+    keys: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
 
 
 def h_o(measured: Mapping[str, float], terms: Sequence[str] = H_O_TERMS) -> float:
@@ -64,39 +82,51 @@ def estimates(
     prompts: Sequence[Prompt],
     verdicts: Sequence[Verdict],
     headline: Mapping[str, Mode],
-    generator: Generator,
+    resamples: Resamples,
     terms: Sequence[str] = H_O_TERMS,
-    draws: int = DRAWS,
 ) -> dict[str, Estimate]:
     """{acc_e, acc_s, acc_g, acc_a, acc_u, and h_o where it has terms: Estimate}, each read as `headline` says."""
-    return {
-        name: s.estimate() for name, s in samples(prompts, verdicts, headline, generator, terms, draws=draws).items()
-    }
+    return {name: s.estimate() for name, s in samples(prompts, verdicts, headline, resamples, terms).items()}
 
 
 def samples(
     prompts: Sequence[Prompt],
     verdicts: Sequence[Verdict],
     headline: Mapping[str, Mode],
-    generator: Generator,
+    resamples: Resamples,
     terms: Sequence[str] = H_O_TERMS,
     known: Mapping[str, Sample] | None = None,
-    draws: int = DRAWS,
 ) -> dict[str, Sample]:
-    """`estimates` with their resamples.
+    """`estimates` with their resamples. known: measures that were sampled before, taken as they are."""
+    return measured(scored(prompts, verdicts, headline), headline, resamples, terms, known)
 
-    A split's number is the mean over its concepts of the mean over their images, so a class with more unscored images
-    counts as much as the others. Intervals: percentile bootstrap over images within each concept; H_o's resamples are
-    made of the splits' own, drawn together. known: measures that were sampled before, taken as they are.
-    """
-    scores: dict[str, dict[str, list[float]]] = {measure: {} for measure in MEASURES.values()}
+
+def scored(
+    prompts: Sequence[Prompt], verdicts: Sequence[Verdict], headline: Mapping[str, Mode]
+) -> dict[str, dict[str, Images]]:
+    """{measure: {prompt concept: its images}}, each read as `headline` says."""
+    found: dict[str, dict[str, Images]] = {measure: {} for measure in MEASURES.values()}
     for prompt, verdict in zip(prompts, verdicts, strict=True):
         measure = MEASURES[prompt.split]
-        scores[measure].setdefault(prompt.concept, []).append(score(prompt, verdict, headline[measure]))
+        images = found[measure].setdefault(prompt.concept, Images())
+        images.keys.append(image_key(prompt))
+        images.scores.append(score(prompt, verdict, headline[measure]))
+    return found
+
+
+def measured(
+    read: Mapping[str, Mapping[str, Images]],
+    headline: Mapping[str, Mode],
+    resamples: Resamples,
+    terms: Sequence[str] = H_O_TERMS,
+    known: Mapping[str, Sample] | None = None,
+) -> dict[str, Sample]:
+    """`samples` of images that were `scored`. H_o's resamples are made of the splits' own, drawn together, and its
+    interval is theirs at the ends too: where all images of a split are read alike, that split adds nothing to it."""
     known = known or {}
     found = {
-        name: known[name] if name in known else sample(list(groups.values()), generator, draws)
-        for name, groups in scores.items()
+        name: known[name] if name in known else sample(list(images.values()), resamples, headline[name])
+        for name, images in read.items()
     }
     if terms:
         found["h_o"] = Sample(
@@ -108,24 +138,47 @@ def samples(
     return found
 
 
-def sample(groups: Sequence[Sequence[float]], generator: Generator, draws: int) -> Sample:
-    """The mean over groups of the mean over their scores (NaN: unscored), images resampled within each group.
+def sample(groups: Sequence[Images], resamples: Resamples, mode: Mode) -> Sample:
+    """A split's number over its prompt concepts, images resampled within each.
 
-    Groups of one image are resampled as one group, else they would have no spread (a caption data set has one image a
-    caption).
+    It is the mean over concepts of the mean over their scored images, so a class with more unscored images counts as
+    much as the others; in top-1 it is of all scored images, whosever they are: MACE's accuracy of celebrities, correct
+    images / images with a face. Concepts with one scored image or none are resampled as one concept, else they would
+    have no spread (a caption data set has one image a caption).
     """
-    scored = [group[~group.isnan()] for group in (torch.tensor(scores, dtype=torch.float64) for scores in groups)]
-    n = sum(map(len, scored))
-    unscored = sum(map(len, groups)) - n
-    several = [group for group in scored if len(group) > 1]
-    single = torch.cat([group for group in scored if len(group) == 1] or [torch.zeros(0, dtype=torch.float64)])
+    each = [(images.keys, torch.tensor(images.scores, dtype=torch.float64)) for images in groups]
+    found = [scores[~scores.isnan()] for _, scores in each]
+    n = sum(map(len, found))
+    unscored = sum(len(keys) for keys, _ in each) - n
     if not n:
-        return Sample(math.nan, torch.full((draws,), math.nan).double(), 0, unscored)
-    value = torch.stack([*(group.mean() for group in several), *single]).mean()
-    drawn = [resample(group, generator, draws) for group in several]
-    if len(single):
-        drawn.append(len(single) * resample(single, generator, draws))
-    return Sample(float(value), torch.stack(drawn).sum(dim=0) / (len(several) + len(single)), n, unscored)
+        return Sample(math.nan, torch.full((resamples.draws,), math.nan).double(), 0, unscored)
+    every = torch.cat(found)
+    concepts = sum(len(group) > 0 for group in found)
+    pooled = mode == "top1"
+    value = every.mean() if pooled else torch.stack([group.mean() for group in found if len(group)]).mean()
+    drawn = value.repeat(resamples.draws)
+    lone: tuple[list[str], list[Tensor]] = [], []
+    for (keys, scores), group in zip(each, found):
+        if len(group) < 2:
+            lone[0].extend(keys)
+            lone[1].append(scores)
+        elif pooled:  # how many of a person's images show a face is chance too
+            apart = len(scores) / n * (scores - value).nan_to_num(0.0)
+            drawn += resamples.deviations(keys, apart)
+        else:
+            drawn += resamples.deviations(keys, scores) / concepts
+    if lone[0]:
+        scores = torch.cat(lone[1])
+        drawn += resamples.deviations(lone[0], scores) * int((~scores.isnan()).sum()) / (n if pooled else concepts)
+    alike = mode in YES_OR_NO and bool((every == every[0]).all())
+    least = min(len(group) for group in found if len(group))
+    return Sample(float(value), tidy(drawn, mode), n, unscored, (n if pooled else concepts * least) * alike)
+
+
+def tidy(drawn: Tensor, mode: Mode | None) -> Tensor:
+    """Resamples within what a mode (None: H_o) can be, which those of few images may leave; without the last digits,
+    which are the order of a sum and nobody's spread."""
+    return (drawn if mode == "score" else drawn.clamp(0, 100)).round(decimals=9)
 
 
 def readable(verdicts: Sequence[Verdict]) -> list[Mode]:
@@ -133,25 +186,6 @@ def readable(verdicts: Sequence[Verdict]) -> list[Mode]:
     valued = any(not math.isnan(v.value) for v in verdicts)
     detailed = {key for v in verdicts for key in ("score", "detected") if v.detail.get(key) is not None}
     return [mode for mode in get_args(Mode) if (mode in detailed if mode in ("score", "detected") else valued)]
-
-
-def resample(scores: Tensor, generator: Generator, draws: int) -> Tensor:
-    """(draws,) means of as many images drawn with replacement."""
-    means = torch.empty(draws, dtype=scores.dtype)
-    at_once = max(1, 4_000_000 // len(scores))  # a data set of 30,000 images fits into memory
-    for start in range(0, draws, at_once):
-        few = means[start : start + at_once]
-        few[:] = scores[torch.randint(len(scores), (len(few), len(scores)), generator=generator)].mean(dim=1)
-    return means
-
-
-def interval(values: Tensor) -> tuple[float, float]:
-    """The ends that hold LEVEL percent of the resampled values; NaN where one of them is."""
-    if values.isnan().any():
-        return math.nan, math.nan
-    tail = (1 - LEVEL / 100) / 2
-    low, high = torch.quantile(values, torch.tensor([tail, 1 - tail], dtype=values.dtype)).tolist()
-    return low, high
 
 
 def by_prompt(
@@ -166,13 +200,13 @@ def by_prompt(
     for split, groups in splits.items():
         for (text, concept), pairs in groups.items() if len(groups) <= MOST_PROMPTS else ():
             row: dict[str, Any] = {"split": split, "prompt": text, "concept": concept}
-            scored = 0
+            count = 0
             for mode in modes:
                 values = [x for x in (score(p, v, mode) for p, v in pairs) if not math.isnan(x)]
                 row[mode] = sum(values) / len(values) if values else None
                 if mode == headline[MEASURES[split]]:
-                    scored = len(values)
-            rows.append({**row, "n": scored, "unscored": len(pairs) - scored})
+                    count = len(values)
+            rows.append({**row, "n": count, "unscored": len(pairs) - count})
     return rows
 
 
@@ -188,13 +222,15 @@ def summarise(
 
     main: {measure: estimate, scored, mode}, each measure as the task's headline reads it, which is what tables print.
     concepts: the same for each of several erased concepts, with its own prompts and the shared ones to keep; `main`
-    then holds the means over them and the H_o of these means (MACE's, for one model that erased many). One block per
-    mode that the verdicts can be read in. counts: boxes by class, where a detector gave any.
+    then holds the means over them (in top-1: over all their images, see `sample`) and the H_o of these (MACE's, for one
+    model that erased many). One block per mode that the verdicts can be read in. counts: boxes by class, where a
+    detector gave any.
     """
     modes = [m for m in get_args(Mode) if m in {*readable([*verdicts, *(original or ())]), *headline.values()}]
+    resamples = Resamples(seed)
 
     def block(said: Sequence[Verdict], read: Mapping[str, Mode]) -> dict[str, Sample]:
-        return samples(prompts, said, read, Generator().manual_seed(seed), terms)
+        return samples(prompts, said, read, resamples, terms)
 
     def of_concepts(said: Sequence[Verdict], kept: Sample) -> dict[str, Any]:
         names = dict.fromkeys(p.concept for p in prompts if p.split == "erase")
@@ -202,11 +238,11 @@ def summarise(
         for name in names if len(names) > 1 else ():
             rows = [i for i, p in enumerate(prompts) if p.split != "keep" and p.concept == name]
             own = [prompts[i] for i in rows], [said[i] for i in rows]
-            drawn = samples(*own, headline, Generator().manual_seed(seed), terms, {"acc_s": kept})
+            drawn = samples(*own, headline, resamples, terms, {"acc_s": kept})
             found[name] = _main(drawn, headline, terms)
         return {"concepts": found} if found else {}
 
-    def measured(said: Sequence[Verdict]) -> dict[str, Any]:
+    def numbers(said: Sequence[Verdict]) -> dict[str, Any]:
         main = block(said, headline)
         return {
             "main": _main(main, headline, terms),
@@ -219,9 +255,9 @@ def summarise(
     return {
         "headline": dict(headline),
         "h_o_terms": list(terms),
-        **measured(verdicts),
-        "original": None if original is None else measured(original),
-        "interval": {"kind": "percentile bootstrap over images", "level": LEVEL, "draws": DRAWS, "seed": seed},
+        **numbers(verdicts),
+        "original": None if original is None else numbers(original),
+        "interval": described("images", resamples),
     }
 
 
@@ -231,6 +267,7 @@ def _main(drawn: Mapping[str, Sample], headline: Mapping[str, Mode], terms: Sequ
 
 
 def _plain(drawn: Sample) -> dict[str, Any]:
-    """JSON has no NaN: null."""
+    """JSON has no NaN: null. One run leaves out no run."""
     record = asdict(drawn.estimate())
+    del record["undefined"]
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}

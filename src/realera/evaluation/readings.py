@@ -127,3 +127,17 @@ def some_unscored(metrics: Mapping[str, Any]) -> bool:
 def modes(metrics: Mapping[str, Any]) -> list[str]:
     """The readings that metrics.json holds beside `main`, in their order."""
     return [mode for mode in READINGS if mode in metrics]
+
+
+def left_out(system: str, runs: int, undefined: Mapping[str, int], headline: Mapping[str, str]) -> list[str]:
+    """What is to be said under a table of a system's means over runs, of which {measure: so many} are undefined."""
+    alike: dict[int, list[str]] = {}
+    for measure, count in undefined.items():
+        if count:
+            alike.setdefault(count, []).append("_".join(symbol(measure, headline.get(measure))))
+    said = []
+    for count, names in alike.items():
+        over = f"over {runs - count} of {runs} runs, for in the others no image could be scored"
+        none = "undefined, for no image of any run could be scored"
+        said.append(f"{', '.join(names)} of {system}: {over if count < runs else none}.")
+    return said

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from realera.evaluation.charts import Tick, number, ticks
-from realera.evaluation.metrics import Sample, interval
+from realera.evaluation.metrics import Sample
+from realera.evaluation.resamples import interval
+from realera.evaluation.sweep_chapter import Chapter
 from realera.evaluation.sweep_settings import Grid, grids, short_names, text_of
-from realera.evaluation.sweep_tables import Chapter, cost_of
+from realera.evaluation.sweep_tables import cost_of
 from realera.evaluation.table_forms import Column
 from realera.evaluation.trends import Trend, sentence, together, trend
 
@@ -255,7 +257,8 @@ def _surface(
 
 def _point(samples: Sequence[Sample]) -> tuple[float, float, float]:
     """The mean of cells, with its interval."""
-    low, high = interval(torch.stack([sample.drawn for sample in samples]).mean(dim=0))
+    drawn = torch.stack([sample.drawn for sample in samples]).mean(dim=0)
+    low, high = samples[0].interval() if len(samples) == 1 else interval(drawn)
     return sum(sample.value for sample in samples) / len(samples), low, high
 
 

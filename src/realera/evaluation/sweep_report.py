@@ -10,10 +10,11 @@ from typing import Any
 from realera import paths
 from realera.contracts import UserError
 from realera.evaluation import cost, sweep_plots, table_forms
-from realera.evaluation.metrics import DRAWS
 from realera.evaluation.readings import ORDER, head, near
 from realera.evaluation.report import render, veiled
+from realera.evaluation.resamples import DRAWS
 from realera.evaluation.sheets import first_pairs, sheets
+from realera.evaluation.sweep_chapter import Chapter
 from realera.evaluation.sweep_figures import Line, Scatter, Surface, corrected, families, scatter
 from realera.evaluation.sweep_settings import (
     ORIGINAL,
@@ -25,7 +26,7 @@ from realera.evaluation.sweep_settings import (
     text_of,
 )
 from realera.evaluation.sweep_sheets import sheets_of
-from realera.evaluation.sweep_tables import Chapter, tables
+from realera.evaluation.sweep_tables import tables
 from realera.evaluation.trends import too_many
 
 TEMPLATE = "sweep.html.j2"

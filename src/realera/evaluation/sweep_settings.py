@@ -86,7 +86,8 @@ def original_of(run: Run) -> Run | None:
     verdicts = read_verdicts(file)
     if [v.prompt_id for v in verdicts] != [p.id for p in run.cell.prompts]:
         return None
-    cell = replace(run.cell, system=ORIGINAL, verdicts=verdicts, costs={})
+    sources = [ORIGINAL] * len(verdicts)  # one model, whichever run asked for its images
+    cell = replace(run.cell, system=ORIGINAL, verdicts=verdicts, costs={}, sources=sources)
     return replace(run, base=ORIGINAL, system=ORIGINAL, cell=cell, settings={}, config={**run.config, "method": None})
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from realera.contracts import Split
 from realera.evaluation.records import Row, Which, read_manifest, read_verdicts, verdict_file
 from realera.evaluation.sheets import Picture, picture
+from realera.evaluation.sweep_chapter import Chapter
 from realera.evaluation.sweep_settings import ORIGINAL, Run
-from realera.evaluation.sweep_tables import Chapter
 
 COLUMNS: Mapping[Split, int] = {"erase": 3, "near": 3, "keep": 3, "associated": 1}  # images of a split in a row
 MOST_CONCEPTS, MOST_SYSTEMS = 6, 30  # of a page

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
-from torch import Generator
-
-from realera.contracts import Mode
 from realera.evaluation import cost, printed
-from realera.evaluation.metrics import Sample, interval
-from realera.evaluation.readings import ORDER, described, higher, symbol
+from realera.evaluation.metrics import Sample
+from realera.evaluation.readings import ORDER, left_out
+from realera.evaluation.resamples import interval
+from realera.evaluation.sweep_chapter import Chapter, cells
 from realera.evaluation.sweep_settings import ORIGINAL, Run
-from realera.evaluation.table import Cell, mean_counts, pooled
+from realera.evaluation.table import mean_counts
 from realera.evaluation.table_forms import Column, Number, Row, Table, ranked
 
 MEAN = "mean"
@@ -25,81 +23,6 @@ PARTS: Mapping[str, str] = {  # of RealEra, in the paper's order
     "neighbor_mining": "neighbours",
     "beyond_concept_reg": "beyond the concept",
 }
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """Runs that are read alike: one task, judge and model. `runs` in the tables' order, each with its system."""
-
-    name: str
-    title: str
-    runs: Sequence[Run]
-    seed: int = 0
-    base: str | None = None  # the system that the others are compared with
-    _measured: dict[Any, dict[str, Sample]] = field(default_factory=dict)
-
-    @property
-    def headline(self) -> Mapping[str, Mode]:
-        found: Mapping[str, Mode] = self.runs[0].metrics["headline"]
-        return found
-
-    @cached_property
-    def systems(self) -> dict[str, list[Run]]:
-        found: dict[str, list[Run]] = {}
-        for run in self.runs:
-            if run.cell is not None:
-                found.setdefault(run.system, []).append(run)
-        return found
-
-    @cached_property
-    def concepts(self) -> list[str]:
-        return list(dict.fromkeys(run.concept for runs in self.systems.values() for run in runs))
-
-    @cached_property
-    def means(self) -> dict[str, dict[str, Sample]]:
-        """{system: {measure: its mean over concepts and seeds}}."""
-        return {system: self.measure(runs) for system, runs in self.systems.items()}
-
-    @cached_property
-    def by_concept(self) -> dict[str, dict[str, dict[str, Sample]]]:
-        return {
-            system: {
-                concept: self.measure(own)
-                for concept in self.concepts
-                if (own := [run for run in runs if run.concept == concept])
-            }
-            for system, runs in self.systems.items()
-        }
-
-    def measure(self, runs: Sequence[Run]) -> dict[str, Sample]:
-        """Pooled, and paired with every other system's that has the same concepts, seeds and images."""
-        key = tuple((run.system, run.folder) for run in runs)
-        if key not in self._measured:
-            self._measured[key] = pooled(cells(runs), self.headline, Generator().manual_seed(self.seed))
-        return self._measured[key]
-
-    @property
-    def measures(self) -> list[str]:
-        """Those that any run measured, in the tables' order."""
-        return [n for n in ORDER if any(n in row and not math.isnan(row[n].value) for row in self.means.values())]
-
-    def columns(self, names: Sequence[str], group: str = "") -> list[Column]:
-        found = []
-        for name in names:
-            mode = self.headline.get(name)
-            letter, index = symbol(name, mode)
-            digits = 2 if "score" in (mode, *(self.headline.values() if name == "h_o" else ())) else 1
-            found.append(Column(name, letter, index, group, 1 if higher(name) else -1, digits))
-        return found
-
-    @property
-    def readings(self) -> str:
-        said = described(self.headline[name] for name in self.measures if name in self.headline)
-        return f"{said[:1].upper()}{said[1:]}, with 95% intervals over seeds and images."
-
-
-def cells(runs: Sequence[Run]) -> list[Cell]:
-    return [run.cell for run in runs if run.cell is not None]
 
 
 def tables(chapter: Chapter) -> list[Table]:
@@ -228,9 +151,9 @@ def differences(chapter: Chapter) -> Table | None:
         both = [run for run in runs if (run.concept, run.seed) in known]
         if system == chapter.base or not both:
             continue
-        now, was = chapter.measure(both), chapter.measure([known[run.concept, run.seed] for run in both])
         note = "" if len(both) == len(known) else f"over {len(both)} of {len(known)} runs"
-        rows.append(Row((system,), tuple(difference(was[name], now[name]) for name in names), note=note, signed=True))
+        pairs = [(known[run.concept, run.seed], run) for run in both]
+        rows.append(Row((system,), tuple(_paired(chapter, name, pairs) for name in names), note=note, signed=True))
     if not rows:
         return None
     found = _table(chapter, "differences", f"Less {chapter.base}", ("system",), chapter.columns(names), rows)
@@ -241,8 +164,18 @@ def differences(chapter: Chapter) -> Table | None:
     return replace(found, notes=(said,))
 
 
+def _paired(chapter: Chapter, name: str, pairs: Sequence[tuple[Run, Run]]) -> Number:
+    """`difference` over the pairs of which both measured it."""
+    was, now = (chapter.measure(runs)[name] for runs in zip(*pairs))
+    if was.undefined or now.undefined:
+        there = [p for p in pairs if not any(math.isnan(chapter.measure([run])[name].value) for run in p)]
+        was, now = (chapter.measure(runs)[name] for runs in zip(*(there or pairs)))
+    return difference(was, now)
+
+
 def difference(was: Sample, now: Sample) -> Number:
-    """now - was, with the interval of the resamples' differences, which are of pairs (`table.pooled`)."""
+    """now - was, with the interval of the resamples' differences, which are of pairs (`table.pooled`), also where that
+    of one of them is exact."""
     return Number(now.value - was.value, *interval(now.drawn - was.drawn))
 
 
@@ -278,7 +211,11 @@ def cost_table(chapter: Chapter) -> Table | None:
 def _table(
     chapter: Chapter, name: str, title: str, heads: tuple[str, ...], columns: Sequence[Column], rows: Sequence[Row]
 ) -> Table:
-    table = Table(f"{chapter.name}-{name}", title, heads, tuple(columns), ranked(columns, rows), (chapter.readings,))
+    notes = [chapter.readings]
+    for system, row in chapter.means.items():
+        missing = {measure: row[measure].undefined for measure in ORDER if measure in row}
+        notes += left_out(system, len(chapter.systems[system]), missing, chapter.headline)
+    table = Table(f"{chapter.name}-{name}", title, heads, tuple(columns), ranked(columns, rows), tuple(notes))
     return replace(table, notes=(*table.notes, _comparable(chapter))) if table.has_printed else table
 
 
@@ -313,4 +250,4 @@ def _row(chapter: Chapter, system: str, numbers: Sequence[Number | None]) -> Row
 
 
 def _number(sample: Sample | None, said: float | None = None) -> Number | None:
-    return None if sample is None else Number(sample.value, *interval(sample.drawn), printed=said)
+    return None if sample is None else Number(sample.value, *sample.interval(), printed=said)

@@ -11,15 +11,16 @@ from typing import Any, get_args
 
 import torch
 import yaml
-from torch import Generator, Tensor
 
 from realera import costs, paths
 from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation import cost
 from realera.evaluation.counts import counts
-from realera.evaluation.metrics import DRAWS, LEVEL, Estimate, Sample, readable, samples
-from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, ORDER, described, head
+from realera.evaluation.metrics import Estimate, Sample, measured, readable, scored, tidy
+from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, ORDER, described, head, left_out
 from realera.evaluation.records import read_manifest, read_metrics, read_verdicts, verdict_file
+from realera.evaluation.resamples import Resamples, image_key, run_key
+from realera.evaluation.resamples import described as how
 
 MARKS = ("<!-- table -->", "<!-- end of table -->")  # what write_results fills in a README
 
@@ -27,7 +28,8 @@ MARKS = ("<!-- table -->", "<!-- end of table -->")  # what write_results fills 
 @dataclass(frozen=True)
 class Cell:
     """One run of a table: a system erased one concept (or several together) from one seed. headline, h_o_terms: as
-    its task has them. costs: what costs.json holds, {} where there is none."""
+    its task has them. costs: what costs.json holds, {} where there is none. sources: what drew each image (`Row`), so
+    that one that stands in several runs counts once; () of images that are this run's alone."""
 
     system: str
     concept: str
@@ -37,6 +39,14 @@ class Cell:
     headline: Mapping[str, Mode] = field(default_factory=lambda: MEAN_PROB)
     h_o_terms: Sequence[str] = H_O_TERMS
     costs: Mapping[str, Any] = field(default_factory=dict)
+    sources: Sequence[str] = ()
+
+    @property
+    def images(self) -> dict[str, tuple[str, str]]:
+        """{image_key: what one image is, among those of all runs}."""
+        own = [f"{self.system} {self.concept} {self.seed}"] * len(self.prompts)
+        keys = map(image_key, self.prompts)
+        return {key: (source, key) for key, source in zip(keys, self.sources or own, strict=True)}
 
 
 def read_cell(run_dir: Path, judge: str) -> Cell:
@@ -49,7 +59,8 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
         config = yaml.safe_load((run_dir / paths.CONFIG).read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{run_dir} holds no {paths.CONFIG}: name folders that train or evaluate have made") from None
-    prompts = [row.prompt for row in read_manifest(run_dir)]
+    manifest = read_manifest(run_dir)
+    prompts = [row.prompt for row in manifest]
     verdicts = read_verdicts(verdict_file(run_dir, judge))
     if [v.prompt_id for v in verdicts] != [p.id for p in prompts]:
         raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
@@ -60,54 +71,84 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
     system = config.get("label") or (config.get("method") or {}).get("name") or "original"
     metrics = read_metrics(run_dir)
     read = metrics["headline"], metrics["h_o_terms"]
-    return Cell(str(system), name, int(config.get("seed") or 0), prompts, verdicts, *read, costs.read(run_dir))
+    spent, sources = costs.read(run_dir), [row.source for row in manifest]
+    return Cell(str(system), name, int(config.get("seed") or 0), prompts, verdicts, *read, spent, sources)
 
 
-def pool(
-    cells: Sequence[Cell], headline: Mapping[str, Mode], generator: Generator, draws: int = DRAWS
-) -> dict[str, Estimate]:
+def pool(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Estimate]:
     """`pooled` with intervals: one system's row."""
-    return {name: found.estimate() for name, found in pooled(cells, headline, generator, draws).items()}
+    return {name: found.estimate() for name, found in pooled(cells, headline, resamples).items()}
 
 
-def pooled(
-    cells: Sequence[Cell], headline: Mapping[str, Mode], generator: Generator, draws: int = DRAWS
-) -> dict[str, Sample]:
+def pooled(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Sample]:
     """One system's row with its resamples: {measure: Sample}, the mean over concepts of the mean over seeds, H_o
-    included (the papers print the mean of the per-class H_o, not H_o of the mean accuracies).
+    included (the papers print the mean of the per-class H_o, not H_o of the mean accuracies). Runs in which nothing
+    could be scored are left out and counted (`undefined`). n, unscored: images; one that is in several runs (the
+    unedited model's, of the same prompt and seed) counts once.
 
-    Intervals: percentile bootstrap over what was drawn at random. Within each concept the seeds are drawn with
-    replacement, and within each run so drawn the images of every prompt concept; the concepts are the protocol's own
-    and are not resampled. Two systems with the same concepts, seeds and images in the same order, given generators
-    alike, have the same seeds and images in each resample, so that the resamples' differences are of pairs.
+    Resampled is what was drawn at random: images and seeds, which are crossed, for the seeds of a concept have the same
+    prompts and noise. In each resample an image has one weight in all runs, and to the mean over the runs is added how
+    far the resampled seeds' values are from it. What only one image of one run shows counts in both, which is on the
+    safe side. The concepts are the protocol's own and are not resampled. Two systems have the same weights for the
+    images, concepts and seeds that both have, also where one has unscored images, so that the resamples' differences
+    are of pairs. H_o's interval is of its resamples, also where a term's is exact.
     """
-    names = [name for name in ORDER if name != "h_o" or cells[0].h_o_terms]
-    values: dict[str, list[float]] = {name: [] for name in names}
-    drawn: dict[str, list[Tensor]] = {name: [] for name in names}
-    kept, lost = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    terms = cells[0].h_o_terms
+    names = [name for name in ORDER if name != "h_o" or terms]
+    each: dict[str, list[Sample]] = {name: [] for name in names}  # one a concept
+    seen: dict[str, dict[tuple[str, str], bool]] = {name: {} for name in names}
+    asked: set[str] = set()  # what has images in a run at least, scored or not
     concepts: dict[str, list[Cell]] = {}
     for cell in cells:
         concepts.setdefault(cell.concept, []).append(cell)
-    for runs in concepts.values():
-        found = [samples(c.prompts, c.verdicts, headline, generator, c.h_o_terms, draws=draws) for c in runs]
-        chosen = torch.randint(len(runs), (draws, len(runs)), generator=generator)
+    for concept, runs in concepts.items():
+        read = [scored(cell.prompts, cell.verdicts, headline) for cell in runs]
+        found = [measured(images, headline, resamples, terms) for images in read]
+        keys = [run_key(concept, cell.seed) for cell in runs]
         for name in names:
-            values[name].append(sum(run[name].value for run in found) / len(runs))
-            stacked = torch.stack([run[name].drawn for run in found])  # (seeds, draws)
-            drawn[name].append(stacked.gather(0, chosen.T).mean(0))
-            kept[name] += sum(run[name].n for run in found)
-            lost[name] += sum(run[name].unscored for run in found)
-    return {
-        name: Sample(sum(values[name]) / len(values[name]), torch.stack(drawn[name]).mean(0), kept[name], lost[name])
-        for name in names
-    }
+            asked |= {name} if any(all(r[m].n + r[m].unscored for m in _parts(name, terms)) for r in found) else set()
+            mean = _mean([run[name] for run in found])
+            values = torch.tensor([run[name].value for run in found], dtype=torch.float64)
+            lost = int(values.isnan().sum())
+            each[name].append(replace(mean, drawn=mean.drawn + resamples.deviations(keys, values), undefined=lost))
+        for cell, images in zip(runs, read):
+            known = cell.images
+            for name, groups in images.items():
+                for group in groups.values():
+                    seen[name] |= {known[key]: not math.isnan(x) for key, x in zip(group.keys, group.scores)}
+    row = {}
+    for name in names:
+        mean = _mean(each[name])
+        said = [image for part in _parts(name, terms) for image in seen[part].items()]
+        n = sum(there for _, there in said)
+        trials = mean.trials * sum(not math.isnan(sample.value) for sample in each[name])
+        trials = min(trials, len({key for (_, key), there in said if there}))
+        lost = sum(sample.undefined for sample in each[name]) * (name in asked)
+        row[name] = Sample(mean.value, tidy(mean.drawn, headline.get(name)), n, len(said) - n, trials, lost)
+    return row
+
+
+def _parts(name: str, terms: Sequence[str]) -> Sequence[str]:
+    return terms if name == "h_o" else (name,)
+
+
+def _mean(samples: Sequence[Sample]) -> Sample:
+    """Of those that are defined; trials: the fewest of one, where all are the same share."""
+    there = [sample for sample in samples if not math.isnan(sample.value)]
+    if not there:
+        return samples[0]
+    value = sum(sample.value for sample in there) / len(there)
+    drawn = torch.stack([sample.drawn for sample in there]).mean(0)
+    alike = all(sample.value == there[0].value for sample in there)
+    return Sample(value, drawn, 0, 0, alike * min(sample.trials for sample in there))
 
 
 def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
     """The content of results.json: a row per system in the order met, each with its row per concept. JSON-able.
 
     mean, by_concept: as the task's headline reads each measure. readings: the mean in the other modes that the verdicts
-    have. counts: boxes by class, the mean over the system's runs. cost: see `cost.mean`.
+    have. counts: boxes by class, the mean over the system's runs. cost: see `cost.mean`. A measure that no run has is
+    left out; one that nothing could be scored for is null. undefined: the runs that a mean leaves out for that.
     """
     if not cells:
         raise UserError("a table needs runs: give the folders of judged ones")
@@ -122,14 +163,14 @@ def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
     systems: dict[str, list[Cell]] = {}
     for cell in cells:
         systems.setdefault(cell.system, []).append(cell)
-    rows = []
+    rows, resamples = [], Resamples(seed)
     for system, runs in systems.items():
         twice = [(c.concept, c.seed) for c in runs]
         if again := next((pair for pair in twice if twice.count(pair) > 1), None):
             raise UserError(f"{system!r} has two runs of {again[0]!r} with seed {again[1]}: name each run once")
 
         def row(chosen: Sequence[Cell], read: Mapping[str, Mode]) -> dict[str, Any]:
-            return _plain(pool(chosen, read, Generator().manual_seed(seed)))
+            return _plain(pool(chosen, read, resamples))
 
         concepts = dict.fromkeys(cell.concept for cell in runs)
         boxes, spent = mean_counts(runs), cost.mean([cell.costs for cell in runs])
@@ -148,12 +189,7 @@ def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
     return {
         "headline": headline,
         "h_o_terms": _terms(cells),
-        "interval": {
-            "kind": "percentile bootstrap over seeds and images",
-            "level": LEVEL,
-            "draws": DRAWS,
-            "seed": seed,
-        },
+        "interval": how("seeds and images", resamples),
         "rows": rows,
     }
 
@@ -207,14 +243,20 @@ def _judge_of(run_dir: Path) -> str:
 
 
 def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
-    found = {name: asdict(estimate) for name, estimate in row.items() if not math.isnan(estimate.value)}
-    return {name: {k: round(v, 2) if isinstance(v, float) else v for k, v in e.items()} for name, e in found.items()}
+    found = {}
+    for name, estimate in row.items():
+        numbers = {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(estimate).items()}
+        if not estimate.undefined:
+            del numbers["undefined"]
+        if estimate.undefined or not math.isnan(estimate.value):
+            found[name] = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in numbers.items()}
+    return found
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The rows as Markdown: value and interval of each measure that was measured, systems in order; a column for what
-    could be scored where some images could not; where the headline is a score, the same rows in top-1; what they
-    cost."""
+    could be scored where some images could not, and a line for each mean that leaves out a run; where the headline is a
+    score, the same rows in top-1; what they cost."""
     headline = results["headline"]
     text = _table(results["rows"], "mean", headline)
     if len(set(headline.values())) > 1 or "mean_prob" not in headline.values():
@@ -223,6 +265,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     if headline["acc_e"] == "score" and all("top1" in row["readings"] for row in results["rows"]):
         rows = [{**row, "mean": row["readings"]["top1"]} for row in results["rows"]]
         text += f"\nThe same images, read as top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
+    for row in results["rows"]:
+        missing = {name: e["undefined"] for name, e in row["mean"].items() if "undefined" in e}
+        text += "".join(f"\n{line}\n" for line in left_out(row["system"], row["runs"], missing, headline))
     spent = cost.markdown(results["rows"])
     return f"{text}\n{spent}" if spent else text
 
@@ -244,5 +289,7 @@ def _scored(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name[-1]} {100 * e['n'] / (e['n'] + e['unscored']):.0f}" for name, e in shares)
 
 
-def _cell(estimate: Mapping[str, float] | None) -> str:
+def _cell(estimate: Mapping[str, float | None] | None) -> str:
+    if estimate and estimate["value"] is None:
+        return "undefined"
     return f"{estimate['value']:.1f} [{estimate['low']:.1f}, {estimate['high']:.1f}]" if estimate else "–"

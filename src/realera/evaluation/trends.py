@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from realera.evaluation.metrics import Sample, interval
+from realera.evaluation.metrics import Sample
+from realera.evaluation.resamples import interval
 
 Verdict = Literal["rises", "falls", "neither"]
 ERROR = 0.05  # how often at most a page may name a trend where there is none

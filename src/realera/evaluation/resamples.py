@@ -1,0 +1,93 @@
+"""Bayesian bootstrap (Rubin, 1981) of what was drawn at random: each unit, an image or a run, has one random weight in
+each resample. A weight is a function of the seed and of what the unit is, whichever run or system it stands in (as for
+data that are crossed: Owen & Eckles, 2012), so systems that have units in common are compared in pairs, and an image
+that is in ten runs is one image. No weight is 0, so what has a scored image has a mean in every resample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from realera.contracts import Prompt
+
+DRAWS, LEVEL = 2000, 95.0  # bootstrap resamples; percent of them that an interval holds
+TAIL = (1 - LEVEL / 100) / 2
+KIND = "Bayesian bootstrap over {}; exact (Clopper-Pearson) where all images are read alike as yes or no"
+PIECE, KEPT = 4096, 16_384  # units that are weighed at once, and whose weights are kept: 16 KB each
+
+
+def image_key(prompt: Prompt) -> str:
+    """What an image is, whoever drew it: its split, concept, text and seed."""
+    return "\x1f".join(("image", prompt.split, prompt.concept, prompt.text, str(prompt.seed)))
+
+
+def run_key(concept: str, seed: int) -> str:
+    return "\x1f".join(("run", concept, str(seed)))
+
+
+class Resamples:
+    """`draws` resamples from one seed. Weights are kept, so one object for a whole table saves time and changes
+    nothing."""
+
+    def __init__(self, seed: int = 0, draws: int = DRAWS) -> None:
+        self.seed = seed
+        self.draws = draws
+        self._known: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+
+    def weights(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(len(keys), draws) float64, exponential with mean 1; equal keys have equal rows. And their sum (draws,)."""
+        keys = tuple(keys)
+        if keys not in self._known:
+            if sum(map(len, self._known)) + len(keys) > KEPT:
+                self._known.clear()
+            uniform = torch.empty(len(keys), self.draws, dtype=torch.float64)
+            for row, key in zip(uniform, keys):
+                digest = hashlib.sha256(f"{self.seed}\x1f{key}".encode()).digest()
+                generator = Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+                row.copy_(torch.rand(self.draws, generator=generator, dtype=torch.float64))
+            weights = -torch.log1p(-uniform)
+            self._known[keys] = weights, weights.sum(dim=0)
+        return self._known[keys]
+
+    def deviations(self, keys: Sequence[str], values: Tensor) -> Tensor:
+        """(draws,) the weighted mean of values (n,) less their mean; NaN: left out of both. 0 for fewer than two.
+
+        Times sqrt((n + 1) / (n - 1)), for the weights' own spread gives the mean of n values the variance
+        sum (x - mean)^2 / (n (n + 1)), and (n - 1) in place of (n + 1) is the unbiased one.
+        """
+        there = ~values.isnan()
+        n = int(there.sum())
+        if n < 2:
+            return torch.zeros(self.draws, dtype=torch.float64)
+        apart = torch.where(there, values - values[there].mean(), 0).double()
+        total, weight = torch.zeros(2, self.draws, dtype=torch.float64)
+        for start in range(0, len(keys), PIECE):
+            here = slice(start, start + PIECE)
+            w, whole = self.weights(keys[here])
+            total += apart[here] @ w
+            weight += whole if bool(there[here].all()) else there[here].double() @ w
+        return total / weight * math.sqrt((n + 1) / (n - 1))
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """The ends that hold LEVEL percent of the resampled values; NaN where one of them is."""
+    if values.isnan().any():
+        return math.nan, math.nan
+    low, high = torch.quantile(values, torch.tensor([TAIL, 1 - TAIL], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def exact(value: float, trials: float) -> tuple[float, float]:
+    """The interval (Clopper & Pearson, 1934) of a share of `trials` images, in percent, that is 0 or 100."""
+    bound = 100 * (1 - TAIL ** (1 / trials))
+    return (0.0, bound) if value < 50 else (100 - bound, 100.0)
+
+
+def described(over: str, resamples: Resamples) -> Mapping[str, object]:
+    """What a file of numbers says of its intervals. over: what was drawn at random, in words."""
+    return {"kind": KIND.format(over), "level": LEVEL, "draws": resamples.draws, "seed": resamples.seed}
