@@ -39,3 +39,15 @@ def test_a_figure_is_written_as_png_and_svg_and_again_the_same(
     assert min(Image.open(png).size) > 500 and svg.read_text(encoding="utf-8").count("</svg>") == 1
     again = sweep_plots.write(figure, tmp_path / "two")
     assert [path.read_bytes() for path in again] == [png.read_bytes(), svg.read_bytes()]
+
+
+def test_long_names_leave_the_drawing_its_place(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    dots = tuple(
+        Dot(f"method.align.lr {n} method.align.steps {n} costs $1 or $2", n, (50.0, 40.0, 60.0), 0, 0, 0, 0)
+        for n in range(1, 13)
+    )
+    png, _ = sweep_plots.write(Scatter("c", dots, [Tick(0, "1 s")], [Tick(0, "50")]), tmp_path)
+    assert not [str(warning.message) for warning in recwarn if "layout" in str(warning.message)]
+    width, height = Image.open(png).size
+    dark = Image.open(png).convert("L").crop((width // 2, 0, width, height // 2)).point(lambda v: 255 * (v < 200))
+    assert dark.getbbox() is not None, "dots stand in the right half, above the names"

@@ -100,17 +100,27 @@ def _line(drawn: Any, figure: Line) -> None:
 def _scatter(drawn: Any, figure: Scatter) -> None:
     axes = drawn.add_subplot()
     seconds = [dot.seconds for dot in figure.dots]
-    for dot in figure.dots:
+    for count, dot in enumerate(figure.dots, 1):
         value, low, high = dot.h_o
-        axes.plot([dot.seconds, dot.seconds], [low, high], color=INK, linewidth=1)
-        axes.plot([dot.seconds], [value], color=INK, marker="o", markersize=4)
-        axes.annotate(dot.system, (dot.seconds, value), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.plot([dot.seconds, dot.seconds], [low, high], color=BAND, linewidth=1)
+        label = dot.system.replace("$", r"\$")
+        axes.plot(
+            [dot.seconds],
+            [value],
+            color=INK,
+            marker=f"${count}$",
+            markersize=4 + 3 * len(str(count)),
+            label=label,
+            ls="",
+        )
     if max(seconds) > 20 * min(seconds):
         axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: number(value))
     axes.set_xlabel("seconds to erase")
     axes.set_ylabel("$\\mathrm{H}_{o}$")
     axes.grid(linewidth=0.4)
+    longest = max(len(dot.system) for dot in figure.dots)
+    drawn.legend(loc="outside lower left", ncols=max(1, min(4, 60 // longest)), fontsize=7, frameon=False)
 
 
 def _label(figure: Surface | Line) -> str:
