@@ -109,6 +109,7 @@ def _scatter(drawn: Any, figure: Scatter) -> None:
             [value],
             color=INK,
             marker=f"${count}$",
+            markeredgewidth=0,
             markersize=4 + 3 * len(str(count)),
             label=label,
             ls="",
