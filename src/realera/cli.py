@@ -10,6 +10,7 @@ import faulthandler
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
@@ -82,6 +83,8 @@ def as_process(main: Callable[[], None]) -> NoReturn:
         if not isinstance(error.code, int | None):
             raise
         status = error.code or 0
+    # as the interpreter does first: a launcher's pool of processes ends by it
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # a reader that has gone
