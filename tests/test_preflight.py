@@ -124,6 +124,16 @@ def test_a_method_with_no_part_left_that_erases_is_refused(name: str) -> None:
         preflight.check_settings({"method": {**rest, part: method[part]}})
 
 
+def test_mace_without_refinement_and_loras_is_refused() -> None:
+    """Its fusion then has nothing to fuse; with either of them it has."""
+    method: dict[str, Any] = OmegaConf.to_container(method_settings("mace"))  # type: ignore[assignment]
+    unrefined = {**method, "edit": {**method["edit"], "refine": False}}
+    preflight.check_settings({"method": unrefined})
+    preflight.check_settings({"method": {**method, "align": None}})
+    with pytest.raises(UserError, match="method mace has no part left that erases"):
+        preflight.check_settings({"method": {**unrefined, "align": None}})
+
+
 def test_a_flat_band_counts_its_rows() -> None:
     backbone = {"text": {"width": 768, "row_norm": 27.7, "max_length": 77}}
     mining = {"m": 5, "n": 25, "s_hi": 0.9, "s_lo": 0.7, "d1": 20}

@@ -83,9 +83,10 @@ def test_runs_from_before_there_was_such_a_setting_keep_their_name() -> None:
     assert name({"clip": 1.0}) == name({}, gradient_clip_val="method") == before
     others = {name({"clip": None}), name({"clip": 2.0}), name({}, gradient_clip_val=2.0)}
     assert len(others | {before}) == 4
-    latents = [{"images": 8}, {"images": 8, "imagenet_norm": False}, {"images": 8, "imagenet_norm": True}]
-    unsaid, off, on = (runs.folder_of(changed(method={"name": "mace", "latents": one})) for one in latents)
-    assert unsaid == off != on
+    for switch in ("imagenet_norm", "flip"):
+        latents = [{"images": 8}, {"images": 8, switch: False}, {"images": 8, switch: True}]
+        unsaid, off, on = (runs.folder_of(changed(method={"name": "mace", "latents": one})) for one in latents)
+        assert unsaid == off != on
     for part in ("edit", "finish"):
         closed = [{"ridge": 50}, {"ridge": 50, "prompts": None}, {"ridge": 50, "prompts": 30}]
         unsaid, off, on = (runs.folder_of(changed(method={"name": "mace", part: one})) for one in closed)

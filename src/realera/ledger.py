@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from realera.paths import whole
+
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from realera.contracts import Backbone
 
 
@@ -84,3 +88,26 @@ class Cached:
     def _enter(self, spent: Spent | None) -> None:
         if (entries := _open.get()) is not None:
             entries.files.setdefault(self.file, spent)
+
+
+def kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor of that name in a file of the cache, on the CPU: what `make` gives, computed once.
+
+    A cache is never worth an error: a torn file is made again.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
+
+    entry = Cached(file, backbone)
+    if file.is_file():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found: Tensor = opened.get_tensor(name)
+                entry.read(opened.metadata())
+            return found
+        except (SafetensorError, KeyError):
+            pass
+    made = make().cpu().contiguous()
+    with whole(file) as beside:
+        save_file({name: made}, beside, entry.made())
+    return made

@@ -25,7 +25,11 @@ from realera.contracts import Concept, Task, UserError
 from realera.paths import ERASED, MINIATURE
 from realera.runs import Run
 
-ACTING = ("edit", "align", "guide", "finish")  # parts of a method of which one at least must stand
+ACTING = (
+    "edit",
+    "align",
+    "guide",
+)  # parts of a method of which one at least must stand: `finish` ends what these began
 HUB_PATIENCE = 1.2  # seconds until a hub that does not answer counts as out of reach
 
 
@@ -49,14 +53,19 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
     if sweep:
         check_sweep(config.get("trainer") or {})
     method = config.get("method") or {}
-    if method and method.get("name") != "original" and not any(method.get(part) for part in ACTING):
+    if method and method.get("name") != "original" and not any(_acts(method.get(part)) for part in ACTING):
         raise UserError(
-            f"method {method.get('name')} has no part left that erases ({', '.join(ACTING)} are all null): leave it "
-            "one, or take method=original."
+            f"method {method.get('name')} has no part left that erases ({', '.join(ACTING)} are all null or switched "
+            "off): leave it one, or take method=original."
         )
     check_band(method, config.get("backbone") or {})
     if config.get("run_dir"):
         check_writable(Path(str(config["run_dir"])), "run_dir")
+
+
+def _acts(part: Any) -> bool:
+    """Whether a part of a method is there; MACE's refinement switched off is not: it lends `finish` its numbers."""
+    return bool(part) and not (isinstance(part, Mapping) and part.get("refine") is False)
 
 
 def check_model(backbone: Mapping[str, Any]) -> None:

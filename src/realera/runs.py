@@ -33,7 +33,13 @@ FILES = (
     paths.WANDB_ID,
 )
 # Settings of a method's parts that came later, and what was done before: runs that still do that keep their name.
-LATER = {"align.clip": 1.0, "latents.imagenet_norm": False, "edit.prompts": None, "finish.prompts": None}
+LATER = {
+    "align.clip": 1.0,
+    "latents.imagenet_norm": False,
+    "latents.flip": False,
+    "edit.prompts": None,
+    "finish.prompts": None,
+}
 FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, "originals", "wandb")
 
 

@@ -142,3 +142,26 @@ def test_it_tells_the_noise_and_the_prompt(backbone: Counted, pairs: list[Pair],
     plain = AnchorBank(images=4, batch=6, of="target")
     plain.prepare(backbone, pairs, tmp_path, 0)
     assert torch.equal(z_t, plain(backbone, 0, torch.Generator().manual_seed(0))[0])
+
+
+def test_half_of_the_images_are_mirrored(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
+    """By hand: left and right exchanged in the pixels, not in the latent. A mirror image keeps its prompt and the cache
+    does not know of it; without `flip` nothing is other than before."""
+    plain = AnchorBank(images=5, batch=300, chunk=2, give=["noise", "prompts"])
+    flipped = AnchorBank(images=5, batch=300, chunk=2, give=["noise", "prompts"], flip=True)
+    for source in (flipped, plain):
+        source.prepare(backbone, pairs, tmp_path, 0)
+    assert len(backbone.drawn) == 5
+    bank, mirrors = flipped.banks[0].split(5)
+    assert torch.equal(bank, plain.banks[0])
+    images = backbone.decode(bank).float() / 127.5 - 1
+    with torch.no_grad():
+        exchanged = torch.stack([images[:, :, column] for column in reversed(range(images.shape[2]))], dim=2)
+        by_hand = backbone.vae.encode(exchanged.permute(0, 3, 1, 2)).latent_dist.mode()
+    torch.testing.assert_close(mirrors, by_hand * backbone.vae.config.scaling_factor, atol=1e-5, rtol=1e-4)
+    assert (mirrors - bank.flip(-1)).abs().max() > 0.01
+    z_t, t, known = flipped(backbone, 0, torch.Generator().manual_seed(0))
+    turns = torch.randint(10, (300,), generator=torch.Generator().manual_seed(0))
+    assert 120 < int((turns > 4).sum()) < 180
+    assert torch.equal(known["prompts"], turns % 5 % 3)
+    assert torch.equal(z_t, backbone.noisy_latents(flipped.banks[0][turns], known["noise"], t))

@@ -6,20 +6,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss, normalize
 
 from realera.contracts import Backbone, Pair, TextStates, UserError
-from realera.ledger import Cached
+from realera.ledger import kept
 from realera.methods.latents import AnchorBank
 from realera.methods.texts import on_cpu, predict, repeat
-from realera.paths import whole
 
 
 class TextualInversion:
@@ -63,12 +61,9 @@ class TextualInversion:
         for i, pair in enumerate(pairs):
             name = pair.concept.target
             file = cache / "inversion" / f"{self._key(backbone, name, i, seed)}.safetensors"
-            entry = Cached(file, backbone)
-            vectors = _read(file, entry)
-            if vectors is None:
-                vectors = self.invert(backbone, name, i, Generator().manual_seed(seed))
-                with whole(file) as beside:
-                    save_file({"vectors": vectors}, beside, entry.made())
+            vectors = kept(
+                file, "vectors", backbone, partial(self.invert, backbone, name, i, Generator().manual_seed(seed))
+            )
             with torch.no_grad():
                 found.append(self._prompt(backbone, name, vectors))
         self.images.banks = []
@@ -106,15 +101,3 @@ class TextualInversion:
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         digest.update(bank.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
-
-
-def _read(file: Path, entry: Cached) -> Tensor | None:
-    if file.is_file():
-        try:
-            with safe_open(file, framework="pt") as opened:
-                vectors: Tensor = opened.get_tensor("vectors")
-                entry.read(opened.metadata())
-            return vectors
-        except (SafetensorError, KeyError):  # a cache is never worth an error: they are found again
-            pass
-    return None

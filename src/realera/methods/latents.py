@@ -11,14 +11,11 @@ from typing import Literal, get_args
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from realera.contracts import Backbone, Pair, Sampler, TextStates, UserError
-from realera.ledger import Cached
+from realera.ledger import kept
 from realera.methods.texts import take
-from realera.paths import whole
 
 FIRST_SEED = 1_000_000  # far from the small seeds that evaluation draws its images with
 TIMESTEPS = 1000  # of the noise schedule of every Stable Diffusion
@@ -32,8 +29,8 @@ class AnchorBank:
     images: how many per concept; image i takes prompt i mod P. batch: how many z_t a step is given. chunk: how many
     images are drawn, and stored, at once. sampler: null = the backbone's own. of: whose training prompts are drawn, the
     anchor's or the target's. give: what else is told of each z_t, "noise" (batch, C, h, w) = the noise in it, "prompts"
-    (batch,) = the numbers of the prompts its images were drawn from. The bank is made once by the *original* model; see
-    `drawn`.
+    (batch,) = the numbers of the prompts its images were drawn from. flip: half of the images, at random, are
+    `mirrored`. The bank is made once by the *original* model; see `drawn`.
     """
 
     def __init__(
@@ -44,6 +41,7 @@ class AnchorBank:
         sampler: Sampler | None = None,
         of: Of = "anchor",
         give: Sequence[Known] = (),
+        flip: bool = False,
     ) -> None:
         for name, value in (("images", images), ("batch", batch), ("chunk", chunk)):
             if value < 1:
@@ -57,7 +55,8 @@ class AnchorBank:
         self.sampler = sampler
         self.of = of
         self.give = tuple(give)
-        self.banks: list[Tensor] = []  # one (images, C, h, w) per concept
+        self.flip = flip
+        self.banks: list[Tensor] = []  # one (images, C, h, w) per concept; with `flip` their mirror images after them
         self.prompts: list[int] = []  # P of each concept
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
@@ -68,7 +67,8 @@ class AnchorBank:
                 (pair.anchor, pair.concept.anchor) if self.of == "anchor" else (pair.target, pair.concept.target)
             )
             title = f"{self.of.capitalize()} images of '{name}'"
-            self.banks.append(drawn(backbone, states, self.images, self.chunk, self.sampler, cache, seed, title))
+            bank = drawn(backbone, states, self.images, self.chunk, self.sampler, cache, seed, title)
+            self.banks.append(torch.cat([bank, mirrored(backbone, bank, self.chunk)]) if self.flip else bank)
             self.prompts.append(len(states.states))
 
     def __call__(
@@ -78,7 +78,7 @@ class AnchorBank:
         bank = self.banks[concept]
         chosen = torch.randint(len(bank), (self.batch,), generator=generator)
         z_t, timesteps, noise = noised(backbone, bank, chosen, generator)
-        known = {"noise": noise, "prompts": chosen % self.prompts[concept]}
+        known = {"noise": noise, "prompts": chosen % self.images % self.prompts[concept]}
         return (z_t, timesteps, {name: known[name] for name in self.give}) if self.give else (z_t, timesteps)
 
 
@@ -87,6 +87,13 @@ def noised(backbone: Backbone, bank: Tensor, chosen: Tensor, generator: Generato
     timesteps = torch.randint(TIMESTEPS, (len(chosen),), generator=generator).to(bank.device)
     noise = torch.randn(len(chosen), *bank.shape[1:], generator=generator).to(bank.device)
     return backbone.noisy_latents(bank[chosen.to(bank.device)], noise, timesteps), timesteps, noise
+
+
+def mirrored(backbone: Backbone, latents: Tensor, chunk: int) -> Tensor:
+    """The latents (images, C, h, w) of the same images with left and right exchanged, encoded again, `chunk` at a time:
+    a flipped latent is not the latent of a flipped image. Made anew for every run: the cache holds what was drawn."""
+    images = (backbone.decode(part).permute(0, 3, 1, 2) / 127.5 - 1 for part in latents.split(chunk))
+    return torch.cat([backbone.encode_images(image.flip(-1)) for image in images])
 
 
 def drawn(
@@ -120,20 +127,9 @@ def drawn(
 def _chunk(
     backbone: Backbone, states: TextStates, numbers: range, sampler: Sampler | None, file: Path, seed: int
 ) -> Tensor:
-    entry = Cached(file, backbone)
-    if file.is_file():
-        try:
-            with safe_open(file, framework="pt") as opened:
-                latents: Tensor = opened.get_tensor("latents")
-                entry.read(opened.metadata())
-            return latents
-        except (SafetensorError, KeyError):  # a cache is never worth an error: the chunk is drawn again
-            pass
     prompts = torch.tensor([number % len(states.states) for number in numbers])
-    latents = backbone.sample(take(states, prompts), _seeds(numbers, seed), sampler).float().cpu().contiguous()
-    with whole(file) as beside:
-        save_file({"latents": latents}, beside, entry.made())
-    return latents
+    seeds = [FIRST_SEED * (seed + 1) + number for number in numbers]
+    return kept(file, "latents", backbone, lambda: backbone.sample(take(states, prompts), seeds, sampler).float())
 
 
 def bank_folder(
@@ -158,7 +154,3 @@ def bank_folder(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(states.states.detach().float().cpu().contiguous().numpy().tobytes())
     return cache / "latents" / digest.hexdigest()[:16]
-
-
-def _seeds(numbers: range, seed: int) -> list[int]:
-    return [FIRST_SEED * (seed + 1) + number for number in numbers]

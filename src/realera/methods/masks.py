@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from realera.contracts import Backbone, TextStates, UserError
-from realera.ledger import Cached
+from realera.ledger import kept
 from realera.methods.texts import predict, repeat
-from realera.paths import whole
 
 Source = Literal["none", "attention", "grounded-sam"]
 AT_ONCE = 8  # images in one pass
@@ -80,23 +77,15 @@ class Masks:
         other processes and later runs read the same masks, and need no models for it."""
         if self.source == "none":
             return None
-        file = self._file(folder, name)
-        entry = Cached(file, backbone)
-        if file.is_file():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    found: Tensor = opened.get_tensor("masks")
-                    entry.read(opened.metadata())
-                return found.to(latents.device)
-            except (SafetensorError, KeyError):  # a cache is never worth an error: they are made again
-                pass
-        if self.sam is None:
-            self.load()
-        made = self(backbone, states, latents, name)
-        assert made is not None
-        with whole(file) as beside:
-            save_file({"masks": made.cpu().contiguous()}, beside, entry.made())
-        return made
+
+        def make() -> Tensor:
+            if self.sam is None:
+                self.load()
+            made = self(backbone, states, latents, name)
+            assert made is not None
+            return made
+
+        return kept(self._file(folder, name), "masks", backbone, make).to(latents.device)
 
     def _file(self, folder: Path, name: str) -> Path:
         about = [self.source, self.threshold, self.timesteps, self.places, self.thresholds, name]
