@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What each decision that the paper leaves open does on the miniature: RealEra with one setting changed (variants.txt),
-# on three concepts that no table of objects, people or styles uses, two seeds. It resumes; VARIANTS="rows lora" runs
-# those whose name begins so.
+# on three concepts that no table of objects, people or styles uses, two seeds. It resumes; VARIANTS="rows lora" and
+# SEEDS=100 run a part: the variants whose name begins so, one seed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
@@ -13,7 +13,7 @@ while IFS='|' read -r label _ _ _ _ settings <&3; do
   [[ " ${VARIANTS:-${label%% *}} " == *" ${label%% *} "* ]] || continue
   read -ra words <<<"$settings"
   while IFS='|' read -r concept anchor synonyms associated; do
-    $PY -m realera.train -m task=object backbone=mini logger=none seed=100,101 'task.first_seed="${times:500,${seed}}"' \
+    $PY -m realera.train -m task=object backbone=mini logger=none "seed=${SEEDS:-100,101}" 'task.first_seed="${times:500,${seed}}"' \
       "${SMALL[@]}" "concept=$concept" "anchor=$anchor" "task.synonyms=[$synonyms]" "task.associated=[$associated]" \
       "root=$RUNS" "label='$label'" "${words[@]}"
   done <<'WORDS'
