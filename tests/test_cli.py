@@ -88,6 +88,13 @@ def test_bad_input_gets_one_sentence(words: tuple[str, ...], tmp_path: Path) -> 
     assert not (tmp_path.parent / "x").exists()
 
 
+@pytest.mark.parametrize("spelling", [".inf", "inf"])
+def test_an_expectation_as_the_help_spells_it(spelling: str, tmp_path: Path) -> None:
+    """Hydra's command line reads .inf as a word, yaml as a number."""
+    done = door("concept=airplane", f"method.neighbours.m={spelling}", "dry_run=true", "backbone=mini", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_uncached_model_without_a_network_names_the_remedies(tmp_path: Path) -> None:
     for env in ({}, {"HF_HUB_OFFLINE": "1"}):
         began = time.monotonic()

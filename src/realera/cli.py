@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import logging
+import math
 import os
 import sys
 import threading
@@ -45,12 +46,12 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: one translation, here
     os.environ.setdefault(sweep.STAMP, sweep.new_stamp())  # a sweep's runs, and processes, agree on it
+    sweep.begin_launch()
     processes.adopt_scheduler(os.environ)
     arguments = flags_first(sys.argv[1:])
     get_ready()
     sys.argv[1:] = gather(arguments, positional) if positional else arguments
     job = sweep.Job(step, partial(prepared, config_name), get_ready)
-    before = sweep.size(sweep.folder())
     status = 0
     try:
         hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(job)()
@@ -62,7 +63,7 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
         if error in job.met:
             raise
         fail(complaints.of_config(error, config_name, arguments))
-    if cells := sweep.read_cells(sweep.folder(), before):
+    if cells := sweep.own_cells():
         ended = sweep.close(cells)
         status = status or ended
     if status:
@@ -173,7 +174,8 @@ def build_task(config: Mapping[str, Any]) -> Task:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The config as plain containers, every interpolation resolved.
+    """The config as plain containers, every interpolation resolved; .inf in a method's settings is a number, however
+    it came here: yaml spells it so, and Hydra's command line takes that for a word.
 
     Raises:
         UserError: an interpolation that cannot be resolved, or a mandatory value (???) that was not given.
@@ -183,7 +185,13 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(complaints.of_value(error)) from error
     assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return {str(key): _infinite(value) if key == "method" else value for key, value in container.items()}
+
+
+def _infinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _infinite(one) for key, one in value.items()}
+    return math.inf if value == ".inf" else value
 
 
 # --- resolvers -------------------------------------------------------------------------------------------------------
