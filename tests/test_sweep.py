@@ -63,7 +63,8 @@ def test_no_job_stops_the_others_and_a_finished_cell_is_found(
     assert [cell["state"] for cell in cells] == ["refused"] * 3 + ["done", "failed", "done"]
     assert "is not one of the classes" in cells[0]["reason"] and cells[0]["folder"] is None
     assert cells[4]["reason"].startswith("ZeroDivisionError: a bug of the code (traceback in ")
-    assert "fails_for_one" in Path("runs/sweeps/stamp/failed/4.txt").read_text()
+    (kept,) = Path("runs/sweeps/stamp/failed").iterdir()
+    assert "fails_for_one" in kept.read_text() and f"(traceback in {kept})" in cells[4]["reason"]
     assert "seed=1" in cells[4]["overrides"] and Path(cells[4]["folder"], "config.yaml").is_file()
 
     monkeypatch.setattr(steps, "erase", erase)
@@ -71,6 +72,36 @@ def test_no_job_stops_the_others_and_a_finished_cell_is_found(
     assert "1 done, 2 found finished" in capsys.readouterr().out  # of this call alone
     assert [cell["state"] for cell in ledger()[6:]] == ["found", "done", "found"]
     assert type_in(*UCE, "concept=nothingknown,airplane") == 2
+
+
+def test_a_launch_answers_for_its_own_cells_alone(
+    type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from realera import steps
+
+    erase = steps.erase
+
+    def beside_another(*all: Any) -> None:
+        lost = Cell(state="failed", reason="another's", overrides=["concept=cat"], launch="another")
+        sweep._append(sweep.folder() / "cells.jsonl", json.dumps(vars(lost)))
+        erase(*all)
+
+    monkeypatch.setattr(steps, "erase", beside_another)
+    assert type_in("method=uce", "concept=airplane") == 0
+    said = capsys.readouterr().out
+    assert "1 done" in said and "1 failed" not in said and "another's" not in said
+    assert "concept=cat: failed. another" in Path("runs/sweeps/stamp/report.html").read_text(), "the page is of all"
+
+
+def test_each_launch_keeps_its_tracebacks(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    from realera import steps
+
+    for word in ("first", "second"):
+        monkeypatch.setattr(steps, "erase", lambda *all, word=word: {}[word])
+        assert type_in(*UCE, "concept=airplane") == 1
+    for word, cell in zip(("first", "second"), ledger(), strict=True):
+        (kept,) = re.findall(r"traceback in (.*)\)", cell["reason"])
+        assert f"KeyError: '{word}'" in Path(kept).read_text()
 
 
 def test_sweeps_that_begin_in_the_same_second_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +186,14 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     lines = [json.dumps({"folder": None, "state": "done", "reason": None, "overrides": [], "seconds": 1.0})] * 2
     (tmp_path / "cells.jsonl").write_text("\n".join(lines) + '\n{"folder": "x", "sta')
     assert len(sweep.read_cells(tmp_path)) == 2
-    assert len(sweep.read_cells(tmp_path, since=len(lines[0]))) == 1
-    assert sweep.read_cells(tmp_path / "elsewhere") == [] and sweep.size(tmp_path / "elsewhere") == 0
+    assert sweep.read_cells(tmp_path / "elsewhere") == []
+
+
+def test_a_ledger_of_before_there_were_launches_is_read(tmp_path: Path) -> None:
+    line = {"folder": "x", "state": "done", "reason": None, "overrides": [], "seconds": 1.0}
+    (tmp_path / "cells.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps({**line, 'launch': 'now'})}\n")
+    assert [cell.launch for cell in sweep.read_cells(tmp_path)] == [None, "now"]
+    assert [cell.launch for cell in sweep.read_cells(tmp_path, "now")] == ["now"]
 
 
 arrived: list[str] = []
@@ -171,20 +208,22 @@ def same(cfg: DictConfig) -> DictConfig:
 
 
 def arrive() -> None:
-    arrived.append(os.environ["REALERA_STAMP"])
+    arrived.extend(os.environ[name] for name in ("REALERA_STAMP", "REALERA_LAUNCH"))
 
 
-def test_a_job_takes_stamp_folder_and_resolvers_to_another_process(
+def test_a_job_takes_stamp_launch_folder_and_resolvers_to_another_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("REALERA_STAMP", "here")
+    monkeypatch.setenv("REALERA_LAUNCH", "now")
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this_module())
     monkeypatch.chdir(tmp_path)
     carried = pickle.dumps(sweep.Job(step, same, arrive, met=[ValueError()]))
     monkeypatch.chdir("/")
     monkeypatch.delenv("REALERA_STAMP")
+    monkeypatch.setenv("REALERA_LAUNCH", "an earlier one, of a worker that is used again")
     job = pickle.loads(carried)
-    assert arrived == ["here"] and Path.cwd() == tmp_path and job.met == []
+    assert arrived == ["here", "now"] and Path.cwd() == tmp_path and job.met == []
     assert job.step is step
 
 

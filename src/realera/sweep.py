@@ -2,7 +2,10 @@
 
 runs/sweeps/<stamp>/cells.jsonl is appended to by whichever process ran the job, whatever launched it:
 {"folder", "state": done | found (was finished before) | refused (bad input) | failed, "reason", "overrides", "seconds",
-"system"}
+"system", "launch"}
+
+Several processes may be at one sweep, side by side or one after the other: each speaks for the jobs of its own launch,
+and the page shows the cells of all.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -27,6 +31,7 @@ from realera.contracts import UserError
 
 CELLS, LISTED, FAILED = "cells.jsonl", "runs.txt", "failed"
 STAMP = "REALERA_STAMP"
+LAUNCH = "REALERA_LAUNCH"  # which call of a command began a job, wherever the job runs
 DONE, FOUND, REFUSED, BROKEN = "done", "found", "refused", "failed"
 
 
@@ -45,6 +50,11 @@ def new_stamp() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
+def begin_launch() -> None:
+    """Gives the jobs that this process is going to start a name of their own."""
+    os.environ[LAUNCH] = uuid.uuid4().hex[:8]
+
+
 def folder() -> Path:
     """Where this sweep's own files stand."""
     return runs.ROOT / "sweeps" / os.environ[STAMP]
@@ -56,7 +66,8 @@ def folder() -> Path:
 @dataclass
 class Cell:
     """One line of the ledger. folder: the run's, None where it was refused before it had one. system: what tables call
-    it in this sweep, whatever another one calls the same run; None where nobody knows."""
+    it in this sweep, whatever another one calls the same run; None where nobody knows. launch: None in a ledger
+    of before there were any."""
 
     folder: str | None = None
     state: str = DONE
@@ -64,6 +75,7 @@ class Cell:
     overrides: list[str] = field(default_factory=list)
     seconds: float = 0.0
     system: str | None = None
+    launch: str | None = None
 
 
 _running: ContextVar[Cell | None] = ContextVar("cell", default=None)  # of the job that runs here
@@ -82,22 +94,21 @@ def system(config: Mapping[str, Any]) -> str:
     return str(config.get("label") or (config.get("method") or {}).get("name") or "original")
 
 
-def read_cells(place: Path, since: int = 0) -> list[Cell]:
-    """The ledger's cells from byte `since` on. A line that was cut short is left out."""
+def read_cells(place: Path, launch: str | None = None) -> list[Cell]:
+    """The ledger's cells, or those of one launch. A line that was cut short is left out."""
     file = place / CELLS
     found = []
-    for line in file.read_bytes()[since:].splitlines() if file.is_file() else ():
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
             found.append(Cell(**json.loads(line)))
         except (ValueError, TypeError):
             continue
-    return found
+    return [cell for cell in found if launch is None or cell.launch == launch]
 
 
-def size(place: Path) -> int:
-    """Bytes of the ledger so far."""
-    file = place / CELLS
-    return file.stat().st_size if file.is_file() else 0
+def own_cells() -> list[Cell]:
+    """The cells that this process, or its workers, have come to the end of."""
+    return read_cells(folder(), os.environ[LAUNCH])
 
 
 def status(cells: Iterable[Cell]) -> int:
@@ -137,7 +148,7 @@ class Job:
     def __call__(self, cfg: DictConfig) -> float | None:
         if not in_sweep():
             return self._alone(cfg)
-        cell = Cell(overrides=list(HydraConfig.get().overrides.task))
+        cell = Cell(overrides=list(HydraConfig.get().overrides.task), launch=os.environ.get(LAUNCH))
         token, began = _running.set(cell), time.monotonic()
         value = None
         try:
@@ -168,7 +179,7 @@ class Job:
             fail(sentence)  # SystemExit passes Hydra, which would add a line of its own to any other exception
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: os.environ[name] for name in (STAMP, "HYDRA_FULL_ERROR") if name in os.environ}
+        own = {name: os.environ[name] for name in (STAMP, LAUNCH, "HYDRA_FULL_ERROR") if name in os.environ}
         away = {"environ": own, "cwd": os.getcwd(), "gpus": devices.visible(), "seen": os.environ.get(devices.VISIBLE)}
         return {**self.__dict__, "met": [], "_away": away}
 
@@ -188,7 +199,7 @@ def _explain(cell: Cell, error: BaseException) -> None:
     if sentence is not None:
         cell.state, cell.reason = REFUSED, sentence
     else:
-        file = folder() / FAILED / f"{HydraConfig.get().job.num}.txt"
+        file = folder() / FAILED / f"{cell.launch}-{HydraConfig.get().job.num}.txt"  # each launch counts from 0
         paths.write_text(file, "".join(traceback.format_exception(error)))
         met = f"{type(error).__name__}: {complaints.first_line(error)}".removesuffix(".")
         cell.state, cell.reason = BROKEN, f"{met} (traceback in {file})."
@@ -199,7 +210,8 @@ def _explain(cell: Cell, error: BaseException) -> None:
 
 
 def close(cells: list[Cell]) -> int:
-    """What a sweep ends with: how many cells are done, were found, failed, and why; the page of all; the status."""
+    """What a launch ends with: how many of its cells are done, were found, failed, and why; their status; and the page
+    of the whole sweep."""
     from realera import console
 
     console.show_cells([asdict(cell) for cell in cells])
