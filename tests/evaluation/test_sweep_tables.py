@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from realera.contracts import Mode, UserError
+from realera.evaluation import printed
 from realera.evaluation.metrics import Sample
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import read_verdicts, verdict_file, write_verdicts
@@ -28,7 +29,7 @@ from realera.evaluation.sweep_tables import (
     parts_of,
     tables,
 )
-from realera.evaluation.table import pool
+from realera.evaluation.table import pool, write_results
 from realera.evaluation.table_forms import Number, Table
 from sweeps import JUDGE, REALERA, judged
 
@@ -73,6 +74,56 @@ def test_means_are_those_of_results_json_and_uneven_rows_are_said(tmp_path: Path
     )
     assert number(each, "realera", "acc_e", "mean").printed is None, "two classes are not the paper's ten"
     assert any("cannot be compared" in note for note in each.notes) and "paper" not in "".join(table.notes)
+
+
+def test_who_misses_runs_is_said_in_every_form_and_wins_no_mean(tmp_path: Path) -> None:
+    shares = {"uce": 0.75, "sa": 0.5, "realera": 0.0}
+    folders = [
+        judged(tmp_path / f"{method}-{concept}", concept, 0, method, {"erase": share, "near": share, "keep": 1})
+        for method, share in shares.items()
+        for concept in ("cat", "dog")
+        if (method, concept) != ("realera", "dog")
+    ]
+    of = chapter(folders)
+    table, each = means(of), by_concept(of)
+    assert [number(table, system, "acc_e").mark for system in shares] == ["second", "best", ""]
+    assert each is not None and number(each, "realera", "acc_e", "mean").mark == ""
+    assert number(each, "realera", "acc_e", "cat").mark == "best", "of this concept it has what the others have"
+    assert sum("not ranked" in note for note in table.notes) == 1
+    page, readme = tmp_path / "report.html", tmp_path / "README.md"
+    readme.write_text("before\n<!-- table -->\n<!-- end of table -->\n")
+    write_results(folders, tmp_path)
+    written = write_sweep(folders, page, base="uce").read_text()
+    for name in ("mean", "concepts", "differences"):
+        said = "over 1 of 2 runs" if name == "differences" else "1 of 2 runs"
+        for kind in ("csv", "md", "tex"):
+            assert (tmp_path / "tables" / f"object-{name}.{kind}").read_text().count(said) == 1, (name, kind)
+    assert written.count("<small>1 of 2 runs</small>") == 2 and "<small>over 1 of 2 runs</small>" in written
+    assert "| realera (1 of 2 runs) |" in readme.read_text()
+    whole = means(chapter(folders[:4]))
+    assert not any(row.note for row in whole.rows) and not any("ranked" in note for note in whole.notes)
+
+
+def test_as_many_runs_of_other_concepts_are_not_the_same_runs(tmp_path: Path) -> None:
+    table = means(
+        chapter([judged(tmp_path / "a", "cat", 0, "uce"), judged(tmp_path / "b", "dog", 0, "sa", {"erase": 1})])
+    )
+    assert [row.note for row in table.rows] == ["1 of 2 runs"] * 2
+    assert not any(n and n.mark for row in table.rows for n in row.numbers)
+    folders = [judged(tmp_path / m, "cat", 0, m, {"erase": e}) for m, e in (("uce", 0.0), ("sa", 1.0))]
+    alone = means(chapter([*folders, judged(tmp_path / "o", "dog", 0, "original")]))
+    assert number(alone, "uce", "acc_e").mark == "best", "the unedited model is nobody's rival"
+
+
+def test_the_papers_mean_of_ten_classes_stands_beside_a_mean_of_ten_alone(tmp_path: Path) -> None:
+    asked = {"uce": sorted(printed.OBJECTS), "realera": ["cat"]}
+    of = chapter([judged(tmp_path / f"{m}-{c}", c, 0, m, images=2) for m, own in asked.items() for c in own])
+    table, each = means(of), by_concept(of)
+    assert number(table, "uce", "acc_e").printed == 13.54 and each is not None
+    assert number(table, "realera", "acc_e").printed is None
+    assert number(each, "uce", "h_o", "mean").printed == 85.48
+    assert number(each, "realera", "h_o", "mean").printed is None
+    assert number(each, "realera", "acc_e", "cat").printed is not None
 
 
 def test_of_settings_that_were_varied_nothing_is_printed(tmp_path: Path) -> None:
@@ -127,6 +178,21 @@ def test_the_ablation_has_the_papers_order_and_differences_of_pairs(tmp_path: Pa
     assert ablation(chapter([*folders, more])) is None, "two systems with the same parts: something else was varied"
 
 
+def test_a_step_of_the_ablation_is_over_the_runs_that_both_have(tmp_path: Path) -> None:
+    nodes = {"realera": (REALERA, 0.0), "realera-no-mining": ({**REALERA, "neighbours": None}, 0.5)}
+    folders = [
+        judged(tmp_path / f"{name}-{c}", c, 0, {**node, "name": name}, {"erase": share if c == "cat" else 1.0})
+        for name, (node, share) in nodes.items()
+        for c in ("cat", "dog")
+        if (name, c) != ("realera", "dog")
+    ]
+    table = ablation(chapter([*folders, *(judged(tmp_path / f"u{s}", "cat", s, "uce") for s in (0, 1))]))
+    assert table is not None and [row.note for row in table.rows] == ["", "over 1 of 2 runs", "1 of 2 runs"]
+    step = table.rows[1].numbers[0]
+    assert step and step.value == pytest.approx(-40), "of the cat; the means differ by 80 less 10"
+    assert not any(n and n.mark for row in table.rows for n in row.numbers)
+
+
 def test_systems_less_the_base_over_what_both_have(tmp_path: Path) -> None:
     shares = {"base": 0.75, "same": 0.75, "other": 0.0}
     folders = [
@@ -176,6 +242,25 @@ def test_boxes_stand_as_in_the_papers_second_table(tmp_path: Path) -> None:
     assert number(table, "realera", "acc_s").printed == 29.46 and table.columns[-1].digits == 2
     assert boxes(chapter([judged(tmp_path / "c")])) is None
     assert [t.name for t in tables(of)] == ["object-mean", "object-boxes"]
+
+
+def test_the_papers_boxes_are_of_nudity_and_of_a_clip_score(tmp_path: Path) -> None:
+    def found(name: str, kept: Mode, *concepts: str) -> Chapter:
+        headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": kept}
+        more = {"task": "nsfw", "terms": (), "detail": {"detected": True, "score": 31.0, "boxes": {"belly": 2}}}
+        return chapter([judged(tmp_path / f"{name}-{c}", c, 0, "uce", headline=headline, **more) for c in concepts])
+
+    for of in (
+        found("a", "score", "violence"),
+        found("b", "mean_prob", "gun", "knife"),
+        found("c", "mean_prob", "nudity"),
+    ):
+        assert boxes(of) is not None and not any(table.has_printed for table in tables(of))
+    both = found("d", "score", "nudity", "violence")
+    table, each = boxes(both), by_concept(both)
+    assert table is not None and not table.has_printed, "the mean over two concepts is not the paper's one"
+    assert each is not None and number(each, "uce", "acc_s", "nudity").printed == 30.85
+    assert number(each, "uce", "acc_s", "violence").printed is None
 
 
 def test_costs_are_means_over_the_runs_that_say_them(tmp_path: Path) -> None:

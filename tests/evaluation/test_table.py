@@ -79,6 +79,21 @@ def test_results_hold_a_row_per_system_and_name_what_was_run_twice():
         table([*cells, full("uce", "cat", 0, 0.1, 0.5, 0.9)])
 
 
+def test_a_system_that_lacks_runs_of_another_is_named_so_in_each_table() -> None:
+    def row(system: str, concept: str) -> Cell:
+        return replace(
+            full(system, concept, 0, 0.1, 0.5, 0.9, count=2),
+            costs={"form": 1, "stages": {"edit": 2.0}, "passes": {"erase": 3}},
+        )
+
+    whole = table([row("uce", "cat"), row("uce", "dog"), row("sa", "cat"), row("sa", "dog")])
+    assert not any("of_runs" in of for of in whole["rows"]) and " runs)" not in markdown(whole)
+    few = markdown(table([row("uce", "cat"), row("uce", "dog"), row("sa", "cat")]))
+    assert few.count("| uce | ") == few.count("| sa (1 of 2 runs) | ") == 2, "what is measured, and what it costs"
+    other = table([row("uce", "cat"), row("sa", "dog")])
+    assert [(of["runs"], of["of_runs"]) for of in other["rows"]] == [(1, 2)] * 2, "as many, but not the same"
+
+
 def test_a_total_failure_gives_h_o_zero_not_an_error():
     row = pool([full("a", "cat", 0, 1.0, 1.0, 0.9)], MEAN_PROB, Resamples(0, 10))
     assert row["h_o"].value == pytest.approx(0, abs=1e-6)

@@ -107,6 +107,20 @@ def test_markdown_marks_escapes_and_keeps_its_columns() -> None:
     assert lines[3].startswith("| b\\|c |") and "<u>9.0</u>" in lines[4] and lines[-1] == "A note."
 
 
+def test_a_note_stands_in_every_form_and_what_is_of_fewer_runs_is_not_ranked() -> None:
+    few = Row(("b_1|c",), (Number(1, 0, 2, partial=True), Number(99, partial=True)), note="9 of 10 runs")
+    rows = ranked((E, S), [row("a", 3, 90), few, row("c", 2, 95)])
+    assert [[n and n.mark for n in r.numbers] for r in rows] == [["second", "second"], ["", ""], ["best", "best"]]
+    of = Table("t", "", ("system", "part"), (E, S), tuple(replace(r, texts=(*r.texts, "x")) for r in rows))
+    heads, *cells = csv.reader(io.StringIO(as_csv(of)))
+    assert heads[-1] == "note" and [line[-1] for line in cells] == ["", "9 of 10 runs", ""]
+    assert {len(line) for line in cells} == {len(heads)}
+    assert "| b_1\\|c (9 of 10 runs) | x | 1.0 [0.0, 2.0] | 99.0 |" in as_markdown(of).splitlines()
+    assert ["{\\scriptsize 9 of 10 runs}", "", "{\\scriptsize [0.0, 2.0]}", ""] in well_formed(as_latex(of))
+    bare = replace(of, rows=(Row(("a", "x"), (Number(1), Number(2)), note="100% & more"),))
+    assert ["{\\scriptsize 100\\% \\& more}", "", "", ""] in well_formed(as_latex(bare)), "a line of its own"
+
+
 def test_all_three_are_written(tmp_path: Path) -> None:
     written = write(table(), tmp_path / "tables")
     assert [path.name for path in written] == ["t.csv", "t.tex", "t.md"] and all(path.is_file() for path in written)

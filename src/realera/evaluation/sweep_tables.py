@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 from realera.evaluation import cost, printed
@@ -17,6 +18,7 @@ from realera.evaluation.table import mean_counts
 from realera.evaluation.table_forms import Column, Number, Row, Table, ranked
 
 MEAN = "mean"
+NUDITY = "nudity"  # what the paper's Table 2 is of
 PARTS: Mapping[str, str] = {  # of RealEra, in the paper's order
     "closed_form": "closed form",
     "noise_alignment": "noise alignment",
@@ -44,7 +46,7 @@ def means(chapter: Chapter) -> Table:
     for system, measured in chapter.means.items():
         run = chapter.systems[system][0]
         said: Mapping[str, float] = {}
-        if set(chapter.concepts) == printed.OBJECTS:
+        if _concepts(chapter, system) == printed.OBJECTS:
             said = _printed(chapter, run, printed.MEAN)
         elif len(chapter.concepts) == 1 and run.task != "nsfw":
             said = _printed(chapter, run, chapter.concepts[0])
@@ -68,10 +70,10 @@ def by_concept(chapter: Chapter) -> Table | None:
         for concept in chapter.concepts:
             said = _printed(chapter, run, concept)
             numbers += [_number(measured.get(concept, {}).get(name), said.get(name)) for name in names]
-        all_ten = set(chapter.concepts) == printed.OBJECTS
+        all_ten = _concepts(chapter, system) == printed.OBJECTS
         said = _printed(chapter, run, printed.MEAN) if all_ten else {}
         numbers += [_number(chapter.means[system].get(name), said.get(name)) for name in names]
-        rows.append(_row(chapter, system, numbers))
+        rows.append(_row(chapter, system, numbers, [concept for concept in chapter.concepts for _ in names]))
     return _table(chapter, "concepts", "Each concept", ("system",), columns, rows)
 
 
@@ -86,7 +88,7 @@ def boxes(chapter: Chapter) -> Table | None:
     columns = [Column(name, name.replace("_", " "), better=-1) for name in classes]
     rows = []
     for system, counted in found.items():
-        said = _printed(chapter, chapter.systems[system][0], "")
+        said = _printed(chapter, chapter.systems[system][0], ", ".join(_concepts(chapter, system)))
         numbers = [Number((counted or {}).get(name, math.nan), printed=said.get(name)) for name in classes]
         kept = _number(chapter.means[system].get("acc_s"), said.get("acc_s"))
         rows.append(_row(chapter, system, [*numbers, kept]))
@@ -118,7 +120,7 @@ def ablation(chapter: Chapter) -> Table | None:
             return None
     if len(known) < 2:
         return None
-    order = list(PARTS)
+    order, own = list(PARTS), list(known.values())
     names = [name for name in chapter.measures if name not in ("acc_a", "acc_u")]
     rows: list[Row] = []
     before: frozenset[str] | None = None
@@ -126,16 +128,19 @@ def ablation(chapter: Chapter) -> Table | None:
         system = known[parts]
         now = chapter.means[system]
         if before is not None:
-            was = chapter.means[known[before]]
+            pairs = _both(chapter.systems[known[before]], chapter.systems[system])
             step = [f"+ {PARTS[p]}" for p in order if p in parts - before]
             step += [f"− {PARTS[p]}" for p in order if p in before - parts]
-            numbers = tuple(difference(was[name], now[name]) for name in names)
-            rows.append(Row((", ".join(step), *("" for _ in order)), numbers, signed=True))
+            ends = [chapter.measure(runs) for runs in zip(*pairs)]
+            numbers = [difference(*(end[name] for end in ends)) if ends else None for name in names]
+            texts = (", ".join(step), *("" for _ in order))
+            rows.append(Row(texts, tuple(numbers), note=_over(chapter, pairs, own), signed=True))
         said = {}
         if len(chapter.concepts) == 1 and chapter.runs[0].task == "object":
             said = printed.ablation(parts, chapter.concepts[0])
         ticks = ("✓" if part in parts else "" for part in order)
-        rows.append(Row((system, *ticks), tuple(_number(now.get(name), said.get(name)) for name in names)))
+        row = _row(chapter, system, [_number(now.get(name), said.get(name)) for name in names], among=own)
+        rows.append(replace(row, texts=(system, *ticks)))
         before = parts
     heads = ("system", *PARTS.values())
     return _table(chapter, "ablation", "What each part of RealEra does", heads, chapter.columns(names), rows)
@@ -145,15 +150,13 @@ def differences(chapter: Chapter) -> Table | None:
     """Every system's means less the base's, over the concepts and seeds that both have."""
     if chapter.base not in chapter.systems:
         return None
-    known = {(run.concept, run.seed): run for run in chapter.systems[chapter.base]}
     names, rows = chapter.measures, []
     for system, runs in chapter.systems.items():
-        both = [run for run in runs if (run.concept, run.seed) in known]
-        if system == chapter.base or not both:
+        pairs = _both(chapter.systems[chapter.base], runs)
+        if system == chapter.base or not pairs:
             continue
-        note = "" if len(both) == len(known) else f"over {len(both)} of {len(known)} runs"
-        pairs = [(known[run.concept, run.seed], run) for run in both]
-        rows.append(Row((system,), tuple(_paired(chapter, name, pairs) for name in names), note=note, signed=True))
+        numbers = tuple(_paired(chapter, name, pairs) for name in names)
+        rows.append(Row((system,), numbers, note=_over(chapter, pairs), signed=True))
     if not rows:
         return None
     found = _table(chapter, "differences", f"Less {chapter.base}", ("system",), chapter.columns(names), rows)
@@ -162,6 +165,18 @@ def differences(chapter: Chapter) -> Table | None:
         "interval in twenty leaves out 0 all the same."
     )
     return replace(found, notes=(said,))
+
+
+def _both(was: Sequence[Run], now: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Their runs of the same concept and seed."""
+    known = {(run.concept, run.seed): run for run in was}
+    return [(known[run.concept, run.seed], run) for run in now if (run.concept, run.seed) in known]
+
+
+def _over(chapter: Chapter, pairs: Sequence[tuple[Run, Run]], among: Iterable[str] | None = None) -> str:
+    """The note of a difference over fewer runs than the systems (None: all) have."""
+    known = _runs(chapter, chapter.systems if among is None else among)
+    return "" if len(pairs) == len(known) else f"over {len(pairs)} of {len(known)} runs"
 
 
 def _paired(chapter: Chapter, name: str, pairs: Sequence[tuple[Run, Run]]) -> Number:
@@ -205,7 +220,8 @@ def cost_table(chapter: Chapter) -> Table | None:
     ]
     if least := [system for system, spent in found.items() if spent["at_least"]]:
         said.append(f"More was spent than is known, in seconds and passes: {', '.join(least)}.")
-    return replace(_table(chapter, "costs", "What erasing costs", ("system",), columns, rows), notes=tuple(said))
+    table = _table(chapter, "costs", "What erasing costs", ("system",), columns, rows)
+    return replace(table, notes=(*said, *_unranked(rows)))
 
 
 def _table(
@@ -215,8 +231,15 @@ def _table(
     for system, row in chapter.means.items():
         missing = {measure: row[measure].undefined for measure in ORDER if measure in row}
         notes += left_out(system, len(chapter.systems[system]), missing, chapter.headline)
+    notes += _unranked(rows)
     table = Table(f"{chapter.name}-{name}", title, heads, tuple(columns), ranked(columns, rows), tuple(notes))
     return replace(table, notes=(*table.notes, _comparable(chapter))) if table.has_printed else table
+
+
+def _unranked(rows: Sequence[Row]) -> list[str]:
+    if not any(number and number.partial for row in rows for number in row.numbers):
+        return []
+    return ["What is over fewer runs than other systems have is not ranked."]
 
 
 def _comparable(chapter: Chapter) -> str:
@@ -232,7 +255,10 @@ def _comparable(chapter: Chapter) -> str:
 
 
 def _printed(chapter: Chapter, run: Run, concept: str) -> Mapping[str, float]:
-    """What the paper prints for the system that a run is of; nothing where its settings were varied."""
+    """What the paper prints for the system that a run is of; nothing where its settings were varied, or where unsafe
+    content is another than the paper's or Acc_s no CLIP score."""
+    if run.task == "nsfw" and (concept.lower(), chapter.headline.get("acc_s")) != (NUDITY, "score"):
+        return {}
     protocol = (run.metrics.get("protocol") or {}).get("protocol", "realera")
     parts = parts_of(run)
     whole = parts is None or len(parts) == len(PARTS)
@@ -240,13 +266,36 @@ def _printed(chapter: Chapter, run: Run, concept: str) -> Mapping[str, float]:
     return printed.printed(run.task, run.method, concept) if known else {}
 
 
-def _row(chapter: Chapter, system: str, numbers: Sequence[Number | None]) -> Row:
-    """With a note where the system has fewer runs than another."""
-    most = max(map(len, chapter.systems.values()))
-    count = len(chapter.systems[system])
-    note = "" if count == most else f"{count} of {most} runs"
-    method = chapter.systems[system][0].method
-    return Row((system,), tuple(numbers), reference=ORIGINAL in (method, system), note=note)
+def _runs(chapter: Chapter, systems: Iterable[str], concept: str | None = None) -> set[tuple[str, int]]:
+    """The concepts and seeds that any of these systems has, of this concept or of all."""
+    every = {(run.concept, run.seed) for system in systems for run in chapter.systems[system]}
+    return {pair for pair in every if concept in (None, pair[0])}
+
+
+def _concepts(chapter: Chapter, system: str) -> frozenset[str]:
+    return frozenset(run.concept for run in chapter.systems[system])
+
+
+def _row(
+    chapter: Chapter,
+    system: str,
+    numbers: Sequence[Number | None],
+    of: Sequence[str] = (),
+    among: Iterable[str] | None = None,
+) -> Row:
+    """With a note where the system lacks runs that another has; what lacks those of a rival is not ranked. of: the
+    concepts of the first numbers, the others are of all; among: the table's systems, None where it has all."""
+    among = list(chapter.systems if among is None else among)
+    apart = {name for name in among if ORIGINAL in (name, chapter.systems[name][0].method)}
+    rivals = [name for name in among if name not in apart]
+
+    def lacks(concept: str | None) -> bool:
+        return system not in apart and not _runs(chapter, rivals, concept) <= _runs(chapter, [system], concept)
+
+    partial = {concept: lacks(concept) for concept in (None, *of)}
+    told = tuple(n and replace(n, partial=partial[concept]) for n, concept in zip_longest(numbers, of))
+    has, known = (len(_runs(chapter, names)) for names in ([system], among))
+    return Row((system,), told, system in apart, note="" if has == known else f"{has} of {known} runs")
 
 
 def _number(sample: Sample | None, said: float | None = None) -> Number | None:

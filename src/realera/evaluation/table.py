@@ -147,7 +147,8 @@ def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
     """The content of results.json: a row per system in the order met, each with its row per concept. JSON-able.
 
     mean, by_concept: as the task's headline reads each measure. readings: the mean in the other modes that the verdicts
-    have. counts: boxes by class, the mean over the system's runs. cost: see `cost.mean`. A measure that no run has is
+    have. of_runs: where other systems have runs that this one lacks, how many concepts and seeds any has. counts: boxes
+    by class, the mean over the system's runs. cost: see `cost.mean`. A measure that no run has is
     left out; one that nothing could be scored for is null. undefined: the runs that a mean leaves out for that.
     """
     if not cells:
@@ -163,6 +164,7 @@ def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
     systems: dict[str, list[Cell]] = {}
     for cell in cells:
         systems.setdefault(cell.system, []).append(cell)
+    known = {(cell.concept, cell.seed) for cell in cells}
     rows, resamples = [], Resamples(seed)
     for system, runs in systems.items():
         twice = [(c.concept, c.seed) for c in runs]
@@ -178,6 +180,7 @@ def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
             {
                 "system": system,
                 "runs": len(runs),
+                **({"of_runs": len(known)} if len(runs) < len(known) else {}),
                 "seeds": sorted({cell.seed for cell in runs}),
                 "mean": row(runs, headline),
                 "by_concept": {name: row([c for c in runs if c.concept == name], headline) for name in concepts},
@@ -254,22 +257,28 @@ def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The rows as Markdown: value and interval of each measure that was measured, systems in order; a column for what
-    could be scored where some images could not, and a line for each mean that leaves out a run; where the headline is a
-    score, the same rows in top-1; what they cost."""
+    """The rows as Markdown: value and interval of each measure that was measured, systems in order, behind a name how
+    many runs it has where others have more; a column for what could be scored where some images could not, and a line
+    for each mean that leaves out a run; where the headline is a score, the same rows in top-1; what they cost."""
     headline = results["headline"]
-    text = _table(results["rows"], "mean", headline)
+    named = [{**row, "system": _name(row)} for row in results["rows"]]
+    text = _table(named, "mean", headline)
     if len(set(headline.values())) > 1 or "mean_prob" not in headline.values():
         said = described(headline.values())
         text = f"{said[:1].upper()}{said[1:]}.\n\n{text}"
     if headline["acc_e"] == "score" and all("top1" in row["readings"] for row in results["rows"]):
-        rows = [{**row, "mean": row["readings"]["top1"]} for row in results["rows"]]
+        rows = [{**row, "mean": row["readings"]["top1"]} for row in named]
         text += f"\nThe same images, read as top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
     for row in results["rows"]:
         missing = {name: e["undefined"] for name, e in row["mean"].items() if "undefined" in e}
         text += "".join(f"\n{line}\n" for line in left_out(row["system"], row["runs"], missing, headline))
-    spent = cost.markdown(results["rows"])
+    spent = cost.markdown(named)
     return f"{text}\n{spent}" if spent else text
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """ "sa", or "sa (29 of 30 runs)"."""
+    return f"{row['system']} ({row['runs']} of {row['of_runs']} runs)" if "of_runs" in row else str(row["system"])
 
 
 def _table(rows: Sequence[Mapping[str, Any]], part: str, headline: Mapping[str, Mode]) -> str:

@@ -19,13 +19,14 @@ Mark = Literal["", "best", "second"]
 @dataclass(frozen=True)
 class Number:
     """A number of a table. low, high: its interval, NaN where it has none. printed: the paper's, None where it prints
-    none. mark: its rank in its column."""
+    none. mark: its rank in its column. partial: it is of fewer runs than others of its column, and is not ranked."""
 
     value: float
     low: float = math.nan
     high: float = math.nan
     printed: float | None = None
     mark: Mark = ""
+    partial: bool = False
 
     @property
     def known(self) -> bool:
@@ -98,13 +99,14 @@ class Table:
 
 def ranked(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[Row, ...]:
     """The rows with the best of each column marked, and the second; what reads alike is alike, and where all read
-    alike, or there is one row only, nothing is marked."""
+    alike, or there is one row only, nothing is marked. What is of fewer runs than others is no rival of theirs: one
+    system alone may have missed the hard ones."""
     marks: dict[tuple[int, int], Mark] = {}
     for j, column in enumerate(columns):
         found = [
             (i, round(number.value, column.digits) * column.better)
             for i, row in enumerate(rows)
-            if (number := row.numbers[j]) is not None and number.known and not (row.reference or row.signed)
+            if (number := row.numbers[j]) and number.known and not (number.partial or row.reference or row.signed)
         ]
         places = sorted({value for _, value in found}, reverse=True)
         if not column.better or len(places) < 2:
@@ -128,12 +130,14 @@ def write(table: Table, folder: Path) -> list[Path]:
 
 
 def as_csv(table: Table) -> str:
-    """A line a row: value, low, high and what the paper prints, each a column; numbers to four decimals."""
+    """A line a row: value, low, high and what the paper prints, each a column; numbers to four decimals. The last
+    column holds the rows' notes, if any has one."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     kinds = ("", "_low", "_high", *(["_printed"] * table.has_printed))
     keys = [f"{c.group} {c.key}{kind}".strip() for c in table.columns for kind in kinds]
-    writer.writerow([*table.heads, *keys])
+    noted = any(row.note for row in table.rows)
+    writer.writerow([*table.heads, *keys, *(["note"] * noted)])
     for row in table.rows:
         cells: list[str] = []
         for number in row.numbers:
@@ -141,12 +145,13 @@ def as_csv(table: Table) -> str:
             cells += ["" if math.isnan(v) else f"{round(v, 4):.12g}" for v in values]
             if table.has_printed:
                 cells.append("" if number is None or number.printed is None else f"{number.printed:g}")
-        writer.writerow([*row.texts, *cells])
+        writer.writerow([*row.texts, *cells, *([row.note] * noted)])
     return out.getvalue()
 
 
 def as_markdown(table: Table) -> str:
-    """Value and interval in each cell, the best in bold, the second underlined, the paper's number behind."""
+    """Value and interval in each cell, the best in bold, the second underlined, the paper's number behind. A row's note
+    stands in brackets behind its name."""
     heads = [*table.heads]
     for column in table.columns:
         name = f"{column.symbol}_{column.index}" if column.index else column.symbol
@@ -165,7 +170,8 @@ def as_markdown(table: Table) -> str:
             if number.printed is not None:
                 text += f" (paper: {number.printed:g})"
             cells.append(text)
-        lines.append(f"| {' | '.join([*map(_bar, row.texts), *cells])} |")
+        name = f"{row.texts[0]} ({row.note})" if row.note else row.texts[0]
+        lines.append(f"| {' | '.join([*map(_bar, (name, *row.texts[1:])), *cells])} |")
     notes = "".join(f"\n{note}\n" for note in table.notes)
     return "\n".join(lines) + "\n" + notes
 
@@ -175,8 +181,8 @@ def _bar(text: str) -> str:
 
 
 def as_latex(table: Table) -> str:
-    """booktabs; intervals and the paper's numbers in smaller lines under the row. More groups of columns than fit side
-    by side stand in tabulars one under the other."""
+    """booktabs; a row's note with the intervals, and the paper's numbers, in smaller lines under the row. More groups
+    of columns than fit side by side stand in tabulars one under the other."""
     blocks: list[list[int]] = []
     start = 0
     for i, (_, count) in enumerate(table.groups):
@@ -220,9 +226,11 @@ def _tabular(table: Table, chosen: Sequence[int]) -> str:
             for c, n in pairs
         ]
         printed = [f"{{\\scriptsize ({n.printed:g})}}" if n and n.printed is not None else "" for _, n in pairs]
-        for small, what in ((intervals, ""), (printed, "{\\scriptsize printed}")):
-            if any(small):
-                lines.append(f"{' & '.join([what, *([''] * (texts - 1)), *small])} \\\\")
+        note = f"{{\\scriptsize {latex(row.note)}}}" if row.note else ""
+        smaller = [(note, intervals)] * (bool(note) or any(intervals))
+        smaller += [("{\\scriptsize printed}", printed)] * any(printed)
+        for what, small in smaller:
+            lines.append(f"{' & '.join([what, *([''] * (texts - 1)), *small])} \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
 
 
