@@ -1,15 +1,57 @@
-"""What stands in experiments/ can be read."""
+"""What stands in experiments/ can be read, and its settings be taken."""
 
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from realera import cli, preflight
+from realera.paths import CONF_DIR
 
 FOLDER = Path(__file__).parents[1] / "experiments"
+VARIANTS = [
+    line.split("|") for line in (FOLDER / "ambiguities_miniature" / "variants.txt").read_text("utf-8").splitlines()
+]
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.rglob("*.json")), ids=lambda file: str(file.relative_to(FOLDER)))
 def test_results_are_json(file: Path) -> None:
     assert json.loads(file.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def variants() -> dict[str, dict[str, Any]]:
+    """The settings of every row of variants.txt, by its label."""
+    cli.register_resolvers()
+    found = {}
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        for label, *said in VARIANTS:
+            given = ["backbone=mini", "concept=gun", "anchor=room", *shlex.split(said[-1] if said else "")]
+            found[label] = cli.plain(compose("train", given))
+    return found
+
+
+def test_every_decision_that_is_varied_differs_from_the_defaults_and_from_the_others(
+    variants: dict[str, dict[str, Any]],
+) -> None:
+    methods = [config["method"] for config in variants.values()]
+    assert len(variants) == len(VARIANTS) and methods[0] == variants["defaults"]["method"]
+    assert all(one != other for i, one in enumerate(methods) for other in methods[:i])
+
+
+def test_every_decision_that_is_varied_can_be_taken(
+    variants: dict[str, dict[str, Any]], new_backbone: Callable[..., Any]
+) -> None:
+    """Its band holds points, and there are layers for its LoRA."""
+    for label, config in variants.items():
+        preflight.check_settings(config)
+        if (align := config["method"]["align"]) is not None:
+            lora = cli.instantiate(align["lora"])
+            assert new_backbone().add_adapter(lora, torch.Generator()), label

@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
 HERE=experiments/ambiguities_miniature
 RUNS=${RUNS:-runs/ambiguities_miniature}
+failed=0
 SMALL=(task.images.erase=8 task.images.near=4 task.images.keep=2 task.images.associated=4 task.images.unseen=0)
 
 while IFS='|' read -r label _ _ _ _ settings <&3; do
@@ -15,7 +16,7 @@ while IFS='|' read -r label _ _ _ _ settings <&3; do
   while IFS='|' read -r concept anchor synonyms associated; do
     $PY -m realera.train -m task=object backbone=mini logger=none "seed=${SEEDS:-100,101}" 'task.first_seed="${times:500,${seed}}"' \
       "${SMALL[@]}" "concept=$concept" "anchor=$anchor" "task.synonyms=[$synonyms]" "task.associated=[$associated]" \
-      "root=$RUNS" "label='$label'" "${words[@]}"
+      "root=$RUNS" "label='$label'" "${words[@]}" || failed=1
   done <<'WORDS'
 gun|room|pistol,handgun,firearm|a bank robbery,a duel at high noon,the robber pulls the trigger
 knife|field|blade,dagger,cutter|a stabbing in the dark alley,the butcher sharpens his tool
@@ -25,3 +26,4 @@ done 3<$HERE/variants.txt
 
 $PY -m realera.report "$RUNS" "out=$RUNS/report.html" "results=$HERE" base=defaults
 $PY $HERE/outcome.py "$RUNS/tables/object-differences.csv"
+exit $failed
