@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from realera import paths, runs
+from realera import paths, report, runs, sweep
 from realera.contracts import UserError
+from sweeps import judged
 
 CONFIG: dict[str, Any] = {
     "task": {"name": "object", "images": {"erase": 2}},
@@ -178,6 +181,38 @@ def test_runs_are_found_by_name_by_sweep_and_as_the_latest() -> None:
     assert runs.open_run("latest").folder == both[1].folder
     with pytest.raises(UserError, match="the latest is"):
         runs.open_run("elsewhere")
+
+
+def test_a_sweep_is_read_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    names = ["runs/cat-0", "runs/cat-1"]
+    for seed, name in enumerate(names):
+        judged(project / name, seed=seed)
+    sweep_folder = project / "runs/sweeps/now"
+    paths.write_text(sweep_folder / sweep.LISTED, "".join(f"{name}\n" for name in names))
+    cells = [{"folder": name, "system": f"called {name}"} for name in names] + [{"folder": None, "state": "refused"}]
+    paths.write_text(sweep_folder / sweep.CELLS, "".join(f"{json.dumps(cell)}\n" for cell in cells))
+    judged(elsewhere / names[0], seed=7)  # another project's run of the same name
+    monkeypatch.chdir(project)
+    assert runs.runs_in("runs/sweeps/now") == [Path(name) for name in names]
+    there = [project / name for name in names]
+    for place, typed in (
+        (elsewhere, str(sweep_folder)),
+        (elsewhere, "../project/runs/sweeps/now"),
+        (sweep_folder, "."),
+    ):
+        monkeypatch.chdir(place)
+        assert runs.runs_in(typed) == there
+        assert [cell.folder for cell in sweep.read_cells(Path(typed))] == [*map(str, there), None]
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(sys, "argv", ["report", str(sweep_folder), "out=page.html", "results=."])
+    report.main()
+    assert "called runs/cat-1" in Path("results.json").read_text() and Path("page.html").is_file()
+
+    for run in [*there, elsewhere / names[0]]:
+        shutil.rmtree(run)
+    with pytest.raises(UserError, match=r"none of the 2 run folders that .* lists is found from here \(runs/cat-0"):
+        runs.runs_in(str(sweep_folder))
 
 
 def test_other_weights_in_the_same_folder_make_another_run(tiny_sd: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -250,14 +251,33 @@ def difference(old: Any, new: Any, at: str = "") -> str:
 
 
 def runs_in(name: str) -> list[Path]:
-    """The run folders that a name stands for: a run, a sweep, or a folder of runs."""
+    """The run folders that a name stands for: a run, a sweep, or a folder of runs.
+
+    Raises:
+        UserError: there is no run, or none of those that a sweep lists stands where it is looked for.
+    """
     folder = Path(name)
     if (folder / paths.CONFIG).is_file():
         return [folder]
     if (folder / "runs.txt").is_file():
-        return [Path(line) for line in dict.fromkeys((folder / "runs.txt").read_text(encoding="utf-8").splitlines())]
+        lines = dict.fromkeys((folder / "runs.txt").read_text(encoding="utf-8").splitlines())
+        listed = [listed_by(folder, line) for line in lines]
+        if listed and not any(run.is_dir() for run in listed):
+            raise UserError(
+                f"none of the {len(listed)} run folders that {name} lists is found from here ({listed[0]} is not "
+                "there): give the command in the folder that the sweep was started in."
+            )
+        return listed
     found = sorted(file.parent for file in folder.glob(f"*/{paths.CONFIG}"))
     return found or [open_run(name).folder]
+
+
+def listed_by(sweep: Path, line: str) -> Path:
+    """The run folder that a sweep's file names. It is written as seen from where the sweep was started, the folder
+    above its runs/sweeps/<stamp>, and that one's own runs come before those of the same name here."""
+    started_in = Path(os.path.abspath(sweep)).parents[:3][-1]
+    there = started_in / line
+    return there if started_in != Path.cwd() and there.is_dir() else Path(line)
 
 
 def _clear(folder: Path) -> None:

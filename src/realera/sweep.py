@@ -95,14 +95,17 @@ def system(config: Mapping[str, Any]) -> str:
 
 
 def read_cells(place: Path, launch: str | None = None) -> list[Cell]:
-    """The ledger's cells, or those of one launch. A line that was cut short is left out."""
+    """The ledger's cells, or those of one launch, their folders as they are found from here. A line that was cut short
+    is left out."""
     file = place / CELLS
     found = []
     for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
-            found.append(Cell(**json.loads(line)))
+            cell = Cell(**json.loads(line))
         except (ValueError, TypeError):
             continue
+        cell.folder = None if cell.folder is None else str(runs.listed_by(place, cell.folder))
+        found.append(cell)
     return [cell for cell in found if launch is None or cell.launch == launch]
 
 
