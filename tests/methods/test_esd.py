@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from realera.contracts import Edit, Pair, UserError
 from realera.methods.esd import NegativeGuidance
@@ -97,6 +97,16 @@ def test_which_weights(fixtures: Any, tmp_path: Path) -> None:
     _, plain = changed("esd-u", ["align.norms=false"], fixtures, tmp_path / "plain")
     _, normed = changed("esd-u", [], fixtures, tmp_path / "normed")
     assert {name for name in normed if ".norm" not in name} == plain != normed
+
+
+def test_without_norms_only_linear_and_convolutional_layers_are_trained(new_backbone: Callable[..., Any]) -> None:
+    """Among all but the cross-attention, as in today's official script: conv_norm_out is a norm too."""
+    backbone = new_backbone()
+    backbone.unfreeze(NegativeGuidance(["-attn2"], norms=False).parameters)
+    trained = {name for name, weight in backbone.unet.named_parameters() if weight.requires_grad}
+    layers = {name: layer for name, layer in backbone.unet.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    wanted = {f"{name}.{part}" for name, layer in layers.items() for part, _ in layer.named_parameters()}
+    assert trained == {name for name in wanted if ".attn2." not in name}
 
 
 def test_the_name_nothing_is_no_change(student: Any, new_backbone: Any, new_pairs: Any) -> None:

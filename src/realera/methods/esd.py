@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
 from realera.methods.texts import predict, repeat
 
-NORMS = ("-norm", "-norm1", "-norm2", "-norm3")  # the layers' names in every Stable Diffusion
+NORMS = ("-norm", "-norm1", "-norm2", "-norm3", "-conv_norm_out")  # the layers' names in every Stable Diffusion
 
 
 class NegativeGuidance:
