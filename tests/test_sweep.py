@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
-from realera import report, sweep, train
+from realera import cli, jobs, report, sweep, train
 from realera.sweep import Cell
 
 Type = Callable[..., int]
@@ -142,6 +143,45 @@ def test_an_interrupted_sweep_says_so(
     assert "1 done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ended", [1, 0])
+def test_a_launcher_that_gives_up_leaves_the_page_and_a_sentence(
+    ended: int, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = Plugins.instantiate_launcher
+
+    def made(*all: Any, **more: Any) -> Any:
+        launcher = make(*all, **more)
+        launch = launcher.launch
+
+        def gives_up(jobs: Any, initial_job_idx: int) -> Any:
+            if ended:
+                launch(jobs[:ended], initial_job_idx=initial_job_idx)
+            raise RuntimeError("A worker was terminated.\nThe exit codes are {SIGKILL(-9)}")
+
+        monkeypatch.setattr(launcher, "launch", gives_up)
+        return launcher
+
+    monkeypatch.setattr(Plugins, "instantiate_launcher", made)
+    assert type_in("method=uce", "concept=airplane", "seed=0,1,2") == 1
+    said = capsys.readouterr()
+    (answer,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    told = re.match(
+        r"error: the sweep ended early, by RuntimeError: A worker was terminated \(traceback in (.*)\)", answer
+    )
+    assert told and "SIGKILL" in Path(told[1]).read_text() and "Traceback" not in said.err
+    assert ("1 done" in said.out and "page to open" in said.out) == bool(ended)
+    assert Path("runs/sweeps/stamp/report.html").is_file() == bool(ended)
+
+
+def test_an_unforeseen_error_before_a_sweep_keeps_its_traceback(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+    none: dict[str, Any] = {}
+    monkeypatch.setattr(jobs, "plan_of", lambda *all: none["a bug"])
+    assert type_in(*UCE, "concept=airplane") == 1 and not Path("runs/sweeps").exists()
+    monkeypatch.setattr(cli.hydra, "main", lambda **all: lambda job: none["a bug"])
+    with pytest.raises(KeyError, match="a bug"):
+        type_in(*UCE, "concept=airplane")
+
+
 def test_a_single_run_leaves_no_ledger(type_in: Type) -> None:
     assert type_in(*UCE, "concept=airplane", flag="") == 0
     assert not Path("runs/sweeps").exists()
@@ -190,7 +230,7 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_ledger_of_before_there_were_launches_is_read(tmp_path: Path) -> None:
-    line = {"folder": "x", "state": "done", "reason": None, "overrides": [], "seconds": 1.0}
+    line: dict[str, Any] = {"folder": "x", "state": "done", "reason": None, "overrides": [], "seconds": 1.0}
     (tmp_path / "cells.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps({**line, 'launch': 'now'})}\n")
     assert [cell.launch for cell in sweep.read_cells(tmp_path)] == [None, "now"]
     assert [cell.launch for cell in sweep.read_cells(tmp_path, "now")] == ["now"]

@@ -62,12 +62,29 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
     except Exception as error:
         if error in job.met:
             raise
-        fail(complaints.of_config(error, config_name, arguments))
+        status = met_outside(error, config_name, arguments)
     if cells := sweep.own_cells():
         ended = sweep.close(cells)
         status = status or ended
     if status:
         sys.exit(status)
+
+
+def met_outside(error: Exception, config_name: str, arguments: list[str]) -> int:
+    """The exit status after an error that no job met: the config's, which ends the process, or a sweep's launcher's.
+
+    Raises:
+        Exception: `error` itself, where it is neither.
+    """
+    if not sweep.own_cells():
+        try:
+            sentence = complaints.of_config(error, config_name, arguments)
+        except Exception:
+            if not sweep.folder().is_dir():  # no sweep had begun
+                raise
+        else:
+            fail(sentence)
+    return sweep.broke_off(error)
 
 
 def as_process(main: Callable[[], None]) -> NoReturn:

@@ -202,14 +202,27 @@ def _explain(cell: Cell, error: BaseException) -> None:
     if sentence is not None:
         cell.state, cell.reason = REFUSED, sentence
     else:
-        file = folder() / FAILED / f"{cell.launch}-{HydraConfig.get().job.num}.txt"  # each launch counts from 0
-        paths.write_text(file, "".join(traceback.format_exception(error)))
-        met = f"{type(error).__name__}: {complaints.first_line(error)}".removesuffix(".")
-        cell.state, cell.reason = BROKEN, f"{met} (traceback in {file})."
+        number = HydraConfig.get().job.num  # counted from 0 by each launch
+        cell.state, cell.reason = BROKEN, f"{_kept(error, f'{cell.launch}-{number}')}."
     print(f"error: {cell.reason}", file=sys.stderr, flush=True)
 
 
+def _kept(error: BaseException, name: str) -> str:
+    """What an unforeseen error says, and where its traceback now stands."""
+    file = folder() / FAILED / f"{name}.txt"
+    paths.write_text(file, "".join(traceback.format_exception(error)))
+    return f"{type(error).__name__}: {complaints.first_line(error)}".removesuffix(".") + f" (traceback in {file})"
+
+
 # --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def broke_off(error: Exception) -> int:
+    """Says that a launcher gave up before its jobs were through, and why; the exit status. So it does where a worker is
+    killed from outside, by the system for its memory or by a scheduler for its time."""
+    met = _kept(error, os.environ[LAUNCH])
+    print(f"error: the sweep ended early, by {met}: the same command goes on with the rest.", file=sys.stderr)
+    return status([Cell(state=BROKEN)])
 
 
 def close(cells: list[Cell]) -> int:
