@@ -77,6 +77,20 @@ def test_a_cache_of_captions_counts_by_what_it_holds() -> None:
     assert [a == b for a, b in zip(first, folders(*kept))] == [False, False, True]
 
 
+def test_a_file_of_captions_counts_by_what_it_holds() -> None:
+    def folders(*captions: Any) -> list[Path]:
+        methods = [{"name": "sa", "latents": {"replay": {"captions": one}}} for one in captions]
+        return [runs.folder_of(changed(method=method)) for method in methods]
+
+    others = (None, ["own.txt"], 616767)  # those that ship; a list; as how many a sum counts
+    for name in ("own.txt", "616767"):
+        Path(name).write_text("a tower")
+    first, same = folders("own.txt"), folders(*others)
+    for name in ("own.txt", "616767"):
+        Path(name).write_text("a bridge")
+    assert folders("own.txt") != first and folders(*others) == same
+
+
 def test_runs_from_before_there_was_such_a_setting_keep_their_name() -> None:
     def name(align: dict[str, Any], **trainer: Any) -> str:
         method = {"name": "esd-u", "align": {"steps": 2, **align}}

@@ -104,10 +104,10 @@ def weights_of(config: Mapping[str, Any]) -> str | None:
 
 
 def _sums(node: Any) -> Iterator[str]:
-    """The caches of captions that a method's settings name, at any depth."""
+    """The files of captions, and of sums over them, that a method's settings name, at any depth."""
     for key, value in node.items() if isinstance(node, Mapping) else ():
-        if key in ("prior_cache", "domain_cache") and value is not None:
-            yield str(value)
+        if key in ("prior_cache", "domain_cache", "captions") and isinstance(value, str):
+            yield value
         yield from _sums(value)
 
 
