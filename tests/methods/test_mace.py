@@ -421,6 +421,10 @@ def test_a_lora_elsewhere_cannot_be_fused(new_backbone: Any, new_pairs: Any) -> 
         (lambda: Masks(timesteps=[1000]), "timesteps"),
         (lambda: Preserved(scale=1e-4), "weighs nothing"),
         (lambda: Preserved("everyday", scale=-1.0), "scale"),
+        (lambda: Preserved("everyday"), "prior_cache=everyday counts for nothing"),
+        (lambda: Preserved(None, domain_cache="names", domain_weight=8e3), "domain_cache=names counts for nothing"),
+        (lambda: Preserved("everyday", scale=1e-4, domain_cache="names"), "domain_weight=0 go together"),
+        (lambda: Preserved("everyday", scale=1e-4, domain_weight=8e3), "domain_cache=null and domain_weight=8000 go"),
         (lambda: Masks("grounded-sam", detector="/nowhere").load(), "source=attention"),
     ],
 )

@@ -143,7 +143,7 @@ class Preserved:
     as so many captions of its kind (the official scales are made for COCO's 616,767); None = as many as it holds.
     domain_cache, domain_weight: D, a file of captions of the concept's kind (names of people), and its weight.
 
-    Raises UserError for weights that cannot be, and for a scale with nothing to weigh.
+    Raises UserError for weights that cannot be, for a weight with nothing to weigh and for captions without a weight.
     """
 
     def __init__(
@@ -161,6 +161,17 @@ class Preserved:
             raise UserError(
                 f"method.edit.preserved.scale={scale:g} weighs nothing: give method.edit.preserved.prior_cache=FILE "
                 "(python -m realera.cache makes one; everyday: a small built-in one), or set the scale to 0."
+            )
+        for name, cache in (("prior_cache", prior_cache), ("domain_cache", domain_cache)):
+            if cache is not None and scale == 0:
+                raise UserError(
+                    f"method.edit.preserved.{name}={cache} counts for nothing with method.edit.preserved.scale=0: set "
+                    f"the scale too (1e-4, say), or {name}=null."
+                )
+        if (domain_cache is None) != (domain_weight == 0):
+            raise UserError(
+                f"method.edit.preserved.domain_cache={domain_cache or 'null'} and domain_weight={domain_weight:g} go "
+                "together: set the file and a weight above 0, or null and 0."
             )
         self.prior_cache = prior_cache
         self.scale = scale
