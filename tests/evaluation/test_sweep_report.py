@@ -98,6 +98,41 @@ def test_cells_that_failed_are_listed_as_they_ended_last(tmp_path: Path, no_plot
     assert "1 cell</a> of the sweep did not end" in text
 
 
+def lost(text: str) -> list[str]:
+    section = re.search(r'<section class="lost".*?</section>', text, re.DOTALL)
+    return re.findall(r"<li>(.*?)</li>", section[0]) if section else []
+
+
+def test_a_cell_that_was_repaired_is_not_listed_as_lost(tmp_path: Path, no_plots: None) -> None:
+    repaired, by_hand, gone, later, begun = (tmp_path / name for name in ("a", "b", "c", "d", "e"))
+    cells = [
+        {"folder": None, "state": "refused", "reason": "no weights", "overrides": ["seed=4"]},
+        {"folder": str(repaired), "state": "failed", "reason": "out of memory", "overrides": ["seed=0"]},
+        {"folder": str(by_hand), "state": "failed", "reason": "out of memory", "overrides": ["seed=1"]},
+        {"folder": str(gone), "state": "failed", "reason": "out of memory", "overrides": ["seed=2"]},
+        {"folder": str(later), "state": "done", "reason": None, "overrides": ["seed=4"]},
+        {"folder": str(repaired), "state": "done", "reason": None, "overrides": ["seed=0", "images_at_once=4"]},
+        {"folder": str(gone), "state": "failed", "reason": "again", "overrides": ["seed=2", "images_at_once=4"]},
+    ]
+    for folder in (gone, begun):
+        paths.write_text(folder / paths.CONFIG, "seed: 2")
+    folders = [judged(repaired), judged(by_hand, seed=1), gone, judged(later, seed=4), begun]
+    text = write(folders, tmp_path / "report.html", cells)
+    assert lost(text) == ["seed=2 images_at_once=4: failed. again"]
+    assert "1 cell</a> of the sweep did not end" in text and "1 more is not finished" in text, "each counted once"
+    assert "not finished." not in write(folders[:-1], tmp_path / "report.html", cells)
+
+
+def test_numbers_of_before_do_not_hide_that_another_judge_failed(tmp_path: Path, no_plots: None) -> None:
+    folder = judged(tmp_path / "a")
+    cells = [
+        {"folder": str(folder), "state": "failed", "reason": "no", "overrides": [f"run={folder}", "judge=fid"]},
+        {"folder": str(folder), "state": "done", "reason": None, "overrides": [f"run={folder}", "judge=eye"]},
+    ]
+    text = write([folder], tmp_path / "report.html", cells)
+    assert lost(text) == [f"run={folder} judge=fid: failed. no"] and "not finished." not in text
+
+
 def test_a_run_is_called_as_its_sweep_called_it(tmp_path: Path, no_plots: None) -> None:
     folders = [judged(tmp_path / "a", label="new"), judged(tmp_path / "b", concept="dog", label="new")]
     cells = [{"folder": str(folder), "state": "done", "overrides": [], "system": "old"} for folder in folders]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,9 @@ def write_sweep(
     known = [run for run in read if run is not None]
     if not known:
         raise UserError("none of these runs was judged yet: finish them, or give evaluate=true.")
+    lost = _lost(cells, {os.path.abspath(run.folder) for run in known})
+    said = {os.path.abspath(cell["folder"]) for cell in lost if cell.get("folder")}
+    waiting = {os.path.abspath(folder) for folder, run in zip(dict.fromkeys(folders), read) if run is None}
     typed = _typed(cells)
     twins: list[Run] = []
     chapters = []
@@ -82,8 +85,8 @@ def write_sweep(
         "trends": trends,
         "too_many": too_many(trends, DRAWS),
         "shared": _shared(known),
-        "lost": _lost(cells),
-        "unfinished": len(read) - len(known),
+        "lost": [(_what(cell), str(cell["state"]), str(cell.get("reason") or "no reason was given")) for cell in lost],
+        "unfinished": len(waiting - said),
         "twins": [run.folder.name for run in twins],
         "veiled": any(run["veiled"] for part in parts for run in part["runs"]),
         "files": [Path(os.path.relpath(path, out.parent)).as_posix() for path in written],
@@ -200,10 +203,22 @@ def _shared(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return [*((name, value) for name, value in found if value), ("seeds", ", ".join(map(str, seeds)))]
 
 
-def _lost(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """(what it was, how it ended, why) of the cells without numbers. One that was tried again is as it ended last."""
-    latest: dict[str, tuple[str, str, str]] = {}
+def _lost(cells: Sequence[Mapping[str, Any]], known: Container[str | None]) -> list[Mapping[str, Any]]:
+    """The cells without numbers, each as it ended last: by the same words, or in the same folder by others. known:
+    folders with numbers, whoever made them."""
+    lost: list[Mapping[str, Any]] = []
     for cell in cells:
-        what = " ".join(map(str, cell.get("overrides") or ())) or Path(str(cell.get("folder") or "?")).name
-        latest[what] = what, str(cell.get("state")), str(cell.get("reason") or "no reason was given")
-    return [said for said in latest.values() if said[1] in LOST]
+        lost = [old for old in lost if _what(old) != _what(cell) and (not _place(old) or _place(old) != _place(cell))]
+        if cell.get("state") in LOST:
+            lost.append(cell)
+    return [cell for cell in lost if _place(cell) not in known]
+
+
+def _what(cell: Mapping[str, Any]) -> str:
+    return " ".join(map(str, cell.get("overrides") or ())) or Path(str(cell.get("folder") or "?")).name
+
+
+def _place(cell: Mapping[str, Any]) -> str | None:
+    """The folder that stands for the cell. None for one that judges a run again: there were numbers before it."""
+    again = any(str(word).startswith("run=") for word in cell.get("overrides") or ())
+    return None if again or not cell.get("folder") else os.path.abspath(cell["folder"])
