@@ -201,6 +201,20 @@ def test_a_run_that_was_logged_before_ids_were_kept_goes_on_as_it_was(tmp_path: 
     assert tracking.run_id(Run(run.folder, {**run.config, "seed": 3})) == tracking.run_id(run)
 
 
+def test_a_run_of_an_agent_has_the_id_that_the_agent_gave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"concept": "cat", "method": {"name": "uce"}}
+    monkeypatch.setenv("WANDB_RUN_ID", "a1b2c3d4")
+    alone = Run(tmp_path / "alone", config)
+    assert tracking.run_id(alone) != "a1b2c3d4", "there is no agent: several runs may follow in this process"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "trial")
+    run = Run(tmp_path / "run", config)
+    assert tracking.run_id(run) == "a1b2c3d4"
+    known = tracking.run_id(alone)
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):  # judged again, by hand
+        monkeypatch.delenv(name)
+    assert tracking.run_id(run) == "a1b2c3d4" and tracking.run_id(alone) == known != "a1b2c3d4"
+
+
 @pytest.mark.slow
 def test_who_a_run_is_stands_where_users_of_w_and_b_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "in_sweep", lambda: True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from realera import cli, paths, preflight, train
 from realera.evaluation.readings import ORDER
 
 FILES = sorted((Path(__file__).parents[1] / "experiments" / "wandb").glob("*.yaml"))
-FIRST = ("experiment", "task", "method", "backbone", "judge", "trainer", "logger")  # groups: options, not values
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -59,6 +59,16 @@ def typed(sweep: dict[str, Any], sample: dict[str, Any]) -> list[str]:
     return words
 
 
+def kept_by_wandb(sample: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a W&B run that an agent began, once our logger has told it the settings."""
+    from wandb.sdk.wandb_config import Config
+
+    kept = Config()
+    kept.merge_locked(sample, user="sweep", _allow_val_change=True)  # as in a run's beginning: wandb_run.py
+    kept.update(config, allow_val_change=True)  # as Lightning's logger has it
+    return kept.as_dict()
+
+
 def test_there_is_a_grid_and_a_search() -> None:
     assert {read(file)["method"] for file in FILES} == {"grid", "bayes"}
 
@@ -75,45 +85,73 @@ def test_every_parameter_is_a_setting_and_its_values_compose(file: Path) -> None
             words = typed(sweep, sample)
             assert words[:4] == ["/usr/bin/env", "python", "-m", "realera.train"]
             cfg = compose("train", words[4:])
-            for name, value in sample.items():
-                if name not in FIRST:
-                    found = OmegaConf.select(cfg, name)
-                    assert found == value or (isinstance(value, str) and found is not None), name
-            preflight.check_settings(cli.plain(cfg))
+            assert {name: OmegaConf.select(cfg, name) for name in sample} == sample
+            config = cli.plain(cfg)
+            preflight.check_settings(config)
+            kept = kept_by_wandb(sample, config)
+            assert {key: kept[key] for key in config} == config, "none is locked as a sweep's word"
+
+
+def as_an_agent(monkeypatch: pytest.MonkeyPatch, sample: dict[str, Any]) -> None:
+    """Gives this process what an agent gives the processes it starts."""
+    import wandb
+    from wandb.sdk.lib.config_util import save_config_file_from_dict
+
+    save_config_file_from_dict(
+        "wandb/sweep-trial/parameters.yaml", {name: {"value": value} for name, value in sample.items()}
+    )
+    for name, value in (
+        ("SWEEP_ID", "trial"),
+        ("RUN_ID", "a1b2c3d4"),
+        ("SWEEP_PARAM_PATH", "wandb/sweep-trial/parameters.yaml"),
+    ):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # it reads its variables once
+
+
+@pytest.fixture
+def _no_agent_after() -> Iterator[None]:
+    yield
+    import wandb
+
+    wandb.teardown()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_no_agent_after")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_an_agent_s_command_runs_a_cell(
     file: Path, tiny_sd: Path, tiny_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = read(file)
     last = samples(sweep)[-1]
-    small = {
-        "backbone.pretrained": str(tiny_sd),
-        "backbone.text": "{width:32,row_norm:5.7,max_length:77}",
-        "backbone.sampler.steps": 2,
-        "task.images": "{erase:2,near:1,keep:1,associated:0,unseen:0}",
-        "judge": "miniature",
-        "judge.weights": str(tiny_judge),
-        "trainer": "cpu",
-        "method.align.steps": 2,
-        "method.latents.images": 2,
-        "method.latents.batch": 1,
-    }
+    small = [
+        f"backbone.pretrained={tiny_sd}",
+        "backbone.text={width:32,row_norm:5.7,max_length:77}",
+        "backbone.sampler.steps=2",
+        "task.images={erase:2,near:1,keep:1,associated:0,unseen:0}",
+        "judge=miniature",
+        f"judge.weights={tiny_judge}",
+        "trainer=cpu",
+        "method.align.steps=2",
+        "method.latents.images=2",
+        "method.latents.batch=1",
+    ]
     if "method.neighbours.d1" in last:
         last["method.neighbours.d1"] = 4  # the tiny model's rows are short
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(sys, "argv", ["train", *typed(sweep, {**last, **small})[4:]])
+    monkeypatch.setattr(sys, "argv", ["train", *typed(sweep, last)[4:], *small])
+    as_an_agent(monkeypatch, last)
     train.main()
     (folder,) = (tmp_path / "runs").glob("*-realera-mini-*")
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["main"]["h_o"]["value"] is not None
-    assert len(list(folder.glob("wandb/offline-run-*/*.wandb"))) == 1
+    (logged,) = folder.glob("wandb/offline-run-*/*.wandb")
+    assert logged.name == "run-a1b2c3d4.wandb" and (folder / paths.WANDB_ID).read_text() == "a1b2c3d4\n"
 
-    monkeypatch.setenv("WANDB_SWEEP_ID", "trial")  # an agent's process: the run stands, and its numbers are told again
+    # the run stands, and its numbers are told again
     told: list[Any] = []
     monkeypatch.setattr("realera.tracking.log_judged", lambda run, metrics: told.append((run.folder, metrics)))
     train.main()

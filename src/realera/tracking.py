@@ -50,12 +50,14 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
 def run_id(run: Run) -> str:
     """The id of the run folder's W&B run, made with its first logger and kept in the folder: gone on with, judged
     again or moved, it stays one run, and a folder of the same settings under another root, in another checkout or on
-    another machine is another one."""
+    another machine is another one. Under an agent of a W&B sweep it is the agent's, which W&B takes whatever it is
+    given."""
     file = run.folder / paths.WANDB_ID
     if not file.is_file():
         # One that was logged before ids were kept had its id from its settings.
         before = digest([run.folder.name, identity(run.config)]) if (run.folder / "wandb").is_dir() else None
-        paths.write_text(file, f"{before or uuid.uuid4().hex[:12]}\n")
+        agents = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+        paths.write_text(file, f"{before or agents or uuid.uuid4().hex[:12]}\n")
     return file.read_text(encoding="utf-8").strip()
 
 
