@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+from options import method_settings
+from realera.cli import register_resolvers
 from realera.contracts import Edit, Pair, UserError
 from realera.methods.ac import Ablation
 
@@ -103,6 +106,18 @@ def test_bos_is_not_detached_where_it_cannot_be(new_backbone: Callable[..., Any]
     with pytest.raises(UserError, match="detach_bos"):
         given(Ablation(KV), backbone, pair)
     assert given(Ablation(KV, detach_bos=False), backbone, pair)["ablate"] > 0
+
+
+def test_numbers_for_nudity_are_the_official_ones() -> None:
+    """And the miniature's are those that were chosen on it, whatever is erased."""
+    register_resolvers()
+    own = (list(KV), 0.0, 200, 1e-4)
+    nudity, others = (["attn1", "attn2"], 1.0, 400, 6.4e-5), (list(KV), 0.0, 100, 1.6e-5)
+    for task, numbers in (("nsfw.NsfwTask", nudity), ("objects.ObjectTask", others), ("styles.StyleTask", others)):
+        for backbone, wanted in (("sd14", numbers), ("mini", own)):
+            given = {"backbone": {"name": backbone}, "task": {"_target_": f"realera.tasks.{task}"}}
+            align = OmegaConf.create({**given, "method": method_settings("ac")}).method.align
+            assert (align.parameters, align.prior, align.steps, align.lr) == wanted, (task, backbone)
 
 
 def test_it_says_what_it_has_to_know(student: Any, pair: Pair) -> None:

@@ -196,6 +196,16 @@ def test_a_pass_of_the_fisher_information_is_small_but_on_the_miniature() -> Non
         assert config.method.align.fisher.at_once == size
 
 
+def test_nudity_takes_its_own_number_of_epochs() -> None:
+    register_resolvers()
+    for task, epochs in (("nsfw.NsfwTask", 500), ("objects.ObjectTask", 200)):
+        for backbone in ("sd14", "mini"):
+            given = {"backbone": {"name": backbone}, "task": {"_target_": f"realera.tasks.{task}"}}
+            method = OmegaConf.create({**given, "method": method_settings("sa")}).method
+            of_an_epoch = method.latents.images / method.latents.batch
+            assert method.align.steps == (200 if backbone == "mini" else epochs * of_an_epoch)
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_surrogate_and_replay(zipped: bool, backbone: Any, new_pairs: Any, tmp_path: Path) -> None:
     source = ForgetAndReplay(replay(), images=3, batch=40, chunk=3, zip_replay=zipped)
