@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import save_file
 
-from realera import cli, costs, devices, evaluate, jobs, paths, plan, runs, train
+from realera import cli, console, costs, devices, evaluate, jobs, paths, plan, runs, train
 from realera.plan import Work
 
 
@@ -267,10 +267,45 @@ def test_a_dry_run_of_evaluate_says_what_is_left_and_changes_nothing(
 
 
 def test_a_refused_job_is_planned_as_such(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["train", "-m", "concept=airplane,nothingknown", "method=uce", "dry_run=true"])
+    words = ["concept=nothingknown,airplane", "method=uce", "seed=0,1", "dry_run=true"]
+    monkeypatch.setattr(sys, "argv", ["train", "-m", *words])
     with pytest.raises(SystemExit) as left:
         train.main()
-    assert not left.value.code and "2 (1 refused)" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 2 and "4 (2 refused)" in said
+    assert said.count("refused (2): 'nothingknown' is not one of the classes") == 1, said
+
+
+def test_many_reasons_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
+    reasons = ["[red] is no class", *(f"reason {i}" for i in range(12)), "[red] is no class"]
+    plan.show(plan.count(reasons))
+    said = capsys.readouterr().out
+    assert said.count("refused (") == console.MOST == 10 and "and 3 more reasons" in said
+    assert said.index("refused (2): [red] is no class") < said.index("refused (1): reason 0")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["method.neighbours.mm=3,4"],
+            "there is no setting 'method.neighbours.mm'; did you mean 'method.neighbours.m'",
+        ),
+        (
+            ["method=realera,uce", "method.align.steps=3"],
+            "there is no setting 'method.align.steps', because method.align is",
+        ),
+        (["method=uce,ucee"], "there is no method 'ucee'; did you mean 'uce'"),
+    ],
+)
+def test_what_no_job_can_be_composed_from_is_one_sentence(
+    words: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "concept=airplane", *words])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and said.startswith(f"error: {sentence}") and not list(Path.cwd().iterdir())
 
 
 def test_a_launcher_that_is_not_installed_is_named(

@@ -39,6 +39,7 @@ from realera.evaluation.readings import (
 console = Console()
 STATES = {"done": "done", "found": "found finished", "refused": "refused", "failed": "failed"}  # of a sweep's cells
 MOST_CONCEPTS = 12  # rows of several erased concepts that the terminal shows; metrics.json has them all
+MOST = 10  # reasons of refused cells that a plan shows; plan.json has them all
 
 
 @contextmanager
@@ -140,6 +141,10 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     table.add_row("hours", "?" if plan["hours"] is None else f"{plan['hours']:.{1 if plan['hours'] >= 10 else 2}f}")
     console.print(table)
     console.print(f"hours: {plan['basis']}", highlight=False, markup=False)
+    for reason, cells in list(plan["refusals"].items())[:MOST]:
+        console.print(f"refused ({cells}): {reason}", highlight=False, markup=False)
+    if (more := len(plan["refusals"]) - MOST) > 0:
+        console.print(f"and {more} more reasons")
 
 
 def show_cells(cells: Sequence[Mapping[str, Any]]) -> None:

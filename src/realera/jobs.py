@@ -15,9 +15,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from realera import cli, complaints, console, judged, paths, plan, preflight, runs, sweep
 from realera.contracts import UserError
@@ -41,7 +42,7 @@ class Beginning(Callback):
         dry = bool(config.get("dry_run"))
         plan.show(planned, None if dry else sweep.folder())
         if dry:
-            sys.exit(0)
+            sys.exit(2 if planned.refused else 0)
         storage = str(config.hydra.sweeper.get("storage") or "")
         if storage.startswith("sqlite:///"):  # the file is made, its folder is not
             Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
     """The plan of a sweep's config as Hydra has composed it, before any job.
 
     Raises:
-        UserError: of a search, where its one example cannot run.
+        UserError: a job's config cannot be composed, or of a search its one example cannot run.
     """
     trials = config.hydra.sweeper.get("n_trials")
     params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
@@ -71,18 +72,28 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
     compose = Composer(config)
     if trials is not None or any(one.is_sweep_override() and not one.is_discrete_sweep() for one in parsed):
         fixed = [word for word, one in zip(words, parsed) if not one.is_sweep_override()]
-        return _several(work_of(compose(fixed), config_name), int(trials or 1))
+        return _several(work_of(_composed(compose, fixed, config_name), config_name), int(trials or 1))
     jobs = BasicSweeper.split_arguments(parsed, None)[0]
-    found: list[Work | None] = []
+    found: list[Work | str] = []
     known: dict[str, Any] = {}
     with console.bar("planning", len(jobs)) if len(jobs) >= MANY else console.no_bar() as advance:
         for job in jobs:
+            cfg = _composed(compose, job, config_name)
             try:
-                found.append(work_of(compose(job), config_name, known))
-            except (UserError, InstantiationException):  # the job itself will say it
-                found.append(None)
+                found.append(work_of(cfg, config_name, known))
+            except (UserError, InstantiationException) as error:  # of this job alone, which will say it itself
+                found.append(complaints.of_step(error) or complaints.first_line(error))
             advance(1)
     return plan.count(found)
+
+
+def _composed(compose: Composer, words: Sequence[str], config_name: str) -> DictConfig:
+    """A job's config; Hydra begins no job where one of them has none, and neither do we."""
+    try:
+        return compose(words)
+    except (HydraException, OmegaConfBaseException) as error:
+        GlobalHydra.instance().clear()  # the answer looks for what there is by composing once more
+        raise UserError(complaints.of_config(error, config_name, list(words))) from error
 
 
 def _several(one: Work, trials: int) -> Plan:
@@ -133,8 +144,11 @@ class Composer:
         if groups not in self.bases:
             self.bases[groups] = self.loader.load_sweep_config(self.config, list(groups))
         cfg = copy.deepcopy(self.bases[groups])
-        for one in values:
-            OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
+        try:
+            for one in values:
+                OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
+        except OmegaConfBaseException:  # in the launcher's words
+            return self.loader.load_sweep_config(self.config, list(words))
         with open_dict(cfg):
             cfg.hydra.overrides.task = list(words)
         return cfg

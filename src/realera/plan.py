@@ -8,6 +8,7 @@ else passes of the U-Net are counted and multiplied by what a pass takes (`PASS`
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -65,7 +66,7 @@ class Work:
 @dataclass(frozen=True)
 class Plan:
     """plan.json. images: the erased models'; original_images: those of the unedited model that are not shared. Images
-    that stand already are not counted."""
+    that stand already are not counted. refusals: why cells cannot run, and how many each time."""
 
     cells: int
     finished: int
@@ -76,6 +77,7 @@ class Plan:
     train_steps: int
     hours: float | None
     basis: str
+    refusals: Mapping[str, int] = field(default_factory=dict)
 
 
 def work(
@@ -142,8 +144,8 @@ def judging(run: Run, task: Task, unedited: bool, known: dict[str, Any] | None =
     return replace(work(config, task, unedited, known, again=True), steps=0, made={})
 
 
-def summed(cells: Sequence[Work], refused: int = 0) -> Plan:
-    """The plan of several cells: what they share counts once."""
+def summed(cells: Sequence[Work], refusals: Sequence[str] = ()) -> Plan:
+    """The plan of several cells: what they share counts once. refusals: why others cannot run, one for each."""
     to_do = [cell for cell in cells if not cell.finished]
     originals = frozenset[int]().union(*(cell.originals for cell in to_do))
     made = {key: passes for cell in to_do for key, passes in cell.made.items()}
@@ -170,15 +172,16 @@ def summed(cells: Sequence[Work], refused: int = 0) -> Plan:
         basis["nothing is left to do" if cells else "every cell is refused"] = None
     said = "; ".join(basis) or "no figure is known for what is to be done"
     return Plan(
-        cells=len(cells) + refused,
+        cells=len(cells) + len(refusals),
         finished=len(cells) - len(to_do),
-        refused=refused,
+        refused=len(refusals),
         images=sum(cell.images for cell in to_do),
         original_images=len(originals),
         judged=sum(cell.judged for cell in to_do),
         train_steps=sum(cell.steps for cell in to_do),
         hours=round(seconds / 3600, 2) if known == len(to_do) else None,
         basis=f"estimated: {said}" if to_do else said,
+        refusals=dict(Counter(refusals).most_common()),
     )
 
 
@@ -276,7 +279,7 @@ def _age(file: Path) -> int:
     return file.stat().st_mtime_ns
 
 
-def count(works: Iterable[Work | None]) -> Plan:
-    """`summed`, where None stands for a cell whose settings were refused."""
+def count(works: Iterable[Work | str]) -> Plan:
+    """`summed`, where a sentence stands for a cell whose settings were refused."""
     found = list(works)
-    return summed([one for one in found if one is not None], refused=sum(one is None for one in found))
+    return summed([one for one in found if isinstance(one, Work)], [one for one in found if isinstance(one, str)])
