@@ -134,6 +134,33 @@ def test_mace_without_refinement_and_loras_is_refused() -> None:
         preflight.check_settings({"method": {**unrefined, "align": None}})
 
 
+WHOLE = {"steps": 5, "parameters": ["attn2"]}
+ADAPTED = {"steps": 5, "parameters": [], "lora": {"rank": 1}}
+
+
+@pytest.mark.parametrize(
+    ("align", "dtype", "refused"),
+    [
+        (WHOLE, "float32", None),
+        (WHOLE, "bfloat16", "esd-u trains the U-Net's own weights.*dtype=float32"),
+        (WHOLE, "float16", "esd-u trains the U-Net's own weights.*dtype=float32"),
+        ({**WHOLE, "steps": 0}, "bfloat16", None),
+        (ADAPTED, "bfloat16", None),
+        (ADAPTED, "float16", "only draws images.*dtype=bfloat16"),
+        (None, "float16", None),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(
+    align: dict[str, Any] | None, dtype: str, refused: str | None
+) -> None:
+    config = {"method": {"name": "esd-u", "edit": {"ridge": 1}, "align": align}, "backbone": {"dtype": dtype}}
+    if refused is None:
+        preflight.check_settings(config)
+    else:
+        with pytest.raises(UserError, match=refused):
+            preflight.check_settings(config)
+
+
 def test_a_flat_band_counts_its_rows() -> None:
     backbone = {"text": {"width": 768, "row_norm": 27.7, "max_length": 77}}
     mining = {"m": 5, "n": 25, "s_hi": 0.9, "s_lo": 0.7, "d1": 20}

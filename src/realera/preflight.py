@@ -59,6 +59,7 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
             "off): leave it one, or take method=original."
         )
     check_band(method, config.get("backbone") or {})
+    check_training(method, config.get("backbone") or {})
     if config.get("run_dir"):
         check_writable(Path(str(config["run_dir"])), "run_dir")
 
@@ -159,6 +160,24 @@ def check_band(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
         m=settings.get("m", 1),
         n=settings.get("n", 0),
     )
+
+
+def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
+    """What a loop cannot be trained with, said before its images are drawn."""
+    align = method.get("align") or {}
+    if not align.get("steps"):
+        return
+    dtype, name = backbone.get("dtype") or "float32", method.get("name")
+    if not align.get("lora") and align.get("parameters") and dtype != "float32":
+        raise UserError(
+            f"method {name} trains the U-Net's own weights, and backbone.dtype={dtype} cannot hold its small steps: "
+            "set backbone.dtype=float32, with trainer.precision=bf16-mixed for speed."
+        )
+    if dtype == "float16":
+        raise UserError(
+            f"method {name} trains, and backbone.dtype=float16 only draws images: set backbone.dtype=bfloat16, or "
+            "float32 with trainer.precision=bf16-mixed."
+        )
 
 
 def check_sweep(trainer: Mapping[str, Any]) -> None:

@@ -77,14 +77,18 @@ def test_half_precision_draws_nearly_the_same(load: Load, dtype: str) -> None:
     assert (first - second).abs().mean() < 8
 
 
-def test_float16_is_not_trained(load: Load) -> None:
-    backbone = load(dtype="float16")
-    for train in (
-        lambda: backbone.add_adapter(LoraSpec(), torch.Generator()),
-        lambda: backbone.unfreeze(["attn2.to_k"]),
-    ):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_trains_an_adapter_on_bfloat16_and_nothing_else(load: Load, dtype: str) -> None:
+    backbone = load(dtype=dtype)
+    with pytest.raises(UserError, match=rf"dtype={dtype} cannot hold the small steps.*dtype=float32"):
+        backbone.unfreeze(["attn2.to_k"])
+    assert not any(parameter.requires_grad for parameter in backbone.unet.parameters())
+    if dtype == "bfloat16":
+        assert {p.dtype for p in backbone.add_adapter(LoraSpec(), torch.Generator())} == {torch.float32}
+        backbone.remove_adapter()
+    else:
         with pytest.raises(UserError, match=r"cannot be trained.*dtype=bfloat16"):
-            train()
+            backbone.add_adapter(LoraSpec(), torch.Generator())
     backbone.apply(plain_map(backbone))  # a closed form needs no gradient
     assert backbone.erased_state()
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from options import method_settings
-from realera.contracts import Concept, Pair
+from realera import preflight
+from realera.contracts import Concept, Pair, UserError
 from realera.paths import CONF_DIR
 from realera.training.checkpoint import load_erased, read_erased
 from realera.training.fit import fit
@@ -53,9 +55,10 @@ def erase(
         concepts: tuple[tuple[str, str], ...] = (CAT,),
         seed: int = 0,
         precision: str = "32-true",
+        dtype: str = "float32",
         **more: Any,
     ) -> Any:
-        backbone = new_backbone()
+        backbone = new_backbone(dtype=dtype)
         fit(
             backbone,
             load_method(name, *overrides),
@@ -285,6 +288,22 @@ def test_bfloat16(name: str, plain: Any, run: Any) -> None:
             assert not torch.equal(value, states[0][key])  # the loop did run in another precision
     if name in FUSED:  # the last layer's values have no gradient of its attention
         assert sum(not torch.equal(value, states[0][key]) for key, value in states[1].items()) > len(states[0]) / 2
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if PARTS[name].get("align")])
+def test_a_model_in_bfloat16(name: str, run: Any) -> None:
+    """Adapters on it are trained; its own weights would hardly move, so that is refused, before the run and in it."""
+    settings: dict[str, Any] = OmegaConf.to_container(PARTS[name])  # type: ignore[assignment]
+    config = {"method": {**settings, "neighbours": None}, "backbone": {"dtype": "bfloat16"}}
+    if settings["align"].get("lora"):
+        preflight.check_settings(config)
+        state = run(name, dtype="bfloat16").erased_state()
+        assert any(value.any() for key, value in state.items() if key.endswith(".up") or name in FUSED)
+        return
+    with pytest.raises(UserError, match=f"method {name} .*dtype=float32"):
+        preflight.check_settings(config)
+    with pytest.raises(UserError, match="dtype=float32"):
+        run(name, dtype="bfloat16")
 
 
 def test_the_suite_sees_every_method() -> None:

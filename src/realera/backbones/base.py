@@ -80,9 +80,15 @@ class BaseWeights:
         """Trainable parameters, in U-Net order, whose path holds one of `targets` ("attn2.to_k", "attn2") as whole
         parts, and none of those written with a minus ("-attn2"). "all", or only minuses: everything but those.
 
-        Raises UserError where a target matches nothing, and in half precision.
+        Raises UserError where a target matches nothing, and for weights in half precision: most of their steps of 1e-5
+        would be rounded away, and the loss would look no different for it.
         """
-        self.refuse_training_in_half()
+        if (dtype := self.dtype) != torch.float32:
+            raise UserError(
+                f"backbone.dtype={str(dtype).removeprefix('torch.')} cannot hold the small steps of a method that "
+                "trains the U-Net's own weights: set backbone.dtype=float32, with trainer.precision=bf16-mixed for "
+                "speed."
+            )
         wanted = [target for target in targets if not target.startswith("-") and target != "all"]
         spared = [target.removeprefix("-") for target in targets if target.startswith("-")]
 
@@ -98,9 +104,13 @@ class BaseWeights:
         names = [n for n in self.parameters if (not wanted or holds(n, wanted)) and not holds(n, spared)]
         return [self.keep(name).requires_grad_(True) for name in names]  # type: ignore[misc]  # torch says Tensor
 
-    def refuse_training_in_half(self) -> None:
-        """UserError where the weights are float16."""
-        if next(iter(self.parameters.values())).dtype == torch.float16:
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.parameters.values())).dtype
+
+    def refuse_adapting_float16(self) -> None:
+        """UserError where the weights are float16. An adapter on bfloat16 is trained well: it is in float32 itself."""
+        if self.dtype == torch.float16:
             raise UserError(
                 "backbone.dtype=float16 draws images but cannot be trained, because its gradients fall below the "
                 "smallest number: set backbone.dtype=bfloat16, or float32 with trainer.precision=bf16-mixed."

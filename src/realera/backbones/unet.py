@@ -23,13 +23,13 @@ EDIT, LORA = "edit.", "lora."
 class UNetBackbone:
     """`contracts.Backbone` over a diffusers folder or hub id; `pretrained` None is the built-in miniature.
 
-    dtype: of the U-Net's weights, "float32", "bfloat16", or "float16" (draws images, cannot be trained); text states,
-    latents and the autoencoder are float32. text: the width and max_length that the config promises are held against
-    the checkpoint (its row_norm serves the config's own checks). text_length: rows T, None = the tokenizer's limit.
-    attention, compile: see `Denoiser`. gradient_checkpointing: a block's activations are computed again for the
-    gradient instead of kept. vae_slicing: images are decoded, and encoded, one by one; vae_tiling: and in overlapping
-    tiles, which shows faintly. Raises UserError for bad settings and for a checkpoint that is missing, torn, or not
-    what `text` promises.
+    dtype: of the U-Net's weights, "float32", "bfloat16" (they cannot be trained, an adapter on them can) or "float16"
+    (draws images, cannot be trained); text states, latents and the autoencoder are float32. text: the width and
+    max_length that the config promises are held against the checkpoint (its row_norm serves the config's own checks).
+    text_length: rows T, None = the tokenizer's limit. attention, compile: see `Denoiser`. gradient_checkpointing: a
+    block's activations are computed again for the gradient instead of kept. vae_slicing: images are decoded, and
+    encoded, one by one; vae_tiling: and in overlapping tiles, which shows faintly. Raises UserError for bad settings
+    and for a checkpoint that is missing, torn, or not what `text` promises.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class UNetBackbone:
     def add_adapter(self, spec: LoraSpec, generator: Generator, concepts: int = 1) -> list[nn.Parameter]:
         """See `adapters.add`; in float32 whatever the U-Net's dtype, and one at a time."""
         self._refuse_inside_original()
-        self._base.refuse_training_in_half()
+        self._base.refuse_adapting_float16()
         if adapters.layers(self.unet):
             raise RuntimeError("an adapter is in place: call merge_adapter() or remove_adapter() first")
         return adapters.add(self.unet, spec, generator, self.name, concepts)
