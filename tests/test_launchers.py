@@ -62,12 +62,14 @@ def test_a_launcher_runs_every_cell(launcher: str, small: list[str], tmp_path: P
 @pytest.mark.slow
 def test_a_search_goes_on_with_its_study(small: list[str], tmp_path: Path) -> None:
     needs("hydra_optuna_sweeper")
-    words = ["experiment=search", "concept=airplane", "method=uce", "hydra.sweeper.params=null"]
-    axes = ["method.edit.ridge=interval(0.1,100)", "hydra.sweeper.n_trials=2", "hydra.sweeper.study_name=tiny"]
+    words = ["experiment=search", "method=uce", "hydra.sweeper.params=null", "hydra.sweeper.n_trials=2"]
+    axes = ["concept=airplane", "method.edit.ridge=interval(0.1,100)"]
     for call in (1, 2):
         done = sweep(tmp_path, *words, *axes, *small)
         assert done.returncode == 0, done.stdout + done.stderr
-        with sqlite3.connect(tmp_path / "runs/studies/tiny.db") as study:
+        (file,) = (tmp_path / "runs/studies").iterdir()
+        assert file.name.startswith("airplane-uce-mini-")
+        with sqlite3.connect(file) as study:
             values = [value for (value,) in study.execute("select value from trial_values")]
         assert len(values) == 2 * call
         cells = ledger(tmp_path)

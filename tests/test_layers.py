@@ -28,6 +28,7 @@ DOOR_PARTS = {
     "panels",
     "sweep",
     "jobs",
+    "study",
     "judged",
     "plan",
     "shelf",

@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from realera import cli, complaints, console, judged, paths, plan, preflight, runs, sweep
+from realera import cli, complaints, console, judged, paths, plan, preflight, runs, study, sweep
 from realera.contracts import UserError
 from realera.plan import Plan, Work
 
@@ -34,6 +34,7 @@ class Beginning(Callback):
         try:
             refuse_missing(config)
             planned = plan_of(config, str(kwargs.get("config_name") or config.hydra.job.config_name))
+            study.settle(config)
         except Exception as error:  # Hydra would make a warning of it, and go on: SystemExit passes
             if (sentence := complaints.of_step(error)) is not None:
                 sweep.fail(sentence)
