@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
 from realera.backbones import denoiser
 from realera.backbones.unet import UNetBackbone
@@ -172,6 +172,70 @@ def test_compiled_it_is_the_same_model(tiny_sd: Path) -> None:
         torch.testing.assert_close(noise(compiled), before, atol=1e-5, rtol=1e-4)
     agree()
     assert compiled.erased_state().keys() == plain.erased_state().keys()
+
+
+def deaf(unet: nn.Module, **_: Any) -> Callable[..., Any]:
+    """What torch.compile makes of a module without hooks: one that hears of none later."""
+
+    def forward(*args: Any, **more: Any) -> Any:
+        kept = [(module._forward_hooks, dict(module._forward_hooks)) for module in unet.modules()]
+        for hooks, _ in kept:
+            hooks.clear()
+        try:
+            return unet(*args, **more)
+        finally:
+            for hooks, before in kept:
+                hooks.update(before)
+
+    return forward
+
+
+def hooked(backbone: UNetBackbone) -> Iterator[Tensor]:
+    """An adapter at 1, 0 and 1 again, then a hook on a layer, and none."""
+    trained = backbone.add_adapter(LoraSpec(rank=2), torch.Generator().manual_seed(0))
+    for parameter in trained[1::2]:
+        parameter.data += 0.1
+    yield noise(backbone)
+    with backbone.adapter_scale(torch.zeros(1, 1)):
+        yield noise(backbone)
+    yield noise(backbone)
+    layer = next(iter(backbone.cross_attention().values()))  # behind an adapter's wrapper, as AC's hooks are on it
+    hook = layer.register_forward_hook(lambda layer, inputs, out: 2 * out)
+    yield noise(backbone)
+    hook.remove()
+    yield noise(backbone)
+
+
+def test_hooks_act_under_a_compiler_that_is_deaf_to_them(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", deaf)
+    sampler = Sampler("ddim", 2, 5.0, 32, 32)
+    plain, compiled = (UNetBackbone("sd", tiny_sd, sampler, compile=compile) for compile in (False, "eager"))
+    pairs = list(zip(hooked(plain), hooked(compiled), strict=True))
+    for wanted, found in pairs:
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(pairs[0][0], pairs[1][0], atol=1e-3)
+    assert not torch.allclose(pairs[3][0], pairs[4][0], atol=1e-3)
+
+
+def test_what_has_no_hooks_runs_compiled(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def compiler(unet: nn.Module, **_: Any) -> Callable[..., Any]:
+        return lambda *args, **more: calls.append(1) or unet(*args, **more)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    counts = [len(calls) for _ in hooked(UNetBackbone("sd", tiny_sd, Sampler("ddim", 2, 5.0, 32, 32), compile=True))]
+    assert counts == [1, 1, 2, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_hooks_act_when_compiled(tiny_sd: Path) -> None:
+    """After a pass without them, which leaves a graph that would serve them too."""
+    sampler = Sampler("ddim", 2, 5.0, 32, 32)
+    plain, compiled = (UNetBackbone("sd", tiny_sd, sampler, compile=compile) for compile in (False, "eager"))
+    for wanted, found in zip(hooked(plain), hooked(compiled), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.slow

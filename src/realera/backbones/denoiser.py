@@ -25,7 +25,9 @@ class Denoiser:
     attention: "plain" (matrix products; on CPUs its backward is the faster one for small maps), "sdpa", "sliced"
     (plain, one head at a time: less memory, slower), or "auto" = plain for small maps on a CPU, else sdpa.
     compiled: torch.compile, by a backend's name or True for its default. The module itself stays as it is, so that
-    adapters and edits find their layers; a change of layers compiles anew. Raises UserError for unknown settings.
+    adapters and edits find their layers; a change of layers compiles anew. While a layer has a hook (adapters that are
+    scaled, AC's detached rows) nothing compiled runs: a graph would keep the hooks it was made with, or without.
+    Raises UserError for unknown settings.
     """
 
     def __init__(
@@ -70,7 +72,8 @@ class Denoiser:
         # same tensors, and a copy made without gradients has none to give to the next forward.
         kind = device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
-            out: Tensor = self._forward(
+            forward = self.unet if self._hooked() else self._forward
+            out: Tensor = forward(
                 latents.to(device, dtype),
                 timesteps.to(device),
                 encoder_hidden_states=states.to(device, dtype),
@@ -89,6 +92,12 @@ class Denoiser:
                 yield maps
         finally:
             self._forward = forward
+
+    def _hooked(self) -> bool:
+        """Whether a compiled forward would be blind: torch._dynamo guards on no hooks (skip_nnmodule_hook_guards)."""
+        if self._forward is self.unet:
+            return False
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self.unet.modules())
 
     def _time_ids(self, latents: Tensor) -> Tensor:
         """SDXL's sizes (B, 6): original height and width, crop's top and left, target height and width, in pixels. An
