@@ -109,3 +109,20 @@ def test_steps_are_each_concepts_and_a_finishing_edit_takes_the_adapters_place(
     assert saved.lora is None
     assert {key.split(".")[0] for key in saved.state} == {"edit"}
     assert len(saved.state) == len(backbone.cross_attention())
+
+
+def test_what_is_computed_again_for_the_gradient_is_the_same_concepts(
+    new_backbone: Callable[..., Any], new_pairs: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Lightning calls backward after the step, where the other concepts would count again."""
+    ends = []
+    for checkpointing in (False, True):
+        backbone = new_backbone(gradient_checkpointing=checkpointing)
+        pairs = new_pairs(backbone, ("cat", "field"), ("ship", "sky"))
+        method = Method("grow", latents=Masked(), align=Grow())
+        to, trainer = tmp_path / str(checkpointing), {"accelerator": "cpu"}
+        fit(backbone, method, pairs, run_dir=to, seed=0, config={}, trainer=trainer, cache=tmp_path)
+        ends.append(backbone.erased_state())
+    ups = [key for key in ends[0] if key.endswith(".up")]
+    assert ups and all(ends[0][key].any(dim=0).all() for key in ups)  # both concepts learnt
+    torch.testing.assert_close(ends[1], ends[0], atol=1e-5, rtol=1e-4)

@@ -94,6 +94,11 @@ class ErasureModule(LightningModule):
             return nullcontext()
         return self.backbone.adapter_scale(torch.eye(len(self.pairs))[concept : concept + 1])
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As the loss was computed: with gradient checkpointing, parts of it are computed again here."""
+        with self._own_adapter(turn(self.trainer.global_step + 1, len(self.pairs))):
+            super().backward(loss, *args, **kwargs)
+
     def on_after_backward(self) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, AdamWInTurns):
