@@ -108,6 +108,83 @@ def test_what_a_method_makes_for_every_concept_counts_once(hydra: None) -> None:
     assert any(key.startswith("images") for key in cat.made.keys() - shared)  # of the anchor
 
 
+class Passes:
+    """What goes through a U-Net; with its gradient it counts three times."""
+
+    def __init__(self, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch
+
+        predict = backbone.predict_noise
+        self.count = 0
+
+        def counted(latents: Any, *more: Any) -> Any:
+            self.count += len(latents) * (3 if torch.is_grad_enabled() else 1)
+            return predict(latents, *more)
+
+        monkeypatch.setattr(backbone, "predict_noise", counted)
+
+
+def test_a_step_of_spm_is_counted_as_it_is_taken(
+    hydra: None, new_backbone: Any, new_pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    backbone = new_backbone()
+    (pair,) = new_pairs(backbone, ("cat", "field"))
+    z_t, t = torch.randn(2, 4, 8, 8), torch.tensor([250, 900])
+    for words in ([], ["method.align.anchors=2"], ["method.align.anchor_weight=0"]):
+        config = settings("backbone=mini", "method=spm", *words)
+        align = instantiate(config["method"]["align"])
+        align.prepare(backbone, [pair], Path(), 0)
+        passes = Passes(backbone, monkeypatch)
+        align.loss(backbone, pair, None, z_t, t, 1, torch.Generator().manual_seed(0))
+        rest = {key: value for key, value in config["method"].items() if key != "latents"}
+        images = {"batch": 2, "renew": 0}  # z_t as they are
+        planned = plan.work({**config, "method": {**rest, "latents": images}}, cli.build_task(config)).passes_per_step
+        assert planned - passes.count == 2 * 2, "LEARNT is of two terms: 7 where SPM's own is 5"
+
+
+def test_half_drawn_images_are_counted_as_they_are_drawn(
+    hydra: None, new_backbone: Any, new_pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    backbone = new_backbone()
+    (pair,) = new_pairs(backbone, ("cat", "field"))
+    for renew, steps in ((1, 12), (5, 10)):
+        words = [f"method.latents.renew={renew}", f"method.latents.steps={20 // renew}", "method.latents.chains=3"]
+        config = settings("backbone=mini", "method=esd-x", "method.latents.batch=1", *words)
+        source = instantiate(config["method"]["latents"])
+        source.prepare(backbone, [pair], Path(), 0)
+        before = backbone.passes
+        for step in range(steps):
+            source(backbone, 0, torch.Generator().manual_seed(step))
+        planned = plan.work(config, cli.build_task(config)).passes_per_step - plan.LEARNT
+        assert (backbone.passes - before) / steps == pytest.approx(planned, rel=0.3 if renew == 1 else 0)
+
+
+def test_an_inversion_is_counted(
+    hydra: None, new_backbone: Any, new_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, though it draws from the images that the training takes too."""
+    inverted = "method.align.inversion.steps=3"
+    config = settings("backbone=mini", "method=fmn", "method.latents.images=4", "method.latents.batch=2", inverted)
+    made = plan.work(config, cli.build_task(config)).made
+    backbone = new_backbone()
+    pairs = new_pairs(backbone, ("cat", "field"))
+    part = instantiate(config["method"]["align"]["inversion"])
+    before = backbone.passes
+    part.images.prepare(backbone, pairs, tmp_path, 0)
+    drawn = backbone.passes - before
+    passes = Passes(backbone, monkeypatch)
+    part(backbone, pairs, tmp_path, 0)
+    kinds = {key.split()[0]: number for key, number in made.items()}
+    assert len(made) == 2 and kinds["inversion"] == passes.count == 3 * 3 * 2
+    assert kinds["images"] == drawn * 20 / 2, "in 20 steps, not in 2"
+    none = settings("backbone=mini", "method=fmn", "method.align.inversion=null")
+    assert [key.split()[0] for key in plan.work(none, cli.build_task(none)).made] == ["images"]
+
+
 def test_what_stands_is_not_planned_again(hydra: None) -> None:
     words = ("backbone=mini", "method=uce")
     config = settings(*words)

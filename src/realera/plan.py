@@ -38,6 +38,7 @@ PASS: Mapping[tuple[str, str], tuple[float, str]] = {
 }
 SMALL = "mini"  # the backbone that is at home on a CPU
 LEARNT = 7  # passes that a training step takes for each latent: forward, backward (2), and the teacher's
+SLOPE = 3  # passes of a forward with its backward
 EVERYBODYS = ("replay", "fisher")  # parts of methods that are the same whatever is erased
 AROUND = 20.0  # seconds of a cell besides: loading, encoding, judging, the page
 AGAIN = ("load", "judge")  # stages of a run that is judged again, besides drawing
@@ -123,7 +124,8 @@ def work(
         steps=steps,
         passes_per_image=known[guided],
         passes_per_original=per_original,
-        passes_per_step=LEARNT * float(latents.get("batch") or 1) + _rollout(latents, sampler),
+        passes_per_step=_learnt(method.get("align") or {}) * float(latents.get("batch") or 1)
+        + _rollout(latents, sampler),
         originals=frozenset(originals[name] for name in missing),
         made={} if erased or not steps else dict(_made(method, config, sampler)),
         pace=known[paced],
@@ -213,13 +215,20 @@ def _device(config: Mapping[str, Any]) -> str:
     return "gpu" if asked in ("auto", "gpu", "cuda") and there else "cpu"
 
 
+def _learnt(align: Mapping[str, Any]) -> float:
+    """Passes of a training step for each latent. The teacher sees SPM's anchors, and they are learnt from, besides."""
+    held = int(align.get("anchors") or 0) if align.get("anchor_weight", 1) else 0
+    return LEARNT + held * (1 + SLOPE)
+
+
 def _rollout(latents: Mapping[str, Any], sampler: Mapping[str, Any]) -> float:
     """Passes a step of a source that draws half-way images anew every `renew` steps."""
     if not latents.get("renew"):
         return 0.0
-    renew = int(latents["renew"])
-    chains = int(latents.get("chains") or 1) if renew > 1 else int(latents.get("batch") or 1)
-    return int(latents.get("steps") or sampler.get("steps") or 50) * chains / renew  # half the steps, guided
+    renew, steps = int(latents["renew"]), int(latents.get("steps") or sampler.get("steps") or 50)
+    if renew > 1:
+        return 2.0 * steps * int(latents.get("chains") or 1) / renew  # drawn to the end, guided
+    return float(steps) * int(latents.get("batch") or 1)  # half-way on average
 
 
 def _made(
@@ -229,13 +238,17 @@ def _made(
     of: what of the run's they depend on besides seed and model."""
     if not isinstance(node, Mapping):
         return
-    key = digest([node, [config.get(name) for name in of], config.get("seed"), config["backbone"]])
+    given = [[config.get(name) for name in of], config.get("seed"), config["backbone"]]
+    key = digest([node, *given])
     if isinstance(images := node.get("images"), int):
         own = node.get("sampler") or {}
         yield f"images {key}", images * 2.0 * int(own.get("steps") or node.get("steps") or sampler.get("steps") or 50)
     if isinstance(samples := node.get("samples"), int) and isinstance(timesteps := node.get("timesteps"), int):
-        yield f"sums {key}", 3.0 * samples * timesteps  # each with its gradient
+        yield f"sums {key}", float(SLOPE * samples * timesteps)
     for name, value in node.items():
+        if name == "inversion" and isinstance(value, Mapping) and (steps := int(value.get("steps") or 0)):
+            batch = (value.get("images") or {}).get("batch") or 1
+            yield f"inversion {digest([value, *given])}", float(SLOPE * steps * batch)
         yield from _made(value, config, sampler, () if name in EVERYBODYS else of)
 
 
