@@ -161,6 +161,18 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(
             preflight.check_settings(config)
 
 
+@pytest.mark.parametrize(("name", "overrides"), [("mace", {}), ("fmn", {}), ("ac", {"detach_bos": False})])
+def test_gradient_checkpointing_is_refused_where_the_loop_cannot_have_it(name: str, overrides: dict[str, Any]) -> None:
+    """Minutes or hours of drawing before the loop itself would say so."""
+    method: dict[str, Any] = OmegaConf.to_container(method_settings(name))  # type: ignore[assignment]
+    checkpointing = {"gradient_checkpointing": True}
+    with pytest.raises(UserError, match="gradient_checkpointing"):
+        preflight.check_settings({"method": method, "backbone": checkpointing})
+    preflight.check_settings({"method": method, "backbone": {"gradient_checkpointing": False}})
+    other = {**method["align"], **(overrides or {"steps": 0})}  # no loop, no gradient
+    preflight.check_settings({"method": {**method, "align": other}, "backbone": checkpointing})
+
+
 def test_a_flat_band_counts_its_rows() -> None:
     backbone = {"text": {"width": 768, "row_norm": 27.7, "max_length": 77}}
     mining = {"m": 5, "n": 25, "s_hi": 0.9, "s_lo": 0.7, "d1": 20}

@@ -30,6 +30,10 @@ ACTING = (
     "align",
     "guide",
 )  # parts of a method of which one at least must stand: `finish` ends what these began
+ATTENTIVE = (  # aligners whose loss is made of what gradient checkpointing drops
+    "realera.methods.mace.AttentionSuppression",
+    "realera.methods.fmn.AttentionResteering",
+)
 HUB_PATIENCE = 1.2  # seconds until a hub that does not answer counts as out of reach
 
 
@@ -167,6 +171,16 @@ def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> No
     align = method.get("align") or {}
     if not align.get("steps"):
         return
+    if backbone.get("gradient_checkpointing"):
+        if align.get("_target_") in ATTENTIVE:
+            raise UserError(
+                f"method {method.get('name')} reads the attention, which backbone.gradient_checkpointing drops: set it "
+                "to false."
+            )
+        if align.get("detach_bos"):
+            raise UserError(
+                "method.align.detach_bos cannot be kept with backbone.gradient_checkpointing: set one of them to false."
+            )
     dtype, name = backbone.get("dtype") or "float32", method.get("name")
     if not align.get("lora") and align.get("parameters") and dtype != "float32":
         raise UserError(

@@ -55,10 +55,10 @@ def erase(
         concepts: tuple[tuple[str, str], ...] = (CAT,),
         seed: int = 0,
         precision: str = "32-true",
-        dtype: str = "float32",
+        model: dict[str, Any] | None = None,
         **more: Any,
     ) -> Any:
-        backbone = new_backbone(dtype=dtype)
+        backbone = new_backbone(**model or {})
         fit(
             backbone,
             load_method(name, *overrides),
@@ -291,19 +291,38 @@ def test_bfloat16(name: str, plain: Any, run: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if PARTS[name].get("align")])
+def test_gradient_checkpointing(name: str, run: Any) -> None:
+    """What the loop cannot have is refused before the run too, and nothing else is."""
+    settings: dict[str, Any] = OmegaConf.to_container(PARTS[name])  # type: ignore[assignment]
+    checkpointing = {"gradient_checkpointing": True}
+
+    def early() -> None:
+        preflight.check_settings({"method": {**settings, "neighbours": None}, "backbone": checkpointing})
+
+    if name not in {"ac", "fmn", "mace", "mace-ablation"}:
+        early()
+        assert run(name, model=checkpointing).erased_state()
+        return
+    for refused in (early, lambda: run(name, model=checkpointing)):
+        with pytest.raises(UserError, match="gradient_checkpointing"):
+            refused()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if PARTS[name].get("align")])
 def test_a_model_in_bfloat16(name: str, run: Any) -> None:
     """Adapters on it are trained; its own weights would hardly move, so that is refused, before the run and in it."""
     settings: dict[str, Any] = OmegaConf.to_container(PARTS[name])  # type: ignore[assignment]
-    config = {"method": {**settings, "neighbours": None}, "backbone": {"dtype": "bfloat16"}}
+    bfloat16 = {"dtype": "bfloat16"}
+    config = {"method": {**settings, "neighbours": None}, "backbone": bfloat16}
     if settings["align"].get("lora"):
         preflight.check_settings(config)
-        state = run(name, dtype="bfloat16").erased_state()
+        state = run(name, model=bfloat16).erased_state()
         assert any(value.any() for key, value in state.items() if key.endswith(".up") or name in FUSED)
         return
     with pytest.raises(UserError, match=f"method {name} .*dtype=float32"):
         preflight.check_settings(config)
     with pytest.raises(UserError, match="dtype=float32"):
-        run(name, dtype="bfloat16")
+        run(name, model=bfloat16)
 
 
 def test_the_suite_sees_every_method() -> None:
