@@ -168,7 +168,7 @@ def test_a_launcher_that_gives_up_leaves_the_page_and_a_sentence(
     told = re.match(
         r"error: the sweep ended early, by RuntimeError: A worker was terminated \(traceback in (.*)\)", answer
     )
-    assert told and "SIGKILL" in Path(told[1]).read_text() and "Traceback" not in said.err
+    assert told and "SIGKILL" in Path(told[1]).read_text() and said.err.count("A worker was terminated") == 1
     assert ("1 done" in said.out and "page to open" in said.out) == bool(ended)
     assert Path("runs/sweeps/stamp/report.html").is_file() == bool(ended)
 
