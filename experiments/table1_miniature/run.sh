@@ -13,4 +13,4 @@ part=()
 [[ -z ${SEEDS:-} ]] || part+=("hydra.sweeper.params.seed='$SEEDS'")
 
 $PY -m realera.train -m experiment=table1 backbone=mini logger=none "root=$RUNS" "${part[@]}"
-$PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=$HERE"
+$PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=$HERE" base=realera
