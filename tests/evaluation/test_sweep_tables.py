@@ -210,7 +210,7 @@ def test_systems_less_the_base_over_what_both_have(tmp_path: Path) -> None:
     assert (same.value, same.low, same.high) == (0, 0, 0), "the same images are drawn for both, so nothing is left"
     assert other.low < other.value < other.high <= 0 and other.value == pytest.approx(-60)
     page = write_sweep(folders, tmp_path / "report.html", base="base")
-    assert "Less base" in page.read_text() and (tmp_path / "tables" / "object-differences.csv").is_file()
+    assert "Differences from base" in page.read_text() and (tmp_path / "tables" / "object-differences.csv").is_file()
     with pytest.raises(UserError, match=r"called .bsae.: there are .*base"):
         write_sweep(folders, tmp_path / "report.html", base="bsae")
 
