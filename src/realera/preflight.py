@@ -25,11 +25,7 @@ from realera.contracts import Concept, Task, UserError
 from realera.paths import ERASED, MINIATURE
 from realera.runs import Run
 
-ACTING = (
-    "edit",
-    "align",
-    "guide",
-)  # parts of a method of which one at least must stand: `finish` ends what these began
+ACTING = ("edit", "align", "guide")  # one at least must stand: `finish` only ends what these began
 ATTENTIVE = (  # aligners whose loss is made of what gradient checkpointing drops
     "realera.methods.mace.AttentionSuppression",
     "realera.methods.fmn.AttentionResteering",

@@ -159,7 +159,9 @@ def differences(chapter: Chapter) -> Table | None:
         rows.append(Row((system,), numbers, note=_over(chapter, pairs), signed=True))
     if not rows:
         return None
-    found = _table(chapter, "differences", f"Differences from {chapter.base}", ("system",), chapter.columns(names), rows)
+    found = _table(
+        chapter, "differences", f"Differences from {chapter.base}", ("system",), chapter.columns(names), rows
+    )
     said = (
         "Differences of pairs (the same concepts, seeds and images), with 95% intervals. Where nothing differs, one "
         "interval in twenty leaves out 0 all the same."
