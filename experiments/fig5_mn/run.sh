@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Figure 5 on the miniature: 5 x 5 settings x three seeds, the closed form. It resumes; SEEDS=0 runs a third, so that
+# Figure 5 on the miniature: 5 x 5 settings x two classes x three seeds, the closed form. It resumes; SEEDS=0 runs a third, so that
 # several can run side by side with one thread each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
