@@ -9,6 +9,7 @@ import pytest
 from realera.evaluation.sweep_chapter import Chapter
 from realera.evaluation.sweep_figures import COLOURS, Line, Surface, colour, corrected, families, scatter
 from realera.evaluation.sweep_settings import named, read_run
+from realera.evaluation.table_forms import Column
 from realera.evaluation.trends import holm
 from sweeps import REALERA, grid, judged
 
@@ -101,3 +102,16 @@ def test_cost_against_h_o(tmp_path: Path) -> None:
 def test_colours_run_from_the_first_to_the_last() -> None:
     assert colour(0, 0, 8) == COLOURS[0] and colour(8, 0, 8) == COLOURS[-1] and colour(3, 0, 8) == COLOURS[3]
     assert colour(5, 5, 5) == COLOURS[4]
+
+
+@pytest.mark.parametrize(
+    ("at", "shown"), [((0.001, 0.002), (0, 1)), ((99.2, 99.4), (98.8, 99.8)), ((0.0, 0.0), (0, 1)), ((3, 8), (3, 8))]
+)
+def test_what_hardly_differs_looks_alike(at: tuple[float, float], shown: tuple[float, float]) -> None:
+    """Thousandths of a percent have no colours of their own, and no mountains."""
+    low, high = ((value, value, value) for value in at)
+    figure = Surface(
+        "grid", Column("acc_e", "Acc", "e"), ("d1", "s_lo"), ("5", "10"), ("0.1", "0.5"), ((low, low), (high, None)), ()
+    )
+    assert figure.span == pytest.approx(shown)
+    assert figure.marks[0] <= shown[0] and figure.marks[-1] >= shown[1]

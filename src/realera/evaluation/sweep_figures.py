@@ -23,6 +23,7 @@ from realera.evaluation.trends import Trend, sentence, together, trend
 MEASURES = ("acc_e", "acc_s", "acc_g", "h_o")  # the four of the paper's figure 5
 MOST_PAIRS = 6  # of axes, of which surfaces are shown
 LEAST_FILLED = 0.5  # of a grid: below, the settings were searched and not spanned, and a surface would be holes
+LEAST_RANGE = 1.0  # of an axis, in points
 # viridis at equal steps: lightness grows with the value, also in grey and for the colour-blind
 COLOURS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
 
@@ -56,8 +57,11 @@ class Surface:
 
     @property
     def span(self) -> tuple[float, float]:
-        known = [cell[0] for line in self.values for cell in line if cell]
-        return min(known), max(known)
+        return _widened([cell[0] for line in self.values for cell in line if cell])
+
+    @property
+    def marks(self) -> list[float]:
+        return ticks(*_widened([edge for line in self.values for cell in line if cell for edge in cell]), 4)
 
     def colour(self, value: float) -> str:
         return colour(value, *self.span)
@@ -70,13 +74,11 @@ class Surface:
     @property
     def data(self) -> dict[str, Any]:
         """What the page's script draws."""
-        known = [edge for line in self.values for cell in line if cell for edge in cell]
-        marks = ticks(min(known), max(known), 4)
         label = f"{self.column.symbol}_{self.column.index}"
         return {
             "x": {"name": self.axes[0], "labels": self.x},
             "y": {"name": self.axes[1], "labels": self.y},
-            "z": {"name": label, "ticks": [(mark, number(mark)) for mark in marks]},
+            "z": {"name": label, "ticks": [(mark, number(mark)) for mark in self.marks]},
             "values": self.values,
             "span": self.span,
             "colours": COLOURS,
@@ -98,7 +100,7 @@ class Line:
     @property
     def marks(self) -> list[float]:
         known = [edge for point in self.points for edge in point]
-        return ticks(min(known), max(known), 4)
+        return ticks(*_widened(known), 4)
 
     def at(self, value: float) -> float:
         """Percent from the top."""
@@ -152,6 +154,15 @@ class Scatter:
     dots: tuple[Dot, ...]
     x: list[Tick]
     y: list[Tick]
+
+
+def _widened(values: Sequence[float]) -> tuple[float, float]:
+    """Their range, at least `LEAST_RANGE` of it: what differs by thousandths of a percent shall look alike."""
+    low, high = min(values), max(values)
+    if high - low >= LEAST_RANGE:
+        return low, high
+    start = max(0.0, (low + high - LEAST_RANGE) / 2) if low >= 0 else (low + high - LEAST_RANGE) / 2
+    return start, start + LEAST_RANGE
 
 
 def colour(value: float, low: float, high: float) -> str:

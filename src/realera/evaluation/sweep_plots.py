@@ -52,7 +52,6 @@ def _surface(drawn: Any, figure: Surface) -> None:
 
     colours = LinearSegmentedColormap.from_list("values", list(COLOURS))
     low, high = figure.span
-    high = high if high > low else low + 1
     values = np.array([[cell[0] if cell else np.nan for cell in line] for line in figure.values])
     x, y = np.meshgrid(np.arange(len(figure.x)), np.arange(len(figure.y)))
 
@@ -65,6 +64,7 @@ def _surface(drawn: Any, figure: Surface) -> None:
             if cell:
                 space.plot([i, i], [j, j], [cell[1], cell[2]], color="#00000088", linewidth=0.8)
     _axes(space, figure)
+    space.set_zlim(figure.marks[0], figure.marks[-1])
     space.view_init(elev=28, azim=-50)
 
     heat = drawn.add_subplot(1, 2, 2)
@@ -94,6 +94,7 @@ def _line(drawn: Any, figure: Line) -> None:
     axes.set_xticks(places, figure.x)
     axes.set_xlabel(figure.axis)
     axes.set_ylabel(_label(figure))
+    axes.set_ylim(figure.marks[0], figure.marks[-1])
     axes.grid(axis="y", linewidth=0.4)
 
 
