@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,3 +57,25 @@ def test_every_decision_that_is_varied_can_be_taken(
         if (align := config["method"]["align"]) is not None:
             lora = cli.instantiate(align["lora"])
             assert new_backbone().add_adapter(lora, torch.Generator()), label
+
+
+def test_the_study_s_script_types_what_the_command_line_takes(tmp_path: Path) -> None:
+    """Every run of one variant, as the script types it, up to the task that is made of it."""
+    stub, typed = tmp_path / "python", tmp_path / "typed"
+    stub.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" '' >> {shlex.quote(str(typed))}\n")
+    stub.chmod(0o755)
+    script = FOLDER / "ambiguities_miniature" / "run.sh"
+    environ = {**os.environ, "PYTHON": str(stub), "VARIANTS": "defaults", "RUNS": str(tmp_path / "runs")}
+    subprocess.run(["bash", str(script)], env=environ, check=True)
+    calls = [call.split("\0") for call in typed.read_text(encoding="utf-8").split("\0\0")]
+    trained = [call[2:] for call in calls if call[:2] == ["-m", "realera.train"]]
+    assert len(trained) == 6 and any(call[:2] == ["-m", "realera.report"] for call in calls)
+    cli.register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        made = [cli.plain(cli.with_concepts(compose("train", words))) for words in trained]
+    assert {(one["concept"], one["seed"], one["task"]["first_seed"]) for one in made} == {
+        (concept, seed, 500 * seed) for concept in ("gun", "knife", "bomb") for seed in (100, 101)
+    }
+    for config in made:
+        preflight.check_settings(config)
+        assert len(cli.build_task(config).eval_prompts()) in (48, 52)
