@@ -343,6 +343,28 @@ def test_a_dry_run_of_evaluate_says_what_is_left_and_changes_nothing(
     assert {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")} == before
 
 
+@pytest.mark.parametrize("seeds", ["3", "1,3"])
+def test_a_setting_typed_by_another_is_read_in_each_job(
+    seeds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = ["-m"] if "," in seeds else []
+    words = ["concept=airplane", "backbone=mini", f"seed={seeds}", 'task.first_seed="${times:500,${seed}}"']
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["train", *flag, *words, "task.images={erase:4,near:0,keep:0,associated:0,unseen:0}", "dry_run=true"],
+    )
+    if flag:
+        with pytest.raises(SystemExit) as left:
+            train.main()
+        assert not left.value.code
+    else:
+        train.main()
+    said = " ".join(capsys.readouterr().out.split())
+    drawn = 8 if flag else 4  # of the unedited model: seeds 500 to 503 are not seeds 1500 to 1503
+    assert f"images of the original, drawn once │ {drawn} " in said, said
+
+
 def test_a_refused_job_is_planned_as_such(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["concept=nothingknown,airplane", "method=uce", "seed=0,1", "dry_run=true"]
     monkeypatch.setattr(sys, "argv", ["train", "-m", *words])

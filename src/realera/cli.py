@@ -143,7 +143,7 @@ def gather(arguments: list[str], key: str) -> list[str]:
 def with_judge(cfg: DictConfig, config_name: str) -> DictConfig:
     """The config with the judge that the task names for this backbone (`judges` in its yaml), unless one was typed."""
     hydra_config = HydraConfig.get()
-    typed = list(hydra_config.overrides.task)
+    typed = sweep.words(hydra_config)
     open_choice = "judge" in hydra_config.runtime.choices and hydra_config.runtime.choices["judge"] is None
     if not open_choice or "judges" not in (cfg.get("task") or {}) or any(w.startswith("judge=") for w in typed):
         return cfg

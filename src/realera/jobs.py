@@ -67,7 +67,7 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
     trials = config.hydra.sweeper.get("n_trials")
     params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
     assert isinstance(params, dict)
-    words = [f"{key!s}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+    words = [f"{key!s}={value}" for key, value in params.items()] + sweep.words(config.hydra)
     loader = GlobalHydra.instance().config_loader()
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
     compose = Composer(config)

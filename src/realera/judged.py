@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from realera import cli, preflight, runs
+from realera import cli, preflight, runs, sweep
 from realera.contracts import UserError
 from realera.runs import Run
 
@@ -37,7 +37,7 @@ def _unedited(config: dict[str, Any], claim: bool) -> Run:
 
 def _existing(name: str, judge: Any) -> Run:
     """A run that stands, to be judged by the typed judge or by its own."""
-    typed = {word.partition("=")[0].lstrip("+") for word in HydraConfig.get().overrides.task}
+    typed = {word.partition("=")[0].lstrip("+") for word in sweep.words(HydraConfig.get())}
     if clash := sorted(typed & set(OF_THE_RUN)):
         raise UserError(f"{clash[0]} is fixed by the run {name}: leave it out, or give run=original.")
     run = runs.open_run(name)

@@ -6,7 +6,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from realera import cli, runs
+from realera import cli, runs, sweep
 from realera.tasks.prompts import slug
 
 
@@ -23,7 +23,7 @@ def name_of(config: DictConfig) -> str:
     loader = GlobalHydra.instance().config_loader()
     params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
     assert isinstance(params, dict)
-    words = [*(f"{key!s}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+    words = [*(f"{key!s}={value}" for key, value in params.items()), *sweep.words(config.hydra)]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
     fixed = {one.key_or_group: word for word, one in zip(words, parsed) if not one.is_sweep_override()}
     searched = {one.key_or_group: word for word, one in zip(words, parsed) if one.is_sweep_override()}

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from realera import complaints, devices, paths, runs
 from realera.contracts import UserError
@@ -37,6 +37,14 @@ DONE, FOUND, REFUSED, BROKEN = "done", "found", "refused", "failed"
 
 def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def words(config: Any) -> list[str]:
+    """What was typed for the job or sweep of this config, as it was typed: an interpolation in it is left to the config
+    that is composed from it."""
+    typed = OmegaConf.to_container(config.overrides.task, resolve=False)
+    assert isinstance(typed, list)
+    return [str(word) for word in typed]
 
 
 def fail(sentence: str) -> NoReturn:
@@ -151,7 +159,7 @@ class Job:
     def __call__(self, cfg: DictConfig) -> float | None:
         if not in_sweep():
             return self._alone(cfg)
-        cell = Cell(overrides=list(HydraConfig.get().overrides.task), launch=os.environ.get(LAUNCH))
+        cell = Cell(overrides=words(HydraConfig.get()), launch=os.environ.get(LAUNCH))
         token, began = _running.set(cell), time.monotonic()
         value = None
         try:
