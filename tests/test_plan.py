@@ -108,6 +108,17 @@ def test_what_a_method_makes_for_every_concept_counts_once(hydra: None) -> None:
     assert any(key.startswith("images") for key in cat.made.keys() - shared)  # of the anchor
 
 
+@pytest.mark.parametrize("method, banks", [("realera", 2), ("mace", 3), ("fmn", 3)])  # of the anchors; of the names
+def test_of_concepts_erased_together_each_is_prepared(hydra: None, method: str, banks: int) -> None:
+    method_of = ["backbone=mini", f"method={method}", *(["method.align.inversion.steps=3"] if method == "fmn" else [])]
+    made = worked(*method_of, "concept=[cat,ship,gun]", "anchor=[field,sea,field]").made
+    one = worked(*method_of, "concept=cat", "anchor=field").made
+    assert len([key for key in made if key.startswith("images")]) == banks
+    assert sum(made.values()) == sum(one.values()) * banks
+    other = worked(*method_of, "concept=gun", "anchor=field").made
+    assert (one == other) == (method == "realera")  # the same anchor is drawn once for both
+
+
 class Passes:
     """What goes through a U-Net; with its gradient it counts three times."""
 

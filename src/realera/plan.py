@@ -17,7 +17,7 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 
 from realera import console, costs, devices, paths, runs
-from realera.contracts import Sampler, Task, UserError
+from realera.contracts import Concept, Sampler, Task, UserError
 from realera.runs import Run, digest
 
 # Seconds of one pass (one image, one timestep) of a U-Net in float32, and where the figure comes from.
@@ -127,7 +127,7 @@ def work(
         passes_per_step=_learnt(method.get("align") or {}) * float(latents.get("batch") or 1)
         + _rollout(latents, sampler),
         originals=frozenset(originals[name] for name in missing),
-        made={} if erased or not steps else dict(_made(method, config, sampler)),
+        made={} if erased or not steps else dict(_made(method, config, sampler, task.concepts)),
         pace=known[paced],
         rate=PASS.get((str(backbone["name"]), device)),
     )
@@ -232,24 +232,27 @@ def _rollout(latents: Mapping[str, Any], sampler: Mapping[str, Any]) -> float:
 
 
 def _made(
-    node: Any, config: Mapping[str, Any], sampler: Mapping[str, Any], of: Sequence[str] = ("concept", "anchor")
+    node: Any, config: Mapping[str, Any], sampler: Mapping[str, Any], concepts: Sequence[Concept]
 ) -> Iterator[tuple[str, float]]:
     """(key, passes) of images and sums over images that a method makes before it trains, at any depth of its settings.
-    of: what of the run's they depend on besides seed and model."""
+    concepts: what is erased; none where what is made does not depend on it."""
     if not isinstance(node, Mapping):
         return
-    given = [[config.get(name) for name in of], config.get("seed"), config["backbone"]]
-    key = digest([node, *given])
+    run = [config.get("seed"), config["backbone"]]
+    given = [[[one.target, one.anchor] for one in concepts], *run]
     if isinstance(images := node.get("images"), int):
         own = node.get("sampler") or {}
-        yield f"images {key}", images * 2.0 * int(own.get("steps") or node.get("steps") or sampler.get("steps") or 50)
+        steps = int(own.get("steps") or node.get("steps") or sampler.get("steps") or 50)
+        of_names = node.get("of") == "target" or "prompt" in node
+        for name in {one.target if of_names else one.anchor for one in concepts} or {""}:
+            yield f"images {digest([node, name, *run])}", images * 2.0 * steps
     if isinstance(samples := node.get("samples"), int) and isinstance(timesteps := node.get("timesteps"), int):
-        yield f"sums {key}", float(SLOPE * samples * timesteps)
+        yield f"sums {digest([node, *given])}", float(SLOPE * samples * timesteps)
     for name, value in node.items():
-        if name == "inversion" and isinstance(value, Mapping) and (steps := int(value.get("steps") or 0)):
+        if name == "inversion" and isinstance(value, Mapping) and (learnt := int(value.get("steps") or 0)):
             batch = (value.get("images") or {}).get("batch") or 1
-            yield f"inversion {digest([value, *given])}", float(SLOPE * steps * batch)
-        yield from _made(value, config, sampler, () if name in EVERYBODYS else of)
+            yield f"inversion {digest([value, *given])}", float(SLOPE * learnt * batch * len(concepts))
+        yield from _made(value, config, sampler, () if name in EVERYBODYS else concepts)
 
 
 def _pace(
