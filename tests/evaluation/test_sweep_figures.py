@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from realera.contracts import Split
 from realera.evaluation.sweep_chapter import Chapter
 from realera.evaluation.sweep_figures import COLOURS, Line, Surface, colour, corrected, families, scatter
 from realera.evaluation.sweep_settings import named, read_run
@@ -35,6 +36,21 @@ def test_two_settings_make_surfaces_with_the_tables_numbers(tmp_path: Path) -> N
     assert rises.startswith("Acc_g rises with s_lo") and "from 0.1 to 0.9" in rises
     assert acc_g.data["values"] is acc_g.values and acc_g.data["x"]["labels"] == acc_g.x
     assert acc_g.colour(acc_g.span[0]) == COLOURS[0] and acc_g.bright(acc_g.span[1]) and not acc_g.bright(acc_g.span[0])
+
+
+def test_what_no_run_of_a_grid_measured_has_no_figure(tmp_path: Path) -> None:
+    def run(name: str, d1: int, s_lo: float, *lacks: str) -> Path:
+        node = {**REALERA, "neighbours": {**REALERA["neighbours"], "d1": d1, "s_lo": s_lo}}
+        shares: dict[Split, float] = {"erase": 0.5, "near": 0.5, "keep": 1.0, "unseen": 0.5}
+        left = {split: share for split, share in shares.items() if split not in lacks}
+        return judged(tmp_path / name, method=node, shares=left)
+
+    line = [run(f"line{d1}", d1, 0.5, "near") for d1 in (1, 2, 3)]
+    other = judged(tmp_path / "uce", method="uce", terms=("acc_e", "acc_s"))
+    (family,) = families(chapter([*line, other]))
+    assert [figure.name[-5:] for figure in family.figures] == ["acc_e", "acc_s"], "acc_g is the other's alone"
+    nothing = [run(f"none{d1}", d1, 0.5, "erase", "near", "keep") for d1 in (1, 2, 3)]
+    assert families(chapter([*nothing, other])) == []
 
 
 def test_the_trends_of_a_page_are_corrected_for_their_number(tmp_path: Path) -> None:

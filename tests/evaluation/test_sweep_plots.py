@@ -48,6 +48,32 @@ def test_long_names_leave_the_drawing_its_place(tmp_path: Path, recwarn: pytest.
     )
     png, _ = sweep_plots.write(Scatter("c", dots, [Tick(0, "1 s")], [Tick(0, "50")]), tmp_path)
     assert not [str(warning.message) for warning in recwarn if "layout" in str(warning.message)]
+    svg = (tmp_path / "c.svg").read_text(encoding="utf-8")
+    assert "method.align.lr 12" in svg
     width, height = Image.open(png).size
     dark = Image.open(png).convert("L").crop((width // 2, 0, width, height // 2)).point(lambda v: 255 * (v < 200))
     assert dark.getbbox() is not None, "dots stand in the right half, above the names"
+
+
+def test_a_hundred_systems_leave_the_drawing_its_place_and_each_has_its_name(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    dots = tuple(Dot(f"_d1 {n}, s_lo 0.1", n, (50.0, 40.0, 60.0), 0, 0, 0, 0) for n in range(1, 101))
+    png, svg = sweep_plots.write(Scatter("c", dots, [Tick(0, "1 s")], [Tick(0, "50")]), tmp_path)
+    assert not [str(warning.message) for warning in recwarn if "layout" in str(warning.message)]
+    text = svg.read_text(encoding="utf-8")
+    assert all(f"_d1 {n}, s_lo" in text for n in (1, 50, 100)), "an underscore hides no name"
+    assert Image.open(png).size[1] > Image.open(png).size[0]
+
+
+def test_where_a_corner_is_missing_there_is_no_face(tmp_path: Path) -> None:
+    cells = ((10.0, 9.0, 11.0), (20.0, 19.0, 21.0))
+    whole = Surface("s", E, ("x", "y"), ("1", "2"), ("1", "2"), (cells, cells), ())
+    holed = Surface("s", E, ("x", "y"), ("1", "2"), ("1", "2"), (cells, (cells[0], None)), ())
+
+    def coloured(figure: Surface) -> int:
+        png, _ = sweep_plots.write(figure, tmp_path)
+        left = Image.open(png).convert("RGB").crop((0, 0, 800, 760))
+        return sum(left.convert("HSV").getchannel("S").histogram()[100:])
+
+    assert coloured(whole) > 10_000 and coloured(holed) == 0, "not one in the colour of the lowest value"

@@ -14,7 +14,7 @@ from realera.contracts import Mode, UserError
 from realera.evaluation import sweep_plots
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.sweep_report import systems, write_sweep
-from sweeps import grid, judged
+from sweeps import REALERA, grid, judged
 
 
 class Page(HTMLParser):
@@ -72,6 +72,15 @@ def test_figures_are_written_where_matplotlib_is(tmp_path: Path) -> None:
     assert all((tmp_path / a).is_file() for a in drawn)
 
 
+def test_drawings_say_what_they_show_without_being_seen(tmp_path: Path, no_plots: None) -> None:
+    nodes = [{**REALERA, "edit": {"ridge": ridge}} for ridge in (1, 2, 3)]
+    folders = [judged(tmp_path / str(i), method=node, cost=i + 1.0) for i, node in enumerate(nodes)]
+    text = write(folders, tmp_path / "report.html")
+    assert 'aria-label="Acc_e over ridge: 10.0 at 1, 10.0 at 2, 10.0 at 3"' in text
+    drawn = re.findall(r"<svg [^>]*>", text)
+    assert len(drawn) == 5 and all('role="img"' in tag and "aria-label" in tag for tag in drawn)
+
+
 def test_runs_are_listed_with_what_differs_and_everything_is_escaped(tmp_path: Path, no_plots: None) -> None:
     folders = [
         judged(tmp_path / "one", method="<uce>", cost=2.0),
@@ -85,6 +94,18 @@ def test_runs_are_listed_with_what_differs_and_everything_is_escaped(tmp_path: P
     assert 'href="../two/report.html"' in text and "method.name" in text and "2 s to erase" in text
     with pytest.raises(UserError, match="none of these runs"):
         write_sweep(folders[2:], tmp_path / "report.html")
+
+
+def test_a_run_without_images_by_name_and_one_in_an_odd_place_are_shown(tmp_path: Path, no_plots: None) -> None:
+    there = judged(tmp_path / "50% #1", shares={"near": 0.5, "keep": 1.0})
+    file = there / paths.METRICS
+    metrics = json.loads(file.read_text())
+    metrics["main"]["acc_s"]["unscored"] = 1  # so that the page says how many could be scored
+    file.write_text(json.dumps(metrics))
+    (there / paths.REPORT).write_text("its page")
+    text = write([there], tmp_path / "report.html")
+    assert 'href="50%25%20%231/report.html"' in text and "scored, %" in text
+    assert "<th>Acc_g ↓</th>" in text and "<th>Acc_a ↓</th>" not in text, "no column of nothing"
 
 
 def test_cells_that_failed_are_listed_as_they_ended_last(tmp_path: Path, no_plots: None) -> None:

@@ -87,6 +87,24 @@ def test_of_two_runs_that_nothing_tells_apart_the_later_is_taken(tmp_path: Path)
     assert [run.folder.name for run in runs] == ["other", "new"] and [run.folder.name for run in twins] == ["old"]
 
 
+def test_values_that_are_short_for_the_same_are_written_out(tmp_path: Path) -> None:
+    table = "/data/a/long/path/that/is/longer/than/forty/letters/{}.csv"
+    nodes = [{**REALERA, "edit": {"ridge": ridge}} for ridge in (1.00000001, 1.00000002, 5)]
+    runs, twins = named(read([judged(tmp_path / str(i), method=node) for i, node in enumerate(nodes)]))
+    assert [run.system for run in runs] == [
+        "realera, ridge 1.00000001",
+        "realera, ridge 1.00000002",
+        "realera, ridge 5",
+    ]
+    folders = [judged(tmp_path / name, csv=table.format(name)) for name in ("a", "b")]
+    runs, more = named(read(folders))
+    assert [run.system for run in runs] == [f"realera, csv {table.format(name)}" for name in ("a", "b")]
+    alike = [
+        judged(tmp_path / f"x{i}", method={**REALERA, "edit": {"ridge": ridge}}) for i, ridge in enumerate((1, 1.0))
+    ]
+    assert len(named(read(alike))[0]) == 1 and not twins and not more, "1 and 1.0 are one value"
+
+
 def test_the_unedited_model_is_read_from_what_a_run_was_compared_with(tmp_path: Path) -> None:
     (run,) = read([judged(tmp_path / "a", cost=3.0)])
     before = original_of(run)

@@ -8,7 +8,7 @@ from pathlib import Path
 from realera.evaluation.sweep_chapter import Chapter
 from realera.evaluation.sweep_report import _originals
 from realera.evaluation.sweep_settings import named, read_run
-from realera.evaluation.sweep_sheets import sheets_of
+from realera.evaluation.sweep_sheets import MOST_CONCEPTS, cut, sheets_of
 from sweeps import judged
 
 
@@ -30,6 +30,12 @@ def test_rows_are_systems_the_unedited_model_first_and_columns_are_shared(tmp_pa
     originals, erased = ({p.uri for p in pictures if p} for _, pictures in (sheet.rows[0], sheet.rows[2]))
     assert len(originals) == len(erased) == 1 and originals != erased
     assert [p and p.good for p in sheet.rows[2][1]][:3] == [True] * 3
+
+
+def test_what_a_page_has_no_room_for_is_said(tmp_path: Path) -> None:
+    folders = [judged(tmp_path / str(i), f"thing {i}", pictures=True) for i in range(MOST_CONCEPTS + 1)]
+    assert len(sheets_of(chapter(folders))) == MOST_CONCEPTS and cut(chapter(folders[:-1])) == ""
+    assert cut(chapter(folders)) == f"Shown: the first {MOST_CONCEPTS} of {MOST_CONCEPTS + 1} concepts."
 
 
 def test_what_a_system_has_not_drawn_is_left_open_and_without_images_there_is_no_sheet(tmp_path: Path) -> None:

@@ -240,8 +240,17 @@ def test_boxes_stand_as_in_the_papers_second_table(tmp_path: Path) -> None:
     assert table is not None and [c.key for c in table.columns][-2:] == ["total", "acc_s"]
     assert number(table, "uce", "belly") == Number(8, printed=62) and number(table, "uce", "total").value == 12
     assert number(table, "realera", "acc_s").printed == 29.46 and table.columns[-1].digits == 2
+    assert table.notes[0].startswith("Boxes in the images asked for by name") and "leaves out" not in table.notes[0]
     assert boxes(chapter([judged(tmp_path / "c")])) is None
     assert [t.name for t in tables(of)] == ["object-mean", "object-boxes"]
+
+
+def test_boxes_that_no_paper_counts_stand_behind_the_total_and_are_said(tmp_path: Path) -> None:
+    headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
+    detail = {"detected": True, "score": 31.25, "boxes": {"belly": 2, "anus": 1}}
+    table = boxes(chapter([judged(tmp_path / "a", "nudity", headline=headline, terms=(), detail=detail)]))
+    assert table is not None and [c.key for c in table.columns][-3:] == ["total", "anus", "acc_s"]
+    assert "The total leaves out anus" in table.notes[0] and number(table, "realera", "total").value == 8
 
 
 def test_the_papers_boxes_are_of_nudity_and_of_a_clip_score(tmp_path: Path) -> None:

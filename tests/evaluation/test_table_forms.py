@@ -18,6 +18,7 @@ from realera.evaluation.table_forms import (
     as_latex,
     as_markdown,
     latex,
+    markdown,
     ranked,
     write,
 )
@@ -104,7 +105,20 @@ def test_markdown_marks_escapes_and_keeps_its_columns() -> None:
     lines = as_markdown(table()).splitlines()
     assert lines[0] == "| system | cat Acc_e ↓ | cat Acc_s ↑ |" and lines[1] == "|---|---:|---:|"
     assert lines[2] == "| a_1 & 50% | **3.0** [2.0, 4.0] (paper: 2.5) | 90.0 |"
-    assert lines[3].startswith("| b\\|c |") and "<u>9.0</u>" in lines[4] and lines[-1] == "A note."
+    assert lines[3].startswith("| b\\|c |") and "<ins>9.0</ins>" in lines[4] and lines[-1] == "A note."
+
+
+def test_names_are_shown_as_they_are_written() -> None:
+    names = {
+        "<b>x</b> | *y*": "\\<b>x\\</b> \\| \\*y\\*",
+        "_s_lo 0.1_": "\\_s_lo 0.1\\_",
+        "a\\|`b` ~~c~~": "a\\\\\\|\\`b\\` \\~\\~c\\~\\~",
+    }
+    assert {name: markdown(name) for name in names} == names
+    assert latex("*a") == "{*a}" and latex("a|b ≥ 1") == "a\\textbar{}b $\\geq$ 1"
+    step = Row(("+ x",), (Number(-1.5, -2.5, 0.5), Number(1)), signed=True)
+    rows = well_formed(as_latex(Table("t", "", ("system",), (E, S), (step,))))
+    assert rows[2:] == [["+ x", "$-1.5$", "$+1.0$"], ["", "{\\scriptsize [$-2.5$, $+0.5$]}", ""]]
 
 
 def test_a_note_stands_in_every_form_and_what_is_of_fewer_runs_is_not_ranked() -> None:

@@ -93,6 +93,11 @@ def test_the_sentence_says_the_interval_and_the_paper() -> None:
         "Acc_s rises with n: rank correlation +0.90 [+0.50, +1.00]; from 1 to ∞ it goes from 50.0 to 62.0 "
         "(+12.0 [+3.0, +20.0]); the paper says the opposite."
     )
+    level = Trend("x", "acc_s", (0.0, -0.001, 0.0), (-0.004, -0.004, 0.0), (28.41, 28.404), 5, 1.0)
+    assert sentence(level, "x", "CLIP_s", ("1", "2"), digits=2) == (
+        "CLIP_s shows no trend along x: rank correlation +0.00 [+0.00, +0.00]; from 1 to 2 it goes from 28.41 to 28.40 "
+        "(+0.00 [+0.00, +0.00])."
+    ), "as many decimals as its table, and no minus before nothing"
     undecided = Trend("neighbours.n", "acc_s", (0.9, -0.5, 1.0), (math.nan,) * 3, (math.nan,) * 2, 1, 0.4, 1)
     text = sentence(undecided, "n", "Acc_s", ("1", "2"))
     assert text.startswith("Acc_s shows no trend along n") and text.endswith("the paper says that it rises.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from realera import costs
+from realera.evaluation.table_forms import markdown as cell_text
 
 COLUMNS: Mapping[str, str] = {  # of costs.totals
     "seconds": "seconds to erase",
@@ -63,7 +64,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     on = f" on {' and '.join(devices)}" if devices else ""
     lines = [f"| system | {' | '.join(COLUMNS[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
     lines += [
-        f"| {row['system']} | {' | '.join(text(cost, name) for name in names)} |" for row, cost in zip(rows, known)
+        f"| {cell_text(str(row['system']))} | {' | '.join(text(cost, name) for name in names)} |"
+        for row, cost in zip(rows, known)
     ]
     return (
         f"Cost, the mean over runs{on}; loading, drawing and judging are left out, what the cache held counts as it "

@@ -37,10 +37,11 @@ class Told:
     axis: str
     symbol: str
     ends: tuple[str, str]
+    digits: int = 1
 
     @property
     def sentence(self) -> str:
-        return sentence(self.trend, self.axis, self.symbol, self.ends)
+        return sentence(self.trend, self.axis, self.symbol, self.ends, self.digits)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,10 @@ def families(chapter: Chapter, typed: Sequence[str] = ()) -> list[Family]:
         measured = {at: chapter.measure(runs) for at, runs in grid.cells.items()}
         name = f"{chapter.name}-grid{count}" if count > 1 else f"{chapter.name}-grid"
         short = short_names(list(grid.axes))
-        names = [measure for measure in MEASURES if measure in chapter.measures]
+        there = {m for samples in measured.values() for m, sample in samples.items() if not math.isnan(sample.value)}
+        names = [measure for measure in MEASURES if measure in there]
+        if not names:
+            continue
         told = {measure: _told(chapter, name, grid, measured, measure, short) for measure in names}
         columns = {column.key: column for column in chapter.columns(names)}
         pairs = list(combinations(grid.axes, 2))
@@ -226,7 +230,7 @@ def _told(
         one = trend(grid.axes, cells, axis, measure, step=10.0**-column.digits)
         if one is not None:
             ends = text_of(values[0]), text_of(values[-1])
-            found.append(Told(name, one, short[axis], f"{column.symbol}_{column.index}", ends))
+            found.append(Told(name, one, short[axis], f"{column.symbol}_{column.index}", ends, column.digits))
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ from realera.evaluation.charts import number
 from realera.evaluation.sweep_figures import COLOURS, Line, Scatter, Surface
 
 DPI = 200  # of the PNGs
+NAMED, LINE = 8, 0.16  # lines of names that a scatter has room for; inches of one more
 INK, BAND = "#0b7268", "#0b726833"
 
 
@@ -26,8 +27,9 @@ def write(figure: Surface | Line | Scatter, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": figure.name, "svg.fonttype": "none", "font.size": 9}):
-        wide = isinstance(figure, Surface)
-        drawn = Figure(figsize=(8.6, 3.8) if wide else (4.6, 3.4), layout="constrained")
+        wide, tall = (8.6, 3.8) if isinstance(figure, Surface) else (4.6, 3.4)
+        tall += LINE * max(0, _names(figure)[1] - NAMED) if isinstance(figure, Scatter) else 0
+        drawn = Figure(figsize=(wide, tall), layout="constrained")
         FigureCanvasAgg(drawn)
         if isinstance(figure, Surface):
             _surface(drawn, figure)
@@ -57,8 +59,9 @@ def _surface(drawn: Any, figure: Surface) -> None:
 
     space = drawn.add_subplot(1, 2, 1, projection="3d")
     middle = np.pad((values[:-1, :-1] + values[1:, :-1] + values[:-1, 1:] + values[1:, 1:]) / 4, (0, 1))
-    filled = np.nan_to_num((middle - low) / (high - low))  # a face has the colour of its corners' mean
-    space.plot_surface(x, y, values, facecolors=colours(filled), rstride=1, cstride=1, shade=False, alpha=0.92)
+    faces = colours(np.nan_to_num((middle - low) / (high - low)))  # a face has the colour of its corners' mean
+    faces[..., 3] = np.where(np.isnan(middle), 0, 0.92)  # and none where a corner is missing
+    space.plot_surface(x, y, values, facecolors=faces, rstride=1, cstride=1, shade=False)
     for j, line in enumerate(figure.values):
         for i, cell in enumerate(line):
             if cell:
@@ -104,7 +107,8 @@ def _scatter(drawn: Any, figure: Scatter) -> None:
     for count, dot in enumerate(figure.dots, 1):
         value, low, high = dot.h_o
         axes.plot([dot.seconds, dot.seconds], [low, high], color=BAND, linewidth=1)
-        label = dot.system.replace("$", r"\$")
+        # a name that begins with an underscore is kept from the legend, as long as nothing stands before it
+        label = "\u200b" * dot.system.startswith("_") + dot.system.replace("$", r"\$")
         axes.plot(
             [dot.seconds],
             [value],
@@ -121,8 +125,13 @@ def _scatter(drawn: Any, figure: Scatter) -> None:
     axes.set_xlabel("seconds to erase")
     axes.set_ylabel("$\\mathrm{H}_{o}$")
     axes.grid(linewidth=0.4)
-    longest = max(len(dot.system) for dot in figure.dots)
-    drawn.legend(loc="outside lower left", ncols=max(1, min(4, 60 // longest)), fontsize=7, frameon=False)
+    drawn.legend(loc="outside lower left", ncols=_names(figure)[0], fontsize=7, frameon=False)
+
+
+def _names(figure: Scatter) -> tuple[int, int]:
+    """(columns, lines) of the systems' names below the drawing."""
+    across = max(1, min(4, 60 // max(len(dot.system) for dot in figure.dots)))
+    return across, -(-len(figure.dots) // across)
 
 
 def _label(figure: Surface | Line) -> str:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from realera import paths
 from realera.contracts import UserError
@@ -25,7 +26,7 @@ from realera.evaluation.sweep_settings import (
     read_run,
     text_of,
 )
-from realera.evaluation.sweep_sheets import sheets_of
+from realera.evaluation.sweep_sheets import cut, sheets_of
 from realera.evaluation.sweep_tables import tables
 from realera.evaluation.trends import too_many
 
@@ -159,12 +160,13 @@ def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | 
         "families": families(chapter, typed) if measured else [],
         "scatter": scatter(chapter) if measured else None,
         "sheets": sheets_of(chapter) if measured else [],
+        "cut": cut(chapter),
         "names": names,
         "near": near(chapter.runs[0].metrics.get("protocol") or {}),
         "heads": [
             (name, head(name, run.metrics["main"][name]["mode"]))
             for name in ORDER
-            for run in [next((run for run in runs if name in run.metrics["main"]), None)]
+            for run in [next((r for r in runs if (r.metrics["main"].get(name) or {}).get("value") is not None), None)]
             if run is not None
         ],
         "faces": any(e["unscored"] for run in runs for e in run.metrics["main"].values()),
@@ -180,7 +182,7 @@ def _run(run: Run, names: Sequence[str], beside: Path, blur: bool | None) -> dic
     return {
         "name": run.folder.name,
         "system": run.system,
-        "link": Path(os.path.relpath(page, beside)).as_posix() if page.is_file() else "",
+        "link": quote(Path(os.path.relpath(page, beside)).as_posix()) if page.is_file() else "",
         "settings": [text_of(run.settings.get(name)) for name in names],
         "measures": run.metrics["main"],
         "cost": [f"{number} {what}" for what, number in cost.parts(run.cell.costs)[:2]] if run.cell else [],

@@ -210,10 +210,10 @@ def named(runs: Iterable[Run], typed: Sequence[str] = ()) -> tuple[list[Run], li
     twins: list[Run] = []
     for place, (base, own) in enumerate(bases.items()):
         names = varied(own, typed) if len(own) > 1 else []
-        short = short_names(names)
+        short, written = short_names(names), {name: _written(own, name) for name in names}
         latest: dict[tuple[str, str, int], Run] = {}
         for run in sorted(own, key=lambda run: (run.folder / paths.METRICS).stat().st_mtime_ns):
-            said = [_said(run, name, short[name]) for name in names]
+            said = [_said(run, name, short[name], written[name]) for name in names]
             system = ", ".join([base, *filter(None, said)])
             key = (system, run.concept, run.seed)
             if key in latest:
@@ -234,12 +234,21 @@ def _axes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     return [name for name in names if counts[name] > 1] if max(counts.values(), default=0) >= FEWEST else []
 
 
-def _said(run: Run, name: str, short: str) -> str:
+def _written(runs: Sequence[Run], name: str) -> dict[str, str]:
+    """{_key of a value of the runs: its text}, short but where two values would be one then."""
+    values = {_key(value): value for value in (value_of(run, name) for run in runs)}
+    texts = {key: text_of(value) for key, value in values.items()}
+    whole = {key: repr(float(v)) if is_number(v) else str(v) for key, v in values.items()}
+    alike = {text: {whole[key] for key in texts if texts[key] == text} for text in texts.values()}
+    return {key: text if len(alike[text]) == 1 else whole[key] for key, text in texts.items()}
+
+
+def _said(run: Run, name: str, short: str, written: Mapping[str, str]) -> str:
     value = value_of(run, name)
     if value is None and name not in run.settings:
         return ""  # its part is missing, which is said
     is_part = value == "on" or (value is None and "." in name and name.count(".") == 1)
-    return ("" if value == "on" else f"no {short}") if is_part else f"{short} {text_of(value)}"
+    return ("" if value == "on" else f"no {short}") if is_part else f"{short} {written[_key(value)]}"
 
 
 def _rank(run: Run) -> int:
@@ -284,11 +293,11 @@ def grids(runs: Sequence[Run], typed: Sequence[str] = ()) -> list[Grid]:
     for method in dict.fromkeys(run.method for run in runs):
         own = [run for run in runs if run.method == method and run.cell is not None]
         names = varied(own, typed)
-        axes, short = _axes(own, names), short_names(names)
+        axes, short, written = _axes(own, names), short_names(names), {name: _written(own, name) for name in names}
         parted: dict[tuple[str, ...], list[Run]] = {}
         for run in own:
             if axes and all(is_number(value_of(run, name)) for name in axes):
-                others = (_said(run, name, short[name]) for name in names if name not in axes)
+                others = (_said(run, name, short[name], written[name]) for name in names if name not in axes)
                 parted.setdefault(tuple(filter(None, others)), []).append(run)
         for said, part in parted.items():
             inner = _axes(part, axes)

@@ -44,6 +44,14 @@ def sheets_of(chapter: Chapter) -> list[Sheet]:
     return found
 
 
+def cut(chapter: Chapter) -> str:
+    """What the sheets do not show, in a sentence; "" where they show all."""
+    systems = sum(ORIGINAL not in (name, runs[0].method) for name, runs in chapter.systems.items())
+    counts = {"concepts": (len(chapter.concepts), MOST_CONCEPTS), "systems": (systems, MOST_SYSTEMS)}
+    said = [f"the first {most} of {count} {what}" for what, (count, most) in counts.items() if count > most]
+    return f"Shown: {', '.join(said)}." if said else ""
+
+
 def _sheet(chapter: Chapter, concept: str, runs: Mapping[str, Run]) -> Sheet | None:
     drawn = {system: {_key(row): row for row in read_manifest(run.folder)} for system, run in runs.items()}
     seed = min(run.seed for run in runs.values())

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from realera.evaluation import cost, printed
+from realera.evaluation.counts import APART
 from realera.evaluation.metrics import Sample
 from realera.evaluation.readings import ORDER, left_out
 from realera.evaluation.resamples import interval
@@ -84,7 +85,7 @@ def boxes(chapter: Chapter) -> Table | None:
     if not any(found.values()):
         return None
     classes = list(dict.fromkeys(name for counted in found.values() for name in counted or ()))
-    classes = [*(name for name in classes if name != "total"), "total"]
+    classes = [n for n in classes if n not in ("total", *APART)] + ["total"] + [n for n in classes if n in APART]
     columns = [Column(name, name.replace("_", " "), better=-1) for name in classes]
     rows = []
     for system, counted in found.items():
@@ -92,7 +93,10 @@ def boxes(chapter: Chapter) -> Table | None:
         numbers = [Number((counted or {}).get(name, math.nan), printed=said.get(name)) for name in classes]
         kept = _number(chapter.means[system].get("acc_s"), said.get("acc_s"))
         rows.append(_row(chapter, system, [*numbers, kept]))
-    return _table(chapter, "boxes", "Boxes by class", ("system",), [*columns, *chapter.columns(["acc_s"])], rows)
+    table = _table(chapter, "boxes", "Boxes by class", ("system",), [*columns, *chapter.columns(["acc_s"])], rows)
+    what = "Boxes in the images asked for by name, the mean over runs; beside them what should stay, with its interval."
+    apart = f" The total leaves out {', '.join(n for n in classes if n in APART)}, as the papers do."
+    return replace(table, notes=(what + apart * (classes[-1] in APART), *table.notes[1:]))
 
 
 def parts_of(run: Run) -> frozenset[str] | None:

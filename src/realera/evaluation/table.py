@@ -21,6 +21,7 @@ from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, ORDER, described, 
 from realera.evaluation.records import read_manifest, read_metrics, read_verdicts, verdict_file
 from realera.evaluation.resamples import Resamples, image_key, run_key
 from realera.evaluation.resamples import described as how
+from realera.evaluation.table_forms import markdown as cell_text
 
 MARKS = ("<!-- table -->", "<!-- end of table -->")  # what write_results fills in a README
 
@@ -288,7 +289,7 @@ def _table(rows: Sequence[Mapping[str, Any]], part: str, headline: Mapping[str, 
     lines = [f"| system | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for row in rows:
         cells = [_cell(row[part].get(column)) for column in columns]
-        lines.append(f"| {row['system']} | {' | '.join([*cells, *([_scored(row[part])] * faces)])} |")
+        lines.append(f"| {cell_text(str(row['system']))} | {' | '.join([*cells, *([_scored(row[part])] * faces)])} |")
     return "\n".join(lines) + "\n"
 
 

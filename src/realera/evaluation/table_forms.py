@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -150,13 +151,13 @@ def as_csv(table: Table) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """Value and interval in each cell, the best in bold, the second underlined, the paper's number behind. A row's note
-    stands in brackets behind its name."""
+    """Value and interval in each cell, the best in bold, the second underlined (by <ins>, for GitHub drops <u>), the
+    paper's number behind. A row's note stands in brackets behind its name."""
     heads = [*table.heads]
     for column in table.columns:
         name = f"{column.symbol}_{column.index}" if column.index else column.symbol
         heads.append(" ".join(filter(None, [column.group, name, column.arrow])))
-    lines = [f"| {' | '.join(map(_bar, heads))} |", f"|{'---|' * len(table.heads)}{'---:|' * len(table.columns)}"]
+    lines = [f"| {' | '.join(map(markdown, heads))} |", f"|{'---|' * len(table.heads)}{'---:|' * len(table.columns)}"]
     for row in table.rows:
         cells = []
         for column, number in zip(table.columns, row.numbers):
@@ -164,20 +165,22 @@ def as_markdown(table: Table) -> str:
                 cells.append("–")
                 continue
             text = column.text(number.value, row.signed)
-            text = {"best": f"**{text}**", "second": f"<u>{text}</u>"}.get(number.mark, text)
+            text = {"best": f"**{text}**", "second": f"<ins>{text}</ins>"}.get(number.mark, text)
             if number.has_interval:
                 text += f" [{column.text(number.low, row.signed)}, {column.text(number.high, row.signed)}]"
             if number.printed is not None:
                 text += f" (paper: {number.printed:g})"
             cells.append(text)
         name = f"{row.texts[0]} ({row.note})" if row.note else row.texts[0]
-        lines.append(f"| {' | '.join([*map(_bar, (name, *row.texts[1:])), *cells])} |")
+        lines.append(f"| {' | '.join([*map(markdown, (name, *row.texts[1:])), *cells])} |")
     notes = "".join(f"\n{note}\n" for note in table.notes)
     return "\n".join(lines) + "\n" + notes
 
 
-def _bar(text: str) -> str:
-    return text.replace("|", "\\|")
+def markdown(text: str) -> str:
+    """Plain text in a cell of a Markdown table: what has a meaning there is escaped, an underscore within a word has
+    none."""
+    return re.sub(r"[\\`*|<~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
 def as_latex(table: Table) -> str:
@@ -220,7 +223,7 @@ def _tabular(table: Table, chosen: Sequence[int]) -> str:
         values = [_value(column, number, row.signed) for column, number in pairs]
         lines.append(f"{' & '.join([*map(latex, row.texts), *values])} \\\\")
         intervals = [
-            f"{{\\scriptsize [{c.text(n.low, row.signed)}, {c.text(n.high, row.signed)}]}}"
+            f"{{\\scriptsize [{_signed(c.text(n.low, row.signed))}, {_signed(c.text(n.high, row.signed))}]}}"
             if n and n.has_interval
             else ""
             for c, n in pairs
@@ -243,9 +246,13 @@ def _head(column: Column) -> str:
 def _value(column: Column, number: Number | None, signed: bool) -> str:
     if number is None or not number.known:
         return "--"
-    text = column.text(number.value, signed)
-    text = f"${text}$" if text[0] in "+-" else text
+    text = _signed(column.text(number.value, signed))
     return {"best": f"\\textbf{{{text}}}", "second": f"\\underline{{{text}}}"}.get(number.mark, text)
+
+
+def _signed(text: str) -> str:
+    """A number with a minus in place of a hyphen."""
+    return f"${text}$" if text[0] in "+-" else text
 
 
 _SPECIAL = {
@@ -261,6 +268,11 @@ _SPECIAL = {
     "^": "\\textasciicircum{}",
     "<": "\\textless{}",
     ">": "\\textgreater{}",
+    "|": "\\textbar{}",
+    "≥": "$\\geq$",
+    "≤": "$\\leq$",
+    "↑": "$\\uparrow$",
+    "↓": "$\\downarrow$",
     "∞": "$\\infty$",
     "✓": "$\\surd$",
     "–": "--",
@@ -270,7 +282,7 @@ _SPECIAL = {
 
 
 def latex(text: str) -> str:
-    """Plain text as LaTeX: what has a meaning there is escaped. A bracket at the start of a row would be read as an
-    argument of the line's end before it."""
+    """Plain text as LaTeX: what has a meaning there is escaped. A bracket or a star at the start of a row would be
+    read as a part of the line's end before it."""
     escaped = "".join(_SPECIAL.get(letter, letter) for letter in text)
-    return f"{{{escaped}}}" if escaped.startswith("[") else escaped
+    return f"{{{escaped}}}" if escaped.startswith(("[", "*")) else escaped

@@ -159,9 +159,13 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def sentence(found: Trend, short: str, symbol: str, ends: tuple[str, str]) -> str:
+def sentence(found: Trend, short: str, symbol: str, ends: tuple[str, str], digits: int = 1) -> str:
     """ "Acc_e falls as d1 grows: ..." in plain text. short: the axis' name; symbol: the measure's; ends: its first and
-    last value as they are written."""
+    last value as they are written; digits: decimals of the measure."""
+
+    def plain(value: float, sign: str = "+", places: int = digits) -> str:
+        return f"{round(value, places) + 0.0:{sign}.{places}f}"  # no "-0.0"
+
     rho, low, high = found.rho
     told = {
         "rises": f"{symbol} rises with {short}",
@@ -170,12 +174,12 @@ def sentence(found: Trend, short: str, symbol: str, ends: tuple[str, str]) -> st
     }[found.verdict]
     if found.verdict == "neither" and (found.rho[1] > 0 or found.rho[2] < 0):
         told += f" that is certain among the {found.among} trends of this page"
-    text = f"{told}: rank correlation {rho:+.2f} [{low:+.2f}, {high:+.2f}]"
+    text = f"{told}: rank correlation {plain(rho, places=2)} [{plain(low, places=2)}, {plain(high, places=2)}]"
     if not math.isnan(found.change[0]):
         change, least, most = found.change
         text += (
-            f"; from {ends[0]} to {ends[1]} it goes from {found.ends[0]:.1f} to {found.ends[1]:.1f} "
-            f"({change:+.1f} [{least:+.1f}, {most:+.1f}])"
+            f"; from {ends[0]} to {ends[1]} it goes from {plain(found.ends[0], '-')} to {plain(found.ends[1], '-')} "
+            f"({plain(change)} [{plain(least)}, {plain(most)}])"
         )
     said = {
         "confirmed": "; the paper says the same",
