@@ -16,7 +16,7 @@ def report(cfg: DictConfig) -> None:
     names = [str(name) for name in config["runs"]]
     if not names:
         raise UserError("no run was given: python -m realera.report runs/..., or runs for all of them.")
-    folders = list(dict.fromkeys(folder for name in names for folder in runs.runs_in(name)))
+    folders = list(dict.fromkeys(folder for name in names for folder in _runs_in(name)))
     if config["base"] is not None and len(folders) < 2:
         raise UserError(f"base={config['base']} compares systems, and one run was given: give several.")
     sweeps = [Path(name) for name in names if (Path(name) / sweep.CELLS).is_file()]
@@ -43,6 +43,12 @@ def report(cfg: DictConfig) -> None:
     if config["results"]:
         systems = sweep_report.systems(folders, cells)
         console.show_path("results", write_results(there, Path(str(config["results"])), systems))
+
+
+def _runs_in(name: str) -> list[Path]:
+    """`runs.runs_in`; of a sweep in which no cell came so far as to have a folder, none."""
+    begun = (Path(name) / sweep.LISTED).is_file() or not (Path(name) / sweep.CELLS).is_file()
+    return runs.runs_in(name) if begun else []
 
 
 def main() -> None:

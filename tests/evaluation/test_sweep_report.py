@@ -119,6 +119,12 @@ def test_cells_that_failed_are_listed_as_they_ended_last(tmp_path: Path, no_plot
     assert "1 cell</a> of the sweep did not end" in text
 
 
+def test_of_a_sweep_without_numbers_it_is_said_how_the_first_cell_ended(tmp_path: Path) -> None:
+    refused = {"folder": None, "state": "refused", "reason": "no anchor", "overrides": ["concept=x"], "system": "uce"}
+    with pytest.raises(UserError, match=r"1 ended without numbers, the first: concept=x: refused, no anchor$"):
+        write_sweep([tmp_path / "gone"], tmp_path / "report.html", [refused])
+
+
 def lost(text: str) -> list[str]:
     section = re.search(r'<section class="lost".*?</section>', text, re.DOTALL)
     return re.findall(r"<li>(.*?)</li>", section[0]) if section else []

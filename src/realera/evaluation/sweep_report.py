@@ -55,7 +55,9 @@ def write_sweep(
     read = _read(folders, cells)
     known = [run for run in read if run is not None]
     if not known:
-        raise UserError("none of these runs was judged yet: finish them, or give evaluate=true.")
+        ended = [f"{_what(cell)}: {cell['state']}, {cell.get('reason')}" for cell in _lost(cells, ())]
+        said = f" {len(ended)} ended without numbers, the first: {ended[0]}" if ended else ""
+        raise UserError(f"none of these runs was judged yet: finish them, or give evaluate=true.{said}")
     lost = _lost(cells, {os.path.abspath(run.folder) for run in known})
     said = {os.path.abspath(cell["folder"]) for cell in lost if cell.get("folder")}
     waiting = {os.path.abspath(folder) for folder, run in zip(dict.fromkeys(folders), read) if run is None}
@@ -108,7 +110,9 @@ def systems(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]] = ()) ->
 def _read(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]]) -> list[Run | None]:
     """The runs, each called as the sweep's ledger says: another sweep may have found the same run and called it
     otherwise since."""
-    called = {os.path.abspath(cell["folder"]): cell["system"] for cell in cells if cell.get("system")}
+    called = {
+        os.path.abspath(cell["folder"]): cell["system"] for cell in cells if cell.get("system") and cell.get("folder")
+    }
     return [read_run(folder, called.get(os.path.abspath(folder))) for folder in dict.fromkeys(folders)]
 
 
