@@ -56,8 +56,8 @@ def write_sweep(
     known = [run for run in read if run is not None]
     if not known:
         ended = [f"{_what(cell)}: {cell['state']}, {cell.get('reason')}" for cell in _lost(cells, ())]
-        said = f" {len(ended)} ended without numbers, the first: {ended[0]}" if ended else ""
-        raise UserError(f"none of these runs was judged yet: finish them, or give evaluate=true.{said}")
+        first = f" {len(ended)} ended without numbers, the first: {ended[0]}" if ended else ""
+        raise UserError(f"none of these runs was judged yet: finish them, or give evaluate=true.{first}")
     lost = _lost(cells, {os.path.abspath(run.folder) for run in known})
     said = {os.path.abspath(cell["folder"]) for cell in lost if cell.get("folder")}
     waiting = {os.path.abspath(folder) for folder, run in zip(dict.fromkeys(folders), read) if run is None}
