@@ -173,6 +173,97 @@ def test_a_launcher_that_gives_up_leaves_the_page_and_a_sentence(
     assert Path("runs/sweeps/stamp/report.html").is_file() == bool(ended)
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run_dir=own", "overwrite=true", "seed=0,1"], "run_dir=own is the folder of several jobs"),
+        (["run_dir=own", "method.edit.ridge=0.5,5"], "as run_dir='own/${concept}-${seed}' does."),
+        (["judge=miniature,clip"], "several jobs would judge runs/airplane-uce-"),
+        (["hydra.job.chdir=true"], "hydra.job.chdir=true would put each job's files where"),
+    ],
+)
+def test_jobs_that_would_lose_each_other_s_files_are_refused(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "concept=airplane", "backbone=mini", "method=uce", *words])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and said.startswith("error: ") and sentence in said and not list(tmp_path.iterdir())
+
+
+def test_jobs_with_folders_of_their_own_and_equal_jobs_are_not_refused(type_in: Type) -> None:
+    assert type_in(*UCE, "concept=airplane", "seed=0,0,1", "run_dir='own/${concept}-${seed}'") == 0
+    assert [cell["state"] for cell in ledger()] == ["done", "found", "done"]
+    assert {cell["folder"] for cell in ledger()} == {"own/airplane-0", "own/airplane-1"}
+
+
+def test_where_a_sweep_s_own_folder_cannot_be_it_says_so_at_once(
+    type_in: Type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("runs").mkdir()
+    Path("runs/sweeps").touch()
+    assert type_in(*UCE, "concept=airplane,cat") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(
+        "error: runs/sweeps/stamp, where a sweep keeps its list of runs and its page, cannot be made"
+    )
+
+
+def test_a_full_disk_does_not_hide_what_happened(
+    type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from realera import steps
+
+    def full(*all: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(steps, "erase", full)
+    monkeypatch.setattr(
+        sweep.paths,
+        "write_text",
+        lambda path, text, write=sweep.paths.write_text: full() if path.parent.name == "failed" else write(path, text),
+    )
+    assert type_in(*UCE, "concept=airplane", "seed=0,1") == 1
+    assert [cell["reason"] for cell in ledger()] == ["OSError: [Errno 28] No space left on device."] * 2
+    assert "2 failed" in capsys.readouterr().out
+
+
+OWN = """
+defaults: [train, _self_]
+seed: 5
+label: mine
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config-dir", "mine", "--config-name", "own"],
+        ["--config-dir", "mine", "experiment=few"],
+        ["hydra.searchpath=[file://mine]", "experiment=few"],
+    ],
+)
+def test_settings_of_one_s_own_stay_where_the_task_names_the_judge(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REALERA_STAMP", "stamp")
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/own.yaml").write_text(OWN)
+    (tmp_path / "mine/experiment/few.yaml").write_text("# @package _global_\nseed: 5\nlabel: mine\n")
+    seen: list[tuple[Any, ...]] = []
+
+    def step(cfg: DictConfig) -> None:
+        seen.append((cfg.seed, cfg.label, cfg.judge._target_))
+
+    for flag in ([], ["-m"]):
+        monkeypatch.setattr(sys, "argv", ["train", *flag, *words, "concept=airplane", "backbone=mini", "method=uce"])
+        cli.door("train", step)
+    assert seen == [(5, "mine", "realera.judges.miniature.MiniatureJudge")] * 2, capsys.readouterr().err
+
+
 def test_an_unforeseen_error_before_a_sweep_keeps_its_traceback(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
     none: dict[str, Any] = {}
     monkeypatch.setattr(jobs, "plan_of", lambda *all: none["a bug"])

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,7 +51,7 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
     arguments = flags_first(sys.argv[1:])
     get_ready()
     sys.argv[1:] = gather(arguments, positional) if positional else arguments
-    job = sweep.Job(step, partial(prepared, config_name), get_ready)
+    job = sweep.Job(step, prepared, get_ready)
     status = 0
     try:
         hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(job)()
@@ -110,9 +110,9 @@ def as_process(main: Callable[[], None]) -> NoReturn:
     os._exit(status)
 
 
-def prepared(config_name: str, cfg: DictConfig) -> DictConfig:
+def prepared(cfg: DictConfig) -> DictConfig:
     """The composed config as a step takes it."""
-    return with_concepts(with_judge(cfg, config_name))
+    return with_concepts(with_judge(cfg))
 
 
 def get_ready() -> None:
@@ -140,14 +140,17 @@ def gather(arguments: list[str], key: str) -> list[str]:
     return [*rest, f"{key}=[{quoted}]"] if bare else rest
 
 
-def with_judge(cfg: DictConfig, config_name: str) -> DictConfig:
-    """The config with the judge that the task names for this backbone (`judges` in its yaml), unless one was typed."""
+def with_judge(cfg: DictConfig) -> DictConfig:
+    """The config with the judge that the task names for this backbone (`judges` in its yaml), unless one was typed: it
+    is composed once more, from where it came from, which --config-name and hydra.searchpath may have moved."""
     hydra_config = HydraConfig.get()
     typed = sweep.words(hydra_config)
     open_choice = "judge" in hydra_config.runtime.choices and hydra_config.runtime.choices["judge"] is None
     if not open_choice or "judges" not in (cfg.get("task") or {}) or any(w.startswith("judge=") for w in typed):
         return cfg
-    return hydra.compose(config_name, [*typed, f"judge={by_backbone(cfg.task.judges, _root_=cfg)}"])
+    found = [word for word in hydra_config.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
+    judge = f"judge={by_backbone(cfg.task.judges, _root_=cfg)}"
+    return hydra.compose(hydra_config.job.config_name, [*found, *typed, judge])
 
 
 def with_concepts(cfg: DictConfig) -> DictConfig:

@@ -25,22 +25,30 @@ from realera.contracts import UserError
 from realera.plan import Plan, Work
 
 MANY = 20  # jobs from which on composing them shows a bar
+Made = dict[Path, set[tuple[str, str]]]  # run folders, and digests of the settings and of the judge of who makes them
+ONE_FOLDER = (
+    "run_dir={folder} is the folder of several jobs of other settings: leave it out, or let it tell them apart, as "
+    "run_dir='{folder}/${{concept}}-${{seed}}' does."
+)
 
 
 class Beginning(Callback):
     """Prints the plan of a sweep and keeps it as plan.json; with dry_run=true that is the end."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        dry = bool(config.get("dry_run"))
         try:
             refuse_missing(config)
+            refuse_moving(config)
             planned = plan_of(config, str(kwargs.get("config_name") or config.hydra.job.config_name))
             study.settle(config)
+            if not dry:
+                make_room()
         except Exception as error:  # Hydra would make a warning of it, and go on: SystemExit passes
             if (sentence := complaints.of_step(error)) is not None:
                 sweep.fail(sentence)
             traceback.print_exc()
             sys.exit(1)
-        dry = bool(config.get("dry_run"))
         plan.show(planned, None if dry else sweep.folder())
         if dry:
             sys.exit(2 if planned.refused else 0)
@@ -58,6 +66,27 @@ def refuse_missing(config: DictConfig) -> None:
             raise UserError(f"{top.removeprefix('hydra_plugins.')} is not installed: pip install 'realera[sweeps]'.")
 
 
+def refuse_moving(config: DictConfig) -> None:
+    """Runs, ledger and cache of a sweep's jobs stand where the sweep was started."""
+    if config.hydra.job.chdir:
+        raise UserError(
+            "hydra.job.chdir=true would put each job's files where no other job, nor the sweep's page, finds them: "
+            "leave it out."
+        )
+
+
+def make_room() -> None:
+    """The sweep's folder must be there before its first job."""
+    place = sweep.folder()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{place}, where a sweep keeps its list of runs and its page, cannot be made ({error.strerror or error}): "
+            "give the command in a folder that you may write to; root=FOLDER moves the runs alone."
+        ) from error
+
+
 def plan_of(config: DictConfig, config_name: str) -> Plan:
     """The plan of a sweep's config as Hydra has composed it, before any job.
 
@@ -73,19 +102,36 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
     compose = Composer(config)
     if trials is not None or any(one.is_sweep_override() and not one.is_discrete_sweep() for one in parsed):
         fixed = [word for word, one in zip(words, parsed) if not one.is_sweep_override()]
-        return _several(work_of(_composed(compose, fixed, config_name), config_name), int(trials or 1))
+        one_of_them = _composed(compose, fixed, config_name)
+        if one_of_them.get("run_dir") and not OmegaConf.is_interpolation(one_of_them, "run_dir"):
+            raise UserError(ONE_FOLDER.format(folder=one_of_them.run_dir))
+        return _several(work_of(one_of_them), int(trials or 1))
     jobs = BasicSweeper.split_arguments(parsed, None)[0]
     found: list[Work | str] = []
     known: dict[str, Any] = {}
+    made: Made = {}
     with console.bar("planning", len(jobs)) if len(jobs) >= MANY else console.no_bar() as advance:
         for job in jobs:
             cfg = _composed(compose, job, config_name)
             try:
-                found.append(work_of(cfg, config_name, known))
+                found.append(work_of(cfg, known, made))
             except (UserError, InstantiationException) as error:  # of this job alone, which will say it itself
                 found.append(complaints.of_step(error) or complaints.first_line(error))
             advance(1)
+    refuse_shared(made)
     return plan.count(found)
+
+
+def refuse_shared(made: Made) -> None:
+    """No job may clear what another of the sweep has made."""
+    for folder, content in made.items():
+        if len({settings for settings, _ in content}) > 1:
+            raise UserError(ONE_FOLDER.format(folder=folder))
+        if len(content) > 1:
+            raise UserError(
+                f"several jobs would judge {folder} by turns, and the last one's numbers stay: leave judge= out, and "
+                f"then put others' beside its own with python -m realera.evaluate -m run={folder} judge=A,B."
+            )
 
 
 def _composed(compose: Composer, words: Sequence[str], config_name: str) -> DictConfig:
@@ -103,8 +149,8 @@ def _several(one: Work, trials: int) -> Plan:
     return Plan(**{**vars(each), "basis": f"{each.basis}; {trials} trials, each as the settings stand, at most"})
 
 
-def work_of(cfg: DictConfig, config_name: str, known: dict[str, Any] | None = None) -> Work:
-    """What a composed job has to do."""
+def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | None = None) -> Work:
+    """What a composed job has to do. made: is told of the run that it makes."""
     hydra_config = HydraConfig.instance()
     outside = hydra_config.cfg
     hydra_config.set_config(cfg)  # as in the job: its own choices say which judge is its task's
@@ -119,8 +165,12 @@ def work_of(cfg: DictConfig, config_name: str, known: dict[str, Any] | None = No
         preflight.check_settings(config, sweep=True)
         task = cli.build_task(config)
         config = cli.name_concepts(config, task)
-        if (runs.folder_of(config) / paths.METRICS).is_file():  # finished only if judged by this judge: slow to compose
-            config["judge"] = cli.plain(cli.with_judge(own, config_name)).get("judge")
+        folder = runs.folder_of(config)
+        if (folder / paths.METRICS).is_file():  # finished only if judged by this judge: slow to compose
+            config["judge"] = cli.plain(cli.with_judge(own)).get("judge")
+        if made is not None:
+            content = runs.digest(runs.identity(config)), runs.digest(config.get("judge"))
+            made.setdefault(folder, set()).add(content)
     finally:
         hydra_config.cfg = outside
     return plan.work(config, task, known=known)

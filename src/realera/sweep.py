@@ -217,9 +217,14 @@ def _explain(cell: Cell, error: BaseException) -> None:
 
 def _kept(error: BaseException, name: str) -> str:
     """What an unforeseen error says, and where its traceback now stands."""
-    file = folder() / FAILED / f"{name}.txt"
-    paths.write_text(file, "".join(traceback.format_exception(error)))
-    return f"{type(error).__name__}: {complaints.first_line(error)}".removesuffix(".") + f" (traceback in {file})"
+    file, whole = folder() / FAILED / f"{name}.txt", "".join(traceback.format_exception(error))
+    said = f"{type(error).__name__}: {complaints.first_line(error)}".removesuffix(".")
+    try:
+        paths.write_text(file, whole)
+    except OSError:  # of a full disk, say, which is what there is to tell
+        print(whole, file=sys.stderr)
+        return said
+    return f"{said} (traceback in {file})"
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
