@@ -6,16 +6,18 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 
 from realera import cli, paths, tracking
-from realera.contracts import Mode, Prompt, Split, Verdict
+from realera.contracts import Mode, Prompt, Split, UserError, Verdict
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
@@ -137,7 +139,7 @@ def test_a_run_s_settings_losses_numbers_and_images(
     run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
     backbone = new_backbone()
     loggers = tracking.make(run)
-    try:
+    with tracking.ended(loggers):
         pairs = new_pairs(backbone, ("cat", "field"))
         settings = {"accelerator": "cpu", "devices": 1}
         fit(
@@ -152,8 +154,6 @@ def test_a_run_s_settings_losses_numbers_and_images(
             loggers=loggers,
         )
         tracking.log_results(loggers, run, metrics_of(run))
-    finally:
-        tracking.finish(loggers)
     found = held(tmp_path)
     assert found["config"]["seed"] == 3 and found["config"]["concept"] == ["cat"]
     losses = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
@@ -231,8 +231,8 @@ def test_who_a_run_is_stands_where_users_of_w_and_b_look(tmp_path: Path, monkeyp
     (tmp_path / "costs.json").write_text(json.dumps(costs))
     metrics = metrics_of(run)
     loggers = tracking.make(run)
-    tracking.log_results(loggers, run, metrics)
-    tracking.finish(loggers)
+    with tracking.ended(loggers):
+        tracking.log_results(loggers, run, metrics)
     found = held(tmp_path)
     told, config, summary = found["run"], found["config"], found["summary"]
     assert (told.run_group, told.job_type, told.display_name) == ("20260101-101010", "train", tmp_path.name)
@@ -284,6 +284,30 @@ def test_a_run_judged_again_is_logged_where_it_was_logged_before(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (ZeroDivisionError, 1), (KeyboardInterrupt, 255)])
+def test_a_run_that_failed_is_no_finished_one_in_w_and_b(
+    error: type[BaseException] | None, status: int, tmp_path: Path
+) -> None:
+    loggers = tracking.make(judged(tmp_path, OBJECT, ["cat"], "mean_prob"))
+    with pytest.raises(error) if error else nullcontext(), tracking.ended(loggers):
+        if error:
+            raise error
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    (ending,) = [record.exit for record in whole(file) if record.WhichOneof("record_type") == "exit"]
+    assert ending.exit_code == status
+
+
+def test_a_server_that_does_not_answer_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(told: Any) -> None:
+        raise wandb.errors.CommError("Failed to get resume status: context deadline exceeded")
+
+    monkeypatch.setattr(tracking, "instantiate", lambda *all, **more: SimpleNamespace(log_hyperparams=unreachable))
+    monkeypatch.setattr("wandb.setup", lambda settings: None)
+    with pytest.raises(UserError, match=r"deadline exceeded\): WANDB_MODE=offline .* wandb sync .* logger=none"):
+        tracking.make(judged(tmp_path, OBJECT, ["cat"], "mean_prob"))
+
+
+@pytest.mark.slow
 def test_no_image_table_where_none_is_wanted(tmp_path: Path) -> None:
     run = with_logger(judged(tmp_path, OBJECT, ["cat"], "mean_prob"), images=0)
     tracking.log_judged(run, metrics_of(run))
@@ -295,8 +319,8 @@ def test_no_image_table_where_none_is_wanted(tmp_path: Path) -> None:
 def test_explicit_images_leave_this_machine_blurred_and_counted(tmp_path: Path) -> None:
     run = judged(tmp_path, NSFW, ["nudity", "a/b"], "detected")
     loggers = tracking.make(run)
-    tracking.log_results(loggers, run, metrics_of(run))
-    tracking.finish(loggers)
+    with tracking.ended(loggers):
+        tracking.log_results(loggers, run, metrics_of(run))
     found = held(tmp_path)
     summary = found["summary"]
     assert summary["eval/nudity/acc_e"] == 100 and summary["eval/a-b/acc_g"] == 100

@@ -30,6 +30,7 @@ ATTENTIVE = (  # aligners whose loss is made of what gradient checkpointing drop
     "realera.methods.mace.AttentionSuppression",
     "realera.methods.fmn.AttentionResteering",
 )
+WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")  # of W&B; the last two: its older words
 HUB_PATIENCE = 1.2  # seconds until a hub that does not answer counts as out of reach
 
 
@@ -50,6 +51,8 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
     for key in ("evaluate", "overwrite"):
         if not isinstance(config.get(key, False), bool):
             raise UserError(f"{key}={config[key]} is neither true nor false.")
+    if (mode := (config.get("logger") or {}).get("mode")) not in (None, *WANDB_MODES):
+        raise UserError(f"logger.mode={mode} (WANDB_MODE, where it is set) is none of {', '.join(WANDB_MODES)}.")
     if sweep:
         check_sweep(config.get("trainer") or {})
     method = config.get("method") or {}

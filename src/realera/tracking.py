@@ -13,7 +13,8 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from realera import cli, costs, paths, sweep
+from realera import cli, complaints, costs, paths, sweep
+from realera.contracts import UserError
 from realera.evaluation.readings import ORDER
 from realera.evaluation.report import veiled
 from realera.evaluation.results import scalars
@@ -24,6 +25,7 @@ from realera.runs import Run, digest, identity, is_original
 ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images says otherwise
 SHORT = 100  # entries: a longer list of the protocol (30,000 captions, say) is told by its length
 TAG = 64  # letters, W&B's own limit
+INTERRUPTED = 255  # W&B's own status of a process that Ctrl-C ended
 TAGGED = 5  # concepts that are tags; of more, the first ones
 
 
@@ -42,8 +44,14 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
     node["tags"] = list(dict.fromkeys([*tags(run.config), *(node.get("tags") or ())]))
     node["job_type"] = "evaluate" if unedited(run) else "train"
     place = str(run.folder.absolute())  # W&B's own process has a working directory of its own
-    logger: Logger = instantiate(node, save_dir=place, name=name, id=run_id(run))
-    logger.log_hyperparams({**_told(run.config), "system": system(run)})
+    try:
+        logger: Logger = instantiate(node, save_dir=place, name=name, id=run_id(run))
+        logger.log_hyperparams({**_told(run.config), "system": system(run)})
+    except wandb.Error as error:
+        raise UserError(
+            f"W&B could not begin a run ({complaints.first_line(error)}): WANDB_MODE=offline keeps it beside the run's "
+            "files until wandb sync sends it, and logger=none does without."
+        ) from error
     return [logger]
 
 
@@ -106,10 +114,8 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
     if typed is not None:
         node = {**node, "mode": typed.get("mode")} if typed.get("_target_") and node.get("_target_") else {}
     loggers = make(run, node)
-    try:
+    with ended(loggers):
         log_results(loggers, run, metrics)
-    finally:
-        finish(loggers)
 
 
 @contextmanager
@@ -127,12 +133,22 @@ def _staged_in(folder: Path) -> Iterator[None]:
         del os.environ[name]
 
 
-def finish(loggers: Sequence[Logger]) -> None:
-    """Ends the W&B run, so that the next job of a sweep begins its own."""
-    if any(isinstance(logger, WandbLogger) for logger in loggers):
-        import wandb
+@contextmanager
+def ended(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Ends the W&B run with the block, so that the next job of a sweep begins its own; a run that an error or Ctrl-C
+    ended is marked as such, as W&B does of a process that it ends with."""
+    status = 1
+    try:
+        yield
+        status = 0
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        raise
+    finally:
+        if any(isinstance(logger, WandbLogger) for logger in loggers):
+            import wandb
 
-        wandb.finish()
+            wandb.finish(exit_code=status)
 
 
 def _told(node: Any) -> Any:

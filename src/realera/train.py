@@ -52,7 +52,7 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
     judge = steps.build_judge(run.config, task) if run.config["evaluate"] else None  # first: it may be out of reach
     with costs.of_run(run.folder, ranks) as meter, shelf.borrowed(run.config, meter) as backbone:
         loggers = tracking.make(run) if ranks.first else []
-        try:
+        with tracking.ended(loggers):
             steps.erase(backbone, task, run, loggers, ranks, meter)
             if judge is None:
                 return
@@ -61,8 +61,6 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
             if ranks.first:
                 write_report(run.folder)
                 tracking.log_results(loggers, run, metrics)
-        finally:
-            tracking.finish(loggers)
 
 
 def tell_agent(run: Run) -> None:
