@@ -75,6 +75,8 @@ def test_results_hold_a_row_per_system_and_name_what_was_run_twice():
     assert results["rows"][0]["by_concept"]["cat"]["acc_g"]["value"] == 50
     text = markdown(results)
     assert text.splitlines()[2].startswith("| uce | 10.0 [10.0, 10.0] | 90.0")
+    third = table([full("uce", "cat", 0, 1 / 3, 0.35251, 0.9)])["rows"][0]["mean"]
+    assert (third["acc_e"]["value"], third["acc_g"]["value"]) == (33.3333, 35.251), "so that it reads 35.3 here too"
     with pytest.raises(UserError, match="two runs of 'cat' with seed 0"):
         table([*cells, full("uce", "cat", 0, 0.1, 0.5, 0.9)])
 

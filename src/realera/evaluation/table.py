@@ -249,7 +249,7 @@ def _judge_of(run_dir: Path) -> str:
 def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
     found = {}
     for name, estimate in row.items():
-        numbers = {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(estimate).items()}
+        numbers = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(estimate).items()}
         if not estimate.undefined:
             del numbers["undefined"]
         if estimate.undefined or not math.isnan(estimate.value):
