@@ -61,6 +61,12 @@ def test_bars_are_grouped_by_what_tables_call_a_run() -> None:
     assert {(bar["groupBy"], bar["groupAgg"], bar["groupArea"]) for bar in bars} == {("system.value", "mean", "stderr")}
 
 
+def test_a_system_that_took_no_pass_has_its_place_beside_the_others() -> None:
+    spec = sent(panels.workspace("t", "p", "a", "", None))
+    logarithmic = {p["config"]["xAxis"] for p in shown(spec) if p["config"].get("xAxisLogScale")}
+    assert logarithmic == {"summary:cost/seconds"}, "nothing takes no time; a closed form takes no passes"
+
+
 def test_both_surfaces_are_drawn_with_and_without_our_presets() -> None:
     without = list(shown(sent(panels.workspace("t", "p", "a", "", None))))
     assert "Vega2" not in [panel["viewType"] for panel in without]

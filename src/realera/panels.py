@@ -199,7 +199,8 @@ def sections(presets_of: str | None) -> list[tuple[str, str, list[Any]]]:
             "What erasing took against what it brought.",
             [
                 cost("seconds", "H_o against seconds to erase", True),
-                cost("passes", "H_o against passes of the U-Net to erase", True),
+                # a closed form has none: on a logarithmic axis it would not be there
+                cost("passes", "H_o against passes of the U-Net to erase", False),
                 cost("passes_per_image", "H_o against passes per image afterwards", False),
             ],
         ),
