@@ -194,6 +194,25 @@ def test_a_folder_is_one_w_and_b_run_and_another_folder_another(
     assert paths.WANDB_ID in FILES, "what is done anew is a new run"
 
 
+def test_a_run_stays_in_the_group_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def made(node: Any, **settings: Any) -> Any:
+        asked.append(node["group"])
+        return SimpleNamespace(log_hyperparams=lambda told: None)
+
+    monkeypatch.setattr(tracking, "instantiate", made)
+    monkeypatch.setattr("wandb.setup", lambda settings: None)
+    monkeypatch.setattr(cli, "in_sweep", lambda: True)
+    config = {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": LOGGER}
+    run = Run(tmp_path, config)
+    for stamp in ("train", "evaluate"):
+        monkeypatch.setenv("REALERA_STAMP", stamp)
+        tracking.make(run)
+    tracking.make(with_logger(run, group="typed"))
+    assert asked == ["train", None, "typed"]
+
+
 def test_a_run_that_was_logged_before_ids_were_kept_goes_on_as_it_was(tmp_path: Path) -> None:
     run = Run(tmp_path / "cat-uce-mini-01234567", {"concept": "cat", "method": {"name": "uce"}})
     (run.folder / "wandb").mkdir(parents=True)

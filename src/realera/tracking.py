@@ -40,7 +40,8 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
     wandb.setup(wandb.Settings(silent=True))
     name = run.folder.name
     node.pop("images", None)
-    node["group"] = node.get("group") or (os.environ["REALERA_STAMP"] if cli.in_sweep() else None)
+    begins = not (run.folder / paths.WANDB_ID).is_file()  # one that is gone on with stays in its group
+    node["group"] = node.get("group") or (os.environ["REALERA_STAMP"] if begins and cli.in_sweep() else None)
     node["tags"] = list(dict.fromkeys([*tags(run.config), *(node.get("tags") or ())]))
     node["job_type"] = "evaluate" if unedited(run) else "train"
     place = str(run.folder.absolute())  # W&B's own process has a working directory of its own
