@@ -177,7 +177,8 @@ def test_a_launcher_that_gives_up_leaves_the_page_and_a_sentence(
     ("words", "sentence"),
     [
         (["run_dir=own", "overwrite=true", "seed=0,1"], "run_dir=own is the folder of several jobs"),
-        (["run_dir=own", "method.edit.ridge=0.5,5"], "as run_dir='own/${concept}-${seed}' does."),
+        (["run_dir=own", "method.edit.ridge=0.5,5"], "as run_dir='own/${seed}' does of seeds."),
+        (["experiment=search", "method=realera", "run_dir=own"], "run_dir=own is the folder of several jobs"),
         (["judge=miniature,clip"], "several jobs would judge runs/airplane-uce-"),
         (["hydra.job.chdir=true"], "hydra.job.chdir=true would put each job's files where"),
     ],
@@ -186,6 +187,7 @@ def test_jobs_that_would_lose_each_other_s_files_are_refused(
     words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "refuse_missing", lambda config: None)  # the search's extra
     monkeypatch.setattr(sys, "argv", ["train", "-m", "concept=airplane", "backbone=mini", "method=uce", *words])
     with pytest.raises(SystemExit) as left:
         train.main()

@@ -27,8 +27,8 @@ from realera.plan import Plan, Work
 MANY = 20  # jobs from which on composing them shows a bar
 Made = dict[Path, set[tuple[str, str]]]  # run folders, and digests of the settings and of the judge of who makes them
 ONE_FOLDER = (
-    "run_dir={folder} is the folder of several jobs of other settings: leave it out, or let it tell them apart, as "
-    "run_dir='{folder}/${{concept}}-${{seed}}' does."
+    "run_dir={folder} is the folder of several jobs of other settings: leave it out, or let it name what varies, as "
+    "run_dir='{folder}/${{seed}}' does of seeds."
 )
 
 
