@@ -64,6 +64,7 @@ BAD = {  # what is typed -> words that the answer must hold
     ("concept=airplane", "evaluate=perhaps"): ["evaluate=perhaps"],
     ("concept=Beyonce (singer)",): ["""concept='"Beyonce (singer)"'"""],
     ("concept=Ocean's Eleven",): [r'''"concept=\"Ocean's Eleven\""'''],
+    ("concept=airplane", "logger=null"): ["no logger 'null'", "known: none, wandb"],
     ("concept=airplane", "logger.mode=sometimes"): ["logger.mode=sometimes", "offline"],
     ("concept=airplane", "-m", "trainer=ddp"): ["-m", "trainer=default"],
     ("airplane",): ["'airplane' is no setting", "key=value"],

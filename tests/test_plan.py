@@ -406,6 +406,7 @@ def test_many_reasons_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
             "there is no setting 'method.align.steps', because method.align is",
         ),
         (["method=uce,ucee"], "there is no method 'ucee'; did you mean 'uce'"),
+        (["logger=none,null"], "there is no logger 'null'; known: none, wandb."),
     ],
 )
 def test_what_no_job_can_be_composed_from_is_one_sentence(

@@ -195,6 +195,25 @@ def test_jobs_that_would_lose_each_other_s_files_are_refused(
     assert left.value.code == 2 and said.startswith("error: ") and sentence in said and not list(tmp_path.iterdir())
 
 
+def test_an_experiment_s_axes_are_never_left_out_unsaid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, sentence in (
+        (["-m", "experiment=fig5_ds,fig5_mn"], "'experiment=fig5_ds' would vary concept, method.neighbours.d1, "),
+        (["experiment=table1"], "these settings are a sweep's, one job for each concept: add -m"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train", *words, "backbone=mini"])
+        with pytest.raises(SystemExit) as left:
+            train.main()
+        (said,) = capsys.readouterr().err.splitlines()
+        assert left.value.code == 2 and said.startswith(f"error: {sentence}") and not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["train", "-m", "experiment=quick", "concept=airplane,cat", "dry_run=true"])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    assert not left.value.code
+
+
 def test_jobs_with_folders_of_their_own_and_equal_jobs_are_not_refused(type_in: Type) -> None:
     assert type_in(*UCE, "concept=airplane", "seed=0,0,1", "run_dir='own/${concept}-${seed}'") == 0
     assert [cell["state"] for cell in ledger()] == ["done", "found", "done"]

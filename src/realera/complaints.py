@@ -29,6 +29,10 @@ def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(error.missing_cfg_file, error.options or ())
+    if "group override must be a string" in text:
+        for key, _, value in (word.partition("=") for word in arguments):
+            if value == "null" and (paths.CONF_DIR / key).is_dir():
+                return _unknown_option(f"{key}/null", ())
     if isinstance(error, OverrideParseException):
         return _unreadable(str(error.override))
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):

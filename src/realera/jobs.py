@@ -100,8 +100,8 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
     loader = GlobalHydra.instance().config_loader()
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
     compose = Composer(config)
+    fixed = [word for word, one in zip(words, parsed) if not one.is_sweep_override()]
     if trials is not None or any(one.is_sweep_override() and not one.is_discrete_sweep() for one in parsed):
-        fixed = [word for word, one in zip(words, parsed) if not one.is_sweep_override()]
         one_of_them = _composed(compose, fixed, config_name)
         if one_of_them.get("run_dir") and not OmegaConf.is_interpolation(one_of_them, "run_dir"):
             raise UserError(ONE_FOLDER.format(folder=one_of_them.run_dir))
@@ -113,6 +113,11 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
     with console.bar("planning", len(jobs)) if len(jobs) >= MANY else console.no_bar() as advance:
         for job in jobs:
             cfg = _composed(compose, job, config_name)
+            if lost := sorted(sweep.axes(cfg.hydra) - sweep.axes(config.hydra)):
+                raise UserError(
+                    f"'{' '.join(word for word in job if word not in fixed)}' would vary {', '.join(lost)} by itself, "
+                    "which Hydra does only where all jobs have it in common: give a command for each."
+                )
             try:
                 found.append(work_of(cfg, known, made))
             except (UserError, InstantiationException) as error:  # of this job alone, which will say it itself
@@ -138,7 +143,7 @@ def _composed(compose: Composer, words: Sequence[str], config_name: str) -> Dict
     """A job's config; Hydra begins no job where one of them has none, and neither do we."""
     try:
         return compose(words)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         GlobalHydra.instance().clear()  # the answer looks for what there is by composing once more
         raise UserError(complaints.of_config(error, config_name, list(words))) from error
 

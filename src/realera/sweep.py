@@ -47,6 +47,17 @@ def words(config: Any) -> list[str]:
     return [str(word) for word in typed]
 
 
+def axes(config: Any) -> set[str]:
+    """What settings vary by themselves: an experiment's hydra.sweeper.params."""
+    return {str(key) for key in config.sweeper.get("params") or ()}
+
+
+def refuse_lone(settings: Mapping[str, Any]) -> None:
+    """A single run needs a concept, where a sweep's settings have several."""
+    if settings.get("concept") is None and not in_sweep() and "concept" in axes(HydraConfig.get()):
+        raise UserError("these settings are a sweep's, one job for each concept: add -m, or type one, concept=NAME.")
+
+
 def fail(sentence: str) -> NoReturn:
     """Says what is wrong and leaves with exit status 2."""
     print(f"error: {sentence}", file=sys.stderr)

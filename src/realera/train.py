@@ -17,6 +17,7 @@ def train(cfg: DictConfig) -> float | None:
     """One run; returns its H_o, which a search maximises."""
     config = cli.plain(cfg)
     preflight.check_settings(config, sweep=cli.in_sweep())
+    sweep.refuse_lone(config)
     task = cli.build_task(config)
     config = cli.name_concepts(config, task)
     preflight.check_task(task, config["backbone"])
