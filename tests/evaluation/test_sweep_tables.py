@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -278,6 +279,10 @@ def test_costs_are_means_over_the_runs_that_say_them(tmp_path: Path) -> None:
     assert table is not None and [row.texts for row in table.rows] == [("realera",)]
     assert number(table, "realera", "seconds").value == 3 and "cpu" in table.notes[0]
     assert cost_table(chapter([folders[2]])) is None
+    shared = {"latents": {"seconds": 0, "passes": 0, "unknown": 3}}
+    (folders[1] / "costs.json").write_text(json.dumps({"form": 1, "passes": {"erase": 9}, "shared": shared}))
+    least = cost_table(chapter([*folders, judged(tmp_path / "all", method="uce", cost=1.0)]))
+    assert least is not None and [row.note for row in least.rows] == ["1 of 3 runs", "at least"]
 
 
 def test_what_could_not_be_measured_is_left_open(tmp_path: Path) -> None:

@@ -215,17 +215,18 @@ def cost_table(chapter: Chapter) -> Table | None:
         Column(name, cost.COLUMNS[name], better=0 if "memory" in name else -1, digits=2 if name == "seconds" else 0)
         for name in names
     ]
-    rows = [
-        _row(chapter, system, [Number(spent[name]) if name in spent else None for name in names])
-        for system, spent in found.items()
-    ]
+    rows = []
+    for system, spent in found.items():
+        row = _row(chapter, system, [Number(spent[name]) if name in spent else None for name in names])
+        least = "at least" * spent["at_least"]
+        rows.append(replace(row, note=", ".join(filter(None, [row.note, least]))))
     devices = dict.fromkeys(device for spent in found.values() for device in spent["devices"])
     said = [
         "Loading, drawing and judging are left out, what the cache held counts as it cost when it was made; means "
         f"over runs{' on ' if devices else ''}{' and '.join(devices)}. {cost.WARM}"
     ]
-    if least := [system for system, spent in found.items() if spent["at_least"]]:
-        said.append(f"More was spent than is known, in seconds and passes: {', '.join(least)}.")
+    if any(spent["at_least"] for spent in found.values()):
+        said.append("At least: more was spent than is known, in seconds and passes.")
     table = _table(chapter, "costs", "What erasing costs", ("system",), columns, rows)
     return replace(table, notes=(*said, *_unranked(rows)))
 
