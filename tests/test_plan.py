@@ -406,6 +406,8 @@ def test_many_reasons_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
             "there is no setting 'method.align.steps', because method.align is",
         ),
         (["method=uce,ucee"], "there is no method 'ucee'; did you mean 'uce'"),
+        (["method=glob(zz*)", "seed=0,1"], "there is no job to do: method=glob(zz*) has no value."),
+        (["seed=0,1", "task.first_seed=interval(0,9)"], "task.first_seed=interval(0,9) is a range to search in: add "),
         (["logger=none,null"], "there is no logger 'null'; known: none, wandb."),
     ],
 )

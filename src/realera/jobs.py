@@ -101,12 +101,18 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
     compose = Composer(config)
     fixed = [word for word, one in zip(words, parsed) if not one.is_sweep_override()]
-    if trials is not None or any(one.is_sweep_override() and not one.is_discrete_sweep() for one in parsed):
+    searched = next((one for one in parsed if one.is_sweep_override() and not one.is_discrete_sweep()), None)
+    if searched is not None and str(config.hydra.sweeper._target_).endswith(BasicSweeper.__name__):
+        raise UserError(f"{searched.input_line} is a range to search in: add hydra/sweeper=search, or list its values.")
+    if trials is not None or searched is not None:
         one_of_them = _composed(compose, fixed, config_name)
         if one_of_them.get("run_dir") and not OmegaConf.is_interpolation(one_of_them, "run_dir"):
             raise UserError(ONE_FOLDER.format(folder=one_of_them.run_dir))
         return _several(work_of(one_of_them), int(trials or 1))
     jobs = BasicSweeper.split_arguments(parsed, None)[0]
+    if not jobs:
+        empty = [one for one in parsed if one.is_sweep_override() and not list(one.sweep_string_iterator())]
+        raise UserError(f"there is no job to do: {empty[0].input_line} has no value.")
     found: list[Work | str] = []
     known: dict[str, Any] = {}
     made: Made = {}
