@@ -143,6 +143,20 @@ def test_an_interrupted_sweep_says_so(
     assert "1 done" in capsys.readouterr().out
 
 
+def test_a_page_that_is_not_waited_for_can_be_made_later(
+    type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from realera.evaluation import sweep_report
+
+    def stops(*all: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_report, "write_sweep", stops)
+    assert type_in("method=uce", "concept=airplane") == 130
+    said = capsys.readouterr().err
+    assert "interrupted: python -m realera.report runs/sweeps/stamp makes the page" in said
+
+
 @pytest.mark.parametrize("ended", [1, 0])
 def test_a_launcher_that_gives_up_leaves_the_page_and_a_sentence(
     ended: int, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

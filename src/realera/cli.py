@@ -64,7 +64,11 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
             raise
         status = met_outside(error, config_name, arguments)
     if cells := sweep.own_cells():
-        ended = sweep.close(cells)
+        try:
+            ended = sweep.close(cells)
+        except KeyboardInterrupt:  # a page of many runs takes a while
+            print(f"\ninterrupted: python -m realera.report {sweep.folder()} makes the page", file=sys.stderr)
+            ended = 130
         status = status or ended
     if status:
         sys.exit(status)
