@@ -257,6 +257,16 @@ def test_generate_draws_what_was_asked(run_dir: Path, type_in: Type, place: Path
     assert not list(place.glob("*.png")) and not list((place / "drawn").glob("*.png"))
 
 
+def test_processes_that_torchrun_started_do_not_each_draw_a_whole_sweep(
+    run_dir: Path, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("REALERA_STAMP", "torchrun")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as left:
+        type_in("generate", "-m", f"run={run_dir}", "prompts=[cat]", "seeds=1,2", small=False)
+    assert left.value.code == 2 and capsys.readouterr().err.count("error: -m cannot be combined") == 2
+
+
 def test_an_exported_pipeline_draws_the_runs_images(run_dir: Path, type_in: Type, place: Path, tiny_sd: Path) -> None:
     from diffusers import StableDiffusionPipeline
 

@@ -354,6 +354,21 @@ def test_a_dry_run_of_evaluate_says_what_is_left_and_changes_nothing(
     assert {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")} == before
 
 
+@pytest.mark.parametrize("words", [["dry_run=true"], []])
+def test_several_devices_do_not_each_judge_the_whole_sweep(
+    words: list[str], hydra: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = half_drawn()
+    GlobalHydra.instance().clear()
+    words = [f"run={folder},latest", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", *words]
+    monkeypatch.setattr(sys, "argv", ["evaluate", "-m", *words])
+    with pytest.raises(SystemExit) as left:
+        evaluate.main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert left.value.code == 2 and "-m cannot be combined with several devices per run" in said
+    assert ("2 (2 refused)" if "dry_run=true" in words else "2 refused") in said
+
+
 @pytest.mark.parametrize("seeds", ["3", "1,3"])
 def test_a_setting_typed_by_another_is_read_in_each_job(
     seeds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

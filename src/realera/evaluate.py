@@ -14,6 +14,8 @@ from realera.runs import Run
 
 def evaluate(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
+    if cli.in_sweep():
+        preflight.check_sweep(config["trainer"])
     among = processes.plan(config["trainer"], cli.cuda_devices())
     run, original = judged.run_of(config, claim=among.first and not config["dry_run"])
     sweep.belongs(run)

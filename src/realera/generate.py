@@ -15,6 +15,8 @@ from realera.tasks.prompts import slug
 
 def generate(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
+    if cli.in_sweep():
+        preflight.check_sweep({})
     run = runs.open_run(str(config["run"]))
     plan = processes.plan(None, cli.cuda_devices())  # what torchrun or srun has started, else one
     prompts = prompts_of(config["prompts"], config["seeds"])

@@ -170,10 +170,11 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
         with open_dict(own):
             del own["hydra"]
         config = cli.plain(cli.with_concepts(own))
+        preflight.check_sweep(config.get("trainer") or {})
         if config.get("run") is not None:
             run, unedited = judged.run_of(config)
             return plan.judging(run, cli.build_task(run.config), unedited, known)
-        preflight.check_settings(config, sweep=True)
+        preflight.check_settings(config)
         task = cli.build_task(config)
         config = cli.name_concepts(config, task)
         folder = runs.folder_of(config)
