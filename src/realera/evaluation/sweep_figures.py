@@ -62,7 +62,7 @@ class Surface:
 
     @property
     def marks(self) -> list[float]:
-        return ticks(*_widened([edge for line in self.values for cell in line if cell for edge in cell]), 4)
+        return ticks(*_widened([edge for line in self.values for cell in line if cell for edge in cell]), 6)
 
     def colour(self, value: float) -> str:
         return colour(value, *self.span)
