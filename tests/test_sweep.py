@@ -355,6 +355,15 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     assert sweep.read_cells(tmp_path / "elsewhere") == []
 
 
+def test_what_follows_a_line_that_was_cut_short_is_a_line_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "cells.jsonl"
+    sweep._append(file, json.dumps(vars(Cell(folder="a"))))
+    file.write_bytes(file.read_bytes() + b'{"folder": "b", "sta')
+    for name in ("c", "d"):
+        sweep._append(file, json.dumps(vars(Cell(folder=name))))
+    assert [cell.folder for cell in sweep.read_cells(tmp_path)] == ["a", "c", "d"]
+
+
 def test_a_ledger_of_before_there_were_launches_is_read(tmp_path: Path) -> None:
     line: dict[str, Any] = {"folder": "x", "state": "done", "reason": None, "overrides": [], "seconds": 1.0}
     (tmp_path / "cells.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps({**line, 'launch': 'now'})}\n")

@@ -140,11 +140,14 @@ def status(cells: Iterable[Cell]) -> int:
 
 
 def _append(file: Path, line: str) -> None:
-    """A line in one write: several processes append to the same file."""
+    """A line in one write: several processes append to the same file. One that a full disk cut short stays alone."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(handle, f"{line}\n".encode())
+        size = os.fstat(handle).st_size
+        os.lseek(handle, max(0, size - 1), os.SEEK_SET)
+        begin = b"" if os.read(handle, 1) in (b"", b"\n") else b"\n"
+        os.write(handle, begin + f"{line}\n".encode())
     finally:
         os.close(handle)
 
