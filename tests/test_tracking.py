@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from realera import cli, paths, tracking
@@ -211,6 +212,18 @@ def test_a_run_stays_in_the_group_it_began_in(tmp_path: Path, monkeypatch: pytes
         tracking.make(run)
     tracking.make(with_logger(run, group="typed"))
     assert asked == ["train", None, "typed"]
+
+
+def test_the_project_that_users_of_w_and_b_name_once_is_the_dashboard_s_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    cli.register_resolvers()
+    with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+        for project in ("realera", "mine"):
+            train, board = compose("train", ["backbone=mini"]), compose("dashboard")
+            assert (train.logger.project, board.project) == (project, project)
+            monkeypatch.setenv("WANDB_PROJECT", "mine")
+        typed = compose("train", ["backbone=mini", "logger.project=typed"])
+    assert typed.logger.project == "typed"
 
 
 def test_a_run_that_was_logged_before_ids_were_kept_goes_on_as_it_was(tmp_path: Path) -> None:
