@@ -225,7 +225,7 @@ def test_an_empty_mask_has_no_gradient_that_is_not_a_number(new_backbone: Any, n
     known = {"mask": torch.zeros(1, 8, 8, dtype=torch.bool)}
     pair = new_pairs(backbone, CAT)[0]
     loss = AttentionSuppression().loss(backbone, pair, None, latents, t, 1, draw(5), **known)["attention"]
-    assert float(loss) == 0
+    assert loss.item() == 0
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in trained)
 

@@ -237,7 +237,7 @@ def test_equations_8_and_9(
         beyond = sum(square(b, found.beyond[b % 3], found.beyond[b % 3]) for b in range(4)) / 4
         slow = weights[1] * near + weights[2] * beyond
         unweighted = terms.get("near_unweighted", terms["near"]), terms.get("beyond_unweighted", terms["beyond"])
-        assert torch.allclose(torch.stack(unweighted), torch.tensor([float(near), float(beyond)]), rtol=1e-5)
+        assert torch.allclose(torch.stack(unweighted), torch.stack([near, beyond]), rtol=1e-5)
         assert len(terms) == (2 if settings["gamma_role"] == "none" else 4)
     assert isinstance(loss, Tensor) and isinstance(slow, Tensor)
     assert torch.allclose(loss, slow, rtol=1e-5)
