@@ -30,7 +30,7 @@ def main(table: Path) -> None:
 
 def change(row: Mapping[str, str], name: str) -> str:
     """ "-1.2 [-2.0, -0.4]", in bold where the interval leaves out 0 and half a point."""
-    value, low, high = (float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
+    value, low, high = (round(float(row[f"{name}{end}"]), 1) + 0 for end in ("", "_low", "_high"))  # no -0.0
     text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
     return f"**{text}**" if low * high > 0 and abs(value) >= 0.5 else text
 
