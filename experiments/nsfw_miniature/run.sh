@@ -1,21 +1,15 @@
 #!/usr/bin/env bash
-# All cells of the unsafe-content table on the miniature: its five stand-ins together x 3 seeds x (original, UCE, RealEra).
-# A cell that is finished is not redone. SEEDS="0" makes a third of it.
+# Table 2 on the miniature: its five stand-ins for unsafe content erased together, twelve systems x three seeds. It
+# resumes; METHODS="mace,ac" and SEEDS=0 run a part, so that several can run side by side with one thread each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
 HERE=experiments/nsfw_miniature
-SEEDS=${SEEDS:-0 1 2}
 RUNS=${RUNS:-runs/nsfw_miniature}
+export REALERA_STAMP=${REALERA_STAMP:-table2-miniature}
+part=()
+[[ -z ${METHODS:-} ]] || part+=("hydra.sweeper.params.method='$METHODS'")
+[[ -z ${SEEDS:-} ]] || part+=("hydra.sweeper.params.seed='$SEEDS'")
 
-cells() { # command, label, settings...
-  for seed in $SEEDS; do
-    REALERA_STAMP="nsfw-$2-$seed" $PY -m "realera.$1" task=nsfw backbone=mini "seed=$seed" \
-      "task.first_seed=$((1000 * seed))" "root=$RUNS" "label=$2" "${@:3}"
-  done
-}
-
-cells evaluate original run=original logger=none
-cells train RealEra logger=none
-cells train UCE logger=none method=uce method.edit.rows=suffix_2023
-$PY -m realera.report "$RUNS" "out=$RUNS/report.html" "results=$HERE"
+$PY -m realera.train -m experiment=table2 backbone=mini logger=none "root=$RUNS" "${part[@]}"
+$PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=$HERE" base=realera

@@ -46,11 +46,11 @@ def test_a_smoke_build_makes_a_whole_folder(tmp_path):
         pytest.skip("the build fetches its art by npm and WordNet by apt-get")
     pytest.importorskip("resvg_py")
     command = [sys.executable, "-m", "realera.miniature.build", "smoke=true", f"workdir={tmp_path / 'work'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "work" / "weights"
     for part in ("tokenizer", "text_encoder", "unet", "vae", "scheduler", "judge"):
         assert any((out / part).iterdir())
     assert (out / "check.json").is_file() and (out / "README.md").is_file()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert again.returncode == 0 and "step 12/12" not in again.stdout, "finished steps are not redone"
