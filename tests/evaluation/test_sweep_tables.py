@@ -285,6 +285,19 @@ def test_costs_are_means_over_the_runs_that_say_them(tmp_path: Path) -> None:
     assert least is not None and [row.note for row in least.rows] == ["1 of 3 runs", "at least"]
 
 
+def test_a_cost_of_which_only_a_part_is_known_has_no_rank(tmp_path: Path) -> None:
+    spent = {"uce": 1.0, "mace": 2.0, "realera": 0.5}
+    folders = {method: judged(tmp_path / method, method=method, cost=cost) for method, cost in spent.items()}
+    whole = cost_table(chapter(folders.values()))
+    assert whole is not None and number(whole, "realera", "seconds").mark == "best"
+    file = folders["realera"] / "costs.json"
+    shared = {"latents": {"seconds": 0, "passes": 0, "unknown": 3}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "shared": shared}))
+    table = cost_table(chapter(folders.values()))
+    assert table is not None and number(table, "realera", "seconds").value == 0.5
+    assert [number(table, method, "seconds").mark for method in spent] == ["best", "second", ""]
+
+
 def test_what_could_not_be_measured_is_left_open(tmp_path: Path) -> None:
     folders = [judged(tmp_path / "a"), judged(tmp_path / "b", method="uce", shares={"erase": 0.5, "keep": 1.0})]
     table = means(chapter(folders))

@@ -217,7 +217,9 @@ def cost_table(chapter: Chapter) -> Table | None:
     ]
     rows = []
     for system, spent in found.items():
-        row = _row(chapter, system, [Number(spent[name]) if name in spent else None for name in names])
+        short = [spent["at_least"] and name in cost.ERASING for name in names]
+        numbers = [Number(spent[name], least=least) if name in spent else None for name, least in zip(names, short)]
+        row = _row(chapter, system, numbers)
         least = "at least" * spent["at_least"]
         rows.append(replace(row, note=", ".join(filter(None, [row.note, least]))))
     devices = dict.fromkeys(device for spent in found.values() for device in spent["devices"])
@@ -226,7 +228,7 @@ def cost_table(chapter: Chapter) -> Table | None:
         f"over runs{' on ' if devices else ''}{' and '.join(devices)}. {cost.WARM}"
     ]
     if any(spent["at_least"] for spent in found.values()):
-        said.append("At least: more was spent than is known, in seconds and passes.")
+        said.append("At least: more was spent than is known, in seconds and passes, which are not ranked.")
     table = _table(chapter, "costs", "What erasing costs", ("system",), columns, rows)
     return replace(table, notes=(*said, *_unranked(rows)))
 

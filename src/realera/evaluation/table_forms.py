@@ -20,7 +20,8 @@ Mark = Literal["", "best", "second"]
 @dataclass(frozen=True)
 class Number:
     """A number of a table. low, high: its interval, NaN where it has none. printed: the paper's, None where it prints
-    none. mark: its rank in its column. partial: it is of fewer runs than others of its column, and is not ranked."""
+    none. mark: its rank in its column. partial: it is of fewer runs than others of its column; least: it is that much
+    or more. Neither is ranked."""
 
     value: float
     low: float = math.nan
@@ -28,6 +29,7 @@ class Number:
     printed: float | None = None
     mark: Mark = ""
     partial: bool = False
+    least: bool = False
 
     @property
     def known(self) -> bool:
@@ -98,6 +100,10 @@ class Table:
         return any(number and number.printed is not None for row in self.rows for number in row.numbers)
 
 
+def _apart(number: Number, row: Row) -> bool:
+    return number.partial or number.least or row.reference or row.signed
+
+
 def ranked(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[Row, ...]:
     """The rows with the best of each column marked, and the second; what reads alike is alike, and where all read
     alike, or there is one row only, nothing is marked. What is of fewer runs than others is no rival of theirs: one
@@ -107,7 +113,7 @@ def ranked(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[Row, ...]:
         found = [
             (i, round(number.value, column.digits) * column.better)
             for i, row in enumerate(rows)
-            if (number := row.numbers[j]) and number.known and not (number.partial or row.reference or row.signed)
+            if (number := row.numbers[j]) and number.known and not _apart(number, row)
         ]
         places = sorted({value for _, value in found}, reverse=True)
         if not column.better or len(places) < 2:
