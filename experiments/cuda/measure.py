@@ -1,0 +1,356 @@
+"""One part of the measurements on a GPU: python experiments/cuda/measure.py PART RESULTS.json [cpu]
+
+run.sh starts every part in a process of its own, so that one that fails takes none of the others along. A part adds its
+numbers to RESULTS.json. With "cpu" the parts are rehearsed on the CPU, on the miniature in place of the full sizes.
+
+Parts: environment, sd14-float32, sd14-bfloat16, sd14-float16, options (compile, channels-last, TF32, gradient
+checkpointing, memory that runs out), sdxl. Weights of full size are random: they change neither time nor memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from realera import __version__, cli, paths, steps
+from realera.backbones.sampling import start_noise
+from realera.contracts import Backbone
+from realera.costs import Meter
+from realera.training.checkpoint import read_erased
+from realera.training.fit import fit
+
+CPU = "cpu" in sys.argv[3:]
+DEVICE = "cpu" if CPU else "cuda"
+FOLDERS = Path(os.environ.get("FOLDERS", "runs/cuda"))
+STEPS, IMAGES, DRAWN = (4, 2, 4) if CPU else (20, 8, 50)  # alignment steps, images at once, sampler's steps
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "lightning", "hydra-core", "safetensors", "tokenizers")
+GB = 1e9
+
+
+def sync() -> None:
+    if not CPU:
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], Any], times: int = 1) -> float:
+    """Median seconds of `work`, the device's included."""
+    seconds = []
+    for _ in range(times):
+        sync()
+        since = time.perf_counter()
+        work()
+        sync()
+        seconds.append(time.perf_counter() - since)
+    return statistics.median(seconds)
+
+
+def peak(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds, and the largest memory of the device's tensors in GB."""
+    if CPU:
+        return timed(work), 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timed(work)
+    return seconds, torch.cuda.max_memory_allocated() / GB
+
+
+def config_of(kind: str, *words: str) -> dict[str, Any]:
+    """realera.train's settings on the folder of random weights, or on the miniature."""
+    model = ["backbone=mini"] if CPU else [f"backbone={kind}", f"backbone.pretrained={FOLDERS / kind}"]
+    accelerator = "cpu" if CPU else "gpu"
+    common = ["task=object", "concept=airplane", "logger=none", f"trainer.accelerator={accelerator}", *model]
+    cli.register_resolvers()
+    with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+        return cli.plain(compose("train", [*common, f"backbone.sampler.steps={DRAWN}", *words]))
+
+
+def erase(config: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
+    """A whole fit; seconds by stage, the peak, and what was changed."""
+    task, meter = cli.build_task(config), Meter()
+    meter.watch(backbone, DEVICE)
+    with meter.stage("text"):
+        pairs = [steps.encode_pair(backbone, task, concept) for concept in task.concepts]
+    trainer = {key: value for key, value in config["trainer"].items() if key != "checkpoint_every"}
+    with tempfile.TemporaryDirectory() as place:
+        run = Path(place)
+
+        def go() -> None:
+            fit(
+                backbone,
+                instantiate(config["method"]),
+                pairs,
+                run_dir=run / "run",
+                seed=0,
+                config=config,
+                trainer=trainer,
+                cache=run / "cache",
+                checkpoint_every=10_000,
+                meter=meter,
+            )
+
+        _, memory = peak(go)
+        saved = read_erased(run / "run" / paths.ERASED).state
+        losses = run / "run" / paths.LOSSES
+        rows = [json.loads(line) for line in losses.read_text().splitlines()] if losses.is_file() else []
+    backbone.to(DEVICE)
+    return {
+        "seconds": {name: round(value, 3) for name, value in meter.seconds.items()},
+        "peak_gb": round(memory, 2),
+        "edited_weights": sum(name.startswith("edit.") for name in saved),
+        "adapted_layers": sum(name.endswith(".up") and bool(value.any()) for name, value in saved.items()),
+        "first_loss": rows[0]["loss"] if rows else None,
+        "last_loss": rows[-1]["loss"] if rows else None,
+    }
+
+
+def bare_passes(backbone: Any, batch: int, mixed: bool) -> float:
+    """Seconds of a pair of steps made of nothing but passes: the teacher's without gradient, the student's with its
+    backward; `batch` latents in the first, twice as many in the second, as RealEra's odd and even steps have."""
+    size = backbone.sampler.height // backbone.pixels_per_latent, backbone.sampler.width // backbone.pixels_per_latent
+    trained = [parameter for parameter in backbone.unet.parameters() if parameter.requires_grad]
+
+    def pair() -> None:
+        for count in (batch, 2 * batch):
+            latents = torch.randn(count, backbone.latent_channels, *size, device=DEVICE)
+            states = torch.randn(count, backbone.max_length, backbone.width, device=DEVICE)
+            t = torch.full((count,), 500, device=DEVICE)
+            with torch.autocast(DEVICE, torch.bfloat16) if mixed else nullcontext():
+                with torch.no_grad():
+                    target = backbone.predict_noise(latents, t, states)
+                loss = torch.nn.functional.mse_loss(backbone.predict_noise(latents, t, states), target)
+            loss.backward()
+            for parameter in trained:
+                parameter.grad = None
+
+    pair()
+    return timed(pair, 3)
+
+
+def step_ratio(config: dict[str, Any], backbone: Backbone, mixed: bool = False) -> dict[str, float]:
+    """Seconds of an alignment step, and its ratio to the bare passes of the same networks."""
+    marks: list[float] = []
+    from realera.training import callbacks
+
+    told = callbacks.LossLines.on_train_batch_end
+
+    def stamp(self: Any, *given: Any, **more: Any) -> None:
+        told(self, *given, **more)
+        sync()
+        marks.append(time.perf_counter())
+
+    callbacks.LossLines.on_train_batch_end = stamp  # type: ignore[method-assign]
+    try:
+        found = erase(config, backbone)
+    finally:
+        callbacks.LossLines.on_train_batch_end = told  # type: ignore[method-assign]
+    pairs = [late - early for early, late in zip(marks[1::2], marks[3::2])]  # an odd step and an even one
+    step = statistics.median(pairs) / 2
+    batch = config["method"]["latents"]["batch"]
+    bare = bare_passes(backbone, batch, mixed) / 2
+    return {**found, "batch": batch, "step_s": round(step, 4), "bare_s": round(bare, 4), "ratio": round(step / bare, 3)}
+
+
+def drawing(kind: str, dtype: str, backbone: Any, times: int) -> dict[str, Any]:
+    """Our sampler against diffusers' own pipeline of the same weights, DDIM, guidance and size, by turns in one run."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    texts, seeds = ["a photo of the airplane"] * IMAGES, list(range(IMAGES))
+    folder = paths.MINIATURE if CPU else FOLDERS / kind
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=getattr(torch, dtype), safety_checker=None, requires_safety_checker=False
+    ).to(DEVICE)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    sampler = backbone.sampler
+
+    size = backbone.latent_channels, *(side // backbone.pixels_per_latent for side in (sampler.height, sampler.width))
+    noise = start_noise(seeds, size).to(DEVICE, getattr(torch, dtype))  # drawn in half precision it would be another
+
+    def theirs(steps: int) -> Any:
+        return pipe(
+            texts,
+            num_inference_steps=steps,
+            guidance_scale=sampler.guidance_scale,
+            height=sampler.height,
+            width=sampler.width,
+            latents=noise,
+            output_type="np",
+        ).images
+
+    def ours(steps: int) -> Any:
+        return backbone.generate(texts, seeds, replace(sampler, steps=steps))
+
+    ours(2), theirs(2)
+    rounds = [(peak(lambda: ours(sampler.steps)), peak(lambda: theirs(sampler.steps))) for _ in range(times)]
+    own, other = ([one[which][0] for one in rounds] for which in (0, 1))
+    apart = (ours(10).cpu().float() - torch.from_numpy(theirs(10)) * 255).abs().mean().item()
+    seconds, reference = statistics.median(own), statistics.median(other)
+    return {
+        "images": IMAGES,
+        "steps": sampler.steps,
+        "pixels": sampler.height,
+        "seconds": round(seconds, 3),
+        "diffusers_seconds": round(reference, 3),
+        "ratio": round(seconds / reference, 3),
+        "peak_gb": round(max(one[0][1] for one in rounds), 2),
+        "diffusers_peak_gb": round(max(one[1][1] for one in rounds), 2),
+        "grey_levels_apart_after_10_steps": round(apart, 3),
+    }
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "none"
+
+    found = {name: installed(name) for name in LIBRARIES}
+    machine = {"realera": __version__, "python": platform.python_version(), **found, "cores": os.cpu_count()}
+    if CPU:
+        return {**machine, "card": "none: a rehearsal on the CPU"}
+    card = torch.cuda.get_device_properties(0)
+    return {
+        **machine,
+        "card": card.name,
+        "card_gb": round(card.total_memory / GB, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+    }
+
+
+def sd14(dtype: str) -> dict[str, Any]:
+    """Load, closed form, alignment, drawing, in one precision of the U-Net."""
+    found: dict[str, Any] = {}
+    trains = dtype != "float16"
+    words = [f"backbone.dtype={dtype}", "method.latents.images=8", "method.latents.batch=4"]
+    words += [f"method.align.steps={STEPS}", "method.latents.chunk=8"] if trains else ["method.align.steps=0"]
+    config = config_of("sd14", *words, "backbone.sampler.scheduler=ddim", "backbone.sampler.guidance_scale=7.5")
+    meter = Meter()
+    since = time.perf_counter()
+    backbone = steps.load_backbone(config, meter)
+    sync()
+    found["load_s"] = round(time.perf_counter() - since, 2)
+    found["fingerprint_s"] = round(timed(lambda: backbone.fingerprint), 2)
+    found["draw"] = drawing("sd14", dtype, backbone, 1 if dtype == "float32" else 3)
+    found["erase"] = step_ratio(config, backbone) if trains else erase(config, backbone)
+    return found
+
+
+def options() -> dict[str, Any]:
+    """What settings change, each against the same drawing or step without it, in one process."""
+    texts, seeds = ["a photo of the airplane"] * IMAGES, list(range(IMAGES))
+    found: dict[str, Any] = {}
+
+    def draws(*words: str, times: int = 2) -> float:
+        backbone = steps.load_backbone(config_of("sd14", *words))
+        backbone.generate(texts, seeds)
+        return timed(lambda: backbone.generate(texts, seeds), times)
+
+    half = "backbone.dtype=bfloat16"
+    plain = draws(half)
+    found["bfloat16_s"] = round(plain, 3)
+    found["channels_last"] = round(draws(half, "backbone.channels_last=true") / plain, 3)
+    if not CPU:  # the miniature's yaml has no such settings
+        since = time.perf_counter()
+        compiled = draws(half, "backbone.compile=true")
+        found["compile"] = round(compiled / plain, 3)
+        found["compile_s"] = round(time.perf_counter() - since - 3 * compiled, 1)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, False
+        exact = draws(times=1)
+        torch.backends.cudnn.allow_tf32 = True
+        default = draws(times=1)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        found["float32"] = {
+            "no_tf32_s": round(exact, 3),
+            "tf32_convolutions_ratio": round(default / exact, 3),
+            "tf32_all_ratio": round(draws(times=1) / exact, 3),
+        }
+        torch.backends.cuda.matmul.allow_tf32 = False
+        found["memory"] = memory_runs_out()
+    words = ["method.latents.images=4", "method.latents.batch=4", f"method.align.steps={STEPS}"]
+    words += ["trainer.precision=bf16-mixed", "backbone.sampler.steps=4"]
+    checkpointing = [] if CPU else [("recomputed", ["backbone.gradient_checkpointing=true"])]
+    for name, more in [("kept", []), *checkpointing]:  # the activations of a block
+        config = config_of("sd14", *words, *more)
+        found[f"bf16_mixed_{name}"] = step_ratio(config, steps.load_backbone(config), mixed=True)
+    return found
+
+
+def memory_runs_out() -> dict[str, Any]:
+    """Images that do not fit together are drawn in halves."""
+    from realera.contracts import Prompt
+    from realera.evaluation.generate import generate_images
+
+    backbone = steps.load_backbone(config_of("sd14", "backbone.dtype=bfloat16", "backbone.sampler.steps=2"))
+    prompts = [Prompt(f"p{i}", "a photo of the airplane", "airplane", "erase", i) for i in range(16)]
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 4e9) / total)
+    with tempfile.TemporaryDirectory() as place:
+        generate_images(backbone, prompts, Path(place), chunk=16, originals=False)
+        drawn = len(list(Path(place).glob("images/*.png")))
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return {"asked_at_once": 16, "limit_gb": 4, "drawn": drawn}
+
+
+def sdxl() -> dict[str, Any]:
+    """Stable Diffusion XL once: closed form, two alignment steps, one image of 1024 pixels."""
+    words = ["backbone.dtype=bfloat16", "method.latents.images=2", "method.latents.batch=1", "method.align.steps=4"]
+    config = config_of("sdxl", *words)
+    since = time.perf_counter()
+    backbone = steps.load_backbone(config)
+    sync()
+    found: dict[str, Any] = {"load_s": round(time.perf_counter() - since, 2)}
+    before = backbone.generate(["a photo of the airplane"], [0])
+    found["erase"] = erase(config, backbone)
+    seconds, memory = peak(lambda: backbone.generate(["a photo of the airplane"], [0]))
+    after = backbone.generate(["a photo of the airplane"], [0])
+    found["image_s"], found["image_peak_gb"] = round(seconds, 2), round(memory, 2)
+    found["mean_grey_levels_changed"] = round((after.float() - before.float()).abs().mean().item(), 2)
+    found["image"] = list(after.shape[1:])
+    return found
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "environment": environment,
+    "sd14-float32": lambda: sd14("float32"),
+    "sd14-bfloat16": lambda: sd14("bfloat16"),
+    "sd14-float16": lambda: sd14("float16"),
+    "options": options,
+    "sdxl": sdxl,
+}
+
+
+def main(part: str, results: str) -> None:
+    file = Path(results)
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    since = time.perf_counter()
+    found = PARTS[part]()
+    found["whole_part_s"] = round(time.perf_counter() - since, 1)
+    paths.write_text(file, json.dumps({**known, part: found}, indent=1) + "\n")
+    print(part, json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Tests and measurements on one CUDA device: experiments/cuda/run.sh [PART ...], from the top of the checkout.
+#   PYTHON=python3     the interpreter, where it is not .venv/bin/python
+#   FOLDERS=DIR        where folders of random weights are made (15 GB; default runs/cuda, not kept in git)
+#   RESULTS=FILE       default experiments/cuda/results.json; LOGS=DIR for the parts' output, default $FOLDERS
+#   REHEARSE=1         the same on the CPU, on the miniature in place of the full sizes
+# Every part is a process of its own with a time limit; a part that fails is said at the end, and the status is then 1.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+HERE=experiments/cuda
+PY=${PYTHON:-.venv/bin/python}
+export FOLDERS=${FOLDERS:-runs/cuda} PYTHONUNBUFFERED=1 WANDB_MODE=offline HF_HUB_OFFLINE=1
+export REALERA_CACHE=${REALERA_CACHE:-$FOLDERS/cache} PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+RESULTS=$(realpath -m "${RESULTS:-$HERE/results.json}")
+LOGS=$(realpath -m "${LOGS:-$FOLDERS}")
+mkdir -p "$FOLDERS" "$LOGS"
+parts=("$@")
+[ $# -gt 0 ] || parts=(environment tests sd14-bfloat16 sd14-float16 sd14-float32 options sdxl)
+cpu=${REHEARSE:+cpu}
+failed=()
+
+folder() { # KIND DTYPE: made once
+  [ -n "$cpu" ] || [ -f "$FOLDERS/$1/model_index.json" ] ||
+    "$PY" experiments/full_size/folder.py "$FOLDERS/$1" "$1" "$2" cuda > "$LOGS/folder-$1.log" 2>&1
+}
+
+tests() {
+  : > "$LOGS/differences.jsonl"
+  REALERA_CUDA_RECORD="$LOGS/differences.jsonl" REALERA_TEST_DEVICE=${cpu:-cuda} OMP_NUM_THREADS=${TEST_THREADS:-4} \
+    timeout "${TEST_LIMIT:-240}" "$PY" -m pytest tests/cuda -q -n "${TEST_WORKERS:-4}" --dist load \
+    -o addopts="--import-mode=importlib" -o cache_dir="$LOGS/.pytest" --junitxml="$LOGS/tests.xml" > "$LOGS/tests.log" 2>&1
+  local status=$?
+  tail -n 25 "$LOGS/tests.log"
+  "$PY" "$HERE/differences.py" "$LOGS" "$RESULTS"
+  return $status
+}
+
+[[ " ${parts[*]} " != *" sd14-"* && " ${parts[*]} " != *" options "* ]] || { folder sd14 float32 & }
+for part in "${parts[@]}"; do
+  echo "== $part ($SECONDS s)"
+  if [ "$part" = tests ]; then
+    tests || failed+=("$part")
+    continue
+  fi
+  if [ "$part" = sdxl ]; then wait; folder sdxl float16; fi
+  [[ $part != sd14-* && $part != options ]] || wait
+  timeout "${LIMIT:-150}" "$PY" "$HERE/measure.py" "$part" "$RESULTS" $cpu > "$LOGS/$part.log" 2>&1 || failed+=("$part")
+  tail -n 3 "$LOGS/$part.log"
+done
+echo "== done ($SECONDS s)${failed:+, failed: ${failed[*]}}"
+[ ${#failed[@]} -eq 0 ]
