@@ -3,8 +3,9 @@
 run.sh starts every part in a process of its own, so that one that fails takes none of the others along. A part adds its
 numbers to RESULTS.json. With "cpu" the parts are rehearsed on the CPU, on the miniature in place of the full sizes.
 
-Parts: environment, sd14-float32, sd14-bfloat16, sd14-float16, options (compile, channels-last, TF32, gradient
-checkpointing, memory that runs out), sdxl. Weights of full size are random: they change neither time nor memory.
+Parts: environment, sd14-float32, sd14-bfloat16, sd14-float16, options (channels-last, TF32, mixed precision, gradient
+checkpointing, memory that runs out), compile, sdxl, profile. Weights of full size are random, which changes neither
+time nor memory.
 """
 
 from __future__ import annotations
@@ -162,7 +163,15 @@ def step_ratio(config: dict[str, Any], backbone: Backbone, mixed: bool = False) 
     step = statistics.median(pairs) / 2
     batch = config["method"]["latents"]["batch"]
     bare = bare_passes(backbone, batch, mixed) / 2
-    return {**found, "batch": batch, "step_s": round(step, 4), "bare_s": round(bare, 4), "ratio": round(step / bare, 3)}
+    first = found["seconds"]["train"] - (marks[-1] - marks[0])
+    return {
+        **found,
+        "batch": batch,
+        "first_step_s": round(first, 3),
+        "step_s": round(step, 4),
+        "bare_s": round(bare, 4),
+        "ratio": round(step / bare, 3),
+    }
 
 
 def drawing(kind: str, dtype: str, backbone: Any, times: int) -> dict[str, Any]:
@@ -263,19 +272,15 @@ def options() -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def draws(*words: str, times: int = 2) -> float:
-        backbone = steps.load_backbone(config_of("sd14", *words))
-        backbone.generate(texts, seeds)
+        backbone = steps.load_backbone(config_of("sd14", *words, "backbone.sampler.steps=20"))
+        backbone.generate(texts, seeds, replace(backbone.sampler, steps=2))
         return timed(lambda: backbone.generate(texts, seeds), times)
 
     half = "backbone.dtype=bfloat16"
     plain = draws(half)
     found["bfloat16_s"] = round(plain, 3)
     found["channels_last"] = round(draws(half, "backbone.channels_last=true") / plain, 3)
-    if not CPU:  # the miniature's yaml has no such settings
-        since = time.perf_counter()
-        compiled = draws(half, "backbone.compile=true")
-        found["compile"] = round(compiled / plain, 3)
-        found["compile_s"] = round(time.perf_counter() - since - 3 * compiled, 1)
+    if not CPU:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, False
         exact = draws(times=1)
         torch.backends.cudnn.allow_tf32 = True
@@ -295,6 +300,21 @@ def options() -> dict[str, Any]:
         config = config_of("sd14", *words, *more)
         found[f"bf16_mixed_{name}"] = step_ratio(config, steps.load_backbone(config), mixed=True)
     return found
+
+
+def compiled() -> dict[str, Any]:
+    """torch.compile of the U-Net: the first drawing, which compiles, and those after it."""
+    texts, seeds = ["a photo of the airplane"] * IMAGES, list(range(IMAGES))
+    words = ["backbone.dtype=bfloat16", "backbone.sampler.steps=20"]
+
+    def drawn(*more: str) -> tuple[float, float]:
+        """Seconds of a first drawing of two steps, and of a whole one after it."""
+        backbone = steps.load_backbone(config_of("sd14", *words, *more))
+        first = timed(lambda: backbone.generate(texts, seeds, replace(backbone.sampler, steps=2)))
+        return first, timed(lambda: backbone.generate(texts, seeds), 2)
+
+    (_, seconds), (first, after) = drawn(), drawn(*([] if CPU else ["backbone.compile=true"]))
+    return {"plain_s": round(seconds, 3), "ratio": round(after / seconds, 3), "first_2_steps_s": round(first, 1)}
 
 
 def memory_runs_out() -> dict[str, Any]:
@@ -332,13 +352,37 @@ def sdxl() -> dict[str, Any]:
     return found
 
 
+def profile() -> dict[str, Any]:
+    """Where the host spends an alignment step: functions by their own time, in the part's log."""
+    import cProfile
+    import pstats
+
+    words = [
+        "backbone.dtype=bfloat16",
+        "method.latents.images=4",
+        "method.latents.batch=4",
+        f"method.align.steps={STEPS}",
+    ]
+    config = config_of("sd14", *words, "backbone.sampler.steps=4")
+    backbone = steps.load_backbone(config)
+    erase(config, backbone)  # libraries and kernels are loaded by then
+    backbone.load_erased({})
+    with cProfile.Profile() as found:
+        outcome = erase(config, backbone)
+    for order in ("tottime", "cumtime"):
+        pstats.Stats(found).sort_stats(order).print_stats(45)
+    return {"train_s": outcome["seconds"]["train"], "steps": STEPS}
+
+
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "environment": environment,
     "sd14-float32": lambda: sd14("float32"),
     "sd14-bfloat16": lambda: sd14("bfloat16"),
     "sd14-float16": lambda: sd14("float16"),
     "options": options,
+    "compile": compiled,
     "sdxl": sdxl,
+    "profile": profile,
 }
 
 

@@ -15,7 +15,7 @@ RESULTS=$(realpath -m "${RESULTS:-$HERE/results.json}")
 LOGS=$(realpath -m "${LOGS:-$FOLDERS}")
 mkdir -p "$FOLDERS" "$LOGS"
 parts=("$@")
-[ $# -gt 0 ] || parts=(environment tests sd14-bfloat16 sd14-float16 sd14-float32 options sdxl)
+[ $# -gt 0 ] || parts=(environment tests sd14-bfloat16 sd14-float16 sd14-float32 sdxl options compile)
 cpu=${REHEARSE:+cpu}
 failed=()
 
@@ -35,15 +35,15 @@ tests() {
   return $status
 }
 
-[[ " ${parts[*]} " != *" sd14-"* && " ${parts[*]} " != *" options "* ]] || { folder sd14 float32 & }
+[[ " ${parts[*]} " =~ \ (sd14-.*|options|compile|profile)\  ]] && { folder sd14 float32 & }
 for part in "${parts[@]}"; do
   echo "== $part ($SECONDS s)"
   if [ "$part" = tests ]; then
     tests || failed+=("$part")
     continue
   fi
-  if [ "$part" = sdxl ]; then wait; folder sdxl float16; fi
-  [[ $part != sd14-* && $part != options ]] || wait
+  [ "$part" != sdxl ] || folder sdxl float16
+  wait # for the folder
   timeout "${LIMIT:-150}" "$PY" "$HERE/measure.py" "$part" "$RESULTS" $cpu > "$LOGS/$part.log" 2>&1 || failed+=("$part")
   tail -n 3 "$LOGS/$part.log"
 done
