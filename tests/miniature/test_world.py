@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from realera.miniature.art import SIDE, emoji_needed, load_world
+from realera.miniature.corpus import fill
 from realera.miniature.scenes import SCENES
 from realera.miniature.styles import FILTERS
-from realera.miniature.world import PIXELS, Subject, World, draw_pose, fill
+from realera.miniature.world import PIXELS, Subject, World, draw_pose
 
 
 @pytest.fixture(scope="module")

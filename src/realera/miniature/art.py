@@ -8,6 +8,7 @@ import json
 import subprocess
 import tarfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def load_world() -> dict[str, Any]:
     for name, entry in world["objects"].items():
         entry.update({key: classes[name][key] for key in ("synonyms", "associated", "unseen")})
     return world
+
+
+def need_extra(*modules: str) -> None:
+    """Raises UserError where one of these modules, all of the extra `build`, is not installed."""
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise UserError(
+            f"{' and '.join(missing)} must be installed to draw the miniature's world: pip install -e '.[build]', or "
+            "EXTRAS=dev,build behind a verb of make."
+        )
 
 
 def emoji_needed(world: Mapping[str, Any]) -> list[str]:

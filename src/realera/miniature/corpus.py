@@ -165,6 +165,11 @@ def synsets(folder: Path) -> Iterator[Synset]:
             yield Synset(lemmas, int(fields[1]), gloss.strip())
 
 
+def fill(template: str, word: str) -> str:
+    """The template with its word, "a" turned into "an" where the next word asks for it."""
+    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", template.format(word))
+
+
 def strings(node: object) -> Iterator[str]:
     """Every string in nested mappings' values and lists."""
     if isinstance(node, str):

@@ -6,7 +6,6 @@ for. Poses are drawn from the training range, or, for tests, from a range that t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from realera.miniature.art import SIDE, Sprites
+from realera.miniature.corpus import fill
 from realera.miniature.scenes import SCENES
 from realera.miniature.styles import FILTERS
 
@@ -194,11 +194,6 @@ class World:
                     for content in contents if kind in ("style", "painting") else [""]:
                         found |= {text for text, _ in self.captions(Subject(kind, label, scene, content))}
         return sorted(found)
-
-
-def fill(template: str, word: str) -> str:
-    """The template with its word, "a" turned into "an" where the next word asks for it."""
-    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", template.format(word))
 
 
 def _framed(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
