@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -30,8 +31,9 @@ METHODS = [option for group, option in OPTIONS if group == "method"]
 TASKS = [option for group, option in OPTIONS if group == "task"]
 
 
+@cache
 def composed(door: str, *overrides: str) -> dict[str, Any]:
-    """A door's settings as plain containers, every interpolation resolved."""
+    """A door's settings as plain containers, every interpolation resolved. To be looked at only."""
     cli.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         return cli.plain(compose(door, list(overrides)))
@@ -55,8 +57,15 @@ def test_the_folder_holds_what_it_should() -> None:
     assert {"realera", "uce"} <= set(METHODS)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize(("group", "option"), [o for o in OPTIONS if o[0] != "backbone"], ids=lambda value: value)
+@pytest.mark.parametrize(
+    ("group", "option", "backbone"),
+    [
+        (group, option, backbone)
+        for group, option in OPTIONS
+        for backbone in BACKBONES
+        if group != "backbone" and (backbone == "mini" or group not in ("judge", "trainer"))  # which read none of it
+    ],
+)
 def test_every_option_composes_on_every_backbone(group: str, option: str, backbone: str) -> None:
     config = composed("train", "concept=airplane", f"backbone={backbone}", f"{group}={option}")
     for target in targets(config):
@@ -82,7 +91,7 @@ def test_every_task_names_prompts_and_its_judges(task: str, backbone: str) -> No
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_built_and_can_mine_what_it_asks_for(method: str, backbone: str) -> None:
-    config = composed("train", "concept=airplane", f"method={method}", f"backbone={backbone}")
+    config = composed("train", "concept=airplane", f"backbone={backbone}", f"method={method}")
     built = instantiate(config["method"])
     assert isinstance(built, Method) and built.name == config["method"]["name"]
     preflight.check_settings(config)

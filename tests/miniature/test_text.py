@@ -279,6 +279,7 @@ def test_teacher_knows_words_in_any_order() -> None:
     assert cosines[0, 2] > 0.5 > cosines[0, 1] and cosines[1, 3] > 0.5 > cosines[2, 3]
 
 
+@pytest.mark.slow
 def test_smoke_training_writes_everything(wordnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workshop, "teacher_vectors", fake_teacher)
     lines: list[str] = []
