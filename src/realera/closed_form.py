@@ -143,11 +143,7 @@ def _factor(system: Tensor, ridge: float) -> tuple[Tensor, dict[str, float]]:
     """The Cholesky factor of a symmetric positive definite system (D, D), and its condition number."""
     if not (ridge >= 0 and math.isfinite(ridge)):
         raise UserError(f"ridge={ridge} is not a weight: give a finite number of 0 or more.")
-    if not torch.isfinite(system).all():
-        raise UserError(
-            "The text states hold values that are not finite, so no edit can be solved: check the text encoder's "
-            "weights."
-        )
+    _refuse_not_finite(system)
     eigenvalues = torch.linalg.eigvalsh(system)
     largest = float(eigenvalues[-1])
     determined = eigenvalues > len(system) * torch.finfo(torch.float64).eps * largest  # the usual numerical rank
@@ -160,11 +156,20 @@ def _solve(
     lower: Tensor, system: Tensor, right: Tensor, ridge: float, info: dict[str, float]
 ) -> tuple[Tensor, dict[str, float]]:
     """X with X @ system = right, X and right (out, D)."""
+    _refuse_not_finite(right)
     solution = torch.cholesky_solve(right.T, lower).T.contiguous()
     residual = float(torch.linalg.norm(solution @ system - right) / torch.linalg.norm(right).clamp(min=1e-300))
     if not residual <= RESIDUAL:
         raise _singular(ridge, f"it up to a relative residual of {residual:.0e}")
     return solution, {**info, "residual": residual}
+
+
+def _refuse_not_finite(sums: Tensor) -> None:
+    if not torch.isfinite(sums).all():
+        raise UserError(
+            "The text states, or sums over them, hold values that are not finite, so no edit can be solved: check the "
+            "text encoder's weights, and method.edit's weights and scales."
+        )
 
 
 def _singular(ridge: float, determined: str) -> UserError:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from realera import finite
 from realera.paths import whole
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class Cached:
 def kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) -> Tensor:
     """The tensor of that name in a file of the cache, on the CPU: what `make` gives, computed once.
 
-    A cache is never worth an error: a torn file is made again.
+    A cache is never worth an error: a file that is torn, or holds NaN, is made again. Raises UserError where what is
+    made holds NaN or infinity.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
@@ -103,11 +105,15 @@ def kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) 
         try:
             with safe_open(file, framework="pt") as opened:
                 found: Tensor = opened.get_tensor(name)
-                entry.read(opened.metadata())
-            return found
+                if finite.first_bad([(name, found)]) is None:
+                    entry.read(opened.metadata())
+                    return found
         except (SafetensorError, KeyError):
             pass
     made = make().cpu().contiguous()
+    finite.refuse(
+        [(name, made)], f"{file.name} is not kept, because", "set backbone.dtype=float32, or lower the guidance"
+    )
     with whole(file) as beside:
         save_file({name: made}, beside, entry.made())
     return made

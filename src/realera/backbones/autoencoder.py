@@ -6,6 +6,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from realera import finite
+
 AT_ONCE = 8  # images of 512 x 512 pixels in one pass: each takes about 1 GB
 
 
@@ -18,6 +20,12 @@ def decode(vae: AutoencoderKL, latents: Tensor, one_by_one: bool) -> Tensor:
     parts = (latents.float() / scale + shift).split(_at_once(pixels, one_by_one))
     with torch.autocast(latents.device.type, enabled=False):
         images = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
+    finite.refuse(
+        [("of its images", images)],
+        "The autoencoder's output: one",
+        "the latents are too large for it, or"
+        " its weights are damaged; draw with a lower guidance, or copy the checkpoint again",
+    )
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from realera import finite
 from realera.contracts import Edit, UserError
 
 
@@ -54,7 +55,10 @@ class BaseWeights:
         self.set({f"{name}.weight": weight for name, weight in new.items()})
 
     def set(self, values: Mapping[str, Tensor]) -> None:
-        """Puts values onto named parameters, all or none; raises UserError for an unknown name or another shape."""
+        """Puts values onto named parameters, all or none.
+
+        Raises UserError for an unknown name, another shape, NaN or infinity, and for what their dtype cannot hold.
+        """
         for name, value in values.items():
             if name not in self.parameters:
                 raise UserError(
@@ -65,7 +69,14 @@ class BaseWeights:
                     f"The weight {name} is {tuple(value.shape)} in the edit and {tuple(shape)} in backbone "
                     f"{self.backbone}; use the backbone it was made with."
                 )
-        for name, value in values.items():
+        rounded = {name: value.to(self.parameters[name].dtype) for name, value in values.items()}
+        finite.refuse(values, "The edited weight", "give a larger ridge, or train with a lower method.align.lr")
+        if (name := finite.first_bad(rounded)) is not None:
+            raise finite.NotFinite(
+                f"The edited weight {name} is too large for backbone.dtype={str(self.dtype).removeprefix('torch.')}: "
+                "set backbone.dtype=bfloat16 or float32."
+            )
+        for name, value in rounded.items():
             self.keep(name)
             self.parameters[name].data.copy_(value)
 

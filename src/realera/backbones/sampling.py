@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from realera import finite
 from realera.contracts import Guide, Sampler, TextStates, UserError
 
 Predict = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -72,6 +73,16 @@ def refuse_bad(sampler: Sampler, multiple: int) -> None:
             f"An image of {sampler.height} x {sampler.width} pixels cannot be drawn; choose multiples of {multiple} "
             "for this backbone."
         )
+
+
+def refuse_not_finite(latents: Tensor, seeds: Sequence[int], dtype: torch.dtype) -> None:
+    """UserError for drawn latents (B, C, h, w) that hold NaN or infinity: they would be saved as a black image."""
+    remedy = "lower backbone.sampler.guidance_scale; if a trained model draws, train it with a lower method.align.lr"
+    if dtype == torch.float16:
+        remedy = "set backbone.dtype=bfloat16 or float32, because float16 cannot hold the U-Net's large numbers"
+    if finite.first_bad([("all", latents)]) is not None:
+        seed = seeds[int((~latents.flatten(1).isfinite().all(dim=1)).int().argmax())]
+        raise finite.NotFinite(f"The image of seed {seed} cannot be drawn: its latents hold NaN or infinity; {remedy}.")
 
 
 def scheduler_for(sampler: Sampler, config: Mapping[str, Any]) -> DDIMScheduler | DPMSolverMultistepScheduler:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
+from realera import finite
 from realera.contracts import TextStates, UserError
 
 BATCH = 64  # prompts in one forward of the text encoder
@@ -81,6 +82,7 @@ class TextEncoder:
             states[here] = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
             if pooled is not None:
                 pooled[here] = out.text_embeds
+        self._refuse_not_finite(texts, states, "copy or download the checkpoint's text encoder again")
         first, last = zip(*rows, strict=True) if rows else ([-1] * len(texts), [-1] * len(texts))
         return TextStates(
             states=states,
@@ -131,13 +133,21 @@ class TextEncoder:
             out = self.model(input_ids=ids, output_hidden_states=self.penultimate)
         finally:
             hook.remove()
+        states = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
+        self._refuse_not_finite(texts, states, "lower the learning rate of the vectors (method.align.inversion.lr)")
         return TextStates(
-            states=out.hidden_states[-2] if self.penultimate else out.last_hidden_state,
+            states=states,
             first=first.to(device),
             last=first.to(device) + count - 1,
             length=(ids == self.tokenizer.eos_token_id).int().argmax(dim=1),
             pooled=out.text_embeds if self.pooled_width else None,
         )
+
+    @staticmethod
+    def _refuse_not_finite(texts: Sequence[str], states: Tensor, remedy: str) -> None:
+        if finite.first_bad([("states", states)]) is not None:
+            text = texts[int((~states.flatten(1).isfinite().all(dim=1)).int().argmax())]
+            raise finite.NotFinite(f"The text states of {_short(text)!r} hold NaN or infinity: {remedy}.")
 
     def tokens(self, texts: Sequence[str]) -> list[set[int]]:
         """The ids of each text's sub-tokens, without those that begin, end and pad it; as many as are read."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from realera import finite
 from realera.backbones import adapters, autoencoder, folder, loading, sampling
 from realera.backbones.base import BaseWeights
 from realera.backbones.denoiser import DTYPES, Denoiser
@@ -190,7 +191,7 @@ class UNetBackbone:
     def load_erased(self, state: Mapping[str, Tensor]) -> None:
         """The original model plus exactly `state`: what was applied before is undone. Nothing of it is trainable.
 
-        Raises UserError for a state of another model, and is then the original.
+        Raises UserError for a state of another model or one that is not finite, and is then the original.
         """
         self._refuse_inside_original()
         adapters.remove(self.unet)
@@ -199,6 +200,7 @@ class UNetBackbone:
             raise UserError(
                 f"The erased weights hold {unknown[0]!r}, which is no edit and no LoRA; give an erased.safetensors."
             )
+        finite.refuse(state, "The erased weight", "erase again, with a larger ridge or a lower method.align.lr")
         try:
             self._base.set({key.removeprefix(EDIT): value for key, value in state.items() if key.startswith(EDIT)})
             lora = {key.removeprefix(LORA): value for key, value in state.items() if key.startswith(LORA)}
@@ -250,7 +252,8 @@ class UNetBackbone:
         guide: Guide | None = None,
         stop_at: int | None = None,
     ) -> Tensor:
-        """Latents (B, C, h, w) float32; see `sampling.sample`. Raises UserError for a sampler that cannot run."""
+        """Latents (B, C, h, w) float32; see `sampling.sample`. Raises UserError for a sampler that cannot run, and for
+        latents that are not finite."""
         chosen = sampler or self.sampler
         sampling.refuse_bad(chosen, self.pixels_per_latent)
         if len(seeds) != len(states.states):
@@ -259,7 +262,7 @@ class UNetBackbone:
             raise ValueError(f"stop_at={stop_at} is not among the steps 0 .. {chosen.steps}")
         size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
         beside = self._here(self.encode(guide.prompts)) if guide is not None and guide.prompts else None
-        return sampling.sample(
+        drawn = sampling.sample(
             self._denoise,
             self._schedule,
             sampling.scheduler_for(chosen, self.scheduler_config),
@@ -271,6 +274,8 @@ class UNetBackbone:
             beside,
             stop_at,
         )
+        sampling.refuse_not_finite(drawn, seeds, self._base.dtype)
+        return drawn
 
     def _no_prompt(self) -> TextStates:
         """What guidance leads away from (1 prompt): the encoded empty text, or zeros where SDXL's index says so."""

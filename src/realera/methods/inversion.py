@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss, normalize
 
+from realera import finite
 from realera.contracts import Backbone, Pair, TextStates, UserError
 from realera.ledger import kept
 from realera.methods.latents import AnchorBank
@@ -79,10 +80,15 @@ class TextualInversion:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
         with Progress(*columns, TimeRemainingColumn()) as bar, backbone.original(), torch.enable_grad():
             task = bar.add_task(f"Inverting '{name}'", total=self.steps)
-            for _ in range(self.steps):
+            for step in range(1, self.steps + 1):
                 z_t, timesteps, *more = self.images(backbone, concept, generator)
                 texts = repeat(self._prompt(backbone, name, vectors), 0, len(z_t))
                 loss = mse_loss(predict(backbone, z_t, timesteps, texts), more[0]["noise"].float())
+                if not loss.isfinite():
+                    raise finite.NotFinite(
+                        f"The loss of inverting {name!r} is {float(loss)} at step {step}: lower "
+                        "method.align.inversion.lr, or set backbone.dtype=float32."
+                    )
                 (vectors.grad,) = torch.autograd.grad(loss, [vectors])
                 optimizer.step()
                 with torch.no_grad():

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from realera import finite
 from realera.contracts import Backbone, UserError
 from realera.paths import whole
 
@@ -100,17 +101,23 @@ def partial(out: Path) -> Path:
 def read(file: Path) -> tuple[Tensor, Made]:
     """(D, D) float64, and what it was made of. Raises UserError for a file that is missing, torn or something else."""
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise OSError(f"{file} is no file")
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(f"{file} is no sum of captions: make one with python -m realera.cache captions=FILE.")
-            return opened.get_tensor("gram"), Made(**json.loads(metadata["made"]))
+            gram, made = opened.get_tensor("gram"), Made(**json.loads(metadata["made"]))
+        if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or not isinstance(made.captions, int) or made.captions < 0:
+            raise ValueError("not a sum of captions")
     except FileNotFoundError as error:
         raise UserError(
             f"There is no file {file}: make it with python -m realera.cache captions=FILE out={file}."
         ) from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} cannot be read: make it again with python -m realera.cache.") from error
+    finite.refuse([("sum", gram)], f"{file} cannot be used: its", "make it again with python -m realera.cache")
+    return gram, made
 
 
 def prior(backbone: Backbone, cache: str | Path) -> tuple[Tensor, int]:
@@ -203,6 +210,7 @@ def content_id(files: Iterable[Path], column: str = "") -> str:
 
 
 def _write(file: Path, gram: Tensor, made: Made) -> None:
+    finite.refuse([("of the captions", gram)], f"{file.name} is not saved: the sum", "check the text encoder's weights")
     with whole(file) as beside:
         save_file({"gram": gram}, beside, metadata={"format": FORMAT, "made": json.dumps(asdict(made))})
 

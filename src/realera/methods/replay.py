@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
+from realera import finite
 from realera.contracts import Backbone, Sampler, TextStates, UserError
 from realera.ledger import Cached
 from realera.methods.latents import TIMESTEPS, drawn
@@ -135,7 +136,10 @@ class Fisher:
                 parts.merge(sorted({*done, *range(min(ranks.world, len(remaining)))}))
             ranks.wait()
         self.replay.drop()
-        return {name: value.to(trained[name].device) / self.samples for name, value in parts.sums().items()}
+        sums = parts.sums()
+        remedy = f"delete {parts.whole} and give the command again; if it is there again, set backbone.dtype=float32"
+        finite.refuse(sums, "The Fisher information of", remedy)
+        return {name: value.to(trained[name].device) / self.samples for name, value in sums.items()}
 
     def _add(
         self,
@@ -166,6 +170,9 @@ class Fisher:
                         sums[name] += gradient.square_()
                     images.append(image)
                     bar.advance(task)
+                finite.refuse(
+                    sums, "The Fisher information of", "set backbone.dtype=float32, or trainer.precision=32-true"
+                )
                 with whole(entry.file) as beside:
                     said = {"images": json.dumps(images), **entry.made()}
                     save_file({name: value.cpu() for name, value in sums.items()}, beside, said)

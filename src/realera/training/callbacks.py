@@ -15,13 +15,14 @@ from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from realera import finite
 from realera.closed_form import spectrum
 from realera.contracts import Edit, Neighbours, Prompt
 from realera.costs import Meter
 from realera.ledger import ledger
 from realera.paths import EDIT_INFO, LOSSES, MAP, NEIGHBOURS, write_text
 from realera.ranks import ALONE, Ranks, patient_group
-from realera.training.checkpoint import Origin, save_map, save_neighbours
+from realera.training.checkpoint import Origin, save_map, save_neighbours, tensors_of
 from realera.training.module import ErasureModule, trains
 from realera.training.resuming import trained_numbers
 from realera.training.streams import stream
@@ -65,6 +66,12 @@ class ClosedFormEdit(Callback):
                     self.mined = [
                         method.neighbours(p, stream(module.seed, "neighbours", i)) for i, p in enumerate(module.pairs)
                     ]
+                    for pair, found in zip(module.pairs, self.mined):
+                        finite.refuse(
+                            tensors_of(found),
+                            f"Around {pair.concept.target!r} was mined what cannot be used:",
+                            "mine nearer (method.neighbours), or check the text encoder's weights",
+                        )
                 edit = method.edit(backbone, module.pairs, self.mined)
             self.report = self._apply(module, edit, "edit")
             for logger in trainer.loggers:

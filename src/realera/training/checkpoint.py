@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realera import __version__
+from realera import __version__, finite
 from realera.contracts import Backbone, LoraSpec, Neighbours, UserError
 from realera.paths import whole
 
@@ -97,20 +97,28 @@ def read_map(path: Path) -> tuple[Tensor, Origin]:
 
 def save_neighbours(path: Path, mined: Sequence[Neighbours], origin: Origin) -> None:
     """What was mined around concept i as "i.near", "i.near_targets", "i.near_rows", ...: points in float16, for looking
-    at."""
+    at, or as they are where that cannot hold them."""
     tensors: dict[str, Tensor] = {}
     for i, found in enumerate(mined):
-        for name in ("near", "near_targets", "beyond"):
-            tensors[f"{i}.{name}"] = getattr(found, name).to(torch.float16)
-        for name in ("near_rows", "beyond_rows"):
-            tensors[f"{i}.{name}"] = getattr(found, name)
-        for name, moment in vars(found.moments).items() if found.moments is not None else ():
-            if moment is not None:
-                tensors[f"{i}.moments.{name}"] = moment
+        for name, tensor in tensors_of(found).items():
+            small = tensor.to(torch.float16) if name in ("near", "near_targets", "beyond") else tensor
+            tensors[f"{i}.{name}"] = tensor if finite.first_bad([(name, small)]) else small
     _save(path, tensors, origin)
 
 
+def tensors_of(found: Neighbours) -> dict[str, Tensor]:
+    """All that was mined around a concept, by name."""
+    named = {name: getattr(found, name) for name in ("near", "near_targets", "beyond", "near_rows", "beyond_rows")}
+    moments = {} if found.moments is None else vars(found.moments)
+    return named | {f"moments.{name}": moment for name, moment in moments.items() if moment is not None}
+
+
 def _save(path: Path, tensors: Mapping[str, Tensor], origin: Origin, **more: str) -> None:
+    finite.refuse(
+        tensors,
+        f"{path.name} is not saved, because",
+        "train with a lower method.align.lr, or edit with a larger ridge",
+    )
     metadata = {
         "format": FORMAT,
         "config": yaml.safe_dump(dict(origin.config), sort_keys=False, allow_unicode=True),
@@ -135,11 +143,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(f"{path} was not written by this version of realera: make it again with realera.train.")
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is torn or no safetensors file: delete it and give the command that made it again."
         ) from error
+    finite.refuse(tensors, f"{path} cannot be used: its", "delete it and give the command that made it again")
+    return tensors, metadata
 
 
 def _origin(metadata: Mapping[str, str]) -> Origin:

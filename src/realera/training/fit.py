@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from realera.contracts import Backbone, Method, Pair, Prompt, UserError
 from realera.costs import Meter
+from realera.finite import NotFinite
 from realera.paths import ERASED, FIT, cache_dir
 from realera.training.callbacks import ClosedFormEdit, FitProgress, LossLines, Measured, PrepareLatents
 from realera.training.checkpoint import Origin, load_erased, save_erased
@@ -107,6 +108,10 @@ def fit(
             log.info("going on from %s", resume)
         try:
             runner.fit(module, ckpt_path=resume)
+        except NotFinite:
+            if runner.is_global_zero:  # a checkpoint on the way to NaN is none to go on from with other settings
+                shutil.rmtree(run_dir / FIT, ignore_errors=True)
+            raise
         except SystemExit:
             if runner.interrupted:  # Lightning turns Ctrl-C into an exit status of its own
                 raise KeyboardInterrupt from None

@@ -16,6 +16,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
+from realera import finite
 from realera.contracts import Aligner, Backbone, Method, Pair, TextStates, UserError
 from realera.training.streams import stream
 from realera.training.turns import AdamWInTurns
@@ -23,6 +24,7 @@ from realera.training.turns import AdamWInTurns
 log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)
+REMEDY = "lower method.align.lr, or set trainer.precision=32-true"  # for a loop that ended in NaN or infinity
 CLIP = 1.0  # MACE's; RealEra and the others that name no norm are trained in its way
 
 
@@ -77,11 +79,10 @@ class ErasureModule(LightningModule):
             torch.stack([value.float() for value in values.values()]), reduce_op="mean"
         )
         values = dict(zip(values, means))
-        if not torch.isfinite(values["loss"]):  # in the mean: all processes stop, and none is left waiting
-            raise UserError(
-                f"The loss is {float(values['loss'])} at step {step}: lower method.align.lr, or set "
-                "trainer.precision=32-true."
-            )
+        if not means.isfinite().all():  # in the mean: all processes stop, and none is left waiting
+            own = {name: float(value) for name, value in values.items() if not value.isfinite()}
+            name = next((name for name in own if name != "loss"), "loss")  # the loss is their sum
+            raise finite.NotFinite(f"The loss ({name}) is {own[name]} at step {step}: {REMEDY}.")
         every = self.trainer.log_every_n_steps
         for logger in self.trainer.loggers if every and step % every == 0 else ():
             # Not by log_dict: it repeats a term's last value at the steps that have none.
@@ -100,9 +101,18 @@ class ErasureModule(LightningModule):
             super().backward(loss, *args, **kwargs)
 
     def on_after_backward(self) -> None:
+        self._refuse_bad_gradients()
         optimizer = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, AdamWInTurns):
             optimizer.hand_over(turn(self.trainer.global_step + 1, len(self.pairs)))
+
+    def _refuse_bad_gradients(self) -> None:
+        """Gradients are those of all processes by now, so all stop. The scaler of 16-mixed passes over a step whose
+        gradients are too large and halves its scale; below a scale of 1 they are not too large but NaN."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or scaler.get_scale() < 1:
+            gradients = ((name, p.grad) for name, p in self.named_parameters() if p.grad is not None)
+            finite.refuse(gradients, f"At step {self.trainer.global_step + 1} the gradient of", REMEDY)
 
     def configure_optimizers(self) -> Any:
         align = self.method.align

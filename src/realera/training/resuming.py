@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
+from realera import finite
 from realera.contracts import UserError
 from realera.paths import whole
+from realera.training.module import REMEDY
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class Checkpoints(Callback):
     ) -> None:
         assert self.every is not None
         if trainer.global_step % self.every == 0:
+            finite.refuse(_kept(trainer, pl_module), f"After step {trainer.global_step}", REMEDY)
             trainer.save_checkpoint(self.file)
 
 
@@ -66,11 +71,15 @@ def last_good(file: Path, identity: str) -> Path | None:
     if not file.is_file():
         return None
     try:
-        stamped = torch.load(file, map_location="cpu", weights_only=True)["identity"]
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        stamped, bad = content["identity"], finite.first_bad(content["state_dict"])
     except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError):
         log.warning("%s cannot be read: the loop starts again", file)
         return None
     same_run(stamped, identity, file)
+    if bad is not None:
+        log.warning("%s holds NaN or infinity (%s): the loop starts again", file, bad)
+        return None
     return file
 
 
@@ -78,6 +87,14 @@ def same_run(found: str, identity: str, file: Path) -> None:
     """Raises UserError for a file of another run."""
     if found != identity:
         raise UserError(f"{file} belongs to a run with other settings: set overwrite=true, or another run_dir.")
+
+
+def _kept(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds of numbers: the trained weights, and what the optimiser knows of them."""
+    yield from ((name, value) for name, value in module.named_parameters() if value.requires_grad)
+    for optimizer in trainer.optimizers:
+        for state in optimizer.state.values():
+            yield from ((f"the optimiser's {name}", v) for name, v in state.items() if isinstance(v, Tensor))
 
 
 def trained_numbers(trainer: Trainer) -> int:
