@@ -1,0 +1,198 @@
+"""NaN and infinity, wherever they come from: refused by name, and never saved."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from realera import finite
+from realera.contracts import Edit, LoraSpec, Method, Neighbours, UserError
+from realera.ledger import kept
+from realera.training.checkpoint import Origin, read_erased, read_map, save_erased, save_map, save_neighbours
+from realera.training.fit import fit
+
+ORIGIN = Origin({}, "mini", "0" * 16)
+BAD = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 7, 1000, 40_000])
+def test_one_bad_number_is_found_wherever_it_stands(dtype: torch.dtype, size: int) -> None:
+    largest = torch.finfo(dtype).max
+    fine = torch.full((size,), largest, dtype=dtype)
+    fine[::2] = -largest
+    assert finite.first_bad({"fine": fine, "whole": torch.tensor([1]), "empty": torch.zeros(0)}) is None
+    for place in {0, size // 2, size - 1}:
+        for bad in BAD:
+            hit = fine.clone()
+            hit[place] = bad
+            assert finite.first_bad({"fine": fine, "hit": hit, "later": hit}) == "hit"
+
+
+# --- base weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_base_weight_that_is_not_finite_is_named(part: str, tiny_sd: Path, tmp_path: Path) -> None:
+    from realera.backbones.unet import UNetBackbone
+    from realera.contracts import Sampler
+
+    copy = Path(shutil.copytree(tiny_sd, tmp_path / "copy", copy_function=os.link))
+    file = next((copy / part).glob("*.safetensors"))
+    state = load_file(file)
+    name = next(name for name in state if name.endswith("weight"))
+    state[name].view(-1)[1] = math.nan
+    file.unlink()
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{part}.*weight {name} holds NaN.*again"):
+        UNetBackbone("mini", copy, Sampler("ddim", 2, 7.5, 32, 32))
+
+
+def test_what_float16_cannot_hold_is_refused(new_backbone: Callable[..., Any]) -> None:
+    backbone = new_backbone(dtype="float16")
+    before = {name: layer.weight.clone() for name, layer in backbone.cross_attention().items()}
+    with pytest.raises(UserError, match=r"attn2\.to_k\.weight is too large for backbone\.dtype=float16.*bfloat16"):
+        backbone.apply(Edit(map=torch.eye(32).double() * 1e7))
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in backbone.cross_attention().items())
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_an_edit_that_is_not_finite_is_refused(bad: float, new_backbone: Callable[..., Any]) -> None:
+    backbone = new_backbone()
+    map = torch.eye(32).double()
+    map[3, 4] = bad
+    with pytest.raises(UserError, match=r"edited weight .*attn2\.to_k\.weight holds NaN or infinity.*ridge"):
+        backbone.apply(Edit(map=map))
+    assert not backbone.erased_state()
+    layer = next(iter(backbone.cross_attention()))
+    state = {f"edit.{layer}.weight": torch.full_like(backbone.cross_attention()[layer].weight, bad)}
+    with pytest.raises(UserError, match=rf"erased weight edit\.{layer}\.weight holds NaN"):
+        backbone.load_erased(state)
+    assert not backbone.erased_state()
+
+
+def test_states_and_images_that_are_not_finite_are_refused(new_backbone: Callable[..., Any]) -> None:
+    backbone = new_backbone()
+    states = backbone.encode(["a cat", "a dog"])
+    states.states[1] = math.nan
+    with pytest.raises(UserError, match=r"image of seed 8 cannot be drawn.*guidance_scale"):
+        backbone.sample(states, [7, 8])
+    with pytest.raises(UserError, match="autoencoder's output"):
+        backbone.decode(torch.full((1, 4, 8, 8), math.inf))
+    with torch.no_grad():
+        backbone.text.model.get_input_embeddings().weight[backbone.text.tokenizer("dog")["input_ids"][1]] = math.inf
+    with pytest.raises(UserError, match="text states of 'the dog' hold NaN"):
+        backbone.encode(["the cat", "the dog"])
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+class Going:
+    """An aligner that goes wrong in its third step in the given way."""
+
+    steps, lr, weight_decay = 15, 1e-3, 0.0
+    lora: LoraSpec | None = LoraSpec()
+    parameters: Sequence[str] = ()
+
+    def __init__(self, wrong: str, lr: float = 1e-3) -> None:
+        self.wrong, self.lr = wrong, lr
+
+    def loss(self, backbone: Any, *given: Any) -> dict[str, torch.Tensor]:
+        step = given[4]
+        up = next(p for name, p in backbone.unet.named_parameters() if "lora_B" in name)
+        first = up.square().sum()
+        if step == 3 and self.wrong == "term":
+            return {"first": first, "second": first + math.inf}
+        if step == 3 and self.wrong == "gradient":  # its value is 0, its slope is NaN
+            return {"first": (up - up.detach()).norm() * 0 + torch.sqrt((up - up.detach()).sum())}
+        if self.wrong == "weights":
+            return {"first": (up - up.detach()).sum()}
+        return {"first": first}
+
+
+class Noise:
+    def prepare(self, *_: Any) -> None: ...
+
+    def __call__(self, backbone: Any, concept: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(1, 4, 8, 8, generator=generator), torch.zeros(1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "lr", "says"),
+    [
+        ("term", 1e-3, r"The loss \(second\) is inf at step 3: lower method\.align\.lr"),
+        ("gradient", 1e-3, r"At step 3 the gradient of .*lora_B.* holds NaN"),
+        ("weights", 3e37, r"After step 12 .*lora_B.* holds NaN or infinity: lower method\.align\.lr"),
+    ],
+)
+def test_a_loop_that_goes_wrong_stops_and_keeps_nothing_of_it(
+    wrong: str, lr: float, says: str, new_backbone: Callable[..., Any], new_pairs: Callable[..., Any], tmp_path: Path
+) -> None:
+    backbone, run = new_backbone(), tmp_path / "run"
+    method = Method("going", latents=Noise(), align=Going(wrong, lr))
+    with pytest.raises(UserError, match=says):
+        fit(
+            backbone,
+            method,
+            new_pairs(backbone, ("cat", "field")),
+            run_dir=run,
+            seed=0,
+            config={},
+            trainer={"accelerator": "cpu", "gradient_clip_val": None},
+            checkpoint_every=1 if wrong != "weights" else 12,
+        )
+    assert not (run / "erased.safetensors").exists() and not (run / "fit").exists()
+    for line in (run / "losses.jsonl").read_text().splitlines():
+        assert all(math.isfinite(value) for value in json.loads(line).values())
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_are_not_finite_are_neither_saved_nor_read(new_backbone: Callable[..., Any], tmp_path: Path) -> None:
+    backbone, map = new_backbone(), torch.eye(4)
+    map[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"map\.safetensors is not saved"):
+        save_map(tmp_path / "map.safetensors", map, ORIGIN)
+    changed = SimpleNamespace(erased_state=lambda: {"edit.x.weight": map})
+    with pytest.raises(UserError, match=r"erased\.safetensors is not saved, because edit\.x\.weight holds NaN"):
+        save_erased(tmp_path / "erased.safetensors", changed, ORIGIN, None)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    for name, read in (("map", read_map), ("erased", read_erased)):
+        file = tmp_path / f"{name}.safetensors"
+        save_map(file, torch.eye(4), ORIGIN) if name == "map" else save_erased(file, backbone, ORIGIN, None)
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        save_file({"map": map}, file, metadata)
+        with pytest.raises(UserError, match=rf"{name}\.safetensors cannot be used: its map holds NaN"):
+            read(file)
+
+
+def test_mined_points_too_large_for_float16_are_kept_as_they_are(tmp_path: Path) -> None:
+    large, small, rows = torch.full((1, 2, 3), 1e6), torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
+    save_neighbours(tmp_path / "n.safetensors", [Neighbours(large, small, small, rows, rows)], ORIGIN)
+    found = load_file(tmp_path / "n.safetensors")
+    assert torch.equal(found["0.near"], large) and found["0.beyond"].dtype == torch.float16
+
+
+def test_a_cached_tensor_that_is_not_finite_is_made_again(tmp_path: Path) -> None:
+    file, meter = tmp_path / "x.safetensors", SimpleNamespace(passes=0)
+    with pytest.raises(UserError, match=r"x\.safetensors is not kept, because latents holds NaN"):
+        kept(file, "latents", meter, lambda: torch.tensor([math.nan]))  # type: ignore[arg-type]
+    assert not file.exists()
+    save_file({"latents": torch.tensor([math.inf])}, file)
+    made = kept(file, "latents", meter, lambda: torch.ones(1))  # type: ignore[arg-type]
+    assert torch.equal(made, torch.ones(1)) and torch.equal(load_file(file)["latents"], torch.ones(1))
