@@ -161,7 +161,7 @@ class Meter:
     def write(self) -> None:
         if self.file is not None:
             with self._lock:
-                paths.write_text(self.file, json.dumps(self.record(), indent=1) + "\n")
+                paths.write_text(self.file, paths.json_text(self.record(), indent=1) + "\n")
 
     def _lap(self, wait: bool = False) -> None:
         """What was spent since the last lap is the current stage's. wait: for what the GPU still has to do of it."""
@@ -207,7 +207,7 @@ def forget(folder: Path, stage: str) -> None:
     record = _read(folder / paths.COSTS)
     if stage in record.get("stages", {}):
         del record["stages"][stage]
-        paths.write_text(folder / paths.COSTS, json.dumps(record, indent=1) + "\n")
+        paths.write_text(folder / paths.COSTS, paths.json_text(record, indent=1) + "\n")
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, complaints, console, panels
+from realera import cli, complaints, console, panels, paths
 from realera.contracts import UserError
 
 BUILDERS = {"workspace": panels.workspace, "report": panels.report}
@@ -22,7 +22,7 @@ def dashboard(cfg: DictConfig) -> None:
     if find_spec("wandb_workspaces") is None:
         raise UserError("a dashboard is built by wandb-workspaces: pip install 'realera[dashboard]'.")
     if config["dry_run"]:
-        print(json.dumps(described(config), indent=1, ensure_ascii=False))
+        print(paths.json_text(described(config), indent=1, ensure_ascii=False))
     elif cli.wandb_mode() != "online":
         raise UserError(
             "a dashboard stands in Weights & Biases and nobody is logged in here (or WANDB_MODE says offline): "

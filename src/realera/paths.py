@@ -5,11 +5,14 @@ Standard library only: the doors import it before anything heavy.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CONF_DIR = next((p for p in (HERE / "conf", HERE.parents[1] / "conf") if (p / "train.yaml").is_file()), HERE / "conf")
@@ -61,6 +64,20 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all (UTF-8)."""
     with whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def json_text(content: Any, **style: Any) -> str:
+    """Content as JSON that every reader takes: NaN and infinity, which JSON has no words for, are null. style: of
+    json.dumps."""
+    return json.dumps(_sayable(content), allow_nan=False, **style)
+
+
+def _sayable(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {_sayable(key): _sayable(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_sayable(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _umask() -> int:

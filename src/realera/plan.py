@@ -7,7 +7,6 @@ else passes of the U-Net are counted and multiplied by what a pass takes (`PASS`
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -191,7 +190,7 @@ def show(plan: Plan, place: Path | None = None) -> None:
     """Prints the plan and, where a folder is given, leaves it there as plan.json."""
     console.show_plan(asdict(plan))
     if place is not None:
-        paths.write_text(place / "plan.json", json.dumps(asdict(plan), indent=1) + "\n")
+        paths.write_text(place / "plan.json", paths.json_text(asdict(plan), indent=1) + "\n")
 
 
 def _steps(method: Mapping[str, Any], concepts: int) -> int:

@@ -138,7 +138,7 @@ def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None
             beside / "unet" / f"{models['unet']}.safetensors",
             {"format": "pt"},
         )
-        (beside / "model_index.json").write_text(json.dumps(_index(source), indent=2), encoding="utf-8")
+        (beside / "model_index.json").write_text(paths.json_text(_index(source), indent=2), encoding="utf-8")
         if out.is_dir():
             out.rmdir()  # the door has seen that it is empty
         beside.chmod(0o755)

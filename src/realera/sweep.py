@@ -187,7 +187,7 @@ class Job:
         finally:
             _running.reset(token)
         cell.seconds = round(time.monotonic() - began, 2)
-        _append(folder() / CELLS, json.dumps(asdict(cell), ensure_ascii=False))
+        _append(folder() / CELLS, paths.json_text(asdict(cell), ensure_ascii=False))
         return value
 
     def _alone(self, cfg: DictConfig) -> float | None:

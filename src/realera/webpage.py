@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import logging
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
@@ -12,6 +11,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from realera.paths import json_text
 
 log = logging.getLogger("realera")
 PAGE = Path(__file__).with_suffix(".html")
@@ -43,7 +44,7 @@ def handler(draw: Draw, about: Mapping[str, str]) -> type[BaseHTTPRequestHandler
                 self.tell(404, {"error": "no such page"})
 
         def tell(self, status: int, content: Any) -> None:
-            self.answer(status, "application/json", json.dumps(content).encode())
+            self.answer(status, "application/json", json_text(content).encode())
 
         def answer(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)

@@ -145,7 +145,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+    text = "".join(paths.json_text(row, ensure_ascii=False) + "\n" for row in rows)
     paths.write_text(path, text)
 
 

@@ -62,6 +62,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    env.policies["json.dumps_function"] = paths.json_text
     return env.get_template(template).render(content)
 
 

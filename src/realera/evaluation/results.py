@@ -171,4 +171,4 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _text(numbers: Mapping[str, Any]) -> str:
-    return json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return paths.json_text(numbers, indent=1, ensure_ascii=False) + "\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -232,7 +231,7 @@ def write_results(run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path,
             cells.append(replace(read_cell(run, judge), system=system))
     results = {"judge": judge, **table(cells)}
     out = folder / "results.json"
-    paths.write_text(out, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    paths.write_text(out, paths.json_text(results, indent=1, ensure_ascii=False) + "\n")
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     before, start, rest = text.partition(MARKS[0])

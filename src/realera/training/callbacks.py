@@ -20,7 +20,7 @@ from realera.closed_form import spectrum
 from realera.contracts import Edit, Neighbours, Prompt
 from realera.costs import Meter
 from realera.ledger import ledger
-from realera.paths import EDIT_INFO, LOSSES, MAP, NEIGHBOURS, write_text
+from realera.paths import EDIT_INFO, LOSSES, MAP, NEIGHBOURS, json_text, write_text
 from realera.ranks import ALONE, Ranks, patient_group
 from realera.training.checkpoint import Origin, save_map, save_neighbours, tensors_of
 from realera.training.module import ErasureModule, trains
@@ -95,7 +95,7 @@ class ClosedFormEdit(Callback):
             self._count_edited(module)
             self.report = {**self.report, "finish": finish}
             if trainer.is_global_zero:
-                write_text(self.run_dir / EDIT_INFO, json.dumps(self.report, indent=1))
+                write_text(self.run_dir / EDIT_INFO, json_text(self.report, indent=1))
 
     def _count_edited(self, module: ErasureModule) -> None:
         layers = module.backbone.cross_attention()
@@ -155,7 +155,7 @@ class ClosedFormEdit(Callback):
             save_map(self.run_dir / MAP, edit.map, self.origin)
         if self.mined and self.keep_neighbours:
             save_neighbours(self.run_dir / NEIGHBOURS, self.mined, self.origin)
-        write_text(self.run_dir / EDIT_INFO, json.dumps(self.report, indent=1))
+        write_text(self.run_dir / EDIT_INFO, json_text(self.report, indent=1))
 
 
 class PrepareLatents(Callback):
@@ -230,7 +230,7 @@ class LossLines(Callback):
         if trainer.is_global_zero:
             values = {name: float(value) for name, value in outputs["terms"].items()}
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
+                file.write(json_text({"step": trainer.global_step, **values}) + "\n")
 
 
 class FitProgress(Callback):
