@@ -14,13 +14,12 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from realera import band
-from realera.backbones import folder
+from realera.backbones import folder, vocabulary
 from realera.contracts import Concept, Task, UserError
 from realera.paths import ERASED, MINIATURE
 from realera.runs import Run
@@ -273,23 +272,11 @@ def _answers(address: str) -> bool:
 
 
 def _tokenizer(backbone: Mapping[str, Any]) -> Any:
-    """The backbone's tokenizer, or None where it is not on this disk in the one-file form."""
+    """The backbone's tokenizer, or None where it is not on this disk."""
     pretrained = backbone.get("pretrained")
     place = MINIATURE if pretrained is None else Path(str(pretrained)).expanduser()
     found = place if place.is_dir() else _cached(str(pretrained))
-    if found is None or not (file := found / "tokenizer" / "tokenizer.json").is_file():
-        return None
-    return _tokenizer_of(file)
-
-
-@cache
-def _tokenizer_of(file: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return None if found is None else vocabulary.read(found / "tokenizer")
 
 
 def _short(text: str, width: int = 60) -> str:

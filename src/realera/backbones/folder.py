@@ -15,13 +15,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from realera.backbones import configs, vocabulary
+from realera.backbones.reading import Stored, read_json, tensors
+from realera.backbones.reading import refuse_torn as refuse_torn
 from realera.contracts import UserError
 from realera.paths import MINIATURE
 
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 SECOND = {"text_encoder_2": "model"}  # what Stable Diffusion XL has besides
 VARIANTS = ("", ".fp16")  # what a weights file's name may hold, in the order they are looked for
+EMBEDDING = "token_embedding.weight"  # of a text encoder: a row for each token
 PEEK = 512  # bytes of either end of a tensor that `marks` looks at
+SHARD = re.compile(r"\w[\w.-]*")  # a file's name, and no path
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = [
     "model_index.json",
@@ -43,7 +48,10 @@ def locate(pretrained: str | Path | None) -> Path:
     missing, torn, unknown to the hub, or out of reach.
     """
     if pretrained is None:
-        return check(MINIATURE)
+        try:
+            return check(MINIATURE)
+        except UserError as error:
+            raise UserError(f"The built-in model is damaged, so reinstall realera: {error}") from error
     path = Path(pretrained).expanduser()
     if path.is_dir():
         return check(path)
@@ -56,7 +64,8 @@ def locate(pretrained: str | Path | None) -> Path:
 
 
 def check(folder: Path) -> Path:
-    """`folder`, if every file that is needed is there and no weights file is torn; UserError otherwise."""
+    """`folder`, if every file that is needed is there, none is torn, and they say that they belong together; UserError
+    otherwise. What only the numbers show is left to loading."""
     if gone := missing(folder):
         hint = " (weights are read as safetensors only, not .bin)" if any(folder.glob("*/*.bin")) else ""
         if (folder / "transformer").is_dir():
@@ -67,15 +76,48 @@ def check(folder: Path) -> Path:
             f"The checkpoint folder {str(folder)!r} lacks {', '.join(gone)}{hint}; copy or download it again, or give "
             "another folder as backbone.pretrained."
         )
-    for file in weight_files(folder):
-        refuse_torn(file)
+    settings: dict[str, dict[str, Any]] = {}
+    for part in (*models(folder), "scheduler"):
+        file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        settings[part] = read_json(file)
+        configs.check_settings(file, part, settings[part])
+    configs.check_unet(folder, settings["unet"], settings["vae"])
+    for part in models(folder):
+        configs.check_weights(folder, part, settings[part], _stored(folder, part))
+    for tokenizer, encoder in zip(tokenizers(folder), ("text_encoder", "text_encoder_2")):
+        rows = [own.shape[0] for name, own in _stored(folder, encoder).items() if name.endswith(EMBEDDING)]
+        vocabulary.check(folder / tokenizer, rows[0] if rows else None)
     return folder
+
+
+def _stored(folder: Path, part: str) -> dict[str, Stored]:
+    """The tensors of one part by their headers. Raises UserError for a torn file, and for a shard without a tensor that
+    the index promises."""
+    found: dict[str, Stored] = {}
+    for file in part_files(folder, part)[1]:
+        own = tensors(file)
+        for name in _listed(folder, part, file.name):
+            if name not in own:
+                raise UserError(
+                    f"The weights file {str(file)!r} lacks {name}, which its index lists; download it again."
+                )
+        found |= own
+    return found
+
+
+def _listed(folder: Path, part: str, shard: str) -> list[str]:
+    """The tensors that an index says are in a shard; [] for a part in one file."""
+    index = folder / part / re.sub(r"^(.*?)(\.fp16)?-\d+-of-\d+\.safetensors$", r"\1.safetensors.index\2.json", shard)
+    if index.suffix != ".json" or not index.is_file():
+        return []
+    return [name for name, file in read_json(index)["weight_map"].items() if file == shard]
 
 
 def is_xl(folder: Path) -> bool:
     """Whether the folder is a Stable Diffusion XL, by its index or by what its U-Net reads."""
     index, unet = folder / "model_index.json", folder / "unet" / "config.json"
-    if index.is_file() and any(read_json(index).get("text_encoder_2") or ()):
+    named = read_json(index).get("text_encoder_2") if index.is_file() else None
+    if isinstance(named, list) and any(named):
         return True
     return unet.is_file() and read_json(unet).get("addition_embed_type") == "text_time"
 
@@ -118,6 +160,13 @@ def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not listed:
                 raise UserError(f"The file {str(index)!r} lists no weights; copy or download it again.")
+            if outside := [
+                name for name in listed.values() if not SHARD.fullmatch(str(name)) or not isinstance(name, str)
+            ]:
+                raise UserError(
+                    f"The file {str(index)!r} names the shard {outside[0]!r}, which is no file of its own folder; copy "
+                    "or download it again."
+                )
             return mark[1:], [folder / part / name for name in sorted(set(listed.values()))]
     return "", [folder / part / f"{stem}.safetensors"]
 
@@ -231,34 +280,6 @@ def _offline(name: str, lacks: str, cache: str, reason: str) -> str:
         f"cannot be downloaded ({reason}); give a local diffusers folder with backbone.pretrained=DIR, set HF_HOME to "
         "a folder with a cached snapshot of it, or use the built-in backbone=mini."
     )
-
-
-def refuse_torn(file: Path) -> None:
-    """UserError unless the file's size is what its safetensors header says."""
-    size = file.stat().st_size
-    expected = -1
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if 8 < length <= size - 8:
-            try:
-                header = json.loads(stream.read(length))
-                ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-                expected = 8 + length + max(ends, default=0)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-                pass  # not a header: torn
-    if expected != size:
-        should = f"its header promises {expected:,} bytes" if expected > 0 else "its header cannot be read"
-        raise UserError(
-            f"The weights file {str(file)!r} is torn or no safetensors file: it holds {size:,} bytes and {should}; "
-            "copy or download it again."
-        )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"The file {str(file)!r} is not valid JSON; copy or download it again.") from error
 
 
 def _sha256(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from realera import finite
 from realera.backbones import folder
 from realera.backbones.text import PairedTextEncoder, TextEncoder
 from realera.contracts import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,7 @@ def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
         kinds["text_encoder_2"] = CLIPTextModelWithProjection
     try:
         with _quiet():
-            tokenizers = [
-                AutoTokenizer.from_pretrained(place / part, use_fast=True, local_files_only=True)
-                for part in folder.tokenizers(place)
-            ]
+            tokenizers = [_tokenizer(place / part) for part in folder.tokenizers(place)]
             # Not asked of the library: transformers 5 keeps a file's float16 unless told, and renamed the option.
             text_models = [_whole(kind, place, part).float() for part, kind in kinds.items()]
             unet = _whole(UNet2DConditionModel, place, "unet", torch_dtype=dtype)
@@ -62,7 +62,6 @@ def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
         ) from error
     if not all(tokenizer.is_fast for tokenizer in tokenizers):
         raise UserError(f"The tokenizer of {str(place)!r} gives no character offsets; save it with a tokenizer.json.")
-    _refuse_other_unet(place, unet, vae)
     _refuse_not_finite(place, {**dict(zip(kinds, text_models)), "unet": unet, "vae": vae}, dtype)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
@@ -78,28 +77,6 @@ def text_encoder(parts: Parts, length: int | None) -> TextEncoder | PairedTextEn
         for tokenizer, model in zip(parts.tokenizers, parts.text_models, strict=True)
     ]
     return PairedTextEncoder(*encoders) if parts.xl else encoders[0]
-
-
-def _refuse_other_unet(place: Path, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-    """UserError for a U-Net that wants more than latents, timesteps and text, as for inpainting or upscaling."""
-    config = unet.config
-    channels, latents = int(config.in_channels), int(vae.config.latent_channels)
-    if channels != latents:
-        raise UserError(
-            f"The U-Net of {str(place)!r} reads {channels} channels and its autoencoder makes {latents}: it does "
-            "inpainting, depth or upscaling; give a text-to-image checkpoint."
-        )
-    for name in ("encoder_hid_dim_type", "class_embed_type", "num_class_embeds"):
-        if config.get(name) is not None:
-            raise UserError(
-                f"The U-Net of {str(place)!r} has {name}={config[name]}, which is not supported; give a Stable "
-                "Diffusion 1.x, 2.x or XL."
-            )
-    if config.get("addition_embed_type") not in (None, "text_time"):
-        raise UserError(
-            f"The U-Net of {str(place)!r} takes {config.addition_embed_type!r} besides the text, which is not "
-            "supported; give a Stable Diffusion 1.x, 2.x or XL."
-        )
 
 
 def _refuse_not_finite(place: Path, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
@@ -140,6 +117,17 @@ def refuse_other_text(
             )
 
 
+def _tokenizer(place: Path) -> PreTrainedTokenizerBase:
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, use_fast=True, local_files_only=True)
+    except Exception as error:  # the library below raises plain ones
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"The tokenizer {str(place)!r} cannot be loaded ({reason}); copy or download it again."
+        ) from error
+    return found
+
+
 def _whole(kind: Any, place: Path, part: str, **options: Any) -> Any:
     """One model, frozen, every weight from the file: a missing one would silently stay random."""
     if variant := folder.part_files(place, part)[0]:
@@ -149,6 +137,8 @@ def _whole(kind: Any, place: Path, part: str, **options: Any) -> Any:
     )
     if lost := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
         raise ValueError(f"{part} lacks {len(lost)} weights such as {lost[0]}")
+    if more := [str(name) for name in info["unexpected_keys"] if not str(name).endswith("position_ids")]:
+        log.warning("%s holds %d tensors that its model has not, such as %s", place / part, len(more), sorted(more)[0])
     frozen: nn.Module = model.eval().requires_grad_(False)
     return frozen
 

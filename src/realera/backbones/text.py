@@ -43,6 +43,12 @@ class TextEncoder:
         projected = isinstance(model, CLIPTextModelWithProjection)
         self.pooled_width = int(model.config.projection_dim) if projected else 0
         self._kept: OrderedDict[tuple[Any, ...], TextStates] = OrderedDict()  # by the whole list, so bit for bit
+        probe = tokenizer("a")["input_ids"]
+        if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in probe[1:]:
+            raise UserError(
+                "The tokenizer puts no end-of-text token behind a prompt, as CLIP's does; copy or download the "
+                "checkpoint's tokenizer again."
+            )
         if not 3 <= self.length <= limit:
             raise UserError(
                 f"backbone.text_length={length} cannot be: this text encoder takes 3 to {limit} tokens; choose a "

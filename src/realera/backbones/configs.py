@@ -1,0 +1,159 @@
+"""What the settings files and headers of a checkpoint must say so that it can run here. No torch: bad input is answered
+fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from realera.backbones.reading import Stored
+from realera.contracts import UserError
+
+MOST = 10_000_000  # of anything that is counted: rows, channels, layers
+TIMESTEPS = 1000  # of every Stable Diffusion's training
+FLOATS = ("F16", "BF16", "F32", "F64")
+COUNTERS = ("position_ids", "num_batches_tracked")  # the tensors that hold whole numbers, and are read by nobody
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+Check = tuple[str, Callable[[Any], bool]]
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MOST
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e6
+
+
+def _are(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and all(map(test, value))
+
+
+def _or(*tests: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: any(test(value) for test in tests)
+
+
+WHOLE: Check = ("a whole number above 0", _is_whole)
+WHOLES: Check = ("a list of whole numbers above 0", _are(_is_whole))
+WHOLE_OR_WHOLES: Check = ("a whole number above 0, or a list of such", _or(_is_whole, _are(_is_whole)))
+NUMBER: Check = ("a number above 0", _is_number)
+NAMES: Check = ("a list of names", _are(lambda value: isinstance(value, str)))
+UNET: Check = ("UNet2DConditionModel", lambda value: value == "UNet2DConditionModel")
+VAE: Check = ("AutoencoderKL", lambda value: value == "AutoencoderKL")
+CLIP: Check = ("clip_text_model", lambda value: value in ("clip_text_model", "clip"))
+SCHEDULER: Check = (
+    "a scheduler that adds noise (not one of flow matching)",
+    lambda value: isinstance(value, str) and value.endswith("Scheduler") and not value.startswith("FlowMatch"),
+)
+TEXT: dict[str, Check] = {
+    "model_type": CLIP,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads"), WHOLE),
+    **dict.fromkeys(("num_hidden_layers", "projection_dim", "vocab_size"), WHOLE),
+}
+CHECKS: Mapping[
+    str, Mapping[str, Check]
+] = {  # what a key must be where it is there; the library's own value stands else
+    "unet": {
+        "_class_name": UNET,
+        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim", "sample_size"), WHOLE),
+        **dict.fromkeys(("layers_per_block", "attention_head_dim"), WHOLE_OR_WHOLES),
+        "block_out_channels": WHOLES,
+        "down_block_types": NAMES,
+        "up_block_types": NAMES,
+    },
+    "vae": {
+        "_class_name": VAE,
+        **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "layers_per_block"), WHOLE),
+        "scaling_factor": NUMBER,
+        "block_out_channels": WHOLES,
+        "down_block_types": NAMES,
+        "up_block_types": NAMES,
+    },
+    "text_encoder": TEXT,
+    "text_encoder_2": TEXT,
+    "scheduler": {
+        "_class_name": SCHEDULER,
+        "num_train_timesteps": (f"{TIMESTEPS}", lambda value: type(value) is int and value == TIMESTEPS),
+        "beta_start": NUMBER,
+        "beta_end": NUMBER,
+        "beta_schedule": (" or ".join(SCHEDULES), lambda value: value in SCHEDULES),
+        "trained_betas": ("null, or a list of numbers", _or(lambda value: value is None, _are(_is_number))),
+    },
+}
+
+
+def check_settings(file: Path, part: str, config: Mapping[str, Any]) -> None:
+    """UserError where a part's settings are of another kind of model, or no settings at all."""
+    for key, (wanted, fits) in CHECKS[part].items():
+        if key in config and not fits(config[key]):
+            said = repr(config[key])
+            raise UserError(
+                f"The file {str(file)!r} says {key}={said if len(said) <= 60 else said[:57] + '...'} where {wanted} is "
+                "needed; copy or download it again, or give another checkpoint as backbone.pretrained."
+            )
+
+
+def check_unet(place: Path, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """UserError for a U-Net that wants more than latents, timesteps and text, as for inpainting or upscaling."""
+    channels, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latents:
+        raise UserError(
+            f"The U-Net of {str(place)!r} reads {channels} channels and its autoencoder makes {latents}: it does "
+            "inpainting, depth or upscaling; give a text-to-image checkpoint."
+        )
+    for name in ("encoder_hid_dim_type", "class_embed_type", "num_class_embeds"):
+        if unet.get(name) is not None:
+            raise UserError(
+                f"The U-Net of {str(place)!r} has {name}={unet[name]}, which is not supported; give a Stable "
+                "Diffusion 1.x, 2.x or XL."
+            )
+    if unet.get("addition_embed_type") not in (None, "text_time"):
+        raise UserError(
+            f"The U-Net of {str(place)!r} takes {unet['addition_embed_type']!r} besides the text, which is not "
+            "supported; give a Stable Diffusion 1.x, 2.x or XL."
+        )
+
+
+def check_weights(place: Path, part: str, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
+    """UserError where a part's tensors cannot be those of its settings. Some are looked at; loading looks at all."""
+    for name, tensor in stored.items():
+        if tensor.dtype not in FLOATS and not name.endswith(COUNTERS):
+            raise UserError(
+                f"The weights in {str(place / part)!r} hold {name} as {tensor.dtype}, and only floating-point weights "
+                "can be run; give a checkpoint that is not quantised."
+            )
+    for ending, wanted in _wanted(part, config):
+        found = {name: tensor.shape for name, tensor in stored.items() if name.endswith(ending)}
+        if not found:
+            raise UserError(
+                f"The weights in {str(place / part)!r} lack {ending}: they are another model's; copy or download the "
+                "checkpoint again."
+            )
+        for name, shape in found.items():
+            if len(shape) != len(wanted) or any(size not in (None, own) for size, own in zip(wanted, shape)):
+                should = " x ".join("?" if size is None else str(size) for size in wanted)
+                raise UserError(
+                    f"The weight {name} in {str(place / part)!r} is {' x '.join(map(str, shape))}, and its config.json "
+                    f"asks for {should}; copy or download the checkpoint again."
+                )
+
+
+def _wanted(part: str, config: Mapping[str, Any]) -> Sequence[tuple[str, tuple[int | None, ...]]]:
+    """(ending of a name, shape with None for what the settings do not say)."""
+    get = config.get
+    first = (get("block_out_channels") or [None])[0]
+    last = (get("block_out_channels") or [None])[-1]
+    if part == "unet":
+        return [
+            ("conv_in.weight", (first, get("in_channels"), None, None)),
+            ("attn2.to_k.weight", (None, get("cross_attention_dim"))),
+            ("attn2.to_v.weight", (None, get("cross_attention_dim"))),
+            ("conv_out.weight", (get("out_channels"), first, None, None)),
+        ]
+    if part == "vae":
+        return [("decoder.conv_in.weight", (last, get("latent_channels"), None, None))]
+    return [
+        ("token_embedding.weight", (get("vocab_size"), get("hidden_size"))),
+        ("position_embedding.weight", (get("max_position_embeddings"), get("hidden_size"))),
+    ]
