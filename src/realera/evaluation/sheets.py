@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageFilter
 
-from realera.contracts import Mode, Split, Verdict
+from realera.contracts import Mode, Split, UserError, Verdict
 from realera.evaluation.readings import MEAN_PROB, MEASURES, score
 from realera.evaluation.records import Row, Which, read_manifest, read_verdicts, verdict_file
+from realera.pictures import read_picture
 
 SHOWN = 8  # images per prompt on a sheet
 MOST_PROMPTS = 24  # strips of a split; of a longer one, one strip shows some of its prompts
@@ -141,20 +142,17 @@ def _words(row: Row, said: Verdict, headline: Mapping[str, Mode]) -> tuple[str, 
 
 def blurred(file: Path) -> Image.Image:
     """The image, blurred past recognition, for a place that shows images unasked."""
-    with Image.open(file) as image:
-        picture = image.convert("RGB")
+    picture = read_picture(file)
     return picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 10))
 
 
 def _data_uri(file: Path) -> tuple[str, bool]:
     """The image as it is where it is small (and then True), else a JPEG of it at a sheet's size."""
     try:
-        with Image.open(file) as image:
-            small = max(image.size) <= _LARGEST
-            if small:
-                return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}", True
-            picture = image.convert("RGB")
-    except (UnidentifiedImageError, OSError):
+        picture = read_picture(file)
+        if max(picture.size) <= _LARGEST:
+            return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}", True
+    except (UserError, OSError):
         return "", True
     picture.thumbnail((_LARGEST, _LARGEST))
     buffer = io.BytesIO()

@@ -7,25 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realera.contracts import Prompt, UserError
+from realera.pictures import read_picture
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 def read_rgb(path: Path, size: int | None = None) -> np.ndarray:
-    """(H, W, 3) uint8; resized to size x size if given. Raises UserError naming a missing, torn or bomb-sized file."""
+    """(H, W, 3) uint8; resized to size x size if given. Raises UserError as `read_picture`."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"the image {path} is missing: generate the run's images again") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"the image {path} is too large to be judged ({error}): make it smaller") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"the image {path} cannot be read ({error}): delete it and generate it again") from None
+    picture = read_picture(path)
     if size is not None and picture.size != (size, size):
         picture = picture.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(picture)
