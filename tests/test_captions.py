@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_every_kind_of_file(name: str, text: str, column: str | None, tmp_path: 
         ("a.json", "{broken", None, "cannot be read"),
         ("a.json", "[1, 2]", None, "neither a text nor an object"),
         ("a.txt", b"\xff\xfe\x00", None, "cannot be read"),
+        ("a.txt", b"a cat\na\x00 dog\n", None, "record 2 holds a NUL byte"),
+        ("a.json", "5", None, "holds no list of captions"),
+        ("a.json", '{"annotations": 5}', None, "holds no list of captions"),
+        ("a.json", '"a cat"', None, "holds no list of captions"),
+        ("a.json", "[" * 100_000, None, "cannot be read"),
+        ("a.json", "", None, "cannot be read"),
+        ("a.jsonl", '{"caption": "a cat"}\n[1]\n', None, "record 2 is neither"),
+        ("a.jsonl", '{"caption": 5}\n', None, "record 1 has no"),
+        ("a.csv", "caption\n" + "x" * 200_000, None, "field larger than field limit"),
+        ("a.csv", "caption\n\xff".encode("latin-1"), None, "cannot be read"),
     ],
 )
 def test_what_cannot_be_read(name: str, text: str | bytes, column: str | None, match: str, tmp_path: Path) -> None:
@@ -48,6 +59,13 @@ def test_what_cannot_be_read(name: str, text: str | bytes, column: str | None, m
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=match):
         list(captions_in([file], column))
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    for place in (tmp_path, tmp_path / "pipe.csv", Path("/dev/zero")):
+        with pytest.raises(UserError, match="a folder, a pipe or a device"):
+            list(captions_in([place]))
 
 
 def test_the_door(

@@ -32,6 +32,7 @@ DOOR_PARTS = {
     "judged",
     "plan",
     "shelf",
+    "lengths",
     "devices",
 }
 SHARED = {"contracts", "paths", "ranks", "ledger", "costs", "finite", "pictures"}

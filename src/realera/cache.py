@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from realera import captions, cli, console, paths, preflight
+from realera import captions, cli, console, lengths, paths, preflight
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
 
@@ -20,8 +20,10 @@ def cache(cfg: DictConfig) -> None:
             raise UserError(f"captions={file} is no file: give a list of captions, one a line, or a CSV or JSON file.")
     column = config["column"]
     preflight.check_model(config["backbone"])
-    total = sum(1 for _ in captions.captions_in(files, column))
-    if not total:
+    counted = lengths.Lengths(config["backbone"])
+    for text in captions.captions_in(files, column):
+        counted.add(text)
+    if not (total := counted.texts):
         raise UserError(f"captions={', '.join(map(str, files))} holds no caption: give a file that holds some.")
 
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse but the place
@@ -35,6 +37,8 @@ def cache(cfg: DictConfig) -> None:
         for old in (out, priors.partial(out)):
             old.unlink(missing_ok=True)
     cli.say_backbone(config)
+    if said := counted.said("captions"):
+        cli.log.warning("%s", said)
     backbone = steps.load_backbone(config)
     with console.bar(f"captions of {files[0].name}", total, rate="captions/s") as advance:
         priors.accumulate(backbone, captions.captions_in(files, column), out, source, advance=advance)

@@ -24,13 +24,17 @@ def captions_in(files: Iterable[Path], column: str | None = None) -> Iterator[st
     """
     for file in files:
         try:
+            if file.exists() and not file.is_file():  # a pipe would be waited for, a device never ends
+                raise ValueError("it is a folder, a pipe or a device")
             with file.open(encoding="utf-8-sig", newline="") as stream:
                 for number, record in enumerate(_records(file, stream), 1):
                     text = record if isinstance(record, str) else _cell(file, number, record, column)
+                    if "\0" in text:
+                        raise ValueError(f"record {number} holds a NUL byte")
                     if text.strip():
                         yield " ".join(text.split())
-        except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except (OSError, UnicodeDecodeError, csv.Error, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"captions={file} cannot be read ({reason}): give a UTF-8 file of captions, one a line, or a CSV or "
                 "JSON file."
@@ -45,7 +49,10 @@ def _records(file: Path, stream: Any) -> Iterator[Any]:
         yield from (json.loads(line) for line in stream if line.strip())
     elif kind == ".json":
         found = json.load(stream)
-        yield from found["annotations"] if isinstance(found, dict) and "annotations" in found else found
+        listed = found["annotations"] if isinstance(found, dict) and "annotations" in found else found
+        if not isinstance(listed, list):
+            raise ValueError("it holds no list of captions")
+        yield from listed
     else:
         yield from stream
 

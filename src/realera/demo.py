@@ -6,7 +6,7 @@ from http.server import ThreadingHTTPServer
 
 from omegaconf import DictConfig
 
-from realera import cli, console, preflight, runs
+from realera import cli, console, lengths, preflight, runs
 from realera.contracts import UserError
 from realera.webpage import data_uri, handler
 
@@ -29,7 +29,9 @@ def demo(cfg: DictConfig) -> None:
     pair = steps.pairs_from(steps.load_run(run), run.config)
 
     def draw(prompt: str, seed: int) -> dict[str, str]:
-        return {which: data_uri(pixels.numpy()) for which, pixels in pair(prompt, seed).items()}
+        counted = lengths.Lengths(run.config["backbone"])
+        note = f"only the first {counted.fits} tokens of this prompt are read" if counted.add(prompt) else ""
+        return {"note": note} | {which: data_uri(pixels.numpy()) for which, pixels in pair(prompt, seed).items()}
 
     try:
         server = ThreadingHTTPServer((config["host"], config["port"]), handler(draw, about))

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, console, paths, preflight, processes, runs
+from realera import cli, console, lengths, paths, preflight, processes, runs
 from realera.contracts import Prompt, UserError
 from realera.tasks.prompts import slug
 
@@ -28,6 +28,8 @@ def generate(cfg: DictConfig) -> None:
     preflight.check_run(run)
     preflight.check_model(run.config["backbone"])
     cli.say_backbone(run.config, str(run.folder))
+    if plan.first:
+        lengths.warn((prompt.text for prompt in prompts), run.config["backbone"])
 
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
 

@@ -127,7 +127,7 @@ def check_task(task: Task, backbone: Mapping[str, Any]) -> None:
 
 def check_prompts(pairs: Sequence[tuple[str, str]], concept: Concept, backbone: Mapping[str, Any]) -> None:
     """The concept must stand whole within the rows the text encoder reads, in every training prompt."""
-    tokenizer = _tokenizer(backbone)
+    tokenizer = tokenizer_of(backbone)
     rows = (backbone.get("text") or {}).get("max_length")
     if tokenizer is None or not rows:
         return
@@ -271,7 +271,7 @@ def _answers(address: str) -> bool:
     return opened.is_set()
 
 
-def _tokenizer(backbone: Mapping[str, Any]) -> Any:
+def tokenizer_of(backbone: Mapping[str, Any]) -> Any:
     """The backbone's tokenizer, or None where it is not on this disk."""
     pretrained = backbone.get("pretrained")
     place = MINIATURE if pretrained is None else Path(str(pretrained)).expanduser()

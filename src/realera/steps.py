@@ -12,7 +12,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
-from realera import costs, paths, preflight, runs
+from realera import costs, lengths, paths, preflight, runs
 from realera.console import bar
 from realera.contracts import Backbone, Concept, Guide, Judge, Method, Pair, Prompt, SetJudge, Task, UserError
 from realera.costs import ORIGINALS, Meter
@@ -148,6 +148,8 @@ def draw_original(
 
 def draw_missing(run: Run, task: Task, original: bool, ranks: Ranks, meter: Meter) -> dict[str, Any]:
     """Draws what does not stand of a run's images, or of the unedited model's; `drawn_by`."""
+    if ranks.first:
+        lengths.warn((prompt.text for prompt in task.eval_prompts()), run.config["backbone"], "evaluation prompts")
     backbone = load_backbone(run.config, meter) if original else load_run(run, meter)
     (draw_original if original else draw)(backbone, task.eval_prompts(), run.folder, run.config, ranks, meter)
     return drawn_by(backbone)

@@ -6,7 +6,7 @@ import os
 
 from omegaconf import DictConfig
 
-from realera import cli, console, costs, paths, plan, preflight, processes, runs, sweep
+from realera import cli, console, costs, lengths, paths, plan, preflight, processes, runs, sweep
 from realera.contracts import Task
 from realera.evaluation.records import read_metrics
 from realera.ranks import Ranks
@@ -47,6 +47,8 @@ def train(cfg: DictConfig) -> float | None:
 def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
     """Erase, save, draw, judge, log, report. Started again, it goes on where it stopped."""
     cli.log.info("run %s", run.folder)
+    if ranks.first and run.config["evaluate"]:
+        lengths.warn((prompt.text for prompt in task.eval_prompts()), run.config["backbone"], "evaluation prompts")
     from realera import shelf, steps, tracking  # torch, diffusers and Lightning: loaded when nothing is left to refuse
     from realera.evaluation.report import write_report
 

@@ -18,7 +18,7 @@ log = logging.getLogger("realera")
 PAGE = Path(__file__).with_suffix(".html")
 LONGEST = 500  # letters of a prompt
 Draw = Callable[[str, int], dict[str, str]]
-"""(prompt, seed) -> {"original": data URI, "erased": data URI}."""
+"""(prompt, seed) -> {"original": data URI, "erased": data URI, "note": what to say of the prompt, may be missing}."""
 
 
 def handler(draw: Draw, about: Mapping[str, str]) -> type[BaseHTTPRequestHandler]:

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,3 +207,37 @@ def test_the_protocol_names_the_labels_and_their_prompts(folder: Path) -> None:
     protocol = MiniatureJudge(folder).protocol()
     assert protocol["label_prompts"] == dict(CONFIG.labels)
     assert json.loads(json.dumps(protocol)) == protocol
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"[]"),
+        ("config.json", b"5"),
+        ("config.json", b'{"words": 5}'),
+        ("config.json", b"\xff\xfe{}"),
+        ("config.json", b"[" * 100_000),
+        ("config.json", None),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        ("model.safetensors", b""),
+        ("model.safetensors", None),
+    ],
+)
+def test_damaged_weights_are_refused(folder: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
+    copy = _copy(folder, tmp_path)
+    (copy / name).unlink()
+    os.mkfifo(copy / name) if content is None else (copy / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"the judge in .* cannot be read .*judge\.weights=FOLDER"):
+        MiniatureJudge(copy)
+
+
+def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = _copy(folder, tmp_path)
+    state = load_file(copy / "model.safetensors")
+    name = next(name for name in state if name.endswith(".weight"))
+    state[name].view(-1)[0] = float("nan")
+    save_file(state, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"cannot judge: its weight .* holds NaN or infinity"):
+        MiniatureJudge(copy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import time
 from pathlib import Path
 
@@ -183,3 +184,52 @@ def test_a_malformed_line_is_named(text: str, said: str, tmp_path: Path) -> None
         read_concepts(table(tmp_path, text))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("prompt\na cat\n".encode("utf-16"), "no UTF-8 text"),
+        (b"prompt\na cat\n\xff\n", r"no UTF-8 text \(line 3\)"),
+        (b"prompt\na c\x00at\n", r"NUL byte \(line 2\)"),
+        (b"\x00" * 4096, r"NUL byte \(line 1\)"),
+        (b"prompt,seed\na cat,18446744073709551616\n", r"line 2: column seed holds '18446744073709551616'.*2\^63"),
+        (b"prompt,seed\na cat," + b"9" * 5000 + b"\n", "column seed holds"),
+        (b"prompt,seed\na cat,-1\n", "column seed holds '-1'"),
+        (b"prompt,seed\na cat,1.5\n", "column seed holds '1.5'"),
+        (b"prompt,seed\na cat,nan\n", "column seed holds 'nan'"),
+        (b"prompt,guidance\na cat,1e30\n", "column guidance holds '1e30', which is no number below 1000"),
+        (b"prompt,guidance\na cat,nan\n", "column guidance holds 'nan'"),
+        (b"prompt,width,height\na cat,0,8\n", "column width holds 0"),
+        (b"prompt,width,height\na cat,8,513\n", "column height holds 513"),
+        (b"prompt,width,height\na cat,8,80000\n", "column height holds 80000: images are at most 4096"),
+        (b"prompt\n", "holds no prompts"),
+        (b'prompt\n"a cat\n', "malformed"),
+        (b"prompt\n" + b"x" * 200_000 + b"\n", "malformed .field larger"),
+    ],
+)
+def test_a_damaged_table_is_refused_by_name(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=said) as refused:
+        read_prompts(tmp_path / "a.csv", "prompts_csv")
+    assert str(tmp_path / "a.csv") in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 1 << 40)
+    for place in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(UserError, match="a folder, a pipe or a device"):
+            read_prompts(place, "prompts_csv")
+        with pytest.raises(UserError, match="a folder, a pipe or a device"):
+            read_concepts(place)
+    with pytest.raises(UserError, match="larger than 256 MB"):
+        read_prompts(tmp_path / "huge", "prompts_csv")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts("a\0b", "prompts_csv")
+
+
+def test_rows_that_are_alike_are_all_drawn(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,seed,case_number\na cat,1,7\na cat,1,7\n")
+    assert [row.id for row in read_prompts(tmp_path / "a.csv", "prompts_csv")] == ["00007", "00007-2"]

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from realera import finite
 from realera.contracts import Prompt, UserError, Verdict
 from realera.judges.images import batches, check_batch, read_rgb
 from realera.judges.places import out_of_reach, torch_device
@@ -68,6 +69,9 @@ class ClipJudge:
                 + (f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_models().")
             )
         tag = open_clip.get_pretrained_cfg(self.model, self.pretrained) or {}
+        place = Path(self.pretrained)
+        if not tag and place.exists() and not place.is_file():  # a pipe would be waited for
+            raise self._lacking(f"{place} is no file")
         if tag.get("hf_hub") and not _cached(tag["hf_hub"]) and out_of_reach(_HUB):
             raise self._lacking("they are not on this disk and the hub does not answer")
         try:
@@ -78,6 +82,7 @@ class ClipJudge:
             raise self._lacking(
                 str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
             ) from error
+        finite.refuse(clip.named_parameters(), f"CLIP from {self.pretrained} cannot judge: its weight", "get it again")
         return clip.eval(), transform
 
     def _lacking(self, reason: str) -> UserError:

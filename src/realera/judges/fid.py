@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from realera import finite
 from realera.contracts import UserError
 from realera.judges.images import check_batch, read_rgb
 from realera.judges.places import out_of_reach, torch_device
@@ -126,7 +127,12 @@ def _checked(weights: Path) -> Path:
     import torch
 
     try:
-        torch.load(weights, map_location="cpu", weights_only=True)
+        if not weights.is_file():  # a pipe would be waited for
+            raise FileNotFoundError(f"{weights} is no file")
+        content = torch.load(weights, map_location="cpu", weights_only=True)
+        tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        if (bad := finite.first_bad(tensors)) is not None:
+            raise ValueError(f"{bad} holds NaN or infinity")
     except Exception as error:
         reason = (str(error) or repr(error)).strip().splitlines()[0][:160]
         raise UserError(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from realera import finite
 from realera.contracts import Prompt, UserError, Verdict
 from realera.judges.images import batches, check_batch, read_rgb
 from realera.paths import MINIATURE
@@ -56,9 +57,11 @@ class MiniatureJudge:
         except FileNotFoundError as error:
             missing = error.filename or self.folder
             raise UserError(f"the judge's file {missing} is missing: {_REMEDY}") from None
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            cause = str(error).splitlines()[0]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            cause = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"the judge in {self.folder} cannot be read ({cause}): {_REMEDY}") from None
+        for net in (clip, plain):
+            finite.refuse(net.named_parameters(), f"the judge in {self.folder} cannot judge: its weight", _REMEDY)
         self.labels = tuple(self.config.labels)
         self._row = {label.lower(): row for row, label in enumerate(self.labels)}
         self.unsafe = tuple(unsafe)

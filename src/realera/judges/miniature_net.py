@@ -191,6 +191,9 @@ def load_judge(folder: Path) -> tuple[JudgeConfig, MiniatureCLIP, PlainCNN]:
 
     Raises OSError, ValueError, KeyError, TypeError, RuntimeError or SafetensorError where that is not a whole judge.
     """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if (folder / name).exists() and not (folder / name).is_file():  # a pipe would be waited for
+            raise OSError(f"{name} is no file")
     raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     raw.update({key: tuple(raw[key]) for key in ("words", "channels", "plain_channels")})
     config = JudgeConfig(**raw)

@@ -45,8 +45,10 @@ class Replay:
         if captions is None or isinstance(captions, str):
             file = CAPTIONS if captions is None else Path(captions).expanduser()
             try:
-                captions = file.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
+                if file.exists() and not file.is_file():  # a pipe would be waited for
+                    raise OSError(f"{file} is no file")
+                captions = file.read_text(encoding="utf-8-sig").splitlines()
+            except (OSError, ValueError) as error:
                 raise UserError(
                     f"{file} cannot be read: give replay.captions a text file, one caption a line."
                 ) from error

@@ -26,6 +26,9 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
 }
 """What a column may be called, most telling first; capitals, blanks and hyphens do not count."""
 _DELIMITERS = (",", ";", "\t")
+_LARGEST = 256 << 20  # bytes of a file: COCO's 600,000 captions are a tenth of that
+_MOST_PIXELS = 4096  # a side; what is larger fits into no GPU
+_MOST_GUIDANCE = 1000.0
 _MULTIPLE = 8  # pixels: an autoencoder's latents are an eighth as wide
 
 
@@ -133,15 +136,15 @@ class _Cells:
         if (height is None) != (width is None):
             raise self.fault("height" if height is None else "width", "is empty and the other side is not")
         size = (height, width) if height is not None and width is not None else None
-        guidance = self.number("guidance")
+        guidance = self.number("guidance", below=_MOST_GUIDANCE)
         return Row(name, prompt, self.whole("seed"), guidance, size, self.text("concept") or None)
 
     def text(self, meaning: str) -> str:
         at = self.columns[meaning]
         return "" if at is None else self.fields[at].strip()
 
-    def number(self, meaning: str) -> float | None:
-        """0 or more; None where the cell is empty."""
+    def number(self, meaning: str, below: float = math.inf) -> float | None:
+        """0 or more and below the limit; None where the cell is empty."""
         if not (text := self.text(meaning)):
             return None
         try:
@@ -150,6 +153,8 @@ class _Cells:
             value = math.nan
         if not math.isfinite(value) or value < 0:
             raise self.fault(meaning, f"holds {text[:40]!r}, which is no number of 0 or more")
+        if not value < below:
+            raise self.fault(meaning, f"holds {text[:40]!r}, which is no number below {below:g}")
         return value
 
     def whole(self, meaning: str) -> int | None:
@@ -157,13 +162,15 @@ class _Cells:
         if not (text := self.text(meaning)):
             return None
         if not (found := re.fullmatch(r"\+?(\d{1,19})(?:\.0*)?", text, re.ASCII)) or int(found[1]) >= 2**63:
-            raise self.fault(meaning, f"holds {text[:40]!r}, which is no whole number of 0 or more")
+            raise self.fault(meaning, f"holds {text[:40]!r}, which is no whole number from 0 to 2^63 - 1")
         return int(found[1])
 
     def pixels(self, meaning: str) -> int | None:
         value = self.whole(meaning)
         if value is not None and (value % _MULTIPLE or not value):
             raise self.fault(meaning, f"holds {value}: images are a multiple of {_MULTIPLE} pixels wide and high")
+        if value is not None and value > _MOST_PIXELS:
+            raise self.fault(meaning, f"holds {value}: images are at most {_MOST_PIXELS} pixels wide and high")
         return value
 
     def fault(self, meaning: str, what: str) -> UserError:
@@ -176,9 +183,14 @@ def _read(file: str | Path, key: str) -> tuple[Path, str]:
     """A text file's path and content, which is not blank."""
     path = Path(str(file)).expanduser()
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device never ends
+            raise UserError(f"{key}={path} cannot be read (it is a folder, a pipe or a device): give a file")
+        if path.stat().st_size > _LARGEST:
+            raise UserError(f"{key}={path} is larger than {_LARGEST >> 20} MB: give a file of prompts or names")
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{key}={path} cannot be read ({error.strerror or error}): give a file") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}={path} cannot be read ({reason}): give a file") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -186,6 +198,9 @@ def _read(file: str | Path, key: str) -> tuple[Path, str]:
         raise UserError(f"{key}={path} is no UTF-8 text (line {line}): save it as UTF-8") from error
     if not text.strip():
         raise UserError(f"{key}={path} is empty")
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserError(f"{key}={path} holds a NUL byte (line {line}), so it is no text: save it as UTF-8")
     return path, text
 
 
