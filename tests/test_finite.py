@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from realera import finite
@@ -172,8 +174,6 @@ def test_files_that_are_not_finite_are_neither_saved_nor_read(new_backbone: Call
     for name, read in (("map", read_map), ("erased", read_erased)):
         file = tmp_path / f"{name}.safetensors"
         save_map(file, torch.eye(4), ORIGIN) if name == "map" else save_erased(file, backbone, ORIGIN, None)
-        from safetensors import safe_open
-
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
         save_file({"map": map}, file, metadata)
@@ -196,3 +196,50 @@ def test_a_cached_tensor_that_is_not_finite_is_made_again(tmp_path: Path) -> Non
     save_file({"latents": torch.tensor([math.inf])}, file)
     made = kept(file, "latents", meter, lambda: torch.ones(1))  # type: ignore[arg-type]
     assert torch.equal(made, torch.ones(1)) and torch.equal(load_file(file)["latents"], torch.ones(1))
+
+
+# --- as typed --------------------------------------------------------------------------------------------------------
+
+
+def test_an_erasure_of_a_broken_model_ends_with_one_sentence(
+    small: list[str], tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from realera import export, generate, train
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
+
+    def go(door: Any, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["x", *words])
+        with pytest.raises(SystemExit) as left:
+            door.main()
+        assert left.value.code == 2
+        return capsys.readouterr().err
+
+    copy = Path(shutil.copytree(tiny_sd, tmp_path / "copy", copy_function=os.link))
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["conv_in.weight"][0] = math.nan
+    file.unlink()
+    save_file(state, file)
+    words = ["concept=airplane", "method=uce", "evaluate=false"]
+    said = go(train, *words, "run_dir=bad", *small, f"backbone.pretrained={copy}")
+    assert "weight conv_in.weight holds NaN" in said and not list(tmp_path.rglob("erased.safetensors"))
+
+    monkeypatch.setattr(sys, "argv", ["x", *words, "run_dir=run", *small])
+    train.main()
+    for name, door, more in (
+        ("map", export, ["to=map", "out=out"]),
+        ("erased", export, ["to=diffusers", "out=out"]),
+        ("erased", generate, ["prompts=[a cat]", "out=out"]),
+    ):
+        file = tmp_path / "run" / f"{name}.safetensors"
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        whole, state = file.read_bytes(), load_file(file)
+        next(iter(state.values())).view(-1)[0] = math.inf
+        save_file(state, file, metadata)
+        said = go(door, "run=run", *more)
+        assert f"{name}.safetensors" in said and "NaN or infinity" in said and not (tmp_path / "out" / "unet").exists()
+        file.write_bytes(whole)
+    assert "2^63" in go(generate, "run=run", "prompts=[a cat]", "seeds=[18446744073709551616]")

@@ -37,6 +37,7 @@ def export_map(run: Run, out: Path) -> None:
     """The closed form as it was saved: W = W0 @ map."""
     if not (run.folder / paths.MAP).is_file():
         raise UserError(f"{run.folder} holds no {paths.MAP}: its method has no closed form that is one matrix.")
+    preflight.check_map(run.folder / paths.MAP)
     with paths.whole(out / paths.MAP) as beside:
         shutil.copyfile(run.folder / paths.MAP, beside)
     if left := _beyond_map(run):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from realera import paths
+from realera import finite, paths
 from realera.backbones import folder as checkpoint
 from realera.contracts import UserError
 
@@ -116,6 +116,7 @@ def base_unet(source: Path) -> dict[str, Tensor]:
     for file in checkpoint.weight_files(source):
         if file.parent.name == "unet":
             state |= load_file(file)
+    finite.refuse(state, f"The U-Net in {str(source)!r} cannot be exported: its weight", "copy or download it again")
     return state
 
 

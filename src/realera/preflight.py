@@ -107,6 +107,19 @@ def check_run(run: Run) -> None:
     folder.refuse_torn(run.erased)
 
 
+def check_map(file: Path) -> None:
+    """The map of a closed form must be whole and finite. Raises UserError."""
+    import numpy as np
+    from safetensors import safe_open
+
+    folder.refuse_torn(file)
+    with safe_open(file, framework="numpy") as opened:
+        if "map" not in opened.keys():  # noqa: SIM118 (not a mapping)
+            raise UserError(f"{file} holds no map: give the command that made it again.")
+        if not np.isfinite(opened.get_tensor("map")).all():
+            raise UserError(f"{file} holds NaN or infinity: delete it and give the command that made it again.")
+
+
 # --- what is asked ---------------------------------------------------------------------------------------------------
 
 

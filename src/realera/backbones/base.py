@@ -71,9 +71,9 @@ class BaseWeights:
                 )
         rounded = {name: value.to(self.parameters[name].dtype) for name, value in values.items()}
         finite.refuse(values, "The edited weight", "give a larger ridge, or train with a lower method.align.lr")
-        if (name := finite.first_bad(rounded)) is not None:
+        if (large := finite.first_bad(rounded)) is not None:
             raise finite.NotFinite(
-                f"The edited weight {name} is too large for backbone.dtype={str(self.dtype).removeprefix('torch.')}: "
+                f"The edited weight {large} is too large for backbone.dtype={str(self.dtype).removeprefix('torch.')}: "
                 "set backbone.dtype=bfloat16 or float32."
             )
         for name, value in rounded.items():

@@ -86,12 +86,10 @@ def _tensors(file: Path, size: int, changed: int) -> dict[str, Stored]:
 
 
 def _entry(entry: Any) -> tuple[Stored, int, int]:
-    begin, stop = entry["data_offsets"]
-    stored = Stored(entry["dtype"], tuple(entry["shape"]))
-    numbers = [begin, stop, *stored.shape]
-    if not isinstance(stored.dtype, str) or any(type(number) is not int or number < 0 for number in numbers):
+    dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (begin, stop, *shape)):
         raise ValueError("no tensor")
-    return stored, begin, stop
+    return Stored(dtype, tuple(shape)), begin, stop
 
 
 def _torn(file: Path, size: int, reason: str) -> UserError:

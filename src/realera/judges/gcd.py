@@ -81,8 +81,8 @@ class GiphyJudge:
                 f"{folder / STATE} is not the state of a ResNet-50 of {len(self.labels)} labels, read as tensors alone "
                 f"({cause[:200]}): {_SOURCE} again, its labels.csv with it"
             ) from None
-        for net, name in zip((*nets, self.net), (*DETECTORS, STATE)):
-            finite.refuse(net.named_parameters(), f"{folder / name} cannot be used: its weight", f"{_SOURCE} again")
+        for part, name in zip((*nets, self.net), (*DETECTORS, STATE)):
+            finite.refuse(part.named_parameters(), f"{folder / name} cannot be used: its weight", f"{_SOURCE} again")
         self.net.to(self.device).eval().requires_grad_(False)
 
     def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]:

@@ -107,9 +107,10 @@ def read(file: Path) -> tuple[Tensor, Made]:
             metadata = opened.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(f"{file} is no sum of captions: make one with python -m realera.cache captions=FILE.")
-            gram, made = opened.get_tensor("gram"), Made(**json.loads(metadata["made"]))
-        if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or not isinstance(made.captions, int) or made.captions < 0:
-            raise ValueError("not a sum of captions")
+            gram, said = opened.get_tensor("gram"), json.loads(metadata["made"])
+        made = Made(**said)
+        if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or type(said["captions"]) is not int:
+            raise ValueError("no sum of captions")
     except FileNotFoundError as error:
         raise UserError(
             f"There is no file {file}: make it with python -m realera.cache captions=FILE out={file}."
