@@ -198,6 +198,41 @@ def test_a_cached_tensor_that_is_not_finite_is_made_again(tmp_path: Path) -> Non
     assert torch.equal(made, torch.ones(1)) and torch.equal(load_file(file)["latents"], torch.ones(1))
 
 
+def test_a_sum_of_captions_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    from realera.methods import priors
+
+    made = json.dumps({"captions": 3, "rows": 77, "encoder": "e", "source": "s", "complete": True})
+    file, gram = tmp_path / "sum.safetensors", torch.eye(4).double()
+    said = {"format": priors.FORMAT, "made": made}
+    save_file({"gram": gram}, file, said)
+    assert priors.read(file)[1].captions == 3
+    for tensor, metadata, sentence in (
+        (gram * math.nan, said, "cannot be used: its sum holds NaN"),
+        (torch.ones(3, 4).double(), said, "cannot be read"),
+        (gram, {**said, "made": made.replace("3,", '"many",')}, "cannot be read"),
+        (gram, {**said, "made": "[]"}, "cannot be read"),
+        (gram, {**said, "format": "realera-prior/0"}, "is no sum of captions"),
+    ):
+        save_file({"gram": tensor}, file, metadata)
+        with pytest.raises(UserError, match=rf"sum\.safetensors {sentence}"):
+            priors.read(file)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="cannot be read"):
+        priors.read(file)
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from realera.training.resuming import last_good
+
+    file = tmp_path / "last.ckpt"
+    torch.save({"identity": "one", "state_dict": {"a": torch.ones(2)}}, file)
+    assert last_good(file, "one") == file
+    torch.save({"identity": "one", "state_dict": {"a": torch.tensor([1.0, math.nan])}}, file)
+    assert last_good(file, "one") is None
+    assert "holds NaN or infinity (a): the loop starts again" in caplog.text
+
+
 # --- as typed --------------------------------------------------------------------------------------------------------
 
 

@@ -281,3 +281,16 @@ def test_one_process_of_ddp_is_the_run_itself(tmp_path: Path, record: Callable[.
     weights = relative(change(files[1]), change(files[0]))
     record(weights=weights)
     assert (tmp_path / "ddp" / "report.html").is_file() and weights < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_nan_is_found_on_the_device(dtype: torch.dtype) -> None:
+    from realera import finite
+
+    fine = torch.linspace(-1, 1, 300_001, device=DEVICE).to(dtype)
+    assert finite.first_bad({"fine": fine, "rows": torch.ones(3, device=DEVICE)}) is None
+    for place in (0, 150_000, 300_000):
+        for bad in (float("nan"), float("inf"), float("-inf")):
+            hit = fine.clone()
+            hit[place] = bad
+            assert finite.first_bad({"fine": fine, "hit": hit}) == "hit"

@@ -21,10 +21,9 @@ def decode(vae: AutoencoderKL, latents: Tensor, one_by_one: bool) -> Tensor:
     with torch.autocast(latents.device.type, enabled=False):
         images = torch.cat([vae.decode(part, return_dict=False)[0] for part in parts])
     finite.refuse(
-        [("of its images", images)],
-        "The autoencoder's output: one",
-        "the latents are too large for it, or"
-        " its weights are damaged; draw with a lower guidance, or copy the checkpoint again",
+        [("output", images)],
+        "An image cannot be decoded, because the autoencoder's",
+        "draw with a lower guidance, or copy the checkpoint again",
     )
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

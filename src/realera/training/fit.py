@@ -106,19 +106,16 @@ def fit(
         resume = last_good(run_dir / FIT / LAST, identity)
         if resume is not None:
             log.info("going on from %s", resume)
-        try:
-            runner.fit(module, ckpt_path=resume)
-        except NotFinite:
-            if runner.is_global_zero:  # a checkpoint on the way to NaN is none to go on from with other settings
-                shutil.rmtree(run_dir / FIT, ignore_errors=True)
-            raise
-        except SystemExit:
-            if runner.interrupted:  # Lightning turns Ctrl-C into an exit status of its own
-                raise KeyboardInterrupt from None
-            raise
+        with _without_checkpoint(run_dir, runner):
+            try:
+                runner.fit(module, ckpt_path=resume)
+            except SystemExit:
+                if runner.interrupted:  # Lightning turns Ctrl-C into an exit status of its own
+                    raise KeyboardInterrupt from None
+                raise
     if runner.is_global_zero:
         lora = align.lora if align is not None and trains(align) and method.finish is None else None
-        with meter.stage("finish"):
+        with meter.stage("finish"), _without_checkpoint(run_dir, runner):
             save_erased(erased, backbone, origin, lora)
         shutil.rmtree(run_dir / FIT, ignore_errors=True)
     runner.strategy.barrier("erased")
@@ -161,6 +158,17 @@ def _trainer(
     except (MisconfigurationException, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(f"These trainer settings cannot run ({reason}): try trainer=default.") from error
+
+
+@contextmanager
+def _without_checkpoint(run_dir: Path, runner: Trainer) -> Iterator[None]:
+    """Where it ends in NaN, the loop's checkpoint goes: it was on the way there, and nothing is to go on from it."""
+    try:
+        yield
+    except NotFinite:
+        if runner.is_global_zero:
+            shutil.rmtree(run_dir / FIT, ignore_errors=True)
+        raise
 
 
 @contextmanager
