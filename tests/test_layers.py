@@ -34,7 +34,7 @@ DOOR_PARTS = {
     "shelf",
     "devices",
 }
-SHARED = {"contracts", "paths", "ranks", "ledger", "costs"}
+SHARED = {"contracts", "paths", "disk", "locks", "ranks", "ledger", "costs"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
 WORKSHOP = "miniature"  # makes the built-in model: may use every room and library, and no room uses it
 LIBRARIES = {  # where a library may be imported; the workshop is free

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from realera import paths
+from realera import disk, paths
 from realera.contracts import Backbone, Guide, Prompt, Sampler, UserError
 from realera.evaluation.records import ORIGINALS, Row, read_manifest, write_manifest
 from realera.ranks import ALONE, Ranks
@@ -277,23 +277,18 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _save(file: Path, picture: Tensor) -> None:
-    try:
-        with paths.whole(file) as beside:
-            Image.fromarray(picture.numpy()).save(beside, format="PNG")
-    except OSError as error:
-        raise UserError(
-            f"the image {file} cannot be written ({error.strerror or error}): free or change the folder"
-        ) from None
+    with paths.whole(file) as beside:
+        Image.fromarray(picture.numpy()).save(beside, format="PNG")
 
 
 def _link(drawn: Path, file: Path) -> None:
     """A hard link, or a copy where the file system has none. A file that stands already is replaced."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists() and file.samefile(drawn):
-        return
-    file.unlink(missing_ok=True)
-    try:
-        os.link(drawn, file)
-    except OSError:
-        with paths.whole(file) as beside:
-            shutil.copyfile(drawn, beside)
+    with disk.explained(file):
+        if file.exists() and file.samefile(drawn):
+            return
+        file.unlink(missing_ok=True)
+        try:
+            os.link(drawn, file)
+        except OSError:
+            with paths.whole(file) as beside:
+                shutil.copyfile(drawn, beside)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from realera.contracts import UserError
-from realera.paths import MINIATURE
+from realera.paths import MINIATURE, write_text
 
 # Half of a training loop on a CPU can be page faults: keep what was allocated.
 ALLOCATOR = {
@@ -270,7 +270,7 @@ def decoder(plan: Plan, log: Callable[[str], None]) -> None:
     tuned.save_pretrained(parts / "vae.new")
     shutil.rmtree(parts / "vae")
     (parts / "vae.new").rename(parts / "vae")
-    (parts / "DECODER_DONE").write_text("")
+    write_text(parts / "DECODER_DONE", "")
 
 
 def assembled(plan: Plan, log: Callable[[str], None]) -> None:

@@ -57,8 +57,8 @@ class WholeFiles(TorchCheckpointIO):
     short."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with whole(Path(path)) as beside:
-            torch.save(checkpoint, beside)
+        with whole(Path(path)) as beside, beside.open("wb") as stream:  # whose errors say more than torch's own
+            torch.save(checkpoint, stream)
 
 
 def last_good(file: Path, identity: str) -> Path | None:
