@@ -33,6 +33,9 @@ DOOR_PARTS = {
     "plan",
     "shelf",
     "devices",
+    "interrupts",
+    "output",
+    "surroundings",
 }
 SHARED = {"contracts", "paths", "disk", "locks", "ranks", "ledger", "costs"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
