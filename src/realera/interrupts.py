@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -76,7 +77,8 @@ def done(status: int) -> None:
 
 def end_at_once(number: int) -> None:
     """Ends this process, and what it has started, without waiting for anything."""
-    for step in (*last_resort, _say):
+    disk = sys.modules.get("realera.disk")
+    for step in (*last_resort, *([disk.drop_temporary] if disk else ()), _say):
         with suppress(Exception):
             step()
     os._exit(128 + number)

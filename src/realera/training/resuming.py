@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,17 @@ class Checkpoints(Callback):
         assert self.every is not None
         if trainer.global_step % self.every == 0:
             trainer.save_checkpoint(self.file)
+
+
+class KeepsAnswer(Callback):
+    """SIGTERM stays what it was: Lightning's own answer waits for all processes, of which some may not have had it."""
+
+    def __init__(self) -> None:
+        self.answer = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.answer is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.answer)
 
 
 class WholeFiles(TorchCheckpointIO):
