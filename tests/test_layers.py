@@ -33,11 +33,10 @@ DOOR_PARTS = {
     "plan",
     "shelf",
     "devices",
-    "interrupts",
     "output",
     "surroundings",
 }
-SHARED = {"contracts", "paths", "disk", "locks", "ranks", "ledger", "costs"}
+SHARED = {"contracts", "paths", "disk", "locks", "interrupts", "ranks", "ledger", "costs"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
 WORKSHOP = "miniature"  # makes the built-in model: may use every room and library, and no room uses it
 LIBRARIES = {  # where a library may be imported; the workshop is free

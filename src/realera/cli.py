@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from realera import complaints, interrupts, output, paths, processes, surroundings, sweep
 from realera.contracts import Task, UserError
 from realera.devices import number as cuda_devices
+from realera.surroundings import flags_first, gather
 from realera.sweep import fail
 from realera.sweep import in_sweep as in_sweep  # the doors ask here
 from realera.tasks.files import read_concepts
@@ -131,6 +132,7 @@ def as_process(main: Callable[[], None]) -> NoReturn:
             raise
         status = error.code or 0
     interrupts.done(status)
+    sys.unraisablehook = lambda lost: None  # exit handlers of libraries whose helpers have ended before
     # as the interpreter does first: a launcher's pool of processes ends by it
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -153,20 +155,6 @@ def get_ready() -> None:
 def is_helper() -> bool:
     """Whether this process works along with a first one, which writes and speaks."""
     return processes.is_helper(os.environ)
-
-
-def flags_first(arguments: list[str]) -> list[str]:
-    """The command line with its key=value words last: Hydra's parser takes them in one stretch only."""
-    settings = [word for word in arguments if "=" in word and not word.startswith("-")]
-    return [*(word for word in arguments if word not in settings), *settings]
-
-
-def gather(arguments: list[str], key: str) -> list[str]:
-    """The command line with bare words as one list: ["a", "b", "x=1"] -> ["x=1", "key=['a','b']"]."""
-    bare = [word for word in arguments if "=" not in word and not word.startswith("-")]
-    rest = [word for word in arguments if word not in bare]
-    quoted = ",".join("'" + word.replace("'", "\\'") + "'" for word in bare)
-    return [*rest, f"{key}=[{quoted}]"] if bare else rest
 
 
 def with_judge(cfg: DictConfig) -> DictConfig:

@@ -52,3 +52,17 @@ def as_text(words: Sequence[str]) -> list[str]:
             said = word.encode("ascii", "backslashreplace").decode()
             raise UserError(f"'{said}' is no UTF-8 text: set a UTF-8 locale, as LC_ALL=C.UTF-8 does.") from None
     return found
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """The command line with its key=value words last: Hydra's parser takes them in one stretch only."""
+    settings = [word for word in arguments if "=" in word and not word.startswith("-")]
+    return [*(word for word in arguments if word not in settings), *settings]
+
+
+def gather(arguments: list[str], key: str) -> list[str]:
+    """The command line with bare words as one list: ["a", "b", "x=1"] -> ["x=1", "key=['a','b']"]."""
+    bare = [word for word in arguments if "=" not in word and not word.startswith("-")]
+    rest = [word for word in arguments if word not in bare]
+    quoted = ",".join("'" + word.replace("'", "\\'") + "'" for word in bare)
+    return [*rest, f"{key}=[{quoted}]"] if bare else rest
