@@ -73,14 +73,16 @@ def refusal(error: BaseException, path: Path | None = None) -> str | None:
 
 def _of_disk(error: BaseException) -> OSError | None:
     """The OSError that `error` is, or that a library has made an error of its own of."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is None and re.search(r"\d+ requested and \d+ written", text):
+        return OSError(errno.ENOSPC, "not all of it was taken")  # numpy's own words
     if isinstance(error, OSError):
         return error if error.errno is not None else None
-    text = str(error)
     if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", text)):
         return OSError(int(number[1]), os.strerror(int(number[1])))
     if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
         cause = error.__context__
-        return cause if isinstance(cause, OSError) else OSError(errno.EIO, "torch could not write all of it")
+        return cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, "not all of it was taken")
     return None
 
 

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from realera.contracts import UserError
@@ -42,13 +43,13 @@ def held(file: Path, what: str, remedy: str) -> Iterator[None]:
     Raises:
         UserError: another process holds it. The sentence ends with `remedy`.
     """
-    handle = _taken(file)
-    if handle is None:
+    taken = _taken(file)
+    if taken is None:
         raise UserError(f"{what} is being made by {_holder(file)}: {remedy}.")
     try:
         yield
     finally:
-        _let_go(file, handle)
+        taken.let_go()
 
 
 @contextmanager
@@ -56,22 +57,39 @@ def turn(file: Path, wait: bool = True) -> Iterator[bool]:
     """One process after the other makes `file`: who comes later waits, and then finds it made. Yields whether it is
     this one's turn; wait=False: False where it is another one's."""
     place = file.with_name(f".{file.name}.lock")
-    handle = _taken(place)
-    if handle is None and wait:
+    taken = _taken(place)
+    if taken is None and wait:
         log.warning("%s is being made by %s: waiting for it", file, _holder(place))
-        handle = _taken(place, wait=True)
+        taken = _taken(place, wait=True)
     try:
-        yield handle is not None
+        yield taken is not None
     finally:
-        if handle is not None:
-            _let_go(place, handle)
+        if taken is not None:
+            taken.let_go()
 
 
-NOWHERE = -1  # instead of a handle, where a lock file cannot be made
+@dataclass(frozen=True)
+class _Taken:
+    """A lock file that is this process's; handle: None where it cannot be made. made: the folders made for it."""
+
+    file: Path
+    handle: int | None = None
+    made: tuple[Path, ...] = ()
+
+    def let_go(self) -> None:
+        if self.handle is None:
+            return
+        with suppress(OSError):
+            self.file.unlink()
+        os.close(self.handle)
+        with suppress(OSError):
+            for folder in self.made:  # where nothing else was put
+                folder.rmdir()
 
 
-def _taken(file: Path, wait: bool = False) -> int | None:
+def _taken(file: Path, wait: bool = False) -> _Taken | None:
     """The lock file, open and locked; None where another process has it."""
+    made = tuple(folder for folder in file.parents if not os.path.exists(folder))
     while True:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +97,7 @@ def _taken(file: Path, wait: bool = False) -> int | None:
         except FileNotFoundError:  # its folder has just been removed
             continue
         except OSError:  # who cannot write here will be told so when something is written
-            return NOWHERE
+            return _Taken(file)
         if lock(handle, wait) is False:
             os.close(handle)
             return None
@@ -91,17 +109,7 @@ def _taken(file: Path, wait: bool = False) -> int | None:
     with suppress(OSError):  # of a full disk: the lock holds all the same
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps(said).encode())
-    return handle
-
-
-def _let_go(file: Path, handle: int) -> None:
-    if handle == NOWHERE:
-        return
-    with suppress(OSError):
-        file.unlink()
-    os.close(handle)
-    with suppress(OSError):
-        file.parent.rmdir()  # where nothing was made
+    return _Taken(file, handle, made)
 
 
 def _holder(file: Path) -> str:

@@ -150,8 +150,9 @@ def folder_of(config: Mapping[str, Any]) -> Path:
 
 
 @contextmanager
-def alone(folder: Path, first: bool = True) -> Iterator[None]:
+def alone(folder: Path, first: bool = True, key: str = "run_dir") -> Iterator[None]:
     """While a run is made, no other command makes it. first: whether this is the run's first process, which sees to it.
+    key: the setting that names another folder.
 
     Raises:
         UserError: another command is making what is in the folder.
@@ -159,7 +160,7 @@ def alone(folder: Path, first: bool = True) -> Iterator[None]:
     if not first:
         yield
         return
-    with locks.held(folder / paths.LOCK, str(folder), "wait until it has ended, or choose another run_dir"):
+    with locks.held(folder / paths.LOCK, str(folder), f"wait until it has ended, or choose another {key}"):
         for name in ("", *FOLDERS):
             disk.clear_left(folder / name)
         yield
