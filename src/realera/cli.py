@@ -25,7 +25,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from realera import complaints, interrupts, output, paths, processes, surroundings, sweep
+from realera import complaints, disk, interrupts, output, paths, processes, surroundings, sweep
 from realera.contracts import Task, UserError
 from realera.devices import number as cuda_devices
 from realera.surroundings import flags_first, gather
@@ -136,6 +136,7 @@ def as_process(main: Callable[[], None]) -> NoReturn:
     # as the interpreter does first: a launcher's pool of processes ends by it
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
+    disk.leave_nothing()  # a thread may be writing still
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)

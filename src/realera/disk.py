@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ REMEDIES = {  # of errors that are the disk's, whatever file they name
 }
 ELSE = "make the folder writable, or choose another one (of the cache: with REALERA_CACHE=FOLDER)"
 _being_written: set[Path] = set()  # temporary folders of this process
+_beginning = threading.RLock()
 _cleared: set[Path] = set()  # folders in which this process has looked for what others left
 
 
@@ -149,9 +151,10 @@ def temporary(path: Path) -> Iterator[Path]:
     try:
         while handle is None:
             folder = path.absolute().with_name(f".{path.name[:SHORT]}.{secrets.token_hex(4)}.tmp")
-            _being_written.add(folder)
-            folder.mkdir()
-            handle = _locked(folder)
+            with _beginning:
+                _being_written.add(folder)
+                folder.mkdir()
+                handle = _locked(folder)
             if handle is None:
                 _remove(folder)
         yield folder / path.name
@@ -177,10 +180,22 @@ def _remove(folder: Path) -> None:
         _being_written.discard(folder)
 
 
+def leave_nothing() -> None:
+    """For a process that is about to end without a tear-down: removes what it is writing, and no other thread begins
+    anything more."""
+    _beginning.acquire(timeout=1)
+    drop_temporary()
+
+
 def drop_temporary() -> None:
-    """Removes what this process is writing, for one that ends at once."""
+    """Removes what this process is writing, of which other threads may still write some."""
     for folder in list(_being_written):
-        _remove(folder)
+        for _ in range(50):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.01)
+        _being_written.discard(folder)
 
 
 def clear_left(folder: Path) -> None:

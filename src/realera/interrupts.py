@@ -78,7 +78,7 @@ def done(status: int) -> None:
 def end_at_once(number: int) -> None:
     """Ends this process, and what it has started, without waiting for anything."""
     disk = sys.modules.get("realera.disk")
-    for step in (*last_resort, *([disk.drop_temporary] if disk else ()), _say):
+    for step in (*last_resort, *([disk.leave_nothing] if disk else ()), _say):
         with suppress(Exception):
             step()
     os._exit(128 + number)

@@ -246,13 +246,13 @@ def _watch(helpers: Sequence[subprocess.Popen[bytes]], over: threading.Event) ->
     first = int(os.environ.get(FIRST) or 0)
     while not over.wait(0.5):
         if first and os.name == "posix" and os.getppid() != first:
-            disk.drop_temporary()
+            disk.leave_nothing()
             os._exit(1)
         failed = next((helper for helper in helpers if helper.poll() not in (None, 0)), None)
         if failed is not None and not over.wait(PATIENCE):
             print(f"error: a process of this run ended with status {failed.returncode}", file=sys.stderr, flush=True)
             _stop(helpers)
-            disk.drop_temporary()
+            disk.leave_nothing()
             os._exit(2)
 
 
