@@ -34,8 +34,10 @@ DOOR_PARTS = {
     "shelf",
     "lengths",
     "devices",
+    "output",
+    "surroundings",
 }
-SHARED = {"contracts", "paths", "ranks", "ledger", "costs", "finite", "pictures"}
+SHARED = {"contracts", "paths", "disk", "locks", "interrupts", "ranks", "ledger", "costs", "finite", "pictures"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
 WORKSHOP = "miniature"  # makes the built-in model: may use every room and library, and no room uses it
 LIBRARIES = {  # where a library may be imported; the workshop is free

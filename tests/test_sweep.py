@@ -15,7 +15,7 @@ import pytest
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
-from realera import cli, jobs, report, sweep, train
+from realera import cli, disk, jobs, report, sweep, train
 from realera.sweep import Cell
 
 Type = Callable[..., int]
@@ -84,7 +84,7 @@ def test_a_launch_answers_for_its_own_cells_alone(
 
     def beside_another(*all: Any) -> None:
         lost = Cell(state="failed", reason="another's", overrides=["concept=cat"], launch="another")
-        sweep._append(sweep.folder() / "cells.jsonl", json.dumps(vars(lost)))
+        disk.append(sweep.folder() / "cells.jsonl", json.dumps(vars(lost)) + "\n")
         erase(*all)
 
     monkeypatch.setattr(steps, "erase", beside_another)
@@ -254,15 +254,18 @@ def test_a_full_disk_does_not_hide_what_happened(
     def full(*all: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(steps, "erase", full)
+    monkeypatch.setattr(steps, "erase", lambda *all: 1 / 0)
     monkeypatch.setattr(
         sweep.paths,
         "write_text",
         lambda path, text, write=sweep.paths.write_text: full() if path.parent.name == "failed" else write(path, text),
     )
     assert type_in(*UCE, "concept=airplane", "seed=0,1") == 1
-    assert [cell["reason"] for cell in ledger()] == ["OSError: [Errno 28] No space left on device."] * 2
+    assert [cell["reason"] for cell in ledger()] == ["ZeroDivisionError: division by zero."] * 2
     assert "2 failed" in capsys.readouterr().out
+    monkeypatch.setattr(steps, "erase", full)
+    assert type_in(*UCE, "concept=airplane", "seed=0,1") == 2, "a full disk is no fault of the code"
+    assert all("No space left on device): free space" in cell["reason"] for cell in ledger()[2:])
 
 
 OWN = """
@@ -357,10 +360,10 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
 
 def test_what_follows_a_line_that_was_cut_short_is_a_line_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "cells.jsonl"
-    sweep._append(file, json.dumps(vars(Cell(folder="a"))))
+    disk.append(file, json.dumps(vars(Cell(folder="a"))) + "\n")
     file.write_bytes(file.read_bytes() + b'{"folder": "b", "sta')
     for name in ("c", "d"):
-        sweep._append(file, json.dumps(vars(Cell(folder=name))))
+        disk.append(file, json.dumps(vars(Cell(folder=name))) + "\n")
     assert [cell.folder for cell in sweep.read_cells(tmp_path)] == ["a", "c", "d"]
 
 

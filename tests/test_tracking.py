@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from realera import cli, paths, tracking
-from realera.contracts import Mode, Prompt, Split, UserError, Verdict
+from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
@@ -180,7 +181,7 @@ def test_a_folder_is_one_w_and_b_run_and_another_folder_another(
 
     def made(node: Any, **settings: Any) -> Any:
         asked.append(settings["id"])
-        return SimpleNamespace(log_hyperparams=lambda told: None)
+        return Weak("offline")
 
     monkeypatch.setattr(tracking, "instantiate", made)
     monkeypatch.setattr("wandb.setup", lambda settings: None)
@@ -200,7 +201,7 @@ def test_a_run_stays_in_the_group_it_began_in(tmp_path: Path, monkeypatch: pytes
 
     def made(node: Any, **settings: Any) -> Any:
         asked.append(node["group"])
-        return SimpleNamespace(log_hyperparams=lambda told: None)
+        return Weak("offline")
 
     monkeypatch.setattr(tracking, "instantiate", made)
     monkeypatch.setattr("wandb.setup", lambda settings: None)
@@ -329,14 +330,82 @@ def test_a_run_that_failed_is_no_finished_one_in_w_and_b(
     assert ending.exit_code == status
 
 
-def test_a_server_that_does_not_answer_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(told: Any) -> None:
-        raise wandb.errors.CommError("Failed to get resume status: context deadline exceeded")
+class Weak:
+    """A logger that fails in some modes and, of its other calls, from the `holds`-th on."""
 
-    monkeypatch.setattr(tracking, "instantiate", lambda *all, **more: SimpleNamespace(log_hyperparams=unreachable))
+    def __init__(self, mode: str, fails_in: Sequence[str] = (), holds: int = 9) -> None:
+        self.mode, self.fails_in, self.holds = mode, fails_in, holds
+        self.calls: list[str] = []
+
+    def log_hyperparams(self, told: Any) -> None:
+        if self.mode in self.fails_in:
+            raise wandb.errors.CommError("Failed to get resume status: context deadline exceeded")
+
+    def log_metrics(self, numbers: Any, step: int | None = None) -> None:
+        self.calls.append("log_metrics")
+        if len(self.calls) >= self.holds:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    save = finalize = log_hyperparams
+
+
+@pytest.mark.parametrize(
+    ("fails_in", "begun", "says"),
+    [
+        ((), "online", ""),
+        (("online",), "offline", r"deadline exceeded\): wandb sync .*wandb/\* sends it later"),
+        (("online", "offline"), None, r"deadline exceeded\): the run goes on without it"),
+    ],
+)
+def test_a_server_that_does_not_answer_ends_no_run(
+    fails_in: Sequence[str],
+    begun: str | None,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(tracking, "instantiate", lambda node, **more: Weak(node["mode"], fails_in))
     monkeypatch.setattr("wandb.setup", lambda settings: None)
-    with pytest.raises(UserError, match=r"deadline exceeded\): WANDB_MODE=offline .* wandb sync .* logger=none"):
-        tracking.make(judged(tmp_path, OBJECT, ["cat"], "mean_prob"))
+    monkeypatch.setattr("wandb.teardown", lambda: None)
+    run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
+    run.config["logger"] = {**LOGGER, "mode": "online"}
+    with caplog.at_level("WARNING"), propagating(monkeypatch):
+        loggers = tracking.make(run)
+    assert [logger.mode for logger in loggers] == ([begun] if begun else [])  # type: ignore[attr-defined]
+    assert len(caplog.records) == bool(says) and re.search(says, caplog.text)
+
+
+def test_a_logger_that_fails_in_the_middle_is_warned_about_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = tracking.forgiving(Weak("online", holds=2))  # type: ignore[arg-type]
+    with caplog.at_level("WARNING"), propagating(monkeypatch):
+        for step in range(4):
+            logger.log_metrics({"loss": 1.0}, step=step)
+        logger.finalize("success")
+    assert logger.calls == ["log_metrics"] * 2, "the second fails, and is the last"  # type: ignore[attr-defined]
+    (record,) = caplog.records
+    assert "ConnectionResetError" in record.getMessage() and "goes on without it" in record.getMessage()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_a_process_is_no_failure_of_its_logger(error: type[BaseException]) -> None:
+    def ends(numbers: Any, step: int | None = None) -> None:
+        raise error
+
+    weak = Weak("online")
+    weak.log_metrics = ends  # type: ignore[method-assign]
+    with pytest.raises(error):
+        tracking.forgiving(weak).log_metrics({})  # type: ignore[arg-type]
+
+
+@contextmanager
+def propagating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In here what is logged is seen by pytest too, whatever a door has set up before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger("realera"), "propagate", True)
+        yield
 
 
 @pytest.mark.slow

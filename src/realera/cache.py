@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from realera import captions, cli, console, lengths, paths, preflight
+from realera import captions, cli, console, lengths, locks, paths, preflight
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
 
@@ -40,7 +40,7 @@ def cache(cfg: DictConfig) -> None:
     if said := counted.said("captions"):
         cli.log.warning("%s", said)
     backbone = steps.load_backbone(config)
-    with console.bar(f"captions of {files[0].name}", total, rate="captions/s") as advance:
+    with console.bar(f"captions of {files[0].name}", total, rate="captions/s") as advance, locks.turn(out):
         priors.accumulate(backbone, captions.captions_in(files, column), out, source, advance=advance)
     console.show_path(f"sum over {total:,} captions, as in method.edit.preserved.prior_cache=FILE", out)
 

@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +25,10 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from realera import complaints, paths, processes, sweep
+from realera import complaints, disk, interrupts, output, paths, processes, surroundings, sweep
 from realera.contracts import Task, UserError
 from realera.devices import number as cuda_devices
+from realera.surroundings import flags_first, gather
 from realera.sweep import fail
 from realera.sweep import in_sweep as in_sweep  # the doors ask here
 from realera.tasks.files import read_concepts
@@ -41,12 +41,29 @@ Step = Callable[[DictConfig], float | None]
 def door(config_name: str, step: Step, positional: str | None = None) -> None:
     """Runs `step` on the composed conf/<config_name>.yaml. `positional`: the list key that bare words fill.
 
-    Exit status: 0 done, 2 bad input (one sentence on stderr), 130 interrupted. The unforeseen keeps its traceback. Of a
-    sweep: 1 where a job failed, else 2 where one was refused.
+    Exit status: 0 done, 2 bad input (one sentence on stderr), 128 + a signal's number where one ended it. The
+    unforeseen keeps its traceback. Of a sweep: 1 where a job failed, else 2 where one was refused.
     """
+    output.protect()
+    try:
+        surroundings.tidy(os.environ)
+        sys.argv[1:] = surroundings.as_text(sys.argv[1:])
+    except UserError as error:
+        fail(str(error))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: one translation, here
     os.environ.setdefault(sweep.STAMP, sweep.new_stamp())  # a sweep's runs, and processes, agree on it
     sweep.begin_launch()
+    with interrupts.answered():
+        try:
+            status = opened(config_name, step, positional)
+        except KeyboardInterrupt:
+            status = interrupted()
+    if status:
+        sys.exit(status)
+
+
+def opened(config_name: str, step: Step, positional: str | None) -> int:
+    """What `door` does, where signals are answered; the exit status."""
     processes.adopt_scheduler(os.environ)
     arguments = flags_first(sys.argv[1:])
     get_ready()
@@ -55,23 +72,31 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
     status = 0
     try:
         hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(job)()
-    except KeyboardInterrupt:
-        if not is_helper():
-            print("\ninterrupted: the same command goes on where this one stopped", file=sys.stderr)
-        status = 130
-    except Exception as error:
-        if error in job.met:
+    except BaseException as error:
+        if interrupts.has_come() or isinstance(error, KeyboardInterrupt):  # libraries make other errors of it
+            status = interrupted()
+        elif isinstance(error, SystemExit) and not error.code:  # after --help, say
+            status = 0
+        elif not isinstance(error, Exception) or error in job.met:
             raise
-        status = met_outside(error, config_name, arguments)
+        else:
+            status = met_outside(error, config_name, arguments)
     if cells := sweep.own_cells():
         try:
             ended = sweep.close(cells)
         except KeyboardInterrupt:  # a page of many runs takes a while
             print(f"\ninterrupted: python -m realera.report {sweep.folder()} makes the page", file=sys.stderr)
-            ended = 130
+            ended = interrupts.caught()
         status = status or ended
-    if status:
-        sys.exit(status)
+    return status or output.status(arguments)
+
+
+def interrupted() -> int:
+    """The exit status after a signal, as it is told."""
+    status = interrupts.caught()
+    if not is_helper():
+        print(f"\n{interrupts.GOES_ON}", file=sys.stderr)
+    return status
 
 
 def met_outside(error: Exception, config_name: str, arguments: list[str]) -> int:
@@ -97,6 +122,7 @@ def as_process(main: Callable[[], None]) -> NoReturn:
     The tear-down of interpreter and native libraries is left out: it takes a second or two, and an abort in it would
     make a failure of a run whose files all stand. A crash in native code shows where Python stood.
     """
+    output.protect()
     faulthandler.enable()
     status = 0
     try:
@@ -105,12 +131,14 @@ def as_process(main: Callable[[], None]) -> NoReturn:
         if not isinstance(error.code, int | None):
             raise
         status = error.code or 0
+    interrupts.done(status)
+    sys.unraisablehook = lambda lost: None  # exit handlers of libraries whose helpers have ended before
     # as the interpreter does first: a launcher's pool of processes ends by it
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
+    disk.leave_nothing()  # a thread may be writing still
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a reader that has gone
-            stream.flush()
+        stream.flush()
     os._exit(status)
 
 
@@ -128,20 +156,6 @@ def get_ready() -> None:
 def is_helper() -> bool:
     """Whether this process works along with a first one, which writes and speaks."""
     return processes.is_helper(os.environ)
-
-
-def flags_first(arguments: list[str]) -> list[str]:
-    """The command line with its key=value words last: Hydra's parser takes them in one stretch only."""
-    settings = [word for word in arguments if "=" in word and not word.startswith("-")]
-    return [*(word for word in arguments if word not in settings), *settings]
-
-
-def gather(arguments: list[str], key: str) -> list[str]:
-    """The command line with bare words as one list: ["a", "b", "x=1"] -> ["x=1", "key=['a','b']"]."""
-    bare = [word for word in arguments if "=" not in word and not word.startswith("-")]
-    rest = [word for word in arguments if word not in bare]
-    quoted = ",".join("'" + word.replace("'", "\\'") + "'" for word in bare)
-    return [*rest, f"{key}=[{quoted}]"] if bare else rest
 
 
 def with_judge(cfg: DictConfig) -> DictConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,8 +13,10 @@ from hydra.errors import HydraException, InstantiationException, MissingConfigEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from realera import paths
+from realera import disk, paths
 from realera.contracts import UserError
+
+OF_DATABASE = ("full", "readonly", "unable to open", "I/O error", "locked")  # what SQLite says of a disk
 
 
 def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
@@ -79,8 +82,19 @@ def first_line(error: BaseException) -> str:
 
 
 def _told(error: BaseException) -> str | None:
-    """The text of the UserError that `error` is, or was raised from."""
-    return next((str(cause) for cause in _chain(error) if isinstance(cause, UserError)), None)
+    """The text of the UserError that `error` is, or was raised from; else what a disk refused."""
+    chain = list(_chain(error))
+    said = (str(cause) for cause in chain if isinstance(cause, UserError))
+    return next(said, None) or next(filter(None, map(_of_disk, chain)), None)
+
+
+def _of_disk(error: BaseException) -> str | None:
+    if isinstance(error, sqlite3.OperationalError) and any(sign in str(error) for sign in OF_DATABASE):
+        return (
+            f"the search's trials cannot be kept ({error}): free or change the place of hydra.sweeper.storage, and the "
+            "same command goes on."
+        )
+    return disk.refusal(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

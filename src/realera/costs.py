@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realera import paths
+from realera.disk import Tolerance
 from realera.ledger import Ledger
 from realera.ranks import Ranks
 
@@ -52,6 +53,7 @@ class Meter:
         self._lock = threading.RLock()
         self._over = threading.Event()
         self._writer: threading.Thread | None = None
+        self._tolerance = Tolerance()
         self._resets = False  # whether the host's peak is of this sitting and not of the process
 
     def __enter__(self) -> Meter:
@@ -160,7 +162,7 @@ class Meter:
 
     def write(self) -> None:
         if self.file is not None:
-            with self._lock:
+            with self._lock, self._tolerance:
                 paths.write_text(self.file, paths.json_text(self.record(), indent=1) + "\n")
 
     def _lap(self, wait: bool = False) -> None:
@@ -181,8 +183,7 @@ class Meter:
     def _write_now_and_then(self) -> None:
         while not self._over.wait(self.every):
             if self.seconds:
-                with suppress(OSError):  # the run's own thread will meet it, and say so
-                    self.write()
+                self.write()
 
 
 def of_run(folder: Path, ranks: Ranks) -> Meter:

@@ -17,8 +17,9 @@ def evaluate(cfg: DictConfig) -> None:
     if cli.in_sweep():
         preflight.check_sweep(config["trainer"])
     among = processes.plan(config["trainer"], cli.cuda_devices())
-    run, original = judged.run_of(config, claim=among.first and not config["dry_run"])
-    sweep.belongs(run)
+    run, original = judged.run_of(config)
+    if not original:
+        sweep.belongs(run)
     task = cli.build_task(run.config)
     preflight.check_judge(run.config)
     if not original:
@@ -28,10 +29,15 @@ def evaluate(cfg: DictConfig) -> None:
         return
     preflight.check_model(run.config["backbone"])
     cli.say_backbone(run.config, None if original else str(run.folder))
-    with processes.together(among, "evaluate") as ranks:
-        judge, metrics = judge_again(processes.agree(ranks, run), task, original, ranks)
+    with runs.alone(run.folder, among.first):
+        if original:
+            run = runs.claim(run.config) if among.first else run
+            sweep.belongs(run)
+        with processes.together(among, "evaluate") as ranks:
+            judge, metrics = judge_again(processes.agree(ranks, run), task, original, ranks)
+        if ranks.first:
+            log(run, metrics, config["logger"])
     if ranks.first:
-        log(run, metrics, config["logger"])
         title = runs.title(run.config) if original else f"{runs.concept_of(run.config)}, judged by {judge.name}"
         console.show_run(run.folder, shown(metrics, judge), title, erased="original" if original else "erased")
         console.show_path("metrics", run.folder / paths.METRICS)

@@ -22,7 +22,8 @@ def generate(cfg: DictConfig) -> None:
     prompts = prompts_of(config["prompts"], config["seeds"])
     content = runs.digest([[prompt.text, prompt.seed] for prompt in prompts])
     out = Path(str(config["out"] or run.folder / "generated" / content))
-    if plan.first and out.is_dir() and any(out.iterdir()) and not (out / paths.MANIFEST).is_file():
+    others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
+    if plan.first and others and not (out / paths.MANIFEST).is_file():
         raise UserError(f"out={out} holds other files: give a new or an empty folder.")
     preflight.check_writable(out, "out")
     preflight.check_run(run)
@@ -33,7 +34,7 @@ def generate(cfg: DictConfig) -> None:
 
     from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
 
-    with processes.together(plan, "generate") as ranks:
+    with runs.alone(out, plan.first, "out"), processes.together(plan, "generate") as ranks:
         steps.draw(steps.load_run(run), prompts, out, run.config, ranks)
     if ranks.first:
         console.show_path("images", out / paths.IMAGES)

@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from realera import cli, complaints, console, judged, paths, plan, preflight, runs, study, sweep
+from realera import cli, complaints, console, disk, judged, paths, plan, preflight, runs, study, sweep
 from realera.contracts import UserError
 from realera.plan import Plan, Work
 
@@ -44,17 +44,15 @@ class Beginning(Callback):
             study.settle(config)
             if not dry:
                 make_room()
+                make_room_for_trials(str(config.hydra.sweeper.get("storage") or ""))
+            plan.show(planned, None if dry else sweep.folder())
         except Exception as error:  # Hydra would make a warning of it, and go on: SystemExit passes
             if (sentence := complaints.of_step(error)) is not None:
                 sweep.fail(sentence)
             traceback.print_exc()
             sys.exit(1)
-        plan.show(planned, None if dry else sweep.folder())
         if dry:
             sys.exit(2 if planned.refused else 0)
-        storage = str(config.hydra.sweeper.get("storage") or "")
-        if storage.startswith("sqlite:///"):  # the file is made, its folder is not
-            Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
 
 
 def refuse_missing(config: DictConfig) -> None:
@@ -85,6 +83,14 @@ def make_room() -> None:
             f"{place}, where a sweep keeps its list of runs and its page, cannot be made ({error.strerror or error}): "
             "give the command in a folder that you may write to; root=FOLDER moves the runs alone."
         ) from error
+
+
+def make_room_for_trials(storage: str) -> None:
+    """Of a search's storage the file is made when the first trial is kept, its folder is not."""
+    if storage.startswith("sqlite:///"):
+        file = Path(storage.removeprefix("sqlite:///"))
+        with disk.explained(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def plan_of(config: DictConfig, config_name: str) -> Plan:

@@ -15,24 +15,24 @@ ORIGINAL = "original"  # in place of a run's name
 OF_THE_RUN = ("task", "backbone", "concept", "concepts_file", "anchor", "seed", "root", "run_dir", "images_at_once")
 
 
-def run_of(config: Mapping[str, Any], claim: bool = False) -> tuple[Run, bool]:
-    """The run that evaluate's resolved config names, and whether it is the unedited model's. claim: its folder is made
-    ready.
+def run_of(config: Mapping[str, Any]) -> tuple[Run, bool]:
+    """The run that evaluate's resolved config names, and whether it is the unedited model's, whose folder may not be
+    there yet.
 
     Raises:
         UserError: there is no such run, or a setting was typed that is not the command's to choose.
     """
     original = config["run"] == ORIGINAL
     rest = {key: value for key, value in config.items() if key not in ("run", "dry_run")}
-    return (_unedited(rest, claim) if original else _existing(str(config["run"]), rest.get("judge"))), original
+    return (_unedited(rest) if original else _existing(str(config["run"]), rest.get("judge"))), original
 
 
-def _unedited(config: dict[str, Any], claim: bool) -> Run:
+def _unedited(config: dict[str, Any]) -> Run:
     """The folder of the unedited model under this task and backbone."""
     preflight.check_settings(config)
     config = cli.name_concepts(config, cli.build_task(config))
     config = {**config, "method": {"name": "original"}, "evaluate": True}
-    return runs.claim(config) if claim else Run(runs.folder_of(config), config)
+    return Run(runs.folder_of(config), config)
 
 
 def _existing(name: str, judge: Any) -> Run:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realera import finite
+from realera.locks import turn
 from realera.paths import whole
 
 if TYPE_CHECKING:
@@ -92,11 +93,19 @@ class Cached:
 
 
 def kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor of that name in a file of the cache, on the CPU: what `make` gives, computed once.
+    """The tensor of that name in a file of the cache, on the CPU: what `make` gives, computed once. A process that
+    wants it meanwhile waits for it.
 
     A cache is never worth an error: a file that is torn, or holds NaN, is made again. Raises UserError where what is
     made holds NaN or infinity.
     """
+    if file.is_file():
+        return _kept(file, name, backbone, make)
+    with turn(file):
+        return _kept(file, name, backbone, make)
+
+
+def _kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) -> Tensor:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from realera import disk
+from realera.disk import Unwritten as Unwritten
 
 HERE = Path(__file__).resolve().parent
 CONF_DIR = next((p for p in (HERE / "conf", HERE.parents[1] / "conf") if (p / "train.yaml").is_file()), HERE / "conf")
@@ -34,6 +36,7 @@ LOSSES = "losses.jsonl"  # one line a logged step: {"step": int, "<term>": float
 COSTS = "costs.json"  # wall time by stage, passes of the U-Net, parameters, peak memory
 WANDB_ID = "wandb_id.txt"  # of the W&B run that it is
 EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
+LOCK = disk.LOCK  # of the process that is making the run; gone when it has ended
 
 
 def cache_dir() -> Path:
@@ -46,18 +49,18 @@ def cache_dir() -> Path:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path`; what was written there takes its place at the end, or vanishes on an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
-    try:
+    """Yields a path to write to; what was written there takes `path`'s place at the end, or vanishes on an exception.
+
+    Raises:
+        Unwritten: the disk is full, cannot be written, or does not take such a name.
+    """
+    with disk.explained(path), disk.temporary(path) as beside:
         yield beside
-        beside.chmod(0o666 & ~_umask())
+        if not beside.is_dir():
+            beside.chmod(0o666 & ~_umask())
+        elif path.is_dir():
+            path.rmdir()  # an empty folder gives way to a whole one
         beside.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            beside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

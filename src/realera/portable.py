@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -126,10 +125,9 @@ def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None
     Parts that the erasure does not touch are copied, under the names that from_pretrained looks for without a variant;
     a safety checker and other extras are not.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     models = checkpoint.models(source)
-    try:
+    with paths.whole(out) as beside:
+        beside.mkdir()
         for part in (*models, *checkpoint.tokenizers(source), "scheduler"):
             (beside / part).mkdir()
             for file in _kept(source, part):
@@ -140,12 +138,6 @@ def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None
             {"format": "pt"},
         )
         (beside / "model_index.json").write_text(paths.json_text(_index(source), indent=2), encoding="utf-8")
-        if out.is_dir():
-            out.rmdir()  # the door has seen that it is empty
-        beside.chmod(0o755)
-        beside.replace(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _kept(source: Path, part: str) -> list[Path]:

@@ -18,8 +18,10 @@ import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from realera import disk, interrupts
 from realera.contracts import UserError
 from realera.ranks import ALONE, Ranks, patient_group
 from realera.runs import Run, difference, identity
@@ -158,6 +160,8 @@ def together(plan: Plan, door: str, *, needed: bool = True) -> Iterator[Ranks]:
         return
     before = dict(os.environ)
     helpers = [] if plan.started else _start(plan, door)
+    last = partial(_terminate, helpers)
+    interrupts.last_resort.append(last)
     over = threading.Event()
     threading.Thread(target=_watch, args=(helpers, over), daemon=True).start()
     try:
@@ -171,6 +175,7 @@ def together(plan: Plan, door: str, *, needed: bool = True) -> Iterator[Ranks]:
     finally:
         over.set()
         _stop(helpers)
+        interrupts.last_resort.remove(last)
         os.environ.clear()
         os.environ.update(before)
 
@@ -241,18 +246,24 @@ def _watch(helpers: Sequence[subprocess.Popen[bytes]], over: threading.Event) ->
     first = int(os.environ.get(FIRST) or 0)
     while not over.wait(0.5):
         if first and os.name == "posix" and os.getppid() != first:
+            disk.leave_nothing()
             os._exit(1)
         failed = next((helper for helper in helpers if helper.poll() not in (None, 0)), None)
         if failed is not None and not over.wait(PATIENCE):
             print(f"error: a process of this run ended with status {failed.returncode}", file=sys.stderr, flush=True)
             _stop(helpers)
+            disk.leave_nothing()
             os._exit(2)
 
 
-def _stop(helpers: Sequence[subprocess.Popen[bytes]]) -> None:
+def _terminate(helpers: Sequence[subprocess.Popen[bytes]]) -> None:
     for helper in helpers:
         if helper.poll() is None:
             helper.terminate()
+
+
+def _stop(helpers: Sequence[subprocess.Popen[bytes]]) -> None:
+    _terminate(helpers)
     until = time.monotonic() + 5
     for helper in helpers:
         try:

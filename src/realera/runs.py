@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from realera import __version__, costs, paths
+from realera import __version__, costs, disk, locks, paths
 from realera.backbones import folder as checkpoint
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
@@ -148,6 +149,23 @@ def folder_of(config: Mapping[str, Any]) -> Path:
     return Path(str(config.get("root") or ROOT)) / f"{'-'.join(names)}-{digest(identity(config))}"
 
 
+@contextmanager
+def alone(folder: Path, first: bool = True, key: str = "run_dir") -> Iterator[None]:
+    """While a run is made, no other command makes it. first: whether this is the run's first process, which sees to it.
+    key: the setting that names another folder.
+
+    Raises:
+        UserError: another command is making what is in the folder.
+    """
+    if not first:
+        yield
+        return
+    with locks.held(folder / paths.LOCK, str(folder), f"wait until it has ended, or choose another {key}"):
+        for name in ("", *FOLDERS):
+            disk.clear_left(folder / name)
+        yield
+
+
 def claim(config: dict[str, Any]) -> Run:
     """The run's folder, made ready: begun anew, to be gone on with, or finished.
 
@@ -199,15 +217,10 @@ def begin(run: Run) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    try:
-        _write_config(run.folder, run.config)
-        if (run.folder / paths.METRICS).is_file():
-            costs.forget(run.folder, "judge")  # it is judged anew
-        for name in (paths.METRICS, paths.REPORT):
-            (run.folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{run.folder} cannot be written ({reason}): choose another run_dir.") from error
+    _write_config(run.folder, run.config)
+    if (run.folder / paths.METRICS).is_file():
+        costs.forget(run.folder, "judge")  # it is judged anew
+    _remove(run.folder, paths.METRICS, paths.REPORT)
 
 
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -282,7 +295,12 @@ def listed_by(sweep: Path, line: str) -> Path:
 
 def _clear(folder: Path) -> None:
     """Removes a run's own files from its folder and leaves what else was put there."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+    _remove(folder, *FILES)
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _remove(folder: Path, *names: str) -> None:
+    for name in names:
+        with disk.explained(folder / name):
+            (folder / name).unlink(missing_ok=True)

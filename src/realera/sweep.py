@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from realera import complaints, devices, paths, runs
+from realera import complaints, devices, disk, paths, runs
 from realera.contracts import UserError
 
 CELLS, LISTED, FAILED = "cells.jsonl", "runs.txt", "failed"
@@ -105,7 +105,7 @@ def belongs(run: runs.Run, found: bool = False) -> None:
     cell = _running.get()
     if cell is not None:
         cell.folder, cell.state, cell.system = str(run.folder), FOUND if found else DONE, system(run.config)
-        _append(folder() / LISTED, str(run.folder))
+        disk.append(folder() / LISTED, f"{run.folder}\n")
 
 
 def system(config: Mapping[str, Any]) -> str:
@@ -137,19 +137,6 @@ def status(cells: Iterable[Cell]) -> int:
     """A sweep's exit status: 1 where a job failed, 2 where one was refused and none failed, else 0."""
     states = {cell.state for cell in cells}
     return 1 if BROKEN in states else 2 if REFUSED in states else 0
-
-
-def _append(file: Path, line: str) -> None:
-    """A line in one write: several processes append to the same file. One that a full disk cut short stays alone."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        size = os.fstat(handle).st_size
-        os.lseek(handle, max(0, size - 1), os.SEEK_SET)
-        begin = b"" if os.read(handle, 1) in (b"", b"\n") else b"\n"
-        os.write(handle, begin + f"{line}\n".encode())
-    finally:
-        os.close(handle)
 
 
 # --- a job -----------------------------------------------------------------------------------------------------------
@@ -187,7 +174,7 @@ class Job:
         finally:
             _running.reset(token)
         cell.seconds = round(time.monotonic() - began, 2)
-        _append(folder() / CELLS, paths.json_text(asdict(cell), ensure_ascii=False))
+        disk.append(folder() / CELLS, paths.json_text(asdict(cell), ensure_ascii=False) + "\n")
         return value
 
     def _alone(self, cfg: DictConfig) -> float | None:
@@ -247,6 +234,9 @@ def _kept(error: BaseException, name: str) -> str:
 def broke_off(error: Exception) -> int:
     """Says that a launcher gave up before its jobs were through, and why; the exit status. So it does where a worker is
     killed from outside, by the system for its memory or by a scheduler for its time."""
+    if (sentence := complaints.of_step(error)) is not None:
+        print(f"error: the sweep ended early: {sentence}", file=sys.stderr)
+        return status([Cell(state=REFUSED)])
     met = _kept(error, os.environ[LAUNCH])
     print(f"error: the sweep ended early, by {met}: the same command goes on with the rest.", file=sys.stderr)
     return status([Cell(state=BROKEN)])
@@ -269,4 +259,5 @@ def close(cells: list[Cell]) -> int:
             console.show_path("page to open", page)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            return status(cells) or 2
     return status(cells)

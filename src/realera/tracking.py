@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 
@@ -21,6 +25,8 @@ from realera.evaluation.results import scalars
 from realera.evaluation.sheets import blurred, image_rows
 from realera.panels import SURFACES
 from realera.runs import Run, digest, identity, is_original
+
+log = logging.getLogger(__name__)
 
 ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images says otherwise
 SHORT = 100  # entries: a longer list of the protocol (30,000 captions, say) is told by its length
@@ -36,8 +42,6 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
         return []
     import wandb
 
-    # quiet before Lightning names a setting that W&B has retired; what a run is called stands in our own log
-    wandb.setup(wandb.Settings(silent=True))
     name = run.folder.name
     node.pop("images", None)
     begins = not (run.folder / paths.WANDB_ID).is_file()  # one that is gone on with stays in its group
@@ -45,15 +49,46 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
     node["tags"] = list(dict.fromkeys([*tags(run.config), *(node.get("tags") or ())]))
     node["job_type"] = "evaluate" if unedited(run) else "train"
     place = str(run.folder.absolute())  # W&B's own process has a working directory of its own
+    settings = {**_told(run.config), "system": system(run)}
+    for mode in dict.fromkeys((node.get("mode"), "offline")):
+        try:
+            # quiet before Lightning names a setting that W&B has retired; what a run is called stands in our own log
+            wandb.setup(wandb.Settings(silent=True))
+            logger: Logger = instantiate({**node, "mode": mode}, save_dir=place, name=name, id=run_id(run))
+            logger.log_hyperparams(settings)
+        except (UserError, InstantiationException):  # a setting that is none
+            raise
+        except Exception as error:
+            why = complaints.first_line(error)
+            wandb.teardown()  # its helper holds the run's id
+        else:
+            if mode != node.get("mode"):
+                log.warning("W&B could not begin a run (%s): wandb sync %s sends it later", why, run.folder / "wandb/*")
+            return [forgiving(logger)]
+    log.warning("W&B could not begin a run (%s): the run goes on without it", why)
+    return []
+
+
+def forgiving(logger: Logger) -> Logger:
+    """The logger, which from its first failure on logs nothing more: no run ends for it."""
+    for name in ("log_hyperparams", "log_metrics", "save", "finalize"):
+        setattr(logger, name, partial(_attempt, logger, getattr(logger, name)))
+    return logger
+
+
+_failed: WeakSet[Logger] = WeakSet()
+
+
+def _attempt(logger: Logger, call: Callable[..., Any], *given: Any, **more: Any) -> None:
+    if logger in _failed:
+        return
     try:
-        logger: Logger = instantiate(node, save_dir=place, name=name, id=run_id(run))
-        logger.log_hyperparams({**_told(run.config), "system": system(run)})
-    except wandb.Error as error:
-        raise UserError(
-            f"W&B could not begin a run ({complaints.first_line(error)}): WANDB_MODE=offline keeps it beside the run's "
-            "files until wandb sync sends it, and logger=none does without."
-        ) from error
-    return [logger]
+        call(*given, **more)
+    except Exception as error:
+        _failed.add(logger)
+        log.warning(
+            "W&B has failed (%s: %s): the run goes on without it", type(error).__name__, complaints.first_line(error)
+        )
 
 
 def run_id(run: Run) -> str:
@@ -99,13 +134,17 @@ def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any])
         named = {f"eval/{name}": value for name, value in numbers.items()}
         logger.log_metrics({**named, **{f"cost/{name}": value for name, value in spent.items()}})
         if isinstance(logger, WandbLogger):
-            logger.experiment.config.update({"protocol": _told(metrics["protocol"])}, allow_val_change=True)
-            most = (run.config.get("logger") or {}).get("images", ROWS_PER_SPLIT)
-            with _staged_in(run.folder):
-                tables = {"cell": _cell(run, metrics, spent)}
-                if most:
-                    tables["sheets"] = _sheets(run, metrics, most, veiled(run.config, metrics))
-                logger.experiment.log(tables)
+            _attempt(logger, _log_tables, logger, run, metrics, spent)
+
+
+def _log_tables(logger: WandbLogger, run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> None:
+    logger.experiment.config.update({"protocol": _told(metrics["protocol"])}, allow_val_change=True)
+    most = (run.config.get("logger") or {}).get("images", ROWS_PER_SPLIT)
+    with _staged_in(run.folder):
+        tables = {"cell": _cell(run, metrics, spent)}
+        if most:
+            tables["sheets"] = _sheets(run, metrics, most, veiled(run.config, metrics))
+        logger.experiment.log(tables)
 
 
 def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | None = None) -> None:
@@ -146,10 +185,11 @@ def ended(loggers: Sequence[Logger]) -> Iterator[None]:
         status = INTERRUPTED
         raise
     finally:
-        if any(isinstance(logger, WandbLogger) for logger in loggers):
-            import wandb
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb
 
-            wandb.finish(exit_code=status)
+                _attempt(logger, wandb.finish, exit_code=status)
 
 
 def _told(node: Any) -> Any:

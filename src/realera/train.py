@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -30,6 +31,13 @@ def train(cfg: DictConfig) -> float | None:
         preflight.check_judge(config)
     among = processes.plan(config["trainer"], cli.cuda_devices())
     config["trainer"] = dict(among.trainer)
+    with runs.alone(runs.folder_of(config), among.first):
+        run, ranks = begin(config, task, among)
+    return show(run) if ranks.first else None
+
+
+def begin(config: dict[str, Any], task: Task, among: processes.Plan) -> tuple[Run, Ranks]:
+    """Carries out the run, or finds it finished."""
     run = runs.claim(config) if among.first else Run(runs.folder_of(config), config)
     sweep.belongs(run, found=run.finished)
     cli.say_backbone(config)
@@ -41,7 +49,7 @@ def train(cfg: DictConfig) -> float | None:
                 tell_agent(run)
         else:
             carry_out(run, task, ranks)
-    return show(run) if ranks.first else None
+    return run, ranks
 
 
 def carry_out(run: Run, task: Task, ranks: Ranks) -> None:

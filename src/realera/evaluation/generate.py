@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from realera import paths
+from realera import disk, locks, paths
 from realera.contracts import Backbone, Guide, Prompt, Sampler, UserError
 from realera.evaluation.records import ORIGINALS, Row, read_manifest, write_manifest
 from realera.ranks import ALONE, Ranks
@@ -203,6 +203,7 @@ def _draw(
     """Draws this process's share of the chunks that are not whole, and returns when all have drawn theirs.
 
     Files that stand are replaced only by their own chunk; a file that several prompts share is the first one's chunk's.
+    A chunk that another run is drawing (of the unedited model's images, which all share) is left to it.
     """
     if chunk < 1:
         raise UserError(f"chunk={chunk} draws nothing: draw 1 or more images at once")
@@ -215,15 +216,30 @@ def _draw(
     if advance is not None and (there := len(prompts) - sum(len(chunks[n].places) for n in missing)):
         advance(there)
     size = chunk
-    for turn, number in enumerate(ranks.share(missing)):
+
+    def draw(number: int, wait: bool) -> bool:
+        """Draws a chunk, unless another run has drawn it meanwhile; False where another one is at it."""
+        nonlocal size
         part = chunks[number]
-        with within():
-            pixels, size = _generate(backbone, [prompts[place] for place in part.places], part.sampler, guide, size)
-        for place, picture in zip(part.places, pixels):
-            if owner[files[place]] == number:
-                _save(files[place], picture)
+        own = [place for place in part.places if owner[files[place]] == number]
+        with locks.turn(files[own[0]], wait) as mine:
+            if mine and not all(files[place].is_file() for place in own):
+                with within():
+                    texts = [prompts[place] for place in part.places]
+                    pixels, size = _generate(backbone, texts, part.sampler, guide, size)
+                for place, picture in zip(part.places, pixels):
+                    if place in own:
+                        _save(files[place], picture)
+        return mine
+
+    later = []
+    for turn, number in enumerate(ranks.share(missing)):
+        if not draw(number, wait=False):
+            later.append(number)
         if advance is not None:  # the others are about as far
             advance(sum(len(chunks[n].places) for n in missing[turn * ranks.world : (turn + 1) * ranks.world]))
+    for number in later:
+        draw(number, wait=True)
     ranks.wait()
     _see(list(owner))
 
@@ -277,23 +293,18 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _save(file: Path, picture: Tensor) -> None:
-    try:
-        with paths.whole(file) as beside:
-            Image.fromarray(picture.numpy()).save(beside, format="PNG")
-    except OSError as error:
-        raise UserError(
-            f"the image {file} cannot be written ({error.strerror or error}): free or change the folder"
-        ) from None
+    with paths.whole(file) as beside:
+        Image.fromarray(picture.numpy()).save(beside, format="PNG")
 
 
 def _link(drawn: Path, file: Path) -> None:
     """A hard link, or a copy where the file system has none. A file that stands already is replaced."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists() and file.samefile(drawn):
-        return
-    file.unlink(missing_ok=True)
-    try:
-        os.link(drawn, file)
-    except OSError:
-        with paths.whole(file) as beside:
-            shutil.copyfile(drawn, beside)
+    with disk.explained(file):
+        if file.exists() and file.samefile(drawn):
+            return
+        file.unlink(missing_ok=True)
+        try:
+            os.link(drawn, file)
+        except OSError:
+            with paths.whole(file) as beside:
+                shutil.copyfile(drawn, beside)

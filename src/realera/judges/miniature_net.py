@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from realera.paths import whole, write_text
+
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _START, _PAD = 0, 1  # the two rows of the word table before the first word
 _MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound
@@ -178,12 +180,12 @@ class PlainCNN(nn.Module):
 
 def save_judge(folder: Path, config: JudgeConfig, clip: MiniatureCLIP, plain: PlainCNN) -> None:
     """Writes `config.json` and `model.safetensors` (float16; whole numbers as they are)."""
-    folder.mkdir(parents=True, exist_ok=True)
     parts = {"clip": clip, "plain": plain}
     state = {f"{part}.{key}": value for part, net in parts.items() for key, value in net.state_dict().items()}
     half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
-    save_file(half, folder / WEIGHTS_FILE, metadata={"version": str(config.version)})
-    (folder / CONFIG_FILE).write_text(json.dumps(asdict(config), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole(folder / WEIGHTS_FILE) as beside:
+        save_file(half, beside, metadata={"version": str(config.version)})
+    write_text(folder / CONFIG_FILE, json.dumps(asdict(config), indent=1, ensure_ascii=False) + "\n")
 
 
 def load_judge(folder: Path) -> tuple[JudgeConfig, MiniatureCLIP, PlainCNN]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Generator, Tensor
 from realera import finite
 from realera.contracts import Backbone, Sampler, TextStates, UserError
 from realera.ledger import Cached
+from realera.locks import turn
 from realera.methods.latents import TIMESTEPS, drawn
 from realera.methods.texts import predict, repeat, take
 from realera.paths import whole
@@ -128,15 +130,16 @@ class Fisher:
                 self.replay.prepare(backbone, cache, seed)
             ranks.wait()
         parts = _Parts(cache / "fisher", self._key(backbone, list(trained), seed), self.samples, backbone)
-        if not ranks.from_first(parts.is_whole):
-            done = ranks.from_first(parts.done)
-            taken = {image for images in done.values() for image in images}
-            remaining = [image for image in range(self.samples) if image not in taken]
-            self._add(backbone, trained, ranks.share(remaining), parts, done, seed, ranks)
-            ranks.wait()
-            if ranks.first:
-                parts.merge(sorted({*done, *range(min(ranks.world, len(remaining)))}))
-            ranks.wait()
+        with turn(parts.whole) if ranks.first else nullcontext():  # another run would write into the same parts
+            if not ranks.from_first(parts.is_whole):
+                done = ranks.from_first(parts.done)
+                taken = {image for images in done.values() for image in images}
+                remaining = [image for image in range(self.samples) if image not in taken]
+                self._add(backbone, trained, ranks.share(remaining), parts, done, seed, ranks)
+                ranks.wait()
+                if ranks.first:
+                    parts.merge(sorted({*done, *range(min(ranks.world, len(remaining)))}))
+                ranks.wait()
         self.replay.drop()
         sums = parts.sums()
         remedy = f"delete {parts.whole} and give the command again; if it is there again, set backbone.dtype=float32"

@@ -25,7 +25,7 @@ from typing import Any
 
 from realera.contracts import UserError
 from realera.miniature.art import need_extra
-from realera.paths import MINIATURE
+from realera.paths import MINIATURE, write_text
 
 # Half of a training loop on a CPU can be page faults: keep what was allocated.
 ALLOCATOR = {
@@ -272,7 +272,7 @@ def decoder(plan: Plan, log: Callable[[str], None]) -> None:
     tuned.save_pretrained(parts / "vae.new")
     shutil.rmtree(parts / "vae")
     (parts / "vae.new").rename(parts / "vae")
-    (parts / "DECODER_DONE").write_text("")
+    write_text(parts / "DECODER_DONE", "")
 
 
 def assembled(plan: Plan, log: Callable[[str], None]) -> None:

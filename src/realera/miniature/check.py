@@ -25,7 +25,7 @@ import yaml
 from realera.contracts import Prompt, Sampler, UserError
 from realera.miniature.art import load_world, need_extra
 from realera.miniature.corpus import fill
-from realera.paths import CONF_DIR, MINIATURE, write_text
+from realera.paths import CONF_DIR, MINIATURE, whole, write_text
 
 BARS = {
     "object": 95.0,
@@ -226,7 +226,8 @@ def save_sheet(sheets: list[np.ndarray], file: Path, scale: int = 3) -> None:
     wide = max(row.shape[1] for row in rows)
     rows = [np.pad(row, ((0, 0), (0, wide - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
     image = Image.fromarray(np.concatenate(rows, axis=0))
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(file)
+    with whole(file) as beside:
+        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(beside)
 
 
 def main(arguments: list[str]) -> None:

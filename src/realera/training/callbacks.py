@@ -19,6 +19,7 @@ from realera import finite
 from realera.closed_form import spectrum
 from realera.contracts import Edit, Neighbours, Prompt
 from realera.costs import Meter
+from realera.disk import Tolerance, append
 from realera.ledger import ledger
 from realera.paths import EDIT_INFO, LOSSES, MAP, NEIGHBOURS, json_text, write_text
 from realera.ranks import ALONE, Ranks, patient_group
@@ -214,10 +215,13 @@ class Measured(Callback):
 
 
 class LossLines(Callback):
-    """A line a step in losses.jsonl. A resumed run cuts the file at its checkpoint, so every step stands there once."""
+    """A line a step in losses.jsonl. A resumed run cuts the file at its checkpoint, so every step stands there once.
+    Lines that the disk does not take wait for the next one: no training ends for them."""
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / LOSSES
+        self.waiting: list[str] = []
+        self.tolerance = Tolerance()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -229,8 +233,10 @@ class LossLines(Callback):
     ) -> None:
         if trainer.is_global_zero:
             values = {name: float(value) for name, value in outputs["terms"].items()}
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json_text({"step": trainer.global_step, **values}) + "\n")
+            self.waiting.append(json_text({"step": trainer.global_step, **values}) + "\n")
+            with self.tolerance:
+                append(self.file, "".join(self.waiting))
+                self.waiting.clear()
 
 
 class FitProgress(Callback):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,7 +24,7 @@ from realera.paths import ERASED, FIT, cache_dir
 from realera.training.callbacks import ClosedFormEdit, FitProgress, LossLines, Measured, PrepareLatents
 from realera.training.checkpoint import Origin, load_erased, save_erased
 from realera.training.module import ErasureModule, clip_of, steps_of, trains
-from realera.training.resuming import LAST, Checkpoints, WholeFiles, last_good, same_run
+from realera.training.resuming import LAST, Checkpoints, KeepsAnswer, WholeFiles, last_good, same_run
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def fit(
         FitProgress(f"Aligning noise ({method.name})"),
         *callbacks,
         Checkpoints(run_dir / FIT / LAST, identity, checkpoint_every),
+        KeepsAnswer(),
     ]
     with _quiet():
         runner = _trainer(settings, steps, run_dir, loggers, around)
@@ -140,8 +141,10 @@ def _trainer(
         # Attention losses leave the layers behind the last map without a gradient. A gradient of zeros instead, which
         # DDP would not have to look for, is no remedy: AdamW's decay would move what stands still in one process.
         settings["strategy"] = "ddp_find_unused_parameters_true"
-    # Processes that have found each other are numbered by RANK, whatever a scheduler around them says.
-    met = [LightningEnvironment()] if torch.distributed.is_available() and torch.distributed.is_initialized() else []
+    # Processes that have found each other are numbered by RANK, whatever a scheduler around them says. Slurm's own
+    # environment would also ask to be started once more, at a signal, and the same command goes on anyway.
+    found = torch.distributed.is_available() and torch.distributed.is_initialized()
+    met = [LightningEnvironment()] if found or SLURMEnvironment.detect() else []
     try:
         return Trainer(
             max_steps=steps,

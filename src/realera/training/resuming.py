@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,13 +59,24 @@ class Checkpoints(Callback):
             trainer.save_checkpoint(self.file)
 
 
+class KeepsAnswer(Callback):
+    """SIGTERM stays what it was: Lightning's own answer waits for all processes, of which some may not have had it."""
+
+    def __init__(self) -> None:
+        self.answer = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.answer is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.answer)
+
+
 class WholeFiles(TorchCheckpointIO):
     """Lightning writes to the system's temporary folder and moves, which is a copy across file systems: it can be cut
     short."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with whole(Path(path)) as beside:
-            torch.save(checkpoint, beside)
+        with whole(Path(path)) as beside, beside.open("wb") as stream:  # whose errors say more than torch's own
+            torch.save(checkpoint, stream)
 
 
 def last_good(file: Path, identity: str) -> Path | None:

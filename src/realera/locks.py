@@ -1,0 +1,123 @@
+"""Locks of the operating system: they end with the process that holds them, however it ends.
+
+Standard library only. Where a file system or a platform has no such locks, everything goes on as if nobody else were
+there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from realera.contracts import UserError
+
+log = logging.getLogger(__name__)
+
+
+def lock(handle: int, wait: bool = False) -> bool | None:
+    """Locks an open file for this process: False where another one has it, None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # pragma: no cover  # Windows
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a network file system that is mounted without locks
+        return None
+    return True
+
+
+@contextmanager
+def held(file: Path, what: str, remedy: str) -> Iterator[None]:
+    """Holds the lock `file` while `what` is made; the file says who holds it, and goes at the end.
+
+    Raises:
+        UserError: another process holds it. The sentence ends with `remedy`.
+    """
+    taken = _taken(file)
+    if taken is None:
+        raise UserError(f"{what} is being made by {_holder(file)}: {remedy}.")
+    try:
+        yield
+    finally:
+        taken.let_go()
+
+
+@contextmanager
+def turn(file: Path, wait: bool = True) -> Iterator[bool]:
+    """One process after the other makes `file`: who comes later waits, and then finds it made. Yields whether it is
+    this one's turn; wait=False: False where it is another one's."""
+    place = file.with_name(f".{file.name}.lock")
+    taken = _taken(place)
+    if taken is None and wait:
+        log.warning("%s is being made by %s: waiting for it", file, _holder(place))
+        taken = _taken(place, wait=True)
+    try:
+        yield taken is not None
+    finally:
+        if taken is not None:
+            taken.let_go()
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A lock file that is this process's; handle: None where it cannot be made. made: the folders made for it."""
+
+    file: Path
+    handle: int | None = None
+    made: tuple[Path, ...] = ()
+
+    def let_go(self) -> None:
+        if self.handle is None:
+            return
+        with suppress(OSError):
+            self.file.unlink()
+        os.close(self.handle)
+        with suppress(OSError):
+            for folder in self.made:  # where nothing else was put
+                folder.rmdir()
+
+
+def _taken(file: Path, wait: bool = False) -> _Taken | None:
+    """The lock file, open and locked; None where another process has it."""
+    made = tuple(folder for folder in file.parents if not os.path.exists(folder))
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # its folder has just been removed
+            continue
+        except OSError:  # who cannot write here will be told so when something is written
+            return _Taken(file)
+        if lock(handle, wait) is False:
+            os.close(handle)
+            return None
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(handle), os.stat(file)):
+                break
+        os.close(handle)  # its last holder has removed it meanwhile
+    said = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
+    with suppress(OSError):  # of a full disk: the lock holds all the same
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps(said).encode())
+    return _Taken(file, handle, made)
+
+
+def _holder(file: Path) -> str:
+    """ "process 123 on node7 since 10:02"."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        pid, host, since = int(said["pid"]), str(said["host"])[:80], time.localtime(float(said["since"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return "another process"
+    today = since[:3] == time.localtime()[:3]
+    return f"process {pid} on {host!r} since {time.strftime('%H:%M' if today else '%Y-%m-%d %H:%M', since)}"

@@ -1,0 +1,172 @@
+"""A console that is narrow, closed, full or gone ends no run, and the exit status tells what was done."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+import realera
+from realera import console, output, surroundings
+from realera.contracts import UserError
+
+SOURCE = str(Path(realera.__file__).parents[1])
+DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard")
+
+
+def shell(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """A shell's command, in which `door` stands for python -m realera.; its status is the first program's."""
+    line = command.replace("door.", f"{sys.executable} -m realera.") + "; exit ${PIPESTATUS[0]}"
+    around = {**os.environ, "PYTHONPATH": SOURCE, "REALERA_CACHE": str(cwd / "cache"), **env}
+    return subprocess.run(["bash", "-c", line], cwd=cwd, env=around, capture_output=True, text=True, errors="replace")
+
+
+DRY = "concept=airplane backbone=mini dry_run=true"
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "says"),
+    [
+        (f"door.train {DRY} | cat", 0, ""),
+        (f"door.train {DRY} | sleep 0", 128 + 13, ""),
+        (f"door.train {DRY} >/dev/full", 2, "error: standard output cannot be written (No space left on device)."),
+        (f"door.train {DRY} >&-", 2, "error: standard output cannot be written (Bad file descriptor)."),
+        ("door.train --help >/dev/full", 2, "error: standard output cannot be written (No space left on device)."),
+        ("door.train --help 2>&-", 0, ""),
+        ("door.train nonsense 2>/dev/full", 2, ""),
+        ("door.train nonsense 2>&-", 2, ""),
+        ("door.train nonsense >&-", 2, "error: 'nonsense' is no setting"),
+    ],
+)
+def test_a_console_that_takes_nothing(command: str, status: int, says: str, tmp_path: Path) -> None:
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    done = shell(command, tmp_path)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith(says) and len(done.stderr.splitlines()) == bool(says)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_every_help_fits_every_console(door: str, encoding: str, tmp_path: Path) -> None:
+    done = shell(f"door.{door} --help", tmp_path, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    full = shell(f"door.{door} --help | true", tmp_path)
+    assert full.returncode in (0, 128 + 13) and not full.stderr
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_locale_without_accents(locale: dict[str, str], tmp_path: Path) -> None:
+    done = shell(
+        """door.train 'concept="café"' 'anchor="é"' backbone=mini dry_run=true""", tmp_path, PYTHONUTF8="0", **locale
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and "+--" in done.stdout
+    wrong = shell(r"""door.train concept=$'caf\xe9' backbone=mini""", tmp_path, PYTHONUTF8="0", **locale)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and r"is no UTF-8 text" in wrong.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+def test_tables_and_bars_fit_the_console(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    output.protect()
+    buffer = io.BytesIO()
+    stream = io.TextIOWrapper(buffer, encoding, "realera")
+    narrow = Console(file=stream, width=60)
+    table = Table("Acc_e ↓", "naïve → Łódź")
+    table.add_row("99 [90, 100]", "\udce9…")
+    narrow.print(table)
+    monkeypatch.setattr(console, "console", narrow)
+    with console.bar("drawn", 3) as advance:
+        advance(3)
+    stream.flush()
+    said = buffer.getvalue().decode(encoding)
+    assert "3/3" in said and ("Acc_e v" in said or "Acc_e ↓" in said)
+    assert ("+-----" in said) == (encoding != "utf-8")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.EBADF])
+def test_a_stream_that_has_gone_is_nothing_from_then_on(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    handle = os.open(tmp_path / "terminal", os.O_WRONLY | os.O_CREAT)
+    kept = output.Kept(handle)
+    write = os.write
+
+    def gone(where: int, data: bytes) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "write", gone)
+    assert kept.write(b"lost") == 4 and kept.lost is not None and kept.lost.errno == number
+    monkeypatch.setattr(os, "write", write)
+    assert kept.write(b"more") == 4
+    os.write(handle, b"a library's")
+    os.close(handle)
+    assert (tmp_path / "terminal").read_bytes() == b""
+
+
+def test_a_full_disk_under_a_log_file_takes_what_comes_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    handle = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    kept, write, tries = output.Kept(handle), os.write, iter([28, 0, 11, 0])
+
+    def full(where: int, data: bytes) -> int:
+        if number := next(tries):
+            raise OSError(number, os.strerror(number))
+        return write(where, data)
+
+    monkeypatch.setattr(os, "write", full)
+    for word in (b"lost", b"one", b"two"):
+        kept.write(word)
+    os.close(handle)
+    assert (tmp_path / "log").read_bytes() == b"onetwo"
+
+
+def test_only_a_command_that_prints_depends_on_its_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[OSError | None] = [OSError(errno.EPIPE, "Broken pipe")]
+    monkeypatch.setattr(output, "lost", lambda: lost[0])
+    assert [output.status([word]) for word in ("--help", "--cfg=job", "dry_run=True", "concept=cat")] == [
+        141,
+        141,
+        141,
+        0,
+    ]
+    lost[0] = None
+    assert output.status(["--help"]) == 0
+
+
+def test_variables_that_are_set_to_nothing_are_not_set() -> None:
+    environ = {"WANDB_MODE": "", "HF_HOME": " ", "RANK": "", "OMP_NUM_THREADS": "", "REALERA_STAMP": "", "TMPDIR": ""}
+    kept = {"CUDA_VISIBLE_DEVICES": "", "WANDB_PROJECT": "mine", "EMPTY": "", "WORLD_SIZE": "2"}
+    found = {**environ, **kept}
+    surroundings.tidy(found)
+    assert found == kept
+    for value in ("two", "-1", "1.5"):
+        with pytest.raises(UserError, match="no process's number: unset RANK"):
+            surroundings.tidy({"RANK": value})
+
+
+def test_an_empty_mode_of_weights_and_biases_is_none(tmp_path: Path) -> None:
+    names = ("WANDB_MODE", "REALERA_CACHE", "WANDB_PROJECT", "HF_HOME", "OMP_NUM_THREADS", "REALERA_STAMP", "RANK")
+    done = shell(f"door.train {DRY} --cfg job", tmp_path, **dict.fromkeys(names, ""), HOME=str(tmp_path))
+    assert done.returncode == 0 and "mode: ${wandb_mode:}" in done.stdout, done.stderr
+    done = shell(f"door.train {DRY}", tmp_path, **dict.fromkeys(names, ""), HOME=str(tmp_path))
+    assert done.returncode == 0 and list(tmp_path.iterdir()) == [], done.stderr
+    done = shell(f"door.train {DRY}", tmp_path, RANK="first")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["| head -c 1 >/dev/null", ">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true"])
+def test_the_work_is_done_whatever_the_console_does(ending: str, small: list[str], tmp_path: Path) -> None:
+    words = [f"'{word}'" for word in [*small, "concept=airplane", "method=uce"]]
+    done = shell(f"door.train {' '.join(words)} {ending}", tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("runs/*/report.html"))
