@@ -22,13 +22,14 @@ from urllib.parse import urlsplit
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from realera import complaints, paths, processes, sweep
 from realera.contracts import Task, UserError
 from realera.devices import number as cuda_devices
+from realera.parts import build
 from realera.sweep import fail
 from realera.sweep import in_sweep as in_sweep  # the doors ask here
 from realera.tasks.files import read_concepts
@@ -193,7 +194,7 @@ def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
 
 def build_task(config: Mapping[str, Any]) -> Task:
     """The task of a resolved config. Tasks load without torch, so their refusals come early."""
-    task: Task = instantiate({key: value for key, value in config["task"].items() if key != "judges"})
+    task: Task = build({key: value for key, value in config["task"].items() if key != "judges"})
     return task
 
 

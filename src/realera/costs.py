@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realera import paths
+from realera import foreign, paths
 from realera.ledger import Ledger
 from realera.ranks import Ranks
 
@@ -249,7 +249,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = foreign.read_json(file)
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and record.get("form") == FORM else {}

@@ -9,7 +9,9 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from realera.contracts import UserError
 
 HERE = Path(__file__).resolve().parent
 CONF_DIR = next((p for p in (HERE / "conf", HERE.parents[1] / "conf") if (p / "train.yaml").is_file()), HERE / "conf")
@@ -30,7 +32,9 @@ FIT = "fit"  # the loop's checkpoints, until it has ended
 LOSSES = "losses.jsonl"  # one line a logged step: {"step": int, "<term>": float, ...}
 COSTS = "costs.json"  # wall time by stage, passes of the U-Net, parameters, peak memory
 WANDB_ID = "wandb_id.txt"  # of the W&B run that it is
+FORMATS = ("PNG", "JPEG", "WEBP")  # of images that are read: other readers of pillow's start programs (EPS), or are old
 EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
+OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # what it leaves beside the erased weights, which name their digests
 
 
 def cache_dir() -> Path:
@@ -39,6 +43,32 @@ def cache_dir() -> Path:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "realera"
+
+
+def inside(folder: Path, name: str | Path) -> Path:
+    """folder/name, for a name that a file holds or that a folder from elsewhere may have turned into a link.
+
+    The name is relative and has no "..", and no part of it below `folder` is a symbolic link; `folder` itself may be
+    one. The file need not exist. Raises UserError.
+    """
+    text = str(name)
+    windows = PureWindowsPath(text)
+    if not text or "\0" in text or windows.drive or windows.root or ".." in windows.parts:
+        raise UserError(f"{folder} names the file {text[:200]!r}, which is not inside it: do not use this folder.")
+    place = folder
+    try:
+        for part in PurePosixPath(text).parts:
+            place = place / part
+            if place.is_symlink():
+                raise UserError(
+                    f"{place} is a symbolic link, and a run's files must be in its own folder: put the file itself in "
+                    "its place (cp -L), or remove it."
+                )
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} names the file {text[:200]!r}, which cannot be one: do not use this folder."
+        ) from None
+    return place
 
 
 @contextmanager

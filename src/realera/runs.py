@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from realera import __version__, costs, paths
+from realera import __version__, costs, foreign, paths, trust
 from realera.backbones import folder as checkpoint
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
@@ -155,6 +155,7 @@ def claim(config: dict[str, Any]) -> Run:
         UserError: the folder holds a run of other settings, or something that is no run, or cannot be written.
     """
     folder = folder_of(config)
+    check_files(folder)
     is_run = (folder / paths.CONFIG).is_file()
     if not is_run and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds files and is no run folder: choose another run_dir.")
@@ -168,11 +169,14 @@ def claim(config: dict[str, Any]) -> Run:
         )
     if (weights := weights_of(config)) is not None:
         config = {**config, "weights": weights}
+    if read := trust.tables(config):
+        config = {**config, "tables": read}
     run = Run(folder, config, finished=there is not None and _stands(folder, there, config))
     if not run.finished:
         begin(run)
-    elif there is not None and there.get("label") != config.get("label"):
-        _write_config(folder, {**there, "label": config.get("label")})
+    elif there is not None and any(there.get(key) != config.get(key) for key in ("label", "tables")):
+        later = {"tables": config["tables"]} if "tables" in config else {}
+        _write_config(folder, {**there, "label": config.get("label"), **later})
     return run
 
 
@@ -225,18 +229,37 @@ def open_run(name: str) -> Run:
     if not (folder / paths.CONFIG).is_file():
         latest = f"the latest is {known[-1].parent}" if known else "make one with python -m realera.train"
         raise UserError(f"{name} is no run folder (it has no {paths.CONFIG}); {latest}.")
-    return Run(folder, read_config(folder))
+    config = read_config(folder)
+    if lacking := [part for part in ("task", "method", "backbone") if not config.get(part)]:
+        raise UserError(f"{folder / paths.CONFIG} is no run's: it holds no {lacking[0]}.")
+    return Run(folder, config)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved settings a run folder keeps."""
+    """The resolved settings a run folder keeps, checked as what somebody else may have written (`trust.check`).
+
+    Raises:
+        UserError: they cannot be read, or ask for what a run folder may not.
+    """
+    check_files(folder)
+    file = folder / paths.CONFIG
     try:
-        config = yaml.safe_load((folder / paths.CONFIG).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / paths.CONFIG} cannot be read: remove the folder or set overwrite=true.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / paths.CONFIG} holds no settings: remove the folder or set overwrite=true.")
-    return config
+        config = foreign.read_yaml(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} cannot be read ({reason}): remove the folder or set overwrite=true.") from error
+    return trust.check(config, file)
+
+
+def check_files(folder: Path) -> None:
+    """None of a run's own files and folders may be a symbolic link: what is read, written and deleted through it would
+    be somebody else's. Raises UserError."""
+    for name in (*FILES, *FOLDERS):
+        paths.inside(folder, name)
+    logged = folder / "wandb"
+    for entry in os.scandir(logged) if logged.is_dir() else ():  # W&B links to the latest of its own
+        if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(logged)):
+            raise UserError(f"{entry.path} is a symbolic link out of the run's folder: remove it.")
 
 
 def difference(old: Any, new: Any, at: str = "") -> str:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from realera import cli, complaints, costs, paths, sweep
@@ -20,6 +19,7 @@ from realera.evaluation.report import veiled
 from realera.evaluation.results import scalars
 from realera.evaluation.sheets import blurred, image_rows
 from realera.panels import SURFACES
+from realera.parts import build, locate
 from realera.runs import Run, digest, identity, is_original
 
 ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images says otherwise
@@ -46,7 +46,7 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
     node["job_type"] = "evaluate" if unedited(run) else "train"
     place = str(run.folder.absolute())  # W&B's own process has a working directory of its own
     try:
-        logger: Logger = instantiate(node, save_dir=place, name=name, id=run_id(run))
+        logger: Logger = build(node, save_dir=place, name=name, id=run_id(run))
         logger.log_hyperparams({**_told(run.config), "system": system(run)})
     except wandb.Error as error:
         raise UserError(
@@ -72,7 +72,7 @@ def run_id(run: Run) -> str:
 
 def tags(config: Mapping[str, Any]) -> list[str]:
     """What runs are picked by: task, method, backbone, and the concepts, of many the first ones."""
-    task = getattr(get_class(config["task"]["_target_"]), "name", None)
+    task = getattr(locate(config["task"]["_target_"]), "name", None)
     parts = [(config.get(part) or {}).get("name") for part in ("method", "backbone")]
     concept = config.get("concept")
     concepts = concept if isinstance(concept, (list, tuple)) else [concept]

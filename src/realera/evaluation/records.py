@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from realera import paths
-from realera.contracts import Prompt, UserError, Verdict
+from realera import foreign, paths
+from realera.contracts import Prompt, Split, UserError, Verdict
 from realera.evaluation.readings import H_O_TERMS, MEASURES, main_entry
 
 Which = Literal["erased", "original"]
 FORM = 2  # of metrics.json
 ORIGINALS = "originals"  # the unedited model's images of the same prompts, linked from the cache
 FOLDERS: Mapping[Which, str] = {"erased": paths.IMAGES, "original": ORIGINALS}
+_ID = re.compile(r"[\w+-][\w.+-]{0,199}", re.ASCII)  # of a prompt: a plain file name
+_FILE = re.compile(rf"(?:{paths.IMAGES}|{ORIGINALS})/[^/\\\0]{{1,250}}")
+_SPLITS = get_args(Split)
+_NUMBER, _NONE = (int, float), type(None)
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,10 @@ class Row:
     def path(self, run_dir: Path, which: Which = "erased") -> Path:
         """Where the image stands. Raises UserError where the run has no images of the original model."""
         if which == "erased":
-            return run_dir / self.file
+            return paths.inside(run_dir, self.file)
         if self.original is None:
             raise UserError(f"{run_dir} holds no images of the original model: run it again to draw them")
-        return run_dir / self.original
+        return paths.inside(run_dir, self.original)
 
 
 def write_manifest(run_dir: Path, rows: Sequence[Row]) -> None:
@@ -51,9 +56,12 @@ def write_manifest(run_dir: Path, rows: Sequence[Row]) -> None:
 
 
 def read_manifest(run_dir: Path) -> list[Row]:
-    """The manifest's rows in order. Raises UserError where it is missing or torn."""
+    """The manifest's rows in order. Raises UserError where it is missing or torn, or names what is no image of it."""
     rows = []
-    for line in _read(run_dir / paths.MANIFEST, "generate the run's images first"):
+    path, remedy = paths.inside(run_dir, paths.MANIFEST), "generate the run's images first"
+    for count, line in enumerate(_read(path, remedy), 1):
+        if not _is_row(line):
+            raise UserError(f"{path} holds at line {count} what no run writes: delete it, and {remedy}")
         height_width = line.get("size")
         prompt = Prompt(
             line["id"],
@@ -69,9 +77,35 @@ def read_manifest(run_dir: Path) -> list[Row]:
     return rows
 
 
+def _is_row(line: Mapping[str, Any]) -> bool:
+    """Whether a line of a manifest holds what `write_manifest` writes."""
+    texts = [line.get(key) for key in ("id", "file", "prompt", "concept", "source")]
+    size = line.get("size")
+    return (
+        all(isinstance(text, str) for text in texts)
+        and bool(_ID.fullmatch(line["id"]))
+        and all(_FILE.fullmatch(str(name)) for name in (line["file"], line.get("original")) if name is not None)
+        and line.get("split") in _SPLITS
+        and isinstance(line.get("seed"), int)
+        and isinstance(line.get("caption"), (str, _NONE))
+        and isinstance(line.get("guidance_scale"), (*_NUMBER, _NONE))
+        and (size is None or (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)))
+    )
+
+
+def _is_verdict(line: Mapping[str, Any]) -> bool:
+    detail = line.get("detail")
+    if not isinstance(line.get("id"), str) or not isinstance(line.get("label"), str) or not isinstance(detail, dict):
+        return False
+    boxes = detail.get("boxes") or {}
+    counts = isinstance(boxes, dict) and all(isinstance(count, int) for count in boxes.values())
+    numbers = (line.get("value"), detail.get("score"), detail.get("detected"))
+    return counts and all(isinstance(number, (*_NUMBER, _NONE)) for number in numbers)
+
+
 def verdict_file(run_dir: Path, judge: str, which: Which = "erased") -> Path:
     """verdicts/<judge>.jsonl, or verdicts/<judge>.original.jsonl for the unedited model's images."""
-    return run_dir / paths.VERDICTS / f"{judge}{'' if which == 'erased' else '.original'}.jsonl"
+    return paths.inside(run_dir, f"{paths.VERDICTS}/{judge}{'' if which == 'erased' else '.original'}.jsonl")
 
 
 def write_verdicts(path: Path, verdicts: Iterable[Verdict]) -> None:
@@ -92,9 +126,11 @@ def write_verdicts(path: Path, verdicts: Iterable[Verdict]) -> None:
 
 def read_verdicts(path: Path) -> list[Verdict]:
     """The verdicts in order. Raises UserError where the file is missing or torn."""
+    said = _read(path, remedy := "judge the run first")
+    if wrong := next((count for count, line in enumerate(said, 1) if not _is_verdict(line)), None):
+        raise UserError(f"{path} holds at line {wrong} what no judge says: delete it, and {remedy}")
     return [
-        Verdict(r["id"], math.nan if r["value"] is None else float(r["value"]), r["label"], r["detail"])
-        for r in _read(path, "judge the run first")
+        Verdict(r["id"], math.nan if r["value"] is None else float(r["value"]), r["label"], r["detail"]) for r in said
     ]
 
 
@@ -103,19 +139,45 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
 
     Raises UserError where it is missing or torn, or of a form that this version does not know.
     """
-    path = run_dir / paths.METRICS
+    path = paths.inside(run_dir, paths.METRICS)
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = foreign.read_json(path)
         if isinstance(metrics.get("headline"), str):
             metrics = _upgraded(metrics)
         known = metrics.get("form") == FORM and "main" in metrics
     except FileNotFoundError:
         raise UserError(f"{path} is missing: judge the run first") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is torn: delete it, and judge the run again") from None
     if not known:
         raise UserError(f"{path} is of another version of realera: judge the run again (evaluate run={run_dir})")
+    if not _is_metrics(metrics):
+        raise UserError(f"{path} holds what no run writes: delete it, and judge the run again (evaluate run={run_dir})")
     return metrics
+
+
+def _is_metrics(metrics: Mapping[str, Any]) -> bool:
+    """Whether metrics.json has the shape of ours, as deep as its readers rely on it."""
+    judge = metrics.get("protocol", {}).get("judge", {}) if isinstance(metrics.get("protocol", {}), dict) else None
+    concepts = metrics["protocol"].get("concepts", []) if isinstance(judge, dict) and "protocol" in metrics else []
+    named = isinstance(concepts, list) and all(isinstance(c, dict) and {"target", "anchor"} <= set(c) for c in concepts)
+    parts = [metrics, *(metrics.get("judges") or {}).values()] if isinstance(metrics.get("judges") or {}, dict) else []
+    original = metrics.get("original")
+    parts += [original] if isinstance(original, dict) else []
+    mains = [part.get("main", {}) if isinstance(part, dict) else None for part in parts]
+    estimates = [e for main in mains if isinstance(main, dict) for e in main.values()]
+    return (
+        bool(parts)
+        and named
+        and isinstance(judge, dict)
+        and isinstance(judge.get("judge", ""), str)
+        and isinstance(original, (dict, _NONE))
+        and all(isinstance(main, dict) for main in mains)
+        and all(isinstance(e, dict) and isinstance(e.get("value"), (*_NUMBER, _NONE)) for e in estimates)
+        and isinstance(metrics.get("headline", {}), dict)
+        and isinstance(metrics.get("h_o_terms", []), list)
+        and isinstance(metrics.get("sets", {}), dict)
+    )
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
@@ -136,9 +198,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = foreign.text(path).splitlines()
+    except ValueError:
+        return []
+    for line in lines:
         try:
-            rows.append(json.loads(line))
+            rows.append(foreign.json_of(line))
         except ValueError:
             continue
     return [row for row in rows if isinstance(row, dict)]
@@ -151,13 +217,17 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _read(path: Path, remedy: str) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = foreign.text(path).splitlines()
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it, and {remedy}") from None
     rows: list[dict[str, Any]] = []
     for count, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(foreign.json_of(line))
         except ValueError:
             raise UserError(f"{path} is torn at line {count}: delete it, and {remedy}") from None
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path} holds at line {count} what no run writes: delete it, and {remedy}")
     return rows

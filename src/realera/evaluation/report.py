@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from realera import costs, paths
+from realera import costs, foreign, paths
 from realera.contracts import Split, UserError
 from realera.evaluation import charts, cost, lines
 from realera.evaluation.readings import MEAN_PROB, MEASURES, mode_of, near
@@ -48,7 +47,7 @@ def write_report(run_dir: Path, blur: bool | None = None) -> Path:
     What the folder does not hold (no images yet, nothing trained) is left out. Raises UserError where it holds no run,
     or a torn file.
     """
-    out = run_dir / paths.REPORT
+    out = paths.inside(run_dir, paths.REPORT)
     paths.write_text(out, render(TEMPLATE, collect(run_dir, blur)))
     return out
 
@@ -67,9 +66,9 @@ def render(template: str, content: Mapping[str, Any]) -> str:
 
 def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
     """Everything the page shows, as values for the template."""
-    config = _yaml(run_dir / paths.CONFIG)
+    config = _mapping(run_dir, paths.CONFIG, foreign.read_yaml)
     metrics = read_metrics(run_dir) if (run_dir / paths.METRICS).is_file() else {}
-    edit = _json(run_dir / paths.EDIT_INFO)
+    edit = _mapping(run_dir, paths.EDIT_INFO, foreign.read_json)
     if not (config or metrics):
         raise UserError(f"{run_dir} holds neither {paths.CONFIG} nor {paths.METRICS}: name the folder of a run")
     protocol = metrics.get("protocol", {})
@@ -96,7 +95,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
         "splits": [(split, *titles, sheet[split]) for split, titles in splits.items() if split in sheet],
         "seen": _seen(metrics),
         "edits": [(title, block) for title, block in (("", _edit(edit)), ("after training", _edit(finish))) if block],
-        "curves": charts.curves(read_lines(run_dir / paths.LOSSES)),
+        "curves": charts.curves(read_lines(paths.inside(run_dir, paths.LOSSES))),
         "cost": {"totals": cost.parts(spent), "stages": cost.stages(spent), "device": spent.get("device", "")},
         "split_names": {split: title for split, (title, _) in splits.items()},
         "settings": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
@@ -177,21 +176,14 @@ def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _yaml(file: Path) -> dict[str, Any]:
-    return _mapping(file, yaml.safe_load, yaml.YAMLError)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return _mapping(file, json.loads, ValueError)
-
-
-def _mapping(file: Path, read: Any, torn: type[Exception]) -> dict[str, Any]:
-    """The file's content, {} where it is missing. Raises UserError where it is torn."""
+def _mapping(run_dir: Path, name: str, read: Callable[[Path], Any]) -> dict[str, Any]:
+    """The content of a run's file, {} where it is missing. Raises UserError where it is torn."""
+    file = paths.inside(run_dir, name)
     if not file.is_file():
         return {}
     try:
-        content = read(file.read_text(encoding="utf-8"))
-    except (torn, UnicodeDecodeError):
+        content = read(file)
+    except (OSError, ValueError):
         raise UserError(f"{file} is torn: delete it, and start the run again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} is not what a run writes: delete it, and start the run again")

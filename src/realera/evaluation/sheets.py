@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter, UnidentifiedImageError
 from realera.contracts import Mode, Split, Verdict
 from realera.evaluation.readings import MEAN_PROB, MEASURES, score
 from realera.evaluation.records import Row, Which, read_manifest, read_verdicts, verdict_file
+from realera.paths import FORMATS
 
 SHOWN = 8  # images per prompt on a sheet
 MOST_PROMPTS = 24  # strips of a split; of a longer one, one strip shows some of its prompts
@@ -54,8 +55,8 @@ def image_rows(run_dir: Path, judge: str, headline: Mapping[str, Mode] = MEAN_PR
     for row in read_manifest(run_dir):
         p, said = row.prompt, verdicts.get(row.prompt.id)
         text = "" if said is None else _words(row, said, headline)[1]
-        original = run_dir / row.original if row.original else None
-        rows.append([p.text, p.seed, p.split, original, run_dir / row.file, text])
+        original = row.path(run_dir, "original") if row.original else None
+        rows.append([p.text, p.seed, p.split, original, row.path(run_dir), text])
     return rows
 
 
@@ -100,10 +101,10 @@ def _verdicts(run_dir: Path, judge: str | None, which: Which) -> dict[str, Verdi
 def _pair(
     run_dir: Path, row: Row, before: dict[str, Verdict], after: dict[str, Verdict], headline: Mapping[str, Mode]
 ) -> tuple[Picture | None, Picture]:
-    drawn = picture(run_dir / row.file, row, after.get(row.prompt.id), headline)
+    drawn = picture(row.path(run_dir), row, after.get(row.prompt.id), headline)
     if row.original is None:
         return None, drawn
-    return picture(run_dir / row.original, row, before.get(row.prompt.id), headline), drawn
+    return picture(row.path(run_dir, "original"), row, before.get(row.prompt.id), headline), drawn
 
 
 def picture(file: Path, row: Row, said: Verdict | None, headline: Mapping[str, Mode]) -> Picture:
@@ -141,7 +142,7 @@ def _words(row: Row, said: Verdict, headline: Mapping[str, Mode]) -> tuple[str, 
 
 def blurred(file: Path) -> Image.Image:
     """The image, blurred past recognition, for a place that shows images unasked."""
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         picture = image.convert("RGB")
     return picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 10))
 
@@ -149,7 +150,7 @@ def blurred(file: Path) -> Image.Image:
 def _data_uri(file: Path) -> tuple[str, bool]:
     """The image as it is where it is small (and then True), else a JPEG of it at a sheet's size."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             small = max(image.size) <= _LARGEST
             if small:
                 return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}", True

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import yaml
 
-from realera import costs, paths
+from realera import costs, foreign, paths
 from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation import cost
 from realera.evaluation.counts import counts
@@ -56,24 +55,28 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
     Raises:
         UserError: the run is not finished, or was judged by another judge.
     """
+    file = paths.inside(run_dir, paths.CONFIG)
     try:
-        config = yaml.safe_load((run_dir / paths.CONFIG).read_text(encoding="utf-8"))
+        config = foreign.read_yaml(file)
+        concept = config["concept"]
+        system = config.get("label") or (config.get("method") or {}).get("name") or "original"
+        seed = int(config.get("seed") or 0)
     except OSError:
         raise UserError(f"{run_dir} holds no {paths.CONFIG}: name folders that train or evaluate have made") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is torn: remove the folder, and run it again") from None
     manifest = read_manifest(run_dir)
     prompts = [row.prompt for row in manifest]
     verdicts = read_verdicts(verdict_file(run_dir, judge))
     if [v.prompt_id for v in verdicts] != [p.id for p in prompts]:
         raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
-    concept = config["concept"]
     if concept is None:  # the task's choice
         concept = list(dict.fromkeys(p.concept for p in prompts if p.split == "erase"))
     name = concept if isinstance(concept, str) else ", ".join(map(str, concept))
-    system = config.get("label") or (config.get("method") or {}).get("name") or "original"
     metrics = read_metrics(run_dir)
     read = metrics["headline"], metrics["h_o_terms"]
     spent, sources = costs.read(run_dir), [row.source for row in manifest]
-    return Cell(str(system), name, int(config.get("seed") or 0), prompts, verdicts, *read, spent, sources)
+    return Cell(str(system), name, seed, prompts, verdicts, *read, spent, sources)
 
 
 def pool(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Estimate]:

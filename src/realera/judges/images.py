@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realera.contracts import Prompt, UserError
+from realera.paths import FORMATS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +19,7 @@ def read_rgb(path: Path, size: int | None = None) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             picture = image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"the image {path} is missing: generate the run's images again") from None
