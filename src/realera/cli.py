@@ -298,4 +298,6 @@ def say_backbone(config: Mapping[str, Any], run: str | None = None) -> None:
     name, why = default_backbone()
     taken = config["backbone"]["name"]
     asked = taken != name or any(word.startswith("backbone=") for word in sys.argv[1:])
-    log.info("backbone %s (%s)", taken, f"of {run}" if run else "as asked" if asked else why)
+    pretrained = config["backbone"].get("pretrained")
+    named = f"{taken} from {pretrained}" if run and pretrained else taken  # a folder may name any checkpoint
+    log.info("backbone %s (%s)", named, f"of {run}" if run else "as asked" if asked else why)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realera import foreign, paths
+from realera import foreign, paths, shapes
 from realera.ledger import Ledger
 from realera.ranks import Ranks
 
@@ -215,7 +215,7 @@ def forget(folder: Path, stage: str) -> None:
 
 def read(folder: Path) -> dict[str, Any]:
     """A run folder's costs.json; {} where there is none that this version can read: runs of earlier ones have none."""
-    return _read(folder / paths.COSTS)
+    return _read(paths.inside(folder, paths.COSTS))
 
 
 def totals(record: Mapping[str, Any]) -> dict[str, float]:
@@ -252,7 +252,7 @@ def _read(file: Path) -> dict[str, Any]:
         record = foreign.read_json(file)
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) and record.get("form") == FORM else {}
+    return record if shapes.is_costs(record) and record.get("form") == FORM else {}
 
 
 def _sums(*parts: Mapping[str, Any]) -> dict[str, Any]:

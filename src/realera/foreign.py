@@ -34,6 +34,12 @@ def text(file: Path, largest: int = LARGEST) -> str:
     return content.decode("utf-8")
 
 
+def lines(file: Path) -> list[str]:
+    """A text file's lines, parted by line feeds alone: JSON texts may hold other separators. Raises as `text`."""
+    content = text(file)
+    return content.removesuffix("\n").split("\n") if content else []
+
+
 def read_yaml(file: Path) -> Any:
     """A YAML file's content. Raises OSError, ValueError."""
     return yaml_of(text(file, SETTINGS))

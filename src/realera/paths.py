@@ -6,8 +6,9 @@ Standard library only: the doors import it before anything heavy.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -28,13 +29,13 @@ VERDICTS = "verdicts"  # one <judge>.jsonl each
 METRICS = "metrics.json"
 REPORT = "report.html"
 IMAGES = "images"
+ORIGINALS = "originals"  # the unedited model's images of the same prompts, linked from the cache
 FIT = "fit"  # the loop's checkpoints, until it has ended
 LOSSES = "losses.jsonl"  # one line a logged step: {"step": int, "<term>": float, ...}
 COSTS = "costs.json"  # wall time by stage, passes of the U-Net, parameters, peak memory
 WANDB_ID = "wandb_id.txt"  # of the W&B run that it is
 FORMATS = ("PNG", "JPEG", "WEBP")  # of images that are read: other readers of pillow's start programs (EPS), or are old
 EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
-OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # what it leaves beside the erased weights, which name their digests
 
 
 def cache_dir() -> Path:
@@ -69,6 +70,22 @@ def inside(folder: Path, name: str | Path) -> Path:
             f"{folder} names the file {text[:200]!r}, which cannot be one: do not use this folder."
         ) from None
     return place
+
+
+def no_links(folder: Path, names: Iterable[str]) -> None:
+    """None of the files and folders of these names may be a symbolic link: what is read, written and deleted through it
+    would be somebody else's. Raises UserError."""
+    for name in names:
+        inside(folder, name)
+    logged = folder / "wandb"
+    for entry in os.scandir(logged) if logged.is_dir() else ():  # W&B links to the latest of its own
+        if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(logged)):
+            raise UserError(f"{entry.path} is a symbolic link out of the run's folder: remove it.")
+
+
+def plain(text: str) -> str:
+    """A text as a part of a file's name: letters, digits, "_", "." and "-", at most 80."""
+    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)[:80].strip(".-") or "unnamed"
 
 
 @contextmanager

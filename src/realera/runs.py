@@ -41,7 +41,7 @@ LATER = {
     "edit.prompts": None,
     "finish.prompts": None,
 }
-FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, "originals", "wandb")
+FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, "wandb")
 
 
 @dataclass(frozen=True)
@@ -246,20 +246,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = foreign.read_yaml(file)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{file} cannot be read ({reason}): remove the folder or set overwrite=true.") from error
+        raise UserError(f"{file} cannot be read ({error}): remove the folder or set overwrite=true.") from error
     return trust.check(config, file)
 
 
 def check_files(folder: Path) -> None:
-    """None of a run's own files and folders may be a symbolic link: what is read, written and deleted through it would
-    be somebody else's. Raises UserError."""
-    for name in (*FILES, *FOLDERS):
-        paths.inside(folder, name)
-    logged = folder / "wandb"
-    for entry in os.scandir(logged) if logged.is_dir() else ():  # W&B links to the latest of its own
-        if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(logged)):
-            raise UserError(f"{entry.path} is a symbolic link out of the run's folder: remove it.")
+    """Raises UserError where one of a run's own files and folders is a symbolic link."""
+    paths.no_links(folder, (*FILES, *FOLDERS))
 
 
 def difference(old: Any, new: Any, at: str = "") -> str:
@@ -283,7 +276,10 @@ def runs_in(name: str) -> list[Path]:
     if (folder / paths.CONFIG).is_file():
         return [folder]
     if (folder / "runs.txt").is_file():
-        lines = dict.fromkeys((folder / "runs.txt").read_text(encoding="utf-8").splitlines())
+        try:
+            lines = dict.fromkeys(foreign.lines(folder / "runs.txt"))
+        except ValueError as error:
+            raise UserError(f"{folder / 'runs.txt'} cannot be read ({error}): name the runs themselves.") from None
         listed = [listed_by(folder, line) for line in lines]
         if listed and not any(run.is_dir() for run in listed):
             raise UserError(
@@ -297,10 +293,23 @@ def runs_in(name: str) -> list[Path]:
 
 def listed_by(sweep: Path, line: str) -> Path:
     """The run folder that a sweep's file names. It is written as seen from where the sweep was started, the folder
-    above its runs/sweeps/<stamp>, and that one's own runs come before those of the same name here."""
-    started_in = Path(os.path.abspath(sweep)).parents[:3][-1]
+    above its runs/sweeps/<stamp>, and that one's own runs come before those of the same name here.
+
+    Raises:
+        UserError: it leads out of that folder, in a sweep that was not started here.
+    """
+    place, here = Path(os.path.abspath(sweep)), Path.cwd()
+    started_in = place.parents[:3][-1]
     there = started_in / line
-    return there if started_in != Path.cwd() and there.is_dir() else Path(line)
+    if place.parent != here / ROOT / "sweeps":  # it may be somebody else's
+        try:
+            there = paths.inside(started_in, line)
+        except UserError:
+            raise UserError(
+                f"{sweep} lists a run outside of the folder that it was started in ({line[:120]!r}): name the runs "
+                "themselves, python -m realera.report RUN RUN."
+            ) from None
+    return there if started_in != here and there.is_dir() else Path(line)
 
 
 def _clear(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from realera import cli, complaints, costs, paths, sweep
+from realera import cli, complaints, costs, paths, shapes, sweep
 from realera.contracts import UserError
 from realera.evaluation.readings import ORDER
 from realera.evaluation.report import veiled
@@ -67,7 +67,10 @@ def run_id(run: Run) -> str:
         before = digest([run.folder.name, identity(run.config)]) if (run.folder / "wandb").is_dir() else None
         agents = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
         paths.write_text(file, f"{before or agents or uuid.uuid4().hex[:12]}\n")
-    return file.read_text(encoding="utf-8").strip()
+    said = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not shapes.WANDB_ID.fullmatch(said):
+        raise UserError(f"{file} holds no id of a W&B run: remove it, and the run gets a new one.")
+    return said
 
 
 def tags(config: Mapping[str, Any]) -> list[str]:
@@ -113,7 +116,16 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
     nothing is logged, else the run's is taken, online or offline as it is today."""
     node = dict(run.config.get("logger") or {})
     if typed is not None:
-        node = {**node, "mode": typed.get("mode")} if typed.get("_target_") and node.get("_target_") else {}
+        known = {key: value for key, value in node.items() if key in typed}
+        node = {**known, "mode": typed.get("mode")} if typed.get("_target_") and node.get("_target_") else {}
+        entity = node.get("entity")
+        if entity not in (None, typed.get("entity")) and node["mode"] not in ("offline", "disabled", "dryrun"):
+            cli.log.warning(
+                "the numbers were not sent to W&B: it is the run folder that names entity %s; logger.entity=%s sends them",
+                entity,
+                entity,
+            )
+            return
     loggers = make(run, node)
     with ended(loggers):
         log_results(loggers, run, metrics)

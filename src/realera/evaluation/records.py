@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from realera import foreign, paths
-from realera.contracts import Prompt, Split, UserError, Verdict
+from realera import foreign, paths, shapes
+from realera.contracts import Prompt, UserError, Verdict
 from realera.evaluation.readings import H_O_TERMS, MEASURES, main_entry
 
 Which = Literal["erased", "original"]
 FORM = 2  # of metrics.json
-ORIGINALS = "originals"  # the unedited model's images of the same prompts, linked from the cache
+ORIGINALS = paths.ORIGINALS
 FOLDERS: Mapping[Which, str] = {"erased": paths.IMAGES, "original": ORIGINALS}
-_ID = re.compile(r"[\w+-][\w.+-]{0,199}", re.ASCII)  # of a prompt: a plain file name
-_FILE = re.compile(rf"(?:{paths.IMAGES}|{ORIGINALS})/[^/\\\0]{{1,250}}")
-_SPLITS = get_args(Split)
-_NUMBER, _NONE = (int, float), type(None)
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ def read_manifest(run_dir: Path) -> list[Row]:
     rows = []
     path, remedy = paths.inside(run_dir, paths.MANIFEST), "generate the run's images first"
     for count, line in enumerate(_read(path, remedy), 1):
-        if not _is_row(line):
+        if not shapes.is_row(line):
             raise UserError(f"{path} holds at line {count} what no run writes: delete it, and {remedy}")
         height_width = line.get("size")
         prompt = Prompt(
@@ -75,32 +70,6 @@ def read_manifest(run_dir: Path) -> list[Row]:
         )
         rows.append(Row(prompt, line["file"], line["source"], line.get("original")))
     return rows
-
-
-def _is_row(line: Mapping[str, Any]) -> bool:
-    """Whether a line of a manifest holds what `write_manifest` writes."""
-    texts = [line.get(key) for key in ("id", "file", "prompt", "concept", "source")]
-    size = line.get("size")
-    return (
-        all(isinstance(text, str) for text in texts)
-        and bool(_ID.fullmatch(line["id"]))
-        and all(_FILE.fullmatch(str(name)) for name in (line["file"], line.get("original")) if name is not None)
-        and line.get("split") in _SPLITS
-        and isinstance(line.get("seed"), int)
-        and isinstance(line.get("caption"), (str, _NONE))
-        and isinstance(line.get("guidance_scale"), (*_NUMBER, _NONE))
-        and (size is None or (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)))
-    )
-
-
-def _is_verdict(line: Mapping[str, Any]) -> bool:
-    detail = line.get("detail")
-    if not isinstance(line.get("id"), str) or not isinstance(line.get("label"), str) or not isinstance(detail, dict):
-        return False
-    boxes = detail.get("boxes") or {}
-    counts = isinstance(boxes, dict) and all(isinstance(count, int) for count in boxes.values())
-    numbers = (line.get("value"), detail.get("score"), detail.get("detected"))
-    return counts and all(isinstance(number, (*_NUMBER, _NONE)) for number in numbers)
 
 
 def verdict_file(run_dir: Path, judge: str, which: Which = "erased") -> Path:
@@ -127,7 +96,7 @@ def write_verdicts(path: Path, verdicts: Iterable[Verdict]) -> None:
 def read_verdicts(path: Path) -> list[Verdict]:
     """The verdicts in order. Raises UserError where the file is missing or torn."""
     said = _read(path, remedy := "judge the run first")
-    if wrong := next((count for count, line in enumerate(said, 1) if not _is_verdict(line)), None):
+    if wrong := next((count for count, line in enumerate(said, 1) if not shapes.is_verdict(line)), None):
         raise UserError(f"{path} holds at line {wrong} what no judge says: delete it, and {remedy}")
     return [
         Verdict(r["id"], math.nan if r["value"] is None else float(r["value"]), r["label"], r["detail"]) for r in said
@@ -151,33 +120,9 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path} is torn: delete it, and judge the run again") from None
     if not known:
         raise UserError(f"{path} is of another version of realera: judge the run again (evaluate run={run_dir})")
-    if not _is_metrics(metrics):
+    if not shapes.is_metrics(metrics):
         raise UserError(f"{path} holds what no run writes: delete it, and judge the run again (evaluate run={run_dir})")
     return metrics
-
-
-def _is_metrics(metrics: Mapping[str, Any]) -> bool:
-    """Whether metrics.json has the shape of ours, as deep as its readers rely on it."""
-    judge = metrics.get("protocol", {}).get("judge", {}) if isinstance(metrics.get("protocol", {}), dict) else None
-    concepts = metrics["protocol"].get("concepts", []) if isinstance(judge, dict) and "protocol" in metrics else []
-    named = isinstance(concepts, list) and all(isinstance(c, dict) and {"target", "anchor"} <= set(c) for c in concepts)
-    parts = [metrics, *(metrics.get("judges") or {}).values()] if isinstance(metrics.get("judges") or {}, dict) else []
-    original = metrics.get("original")
-    parts += [original] if isinstance(original, dict) else []
-    mains = [part.get("main", {}) if isinstance(part, dict) else None for part in parts]
-    estimates = [e for main in mains if isinstance(main, dict) for e in main.values()]
-    return (
-        bool(parts)
-        and named
-        and isinstance(judge, dict)
-        and isinstance(judge.get("judge", ""), str)
-        and isinstance(original, (dict, _NONE))
-        and all(isinstance(main, dict) for main in mains)
-        and all(isinstance(e, dict) and isinstance(e.get("value"), (*_NUMBER, _NONE)) for e in estimates)
-        and isinstance(metrics.get("headline", {}), dict)
-        and isinstance(metrics.get("h_o_terms", []), list)
-        and isinstance(metrics.get("sets", {}), dict)
-    )
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +144,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     try:
-        lines = foreign.text(path).splitlines()
+        lines = foreign.lines(path)
     except ValueError:
         return []
     for line in lines:
@@ -217,7 +162,7 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _read(path: Path, remedy: str) -> list[dict[str, Any]]:
     try:
-        lines = foreign.text(path).splitlines()
+        lines = foreign.lines(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
     except (OSError, ValueError) as error:
