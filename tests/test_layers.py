@@ -33,8 +33,9 @@ DOOR_PARTS = {
     "plan",
     "shelf",
     "devices",
+    "trust",
 }
-SHARED = {"contracts", "paths", "ranks", "ledger", "costs"}
+SHARED = {"contracts", "paths", "ranks", "ledger", "costs", "foreign", "shapes", "parts"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
 WORKSHOP = "miniature"  # makes the built-in model: may use every room and library, and no room uses it
 LIBRARIES = {  # where a library may be imported; the workshop is free

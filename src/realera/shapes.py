@@ -73,6 +73,13 @@ def _is_measured(part: Mapping[str, Any]) -> bool:
     )
 
 
+def is_cell(cell: Mapping[str, Any]) -> bool:
+    """A line of a sweep's cells.jsonl."""
+    words, texts = cell.get("overrides"), [cell.get(key) for key in ("folder", "reason", "system", "launch")]
+    known = [cell.get("state"), *(text for text in texts if text is not None)]
+    return isinstance(words, list) and all(isinstance(text, str) for text in (*words, *known))
+
+
 def is_costs(record: Any) -> bool:
     """costs.json: numbers where it has numbers."""
     if not isinstance(record, dict):

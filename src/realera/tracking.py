@@ -121,7 +121,7 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
         entity = node.get("entity")
         if entity not in (None, typed.get("entity")) and node["mode"] not in ("offline", "disabled", "dryrun"):
             cli.log.warning(
-                "the numbers were not sent to W&B: it is the run folder that names entity %s; logger.entity=%s sends them",
+                "the numbers were not sent to W&B: the run folder names entity %s; logger.entity=%s sends them",
                 entity,
                 entity,
             )
