@@ -275,7 +275,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         text += f"\nThe same images, read as top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
     for row in results["rows"]:
         missing = {name: e["undefined"] for name, e in row["mean"].items() if "undefined" in e}
-        text += "".join(f"\n{line}\n" for line in left_out(row["system"], row["runs"], missing, headline))
+        text += "".join(
+            f"\n{line}\n" for line in left_out(cell_text(str(row["system"])), row["runs"], missing, headline)
+        )
     spent = cost.markdown(named)
     return f"{text}\n{spent}" if spent else text
 

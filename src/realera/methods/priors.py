@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from realera import foreign
 from realera.contracts import Backbone, UserError
 from realera.paths import whole
 
@@ -104,7 +105,7 @@ def read(file: Path) -> tuple[Tensor, Made]:
             metadata = opened.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(f"{file} is no sum of captions: make one with python -m realera.cache captions=FILE.")
-            return opened.get_tensor("gram"), Made(**json.loads(metadata["made"]))
+            return opened.get_tensor("gram"), Made(**foreign.json_of(metadata["made"]))
     except FileNotFoundError as error:
         raise UserError(
             f"There is no file {file}: make it with python -m realera.cache captions=FILE out={file}."
