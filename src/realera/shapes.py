@@ -13,9 +13,31 @@ from realera.contracts import Split
 ID = re.compile(r"[\w+-][\w.+-]{0,199}", re.ASCII)  # of a prompt: a plain file name
 IMAGE = re.compile(rf"(?:{paths.IMAGES}|{paths.ORIGINALS})/[^/\\\0]{{1,250}}")
 WANDB_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
+GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")  # of config.yaml, whose settings make objects
 SPLITS = get_args(Split)
 NUMBER = (int, float)
 MAYBE = (int, float, type(None))
+
+
+def config_fault(config: Any) -> str | None:
+    """What is wrong with the content of config.yaml, "holds no settings"; None where its parts are what its readers
+    take them for."""
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        return "holds no settings"
+    for group in GROUPS:
+        if not isinstance(config.get(group), (dict, type(None))):
+            return f"is no run's ({group} is a group of settings, not {config[group]!r:.60})"
+    for group in ("method", "backbone"):
+        if not isinstance((config.get(group) or {}).get("name", ""), str):
+            return f"is no run's ({group}.name is a text)"
+    for name in ("seed", "images_at_once"):
+        if not isinstance(config.get(name, 0), int) or isinstance(config.get(name), bool):
+            return f"is no run's ({name} is a whole number)"
+    for name in ("concept", "anchor"):
+        given = config.get(name)
+        if not all(isinstance(one, (str, type(None))) for one in (given if isinstance(given, list) else [given])):
+            return f"is no run's ({name} is a name or a list of names)"
+    return None
 
 
 def is_row(line: Mapping[str, Any]) -> bool:

@@ -16,10 +16,9 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from realera import foreign, parts, paths
+from realera import foreign, parts, paths, shapes
 from realera.contracts import UserError
 
-GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")  # whose settings make objects
 TEXTS = re.compile(r"(_csv|_file|_path|^file|^data|^captions)$")  # settings that name a file of texts
 PACKAGE = re.compile(r"^# *@package +(\S+)", re.MULTILINE)
 Named = Mapping[tuple[str, bool], frozenset[str]]
@@ -32,20 +31,8 @@ def check(config: Any, file: Path) -> dict[str, Any]:
     Raises:
         UserError: they are no settings of a run, or ask for what only a command line may.
     """
-    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
-        raise UserError(f"{file} holds no settings: remove the folder or set overwrite=true.")
-    for group in GROUPS:
-        if not isinstance(config.get(group), (dict, type(None))):
-            raise UserError(f"{file} is no run's: {group} is a group of settings there, not {config[group]!r:.60}.")
-    for name in ("method", "backbone"):
-        if not isinstance((config.get(name) or {}).get("name", ""), str):
-            raise UserError(f"{file} is no run's: {name}.name is a text.")
-    for name in ("seed", "images_at_once"):
-        if not isinstance(config.get(name, 0), int) or isinstance(config.get(name), bool):
-            raise UserError(f"{file} is no run's: {name} is a whole number.")
-    concept = config.get("concept")
-    if not all(isinstance(one, (str, type(None))) for one in (concept if isinstance(concept, list) else [concept])):
-        raise UserError(f"{file} is no run's: concept is a name or a list of names.")
+    if (fault := shapes.config_fault(config)) is not None:
+        raise UserError(f"{file} {fault}: remove the folder or set overwrite=true.")
     if found := next((text for text in foreign.strings(config) if "${" in text), None):
         raise UserError(
             f"{file} holds {found[:60]!r}: nothing in a run folder is looked up elsewhere; make the run anew with "
@@ -118,10 +105,13 @@ def _named(folders: tuple[Path, ...]) -> Named:
     """The targets that the yamls name."""
     found: dict[tuple[str, bool], set[str]] = {}
     for folder in folders:
-        places = [folder.glob("*.y*ml"), *((folder / group).rglob("*.y*ml") for group in (*GROUPS, "experiment"))]
+        places = [
+            folder.glob("*.y*ml"),
+            *((folder / group).rglob("*.y*ml") for group in (*shapes.GROUPS, "experiment")),
+        ]
         for file in sorted(file for place in places for file in place):
             for at, node in _nodes(*_read(file, file.relative_to(folder).parent.parts)):
-                if at and at[0] in GROUPS and isinstance(target := node.get("_target_"), str):
+                if at and at[0] in shapes.GROUPS and isinstance(target := node.get("_target_"), str):
                     found.setdefault(_kind(at), set()).add(target)
     return {kind: frozenset(targets) for kind, targets in found.items()}
 
@@ -169,7 +159,7 @@ def _leaves(node: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
 def _check_node(at: tuple[str, ...], node: Mapping[str, Any], named: Named, file: Path) -> None:
     place = ".".join(at) or "all of it"
     target = node.get("_target_")
-    if target is not None and target not in named.get(_kind(at), ()):
+    if target is not None and str(target) not in named.get(_kind(at), ()):
         raise UserError(
             f"{file} asks for _target_={str(target)[:120]!r} ({place}), which no yaml names for that place: do not use "
             "this folder, or, if the part is your own, add the --config-dir that it was made with."

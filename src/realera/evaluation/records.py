@@ -103,6 +103,22 @@ def read_verdicts(path: Path) -> list[Verdict]:
     ]
 
 
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The settings that a run folder keeps, to be shown, not to be used; {} where there are none. Raises UserError
+    where they are torn."""
+    file = paths.inside(run_dir, paths.CONFIG)
+    if not file.is_file():
+        return {}
+    try:
+        config = foreign.read_yaml(file)
+        fault = shapes.config_fault(config)
+    except (OSError, ValueError) as error:
+        fault = f"is torn ({error})"
+    if fault is not None:
+        raise UserError(f"{file} {fault}: remove the folder, and run it again")
+    return dict(config)
+
+
 def read_metrics(run_dir: Path) -> dict[str, Any]:
     """metrics.json in today's form; one that an earlier version wrote is read into it.
 

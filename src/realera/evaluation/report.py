@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from realera import costs, foreign, paths
 from realera.contracts import Split, UserError
 from realera.evaluation import charts, cost, lines
 from realera.evaluation.readings import MEAN_PROB, MEASURES, mode_of, near
-from realera.evaluation.records import read_lines, read_metrics
+from realera.evaluation.records import read_config, read_lines, read_metrics
 from realera.evaluation.sheets import first_pairs, sheets
 
 TEMPLATE = "report.html.j2"
@@ -66,9 +66,9 @@ def render(template: str, content: Mapping[str, Any]) -> str:
 
 def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
     """Everything the page shows, as values for the template."""
-    config = _mapping(run_dir, paths.CONFIG, foreign.read_yaml)
+    config = read_config(run_dir)
     metrics = read_metrics(run_dir) if (run_dir / paths.METRICS).is_file() else {}
-    edit = _mapping(run_dir, paths.EDIT_INFO, foreign.read_json)
+    edit = _json(run_dir, paths.EDIT_INFO)
     if not (config or metrics):
         raise UserError(f"{run_dir} holds neither {paths.CONFIG} nor {paths.METRICS}: name the folder of a run")
     protocol = metrics.get("protocol", {})
@@ -176,13 +176,13 @@ def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _mapping(run_dir: Path, name: str, read: Callable[[Path], Any]) -> dict[str, Any]:
+def _json(run_dir: Path, name: str) -> dict[str, Any]:
     """The content of a run's file, {} where it is missing. Raises UserError where it is torn."""
     file = paths.inside(run_dir, name)
     if not file.is_file():
         return {}
     try:
-        content = read(file)
+        content = foreign.read_json(file)
     except (OSError, ValueError):
         raise UserError(f"{file} is torn: delete it, and start the run again") from None
     if not isinstance(content, dict):

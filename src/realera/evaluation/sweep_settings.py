@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from realera import foreign, paths
-from realera.contracts import UserError
-from realera.evaluation.records import read_metrics, read_verdicts, verdict_file
+from realera import paths
+from realera.evaluation.records import read_config, read_metrics, read_verdicts, verdict_file
 from realera.evaluation.table import Cell, read_cell
 
 # Settings that no number depends on, or that a run is not told by.
@@ -75,12 +74,9 @@ def read_run(folder: Path, base: str | None = None) -> Run | None:
     torn."""
     if not ((folder / paths.METRICS).is_file() and (folder / paths.CONFIG).is_file()):
         return None
-    try:
-        config = foreign.read_yaml(paths.inside(folder, paths.CONFIG))
-        settings = flat(config)
-        base = base or str(config.get("label") or (config.get("method") or {}).get("name") or ORIGINAL)
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"{folder / paths.CONFIG} is torn: remove the folder, and run it again") from None
+    config = read_config(folder)
+    settings = flat(config)
+    base = base or str(config.get("label") or (config.get("method") or {}).get("name") or ORIGINAL)
     metrics = read_metrics(folder)
     judge = str(((metrics.get("protocol") or {}).get("judge") or {}).get("judge") or "")
     whole = (folder / paths.MANIFEST).is_file() and verdict_file(folder, judge).is_file()

@@ -11,13 +11,13 @@ from typing import Any, get_args
 
 import torch
 
-from realera import costs, foreign, paths
+from realera import costs, paths
 from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation import cost
 from realera.evaluation.counts import counts
 from realera.evaluation.metrics import Estimate, Sample, measured, readable, scored, tidy
 from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, ORDER, described, head, left_out
-from realera.evaluation.records import read_manifest, read_metrics, read_verdicts, verdict_file
+from realera.evaluation.records import read_config, read_manifest, read_metrics, read_verdicts, verdict_file
 from realera.evaluation.resamples import Resamples, image_key, run_key
 from realera.evaluation.resamples import described as how
 from realera.evaluation.table_forms import markdown as cell_text
@@ -55,16 +55,10 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
     Raises:
         UserError: the run is not finished, or was judged by another judge.
     """
-    file = paths.inside(run_dir, paths.CONFIG)
-    try:
-        config = foreign.read_yaml(file)
-        concept = config["concept"]
-        system = config.get("label") or (config.get("method") or {}).get("name") or "original"
-        seed = int(config.get("seed") or 0)
-    except OSError:
-        raise UserError(f"{run_dir} holds no {paths.CONFIG}: name folders that train or evaluate have made") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{file} is torn: remove the folder, and run it again") from None
+    if not (config := read_config(run_dir)):
+        raise UserError(f"{run_dir} holds no {paths.CONFIG}: name folders that train or evaluate have made")
+    concept, seed = config.get("concept"), config.get("seed") or 0
+    system = config.get("label") or (config.get("method") or {}).get("name") or "original"
     manifest = read_manifest(run_dir)
     prompts = [row.prompt for row in manifest]
     verdicts = read_verdicts(verdict_file(run_dir, judge))
