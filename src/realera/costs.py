@@ -252,7 +252,7 @@ def _read(file: Path) -> dict[str, Any]:
         record = foreign.read_json(file)
     except (OSError, ValueError):
         return {}
-    return record if shapes.is_costs(record) and record.get("form") == FORM else {}
+    return record if shapes.fits(record, shapes.COSTS) and record.get("form") == FORM else {}
 
 
 def _sums(*parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -303,7 +303,7 @@ def listed_by(sweep: Path, line: str) -> Path:
     there = started_in / line
     if place.parent != here / ROOT / "sweeps":  # it may be somebody else's
         try:
-            there = paths.inside(started_in, line)
+            there = paths.inside(started_in, os.path.relpath(line, started_in) if os.path.isabs(line) else line)
         except UserError:
             raise UserError(
                 f"{sweep} lists a run outside of the folder that it was started in ({line[:120]!r}): name the runs "

@@ -1,5 +1,9 @@
 """Whether plain data from a run folder's files has the shape that this package writes, as deep as its readers rely on
-it. Somebody else may have written the files, so nothing else is taken for granted."""
+it. Somebody else may have written the files, so nothing else is taken for granted.
+
+A shape is a kind (str, dict), a test, [shape] for a list of such, {"key": shape, "key?": shape} for a mapping that has
+the keys (with "?": if it has them) and {...: shape} for one whose every value is so.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,129 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from realera import paths
-from realera.contracts import Split
+from realera.contracts import Mode, Split
 
 ID = re.compile(r"[\w+-][\w.+-]{0,199}", re.ASCII)  # of a prompt: a plain file name
 IMAGE = re.compile(rf"(?:{paths.IMAGES}|{paths.ORIGINALS})/[^/\\\0]{{1,250}}")
 WANDB_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")  # of config.yaml, whose settings make objects
-SPLITS = get_args(Split)
-NUMBER = (int, float)
-MAYBE = (int, float, type(None))
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether plain data has a shape."""
+    if isinstance(shape, type):
+        return isinstance(value, shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(one, shape[0]) for one in value)
+    if not isinstance(shape, dict):
+        return bool(shape(value))
+    if not isinstance(value, dict):
+        return False
+    if ... in shape:
+        return all(fits(one, shape[...]) for one in value.values())
+    for key, own in shape.items():
+        name = key.removesuffix("?")
+        if name in value:
+            if not fits(value[name], own):
+                return False
+        elif name == key:
+            return False
+    return True
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and -1e300 < value < 1e300  # no NaN either
+
+
+def whole(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 2**63
+
+
+def maybe(shape: Any) -> Any:
+    """The shape, or null."""
+    return lambda value: value is None or fits(value, shape)
+
+
+def one_of(*known: str) -> Any:
+    return lambda value: isinstance(value, str) and value in known
+
+
+def matching(pattern: re.Pattern[str]) -> Any:
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+MODES, SPLITS = get_args(Mode), get_args(Split)
+SIZE = lambda value: isinstance(value, list) and len(value) == 2 and all(map(whole, value))  # noqa: E731
+ROW = {
+    "id": matching(ID),
+    "file": matching(IMAGE),
+    "original?": maybe(matching(IMAGE)),
+    **dict.fromkeys(("prompt", "concept", "source"), str),
+    "split": one_of(*SPLITS),
+    "seed": whole,
+    "caption?": maybe(str),
+    "guidance_scale?": maybe(number),
+    "size?": maybe(SIZE),
+}
+VERDICT = {
+    "id": str,
+    "label": str,
+    "value": maybe(number),
+    "detail": {"score?": maybe(number), "detected?": maybe(number), "boxes?": maybe({...: whole})},
+}
+ESTIMATE = {"value": maybe(number), "low": maybe(number), "high": maybe(number), "n": whole, "unscored": whole}
+MAIN = {...: {**ESTIMATE, "scored": maybe(number), "mode": str}}
+BOXES = {"boxes": whole, "images": whole}
+SEEN = {"split": one_of(*SPLITS), "prompt": str, **{f"{mode}?": maybe(number) for mode in MODES}}
+NUMBERS = {
+    "main": MAIN,
+    **{f"{mode}?": {...: ESTIMATE} for mode in MODES},
+    "concepts?": {...: MAIN},
+    "counts?": {...: {"classes": {...: BOXES}, "apart": {...: BOXES}, "total": BOXES, "n": whole}},
+    "by_prompt?": [SEEN],
+}
+PROTOCOL = {
+    "task?": str,
+    "concepts?": [{"target": str, "anchor": str}],
+    "judge": {"judge": str},
+    "sampler?": {"scheduler": str, "steps": whole, "guidance_scale": number},
+    "backbone?": dict,
+}
+METRICS = {
+    **NUMBERS,
+    "headline": {...: one_of(*MODES)},
+    "h_o_terms": [str],
+    "original": maybe(NUMBERS),
+    "judges?": {...: {**NUMBERS, "original?": maybe(NUMBERS), "protocol?": dict}},
+    "sets?": {...: lambda numbers: fits(numbers, {"protocol?": dict}) and _all_numbers(numbers)},
+    "protocol": PROTOCOL,
+}
+CELL = {
+    **dict.fromkeys(("folder?", "reason?", "system?", "launch?"), maybe(str)),
+    "state?": str,
+    "overrides?": [str],
+    "seconds?": number,
+}
+PEAK = maybe({...: maybe(number)})
+COSTS = {
+    **{name: {...: number} for name in ("stages?", "passes?", "originals?")},
+    "shared?": {...: {"seconds": number, "passes": number}},
+    **{f"{name}?": number for name in ("trained_parameters", "edited_parameters", "passes_per_image", "sittings")},
+    "peak_memory_mb?": PEAK,
+    "peak_memory_erasing_mb?": PEAK,
+    "device?": str,
+}
+CHANGE = {
+    "info?": {...: number},
+    "layers?": {...: maybe(number)},
+    "spectrum?": [maybe(number)],
+    "probes?": [{"text": str, "split?": str}],
+}
+EDIT = {**CHANGE, "finish?": maybe(CHANGE)}
+
+
+def _all_numbers(numbers: Mapping[str, Any]) -> bool:
+    return all(value is None or number(value) for name, value in numbers.items() if name != "protocol")
 
 
 def config_fault(config: Any) -> str | None:
@@ -31,90 +149,10 @@ def config_fault(config: Any) -> str | None:
         if not isinstance((config.get(group) or {}).get("name", ""), str):
             return f"is no run's ({group}.name is a text)"
     for name in ("seed", "images_at_once"):
-        if not isinstance(config.get(name, 0), int) or isinstance(config.get(name), bool):
+        if not whole(config.get(name, 0)) or isinstance(config.get(name), bool):
             return f"is no run's ({name} is a whole number)"
     for name in ("concept", "anchor"):
         given = config.get(name)
-        if not all(isinstance(one, (str, type(None))) for one in (given if isinstance(given, list) else [given])):
+        if not fits(given if isinstance(given, list) else [given], [maybe(str)]):
             return f"is no run's ({name} is a name or a list of names)"
     return None
-
-
-def is_row(line: Mapping[str, Any]) -> bool:
-    """A line of manifest.jsonl. Its files are images of the folder itself, its id a plain file name."""
-    size = line.get("size")
-    return (
-        all(isinstance(line.get(key), str) for key in ("id", "file", "prompt", "concept", "source"))
-        and bool(ID.fullmatch(line["id"]))
-        and all(IMAGE.fullmatch(str(name)) for name in (line["file"], line.get("original")) if name is not None)
-        and line.get("split") in SPLITS
-        and isinstance(line.get("seed"), int)
-        and isinstance(line.get("caption"), (str, type(None)))
-        and isinstance(line.get("guidance_scale"), MAYBE)
-        and (size is None or (isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) for n in size)))
-    )
-
-
-def is_verdict(line: Mapping[str, Any]) -> bool:
-    """A line of verdicts/<judge>.jsonl."""
-    detail = line.get("detail")
-    if not isinstance(line.get("id"), str) or not isinstance(line.get("label"), str) or not isinstance(detail, dict):
-        return False
-    boxes = detail.get("boxes") or {}
-    counted = isinstance(boxes, dict) and all(isinstance(count, int) for count in boxes.values())
-    return counted and all(
-        isinstance(v, MAYBE) for v in (line.get("value"), detail.get("score"), detail.get("detected"))
-    )
-
-
-def is_metrics(metrics: Mapping[str, Any]) -> bool:
-    """metrics.json, in today's form."""
-    protocol, original = metrics.get("protocol", {}), metrics.get("original")
-    judges, sets = metrics.get("judges", {}), metrics.get("sets", {})
-    if not all(isinstance(part, dict) for part in (protocol, judges, sets, metrics.get("headline", {}))):
-        return False
-    if not all(isinstance(part, dict) for part in (*judges.values(), *sets.values(), original or {})):
-        return False
-    judge, concepts, sampler = (protocol.get(key) or {} for key in ("judge", "concepts", "sampler"))
-    if not (isinstance(judge, dict) and isinstance(judge.get("judge", ""), str) and isinstance(sampler, dict)):
-        return False
-    if not all(isinstance(one, dict) and {"target", "anchor"} <= set(one) for one in concepts):
-        return False
-    parts = [metrics, *judges.values(), *([original] if original else [])]
-    return isinstance(metrics.get("h_o_terms", []), list) and all(map(_is_measured, parts))
-
-
-def _is_measured(part: Mapping[str, Any]) -> bool:
-    """The numbers of one judge: `main`, and a line of each prompt."""
-    main, rows = part.get("main", {}), part.get("by_prompt", [])
-    estimates = main.values() if isinstance(main, dict) else [None]
-    return (
-        all(isinstance(e, dict) and isinstance(e.get("value"), MAYBE) for e in estimates)
-        and isinstance(rows, list)
-        and all(isinstance(row, dict) and {"split", "prompt"} <= set(row) for row in rows)
-    )
-
-
-def is_cell(cell: Mapping[str, Any]) -> bool:
-    """A line of a sweep's cells.jsonl."""
-    words, texts = cell.get("overrides"), [cell.get(key) for key in ("folder", "reason", "system", "launch")]
-    known = [cell.get("state"), *(text for text in texts if text is not None)]
-    return isinstance(words, list) and all(isinstance(text, str) for text in (*words, *known))
-
-
-def is_costs(record: Any) -> bool:
-    """costs.json: numbers where it has numbers."""
-    if not isinstance(record, dict):
-        return False
-    stages, passes, shared, originals = (record.get(name, {}) for name in ("stages", "passes", "shared", "originals"))
-    peaks = [record.get(name) or {} for name in ("peak_memory_mb", "peak_memory_erasing_mb")]
-    if not all(isinstance(part, dict) for part in (stages, passes, shared, originals, *peaks)):
-        return False
-    if not all(isinstance(spared, dict) for spared in shared.values()):
-        return False
-    spared = [one.get(name) for one in shared.values() for name in ("seconds", "passes")]
-    names = ("trained_parameters", "edited_parameters", "passes_per_image", "sittings")
-    peak = [value for part in peaks for value in part.values() if value is not None]
-    known = [record.get(name, 0) for name in names]
-    numbers = [*stages.values(), *passes.values(), *originals.values(), *spared, *known, *peak]
-    return all(isinstance(value, NUMBER) for value in numbers)

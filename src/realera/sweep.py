@@ -123,7 +123,7 @@ def read_cells(place: Path, launch: str | None = None) -> list[Cell]:
             cell = Cell(**foreign.json_of(line.decode("utf-8")))
         except (ValueError, TypeError):
             continue
-        if not shapes.is_cell(asdict(cell)):
+        if not shapes.fits(asdict(cell), shapes.CELL):
             continue
         cell.folder = None if cell.folder is None else str(runs.listed_by(place, cell.folder))
         found.append(cell)

@@ -55,7 +55,7 @@ def read_manifest(run_dir: Path) -> list[Row]:
     rows = []
     path, remedy = paths.inside(run_dir, paths.MANIFEST), "generate the run's images first"
     for count, line in enumerate(_read(path, remedy), 1):
-        if not shapes.is_row(line):
+        if not shapes.fits(line, shapes.ROW):
             raise UserError(f"{path} holds at line {count} what no run writes: delete it, and {remedy}")
         height_width = line.get("size")
         prompt = Prompt(
@@ -96,7 +96,7 @@ def write_verdicts(path: Path, verdicts: Iterable[Verdict]) -> None:
 def read_verdicts(path: Path) -> list[Verdict]:
     """The verdicts in order. Raises UserError where the file is missing or torn."""
     said = _read(path, remedy := "judge the run first")
-    if wrong := next((count for count, line in enumerate(said, 1) if not shapes.is_verdict(line)), None):
+    if wrong := next((count for count, line in enumerate(said, 1) if not shapes.fits(line, shapes.VERDICT)), None):
         raise UserError(f"{path} holds at line {wrong} what no judge says: delete it, and {remedy}")
     return [
         Verdict(r["id"], math.nan if r["value"] is None else float(r["value"]), r["label"], r["detail"]) for r in said
@@ -136,7 +136,7 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path} is torn: delete it, and judge the run again") from None
     if not known:
         raise UserError(f"{path} is of another version of realera: judge the run again (evaluate run={run_dir})")
-    if not shapes.is_metrics(metrics):
+    if not shapes.fits(metrics, shapes.METRICS):
         raise UserError(f"{path} holds what no run writes: delete it, and judge the run again (evaluate run={run_dir})")
     return metrics
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from realera import costs, foreign, paths
+from realera import costs, foreign, paths, shapes
 from realera.contracts import Split, UserError
 from realera.evaluation import charts, cost, lines
 from realera.evaluation.readings import MEAN_PROB, MEASURES, mode_of, near
@@ -68,7 +68,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
     """Everything the page shows, as values for the template."""
     config = read_config(run_dir)
     metrics = read_metrics(run_dir) if (run_dir / paths.METRICS).is_file() else {}
-    edit = _json(run_dir, paths.EDIT_INFO)
+    edit = _edit_info(run_dir)
     if not (config or metrics):
         raise UserError(f"{run_dir} holds neither {paths.CONFIG} nor {paths.METRICS}: name the folder of a run")
     protocol = metrics.get("protocol", {})
@@ -176,15 +176,15 @@ def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _json(run_dir: Path, name: str) -> dict[str, Any]:
-    """The content of a run's file, {} where it is missing. Raises UserError where it is torn."""
-    file = paths.inside(run_dir, name)
+def _edit_info(run_dir: Path) -> dict[str, Any]:
+    """edit.json, {} where it is missing. Raises UserError where it is torn, or not what a run writes."""
+    file = paths.inside(run_dir, paths.EDIT_INFO)
     if not file.is_file():
         return {}
     try:
         content = foreign.read_json(file)
     except (OSError, ValueError):
         raise UserError(f"{file} is torn: delete it, and start the run again") from None
-    if not isinstance(content, dict):
+    if not shapes.fits(content, shapes.EDIT):
         raise UserError(f"{file} is not what a run writes: delete it, and start the run again")
-    return content
+    return dict(content)
