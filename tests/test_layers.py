@@ -36,8 +36,10 @@ DOOR_PARTS = {
     "devices",
     "output",
     "surroundings",
+    "trust",
 }
 SHARED = {"contracts", "paths", "disk", "locks", "interrupts", "ranks", "ledger", "costs", "finite", "pictures"}
+SHARED |= {"foreign", "shapes", "parts"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
 WORKSHOP = "miniature"  # makes the built-in model: may use every room and library, and no room uses it
 LIBRARIES = {  # where a library may be imported; the workshop is free

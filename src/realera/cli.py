@@ -21,13 +21,14 @@ from urllib.parse import urlsplit
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from realera import complaints, disk, interrupts, output, paths, processes, surroundings, sweep
 from realera.contracts import Task, UserError
 from realera.devices import number as cuda_devices
+from realera.parts import build
 from realera.surroundings import flags_first, gather
 from realera.sweep import fail
 from realera.sweep import in_sweep as in_sweep  # the doors ask here
@@ -207,7 +208,7 @@ def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
 
 def build_task(config: Mapping[str, Any]) -> Task:
     """The task of a resolved config. Tasks load without torch, so their refusals come early."""
-    task: Task = instantiate({key: value for key, value in config["task"].items() if key != "judges"})
+    task: Task = build({key: value for key, value in config["task"].items() if key != "judges"})
     return task
 
 
@@ -311,4 +312,6 @@ def say_backbone(config: Mapping[str, Any], run: str | None = None) -> None:
     name, why = default_backbone()
     taken = config["backbone"]["name"]
     asked = taken != name or any(word.startswith("backbone=") for word in sys.argv[1:])
-    log.info("backbone %s (%s)", taken, f"of {run}" if run else "as asked" if asked else why)
+    pretrained = config["backbone"].get("pretrained")
+    named = f"{taken} from {pretrained}" if run and pretrained else taken  # a folder may name any checkpoint
+    log.info("backbone %s (%s)", named, f"of {run}" if run else "as asked" if asked else why)

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from realera import disk, paths
 from realera.contracts import UserError
+from realera.parts import NotBuilt
 
 OF_DATABASE = ("full", "readonly", "unable to open", "I/O error", "locked")  # what SQLite says of a disk
 
@@ -51,10 +52,9 @@ def of_step(error: Exception) -> str | None:
     """The sentence for an error that a run met, or None where the fault is the code's and not the settings'."""
     if told := _told(error):
         return told
-    if not isinstance(error, InstantiationException):
+    if not isinstance(error, NotBuilt):
         return None
-    where = re.search(r"full_key: (\S+)", str(error))
-    place = f"{where[1]}: " if where else ""
+    place = f"{error.place}: " if error.place else ""
     for cause in _chain(error):
         if isinstance(cause, TypeError) and (found := re.search(r"unexpected keyword argument '(\w+)'", str(cause))):
             return f"{place}there is no setting named '{found[1]}'; take it off the command line or out of the yaml."

@@ -5,7 +5,6 @@ Plain Python: torch is asked only where somebody else has loaded it.
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realera import paths
+from realera import foreign, paths, shapes
 from realera.disk import Tolerance
 from realera.ledger import Ledger
 from realera.ranks import Ranks
@@ -216,7 +215,7 @@ def forget(folder: Path, stage: str) -> None:
 
 def read(folder: Path) -> dict[str, Any]:
     """A run folder's costs.json; {} where there is none that this version can read: runs of earlier ones have none."""
-    return _read(folder / paths.COSTS)
+    return _read(paths.inside(folder, paths.COSTS))
 
 
 def totals(record: Mapping[str, Any]) -> dict[str, float]:
@@ -250,10 +249,10 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = foreign.read_json(file)
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) and record.get("form") == FORM else {}
+    return record if shapes.fits(record, shapes.COSTS) and record.get("form") == FORM else {}
 
 
 def _sums(*parts: Mapping[str, Any]) -> dict[str, Any]:

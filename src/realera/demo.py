@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from http.server import ThreadingHTTPServer
-
 from omegaconf import DictConfig
 
 from realera import cli, console, lengths, preflight, runs
 from realera.contracts import UserError
-from realera.webpage import data_uri, handler
+from realera.webpage import EVERYWHERE, Server, data_uri, handler
 
 
 def demo(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
+    host = str(config["host"])
     run = runs.open_run(str(config["run"]))
     preflight.check_run(run)
     preflight.check_model(run.config["backbone"])
@@ -34,13 +33,17 @@ def demo(cfg: DictConfig) -> None:
         return {"note": note} | {which: data_uri(pixels.numpy()) for which, pixels in pair(prompt, seed).items()}
 
     try:
-        server = ThreadingHTTPServer((config["host"], config["port"]), handler(draw, about))
+        server = Server((host, config["port"]), handler(draw, about, host))
     except OSError as error:
         raise UserError(
             f"port {config['port']} cannot be opened ({error.strerror}): type port=0 for a free one."
         ) from error
+    if host in EVERYWHERE:
+        cli.log.warning("host=%s: everybody in this network may draw", host)
     with server:
-        console.console.print(f"page to open: http://{config['host']}:{server.server_port}/   (Ctrl-C ends it)")
+        console.console.print(
+            f"page to open: http://{f'[{host}]' if ':' in host else host}:{server.server_port}/   (Ctrl-C ends it)"
+        )
         server.serve_forever()
 
 

@@ -21,7 +21,8 @@ def generate(cfg: DictConfig) -> None:
     plan = processes.plan(None, cli.cuda_devices())  # what torchrun or srun has started, else one
     prompts = prompts_of(config["prompts"], config["seeds"])
     content = runs.digest([[prompt.text, prompt.seed] for prompt in prompts])
-    out = Path(str(config["out"] or run.folder / "generated" / content))
+    out = Path(str(config["out"] or paths.inside(run.folder, f"generated/{content}")))
+    runs.check_files(out)
     others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
     if plan.first and others and not (out / paths.MANIFEST).is_file():
         raise UserError(f"out={out} holds other files: give a new or an empty folder.")

@@ -15,13 +15,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from realera import cli, complaints, console, disk, judged, paths, plan, preflight, runs, study, sweep
 from realera.contracts import UserError
+from realera.parts import NotBuilt
 from realera.plan import Plan, Work
 
 MANY = 20  # jobs from which on composing them shows a bar
@@ -132,7 +133,7 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
                 )
             try:
                 found.append(work_of(cfg, known, made))
-            except (UserError, InstantiationException) as error:  # of this job alone, which will say it itself
+            except (UserError, NotBuilt) as error:  # of this job alone, which will say it itself
                 found.append(complaints.of_step(error) or complaints.first_line(error))
             advance(1)
     refuse_shared(made)

@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from realera import cli, preflight, runs, sweep
+from realera import cli, preflight, runs, sweep, trust
 from realera.contracts import UserError
 from realera.runs import Run
 
@@ -42,4 +42,10 @@ def _existing(name: str, judge: Any) -> Run:
         raise UserError(f"{clash[0]} is fixed by the run {name}: leave it out, or give run=original.")
     run = runs.open_run(name)
     by_another = judge is not None and "judge" in typed
+    trust.check_tables(run.config, run.folder)
+    if not by_another and (python := trust.interpreter(run.config.get("judge"))):
+        raise UserError(
+            f"{name} was judged in another interpreter, and a run folder may not choose the program that is started: "
+            f"type it again, judge=NAME judge.python={python}."
+        )
     return Run(run.folder, {**run.config, "judge": judge}) if by_another or not run.config.get("judge") else run

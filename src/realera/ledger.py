@@ -75,8 +75,10 @@ class Cached:
     def read(self, metadata: Mapping[str, str] | None) -> None:
         """The file was found, with this metadata. One that says nothing is from before there were notes."""
         said = metadata or {}
-        known = "seconds" in said and "passes" in said
-        self.before = Spent(float(said["seconds"]), int(said["passes"])) if known else None
+        try:
+            self.before = Spent(float(said["seconds"]), int(said["passes"]))
+        except (KeyError, ValueError):
+            self.before = None
         self._enter(self.before)
 
     def made(self) -> dict[str, str]:

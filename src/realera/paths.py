@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from realera import disk
+from realera.contracts import UserError
 from realera.disk import Unwritten as Unwritten
 
 HERE = Path(__file__).resolve().parent
@@ -31,10 +33,12 @@ VERDICTS = "verdicts"  # one <judge>.jsonl each
 METRICS = "metrics.json"
 REPORT = "report.html"
 IMAGES = "images"
+ORIGINALS = "originals"  # the unedited model's images of the same prompts, linked from the cache
 FIT = "fit"  # the loop's checkpoints, until it has ended
 LOSSES = "losses.jsonl"  # one line a logged step: {"step": int, "<term>": float, ...}
 COSTS = "costs.json"  # wall time by stage, passes of the U-Net, parameters, peak memory
 WANDB_ID = "wandb_id.txt"  # of the W&B run that it is
+FORMATS = ("PNG", "JPEG", "WEBP")  # of images that are read: other readers of pillow's start programs (EPS), or are old
 EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
 LOCK = disk.LOCK  # of the process that is making the run; gone when it has ended
 
@@ -45,6 +49,48 @@ def cache_dir() -> Path:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "realera"
+
+
+def inside(folder: Path, name: str | Path) -> Path:
+    """folder/name, for a name that a file holds or that a folder from elsewhere may have turned into a link.
+
+    The name is relative and has no "..", and no part of it below `folder` is a symbolic link; `folder` itself may be
+    one. The file need not exist. Raises UserError.
+    """
+    text = str(name)
+    windows = PureWindowsPath(text)
+    if not text or "\0" in text or windows.drive or windows.root or ".." in windows.parts:
+        raise UserError(f"{folder} names the file {text[:200]!r}, which is not inside it: do not use this folder.")
+    place = folder
+    try:
+        for part in PurePosixPath(text).parts:
+            place = place / part
+            if place.is_symlink():
+                raise UserError(
+                    f"{place} is a symbolic link, and a run's files must be in its own folder: put the file itself in "
+                    "its place (cp -L), or remove it."
+                )
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} names the file {text[:200]!r}, which cannot be one: do not use this folder."
+        ) from None
+    return place
+
+
+def no_links(folder: Path, names: Iterable[str]) -> None:
+    """None of the files and folders of these names may be a symbolic link: what is read, written and deleted through it
+    would be somebody else's. Raises UserError."""
+    for name in names:
+        inside(folder, name)
+    logged = folder / "wandb"
+    for entry in os.scandir(logged) if logged.is_dir() else ():  # W&B links to the latest of its own
+        if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(logged)):
+            raise UserError(f"{entry.path} is a symbolic link out of the run's folder: remove it.")
+
+
+def plain(text: str) -> str:
+    """A text as a part of a file's name: letters, digits, "_", "." and "-", at most 80."""
+    return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)[:80].strip(".-") or "unnamed"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realera.contracts import UserError
+from realera.paths import FORMATS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +30,7 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_refuse` asks for less
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 _refuse(path, image)
                 return _rgb(image)
     except Image.DecompressionBombError as error:

@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class, instantiate
-
 from realera import console, costs, devices, paths, runs
 from realera.contracts import Concept, Sampler, Task, UserError
+from realera.parts import build, locate
 from realera.runs import Run, digest
 
 # Seconds of one pass (one image, one timestep) of a U-Net in float32, and where the figure comes from.
@@ -110,9 +109,7 @@ def work(
     steps = 0 if erased else _steps(method, len(task.concepts))
     latents = method.get("latents") or {}
     if (guided := digest([what, guide := method.get("guide")])) not in known:
-        known[guided] = (
-            costs.passes_per_image(prompts, _sampler(sampler), instantiate(guide)) if guide else per_original
-        )
+        known[guided] = costs.passes_per_image(prompts, _sampler(sampler), build(guide)) if guide else per_original
     device = _device(config)
     asked = (str(backbone["name"]), str(method.get("name")), device, str(config.get("root") or runs.ROOT))
     if (paced := digest([*asked, again])) not in known:
@@ -139,7 +136,7 @@ def judging(run: Run, task: Task, unedited: bool, known: dict[str, Any] | None =
     place = {"run_dir": str(run.folder), "root": str(run.folder.parent)}
     config = {**run.config, **place, "evaluate": True, "overwrite": anew}
     judge = config.get("judge") or {}
-    if hasattr(get_class(str(judge["_target_"])) if judge else None, "compare"):  # whole sets, as they stand
+    if hasattr(locate(str(judge["_target_"])) if judge else None, "compare"):  # whole sets, as they stand
         compared = sum(prompt.split == (judge.get("split") or "keep") for prompt in task.eval_prompts())
         return Work(judged=compared)
     return replace(work(config, task, unedited, known, again=True), steps=0, made={})

@@ -161,8 +161,16 @@ def _index(source: Path) -> dict[str, object]:
     parts = {*networks, *tokenizers, "scheduler"}
     file = source / "model_index.json"
     index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # a class of another library is code that somebody's next load would run
+    known = {
+        key: value
+        for key, value in index.items()
+        if not isinstance(value, list) or value[:1] in (["diffusers"], ["transformers"], [None])
+    }
+    if not isinstance(index.get("_class_name", ""), str):
+        del known["_class_name"]
     kept = {
-        key: [None, None] if isinstance(value, list) and key not in parts else value for key, value in index.items()
+        key: [None, None] if isinstance(value, list) and key not in parts else value for key, value in known.items()
     }
     standard: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline",

@@ -224,10 +224,12 @@ def _start(plan: Plan, door: str) -> list[subprocess.Popen[bytes]]:
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     os.environ.update(WORLD_SIZE=str(plan.world), LOCAL_WORLD_SIZE=str(plan.local_world))
     os.environ.update(RANK=str(plan.rank), LOCAL_RANK="0", NODE_RANK=str(plan.rank // plan.local_world))
+    # -m would look for modules in the current folder, a run's perhaps, where a console script does not
+    safe = {} if {"", os.getcwd()} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", f"realera.{door}", *sys.argv[1:]],
-            env={**os.environ, "RANK": str(plan.rank + n), "LOCAL_RANK": str(n), FIRST: str(os.getpid())},
+            env={**os.environ, **safe, "RANK": str(plan.rank + n), "LOCAL_RANK": str(n), FIRST: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # what they would show is the first one's to show
         )

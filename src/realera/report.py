@@ -19,6 +19,8 @@ def report(cfg: DictConfig) -> None:
     folders = list(dict.fromkeys(folder for name in names for folder in _runs_in(name)))
     if config["base"] is not None and len(folders) < 2:
         raise UserError(f"base={config['base']} compares systems, and one run was given: give several.")
+    for folder in folders:
+        runs.check_files(folder)
     sweeps = [Path(name) for name in names if (Path(name) / sweep.CELLS).is_file()]
     several = len(folders) > 1 or config["out"] is not None or bool(sweeps)
     out = (

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from realera import __version__, costs, disk, locks, paths
+from realera import __version__, costs, disk, foreign, locks, paths, trust
 from realera.backbones import folder as checkpoint
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
@@ -42,7 +42,7 @@ LATER = {
     "edit.prompts": None,
     "finish.prompts": None,
 }
-FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, "originals", "wandb")
+FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, "wandb")
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ def claim(config: dict[str, Any]) -> Run:
         UserError: the folder holds a run of other settings, or something that is no run, or cannot be written.
     """
     folder = folder_of(config)
+    check_files(folder)
     is_run = (folder / paths.CONFIG).is_file()
     if not is_run and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds files and is no run folder: choose another run_dir.")
@@ -186,11 +187,14 @@ def claim(config: dict[str, Any]) -> Run:
         )
     if (weights := weights_of(config)) is not None:
         config = {**config, "weights": weights}
+    if read := trust.tables(config):
+        config = {**config, "tables": read}
     run = Run(folder, config, finished=there is not None and _stands(folder, there, config))
     if not run.finished:
         begin(run)
-    elif there is not None and there.get("label") != config.get("label"):
-        _write_config(folder, {**there, "label": config.get("label")})
+    elif there is not None and any(there.get(key) != config.get(key) for key in ("label", "tables")):
+        later = {"tables": config["tables"]} if "tables" in config else {}
+        _write_config(folder, {**there, "label": config.get("label"), **later})
     return run
 
 
@@ -238,18 +242,30 @@ def open_run(name: str) -> Run:
     if not (folder / paths.CONFIG).is_file():
         latest = f"the latest is {known[-1].parent}" if known else "make one with python -m realera.train"
         raise UserError(f"{name} is no run folder (it has no {paths.CONFIG}); {latest}.")
-    return Run(folder, read_config(folder))
+    config = read_config(folder)
+    if lacking := [part for part in ("task", "method", "backbone") if not config.get(part)]:
+        raise UserError(f"{folder / paths.CONFIG} is no run's: it holds no {lacking[0]}.")
+    return Run(folder, config)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved settings a run folder keeps."""
+    """The resolved settings a run folder keeps, checked as what somebody else may have written (`trust.check`).
+
+    Raises:
+        UserError: they cannot be read, or ask for what a run folder may not.
+    """
+    check_files(folder)
+    file = folder / paths.CONFIG
     try:
-        config = yaml.safe_load((folder / paths.CONFIG).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / paths.CONFIG} cannot be read: remove the folder or set overwrite=true.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / paths.CONFIG} holds no settings: remove the folder or set overwrite=true.")
-    return config
+        config = foreign.read_yaml(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): remove the folder or set overwrite=true.") from error
+    return trust.check(config, file)
+
+
+def check_files(folder: Path) -> None:
+    """Raises UserError where one of a run's own files and folders is a symbolic link."""
+    paths.no_links(folder, (*FILES, *FOLDERS))
 
 
 def difference(old: Any, new: Any, at: str = "") -> str:
@@ -273,7 +289,10 @@ def runs_in(name: str) -> list[Path]:
     if (folder / paths.CONFIG).is_file():
         return [folder]
     if (folder / "runs.txt").is_file():
-        lines = dict.fromkeys((folder / "runs.txt").read_text(encoding="utf-8").splitlines())
+        try:
+            lines = dict.fromkeys(foreign.lines(folder / "runs.txt"))
+        except ValueError as error:
+            raise UserError(f"{folder / 'runs.txt'} cannot be read ({error}): name the runs themselves.") from None
         listed = [listed_by(folder, line) for line in lines]
         if listed and not any(run.is_dir() for run in listed):
             raise UserError(
@@ -287,10 +306,23 @@ def runs_in(name: str) -> list[Path]:
 
 def listed_by(sweep: Path, line: str) -> Path:
     """The run folder that a sweep's file names. It is written as seen from where the sweep was started, the folder
-    above its runs/sweeps/<stamp>, and that one's own runs come before those of the same name here."""
-    started_in = Path(os.path.abspath(sweep)).parents[:3][-1]
+    above its runs/sweeps/<stamp>, and that one's own runs come before those of the same name here.
+
+    Raises:
+        UserError: it leads out of that folder, in a sweep that was not started here.
+    """
+    place, here = Path(os.path.abspath(sweep)), Path.cwd()
+    started_in = place.parents[:3][-1]
     there = started_in / line
-    return there if started_in != Path.cwd() and there.is_dir() else Path(line)
+    if place.parent != here / ROOT / "sweeps":  # it may be somebody else's
+        try:
+            there = paths.inside(started_in, os.path.relpath(line, started_in) if os.path.isabs(line) else line)
+        except UserError:
+            raise UserError(
+                f"{sweep} lists a run outside of the folder that it was started in ({line[:120]!r}): name the runs "
+                "themselves, python -m realera.report RUN RUN."
+            ) from None
+    return there if started_in != here and there.is_dir() else Path(line)
 
 
 def _clear(folder: Path) -> None:

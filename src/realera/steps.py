@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 
 from realera import costs, lengths, paths, preflight, runs
@@ -18,9 +17,10 @@ from realera.contracts import Backbone, Concept, Guide, Judge, Method, Pair, Pro
 from realera.costs import ORIGINALS, Meter
 from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
-from realera.evaluation.records import Row, read_manifest, write_manifest
+from realera.evaluation.records import Row, Which, read_manifest, write_manifest
 from realera.evaluation.results import measure, measure_set, numbers_of
 from realera.judges.elsewhere import placed
+from realera.parts import build
 from realera.ranks import ALONE, Ranks
 from realera.runs import Run
 from realera.training.checkpoint import load_erased
@@ -34,7 +34,7 @@ def load_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> Back
     """The backbone of a resolved config, unedited, where images are to be drawn. meter: watches it from here on."""
     meter = meter or Meter()
     with meter.stage("load"):
-        built: Backbone = instantiate(config["backbone"])
+        built: Backbone = build(config["backbone"])
         backbone = built.to(device(config))
         meter.watch(backbone, device(config))
     return backbone
@@ -80,7 +80,7 @@ def erase(
     the first one does the work and the others read what it saved."""
     meter = meter or Meter()
     trainer = dict(run.config["trainer"])
-    method: Method = instantiate(run.config["method"])
+    method: Method = build(run.config["method"])
     there = ranks.from_first(run.erased.is_file)
     shared = trains(method.align) and not there
     if shared or ranks.first:
@@ -174,7 +174,7 @@ def any_judge(config: Mapping[str, Any], task: Task) -> Judge | SetJudge:
     """The judge of a resolved config; one that chooses among labels and was given none gets the task's, inside a judge
     of several too."""
     node = {key: value for key, value in _labelled(config["judge"], list(task.labels)).items() if key not in OF_SETS}
-    built: Judge | SetJudge = instantiate(placed(node))
+    built: Judge | SetJudge = build(placed(node))
     return built
 
 
@@ -200,7 +200,8 @@ def standing(task: Task, folder: Path, own: str | None) -> dict[str, Any] | None
     if numbers is None or not {"backbone", "sampler"} <= set(numbers["protocol"]):
         return None
     rows = read_manifest(folder)
-    files = [folder / name for row in rows for name in (row.file, row.original) if name is not None]
+    sides: tuple[Which, ...] = ("erased", "original")
+    files = [row.path(folder, side) for row in rows for side in sides if side == "erased" or row.original is not None]
     if [row.prompt for row in rows] != task.eval_prompts() or not all(file.is_file() for file in files):
         return None
     return {key: numbers["protocol"][key] for key in ("backbone", "sampler")}
@@ -260,7 +261,7 @@ def pairs_from(backbone: Backbone, config: Mapping[str, Any]) -> Callable[[str, 
 def _guide(config: Mapping[str, Any]) -> Guide | None:
     """The method's hook on the guided noise, which belongs to how its images are drawn."""
     node = (config.get("method") or {}).get("guide")
-    return instantiate(node) if node else None
+    return build(node) if node else None
 
 
 def _bar(what: str, total: int, ranks: Ranks) -> AbstractContextManager[Callable[[int], None] | None]:

@@ -10,7 +10,6 @@ and the page shows the cells of all.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -26,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from realera import complaints, devices, disk, paths, runs
+from realera import complaints, devices, disk, foreign, paths, runs, shapes
 from realera.contracts import UserError
 
 CELLS, LISTED, FAILED = "cells.jsonl", "runs.txt", "failed"
@@ -120,8 +119,10 @@ def read_cells(place: Path, launch: str | None = None) -> list[Cell]:
     found = []
     for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
-            cell = Cell(**json.loads(line))
+            cell = Cell(**foreign.json_of(line.decode("utf-8")))
         except (ValueError, TypeError):
+            continue
+        if not shapes.fits(asdict(cell), shapes.CELL):
             continue
         cell.folder = None if cell.folder is None else str(runs.listed_by(place, cell.folder))
         found.append(cell)
@@ -249,7 +250,7 @@ def close(cells: list[Cell]) -> int:
 
     console.show_cells([asdict(cell) for cell in cells])
     listed = folder() / LISTED
-    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+    lines = foreign.lines(listed) if listed.is_file() else []
     whole = [Path(line) for line in dict.fromkeys(lines)]
     if any((run / paths.METRICS).is_file() for run in whole):
         from realera.evaluation.sweep_report import write_sweep

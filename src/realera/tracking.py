@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from realera import cli, complaints, costs, paths, sweep
+from realera import cli, complaints, costs, paths, shapes, sweep
 from realera.contracts import UserError
 from realera.evaluation.readings import ORDER
 from realera.evaluation.report import veiled
 from realera.evaluation.results import scalars
 from realera.evaluation.sheets import blurred, image_rows
 from realera.panels import SURFACES
+from realera.parts import NotBuilt, build, locate
 from realera.runs import Run, digest, identity, is_original
 
 log = logging.getLogger(__name__)
@@ -54,9 +53,9 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
         try:
             # quiet before Lightning names a setting that W&B has retired; what a run is called stands in our own log
             wandb.setup(wandb.Settings(silent=True))
-            logger: Logger = instantiate({**node, "mode": mode}, save_dir=place, name=name, id=run_id(run))
+            logger: Logger = build({**node, "mode": mode}, save_dir=place, name=name, id=run_id(run))
             logger.log_hyperparams(settings)
-        except (UserError, InstantiationException):  # a setting that is none
+        except (UserError, NotBuilt):  # a setting that is none
             raise
         except Exception as error:
             why = complaints.first_line(error)
@@ -102,12 +101,15 @@ def run_id(run: Run) -> str:
         before = digest([run.folder.name, identity(run.config)]) if (run.folder / "wandb").is_dir() else None
         agents = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
         paths.write_text(file, f"{before or agents or uuid.uuid4().hex[:12]}\n")
-    return file.read_text(encoding="utf-8").strip()
+    said = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not shapes.WANDB_ID.fullmatch(said):
+        raise UserError(f"{file} holds no id of a W&B run: remove it, and the run gets a new one.")
+    return said
 
 
 def tags(config: Mapping[str, Any]) -> list[str]:
     """What runs are picked by: task, method, backbone, and the concepts, of many the first ones."""
-    task = getattr(get_class(config["task"]["_target_"]), "name", None)
+    task = getattr(locate(config["task"]["_target_"]), "name", None)
     parts = [(config.get(part) or {}).get("name") for part in ("method", "backbone")]
     concept = config.get("concept")
     concepts = concept if isinstance(concept, (list, tuple)) else [concept]
@@ -152,7 +154,16 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
     nothing is logged, else the run's is taken, online or offline as it is today."""
     node = dict(run.config.get("logger") or {})
     if typed is not None:
-        node = {**node, "mode": typed.get("mode")} if typed.get("_target_") and node.get("_target_") else {}
+        known = {key: value for key, value in node.items() if key in typed}
+        node = {**known, "mode": typed.get("mode")} if typed.get("_target_") and node.get("_target_") else {}
+        entity = node.get("entity")
+        if entity not in (None, typed.get("entity")) and node["mode"] not in ("offline", "disabled", "dryrun"):
+            cli.log.warning(
+                "the numbers were not sent to W&B: the run folder names entity %s; logger.entity=%s sends them",
+                entity,
+                entity,
+            )
+            return
     loggers = make(run, node)
     with ended(loggers):
         log_results(loggers, run, metrics)

@@ -158,7 +158,7 @@ def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
             return mark[1:], [whole]
         if index.is_file():
             listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict) or not listed:
+            if not isinstance(listed, dict) or not listed or not all(map(_is_shard, listed.values())):
                 raise UserError(f"The file {str(index)!r} lists no weights; copy or download it again.")
             if outside := [
                 name for name in listed.values() if not SHARD.fullmatch(str(name)) or not isinstance(name, str)
@@ -169,6 +169,11 @@ def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
                 )
             return mark[1:], [folder / part / name for name in sorted(set(listed.values()))]
     return "", [folder / part / f"{stem}.safetensors"]
+
+
+def _is_shard(name: Any) -> bool:
+    """Whether an index, which comes with the checkpoint, names a file beside itself."""
+    return isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
 
 
 def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:

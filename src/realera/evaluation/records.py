@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from realera import paths
+from realera import foreign, paths, shapes
 from realera.contracts import Prompt, UserError, Verdict
 from realera.evaluation.readings import H_O_TERMS, MEASURES, main_entry
 
 Which = Literal["erased", "original"]
 FORM = 2  # of metrics.json
-ORIGINALS = "originals"  # the unedited model's images of the same prompts, linked from the cache
+ORIGINALS = paths.ORIGINALS
 FOLDERS: Mapping[Which, str] = {"erased": paths.IMAGES, "original": ORIGINALS}
 
 
@@ -32,10 +31,10 @@ class Row:
     def path(self, run_dir: Path, which: Which = "erased") -> Path:
         """Where the image stands. Raises UserError where the run has no images of the original model."""
         if which == "erased":
-            return run_dir / self.file
+            return paths.inside(run_dir, self.file)
         if self.original is None:
             raise UserError(f"{run_dir} holds no images of the original model: run it again to draw them")
-        return run_dir / self.original
+        return paths.inside(run_dir, self.original)
 
 
 def write_manifest(run_dir: Path, rows: Sequence[Row]) -> None:
@@ -51,9 +50,12 @@ def write_manifest(run_dir: Path, rows: Sequence[Row]) -> None:
 
 
 def read_manifest(run_dir: Path) -> list[Row]:
-    """The manifest's rows in order. Raises UserError where it is missing or torn."""
+    """The manifest's rows in order. Raises UserError where it is missing or torn, or names what is no image of it."""
     rows = []
-    for line in _read(run_dir / paths.MANIFEST, "generate the run's images first"):
+    path, remedy = paths.inside(run_dir, paths.MANIFEST), "generate the run's images first"
+    for count, line in enumerate(_read(path, remedy), 1):
+        if not shapes.fits(line, shapes.ROW):
+            raise UserError(f"{path} holds at line {count} what no run writes: delete it, and {remedy}")
         height_width = line.get("size")
         prompt = Prompt(
             line["id"],
@@ -71,7 +73,7 @@ def read_manifest(run_dir: Path) -> list[Row]:
 
 def verdict_file(run_dir: Path, judge: str, which: Which = "erased") -> Path:
     """verdicts/<judge>.jsonl, or verdicts/<judge>.original.jsonl for the unedited model's images."""
-    return run_dir / paths.VERDICTS / f"{judge}{'' if which == 'erased' else '.original'}.jsonl"
+    return paths.inside(run_dir, f"{paths.VERDICTS}/{judge}{'' if which == 'erased' else '.original'}.jsonl")
 
 
 def write_verdicts(path: Path, verdicts: Iterable[Verdict]) -> None:
@@ -92,10 +94,28 @@ def write_verdicts(path: Path, verdicts: Iterable[Verdict]) -> None:
 
 def read_verdicts(path: Path) -> list[Verdict]:
     """The verdicts in order. Raises UserError where the file is missing or torn."""
+    said = _read(path, remedy := "judge the run first")
+    if wrong := next((count for count, line in enumerate(said, 1) if not shapes.fits(line, shapes.VERDICT)), None):
+        raise UserError(f"{path} holds at line {wrong} what no judge says: delete it, and {remedy}")
     return [
-        Verdict(r["id"], math.nan if r["value"] is None else float(r["value"]), r["label"], r["detail"])
-        for r in _read(path, "judge the run first")
+        Verdict(r["id"], math.nan if r["value"] is None else float(r["value"]), r["label"], r["detail"]) for r in said
     ]
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The settings that a run folder keeps, to be shown, not to be used; {} where there are none. Raises UserError
+    where they are torn."""
+    file = paths.inside(run_dir, paths.CONFIG)
+    if not file.is_file():
+        return {}
+    try:
+        config = foreign.read_yaml(file)
+        fault = shapes.config_fault(config)
+    except (OSError, ValueError) as error:
+        fault = f"is torn ({error})"
+    if fault is not None:
+        raise UserError(f"{file} {fault}: remove the folder, and run it again")
+    return dict(config)
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
@@ -103,18 +123,20 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
 
     Raises UserError where it is missing or torn, or of a form that this version does not know.
     """
-    path = run_dir / paths.METRICS
+    path = paths.inside(run_dir, paths.METRICS)
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = foreign.read_json(path)
         if isinstance(metrics.get("headline"), str):
             metrics = _upgraded(metrics)
         known = metrics.get("form") == FORM and "main" in metrics
     except FileNotFoundError:
         raise UserError(f"{path} is missing: judge the run first") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is torn: delete it, and judge the run again") from None
     if not known:
         raise UserError(f"{path} is of another version of realera: judge the run again (evaluate run={run_dir})")
+    if not shapes.fits(metrics, shapes.METRICS):
+        raise UserError(f"{path} holds what no run writes: delete it, and judge the run again (evaluate run={run_dir})")
     return metrics
 
 
@@ -136,9 +158,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = foreign.lines(path)
+    except ValueError:
+        return []
+    for line in lines:
         try:
-            rows.append(json.loads(line))
+            rows.append(foreign.json_of(line))
         except ValueError:
             continue
     return [row for row in rows if isinstance(row, dict)]
@@ -151,13 +177,17 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _read(path: Path, remedy: str) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = foreign.lines(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it, and {remedy}") from None
     rows: list[dict[str, Any]] = []
     for count, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(foreign.json_of(line))
         except ValueError:
             raise UserError(f"{path} is torn at line {count}: delete it, and {remedy}") from None
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path} holds at line {count} what no run writes: delete it, and {remedy}")
     return rows

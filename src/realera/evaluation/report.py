@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from realera import costs, paths
+from realera import costs, foreign, paths, shapes
 from realera.contracts import Split, UserError
 from realera.evaluation import charts, cost, lines
 from realera.evaluation.readings import MEAN_PROB, MEASURES, mode_of, near
-from realera.evaluation.records import read_lines, read_metrics
+from realera.evaluation.records import read_config, read_lines, read_metrics
 from realera.evaluation.sheets import first_pairs, sheets
 
 TEMPLATE = "report.html.j2"
@@ -48,7 +47,7 @@ def write_report(run_dir: Path, blur: bool | None = None) -> Path:
     What the folder does not hold (no images yet, nothing trained) is left out. Raises UserError where it holds no run,
     or a torn file.
     """
-    out = run_dir / paths.REPORT
+    out = paths.inside(run_dir, paths.REPORT)
     paths.write_text(out, render(TEMPLATE, collect(run_dir, blur)))
     return out
 
@@ -68,9 +67,9 @@ def render(template: str, content: Mapping[str, Any]) -> str:
 
 def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
     """Everything the page shows, as values for the template."""
-    config = _yaml(run_dir / paths.CONFIG)
+    config = read_config(run_dir)
     metrics = read_metrics(run_dir) if (run_dir / paths.METRICS).is_file() else {}
-    edit = _json(run_dir / paths.EDIT_INFO)
+    edit = _edit_info(run_dir)
     if not (config or metrics):
         raise UserError(f"{run_dir} holds neither {paths.CONFIG} nor {paths.METRICS}: name the folder of a run")
     protocol = metrics.get("protocol", {})
@@ -97,7 +96,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
         "splits": [(split, *titles, sheet[split]) for split, titles in splits.items() if split in sheet],
         "seen": _seen(metrics),
         "edits": [(title, block) for title, block in (("", _edit(edit)), ("after training", _edit(finish))) if block],
-        "curves": charts.curves(read_lines(run_dir / paths.LOSSES)),
+        "curves": charts.curves(read_lines(paths.inside(run_dir, paths.LOSSES))),
         "cost": {"totals": cost.parts(spent), "stages": cost.stages(spent), "device": spent.get("device", "")},
         "split_names": {split: title for split, (title, _) in splits.items()},
         "settings": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
@@ -178,22 +177,15 @@ def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _yaml(file: Path) -> dict[str, Any]:
-    return _mapping(file, yaml.safe_load, yaml.YAMLError)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return _mapping(file, json.loads, ValueError)
-
-
-def _mapping(file: Path, read: Any, torn: type[Exception]) -> dict[str, Any]:
-    """The file's content, {} where it is missing. Raises UserError where it is torn."""
+def _edit_info(run_dir: Path) -> dict[str, Any]:
+    """edit.json, {} where it is missing. Raises UserError where it is torn, or not what a run writes."""
+    file = paths.inside(run_dir, paths.EDIT_INFO)
     if not file.is_file():
         return {}
     try:
-        content = read(file.read_text(encoding="utf-8"))
-    except (torn, UnicodeDecodeError):
+        content = foreign.read_json(file)
+    except (OSError, ValueError):
         raise UserError(f"{file} is torn: delete it, and start the run again") from None
-    if not isinstance(content, dict):
+    if not shapes.fits(content, shapes.EDIT):
         raise UserError(f"{file} is not what a run writes: delete it, and start the run again")
-    return content
+    return dict(content)

@@ -8,13 +8,12 @@ numbers of images that were drawn again since are left out.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realera import paths
+from realera import foreign, paths
 from realera.contracts import Mode, SetJudge, UserError
 from realera.evaluation.metrics import summarise
 from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, mode_of, modes
@@ -85,7 +84,7 @@ def gather(run_dir: Path, own: str) -> dict[str, Any]:
     judges: dict[str, Any] = {}
     sets: dict[str, Any] = {}
     for file in sorted((run_dir / paths.VERDICTS).glob("*.json")):
-        numbers = _read(file)
+        numbers = _read(paths.inside(run_dir, f"{paths.VERDICTS}/{file.name}"))
         if numbers.get("form") != FORM or numbers.pop("of_images", None) != digest:
             continue
         if "set" in numbers:
@@ -117,7 +116,7 @@ def own_judge(run_dir: Path) -> str | None:
 
 def numbers_of(run_dir: Path, judge: str) -> dict[str, Any] | None:
     """What a judge's file holds where it is of the images that stand; else None."""
-    numbers = _read(run_dir / paths.VERDICTS / f"{judge}.json")
+    numbers = _read(_file(run_dir, judge))
     return numbers if numbers.get("form") == FORM and numbers.get("of_images") == _images(run_dir) else None
 
 
@@ -148,8 +147,12 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _keep(run_dir: Path, judge: str, numbers: Mapping[str, Any]) -> None:
-    path = run_dir / paths.VERDICTS / f"{judge}.json"
+    path = _file(run_dir, judge)
     paths.write_text(path, _text({"of_images": _images(run_dir), **numbers}))
+
+
+def _file(run_dir: Path, judge: str) -> Path:
+    return paths.inside(run_dir, f"{paths.VERDICTS}/{judge}.json")
 
 
 def _short(numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,13 +161,13 @@ def _short(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _images(run_dir: Path) -> str:
     """The manifest's digest: it names every image, its prompt and what drew it."""
-    return hashlib.sha256((run_dir / paths.MANIFEST).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(paths.inside(run_dir, paths.MANIFEST).read_bytes()).hexdigest()[:16]
 
 
 def _read(file: Path) -> dict[str, Any]:
     """{} for a file that is missing or torn: its numbers can be had again."""
     try:
-        numbers = json.loads(file.read_text(encoding="utf-8"))
+        numbers = foreign.read_json(file)
     except (OSError, ValueError):
         return {}
     return numbers if isinstance(numbers, dict) else {}

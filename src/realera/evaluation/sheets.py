@@ -55,8 +55,8 @@ def image_rows(run_dir: Path, judge: str, headline: Mapping[str, Mode] = MEAN_PR
     for row in read_manifest(run_dir):
         p, said = row.prompt, verdicts.get(row.prompt.id)
         text = "" if said is None else _words(row, said, headline)[1]
-        original = run_dir / row.original if row.original else None
-        rows.append([p.text, p.seed, p.split, original, run_dir / row.file, text])
+        original = row.path(run_dir, "original") if row.original else None
+        rows.append([p.text, p.seed, p.split, original, row.path(run_dir), text])
     return rows
 
 
@@ -101,10 +101,10 @@ def _verdicts(run_dir: Path, judge: str | None, which: Which) -> dict[str, Verdi
 def _pair(
     run_dir: Path, row: Row, before: dict[str, Verdict], after: dict[str, Verdict], headline: Mapping[str, Mode]
 ) -> tuple[Picture | None, Picture]:
-    drawn = picture(run_dir / row.file, row, after.get(row.prompt.id), headline)
+    drawn = picture(row.path(run_dir), row, after.get(row.prompt.id), headline)
     if row.original is None:
         return None, drawn
-    return picture(run_dir / row.original, row, before.get(row.prompt.id), headline), drawn
+    return picture(row.path(run_dir, "original"), row, before.get(row.prompt.id), headline), drawn
 
 
 def picture(file: Path, row: Row, said: Verdict | None, headline: Mapping[str, Mode]) -> Picture:

@@ -130,7 +130,7 @@ def _chapters(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
         parted.setdefault((run.task or "runs", run.backbone, run.judge, *read), []).append(run)
     found: list[tuple[str, str, list[Run]]] = []
     for (task, backbone, judge, *_), own in parted.items():
-        name = "-".join([task, *([backbone] if len({key[1] for key in parted}) > 1 else [])])
+        name = paths.plain("-".join([task, *([backbone] if len({key[1] for key in parted}) > 1 else [])]))
         taken = [other for other, _, _ in found]
         unique = name if name not in taken else f"{name}-{len(taken) + 1}"
         said = [f"on {backbone}" if backbone else "", f"judged by {judge}" if judge else ""]

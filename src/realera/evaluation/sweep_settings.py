@@ -8,15 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from realera import paths
-from realera.contracts import UserError
-from realera.evaluation.records import read_metrics, read_verdicts, verdict_file
+from realera.evaluation.records import read_config, read_metrics, read_verdicts, verdict_file
 from realera.evaluation.table import Cell, read_cell
 
 # Settings that no number depends on, or that a run is not told by.
-APART = ("run_dir", "root", "overwrite", "logger", "images_at_once", "evaluate", "label", "concepts_file", "blur")
+APART = (
+    "run_dir",
+    "root",
+    "overwrite",
+    "logger",
+    "images_at_once",
+    "evaluate",
+    "label",
+    "concepts_file",
+    "blur",
+    "tables",
+)
 REPEATED = ("task.concepts", "task.anchor")  # the same as concept and anchor
 ORIGINAL = "original"  # the unedited model, as a system
 FEWEST = 3  # values of a numeric setting that make a figure
@@ -66,12 +74,9 @@ def read_run(folder: Path, base: str | None = None) -> Run | None:
     torn."""
     if not ((folder / paths.METRICS).is_file() and (folder / paths.CONFIG).is_file()):
         return None
-    try:
-        config = yaml.safe_load((folder / paths.CONFIG).read_text(encoding="utf-8"))
-        settings = flat(config)
-        base = base or str(config.get("label") or (config.get("method") or {}).get("name") or ORIGINAL)
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        raise UserError(f"{folder / paths.CONFIG} is torn: remove the folder, and run it again") from None
+    config = read_config(folder)
+    settings = flat(config)
+    base = base or str(config.get("label") or (config.get("method") or {}).get("name") or ORIGINAL)
     metrics = read_metrics(folder)
     judge = str(((metrics.get("protocol") or {}).get("judge") or {}).get("judge") or "")
     whole = (folder / paths.MANIFEST).is_file() and verdict_file(folder, judge).is_file()

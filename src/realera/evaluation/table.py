@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import yaml
 
 from realera import costs, paths
 from realera.contracts import Mode, Prompt, UserError, Verdict
@@ -17,7 +16,7 @@ from realera.evaluation import cost
 from realera.evaluation.counts import counts
 from realera.evaluation.metrics import Estimate, Sample, measured, readable, scored, tidy
 from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, ORDER, described, head, left_out
-from realera.evaluation.records import read_manifest, read_metrics, read_verdicts, verdict_file
+from realera.evaluation.records import read_config, read_manifest, read_metrics, read_verdicts, verdict_file
 from realera.evaluation.resamples import Resamples, image_key, run_key
 from realera.evaluation.resamples import described as how
 from realera.evaluation.table_forms import markdown as cell_text
@@ -55,24 +54,22 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
     Raises:
         UserError: the run is not finished, or was judged by another judge.
     """
-    try:
-        config = yaml.safe_load((run_dir / paths.CONFIG).read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{run_dir} holds no {paths.CONFIG}: name folders that train or evaluate have made") from None
+    if not (config := read_config(run_dir)):
+        raise UserError(f"{run_dir} holds no {paths.CONFIG}: name folders that train or evaluate have made")
+    concept, seed = config.get("concept"), config.get("seed") or 0
+    system = config.get("label") or (config.get("method") or {}).get("name") or "original"
     manifest = read_manifest(run_dir)
     prompts = [row.prompt for row in manifest]
     verdicts = read_verdicts(verdict_file(run_dir, judge))
     if [v.prompt_id for v in verdicts] != [p.id for p in prompts]:
         raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
-    concept = config["concept"]
     if concept is None:  # the task's choice
         concept = list(dict.fromkeys(p.concept for p in prompts if p.split == "erase"))
     name = concept if isinstance(concept, str) else ", ".join(map(str, concept))
-    system = config.get("label") or (config.get("method") or {}).get("name") or "original"
     metrics = read_metrics(run_dir)
     read = metrics["headline"], metrics["h_o_terms"]
     spent, sources = costs.read(run_dir), [row.source for row in manifest]
-    return Cell(str(system), name, int(config.get("seed") or 0), prompts, verdicts, *read, spent, sources)
+    return Cell(str(system), name, seed, prompts, verdicts, *read, spent, sources)
 
 
 def pool(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Estimate]:
@@ -271,7 +268,9 @@ def markdown(results: Mapping[str, Any]) -> str:
         text += f"\nThe same images, read as top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
     for row in results["rows"]:
         missing = {name: e["undefined"] for name, e in row["mean"].items() if "undefined" in e}
-        text += "".join(f"\n{line}\n" for line in left_out(row["system"], row["runs"], missing, headline))
+        text += "".join(
+            f"\n{line}\n" for line in left_out(cell_text(str(row["system"])), row["runs"], missing, headline)
+        )
     spent = cost.markdown(named)
     return f"{text}\n{spent}" if spent else text
 

@@ -141,10 +141,14 @@ def as_csv(table: Table) -> str:
     column holds the rows' notes, if any has one."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
+
+    def write(texts: Sequence[str], cells: Sequence[str], more: Sequence[str]) -> None:
+        writer.writerow([*map(_as_text, texts), *cells, *map(_as_text, more)])
+
     kinds = ("", "_low", "_high", *(["_printed"] * table.has_printed))
     keys = [f"{c.group} {c.key}{kind}".strip() for c in table.columns for kind in kinds]
     noted = any(row.note for row in table.rows)
-    writer.writerow([*table.heads, *keys, *(["note"] * noted)])
+    write([*table.heads, *keys], [], ["note"] * noted)
     for row in table.rows:
         cells: list[str] = []
         for number in row.numbers:
@@ -152,8 +156,17 @@ def as_csv(table: Table) -> str:
             cells += ["" if math.isnan(v) else f"{round(v, 4):.12g}" for v in values]
             if table.has_printed:
                 cells.append("" if number is None or number.printed is None else f"{number.printed:g}")
-        writer.writerow([*row.texts, *cells, *([row.note] * noted)])
+        write(row.texts, cells, [row.note] * noted)
     return out.getvalue()
+
+
+def _as_text(text: str) -> str:
+    """A text that a spreadsheet takes for one: a formula's first sign gets an apostrophe before it."""
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+    return text
 
 
 def as_markdown(table: Table) -> str:
@@ -179,14 +192,19 @@ def as_markdown(table: Table) -> str:
             cells.append(text)
         name = f"{row.texts[0]} ({row.note})" if row.note else row.texts[0]
         lines.append(f"| {' | '.join([*map(markdown, (name, *row.texts[1:])), *cells])} |")
-    notes = "".join(f"\n{note}\n" for note in table.notes)
+    notes = "".join(f"\n{markdown(note)}\n" for note in table.notes)
     return "\n".join(lines) + "\n" + notes
 
 
 def markdown(text: str) -> str:
     """Plain text in a cell of a Markdown table: what has a meaning there is escaped, an underscore within a word has
     none."""
-    return re.sub(r"[\\`*|<~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+    return re.sub(r"[\\`*|<~]|(?<!\w)_|_(?!\w)|\[(?=[^\]]*\]\()", r"\\\g<0>", one_line(text))
+
+
+def one_line(text: str) -> str:
+    """The text with blanks in place of line breaks and other control characters."""
+    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]+", " ", text)
 
 
 def as_latex(table: Table) -> str:
@@ -201,9 +219,9 @@ def as_latex(table: Table) -> str:
             blocks.append(columns)
         else:
             blocks[-1] += columns
-    notes = "".join(f"% {note}\n" for note in table.notes)
+    notes = "".join(f"% {one_line(note)}\n" for note in table.notes)
     body = "\n\n\\medskip\n\n".join(_tabular(table, block) for block in blocks)
-    return f"% {table.title}\n{notes}% Needs \\usepackage{{booktabs}}.\n{body}\n"
+    return f"% {one_line(table.title)}\n{notes}% Needs \\usepackage{{booktabs}}.\n{body}\n"
 
 
 def _tabular(table: Table, chosen: Sequence[int]) -> str:
@@ -290,5 +308,5 @@ _SPECIAL = {
 def latex(text: str) -> str:
     """Plain text as LaTeX: what has a meaning there is escaped. A bracket or a star at the start of a row would be
     read as a part of the line's end before it."""
-    escaped = "".join(_SPECIAL.get(letter, letter) for letter in text)
+    escaped = "".join(_SPECIAL.get(letter, letter) for letter in one_line(text))
     return f"{{{escaped}}}" if escaped.startswith(("[", "*")) else escaped

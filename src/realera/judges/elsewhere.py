@@ -18,17 +18,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import IO, Any
 
 from realera import paths
 from realera.contracts import Prompt, UserError, Verdict
 from realera.judges.worker import MARK
+from realera.parts import locate
 
 _BOOT = """
-import importlib.util, sys
-root = sys.argv[1]
+import sys
 sys.path[:] = [place for place in sys.path if place]
+import importlib.util
+root = sys.argv[1]
 spec = importlib.util.spec_from_file_location("realera", root + "/__init__.py", submodule_search_locations=[root])
 module = sys.modules["realera"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -48,7 +49,7 @@ def placed(node: Any) -> Any:
     rest = {key: placed(value) for key, value in node.items() if key != "python" or "_target_" not in node}
     if "_target_" not in node or node.get("python") is None:
         return rest
-    kind = "ElsewhereSet" if hasattr(resolve_name(node["_target_"]), "compare") else "Elsewhere"
+    kind = "ElsewhereSet" if hasattr(locate(node["_target_"]), "compare") else "Elsewhere"
     carried = {"node": json.dumps(rest), "python": str(node["python"])}
     return {"_target_": f"{__name__}.{kind}", **carried}
 

@@ -13,20 +13,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any, TextIO
 
 from realera.contracts import Prompt, UserError
+from realera.parts import NotBuilt, build
 
 MARK = "realera"  # a key of every answer: what else a library prints is told apart by it
-
-
-def build(node: Any) -> Any:
-    """What a plain config node describes: "_target_" (module.name) is called with the rest, nested nodes first."""
-    if isinstance(node, Mapping):
-        values = {key: build(value) for key, value in node.items() if key not in ("_target_", "_convert_")}
-        return resolve_name(node["_target_"])(**values) if "_target_" in node else values
-    return [build(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 def answer(judge: Any, call: str, arguments: Mapping[str, Any]) -> Any:
@@ -54,13 +46,14 @@ def serve(lines: Sequence[str] | TextIO, say: Callable[[Mapping[str, Any]], None
         asked = json.loads(line)
         try:
             if judge is None:
-                judge, asked = build(asked), {"call": "protocol", "arguments": {}}
+                judge, asked = build(asked, classes=True), {"call": "protocol", "arguments": {}}
             say({MARK: 1, "said": answer(judge, asked["call"], asked["arguments"])})
         except UserError as error:
             say({MARK: 1, "refused": str(error)})
         except Exception as error:
-            first = next(iter(str(error).strip().splitlines()), "")
-            say({MARK: 1, "failed": f"{type(error).__name__}: {first[:300]}"})
+            met = error.__cause__ if isinstance(error, NotBuilt) else error
+            first = next(iter(str(met).strip().splitlines()), "")
+            say({MARK: 1, "failed": f"{type(met).__name__}: {first[:300]}"})
         if judge is None:
             return
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realera import finite
+from realera import finite, foreign
 from realera.contracts import Backbone, UserError
 from realera.paths import whole
 
@@ -107,7 +107,7 @@ def read(file: Path) -> tuple[Tensor, Made]:
             metadata = opened.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(f"{file} is no sum of captions: make one with python -m realera.cache captions=FILE.")
-            gram, said = opened.get_tensor("gram"), json.loads(metadata["made"])
+            gram, said = opened.get_tensor("gram"), foreign.json_of(metadata["made"])
         made = Made(**said)
         if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or type(said["captions"]) is not int:
             raise ValueError("no sum of captions")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from realera import finite
+from realera import finite, foreign
 from realera.contracts import Backbone, Sampler, TextStates, UserError
 from realera.ledger import Cached
 from realera.locks import turn
@@ -233,9 +233,14 @@ class _Parts:
         """The images of each part that was begun."""
         found = {}
         for file in self.folder.glob(f"{self.key}.part*.safetensors"):
-            if "images" in (said := self._said(file)):
+            number, said = file.name.split(".")[-2].removeprefix("part"), self._said(file)
+            try:
+                images = foreign.json_of(said["images"])
+            except (KeyError, ValueError):
+                continue
+            if number.isdecimal() and isinstance(images, list) and set(images) <= set(range(self.samples)):
                 Cached(file, self.backbone).read(said)
-                found[int(file.name.split(".")[-2].removeprefix("part"))] = json.loads(said["images"])
+                found[int(number)] = images
         return found
 
     def merge(self, numbers: Sequence[int]) -> None:

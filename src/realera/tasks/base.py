@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
 from realera.contracts import Concept, Mode, Prompt, Split, UserError
-from realera.paths import TASK_DATA
+from realera.paths import TASK_DATA, inside
 from realera.tasks.prompts import Wording, check_template, clean_name, fill, number, same_name, typed
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -24,7 +25,8 @@ Names = str | int | Sequence[str] | None
 
 def load(data: str) -> dict[str, Any]:
     """A data file of the tasks."""
-    read: dict[str, Any] = yaml.safe_load((TASK_DATA / data).read_text(encoding="utf-8"))
+    file = Path(data) if Path(data).is_absolute() else inside(TASK_DATA, data)
+    read: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     return read
 
 

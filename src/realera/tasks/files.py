@@ -102,7 +102,12 @@ def read_concepts(file: str | Path) -> list[tuple[str, str | None]]:
             fields = [field.strip() for field in next(csv.reader([line], skipinitialspace=True, strict=True))]
         except csv.Error as error:
             raise UserError(f"{path} line {number} cannot be read ({error}): write name or name,anchor") from error
-        if len(fields) > 2 or not fields[0] or any(not letter.isprintable() for letter in "".join(fields)):
+        if (
+            len(fields) > 2
+            or not fields[0]
+            or "${" in line
+            or any(not letter.isprintable() for letter in "".join(fields))
+        ):
             raise UserError(
                 f"{path} line {number} ({line.strip()[:60]!r}) is no concept: write name or name,anchor, and put "
                 "double quotes round a name that holds a comma"

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from realera import __version__, finite
+from realera import __version__, finite, foreign
 from realera.contracts import Backbone, LoraSpec, Neighbours, UserError
 from realera.paths import whole
 
@@ -56,14 +56,17 @@ def read_erased(path: Path) -> Erased:
     state, metadata = _read(path)
     if "lora" not in metadata:
         raise UserError(f"{path} holds no erased weights: give a run's erased.safetensors.")
-    lora = json.loads(metadata["lora"])
-    return Erased(
-        state=state,
-        origin=_origin(metadata),
-        lora=None if lora is None else LoraSpec(**{**lora, "targets": tuple(lora["targets"])}),
-        version=metadata["version"],
-        libraries=json.loads(metadata["libraries"]),
-    )
+    try:
+        lora = foreign.json_of(metadata["lora"])
+        return Erased(
+            state=state,
+            origin=_origin(metadata),
+            lora=None if lora is None else LoraSpec(**{**lora, "targets": tuple(lora["targets"])}),
+            version=metadata["version"],
+            libraries=foreign.json_of(metadata["libraries"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_ours(path) from error
 
 
 def load_erased(path: Path, backbone: Backbone) -> Erased:
@@ -92,7 +95,10 @@ def read_map(path: Path) -> tuple[Tensor, Origin]:
     state, metadata = _read(path)
     if "map" not in state:
         raise UserError(f"{path} holds no map: give a run's map.safetensors.")
-    return state["map"], _origin(metadata)
+    try:
+        return state["map"], _origin(metadata)
+    except (KeyError, ValueError) as error:
+        raise _not_ours(path) from error
 
 
 def save_neighbours(path: Path, mined: Sequence[Neighbours], origin: Origin) -> None:
@@ -152,8 +158,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def _not_ours(path: Path) -> UserError:
+    return UserError(f"{path} does not say what it was made of: make it again with realera.train.")
+
+
 def _origin(metadata: Mapping[str, str]) -> Origin:
-    config = yaml.safe_load(metadata["config"])
+    config = foreign.yaml_of(metadata["config"])
+    if not isinstance(config, dict):
+        raise ValueError("its settings are none")
     return Origin(config, metadata["backbone"], metadata["fingerprint"], metadata["identity"])
 
 

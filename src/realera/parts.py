@@ -1,0 +1,71 @@
+"""Makes objects from plain settings: a mapping with "_target_" (module.name) is called with the rest of it.
+
+Nothing in the settings is interpolated: a text that holds "${" is a text. Standard library only: judge.python's
+interpreter reads this file too. Whoever reads settings from a file checks them first (trust.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pkgutil import resolve_name
+from typing import Any
+
+from realera.contracts import UserError
+
+WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")  # of Hydra; _convert_ is always "all" here
+
+
+class NotBuilt(Exception):
+    """A part that its settings do not fit. Its cause is what was met; `place`: the part's dotted key, "" for all."""
+
+    def __init__(self, target: str, place: str, cause: Exception) -> None:
+        super().__init__(f"{target}: {type(cause).__name__}: {cause}")
+        self.place = place
+
+
+def build(node: Any, *, classes: bool = False, at: str = "", **more: Any) -> Any:
+    """What settings describe, nested parts first. classes: refuses all but classes from outside of the standard
+    library. more: further keywords of the outermost part.
+
+    Raises:
+        UserError: a part's own, or a target that is refused.
+        NotBuilt: any other exception of a part, or a target that cannot be imported.
+    """
+    if isinstance(node, (list, tuple)):
+        return [build(value, classes=classes, at=f"{at}[{i}]") for i, value in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    nested = node.get("_recursive_", True)
+    values = {
+        key: build(value, classes=classes, at=f"{at}.{key}" if at else str(key)) if nested else value
+        for key, value in node.items()
+        if key not in WORDS
+    }
+    if node.get("_target_") is None:
+        return values
+    target = str(node["_target_"])
+    try:
+        made = locate(target, classes)
+        given = build(list(node.get("_args_") or ()), classes=classes, at=at)
+        called = partial(made, *given, **{**values, **more})
+        return called if node.get("_partial_") else called()
+    except (UserError, NotBuilt):
+        raise
+    except Exception as error:
+        raise NotBuilt(target, at, error) from error
+
+
+def locate(target: str, classes: bool = False) -> Any:
+    """The class or function of a dotted name. Raises ImportError, UserError."""
+    refused = UserError(f"_target_={target[:200]} is not the class of a part: give a class of realera or of your own.")
+    if classes and target.partition(".")[0] in (*sys.stdlib_module_names, "builtins"):
+        raise refused
+    try:
+        found = resolve_name(target)
+    except (AttributeError, ValueError) as error:
+        raise ImportError(f"there is no {target}") from error
+    if classes and not isinstance(found, type):
+        raise refused
+    return found

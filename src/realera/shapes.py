@@ -1,0 +1,158 @@
+"""Whether plain data from a run folder's files has the shape that this package writes, as deep as its readers rely on
+it. Somebody else may have written the files, so nothing else is taken for granted.
+
+A shape is a kind (str, dict), a test, [shape] for a list of such, {"key": shape, "key?": shape} for a mapping that has
+the keys (with "?": if it has them) and {...: shape} for one whose every value is so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from realera import paths
+from realera.contracts import Mode, Split
+
+ID = re.compile(r"[\w+-][\w.+-]{0,199}", re.ASCII)  # of a prompt: a plain file name
+IMAGE = re.compile(rf"(?:{paths.IMAGES}|{paths.ORIGINALS})/[^/\\\0]{{1,250}}")
+WANDB_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
+GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")  # of config.yaml, whose settings make objects
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether plain data has a shape."""
+    if isinstance(shape, type):
+        return isinstance(value, shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(one, shape[0]) for one in value)
+    if not isinstance(shape, dict):
+        return bool(shape(value))
+    if not isinstance(value, dict):
+        return False
+    if ... in shape:
+        return all(fits(one, shape[...]) for one in value.values())
+    for key, own in shape.items():
+        name = key.removesuffix("?")
+        if name in value:
+            if not fits(value[name], own):
+                return False
+        elif name == key:
+            return False
+    return True
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and -1e300 < value < 1e300  # no NaN either
+
+
+def whole(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 2**63
+
+
+def maybe(shape: Any) -> Any:
+    """The shape, or null."""
+    return lambda value: value is None or fits(value, shape)
+
+
+def one_of(*known: str) -> Any:
+    return lambda value: isinstance(value, str) and value in known
+
+
+def matching(pattern: re.Pattern[str]) -> Any:
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+MODES, SPLITS = get_args(Mode), get_args(Split)
+SIZE = lambda value: isinstance(value, list) and len(value) == 2 and all(map(whole, value))  # noqa: E731
+ROW = {
+    "id": matching(ID),
+    "file": matching(IMAGE),
+    "original?": maybe(matching(IMAGE)),
+    **dict.fromkeys(("prompt", "concept", "source"), str),
+    "split": one_of(*SPLITS),
+    "seed": whole,
+    "caption?": maybe(str),
+    "guidance_scale?": maybe(number),
+    "size?": maybe(SIZE),
+}
+VERDICT = {
+    "id": str,
+    "label": str,
+    "value": maybe(number),
+    "detail": {"score?": maybe(number), "detected?": maybe(number), "boxes?": maybe({...: whole})},
+}
+ESTIMATE = {"value": maybe(number), "low": maybe(number), "high": maybe(number), "n": whole, "unscored": whole}
+MAIN = {...: {**ESTIMATE, "scored": maybe(number), "mode": str}}
+BOXES = {"boxes": whole, "images": whole}
+SEEN = {"split": one_of(*SPLITS), "prompt": str, **{f"{mode}?": maybe(number) for mode in MODES}}
+NUMBERS = {
+    "main": MAIN,
+    **{f"{mode}?": {...: ESTIMATE} for mode in MODES},
+    "concepts?": {...: MAIN},
+    "counts?": {...: {"classes": {...: BOXES}, "apart": {...: BOXES}, "total": BOXES, "n": whole}},
+    "by_prompt?": [SEEN],
+}
+PROTOCOL = {
+    "task?": str,
+    "concepts?": [{"target": str, "anchor": str}],
+    "judge": {"judge": str},
+    "sampler?": {"scheduler": str, "steps": whole, "guidance_scale": number},
+    "backbone?": dict,
+}
+METRICS = {
+    **NUMBERS,
+    "headline": {...: one_of(*MODES)},
+    "h_o_terms": [str],
+    "original": maybe(NUMBERS),
+    "judges?": {...: {**NUMBERS, "original?": maybe(NUMBERS), "protocol?": dict}},
+    "sets?": {...: lambda numbers: fits(numbers, {"protocol?": dict}) and _all_numbers(numbers)},
+    "protocol": PROTOCOL,
+}
+CELL = {
+    **dict.fromkeys(("folder?", "reason?", "system?", "launch?"), maybe(str)),
+    "state?": str,
+    "overrides?": [str],
+    "seconds?": number,
+}
+PEAK = maybe({...: maybe(number)})
+COSTS = {
+    **{name: {...: number} for name in ("stages?", "passes?", "originals?")},
+    "shared?": {...: {"seconds": number, "passes": number}},
+    **{f"{name}?": number for name in ("trained_parameters", "edited_parameters", "passes_per_image", "sittings")},
+    "peak_memory_mb?": PEAK,
+    "peak_memory_erasing_mb?": PEAK,
+    "device?": str,
+}
+CHANGE = {
+    "info?": {...: number},
+    "layers?": {...: maybe(number)},
+    "spectrum?": [maybe(number)],
+    "probes?": [{"text": str, "split?": str}],
+}
+EDIT = {**CHANGE, "finish?": maybe(CHANGE)}
+
+
+def _all_numbers(numbers: Mapping[str, Any]) -> bool:
+    return all(value is None or number(value) for name, value in numbers.items() if name != "protocol")
+
+
+def config_fault(config: Any) -> str | None:
+    """What is wrong with the content of config.yaml, "holds no settings"; None where its parts are what its readers
+    take them for."""
+    if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+        return "holds no settings"
+    for group in GROUPS:
+        if not isinstance(config.get(group), (dict, type(None))):
+            return f"is no run's ({group} is a group of settings, not {config[group]!r:.60})"
+    for group in ("method", "backbone"):
+        if not isinstance((config.get(group) or {}).get("name", ""), str):
+            return f"is no run's ({group}.name is a text)"
+    for name in ("seed", "images_at_once"):
+        if not whole(config.get(name, 0)) or isinstance(config.get(name), bool):
+            return f"is no run's ({name} is a whole number)"
+    for name in ("concept", "anchor"):
+        given = config.get(name)
+        if not fits(given if isinstance(given, list) else [given], [maybe(str)]):
+            return f"is no run's ({name} is a name or a list of names)"
+    return None

@@ -1,0 +1,170 @@
+"""Which settings of a run folder are taken: it may have come from somebody else, so they are data.
+
+They name no code but what the yamls of this command line name, no interpreter, no interpolation, and no text file whose
+content the run did not know when it was made. docs/trust.md says it for users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from realera import foreign, parts, paths, shapes
+from realera.contracts import UserError
+
+TEXTS = re.compile(r"(_csv|_file|_path|^file|^data|^captions)$")  # settings that name a file of texts
+PACKAGE = re.compile(r"^# *@package +(\S+)", re.MULTILINE)
+Named = Mapping[tuple[str, bool], frozenset[str]]
+"""{(group, whether it is a part of one of the group's): the targets}."""
+
+
+def check(config: Any, file: Path) -> dict[str, Any]:
+    """The settings of a run folder, if they may be used. file: where they stand, for the sentence.
+
+    Raises:
+        UserError: they are no settings of a run, or ask for what only a command line may.
+    """
+    if (fault := shapes.config_fault(config)) is not None:
+        raise UserError(f"{file} {fault}: remove the folder or set overwrite=true.")
+    if found := next((text for text in foreign.strings(config) if "${" in text), None):
+        raise UserError(
+            f"{file} holds {found[:60]!r}: nothing in a run folder is looked up elsewhere; make the run anew with "
+            "python -m realera.train."
+        )
+    named = _named(config_dirs())
+    for at, node in _nodes(config):
+        _check_node(at, node, named, file)
+    return config
+
+
+def interpreter(judge: Any) -> str | None:
+    """The interpreter that a judge's settings name, at any depth; None without one."""
+    for at, value in _leaves(judge):
+        if at[-1:] == ("python",) and value is not None:
+            return str(value)
+    return None
+
+
+def tables(config: Mapping[str, Any]) -> dict[str, str]:
+    """{setting: digest of the file of texts that it names}; a file that is not there is left out."""
+    found = {}
+    for at, value in _leaves(config.get("task")):
+        if at and TEXTS.search(at[-1]) and isinstance(value, str) and (file := Path(value).expanduser()).is_file():
+            found[".".join(at)] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def check_tables(config: Mapping[str, Any], folder: Path) -> None:
+    """Texts of a file become prompts, and stand on the run's page: a run may only name files whose content it knew when
+    it was made.
+
+    Raises:
+        UserError: a file is another one now, or was never read by the run.
+    """
+    kept = config.get("tables")
+    for setting, digest in tables(config).items():
+        if not isinstance(kept, Mapping) or kept.get(setting) != digest:
+            raise UserError(
+                f"{folder} names a file of texts, task.{setting}, that is not the one it was made with: give its train "
+                "command again, which reads the file that you type."
+            )
+
+
+# --- what may be built -----------------------------------------------------------------------------------------------
+
+
+def config_dirs() -> tuple[Path, ...]:
+    """The folders of yamls that this command line reads: the package's and, where they were typed, --config-dir and
+    hydra.searchpath."""
+    found = [paths.CONF_DIR]
+    if HydraConfig.initialized():
+        for source in HydraConfig.get().runtime.config_sources:
+            if source.schema == "file":
+                found.append(Path(source.path))
+            elif source.schema == "pkg" and source.provider != "hydra":
+                found += _of_package(str(source.path))
+    return tuple(dict.fromkeys(found))
+
+
+def _of_package(name: str) -> list[Path]:
+    """A config package's folder."""
+    top, *rest = name.replace("/", ".").split(".")
+    spec = find_spec(top)
+    return [Path(place, *rest) for place in (spec.submodule_search_locations or () if spec else ())]
+
+
+@cache
+def _named(folders: tuple[Path, ...]) -> Named:
+    """The targets that the yamls name."""
+    found: dict[tuple[str, bool], set[str]] = {}
+    for folder in folders:
+        places = [
+            folder.glob("*.y*ml"),
+            *((folder / group).rglob("*.y*ml") for group in (*shapes.GROUPS, "experiment")),
+        ]
+        for file in sorted(file for place in places for file in place):
+            for at, node in _nodes(*_read(file, file.relative_to(folder).parent.parts)):
+                if at and at[0] in shapes.GROUPS and isinstance(target := node.get("_target_"), str):
+                    found.setdefault(_kind(at), set()).add(target)
+    return {kind: frozenset(targets) for kind, targets in found.items()}
+
+
+def _read(file: Path, group: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """A yaml's content and its place among all settings; nothing of a file that Hydra could not read either."""
+    try:
+        text = foreign.text(file, foreign.SETTINGS)
+        content = foreign.yaml_of(text)
+    except (OSError, ValueError):
+        return {}, ()
+    package = said[1] if (said := PACKAGE.search(text)) else None
+    return content, group if package is None else () if package == "_global_" else tuple(package.split("."))
+
+
+def _kind(at: tuple[str, ...]) -> tuple[str, bool]:
+    """Judges that another one asks are judges, whatever their depth."""
+    group, *below = at or ("",)
+    return group, bool(below) and not (group == "judge" and "judges" in below)
+
+
+def _nodes(node: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """(its dotted key, in parts; the mapping) for every mapping that makes an object, at any depth."""
+    if isinstance(node, Mapping):
+        if any(key in parts.WORDS for key in node):
+            yield at, node
+        for key, value in node.items():
+            yield from _nodes(value, (*at, str(key)))
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _nodes(value, at)
+
+
+def _leaves(node: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, (*at, str(key)))
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _leaves(value, at)
+    else:
+        yield at, node
+
+
+def _check_node(at: tuple[str, ...], node: Mapping[str, Any], named: Named, file: Path) -> None:
+    place = ".".join(at) or "all of it"
+    target = node.get("_target_")
+    if target is not None and str(target) not in named.get(_kind(at), ()):
+        raise UserError(
+            f"{file} asks for _target_={str(target)[:120]!r} ({place}), which no yaml names for that place: do not use "
+            "this folder, or, if the part is your own, add the --config-dir that it was made with."
+        )
+    usual = {"_convert_": ("all", "none", "partial", "object"), "_recursive_": (True,), "_partial_": (False,)}
+    for word in ("_args_", *usual):
+        if word in node and node[word] not in usual.get(word, ()):
+            raise UserError(f"{file} sets {word} ({place}), which a run folder cannot: do not use this folder.")

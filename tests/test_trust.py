@@ -1,0 +1,478 @@
+"""A run folder is somebody else's input: every attack on every command that reads a run. Nothing outside of the folder
+is read or changed, nothing of it is run, and the answer is one sentence."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
+from PIL import Image
+
+from realera import cli, foreign, parts, paths, runs, trust
+from realera.contracts import UserError
+from realera.judges import worker
+
+SECRET = "hf_thisisasecret"
+UCE = ["concept=airplane", "method=uce"]
+Attack = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def fine(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
+    """A whole run, made as typed."""
+    place = tmp_path_factory.mktemp("fine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("REALERA_CACHE", str(place / "cache"))
+        patch.setattr(sys, "argv", ["train", *small, *UCE, "run_dir=received"])
+        import_module("realera.train").main()
+    return place / "received"
+
+
+@pytest.fixture
+def received(fine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy to be spoilt, in the folder that commands are given in. Whatever is done to it: nothing is started, no
+    module of the folder is imported, no file outside is changed, and no secret is written."""
+    here, outside = tmp_path / "here", tmp_path / "outside"
+    shutil.copytree(fine, here / "received")
+    outside.mkdir()
+    Image.new("RGB", (8, 8), "red").save(outside / "private.png")
+    (outside / "private.csv").write_text(f"prompt\n{SECRET}\n")
+    (outside / "canary.txt").write_text("canary")
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in outside.iterdir()}
+    for name in ("canary_module.py", "torchy.py"):
+        (here / "received" / name).write_text(f"open({str(outside / 'imported')!r}, 'w')\nEvil = object\n")
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(str(here / "received"))  # the worst case: it is the current folder of python -m
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("REALERA_CACHE", str(fine.parent / "cache"))
+    monkeypatch.setenv("REALERA_STAMP", "stamp")
+    monkeypatch.setattr(os, "system", lambda _: pytest.fail("a program was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    yield here / "received"
+    assert {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in outside.iterdir()} == before
+    assert "canary_module" not in sys.modules
+    hidden = SECRET.encode()
+    for file in here.rglob("*"):
+        assert file.is_symlink() or not file.is_file() or hidden not in file.read_bytes(), file
+
+
+COMMANDS = {
+    "evaluate": ["evaluate", "run=received", "logger=none"],
+    "evaluate-plan": ["evaluate", "run=received", "logger=none", "dry_run=true"],
+    "generate": ["generate", "run=received", "prompts=[a cat]"],
+    **{
+        f"export-{to}": ["export", "run=received", f"to={to}", "out=out"]
+        for to in ("diffusers", "lora", "kohya", "map")
+    },
+    "demo": ["demo", "run=received", "port=0"],
+    "train": ["train", *UCE, "run_dir=received"],
+    "report": ["report", "runs=[received]"],
+    "report-several": ["report", "runs=[received]", "out=page.html"],
+}
+READING = [name for name in COMMANDS if not name.startswith("report")]  # those that use the settings
+
+
+@pytest.fixture(scope="module")
+def give(small: list[str]) -> Callable[[str], None]:
+    """Runs a command's step on its settings, composed once."""
+    known: dict[str, Any] = {}
+
+    def run(name: str) -> None:
+        door, *words = COMMANDS[name]
+        if name not in known:
+            cli.get_ready()
+            with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+                known[name] = compose(door, [*words, *(small if door == "train" else [])], return_hydra_config=True)
+        cfg = copy.deepcopy(known[name])
+        HydraConfig.instance().set_config(cfg)
+        OmegaConf.set_readonly(cfg, False)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        getattr(import_module(f"realera.{door}"), door)(cfg)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _no_config_left() -> Iterator[None]:
+    yield
+    HydraConfig.instance().cfg = None
+
+
+# --- the settings ----------------------------------------------------------------------------------------------------
+
+
+def setting(key: str, value: Any) -> Attack:
+    """The run's settings with another value."""
+
+    def spoil(run: Path) -> None:
+        config = yaml.safe_load((run / paths.CONFIG).read_text())
+        *above, last = key.split(".")
+        node = config
+        for part in above:
+            node = node[part]
+        node[last] = value
+        (run / paths.CONFIG).write_text(yaml.safe_dump(config))
+
+    return spoil
+
+
+def written(text: str) -> Attack:
+    return lambda run: (run / paths.CONFIG).write_text(text) and None
+
+
+def program(target: str, **more: Any) -> dict[str, Any]:
+    return {"_target_": target, **more}
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefghi", "bcdefghij")
+)
+SETTINGS: dict[str, Attack] = {
+    "a program as judge": setting("judge", program("os.system", command="touch here")),
+    "a program in a judge": setting("judge.unsafe", program("subprocess.Popen", args=["touch", "here"])),
+    "a program as one of the judges": setting(
+        "judge",
+        program("realera.judges.by_split.BySplit", judges={"a": program("os.system", command="x")}, splits={}),
+    ),
+    "a pickle as task": setting("task", program("torch.load", f="received/evil.pt", weights_only=False)),
+    "a file written by a part": setting(
+        "method.edit", program("realera.paths.write_text", path="../outside/canary.txt", text="gone")
+    ),
+    "a file opened": setting("task", program("builtins.open", file="../outside/canary.txt", mode="w")),
+    "a module of the folder": setting("method.guide", program("canary_module.Evil")),
+    "a module of the folder as backbone": setting("backbone._target_", "canary_module.Evil"),
+    "a judge as a method": setting("method._target_", "realera.judges.miniature.MiniatureJudge"),
+    "a part as a task": setting("task._target_", "realera.methods.uce.UnifiedConceptEdit"),
+    "a logger": setting("logger", program("os.system", command="x")),
+    "a target that is no text": setting("task._target_", ["os.system"]),
+    "a target where none belongs": setting("concept_of", program("os.system", command="x")),
+    "arguments": setting("method.edit._args_", ["x"]),
+    "a part called later": setting("method.edit._partial_", True),
+    "a secret of the environment": setting("concept", "${oc.env:HF_TOKEN}"),
+    "a secret in a list": setting("method.edit.prompts", ["${oc.env:HF_TOKEN}"]),
+    "a secret in a key": setting("task", {"${oc.env:HF_TOKEN}": 1}),
+    "an alias bomb": written(BOMB),
+    "aliases of a merge": written("a: &a {x: 1}\nb: {<<: *a}\n"),
+    "deep nesting": written("a: " + "[" * 100_000 + "]" * 100_000),
+    "deep indentation": written("\n".join(" " * i + "a:" for i in range(1500))),
+    "a key twice": written("seed: 0\nseed: 1\n"),
+    "an object of Python": written("!!python/object/apply:os.system ['touch here']"),
+    "a NUL byte": written("seed: 0\nlabel: a\0b\n"),
+    "a number of 5,000 digits": written(f"seed: {'9' * 5000}\n"),
+    "itself": written("a: &a [*a]\n"),
+    "too much": written("label: " + "x" * (5 << 20)),
+    "no UTF-8": lambda run: (run / paths.CONFIG).write_bytes(b"label: \xff\xfe") and None,
+    "a list": written("[1, 2]"),
+    "a text": written("hello"),
+    "a text as method": setting("method", "uce"),
+    "a list as judge": setting("judge", [1]),
+    "a list as name": setting("backbone.name", ["x"]),
+    "a mapping as concept": setting("concept", {"a": 1}),
+    "a text as seed": setting("seed", "x"),
+}
+
+
+@pytest.mark.parametrize("command", READING)
+@pytest.mark.parametrize("attack", SETTINGS)
+def test_settings_of_a_folder_are_data(attack: str, command: str, received: Path, give: Callable[[str], None]) -> None:
+    SETTINGS[attack](received)
+    with pytest.raises(UserError) as refused:
+        give(command)
+    said = str(refused.value)
+    assert "\n" not in said and len(said) < 500 and SECRET not in said and "received" in said
+    assert not (received.parent / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["report", "report-several"])
+@pytest.mark.parametrize("attack", SETTINGS)
+def test_a_page_shows_settings_and_does_nothing_with_them(
+    attack: str, command: str, received: Path, give: Callable[[str], None]
+) -> None:
+    SETTINGS[attack](received)
+    try:
+        give(command)
+    except UserError as refused:
+        assert "\n" not in str(refused)
+
+
+# --- links and names -------------------------------------------------------------------------------------------------
+
+
+def linked(name: str, to: str) -> Attack:
+    """A file or folder of the run that is a link to one outside."""
+
+    def spoil(run: Path) -> None:
+        place = run / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        place.unlink(missing_ok=True)
+        place.parent.mkdir(exist_ok=True)
+        place.symlink_to(run.parents[1] / "outside" / to)
+
+    return spoil
+
+
+LINKS: dict[str, Attack] = {
+    **{f"{name} is a link": linked(name, ".") for name in (*runs.FOLDERS,)},
+    **{f"{name} is a link": linked(name, "canary.txt") for name in runs.FILES},
+    "a folder of W&B is a link": linked("wandb/artifacts", "."),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("attack", LINKS)
+def test_files_of_a_run_are_no_links(attack: str, command: str, received: Path, give: Callable[[str], None]) -> None:
+    LINKS[attack](received)
+    with pytest.raises(UserError, match="link"):
+        give(command)
+
+
+@pytest.mark.parametrize("name", ["images", "verdicts", "wandb"])
+def test_a_link_is_refused_before_anything_is_cleared(name: str, received: Path) -> None:
+    config = {**runs.read_config(received), "run_dir": str(received), "overwrite": True}
+    linked(name, ".")(received)
+    with pytest.raises(UserError, match="link"):
+        runs.claim(config)
+
+
+def test_a_run_folder_itself_may_be_a_link(received: Path, give: Callable[[str], None]) -> None:
+    received.rename(received.with_name("elsewhere"))
+    received.symlink_to("elsewhere")
+    give("evaluate-plan")
+    give("export-map")
+    assert Path("out", paths.MAP).is_file()
+
+
+def row(**changes: Any) -> Attack:
+    """The first line of the manifest with other values."""
+
+    def spoil(run: Path) -> None:
+        lines = (run / paths.MANIFEST).read_text().splitlines()
+        lines[0] = json.dumps({**json.loads(lines[0]), **changes})
+        (run / paths.MANIFEST).write_text("\n".join(lines) + "\n")
+
+    return spoil
+
+
+def picture_linked(run: Path) -> None:
+    image = next((run / paths.IMAGES).glob("*.png"))
+    image.unlink()
+    image.symlink_to(run.parents[1] / "outside" / "private.png")
+
+
+def numbers(**changes: Any) -> Attack:
+    """metrics.json with other values; "a__b" is b within a."""
+
+    def spoil(run: Path) -> None:
+        metrics = json.loads((run / paths.METRICS).read_text())
+        for key, value in changes.items():
+            *above, last = key.split("__")
+            node = metrics
+            for part in above:
+                node = node[part]
+            node[last] = value
+        (run / paths.METRICS).write_text(json.dumps(metrics))
+
+    return spoil
+
+
+NAMES: dict[str, Attack] = {
+    "a picture above": row(file="../../outside/private.png"),
+    "a picture above, within images": row(file="images/../../../outside/private.png"),
+    "a picture by its whole path": row(file="/etc/hostname"),
+    "an original above": row(original="../../outside/private.png"),
+    "a file of the run that is no picture": row(file="config.yaml"),
+    "an id above": row(id="../../x"),
+    "an id that is no text": row(id=5),
+    "a split that is none": row(split="other"),
+    "a linked picture": picture_linked,
+    "a judge above": numbers(protocol__judge__judge="../../../outside/canary"),
+    "a judge that is no text": numbers(protocol__judge__judge=["x"]),
+    "a list as protocol": numbers(protocol=[]),
+    "numbers that are none": numbers(main={"acc_e": "high"}),
+    "deep numbers": lambda run: (run / paths.METRICS).write_text("[" * 100_000) and None,
+}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report", "report-several"])
+@pytest.mark.parametrize("attack", NAMES)
+def test_names_in_files_lead_nowhere(attack: str, command: str, received: Path, give: Callable[[str], None]) -> None:
+    NAMES[attack](received)
+    page = (received / paths.REPORT).read_text()
+    with pytest.raises(UserError) as refused:
+        give(command)
+    assert "\n" not in str(refused.value)
+    assert (received / paths.REPORT).read_text() == page
+
+
+def test_the_task_of_a_run_names_no_file_above(received: Path, give: Callable[[str], None]) -> None:
+    numbers(protocol__task="../../../outside/x")(received)
+    give("report-several")
+    written = {path.parent for path in received.parent.rglob("*.csv")}
+    assert written == {received.parent / "tables"}
+
+
+def test_a_sweep_lists_its_own_runs_alone(received: Path, tmp_path: Path) -> None:
+    shutil.copytree(received, tmp_path / "mine")
+    sweep = received.parent / "given" / "runs" / "sweeps" / "s"
+    sweep.mkdir(parents=True)
+    for line in (str(tmp_path / "mine"), "../../mine", "a\0b"):
+        (sweep / "runs.txt").write_text(f"{line}\n")
+        with pytest.raises(UserError, match="outside"):
+            runs.runs_in(str(sweep))
+    own = received.parent / "runs" / "sweeps" / "s"  # one that was started here may have its runs on another disk
+    own.mkdir(parents=True)
+    (own / "runs.txt").write_text(f"{tmp_path / 'mine'}\n")
+    assert runs.runs_in(str(own)) == [tmp_path / "mine"]
+
+
+# --- interpreters and tables -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["evaluate", "evaluate-plan"])
+def test_a_folder_chooses_no_interpreter(command: str, received: Path, give: Callable[[str], None]) -> None:
+    setting("judge.python", "/tmp/evil")(received)
+    with pytest.raises(UserError, match=r"judge=NAME judge\.python=/tmp/evil"):
+        give(command)
+    give("export-map")
+    give("report")
+
+
+def test_a_folder_names_no_file_of_texts(received: Path, give: Callable[[str], None]) -> None:
+    task = program("realera.tasks.nsfw.NsfwTask", prompts_csv="../outside/private.csv")
+    setting("task", task)(received)
+    for digest in (None, {"prompts_csv": "0" * 64}, []):
+        setting("tables", digest)(received)
+        with pytest.raises(UserError, match=r"task\.prompts_csv"):
+            give("evaluate")
+    setting("tables", trust.tables({"task": task}))(received)  # as train writes it down
+    setting("concept", "nudity")(received)
+    trust.check_tables(runs.read_config(received), received)
+
+
+def test_train_notes_what_it_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.csv").write_text("prompt\na cat\n")
+    config = {
+        "task": {"prompts_csv": "mine.csv"},
+        "method": {"name": "uce"},
+        "backbone": {"name": "mini"},
+        "concept": "nudity",
+    }
+    run = runs.claim(config)
+    kept = runs.read_config(run.folder)
+    assert set(kept["tables"]) == {"prompts_csv"} and runs.identity(kept) == runs.identity(config)
+    trust.check_tables(kept, run.folder)
+    Path("mine.csv").write_text("prompt\na dog\n")
+    with pytest.raises(UserError, match="give its train command again"):
+        trust.check_tables(kept, run.folder)
+
+
+# --- what holds it --------------------------------------------------------------------------------------------------
+
+
+def test_a_part_of_ones_own_config_dir_is_known(
+    received: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "conf"
+    (own / "task").mkdir(parents=True)
+    (own / "task" / "mine.yaml").write_text("_target_: mine.Task\n")
+    (own / "experiment").mkdir()
+    (own / "experiment" / "x.yaml").write_text("# @package _global_\nmethod:\n  edit:\n    _target_: mine.Edit\n")
+    setting("task._target_", "mine.Task")(received)
+    setting("method.edit._target_", "mine.Edit")(received)
+    with pytest.raises(UserError, match="--config-dir"):
+        runs.read_config(received)
+    monkeypatch.setattr(trust, "config_dirs", lambda: (paths.CONF_DIR, own))
+    runs.read_config(received)
+
+
+def test_config_dirs_are_those_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "task").mkdir()
+    found: list[Any] = []
+    step = lambda cfg: found.append(trust.config_dirs())  # noqa: E731
+    for words in (["--config-dir", str(tmp_path)], [f"hydra.searchpath=[file://{tmp_path}]"], []):
+        monkeypatch.setattr(sys, "argv", ["generate", "run=x", "prompts=[a]", *words])
+        cli.door("generate", step)
+    assert [tmp_path in dirs for dirs in found] == [True, True, False]
+    assert all(dirs[0] == paths.CONF_DIR for dirs in found)
+
+
+def test_every_target_of_the_package_is_known_where_it_is_named() -> None:
+    named = trust._named((paths.CONF_DIR,))
+    assert {group for group, _ in named} == {"task", "method", "backbone", "judge", "logger"}
+    assert (
+        "realera.contracts.LoraSpec" in named["method", True] and "realera.contracts.Method" in named["method", False]
+    )
+    assert not any(target.startswith(("os.", "realera.jobs")) for targets in named.values() for target in targets)
+
+
+def test_nothing_is_interpolated_when_parts_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    text = "${oc.env:HF_TOKEN}"
+    made = parts.build({"_target_": "types.SimpleNamespace", "a": text, "b": [{"c": text}], "_convert_": "all"})
+    assert (made.a, made.b) == (text, [{"c": text}])
+    task = cli.build_task({"task": {"_target_": "realera.tasks.objects.ObjectTask", "concepts": text, "anchor": "sky"}})
+    assert task.concepts[0].target == text
+
+
+def test_a_list_of_concepts_is_not_interpolated(tmp_path: Path) -> None:
+    file = tmp_path / "names.txt"
+    file.write_text("${oc.env:HF_TOKEN}\n")
+    cfg = OmegaConf.create({"concept": None, "anchor": None, "concepts_file": str(file)})
+    with pytest.raises(UserError, match="line 1"):
+        cli.with_concepts(cfg)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "builtins.open", "subprocess.Popen", "realera.paths.write_text", "torch.load", "pathlib.Path"],
+)
+def test_another_interpreter_makes_classes_alone(target: str) -> None:
+    said: list[Any] = []
+    worker.serve([json.dumps({"_target_": target})], said.append)
+    assert "is not the class of a part" in said[0]["refused"]
+
+
+def test_a_path_stays_inside(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    assert paths.inside(tmp_path, "a/b.png") == tmp_path / "a" / "b.png"
+    for name in ("", "/etc/passwd", "../x", "a/../../x", "a\0b", "C:\\x", "\\x", "a\\..\\..\\x", "link/x", "link"):
+        with pytest.raises(UserError):
+            paths.inside(tmp_path, name)
+    with pytest.raises(UserError):
+        paths.inside(tmp_path, "x" * 5000)
+
+
+def test_what_is_read_is_bounded(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    for text in (
+        "[" * 100_000,
+        "[" * 60 + "]" * 60,
+        '{"a": 1, "a": 2}',
+        "9" * 5000,
+        "{",
+        '{"a": ' * 50 + "1" + "}" * 50,
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError):
+            foreign.read_json(file)
+    config = {"concept": ["a"] * 3, "b": {"x": [1.5, None, True, ".inf", float("inf")]}}
+    config["again"] = config["concept"]  # written as an alias
+    assert foreign.yaml_of(yaml.safe_dump(config, sort_keys=False)) == config
