@@ -15,9 +15,9 @@ PY := $(VENV)/bin/python
 # The stamp is named after what was installed, so a fresh checkout's file dates cost nothing and a changed pin is noticed.
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' '-')
 STAMP := $(VENV)/.setup-$(KEY)-$(subst $(comma),-,$(EXTRAS))
-# pip's lines that say how far it is: a download each, and the unpacking, which is silent for a minute.
+# Of pip's lines those that say how far it is: a package each, and the unpacking, which is silent for a minute or two.
 INSTALL := $(PY) -m pip install --progress-bar off -c constraints.txt
-SHOW := awk '/^ *(Downloading|Using cached|Processing) / {print "  " $$1, $$2, $$3, $$4; fflush()} /^Installing/ {print "  unpacking"; fflush()}'
+SHOW := sed -nuE -e 's/^ *(Downloading|Using cached|Processing) (.*\/)?([^/ ]+)( \([0-9][^)]*\))?.*/  \3\4/p' -e 's/^Installing.*/  unpacking/p'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test slow check bench train sweep report
