@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import conftest
 import realera
 
 tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
 
 ROOT = Path(__file__).parents[1]
-PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+SETTINGS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, PYTEST = SETTINGS["project"], SETTINGS["tool"]["pytest"]["ini_options"]
 CONSTRAINTS = [
     Requirement(line)
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -151,6 +154,16 @@ def test_the_machine_runs_what_a_person_runs() -> None:
     steps = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
     assert steps[:2] == typed and {step.split()[1] for step in steps[2:]} == {"check", "slow"}
     assert all(step.startswith("make ") for step in steps)
+
+
+def test_the_suite_has_a_worker_a_core_and_a_named_file_none() -> None:
+    def workers(*typed: str) -> int:
+        return conftest.pytest_xdist_auto_num_workers(SimpleNamespace(args=list(typed)))
+
+    assert 1 <= workers("tests") <= conftest.MOST_WORKERS
+    assert workers(__file__) == workers(f"{__file__}::test_the_licence_is_whole") == 0
+    assert os.environ["OMP_NUM_THREADS"] and os.environ["MKL_NUM_THREADS"]  # 1, unless typed
+    assert {"-n auto", "--dist loadfile"} <= set(re.findall(r"-n auto|--dist loadfile", PYTEST["addopts"]))
 
 
 def test_the_licence_is_whole() -> None:
