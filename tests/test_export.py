@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from realera import export, paths
 from realera.contracts import UserError
@@ -67,8 +68,8 @@ def test_a_map_that_is_a_part_of_the_erasure_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(logging.getLogger("realera"), "propagate", True)
-    (tmp_path / paths.MAP).write_bytes(b"a map")
+    save_file({"map": torch.eye(2)}, tmp_path / paths.MAP)
     export.export_map(Run(tmp_path, {"method": parts}), tmp_path / "out")
-    assert (tmp_path / "out" / paths.MAP).read_bytes() == b"a map"
+    assert (tmp_path / "out" / paths.MAP).read_bytes() == (tmp_path / paths.MAP).read_bytes()
     heard = {record.getMessage().rpartition(": ")[2] for record in caplog.records}  # once for each handler that listens
     assert heard == ({said} if said else set())
