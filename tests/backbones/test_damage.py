@@ -108,7 +108,7 @@ KINDS: dict[str, tuple[str, Damage, str]] = {  # name: (file, what becomes of it
     "config: too deep": ("unet/config.json", always(b"[" * 100_000), "not valid JSON"),
     "config: a word for a width": ("unet/config.json", says(cross_attention_dim="abc"), "cross_attention_dim='abc'"),
     "config: another width": ("unet/config.json", says(cross_attention_dim=48), "attn2.to_k.weight"),
-    "config: no sample size": ("unet/config.json", says(sample_size=None), "sample_size=None"),
+    "config: a word for a size": ("unet/config.json", says(sample_size="abc"), "sample_size='abc'"),
     "config: inpainting": ("unet/config.json", says(in_channels=9), "inpainting"),
     "config: true for a number": ("unet/config.json", says(layers_per_block=True), "layers_per_block=True"),
     "config: another network": ("unet/config.json", says(_class_name="FluxTransformer2DModel"), "_class_name='Flux"),
@@ -240,6 +240,15 @@ def test_the_built_in_model_says_what_to_do(copy: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(folder, "MINIATURE", damaged(copy, "weights: half"))
     with pytest.raises(UserError, match=r"built-in model is damaged, so reinstall realera: .*model\.safetensors"):
         folder.locate(None)
+
+
+@pytest.mark.parametrize("size", [None, [8, 8]])
+def test_a_sample_size_may_be_left_open(size: Any, copy: Path) -> None:
+    from realera.backbones.unet import UNetBackbone
+    from realera.contracts import Sampler
+
+    put(copy / "unet/config.json", says(sample_size=size)((copy / "unet/config.json").read_bytes()))
+    assert UNetBackbone("mini", copy, Sampler("ddim", 2, 7.5, 32, 32)).generate(["a cat"], [0]).shape == (1, 32, 32, 3)
 
 
 def test_what_only_loading_sees_is_refused_too(copy: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -84,7 +84,9 @@ def test_lost_weights_are_not_left_random(tiny_sd: Path, tmp_path: Path) -> None
         state = load_file(file)
         lost = next(key for key in state if key.startswith(of) and key.endswith("weight"))
         save_file({key: value for key, value in state.items() if key != lost}, file, metadata={"format": "pt"})
-        with pytest.raises(UserError, match=f"{part} lacks 1 weights"):
+        with pytest.raises(
+            UserError, match=rf"{part}.* lacks? (1 weights|conv_in|\w*\.?token_embedding|position_embedding)"
+        ):
             UNetBackbone("tiny", folder, SAMPLER)
 
 

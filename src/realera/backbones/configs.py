@@ -37,6 +37,10 @@ def _or(*tests: Callable[[Any], bool]) -> Callable[[Any], bool]:
 WHOLE: Check = ("a whole number above 0", _is_whole)
 WHOLES: Check = ("a list of whole numbers above 0", _are(_is_whole))
 WHOLE_OR_WHOLES: Check = ("a whole number above 0, or a list of such", _or(_is_whole, _are(_is_whole)))
+SIDES: Check = (
+    "a whole number above 0, a list of such, or null",
+    lambda value: value is None or WHOLE_OR_WHOLES[1](value),
+)
 NUMBER: Check = ("a number above 0", _is_number)
 NAMES: Check = ("a list of names", _are(lambda value: isinstance(value, str)))
 UNET: Check = ("UNet2DConditionModel", lambda value: value == "UNet2DConditionModel")
@@ -56,8 +60,9 @@ CHECKS: Mapping[
 ] = {  # what a key must be where it is there; the library's own value stands else
     "unet": {
         "_class_name": UNET,
-        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim", "sample_size"), WHOLE),
+        **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim"), WHOLE),
         **dict.fromkeys(("layers_per_block", "attention_head_dim"), WHOLE_OR_WHOLES),
+        "sample_size": SIDES,
         "block_out_channels": WHOLES,
         "down_block_types": NAMES,
         "up_block_types": NAMES,

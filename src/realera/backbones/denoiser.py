@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -113,6 +114,7 @@ class Denoiser:
         if self.attention == "sliced":
             self.unet.set_attention_slice("max")
             return
-        small = int(self.unet.config.sample_size) ** 2 <= SMALL_MAP
+        side = self.unet.config.sample_size  # null where the checkpoint does not say
+        small = side is not None and (math.prod(side) if isinstance(side, list | tuple) else side**2) <= SMALL_MAP
         plain = self.attention == "plain" or (self.attention == "auto" and device.type == "cpu" and small)
         self.unet.set_attn_processor(AttnProcessor() if plain else AttnProcessor2_0())
