@@ -55,7 +55,7 @@ def test_every_decision_that_is_varied_can_be_taken(
     for label, config in variants.items():
         preflight.check_settings(config)
         if (align := config["method"]["align"]) is not None:
-            lora = cli.instantiate(align["lora"])
+            lora = cli.build(align["lora"])
             assert new_backbone().add_adapter(lora, torch.Generator()), label
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from realera import export, paths
+from realera import export, paths, portable
 from realera.contracts import UserError
 from realera.runs import Run
 
@@ -73,3 +74,18 @@ def test_a_map_that_is_a_part_of_the_erasure_says_so(
     assert (tmp_path / "out" / paths.MAP).read_bytes() == (tmp_path / paths.MAP).read_bytes()
     heard = {record.getMessage().rpartition(": ")[2] for record in caplog.records}  # once for each handler that listens
     assert heard == ({said} if said else set())
+
+
+def test_a_pipeline_names_classes_of_diffusers_and_transformers_alone(tmp_path: Path) -> None:
+    index = {
+        "_class_name": ["pipeline", "Evil"],
+        "scheduler": ["subprocess", "Popen"],
+        "unet": ["evil_module", "Net"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "extra": ["os", "system"],
+        "force_zeros_for_empty_prompt": True,
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    written = portable._index(tmp_path)
+    assert written["_class_name"] == "StableDiffusionPipeline" and written["force_zeros_for_empty_prompt"] is True
+    assert {value[0] for value in written.values() if isinstance(value, list)} == {"diffusers", "transformers", None}

@@ -72,3 +72,10 @@ def test_outside_of_a_ledger_nothing_is_entered() -> None:
     with ledger.ledger() as found:
         pass
     assert not found.files
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [("x", "1"), ("nan", "1"), ("-1", "1"), ("1", "9" * 5000)])
+def test_a_note_that_is_none_says_nothing(seconds: str, passes: str) -> None:
+    with ledger.ledger() as found:
+        Cached(Path("a"), model()).read({"seconds": seconds, "passes": passes})
+    assert found.total() == Spent() and found.unknown() == 1

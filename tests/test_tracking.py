@@ -183,7 +183,7 @@ def test_a_folder_is_one_w_and_b_run_and_another_folder_another(
         asked.append(settings["id"])
         return Weak("offline")
 
-    monkeypatch.setattr(tracking, "instantiate", made)
+    monkeypatch.setattr(tracking, "build", made)
     monkeypatch.setattr("wandb.setup", lambda settings: None)
     config = {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": LOGGER}
     first, other = (Run(tmp_path / root / "cat-uce-mini-01234567", config) for root in ("runs", "elsewhere"))
@@ -203,7 +203,7 @@ def test_a_run_stays_in_the_group_it_began_in(tmp_path: Path, monkeypatch: pytes
         asked.append(node["group"])
         return Weak("offline")
 
-    monkeypatch.setattr(tracking, "instantiate", made)
+    monkeypatch.setattr(tracking, "build", made)
     monkeypatch.setattr("wandb.setup", lambda settings: None)
     monkeypatch.setattr(cli, "in_sweep", lambda: True)
     config = {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": LOGGER}
@@ -333,6 +333,7 @@ def test_a_run_that_failed_is_no_finished_one_in_w_and_b(
 class Weak:
     """A logger that fails in some modes and, of its other calls, from the `holds`-th on."""
 
+<<<<<<< HEAD
     def __init__(self, mode: str, fails_in: Sequence[str] = (), holds: int = 9) -> None:
         self.mode, self.fails_in, self.holds = mode, fails_in, holds
         self.calls: list[str] = []
@@ -366,6 +367,9 @@ def test_a_server_that_does_not_answer_ends_no_run(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(tracking, "instantiate", lambda node, **more: Weak(node["mode"], fails_in))
+=======
+    monkeypatch.setattr(tracking, "build", lambda *all, **more: SimpleNamespace(log_hyperparams=unreachable))
+>>>>>>> 2e86e04 (What is trusted: docs, and tests of the demo, the tables, the caches)
     monkeypatch.setattr("wandb.setup", lambda settings: None)
     monkeypatch.setattr("wandb.teardown", lambda: None)
     run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
@@ -428,3 +432,26 @@ def test_explicit_images_leave_this_machine_blurred_and_counted(tmp_path: Path) 
     assert summary["eval/counts/belly"] == 8 and summary["eval/counts/anus"] == 4 and summary["eval/counts/total"] == 8
     assert "eval/h_o" not in summary
     assert found["images"] and all(np.ptp(image) < 60 for image in found["images"])
+
+
+def test_a_folder_does_not_say_where_its_numbers_are_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(tracking, "make", lambda run, node: asked.append(node) or [])
+    monkeypatch.setattr(cli.log, "propagate", True)
+    own = {**LOGGER, "mode": "offline", "entity": "thief", "project": "p", "settings": {"base_url": "x"}}
+    run = Run(tmp_path, {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": own})
+    typed = {"_target_": LOGGER["_target_"], "mode": "online", "entity": None, "project": "realera"}
+    tracking.log_judged(run, {}, typed)
+    assert not asked and "names entity thief" in caplog.text
+    tracking.log_judged(run, {}, {**typed, "entity": "thief"})
+    tracking.log_judged(run, {}, {**typed, "mode": "offline"})
+    assert [node["mode"] for node in asked] == ["online", "offline"] and not any("settings" in node for node in asked)
+
+
+@pytest.mark.parametrize("text", ["../../x", "a b", "", "x" * 200])
+def test_an_id_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / paths.WANDB_ID).write_text(text)
+    with pytest.raises(UserError, match="no id of a W&B run"):
+        tracking.run_id(Run(tmp_path, {}))

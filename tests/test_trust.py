@@ -187,27 +187,27 @@ SETTINGS: dict[str, Attack] = {
 }
 
 
-@pytest.mark.parametrize("command", READING)
 @pytest.mark.parametrize("attack", SETTINGS)
-def test_settings_of_a_folder_are_data(attack: str, command: str, received: Path, give: Callable[[str], None]) -> None:
+def test_settings_of_a_folder_are_data(attack: str, received: Path, give: Callable[[str], None]) -> None:
     SETTINGS[attack](received)
-    with pytest.raises(UserError) as refused:
-        give(command)
-    said = str(refused.value)
-    assert "\n" not in said and len(said) < 500 and SECRET not in said and "received" in said
+    for command in READING:
+        with pytest.raises(UserError) as refused:
+            give(command)
+        said = str(refused.value)
+        assert "\n" not in said and len(said) < 500 and SECRET not in said and "received" in said, (command, said)
     assert not (received.parent / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["report", "report-several"])
 @pytest.mark.parametrize("attack", SETTINGS)
 def test_a_page_shows_settings_and_does_nothing_with_them(
-    attack: str, command: str, received: Path, give: Callable[[str], None]
+    attack: str, received: Path, give: Callable[[str], None]
 ) -> None:
     SETTINGS[attack](received)
-    try:
-        give(command)
-    except UserError as refused:
-        assert "\n" not in str(refused)
+    for command in ("report", "report-several"):
+        try:
+            give(command)
+        except UserError as refused:
+            assert "\n" not in str(refused), command
 
 
 # --- links and names -------------------------------------------------------------------------------------------------
@@ -234,12 +234,12 @@ LINKS: dict[str, Attack] = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("attack", LINKS)
-def test_files_of_a_run_are_no_links(attack: str, command: str, received: Path, give: Callable[[str], None]) -> None:
+def test_files_of_a_run_are_no_links(attack: str, received: Path, give: Callable[[str], None]) -> None:
     LINKS[attack](received)
-    with pytest.raises(UserError, match="link"):
-        give(command)
+    for command in COMMANDS:
+        with pytest.raises(UserError, match="link"):
+            give(command)
 
 
 @pytest.mark.parametrize("name", ["images", "verdicts", "wandb"])
@@ -309,14 +309,14 @@ NAMES: dict[str, Attack] = {
 }
 
 
-@pytest.mark.parametrize("command", ["evaluate", "report", "report-several"])
 @pytest.mark.parametrize("attack", NAMES)
-def test_names_in_files_lead_nowhere(attack: str, command: str, received: Path, give: Callable[[str], None]) -> None:
+def test_names_in_files_lead_nowhere(attack: str, received: Path, give: Callable[[str], None]) -> None:
     NAMES[attack](received)
     page = (received / paths.REPORT).read_text()
-    with pytest.raises(UserError) as refused:
-        give(command)
-    assert "\n" not in str(refused.value)
+    for command in ("evaluate", "report", "report-several"):
+        with pytest.raises(UserError) as refused:
+            give(command)
+        assert "\n" not in str(refused.value), command
     assert (received / paths.REPORT).read_text() == page
 
 
@@ -339,6 +339,39 @@ def test_a_sweep_lists_its_own_runs_alone(received: Path, tmp_path: Path) -> Non
     own.mkdir(parents=True)
     (own / "runs.txt").write_text(f"{tmp_path / 'mine'}\n")
     assert runs.runs_in(str(own)) == [tmp_path / "mine"]
+
+
+@pytest.mark.parametrize("words", [["evaluate", "run=received"], ["evaluate", "-m", "run=received,latest"]])
+def test_the_command_itself_says_one_sentence(
+    words: list[str], received: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    SETTINGS["a program as judge"](received)
+    monkeypatch.setattr(sys, "argv", [*words, "logger=none"])
+    with pytest.raises(SystemExit) as ended:
+        import_module("realera.evaluate").main()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert ended.value.code == 2 and "os.system" in said[0]
+
+
+def test_a_page_holds_no_markup_of_a_run(received: Path, give: Callable[[str], None]) -> None:
+    hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'"
+    for key in ("label", "concept", "method.name", "backbone.name"):
+        setting(key, hostile)(received)
+    row(prompt=hostile, concept=hostile)(received)
+    shown = {"target": hostile, "anchor": hostile}
+    numbers(protocol__task=hostile, protocol__concepts=[shown], protocol__sampler__scheduler=hostile)(received)
+    verdicts = next((received / paths.VERDICTS).glob("miniature.jsonl"))
+    lines = [{**json.loads(line), "label": hostile} for line in verdicts.read_text().splitlines()]
+    verdicts.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    shutil.copytree(received, received.with_name("javascript:alert(1)"))
+    setting("seed", 1)(received)
+    give("report")
+    COMMANDS["report-hostile"] = ["report", "runs=[received,'javascript:alert(1)']", "out=page.html"]
+    give("report-hostile")
+    for page in (received / paths.REPORT, Path("page.html")):
+        text = page.read_text()
+        assert hostile not in text and "<script>alert" not in text and "<img src=x" not in text
+        assert 'href="javascript:' not in text
 
 
 # --- interpreters and tables -----------------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ class Cached:
             self.before = Spent(float(said["seconds"]), int(said["passes"]))
         except (KeyError, ValueError):
             self.before = None
+        if self.before is not None and not 0 <= self.before.seconds < float("inf"):
+            self.before = None
         self._enter(self.before)
 
     def made(self) -> dict[str, str]:

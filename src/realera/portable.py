@@ -168,7 +168,7 @@ def _index(source: Path) -> dict[str, object]:
         if not isinstance(value, list) or value[:1] in (["diffusers"], ["transformers"], [None])
     }
     if not isinstance(index.get("_class_name", ""), str):
-        del known["_class_name"]
+        known.pop("_class_name", None)
     kept = {
         key: [None, None] if isinstance(value, list) and key not in parts else value for key, value in known.items()
     }

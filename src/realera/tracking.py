@@ -31,6 +31,7 @@ ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images s
 SHORT = 100  # entries: a longer list of the protocol (30,000 captions, say) is told by its length
 TAG = 64  # letters, W&B's own limit
 INTERRUPTED = 255  # W&B's own status of a process that Ctrl-C ended
+OF_A_RUN = ("_target_", "project", "entity", "mode", "group", "tags", "images")  # settings that are taken from a folder
 TAGGED = 5  # concepts that are tags; of more, the first ones
 
 
@@ -154,7 +155,7 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
     nothing is logged, else the run's is taken, online or offline as it is today."""
     node = dict(run.config.get("logger") or {})
     if typed is not None:
-        known = {key: value for key, value in node.items() if key in typed}
+        known = {key: value for key, value in node.items() if key in OF_A_RUN}
         node = {**known, "mode": typed.get("mode")} if typed.get("_target_") and node.get("_target_") else {}
         entity = node.get("entity")
         if entity not in (None, typed.get("entity")) and node["mode"] not in ("offline", "disabled", "dryrun"):

@@ -46,6 +46,8 @@ Draw = Callable[[str, int], dict[str, str]]
 class Server(ThreadingHTTPServer):
     """At most `MOST` connections at once."""
 
+    request_queue_size = MOST
+
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.free = BoundedSemaphore(MOST)

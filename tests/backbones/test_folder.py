@@ -56,6 +56,15 @@ def test_missing_file_is_named(copy: Path, lost: str) -> None:
         folder.locate(copy)
 
 
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/x.safetensors", "weights.bin", 5])
+def test_an_index_names_files_beside_itself(copy: Path, name: Any) -> None:
+    (copy / "unet/diffusion_pytorch_model.safetensors").unlink()
+    index = {"weight_map": {"conv_in.weight": name}}
+    (copy / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="lists no weights"):
+        folder.locate(copy)
+
+
 def test_pickled_weights_are_not_taken_for_missing_ones(copy: Path) -> None:
     (copy / "unet/diffusion_pytorch_model.safetensors").rename(copy / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"safetensors only, not \.bin"):

@@ -138,3 +138,29 @@ def test_a_note_stands_in_every_form_and_what_is_of_fewer_runs_is_not_ranked() -
 def test_all_three_are_written(tmp_path: Path) -> None:
     written = write(table(), tmp_path / "tables")
     assert [path.name for path in written] == ["t.csv", "t.tex", "t.md"] and all(path.is_file() for path in written)
+
+
+def test_a_text_is_no_formula_of_a_spreadsheet() -> None:
+    for text in ("=HYPERLINK(A1)", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", " =1", "\n=1"):
+        column = replace(E, group=text)
+        of = Table("t", "", ("system",), (column,), (Row((text,), (Number(-3.1, -4, -2),), note=text),))
+        heads, cells = csv.reader(io.StringIO(as_csv(of)))
+        assert cells[0] == cells[-1] and cells[0] == f"'{text}".translate({9: " ", 10: " ", 13: " "})
+        assert cells[1:4] == ["-3.1", "-4", "-2"] and len(heads) == len(cells)
+        assert heads[1].startswith("'")
+    plain = Table("t", "", ("seed",), (E,), (Row(("-3.1",), (Number(1),)), Row(("a-b",), (Number(1),))))
+    assert [line.split(",")[0] for line in as_csv(plain).splitlines()[1:]] == ["-3.1", "a-b"]
+
+
+def test_a_text_of_several_lines_is_one_in_every_form() -> None:
+    hostile = "a\n\\input{/etc/passwd}\r\n% x | y\u2028[z](javascript:alert(1))\x00"
+    row_of = Row((hostile,), (Number(1), Number(2)), note=hostile)
+    of = Table("t", hostile, (hostile,), (replace(E, group=hostile), S), (row_of,), (hostile,))
+    tex = as_latex(of)
+    well_formed(tex)
+    assert "\\input" not in "\n".join(line for line in tex.splitlines() if not line.startswith("%"))
+    assert tex.count("% a \\input") == 2 and "\x00" not in tex
+    lines = as_markdown(of).split("\n")
+    assert [line[:1] for line in lines[:3]] == ["|"] * 3 and len(lines) == 6
+    assert len(re.split(r"(?<!\\)\|", lines[2])) == 5
+    assert " [z](" not in as_markdown(of) and "\u2028" not in as_markdown(of)

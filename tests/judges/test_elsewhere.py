@@ -147,3 +147,14 @@ def test_the_judges_load_without_any_library(python: Path) -> None:
     code = f"import importlib\nfor name in {names}: importlib.import_module('realera.judges.' + name)"
     root = Path(worker.__file__).parents[2]
     subprocess.run([python, "-S", "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"], check=True)
+
+
+def test_the_other_interpreter_imports_nothing_of_the_current_folder(
+    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("importlib", "json", "stub_judge", "realera"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    Elsewhere({"_target_": "stub_judge.Stub"}, str(python)).close()
+    assert not (tmp_path / "imported").exists()

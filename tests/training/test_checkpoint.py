@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from realera import __version__
@@ -95,3 +96,35 @@ def test_neighbours(tmp_path: Path) -> None:
     assert torch.equal(found["0.near_rows"], rows)
     assert found["1.near"].shape == (0, 5, 4)
     assert set(found) >= {"1.moments.near", "1.moments.beyond"} and "1.moments.near_cross" not in found
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config", BOMB),
+        ("config", "!!python/object/apply:os.system [x]"),
+        ("config", "[" * 50_000),
+        ("config", "hello"),
+        ("lora", "[" * 50_000),
+        ("lora", '{"rank": 1}'),
+        ("lora", '{"targets": [], "evil": 1}'),
+        ("libraries", "{"),
+        ("version", None),
+        ("fingerprint", None),
+    ],
+)
+def test_what_a_file_says_of_itself_is_data(
+    key: str, value: str | None, erased: tuple[Any, Path], tmp_path: Path
+) -> None:
+    with safe_open(erased[1], "pt") as opened:
+        metadata = dict(opened.metadata())
+    metadata.pop(key)
+    spoilt = tmp_path / "spoilt.safetensors"
+    save_file(load_file(erased[1]), spoilt, metadata if value is None else {**metadata, key: value})
+    with pytest.raises(UserError, match="make it again"):
+        read_erased(spoilt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from realera.contracts import Method, Pair, UserError
 from realera.training.fit import fit
-from realera.training.resuming import Checkpoints
+from realera.training.resuming import Checkpoints, WholeFiles, last_good
 
 SCRIPT = """
 import os, signal, sys
@@ -275,3 +276,16 @@ def test_several_processes_are_not_started_for_nothing(go: Callable[..., Any], t
     """Without a loop there is nothing to share, and DDP refuses a model without gradients."""
     go(Method("original"), trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp"})
     assert (tmp_path / "run" / "erased.safetensors").is_file()
+
+
+def test_a_checkpoint_is_read_as_data_whoever_asks(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    file = tmp_path / "last.ckpt"
+    torch.save({"identity": "x", "evil": Evil()}, file)
+    assert last_good(file, "x") is None
+    with pytest.raises(pickle.UnpicklingError):
+        WholeFiles().load_checkpoint(file, weights_only=False)
+    assert not (tmp_path / "made").exists()

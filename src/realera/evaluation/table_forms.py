@@ -161,11 +161,12 @@ def as_csv(table: Table) -> str:
 
 
 def _as_text(text: str) -> str:
-    """A text that a spreadsheet takes for one: a formula's first sign gets an apostrophe before it."""
+    """A text of one line that a spreadsheet takes for one: a formula's first sign gets an apostrophe before it."""
+    text = one_line(text)
     try:
         float(text)
     except ValueError:
-        return f"'{text}" if text.lstrip(" ").startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+        return f"'{text}" if text.lstrip(" ").startswith(("=", "+", "-", "@")) else text
     return text
 
 
