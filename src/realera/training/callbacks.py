@@ -110,7 +110,7 @@ class ClosedFormEdit(Callback):
         with self.meter.stage(stage):  # the measuring is none of the method's work
             backbone.apply(edit)
         after = {name: layer.weight.detach() for name, layer in layers.items()}
-        changes = {name: _relative(after[name] - before[name], before[name]) for name in layers}
+        changes = {name: float(_share(after[name] - before[name], before[name])) for name in layers}
         self.edited |= {name for name in layers if not torch.equal(after[name], before[name])}
         mean = sum(changes.values()) / len(changes)
         return {
@@ -306,10 +306,6 @@ def spread(probes: Sequence[Prompt], most: int) -> list[Prompt]:
         for place in (own if len(own) <= most else [own[i * (len(own) - 1) // (most - 1)] for i in range(most)])
     }
     return [probe for place, probe in enumerate(probes) if place in kept]
-
-
-def _relative(change: Tensor, whole: Tensor) -> float:
-    return float(_share(change, whole))
 
 
 def _share(change: Tensor, whole: Tensor) -> Tensor:
