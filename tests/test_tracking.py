@@ -333,7 +333,6 @@ def test_a_run_that_failed_is_no_finished_one_in_w_and_b(
 class Weak:
     """A logger that fails in some modes and, of its other calls, from the `holds`-th on."""
 
-<<<<<<< HEAD
     def __init__(self, mode: str, fails_in: Sequence[str] = (), holds: int = 9) -> None:
         self.mode, self.fails_in, self.holds = mode, fails_in, holds
         self.calls: list[str] = []
@@ -366,10 +365,7 @@ def test_a_server_that_does_not_answer_ends_no_run(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(tracking, "instantiate", lambda node, **more: Weak(node["mode"], fails_in))
-=======
-    monkeypatch.setattr(tracking, "build", lambda *all, **more: SimpleNamespace(log_hyperparams=unreachable))
->>>>>>> 2e86e04 (What is trusted: docs, and tests of the demo, the tables, the caches)
+    monkeypatch.setattr(tracking, "build", lambda node, **more: Weak(node["mode"], fails_in))
     monkeypatch.setattr("wandb.setup", lambda settings: None)
     monkeypatch.setattr("wandb.teardown", lambda: None)
     run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
