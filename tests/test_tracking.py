@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from realera import cli, paths, tracking
-from realera.contracts import Mode, Prompt, Split, Verdict
+from realera.contracts import Mode, Prompt, Split, UserError, Verdict
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
@@ -99,7 +99,7 @@ def judged(folder: Path, task: str, concepts: Sequence[str], mode: Mode, blur: b
     """A run whose images are checkered, two of each prompt."""
     splits: list[tuple[Split, str]] = [(split, c) for split in ("erase", "near") for c in concepts]  # type: ignore[misc]
     prompts = [
-        Prompt(f"{split}-{c}-{i}", f"a {split} of {c}", c, split, i)
+        Prompt(f"{split}-{c.replace('/', '-')}-{i}", f"a {split} of {c}", c, split, i)
         for split, c in [*splits, ("keep", "dog")]
         for i in (0, 1)
     ]

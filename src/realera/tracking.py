@@ -131,6 +131,8 @@ def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any])
     """eval/* and cost/* scalars, the protocol, and two tables: `sheets` (prompt, seed, split, original, erased,
     verdict), `cell` (the run's numbers in one row, for charts over runs). Images that the page shows only when asked
     (`blur`) leave this machine blurred."""
+    if not loggers:
+        return
     numbers = scalars(metrics)
     spent = costs.scalars(costs.read(run.folder))
     for logger in loggers:
