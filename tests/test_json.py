@@ -20,11 +20,12 @@ from realera.evaluation.records import Row, write_manifest, write_verdicts
 from realera.evaluation.report import render
 
 ROOT = Path(realera.__file__).parent
-HIDDEN = {  # hashed, or said to another of our processes, but never written for others to read
+HIDDEN = {  # hashed, or said to another of our processes: whole numbers, times, texts
     "backbones/folder.py",
     "evaluation/generate.py",
     "evaluation/sweep_settings.py",
     "judges/elsewhere.py",
+    "locks.py",
     "judges/worker.py",
     "methods/inversion.py",
     "methods/latents.py",

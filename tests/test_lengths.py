@@ -106,8 +106,8 @@ def test_the_demo_tells_its_page(small: list[str], tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(preflight, "check_run", lambda _: None)
     monkeypatch.setattr(steps, "load_run", lambda _: None)
     monkeypatch.setattr(steps, "pairs_from", lambda *_: lambda prompt, seed: {"original": black, "erased": black})
-    monkeypatch.setattr(demo, "handler", lambda draw, about: draw)
-    monkeypatch.setattr(demo, "ThreadingHTTPServer", Served)
+    monkeypatch.setattr(demo, "handler", lambda draw, *_: draw)
+    monkeypatch.setattr(demo, "Server", Served)
     monkeypatch.setattr(sys, "argv", ["demo", "run=x"])
     demo.main()
     (draw,) = drawn

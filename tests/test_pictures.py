@@ -64,7 +64,7 @@ def test_every_kind_of_png_is_seen_as_it_looks(kind: str, tmp_path: Path) -> Non
     assert np.array_equal(read_rgb(tmp_path / "x.png"), expected)
 
 
-@pytest.mark.parametrize("ending", ["jpg", "webp", "tif"])
+@pytest.mark.parametrize("ending", ["jpg", "webp"])
 def test_other_formats_and_inks(ending: str, tmp_path: Path) -> None:
     flat = Image.new("RGB", (16, 16), (200, 40, 90))
     flat.save(tmp_path / f"x.{ending}")
@@ -104,15 +104,17 @@ def test_what_is_no_image_is_refused_by_name(kind: str, tmp_path: Path) -> None:
         read_rgb(tmp_path / "x.png")
 
 
-def test_animations_and_numbers_without_a_white_are_refused(tmp_path: Path) -> None:
+def test_animations_and_formats_of_other_trades_are_refused(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    for name in ("a.png", "a.gif", "a.webp"):
+    for name in ("a.png", "a.webp"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
         with pytest.raises(UserError, match=rf"{name} is animated \(2 pictures\)"):
             read_rgb(tmp_path / name)
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(UserError, match=r"f\.tif holds 32-bit numbers"):
-        read_rgb(tmp_path / "f.tif")
+    frames[0].save(tmp_path / "a.gif")
+    for name in ("f.tif", "a.gif"):
+        with pytest.raises(UserError, match=rf"{name} cannot be read"):
+            read_rgb(tmp_path / name)
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:

@@ -47,14 +47,12 @@ def _refuse(path: Path, image: Image.Image) -> None:
         )
     if getattr(image, "n_frames", 1) > 1 and image.format not in STILLS:
         raise UserError(f"the image {path} is animated ({image.n_frames} pictures): save one of them")  # type: ignore[attr-defined]
-    if image.mode in ("I", "F"):
-        raise UserError(f"the image {path} holds 32-bit numbers, whose white is unknown: save it with 8 or 16 bits")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):  # of these formats only PNG has more than 8 bits, and no more than 16
         import numpy as np
 
         grey = np.asarray(image).astype(np.uint32)

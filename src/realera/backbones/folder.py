@@ -26,7 +26,7 @@ SECOND = {"text_encoder_2": "model"}  # what Stable Diffusion XL has besides
 VARIANTS = ("", ".fp16")  # what a weights file's name may hold, in the order they are looked for
 EMBEDDING = "token_embedding.weight"  # of a text encoder: a row for each token
 PEEK = 512  # bytes of either end of a tensor that `marks` looks at
-SHARD = re.compile(r"\w[\w.-]*")  # a file's name, and no path
+SHARD = re.compile(r"\w[\w.-]*\.safetensors")  # a file's name, and no path
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = [
     "model_index.json",
@@ -158,7 +158,7 @@ def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
             return mark[1:], [whole]
         if index.is_file():
             listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict) or not listed or not all(map(_is_shard, listed.values())):
+            if not isinstance(listed, dict) or not listed:
                 raise UserError(f"The file {str(index)!r} lists no weights; copy or download it again.")
             if outside := [
                 name for name in listed.values() if not SHARD.fullmatch(str(name)) or not isinstance(name, str)
@@ -169,11 +169,6 @@ def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
                 )
             return mark[1:], [folder / part / name for name in sorted(set(listed.values()))]
     return "", [folder / part / f"{stem}.safetensors"]
-
-
-def _is_shard(name: Any) -> bool:
-    """Whether an index, which comes with the checkpoint, names a file beside itself."""
-    return isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
 
 
 def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
