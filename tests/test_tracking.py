@@ -435,6 +435,7 @@ def test_a_folder_does_not_say_where_its_numbers_are_sent(
 ) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(tracking, "make", lambda run, node: asked.append(node) or [])
+    monkeypatch.setattr(tracking, "log_results", lambda loggers, run, metrics: None)
     monkeypatch.setattr(cli.log, "propagate", True)
     own = {**LOGGER, "mode": "offline", "entity": "thief", "project": "p", "settings": {"base_url": "x"}}
     run = Run(tmp_path, {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": own})
