@@ -182,6 +182,7 @@ def load_method() -> Callable[..., Any]:
         from omegaconf import OmegaConf
 
         from options import method_settings
+        from realera import schema
         from realera.cli import register_resolvers
 
         register_resolvers()
@@ -192,6 +193,8 @@ def load_method() -> Callable[..., Any]:
             if OmegaConf.select(config, f"method.{key}") is not None:
                 OmegaConf.update(config, f"method.{key}", value)
         config.merge_with_dotlist([f"method.{override}" for override in overrides])
-        return instantiate(config.method)
+        settings = OmegaConf.to_container(config.method, resolve=True)
+        schema.check_method(settings)
+        return instantiate(settings)
 
     return load

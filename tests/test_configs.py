@@ -84,7 +84,7 @@ def test_every_task_names_prompts_and_its_judges(task: str, backbone: str) -> No
     built = cli.build_task(config)
     assert built.eval_prompts() and built.training_prompts(built.concepts[0])
     assert len({prompt.id for prompt in built.eval_prompts()}) == len(built.eval_prompts())
-    judge = cli.by_backbone(config["task"]["judges"], _root_=_Named(backbone))
+    judge = cli.by_backbone(config["task"]["judges"], _root_=OmegaConf.create({"backbone": {"name": backbone}}))
     assert ("judge", judge) in OPTIONS
 
 
@@ -146,11 +146,3 @@ def test_a_concept_that_is_read_whole_passes_and_a_cut_one_does_not(tiny_sd: Pat
     with pytest.raises(preflight.UserError, match="cut at 8 tokens"):
         preflight.check_prompts([("a a a a a a airplane", "sky")], concept, backbone)
     preflight.check_prompts([("a a a a a airplane", "sky")], concept, backbone)  # rows 1-6, the end in row 7
-
-
-class _Named:
-    """Stands for a config whose backbone has this name."""
-
-    def __init__(self, name: str) -> None:
-        self.backbone = self
-        self.name = name

@@ -37,9 +37,18 @@ DOOR_PARTS = {
     "output",
     "surroundings",
     "trust",
+    "schema",
+    "settings",
+    "values",
+    "sources",
+    "constructors",
+    "matching",
+    "hub",
+    "composed",
+    "starting",
 }
 SHARED = {"contracts", "paths", "disk", "locks", "interrupts", "ranks", "ledger", "costs", "finite", "pictures"}
-SHARED |= {"foreign", "shapes", "parts"}
+SHARED |= {"foreign", "shapes", "parts", "kinds"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
 WORKSHOP = "miniature"  # makes the built-in model: may use every room and library, and no room uses it
 LIBRARIES = {  # where a library may be imported; the workshop is free

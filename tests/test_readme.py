@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from realera import cli, paths
+from realera import cli, paths, schema
 from realera.contracts import Pair, Prompt, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -110,12 +110,15 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, types.ModuleType]:
     ):
         module = types.ModuleType(name.replace("/", "."))
         exec(compile(source, name, "exec"), module.__dict__)
+        vars(module)["source"] = source
         monkeypatch.setitem(sys.modules, module.__name__, module)
         found[name.rpartition("/")[2]] = module
     return found
 
 
-def test_the_example_method_erases(examples: dict[str, types.ModuleType], tiny_sd: Path, tmp_path: Path) -> None:
+def test_the_example_method_erases(
+    examples: dict[str, types.ModuleType], tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = _with_examples(tmp_path, "method=project", "concept=airplane", "backbone=mini")
     method = instantiate(config["method"])
     backbone = instantiate({**config["backbone"], "pretrained": str(tiny_sd), "text": None})
@@ -131,8 +134,10 @@ def test_the_example_method_erases(examples: dict[str, types.ModuleType], tiny_s
     assert torch.allclose(edit.map @ e, torch.zeros_like(e), atol=1e-9)
     across = torch.linalg.svd(e[None]).Vh[1]
     assert torch.allclose(edit.map @ across, across, atol=1e-9)
-    with pytest.raises(UserError, match="no share"):
-        examples["project"].Projection(keep=2)
+    (tmp_path / "project_example.py").write_text(examples["project"].source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="method.edit.keep=2 cannot be: give a number from 0 to 1"):  # noqa: RUF043
+        schema.check_part({"_target_": "project_example.Projection", "keep": 2}, "method.edit")
 
 
 def test_the_example_judge_judges(examples: dict[str, types.ModuleType], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 from realera.contracts import UserError
+from realera.kinds import Cosine, NonNegative
 
 Direction = Literal["backward", "isotropic"]
 RadiusLaw = Literal["uniform", "volume"]
@@ -63,11 +64,11 @@ class Band:
     literal_break: Algorithm 1's line 21 as printed: one try per prompt for a beyond point, kept or not, whatever n.
     """
 
-    d1: float | None = None
-    d1_anchor: float | None = None
-    d2: float | None = None
-    s_hi: float = 1.0
-    s_lo: float = 0.7
+    d1: NonNegative | None = None
+    d1_anchor: NonNegative | None = None
+    d2: NonNegative | None = None
+    s_hi: Cosine = 1.0
+    s_lo: Cosine = 0.7
     direction: Direction = "backward"
     radius_law: RadiusLaw = "uniform"
     noise_sharing: NoiseSharing = "independent"

@@ -15,9 +15,6 @@ def cache(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
     given = config["captions"]
     files = [Path(str(file)).expanduser() for file in (given if isinstance(given, list) else [given])]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"captions={file} is no file: give a list of captions, one a line, or a CSV or JSON file.")
     column = config["column"]
     preflight.check_model(config["backbone"])
     counted = lengths.Lengths(config["backbone"])

@@ -8,12 +8,11 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import logging
-import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,12 +22,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from realera import complaints, disk, interrupts, output, paths, processes, surroundings, sweep
+from realera.composed import checked as checked
+from realera.composed import plain as plain
 from realera.contracts import Task, UserError
 from realera.devices import number as cuda_devices
 from realera.parts import build
+from realera.sources import find
 from realera.surroundings import flags_first, gather
 from realera.sweep import fail
 from realera.sweep import in_sweep as in_sweep  # the doors ask here
@@ -69,7 +70,7 @@ def opened(config_name: str, step: Step, positional: str | None) -> int:
     arguments = flags_first(sys.argv[1:])
     get_ready()
     sys.argv[1:] = gather(arguments, positional) if positional else arguments
-    job = sweep.Job(step, prepared, get_ready)
+    job = sweep.Job(step, partial(prepared, door=config_name), get_ready)
     status = 0
     try:
         hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(job)()
@@ -143,9 +144,13 @@ def as_process(main: Callable[[], None]) -> NoReturn:
     os._exit(status)
 
 
-def prepared(cfg: DictConfig) -> DictConfig:
-    """The composed config as a step takes it."""
-    return with_concepts(with_judge(cfg))
+def prepared(cfg: DictConfig, door: str) -> DictConfig:
+    """The composed config as a step takes it. Raises UserError for a setting that cannot be."""
+    checked(cfg, door)
+    judged = with_judge(cfg)
+    if judged is not cfg:
+        checked(judged, door)
+    return with_concepts(judged)
 
 
 def get_ready() -> None:
@@ -212,27 +217,6 @@ def build_task(config: Mapping[str, Any]) -> Task:
     return task
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The config as plain containers, every interpolation resolved; .inf in a method's settings is a number, however
-    it came here: yaml spells it so, and Hydra's command line takes that for a word.
-
-    Raises:
-        UserError: an interpolation that cannot be resolved, or a mandatory value (???) that was not given.
-    """
-    try:
-        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise UserError(complaints.of_value(error)) from error
-    assert isinstance(container, dict)
-    return {str(key): _infinite(value) if key == "method" else value for key, value in container.items()}
-
-
-def _infinite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _infinite(one) for key, one in value.items()}
-    return math.inf if value == ".inf" else value
-
-
 # --- resolvers -------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +249,9 @@ def default_backbone() -> tuple[str, str]:
 
 def by_backbone(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
     """`${by_backbone:{default:1e-5,mini:1e-3}}`: the entry of the chosen backbone's `name`, else `default`."""
-    name = _root_.backbone.name
+    name = OmegaConf.select(_root_, "backbone.name")
+    if not isinstance(name, str):
+        raise UserError(f"backbone.name={'null' if name is None else name} cannot be: give a text, such as sd14.")
     if name not in table and "default" not in table:
         raise UserError(f"no value is known for backbone {name} (there are {', '.join(table)}): type one.")
     return table[name] if name in table else table["default"]
@@ -273,9 +259,11 @@ def by_backbone(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
 
 def by_task(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
     """`${by_task:{default:0.1,style:0.001}}`: the entry of the chosen task's `name`, else `default`."""
-    node = _root_.get("task")
-    task: Any = None if node is None else get_class(node["_target_"])  # tasks load without torch
-    return table["default"] if task is None or task.name not in table else table[task.name]
+    target = OmegaConf.select(_root_, "task._target_")
+    if target is not None and isinstance(found := find(str(target)), str):
+        raise UserError(f"task._target_={target}: {found}; leave it as the yaml has it.")
+    task: Any = None if target is None else get_class(target)  # tasks load without torch
+    return table.get(str(getattr(task, "name", None)), table["default"])
 
 
 def wandb_mode() -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from realera.kinds import Guidance, Label, Pixels, Positive, Rank, SamplerSteps, Targets
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
@@ -23,6 +25,10 @@ Mode = Literal["mean_prob", "top1", "score", "detected"]
 """What a verdict is read as: 100 x value | whether the label is the prompt's concept | detail["score"], such as 100 cos
 | whether detail["detected"] says that something of a kind was found. The last three in percent or in the score's own
 unit; a verdict without the detail has no such reading."""
+
+
+Scheduler = Literal["ddim", "dpm++"]
+"""DDIM with eta 0 | DPM-Solver++ 2M."""
 
 
 class UserError(Exception):
@@ -128,22 +134,22 @@ class LoraSpec:
     ("attn2.to_k"). `init` is the law of A: "gaussian" N(0, 1/rank^2) or "kaiming" (PEFT's default); B starts at 0.
     per_concept: one such adapter for each erased concept, side by side; `Backbone.adapter_scale` chooses among them."""
 
-    rank: int = 1
-    alpha: float = 1.0
-    targets: tuple[str, ...] = ("attn2.to_k", "attn2.to_v")
+    rank: Rank = 1
+    alpha: Positive = 1.0
+    targets: Targets = ("attn2.to_k", "attn2.to_v")
     init: Literal["gaussian", "kaiming"] = "gaussian"
     per_concept: bool = False
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are drawn. `scheduler` is "ddim" or "dpm++" (DPM-Solver++ 2M); sizes in pixels."""
+    """How images are drawn. Sizes in pixels."""
 
-    scheduler: str = "ddim"
-    steps: int = 50
-    guidance_scale: float = 7.5
-    height: int = 512
-    width: int = 512
+    scheduler: Scheduler = "ddim"
+    steps: SamplerSteps = 50
+    guidance_scale: Guidance = 7.5
+    height: Pixels = 512
+    width: Pixels = 512
 
 
 @dataclass(frozen=True)
@@ -344,7 +350,7 @@ class Aligner(Protocol):
 class Method:
     """A method is up to six parts, each its own node in the yaml and each nullable."""
 
-    name: str
+    name: Label
     neighbours: Miner | None = None
     edit: Editor | None = None
     latents: LatentSource | None = None

@@ -16,9 +16,6 @@ BUILDERS = {"workspace": panels.workspace, "report": panels.report}
 
 def dashboard(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
-    if config["kind"] not in BUILDERS:
-        close = complaints.did_you_mean(str(config["kind"]), BUILDERS)
-        raise UserError(f"kind={config['kind']} is neither workspace nor report{close}.")
     if find_spec("wandb_workspaces") is None:
         raise UserError("a dashboard is built by wandb-workspaces: pip install 'realera[dashboard]'.")
     if config["dry_run"]:

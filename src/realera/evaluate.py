@@ -24,10 +24,10 @@ def evaluate(cfg: DictConfig) -> None:
     preflight.check_judge(run.config)
     if not original:
         preflight.check_run(run)
+    preflight.check_model(run.config["backbone"], plan=config["dry_run"])
     if config["dry_run"]:
         plan.show(plan.summed([plan.judging(run, task, original)]))
         return
-    preflight.check_model(run.config["backbone"])
     cli.say_backbone(run.config, None if original else str(run.folder))
     with runs.alone(run.folder, among.first):
         if original:

@@ -7,20 +7,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from realera import cli, complaints, console, paths, preflight, runs
+from realera import cli, console, paths, preflight, runs
 from realera.contracts import UserError
 from realera.runs import Run
-
-FORMS = ("diffusers", "lora", "kohya", "map")
 
 
 def export(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
     to, rank, out = str(config["to"]), config["rank"], Path(str(config["out"]))
-    if to not in FORMS:
-        raise UserError(f"to={to} is no form{complaints.did_you_mean(to, FORMS) or ';'} known: {', '.join(FORMS)}.")
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise UserError(f"rank={rank} must be a whole number from 1 on, or null.")
     run = runs.open_run(str(config["run"]))
     preflight.check_run(run)
     preflight.check_writable(out, "out")

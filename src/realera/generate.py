@@ -43,17 +43,9 @@ def generate(cfg: DictConfig) -> None:
 
 
 def prompts_of(texts: Any, seeds: Any) -> list[Prompt]:
-    """Every text from every seed, as prompts with an id each.
-
-    Raises:
-        UserError: no text, an empty one, or a seed that is not a whole number from 0 to 2^63 - 1.
-    """
+    """Every text from every seed, as prompts with an id each."""
     listed: Sequence[Any] = texts if isinstance(texts, list) else [texts]
-    if not listed or not all(isinstance(text, str) and text.strip() for text in listed):
-        raise UserError("prompts is empty or holds an empty text: 'prompts=[\"a photo of a jet\"]'.")
     numbers: Sequence[Any] = seeds if isinstance(seeds, list) else [seeds]
-    if not numbers or not all(type(seed) is int and 0 <= seed < 2**63 for seed in numbers):
-        raise UserError(f"seeds={str(seeds)[:80]} must be whole numbers from 0 to 2^63 - 1: 'seeds=[0,1,2]'.")
     distinct = [(text, seed) for text in dict.fromkeys(listed) for seed in dict.fromkeys(numbers)]
     return [Prompt(f"{slug(text)}-{seed:04d}", text, text, "erase", seed) for text, seed in distinct]
 

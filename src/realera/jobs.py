@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from realera import cli, complaints, console, disk, judged, paths, plan, preflight, runs, study, sweep
+from realera import cli, complaints, console, disk, judged, paths, plan, preflight, runs, schema, starting, study, sweep
 from realera.contracts import UserError
 from realera.parts import NotBuilt
 from realera.plan import Plan, Work
@@ -39,6 +39,9 @@ class Beginning(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         dry = bool(config.get("dry_run"))
         try:
+            sweeper = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
+            assert isinstance(sweeper, dict)
+            schema.check_search({str(key): value for key, value in sweeper.items() if not _interpolated(value)})
             refuse_missing(config)
             refuse_moving(config)
             planned = plan_of(config, str(kwargs.get("config_name") or config.hydra.job.config_name))
@@ -63,6 +66,10 @@ def refuse_missing(config: DictConfig) -> None:
         top = ".".join(module.split(".")[:2])
         if top.startswith("hydra_plugins.") and (find_spec("hydra_plugins") is None or find_spec(top) is None):
             raise UserError(f"{top.removeprefix('hydra_plugins.')} is not installed: pip install 'realera[sweeps]'.")
+
+
+def _interpolated(value: Any) -> bool:
+    return isinstance(value, str) and "${" in value
 
 
 def refuse_moving(config: DictConfig) -> None:
@@ -176,7 +183,9 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
         own = copy.copy(cfg)
         with open_dict(own):
             del own["hydra"]
-        config = cli.plain(cli.with_concepts(own))
+        config = cli.checked(own, "evaluate" if "run" in own else "train")
+        if config["concepts_file"] is not None:
+            config = cli.plain(cli.with_concepts(own))
         preflight.check_sweep(config.get("trainer") or {})
         if config.get("run") is not None:
             run, unedited = judged.run_of(config)
@@ -185,6 +194,7 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
         task = cli.build_task(config)
         config = cli.name_concepts(config, task)
         folder = runs.folder_of(config)
+        starting.check(config, _seen(known))
         if (folder / paths.METRICS).is_file():  # finished only if judged by this judge: slow to compose
             config["judge"] = cli.plain(cli.with_judge(own)).get("judge")
         if made is not None:
@@ -193,6 +203,12 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
     finally:
         hydra_config.cfg = outside
     return plan.work(config, task, known=known)
+
+
+def _seen(known: dict[str, Any] | None) -> set[str]:
+    """What was looked at for other jobs of the same plan."""
+    seen: set[str] = (known if known is not None else {}).setdefault("looked at", set())
+    return seen
 
 
 class Composer:

@@ -7,30 +7,27 @@ that will meet it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import socket
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from realera import band
+from realera import band, hub
 from realera.backbones import folder, vocabulary
 from realera.contracts import Concept, Task, UserError
 from realera.paths import ERASED, MINIATURE
 from realera.runs import Run
 
+log = logging.getLogger("realera")
 ACTING = ("edit", "align", "guide")  # one at least must stand: `finish` only ends what these began
 ATTENTIVE = (  # aligners whose loss is made of what gradient checkpointing drops
     "realera.methods.mace.AttentionSuppression",
     "realera.methods.fmn.AttentionResteering",
 )
-WANDB_MODES = ("online", "offline", "disabled", "shared", "run", "dryrun")  # of W&B; the last two: its older words
-HUB_PATIENCE = 1.2  # seconds until a hub that does not answer counts as out of reach
 
 
 def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
@@ -44,14 +41,6 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
         for text in given if isinstance(given, (list, tuple)) else [given]:
             if isinstance(text, str):
                 check_name(text, key)
-    seed = config.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed} is no seed: give a whole number of 0 or more (several: -m seed=0,1,2).")
-    for key in ("evaluate", "overwrite"):
-        if not isinstance(config.get(key, False), bool):
-            raise UserError(f"{key}={config[key]} is neither true nor false.")
-    if (mode := (config.get("logger") or {}).get("mode")) not in (None, *WANDB_MODES):
-        raise UserError(f"logger.mode={mode} (WANDB_MODE, where it is set) is none of {', '.join(WANDB_MODES)}.")
     if sweep:
         check_sweep(config.get("trainer") or {})
     method = config.get("method") or {}
@@ -62,8 +51,6 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
         )
     check_band(method, config.get("backbone") or {})
     check_training(method, config.get("backbone") or {})
-    if config.get("run_dir"):
-        check_writable(Path(str(config["run_dir"])), "run_dir")
 
 
 def _acts(part: Any) -> bool:
@@ -71,8 +58,9 @@ def _acts(part: Any) -> bool:
     return bool(part) and not (isinstance(part, Mapping) and part.get("refine") is False)
 
 
-def check_model(backbone: Mapping[str, Any]) -> None:
-    """The base model's files: a whole folder, or a hub's model that is cached or can be fetched.
+def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
+    """The base model's files: a whole folder, or a hub's model that is cached or can be fetched. plan: a hub that is
+    out of reach is warned about, because plans are made on machines without the weights.
 
     Raises:
         UserError: what is missing, torn or out of reach, and the remedies.
@@ -84,8 +72,13 @@ def check_model(backbone: Mapping[str, Any]) -> None:
         or not folder.HUB_ID.fullmatch(str(pretrained))
     ):
         folder.locate(pretrained)
-    else:
-        check_hub(str(pretrained))
+        return
+    try:
+        hub.check(str(pretrained))
+    except hub.OutOfReach as error:
+        if not plan:
+            raise
+        log.warning("a run would be refused here: %s", error)
 
 
 def check_judge(config: Mapping[str, Any]) -> None:
@@ -182,6 +175,11 @@ def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> No
     align = method.get("align") or {}
     if not align.get("steps"):
         return
+    if method.get("latents", {}) is None:
+        raise UserError(
+            f"method {method.get('name')} trains (align) on no latents: leave method.latents as it is, or set "
+            "method.align=null."
+        )
     if backbone.get("gradient_checkpointing"):
         if align.get("_target_") in ATTENTIVE:
             raise UserError(
@@ -232,63 +230,16 @@ def check_writable(place: Path, key: str) -> None:
         ) from error
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------------
-
-
-def check_hub(repository: str) -> None:
-    """A hub's model must lie in the cache, or the hub must answer."""
-    if (snapshot := _cached(repository)) is not None:
-        folder.check(snapshot)
-        return
-    remedies = (
-        "use the built-in model (backbone=mini), give a diffusers folder (backbone.pretrained=DIR), or fill the cache "
-        f"where there is a network (hf download {repository}) and point HF_HOME at it."
-    )
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UserError(f"{repository} is not in the cache {_hub_cache()} and HF_HUB_OFFLINE is set: {remedies}")
-    if not _answers(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
-        raise UserError(f"{repository} is not in the cache {_hub_cache()} and the hub does not answer: {remedies}")
-
-
-def _hub_cache() -> Path:
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-
-
-def _cached(repository: str) -> Path | None:
-    """The snapshot folder of a hub's model in the cache."""
-    root = _hub_cache() / f"models--{repository.replace('/', '--')}"
-    main = root / "refs" / "main"
-    named = [root / "snapshots" / main.read_text().strip()] if main.is_file() else []
-    found = [*named, *sorted((root / "snapshots").glob("*"))]
-    return next((path for path in found if not folder.missing(path)), None)
-
-
-def _answers(address: str) -> bool:
-    """Whether a connection opens within `HUB_PATIENCE`; in a thread, for looking a name up has no limit of its own."""
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    parts = urlsplit(proxy or address)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    opened = threading.Event()
-
-    def knock() -> None:
-        try:
-            socket.create_connection((parts.hostname or "", port), timeout=HUB_PATIENCE).close()
-            opened.set()
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=knock, daemon=True)
-    thread.start()
-    thread.join(HUB_PATIENCE)
-    return opened.is_set()
+def model_folder(backbone: Mapping[str, Any]) -> Path | None:
+    """Where the base model's files lie on this disk; None where they do not."""
+    pretrained = backbone.get("pretrained")
+    place = MINIATURE if pretrained is None else Path(str(pretrained)).expanduser()
+    return place if place.is_dir() else hub.cached(str(pretrained))
 
 
 def tokenizer_of(backbone: Mapping[str, Any]) -> Any:
     """The backbone's tokenizer, or None where it is not on this disk."""
-    pretrained = backbone.get("pretrained")
-    place = MINIATURE if pretrained is None else Path(str(pretrained)).expanduser()
-    found = place if place.is_dir() else _cached(str(pretrained))
+    found = model_folder(backbone)
     return None if found is None else vocabulary.read(found / "tokenizer")
 
 

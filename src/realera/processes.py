@@ -27,6 +27,7 @@ from realera.ranks import ALONE, Ranks, patient_group
 from realera.runs import Run, difference, identity
 
 PATIENCE = 20.0  # seconds that a process is given to notice by itself that another has ended
+LEAST = 4  # processes on the CPU that any machine may be asked for
 FIRST = "REALERA_FIRST"  # the process that started this one
 
 
@@ -139,6 +140,11 @@ def _devices(asked: Any, accelerator: str, gpus: int) -> tuple[list[int] | None,
         return None, gpus
     if number < 1:
         raise UserError(f"trainer.devices={asked} cannot be: give a number of 1 or more, a list as [0,1], or -1 (all).")
+    if gpus == 0 and number > (most := max(LEAST, os.cpu_count() or 1)):
+        raise UserError(
+            f"trainer.devices={asked} asks for {number} processes on the CPU, and this machine is for {most} at most: "
+            "give fewer."
+        )
     return None, number
 
 

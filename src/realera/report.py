@@ -13,7 +13,7 @@ from realera.contracts import UserError
 
 def report(cfg: DictConfig) -> None:
     config = cli.plain(cfg)
-    names = [str(name) for name in config["runs"]]
+    names = [str(name) for name in (config["runs"] if isinstance(config["runs"], list) else [config["runs"]])]
     if not names:
         raise UserError("no run was given: python -m realera.report runs/..., or runs for all of them.")
     folders = list(dict.fromkeys(folder for name in names for folder in _runs_in(name)))

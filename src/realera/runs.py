@@ -166,25 +166,34 @@ def alone(folder: Path, first: bool = True, key: str = "run_dir") -> Iterator[No
         yield
 
 
-def claim(config: dict[str, Any]) -> Run:
-    """The run's folder, made ready: begun anew, to be gone on with, or finished.
+def look(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
+    """The run's folder, and the settings of the run that stands in it, if one is to be gone on with; changes nothing.
 
     Raises:
-        UserError: the folder holds a run of other settings, or something that is no run, or cannot be written.
+        UserError: the folder holds a run of other settings, or something that is no run.
     """
     folder = folder_of(config)
     check_files(folder)
     is_run = (folder / paths.CONFIG).is_file()
     if not is_run and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds files and is no run folder: choose another run_dir.")
-    if is_run and config.get("overwrite"):
-        _clear(folder)
-        is_run = False
-    there = read_config(folder) if is_run else None
+    there = read_config(folder) if is_run and not config.get("overwrite") else None
     if there is not None and (differs := difference(identity(there), identity(config))):
         raise UserError(
             f"{folder} holds a run of other settings ({differs}): choose another run_dir, or set overwrite=true."
         )
+    return folder, there
+
+
+def claim(config: dict[str, Any]) -> Run:
+    """The run's folder, made ready: begun anew, to be gone on with, or finished.
+
+    Raises:
+        UserError: the folder holds a run of other settings, or something that is no run, or cannot be written.
+    """
+    folder, there = look(config)
+    if config.get("overwrite") and (folder / paths.CONFIG).is_file():
+        _clear(folder)
     if (weights := weights_of(config)) is not None:
         config = {**config, "weights": weights}
     if read := trust.tables(config):

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, console, costs, lengths, paths, plan, preflight, processes, runs, sweep
+from realera import cli, console, costs, lengths, paths, plan, preflight, processes, runs, starting, sweep
 from realera.contracts import Task
 from realera.evaluation.records import read_metrics
 from realera.ranks import Ranks
@@ -22,14 +22,13 @@ def train(cfg: DictConfig) -> float | None:
     task = cli.build_task(config)
     config = cli.name_concepts(config, task)
     preflight.check_task(task, config["backbone"])
-    if config["dry_run"]:
-        plan.show(plan.summed([plan.work(config, task)]))
-        return None
-    if not runs.is_finished(config):
-        preflight.check_model(config["backbone"])
+    starting.check(config)
     if config["evaluate"]:
         preflight.check_judge(config)
     among = processes.plan(config["trainer"], cli.cuda_devices())
+    if config["dry_run"]:
+        plan.show(plan.summed([plan.work(config, task)]))
+        return None
     config["trainer"] = dict(among.trainer)
     with runs.alone(runs.folder_of(config), among.first):
         run, ranks = begin(config, task, among)
@@ -48,7 +47,8 @@ def begin(config: dict[str, Any], task: Task, among: processes.Plan) -> tuple[Ru
             if ranks.first and config["evaluate"] and os.environ.get("WANDB_SWEEP_ID"):
                 tell_agent(run)
         else:
-            carry_out(run, task, ranks)
+            with starting.let_go(run):
+                carry_out(run, task, ranks)
     return run, ranks
 
 

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from options import method_settings
+from options import built, method_settings
 from realera.cli import register_resolvers
 from realera.contracts import Edit, Pair, UserError
 from realera.methods.ac import Ablation
@@ -132,4 +132,4 @@ def test_it_says_what_it_has_to_know(student: Any, pair: Pair) -> None:
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        Ablation(**{"parameters": KV, **settings})
+        built(Ablation, **{"parameters": KV, **settings})

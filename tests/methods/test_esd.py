@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from options import built
 from realera.contracts import Edit, Pair, UserError
 from realera.methods.esd import NegativeGuidance
 from realera.training.checkpoint import load_erased, read_erased
@@ -127,4 +128,4 @@ def test_the_name_nothing_is_no_change(student: Any, new_backbone: Any, new_pair
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        NegativeGuidance(**{"parameters": ["attn2"], **settings})
+        built(NegativeGuidance, **{"parameters": ["attn2"], **settings})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from options import built
 from realera.contracts import Pair, UserError
 from realera.methods.fmn import AttentionResteering, Pooler, positions
 from realera.methods.inversion import TextualInversion
@@ -191,15 +192,17 @@ def test_what_was_found_lies_on_one_device(
 @pytest.mark.parametrize("settings", [{"pooler": "all"}, {"steps": -1}, {"lr": 0.0}])
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        AttentionResteering(**settings)
+        built(AttentionResteering, **settings)
 
 
 @pytest.mark.parametrize(
     "settings", [{"steps": -1}, {"tokens": 0}, {"prompt": "a photo"}, {"images": AnchorBank(of="target")}]
 )
 def test_bad_inversions_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"method\.align\.inversion"):
-        inversion(**settings)
+    with pytest.raises(
+        UserError, match=next(iter(settings)) if "images" not in settings else r"method\.align\.inversion"
+    ):
+        built(TextualInversion, inversion, **settings)
 
 
 def test_unknown_prompts_and_kept_activations_are_refused(backbone: Any, new_backbone: Any, pair: Pair) -> None:

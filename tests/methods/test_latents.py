@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from options import built
 from realera.contracts import Edit, Pair, Sampler, UserError
 from realera.methods.latents import AnchorBank
 
@@ -126,7 +127,7 @@ def test_noised_latents(backbone: Counted, new_pairs: Callable[..., list[Pair]],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        AnchorBank(**settings)
+        built(AnchorBank, **settings)
 
 
 def test_it_tells_the_noise_and_the_prompt(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from options import method_settings
+from options import built, method_settings
 from realera.contracts import Concept, LoraSpec, Pair, Sampler, UserError
 from realera.methods.mace import AttentionSuppression, ConceptImages, Fusion, Refinement, importance_law
 from realera.methods.masks import Masks, attended
@@ -405,22 +405,22 @@ def test_a_lora_elsewhere_cannot_be_fused(new_backbone: Any, new_pairs: Any) -> 
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: Refinement(ridge=-1.0), "edit.ridge"),
-        (lambda: Refinement(ridge=1.0, prompts=0), "edit.prompts"),
-        (lambda: Fusion(ridge=1.0, prompts=-1), "finish.prompts"),
+        (lambda: built(Refinement, ridge=-1.0), "ridge"),
+        (lambda: built(Refinement, ridge=1.0, prompts=0), "prompts"),
+        (lambda: built(Fusion, ridge=1.0, prompts=-1), "prompts"),
         (lambda: Fusion(ridge=None), "finish.ridge"),
-        (lambda: Fusion(ridge=float("nan")), "finish.ridge"),
-        (lambda: AttentionSuppression(steps=-1), "steps"),
-        (lambda: AttentionSuppression(lr=-1.0), "lr"),
-        (lambda: AttentionSuppression(pooler="all"), "pooler"),  # type: ignore[arg-type]
+        (lambda: built(Fusion, ridge=float("nan")), "ridge"),
+        (lambda: built(AttentionSuppression, steps=-1), "steps"),
+        (lambda: built(AttentionSuppression, lr=-1.0), "lr"),
+        (lambda: built(AttentionSuppression, pooler="all"), "pooler"),
         (lambda: AttentionSuppression(lora=LoraSpec()), "per_concept"),
-        (lambda: ConceptImages(images=0), "images"),
-        (lambda: ConceptImages(prompt="a cat"), "prompt"),
-        (lambda: Masks("sam"), "source"),  # type: ignore[arg-type]
-        (lambda: Masks(box_threshold=2.0), "box_threshold"),
-        (lambda: Masks(timesteps=[1000]), "timesteps"),
+        (lambda: built(ConceptImages, images=0), "images"),
+        (lambda: built(ConceptImages, prompt="a cat"), "prompt"),
+        (lambda: built(Masks, source="sam"), "source"),
+        (lambda: built(Masks, box_threshold=2.0), "box_threshold"),
+        (lambda: built(Masks, timesteps=[1000]), "timesteps"),
         (lambda: Preserved(scale=1e-4), "weighs nothing"),
-        (lambda: Preserved("everyday", scale=-1.0), "scale"),
+        (lambda: built(Preserved, prior_cache="everyday", scale=-1.0), "scale"),
         (lambda: Preserved("everyday"), "prior_cache=everyday counts for nothing"),
         (lambda: Preserved(None, domain_cache="names", domain_weight=8e3), "domain_cache=names counts for nothing"),
         (lambda: Preserved("everyday", scale=1e-4, domain_cache="names"), "domain_weight=0 go together"),

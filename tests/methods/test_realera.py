@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from options import built
 from realera.band import Band
 from realera.contracts import Edit, LoraSpec, Moments, Neighbours, Pair, TextStates, UserError
 from realera.methods.realera import ClosedForm, Mining, NoiseAlignment
@@ -280,4 +281,4 @@ def test_a_step_takes_a_random_prompt(student: Any, pair: Pair) -> None:
 )
 def test_bad_settings_are_refused(part: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        part(**settings)
+        built(part, **settings)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from options import built
 from realera.contracts import Concept, Edit, Pair, TextStates, UserError
 from realera.methods.rece import RobustErasure, gram_of
 from realera.methods.uce import UnifiedConceptEdit
@@ -115,7 +116,7 @@ def test_no_rounds_are_uce(new_backbone: Any) -> None:
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        RobustErasure(UnifiedConceptEdit(), **settings)
+        built(RobustErasure, start=UnifiedConceptEdit(), **settings)
 
 
 def test_a_start_without_a_map_is_refused(new_backbone: Any) -> None:

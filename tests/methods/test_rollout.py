@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from options import built
 from realera.contracts import Edit, Pair, Sampler, UserError
 from realera.methods.rollout import Rollout
 
@@ -167,5 +168,5 @@ def test_two_models_of_one_source_share_nothing(backbone: Noted, pairs: list[Pai
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"method.latents.{next(iter(settings))}="):
-        Rollout(**settings)
+    with pytest.raises(UserError, match=f"{next(iter(settings))}="):
+        built(Rollout, **settings)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor
 
-from options import method_settings
+from options import built, method_settings
 from realera.cli import register_resolvers
 from realera.contracts import Edit, Pair, UserError
 from realera.methods.replay import CAPTIONS, Fisher, Replay
@@ -310,4 +310,4 @@ def test_without_consolidation(backbone: Any, pair: Pair, tmp_path: Path) -> Non
 )
 def test_bad_settings_are_refused(part: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        part(**settings)
+        built(Fisher if part is fisher else part, part, **settings)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from options import built
 from realera.contracts import UserError
 from realera.methods.sld import INAPPROPRIATE, PRESETS, SafetyGuidance
 
@@ -151,7 +152,7 @@ def test_images_are_drawn_away_from_the_concept(
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        SafetyGuidance(**{"concepts": "cat", **settings})
+        built(SafetyGuidance, **{"concepts": "cat", **settings})
 
 
 def test_nothing_to_guide_away_from_is_refused() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from options import built
 from realera.contracts import LoraSpec, Pair, UserError
 from realera.evaluation.generate import source_of
 from realera.methods.spm import FacilitatedTransport, SemiPermeableMembrane, permeability
@@ -166,7 +167,7 @@ def test_the_rate_is_the_official_schedulers() -> None:
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        SemiPermeableMembrane(SPEC, **settings)
+        built(SemiPermeableMembrane, lora=SPEC, **settings)
 
 
 def test_too_few_words_are_refused(new_backbone: Any, new_pairs: Any) -> None:
@@ -269,4 +270,4 @@ def test_a_loaded_run_is_drawn_through_its_guide(
 )
 def test_bad_guides_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        FacilitatedTransport(**settings)
+        built(FacilitatedTransport, **settings)

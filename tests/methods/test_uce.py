@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from options import built
 from realera.contracts import Concept, Pair, Sampler, TextStates, UserError
 from realera.methods.uce import UnifiedConceptEdit
 
@@ -105,4 +106,4 @@ def test_a_blank_guide_is_the_row_of_bos(new_backbone: Any) -> None:
 @pytest.mark.parametrize("settings", [{"rows": "all"}, {"ridge": -1.0}, {"erase_scale": -1.0}])
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
-        UnifiedConceptEdit(**settings)
+        built(UnifiedConceptEdit, **settings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,7 +16,8 @@ from realera.backbones import attention
 from realera.contracts import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTION = ("auto", "sdpa", "plain", "sliced")
+Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["auto", "sdpa", "plain", "sliced"]
 SMALL_MAP = 32 * 32  # latent pixels up to which plain attention is the faster one to train on a CPU
 
 
@@ -32,10 +33,13 @@ class Denoiser:
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, attention: str, compiled: bool | str, pixels_per_latent: int, backbone: str
+        self,
+        unet: UNet2DConditionModel,
+        attention: Attention,
+        compiled: bool | str,
+        pixels_per_latent: int,
+        backbone: str,
     ) -> None:
-        if attention not in ATTENTION:
-            raise UserError(f"backbone.attention={attention!r} is not known; choose among {', '.join(ATTENTION)}.")
         self.unet = unet
         self.attention = attention
         self.pixels_per_latent = pixels_per_latent

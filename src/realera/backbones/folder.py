@@ -171,6 +171,13 @@ def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
     return "", [folder / part / f"{stem}.safetensors"]
 
 
+def weights(folder: Path, part: str) -> dict[str, int]:
+    """{name: number of axes} of all weights of one part, from the headers of its files. Raises UserError for a torn
+    one."""
+    files = part_files(folder, part)[1]
+    return {name: len(stored.shape) for file in files for name, stored in tensors(file).items()}
+
+
 def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
     """16 hex digits of a sha256 over everything an image depends on besides prompt, seed and sampler.
 

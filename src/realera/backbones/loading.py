@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -19,6 +19,18 @@ from realera import finite
 from realera.backbones import folder
 from realera.backbones.text import PairedTextEncoder, TextEncoder
 from realera.contracts import UserError
+from realera.kinds import Count, Number, Positive
+
+Rows = Annotated[int, Number(3, 4096, whole=True)]
+
+
+class TextFigures(TypedDict, total=False):
+    """width D, row_norm (mean norm of the rows a concept stands in), max_length T."""
+
+    width: Count
+    row_norm: Positive
+    max_length: Rows
+
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ from torch import Generator, Tensor, nn
 from realera import finite
 from realera.backbones import adapters, autoencoder, folder, loading, sampling
 from realera.backbones.base import BaseWeights
-from realera.backbones.denoiser import DTYPES, Denoiser
+from realera.backbones.denoiser import DTYPES, Attention, Denoiser, Dtype
+from realera.backbones.loading import Rows, TextFigures
 from realera.contracts import Edit, Guide, LoraSpec, Sampler, TextStates, UserError
+from realera.kinds import Checkpoint, Label
 
 EDIT, LORA = "edit.", "lora."
 
@@ -35,21 +36,19 @@ class UNetBackbone:
 
     def __init__(
         self,
-        name: str,
-        pretrained: str | Path | None,
+        name: Label,
+        pretrained: Checkpoint | None,
         sampler: Sampler,
-        dtype: str = "float32",
-        text: Mapping[str, Any] | None = None,
-        text_length: int | None = None,
-        attention: str = "auto",
+        dtype: Dtype = "float32",
+        text: TextFigures | None = None,
+        text_length: Rows | None = None,
+        attention: Attention = "auto",
         channels_last: bool = False,
-        compile: bool | str = False,
+        compile: bool | Label = False,
         gradient_checkpointing: bool = False,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
     ) -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"backbone.dtype={dtype!r} is not known; choose among {', '.join(DTYPES)}.")
         self.name = name
         self.sampler = sampler
         self.vae_slicing = vae_slicing

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realera.contracts import Judge, Prompt, UserError, Verdict
+from realera.contracts import Prompt, Split, UserError, Verdict
+from realera.judges.elsewhere import PlacedJudge
+from realera.kinds import Label
 
 
 class BySplit:
@@ -17,7 +19,7 @@ class BySplit:
     not named is not judged, and a prompt of it is refused. Raises UserError where the two do not fit.
     """
 
-    def __init__(self, judges: Mapping[str, Judge], splits: Mapping[str, str]) -> None:
+    def __init__(self, judges: Mapping[str, PlacedJudge], splits: Mapping[Split, Label]) -> None:
         self.judges, self.splits = dict(judges), dict(splits)
         if unknown := sorted(set(self.splits.values()) - set(self.judges)):
             raise UserError(f"judge.splits names {', '.join(unknown)}; judge.judges holds {', '.join(self.judges)}")

@@ -13,6 +13,7 @@ from realera import finite
 from realera.contracts import Prompt, UserError, Verdict
 from realera.judges.images import batches, check_batch, read_rgb
 from realera.judges.places import out_of_reach, torch_device
+from realera.kinds import Batch, Label, Template, TorchDevice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +38,12 @@ class ClipJudge:
 
     def __init__(
         self,
-        labels: Sequence[str] | None = None,
-        template: str = "a photo of the {}",
-        model: str = "ViT-B-32-quickgelu",
-        pretrained: str = "openai",
-        device: str = "auto",
-        batch: int = 64,
+        labels: Sequence[Label] | None = None,
+        template: Template = "a photo of the {}",
+        model: Label = "ViT-B-32-quickgelu",
+        pretrained: Label = "openai",
+        device: TorchDevice = "auto",
+        batch: Batch = 64,
     ) -> None:
         if template.count("{}") != 1:
             raise UserError(f"judge.template={template!r} must hold {{}} once, where the label goes.")

@@ -18,11 +18,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, TypedDict
 
 from realera import paths
-from realera.contracts import Prompt, UserError, Verdict
+from realera.contracts import Judge, Prompt, UserError, Verdict
 from realera.judges.worker import MARK
+from realera.kinds import Beside, Python
 from realera.parts import locate
 
 _BOOT = """
@@ -37,6 +38,15 @@ from realera.judges import worker
 worker.main()
 """  # realera alone becomes importable there: not what lies beside it, built for this interpreter, nor the work folder
 _BATCH = 64  # images in one line, where the judge has no batch of its own
+
+
+class Placed(TypedDict, total=False):
+    """python: another interpreter that judges in place of this one; null: this one."""
+
+    python: Python | None
+
+
+PlacedJudge = Annotated[Judge, Beside(Placed)]
 
 
 def placed(node: Any) -> Any:

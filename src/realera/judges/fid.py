@@ -13,6 +13,7 @@ from realera import finite
 from realera.contracts import UserError
 from realera.judges.images import check_batch, read_rgb
 from realera.judges.places import out_of_reach, torch_device
+from realera.kinds import Batch, File, TorchDevice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Layer = Literal["64", "192", "768", "2048"]
+Layer = Literal["64", "192", "768", "2048", 64, 192, 768, 2048]
 Resize = Literal["clean", "tensorflow"]
 _SIDE = 299  # pixels, of Inception
 _SOURCE = "https://github.com"
@@ -40,11 +41,11 @@ class FidJudge:
 
     def __init__(
         self,
-        weights: str | Path | None = None,
-        layer: Layer | int = "2048",
+        weights: File | None = None,
+        layer: Layer = "2048",
         resize: Resize = "clean",
-        device: str = "auto",
-        batch: int = 32,
+        device: TorchDevice = "auto",
+        batch: Batch = 32,
     ) -> None:
         self.batch, self.layer, self.resize = check_batch(batch), str(layer), resize
         if self.layer not in get_args(Layer):

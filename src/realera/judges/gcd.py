@@ -13,13 +13,14 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from realera import finite, paths
 from realera.contracts import Prompt, UserError, Verdict
 from realera.judges.arrays import read_layers
 from realera.judges.images import batches, check_batch, read_rgb
 from realera.judges.places import torch_device
+from realera.kinds import Batch, Folder, Number, TorchDevice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,9 @@ LABELS, STATE = "face_recognition/labels.csv", "face_recognition/best_model_stat
 MARGIN, SIZE = 0.2, 224  # of a box's side, half on each end; pixels a side
 TOP = 5  # names kept in a verdict
 _SOURCE = "unpack resources.tar.gz of GIPHY's celeb-detection-oss (its examples/download_model.py fetches it) there"
+
+
+MinFace = Annotated[int, Number(12, 4096, whole=True)]  # the detector's first net sees 12 pixels
 
 
 class GiphyJudge:
@@ -46,7 +50,7 @@ class GiphyJudge:
     name = "gcd"
 
     def __init__(
-        self, resources: str | Path | None = None, min_face: int = 20, device: str = "auto", batch: int = 32
+        self, resources: Folder | None = None, min_face: MinFace = 20, device: TorchDevice = "auto", batch: Batch = 32
     ) -> None:
         self.batch, self.min_face = check_batch(batch), min_face
         if min_face < 12:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from realera import finite
 from realera.contracts import Prompt, UserError, Verdict
 from realera.judges.images import batches, check_batch, read_rgb
+from realera.kinds import Batch, Folder, Label, TorchDevice
 from realera.paths import MINIATURE
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ class MiniatureJudge:
 
     def __init__(
         self,
-        weights: str | Path | None = None,
-        unsafe: Sequence[str] = (),
-        device: str = "cpu",
-        batch: int = 256,
+        weights: Folder | None = None,
+        unsafe: Sequence[Label] = (),
+        device: TorchDevice = "cpu",
+        batch: Batch = 256,
     ) -> None:
         self.batch = check_batch(batch)
         import torch

@@ -3,16 +3,16 @@ that the anchor's gives."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, UserError
+from realera.kinds import LearningRate, NonNegative, Targets, TrainingSteps
 from realera.methods.texts import predict, take
 
 Variant = Literal["model", "noise"]
@@ -36,24 +36,14 @@ class Ablation:
 
     def __init__(
         self,
-        parameters: Sequence[str],
-        steps: int = 100,
-        lr: float = 1.6e-5,
-        weight_decay: float = 0.01,
+        parameters: Targets,
+        steps: TrainingSteps = 100,
+        lr: LearningRate = 1.6e-5,
+        weight_decay: NonNegative = 0.01,
         variant: Variant = "model",
-        prior: float = 0.0,
+        prior: NonNegative = 0.0,
         detach_bos: bool = True,
     ) -> None:
-        if variant not in get_args(Variant):
-            raise UserError(f"method.align.variant={variant!r} is not known: choose one of model, noise.")
-        if steps < 0:
-            raise UserError(f"method.align.steps={steps} cannot be: give 0 or more.")
-        if not (math.isfinite(lr) and lr > 0):
-            raise UserError(f"method.align.lr={lr} cannot be: give a finite number above 0.")
-        if not (math.isfinite(prior) and prior >= 0):
-            raise UserError(f"method.align.prior={prior} cannot be: give a finite number of 0 or more.")
-        if not parameters:
-            raise UserError("method.align.parameters is empty: name what is trained, such as [attn2.to_k,attn2.to_v].")
         self.parameters = list(parameters)
         self.steps = steps
         self.lr = lr

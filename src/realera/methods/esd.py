@@ -3,7 +3,6 @@ would."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
-from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
+from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates
+from realera.kinds import Finite, LearningRate, NonNegative, Positive, Targets, TrainingSteps
 from realera.methods.texts import predict, repeat
 
 NORMS = ("-norm", "-norm1", "-norm2", "-norm3", "-conv_norm_out")  # the layers' names in every Stable Diffusion
@@ -32,22 +32,14 @@ class NegativeGuidance:
 
     def __init__(
         self,
-        parameters: Sequence[str],
-        steps: int = 1000,
-        lr: float = 1e-5,
-        weight_decay: float = 0.0,
-        negative_guidance: float = 1.0,
+        parameters: Targets,
+        steps: TrainingSteps = 1000,
+        lr: LearningRate = 1e-5,
+        weight_decay: NonNegative = 0.0,
+        negative_guidance: Finite = 1.0,
         norms: bool = True,
-        clip: float | None = None,
+        clip: Positive | None = None,
     ) -> None:
-        if steps < 0:
-            raise UserError(f"method.align.steps={steps} cannot be: give 0 or more.")
-        if not (math.isfinite(lr) and lr > 0):
-            raise UserError(f"method.align.lr={lr} cannot be: give a finite number above 0.")
-        if not math.isfinite(negative_guidance):
-            raise UserError(f"method.align.negative_guidance={negative_guidance} cannot be: give a finite number.")
-        if not parameters:
-            raise UserError("method.align.parameters is empty: name what is trained, such as [attn2].")
         self.parameters = [*parameters, *(() if norms else NORMS)]
         self.steps = steps
         self.lr = lr

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Generator, Tensor
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
+from realera.kinds import LearningRate, NonNegative, Targets, TrainingSteps
 from realera.methods.inversion import TextualInversion
 from realera.methods.texts import predict, take
 
@@ -32,21 +33,13 @@ class AttentionResteering:
 
     def __init__(
         self,
-        parameters: Sequence[str] = ("all",),
-        steps: int = 35,
-        lr: float = 2e-6,
-        weight_decay: float = 0.01,
+        parameters: Targets = ("all",),
+        steps: TrainingSteps = 35,
+        lr: LearningRate = 2e-6,
+        weight_decay: NonNegative = 0.01,
         pooler: Pooler = "eos",
         inversion: TextualInversion | None = None,
     ) -> None:
-        if pooler not in get_args(Pooler):
-            raise UserError(
-                f"method.align.pooler={pooler!r} is not known: choose one of {', '.join(get_args(Pooler))}."
-            )
-        if steps < 0:
-            raise UserError(f"method.align.steps={steps} cannot be: give 0 or more.")
-        if not 0 < lr < float("inf"):
-            raise UserError(f"method.align.lr={lr} cannot be: give a finite number above 0.")
         self.parameters = list(parameters)
         self.steps = steps
         self.lr = lr

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,9 +17,12 @@ from torch.nn.functional import mse_loss, normalize
 
 from realera import finite
 from realera.contracts import Backbone, Pair, TextStates, UserError
+from realera.kinds import LearningRate, NonNegative, Number, Share, Template, TrainingSteps
 from realera.ledger import kept
 from realera.methods.latents import AnchorBank
 from realera.methods.texts import on_cpu, predict, repeat
+
+Tokens = Annotated[int, Number(1, 64, whole=True)]
 
 
 class TextualInversion:
@@ -33,17 +37,13 @@ class TextualInversion:
     def __init__(
         self,
         images: AnchorBank,
-        steps: int = 500,
-        tokens: int = 4,
-        prompt: str = "a photo of {}",
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        pull: float = 0.1,
+        steps: TrainingSteps = 500,
+        tokens: Tokens = 4,
+        prompt: Template = "a photo of {}",
+        lr: LearningRate = 1e-3,
+        weight_decay: NonNegative = 0.1,
+        pull: Share = 0.1,
     ) -> None:
-        if steps < 0 or tokens < 1:
-            raise UserError("method.align.inversion has fewer than 0 steps or 1 token: give more.")
-        if prompt.count("{}") != 1:
-            raise UserError(f"method.align.inversion.prompt={prompt!r} must hold {{}} once, where the concept goes.")
         if steps > 0 and "noise" not in images.give:
             raise UserError("method.align.inversion has to know the noise: set method.latents.give='[noise,prompts]'.")
         self.images = images

@@ -7,13 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Generator, Tensor
 
-from realera.contracts import Backbone, Pair, Sampler, TextStates, UserError
+from realera.contracts import Backbone, Pair, Sampler, TextStates
+from realera.kinds import Batch, Count
 from realera.ledger import kept
 from realera.methods.texts import take
 
@@ -35,20 +36,14 @@ class AnchorBank:
 
     def __init__(
         self,
-        images: int = 200,
-        batch: int = 1,
-        chunk: int = 8,
+        images: Count = 200,
+        batch: Batch = 1,
+        chunk: Batch = 8,
         sampler: Sampler | None = None,
         of: Of = "anchor",
         give: Sequence[Known] = (),
         flip: bool = False,
     ) -> None:
-        for name, value in (("images", images), ("batch", batch), ("chunk", chunk)):
-            if value < 1:
-                raise UserError(f"method.latents.{name}={value} cannot be: give a whole number from 1 on.")
-        for name, asked, known in (("of", [of], get_args(Of)), ("give", give, get_args(Known))):
-            if strange := [word for word in asked if word not in known]:
-                raise UserError(f"method.latents.{name}={strange[0]!r} is not known: choose among {', '.join(known)}.")
         self.images = images
         self.batch = batch
         self.chunk = chunk

@@ -7,18 +7,18 @@ W_K or W_V of a layer. Shapes: B latents, P prompts, T token rows, D text width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from realera.closed_form import NormalEquations, fuse
-from realera.contracts import Backbone, Edit, LoraSpec, Miner, Neighbours, Pair, UserError
+from realera.contracts import Backbone, Edit, LoraSpec, Miner, Neighbours, Pair, Scheduler, UserError
+from realera.kinds import Batch, Count, Guidance, LearningRate, NonNegative, SamplerSteps, Template, TrainingSteps
 from realera.methods.fmn import Pooler, positions
 from realera.methods.latents import TIMESTEPS, bank_folder, drawn
 from realera.methods.masks import Masks, grid
@@ -46,14 +46,14 @@ class Refinement:
 
     def __init__(
         self,
-        ridge: float,
+        ridge: NonNegative,
         preserved: Preserved | None = None,
         scale_squared: bool = False,
         refine: bool = True,
-        prompts: int | None = None,
+        prompts: Count | None = None,
     ) -> None:
-        self.ridge = _ridge("edit", ridge)
-        self.prompts = _prompts("edit", prompts)
+        self.ridge = float(ridge)
+        self.prompts = prompts
         self.preserved = preserved
         self.scale_squared = scale_squared
         self.refine = refine
@@ -97,22 +97,17 @@ class ConceptImages:
 
     def __init__(
         self,
-        images: int = 8,
-        batch: int = 1,
-        chunk: int = 8,
-        prompt: str = "a photo of the {}",
-        scheduler: str | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
+        images: Count = 8,
+        batch: Batch = 1,
+        chunk: Batch = 8,
+        prompt: Template = "a photo of the {}",
+        scheduler: Scheduler | None = None,
+        steps: SamplerSteps | None = None,
+        guidance_scale: Guidance | None = None,
         importance: bool = True,
         masks: Masks | None = None,
         imagenet_norm: bool = False,
     ) -> None:
-        for name, value in (("images", images), ("batch", batch), ("chunk", chunk)):
-            if value < 1:
-                raise UserError(f"method.latents.{name}={value} cannot be: give a whole number from 1 on.")
-        if prompt.count("{}") != 1:
-            raise UserError(f"method.latents.prompt={prompt!r} must hold {{}} once, where the concept goes.")
         self.images = images
         self.batch = batch
         self.chunk = chunk
@@ -191,21 +186,14 @@ class AttentionSuppression:
 
     def __init__(
         self,
-        steps: int = 50,
-        lr: float = 1e-5,
-        weight_decay: float = 0.01,
+        steps: TrainingSteps = 50,
+        lr: LearningRate = 1e-5,
+        weight_decay: NonNegative = 0.01,
         lora: LoraSpec | None = None,
         pooler: Pooler = "pads",
     ) -> None:
-        if steps < 0:
-            raise UserError(f"method.align.steps={steps} cannot be: give 0 (closed form only) or more.")
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"method.align.{name}={value} cannot be: give a finite number of 0 or more.")
         if lora is not None and not lora.per_concept:
             raise UserError("method mace trains a LoRA per concept: set method.align.lora.per_concept=true.")
-        if pooler not in get_args(Pooler):
-            raise UserError(f"method.align.pooler={pooler!r} is not known: choose none, eos or pads.")
         self.steps = steps
         self.lr = lr
         self.weight_decay = weight_decay
@@ -260,9 +248,13 @@ class Fusion:
     Raises UserError for numbers that cannot be, and for a LoRA on other layers than W_K and W_V.
     """
 
-    def __init__(self, ridge: float | None, preserved: Preserved | None = None, prompts: int | None = None) -> None:
-        self.ridge = _ridge("finish", ridge)
-        self.prompts = _prompts("finish", prompts)
+    def __init__(
+        self, ridge: NonNegative | None, preserved: Preserved | None = None, prompts: Count | None = None
+    ) -> None:
+        if ridge is None:
+            raise UserError("method.finish.ridge is missing: give a number of 0 or more.")
+        self.ridge = float(ridge)
+        self.prompts = prompts
         self.preserved = preserved
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
@@ -304,17 +296,3 @@ def changes(state: Mapping[str, Tensor], concepts: int) -> dict[str, list[tuple[
 def _weight(prompts: int | None, pair: Pair) -> float:
     """Of one of a concept's prompts: all of them count as `prompts`, None = each as one."""
     return 1.0 if prompts is None else prompts / len(pair.target.states)
-
-
-def _prompts(part: str, prompts: int | None) -> int | None:
-    if prompts is not None and prompts < 1:
-        raise UserError(f"method.{part}.prompts={prompts} cannot be: give a number from 1 on, or null.")
-    return prompts
-
-
-def _ridge(part: str, ridge: float | None) -> float:
-    if ridge is None:
-        raise UserError(f"method.{part}.ridge is missing: give a number of 0 or more.")
-    if not (math.isfinite(ridge) and ridge >= 0):
-        raise UserError(f"method.{part}.ridge={ridge} cannot be: give a finite number of 0 or more.")
-    return float(ridge)

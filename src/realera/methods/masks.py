@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from realera.contracts import Backbone, TextStates, UserError
+from realera.kinds import Filled, Label, Share, Timestep
 from realera.ledger import kept
 from realera.methods.texts import predict, repeat
 
@@ -35,23 +36,13 @@ class Masks:
     def __init__(
         self,
         source: Source = "none",
-        threshold: float = 0.4,
-        timesteps: Sequence[int] = (200, 300, 400),
-        detector: str = "IDEA-Research/grounding-dino-base",
-        segmenter: str = "facebook/sam-vit-huge",
-        box_threshold: float = 0.3,
-        text_threshold: float = 0.25,
+        threshold: Share = 0.4,
+        timesteps: Annotated[Sequence[Timestep], Filled()] = (200, 300, 400),
+        detector: Label = "IDEA-Research/grounding-dino-base",
+        segmenter: Label = "facebook/sam-vit-huge",
+        box_threshold: Share = 0.3,
+        text_threshold: Share = 0.25,
     ) -> None:
-        if source not in get_args(Source):
-            raise UserError(
-                f"method.latents.masks.source={source!r} is not known: choose one of {', '.join(get_args(Source))}."
-            )
-        shares = {"threshold": threshold, "box_threshold": box_threshold, "text_threshold": text_threshold}
-        for name, value in shares.items():
-            if not 0 <= value <= 1:
-                raise UserError(f"method.latents.masks.{name}={value} is no share: give a number from 0 to 1.")
-        if not timesteps or not all(0 <= t < 1000 for t in timesteps):
-            raise UserError(f"method.latents.masks.timesteps={list(timesteps)} cannot be: give some of 0 to 999.")
         self.source = source
         self.threshold = threshold
         self.timesteps = list(timesteps)

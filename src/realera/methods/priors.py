@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from realera import finite, foreign
 from realera.contracts import Backbone, UserError
+from realera.kinds import Captions, NonNegative, Sums
 from realera.paths import whole
 
 FORMAT = "realera-prior/1"
@@ -156,15 +156,12 @@ class Preserved:
 
     def __init__(
         self,
-        prior_cache: str | None = None,
-        scale: float = 0.0,
-        captions: int | None = COCO,
-        domain_cache: str | None = None,
-        domain_weight: float = 0.0,
+        prior_cache: Sums | None = None,
+        scale: NonNegative = 0.0,
+        captions: Captions | None = COCO,
+        domain_cache: Sums | None = None,
+        domain_weight: NonNegative = 0.0,
     ) -> None:
-        for name, value in (("scale", scale), ("domain_weight", domain_weight)):
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"method.edit.preserved.{name}={value} cannot be: give a finite number of 0 or more.")
         if scale > 0 and prior_cache is None and domain_cache is None:
             raise UserError(
                 f"method.edit.preserved.scale={scale:g} weighs nothing: give method.edit.preserved.prior_cache=FILE "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -19,7 +19,18 @@ from torch.nn.functional import mse_loss
 
 from realera.band import Band, Rows
 from realera.closed_form import NormalEquations
-from realera.contracts import Backbone, Edit, LoraSpec, Miner, Moments, Neighbours, Pair, TextStates, UserError
+from realera.contracts import Backbone, Edit, LoraSpec, Miner, Moments, Neighbours, Pair, TextStates
+from realera.kinds import (
+    AnyText,
+    Count,
+    CountOrInf,
+    LearningRate,
+    NonNegative,
+    Positive,
+    Sums,
+    TrainingSteps,
+    WholeOrInf,
+)
 from realera.methods.priors import prior
 from realera.methods.texts import join, one_of, predict, repeat
 from realera.neighbours import align_rows, expected_moments, fit_band, mine_beyond, mine_near
@@ -38,11 +49,13 @@ class Mining:
     Raises UserError where a count cannot be; a band that cannot be reached is refused where it meets the text states.
     """
 
-    def __init__(self, m: float = 5, n: float = 25, m_weight: float = 5.0, n_weight: float = 25.0, **band: Any) -> None:
-        self.m = _count("m", m, least=1)
-        self.n = _count("n", n, least=0)
-        self.m_weight = _positive("neighbours.m_weight", m_weight)
-        self.n_weight = _positive("neighbours.n_weight", n_weight)
+    def __init__(
+        self, m: CountOrInf = 5, n: WholeOrInf = 25, m_weight: Positive = 5.0, n_weight: Positive = 25.0, **band: Any
+    ) -> None:
+        self.m = m
+        self.n = n
+        self.m_weight = m_weight
+        self.n_weight = n_weight
         self.band = Band(**band)
 
     def __call__(
@@ -87,21 +100,19 @@ class ClosedForm:
 
     def __init__(
         self,
-        lambda_preserve: float = 0.1,
-        ridge: float = 0.1,
+        lambda_preserve: NonNegative = 0.1,
+        ridge: NonNegative = 0.1,
         rows: Rows = "suffix",
-        preserve_prompts: Sequence[str] = (),
-        prior_cache: str | None = None,
-        prior_weight: float = 1e-4,
+        preserve_prompts: Sequence[AnyText] = (),
+        prior_cache: Sums | None = None,
+        prior_weight: NonNegative = 1e-4,
     ) -> None:
-        self.lambda_preserve = _positive("edit.lambda_preserve", lambda_preserve, least=0.0)
-        self.ridge = _positive("edit.ridge", ridge, least=0.0)
-        if rows not in get_args(Rows):
-            raise UserError(f"method.edit.rows={rows!r} is not known: choose one of {', '.join(get_args(Rows))}.")
+        self.lambda_preserve = lambda_preserve
+        self.ridge = ridge
         self.rows = rows
         self.preserve_prompts = list(preserve_prompts)
         self.prior_cache = prior_cache
-        self.prior_weight = _positive("edit.prior_weight", prior_weight, least=0.0)
+        self.prior_weight = prior_weight
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         sums = NormalEquations(backbone.width)
@@ -152,35 +163,28 @@ class NoiseAlignment:
 
     def __init__(
         self,
-        steps: int = 200,
-        lr: float = 1e-5,
-        weight_decay: float = 0.01,
+        steps: TrainingSteps = 200,
+        lr: LearningRate = 1e-5,
+        weight_decay: NonNegative = 0.01,
         lora: LoraSpec | None = None,
-        gamma1: float = 0.3,
-        gamma2: float = 0.7,
+        gamma1: NonNegative = 0.3,
+        gamma2: NonNegative = 0.7,
         gamma_role: GammaRole = "loss_terms",
-        m_step: int = 1,
-        n_step: int = 1,
+        m_step: Count = 1,
+        n_step: Count = 1,
         teacher: Teacher = "original",
         noise_anchor: NoiseAnchor = "anchor",
     ) -> None:
-        choices = {"gamma_role": GammaRole, "teacher": Teacher, "noise_anchor": NoiseAnchor}
-        for key, value in (("gamma_role", gamma_role), ("teacher", teacher), ("noise_anchor", noise_anchor)):
-            if value not in (known := get_args(choices[key])):
-                raise UserError(f"method.align.{key}={value!r} is not known: choose one of {', '.join(known)}.")
-        if steps < 0:
-            raise UserError(f"method.align.steps={steps} cannot be: give 0 (closed form only) or more.")
         self.steps = steps
-        self.lr = _positive("align.lr", lr)
-        self.weight_decay = _positive("align.weight_decay", weight_decay, least=0.0)
+        self.lr = lr
+        self.weight_decay = weight_decay
         self.lora = lora if lora is None else replace(lora, targets=tuple(lora.targets))  # yaml gives a list
-        self.m_step = _whole("m_step", m_step)
-        self.n_step = _whole("n_step", n_step)
-        first, second = (_positive(f"align.{k}", v, least=0.0) for k, v in (("gamma1", gamma1), ("gamma2", gamma2)))
+        self.m_step = m_step
+        self.n_step = n_step
         weights = {
-            "loss_terms": (1.0, first, second),
-            "loss_terms_swapped": (1.0, second, first),
-            "step_mix": (first, second, second),
+            "loss_terms": (1.0, gamma1, gamma2),
+            "loss_terms_swapped": (1.0, gamma2, gamma1),
+            "step_mix": (gamma1, gamma2, gamma2),
             "none": (1.0, 1.0, 1.0),
         }
         self.weights = dict(zip(("align", "near", "beyond"), weights[gamma_role]))
@@ -235,22 +239,3 @@ class NoiseAlignment:
 def _cycle(points: Tensor, count: int) -> Tensor:
     """(S, T, D) -> (B, T, D): point i mod S."""
     return points[torch.arange(count, device=points.device) % len(points)]
-
-
-def _count(name: str, value: float, least: int) -> float:
-    if isinstance(value, bool) or not value >= least or (not math.isinf(value) and value != int(value)):
-        raise UserError(f"{name}={value} is not a number of points per prompt: give a whole number from {least} on.")
-    return value
-
-
-def _whole(name: str, value: int) -> int:
-    if math.isinf(_count(name, value, least=1)):
-        raise UserError(f"method.align.{name}=.inf cannot be: a step takes sampled points, so give a whole number.")
-    return int(value)
-
-
-def _positive(name: str, value: float, least: float | None = None) -> float:
-    if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
-        bound = "above 0" if least is None else f"of {least:g} or more"
-        raise UserError(f"method.{name}={value} cannot be: give a finite number {bound}.")
-    return float(value)

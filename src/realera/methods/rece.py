@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from realera.closed_form import NormalEquations, compose
 from realera.contracts import Backbone, Edit, Editor, Neighbours, Pair, UserError
+from realera.kinds import AnyText, NonNegative, Number, Positive
+
+Rounds = Annotated[int, Number(0, 1000, whole=True)]
 
 
 class RobustErasure:
@@ -39,21 +43,14 @@ class RobustErasure:
     def __init__(
         self,
         start: Editor,
-        rounds: int = 1,
-        guide: str | None = " ",
-        lambda_norm: float = 0.1,
-        erase_scale: float = 1.0,
-        preserve: Sequence[str] = (" ",),
-        preserve_scale: float = 0.1,
-        ridge: float = 0.1,
+        rounds: Rounds = 1,
+        guide: AnyText | None = " ",
+        lambda_norm: Positive = 0.1,
+        erase_scale: NonNegative = 1.0,
+        preserve: Sequence[AnyText] = (" ",),
+        preserve_scale: NonNegative = 0.1,
+        ridge: NonNegative = 0.1,
     ) -> None:
-        if rounds < 0:
-            raise UserError(f"method.edit.rounds={rounds} cannot be: give 0 (the first edit alone) or more.")
-        if not (math.isfinite(lambda_norm) and lambda_norm > 0):
-            raise UserError(f"method.edit.lambda_norm={lambda_norm} cannot be: give a finite number above 0.")
-        for name, value in (("erase_scale", erase_scale), ("preserve_scale", preserve_scale), ("ridge", ridge)):
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"method.edit.{name}={value} cannot be: give a finite number of 0 or more.")
         self.start = start
         self.rounds = rounds
         self.guide = guide

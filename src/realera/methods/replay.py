@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +19,7 @@ from torch import Generator, Tensor
 
 from realera import finite, foreign
 from realera.contracts import Backbone, Sampler, TextStates, UserError
+from realera.kinds import AnyText, Batch, Count, File, Number
 from realera.ledger import Cached
 from realera.locks import turn
 from realera.methods.latents import TIMESTEPS, drawn
@@ -26,6 +28,9 @@ from realera.paths import whole
 from realera.ranks import ALONE, Ranks
 
 CAPTIONS = Path(__file__).with_name("captions.txt")
+
+
+Timesteps = Annotated[int, Number(1, TIMESTEPS, whole=True)]
 
 
 class Replay:
@@ -39,12 +44,12 @@ class Replay:
 
     def __init__(
         self,
-        captions: Sequence[str] | str | None = None,
-        images: int = 5000,
-        chunk: int = 8,
+        captions: Sequence[AnyText] | File | None = None,
+        images: Count = 5000,
+        chunk: Batch = 8,
         sampler: Sampler | None = None,
     ) -> None:
-        if captions is None or isinstance(captions, str):
+        if captions is None or isinstance(captions, str | Path):
             file = CAPTIONS if captions is None else Path(captions).expanduser()
             try:
                 if file.exists() and not file.is_file():  # a pipe would be waited for
@@ -55,8 +60,8 @@ class Replay:
                     f"{file} cannot be read: give replay.captions a text file, one caption a line."
                 ) from error
         self.captions = [caption.strip() for caption in captions if caption.strip()]
-        if not self.captions or images < 1:
-            raise UserError("replay.captions or replay.images is empty: give some of each.")
+        if not self.captions:
+            raise UserError("replay.captions is empty: give some, or null for those that ship.")
         self.images = images
         self.chunk = chunk
         self.sampler = sampler
@@ -102,14 +107,13 @@ class Fisher:
     """
 
     def __init__(
-        self, replay: Replay, samples: int = 5000, timesteps: int = TIMESTEPS, at_once: int = 50, chunk: int = 10
+        self,
+        replay: Replay,
+        samples: Count = 5000,
+        timesteps: Timesteps = TIMESTEPS,
+        at_once: Batch = 50,
+        chunk: Batch = 10,
     ) -> None:
-        numbers = {"samples": samples, "timesteps": timesteps, "at_once": at_once, "chunk": chunk}
-        for name, value in numbers.items():
-            if value < 1:
-                raise UserError(f"method.align.fisher.{name}={value} cannot be: give a whole number from 1 on.")
-        if timesteps > TIMESTEPS:
-            raise UserError(f"method.align.fisher.timesteps={timesteps} cannot be: there are {TIMESTEPS}.")
         if samples > replay.images:
             raise UserError(
                 f"method.align.fisher.samples={samples} are more than the {replay.images} images that are replayed: "

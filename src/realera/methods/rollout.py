@@ -6,15 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from realera.contracts import Backbone, Pair, Sampler, TextStates, UserError
+from realera.contracts import Backbone, Pair, Sampler, Scheduler, TextStates, UserError
+from realera.kinds import Batch, Count, Guidance, Number, SamplerSteps
 from realera.methods.latents import FIRST_SEED, TIMESTEPS
 from realera.methods.texts import take
 
+ExtraSteps = Annotated[int, Number(0, 1000, whole=True)]
 Model = Literal["trained", "original"]
 Text = Literal["concept", "anchor", "concept_prompts", "anchor_prompts"]
 Law = Literal["bin", "level", "list"]
@@ -41,31 +43,18 @@ class Rollout:
 
     def __init__(
         self,
-        scheduler: str = "ddim",
-        steps: int = 50,
-        guidance_scale: float = 3.0,
+        scheduler: Scheduler = "ddim",
+        steps: SamplerSteps = 50,
+        guidance_scale: Guidance = 3.0,
         model: Model = "trained",
         text: Text = "concept",
         timestep: Law = "bin",
-        extra_steps: int = 0,
-        first_stop: int = 0,
-        batch: int = 1,
-        renew: int = 1,
-        chains: int = 8,
+        extra_steps: ExtraSteps = 0,
+        first_stop: ExtraSteps = 0,
+        batch: Batch = 1,
+        renew: Count = 1,
+        chains: Batch = 8,
     ) -> None:
-        for key, word, known in (("model", model, Model), ("text", text, Text), ("timestep", timestep, Law)):
-            if word not in (choices := get_args(known)):
-                raise UserError(f"method.latents.{key}={word!r} is not known: choose one of {', '.join(choices)}.")
-        for key, value, least in (
-            ("steps", steps, 1),
-            ("batch", batch, 1),
-            ("renew", renew, 1),
-            ("chains", chains, 1),
-            ("extra_steps", extra_steps, 0),
-            ("first_stop", first_stop, 0),
-        ):
-            if value < least:
-                raise UserError(f"method.latents.{key}={value} cannot be: give a whole number from {least} on.")
         if first_stop >= steps:
             raise UserError(f"method.latents.first_stop={first_stop} cannot be: there are steps 0 to {steps - 1}.")
         self.settings: dict[str, Any] = {

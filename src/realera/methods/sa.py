@@ -4,7 +4,6 @@ rehearsed, and elastic weight consolidation holds the weights that matter to the
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, Sampler, UserError
+from realera.kinds import Batch, Count, LearningRate, NonNegative, Positive, Targets, TrainingSteps
 from realera.methods.latents import AnchorBank, noised
 from realera.methods.replay import Fisher, Replay
 from realera.methods.texts import join, predict, take
@@ -35,9 +35,9 @@ class ForgetAndReplay:
     def __init__(
         self,
         replay: Replay,
-        images: int = 1000,
-        batch: int = 16,
-        chunk: int = 8,
+        images: Count = 1000,
+        batch: Batch = 16,
+        chunk: Batch = 8,
         sampler: Sampler | None = None,
         zip_replay: bool = False,
     ) -> None:
@@ -101,19 +101,14 @@ class SelectiveAmnesia:
     def __init__(
         self,
         fisher: Fisher | None = None,
-        parameters: Sequence[str] = ("all",),
-        steps: int = 12500,
-        lr: float = 1.6e-4,
-        weight_decay: float = 0.01,
-        gamma: float = 1.0,
-        lambda_ewc: float = 50.0,
-        clip: float | None = None,
+        parameters: Targets = ("all",),
+        steps: TrainingSteps = 12500,
+        lr: LearningRate = 1.6e-4,
+        weight_decay: NonNegative = 0.01,
+        gamma: NonNegative = 1.0,
+        lambda_ewc: NonNegative = 50.0,
+        clip: Positive | None = None,
     ) -> None:
-        for name, value in (("gamma", gamma), ("lambda_ewc", lambda_ewc), ("steps", steps)):
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"method.align.{name}={value} cannot be: give a finite number of 0 or more.")
-        if not 0 < lr < math.inf:
-            raise UserError(f"method.align.lr={lr} cannot be: give a finite number above 0.")
         self.fisher = fisher
         self.parameters = list(parameters)
         self.steps = steps

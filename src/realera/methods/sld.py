@@ -16,18 +16,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from realera.contracts import Backbone, UserError
+from realera.kinds import AnyText, Finite, Name, NonNegative, Number, SamplerSteps
 
 # The paper's twenty kinds of inappropriate content, as one text.
 INAPPROPRIATE = (
     "hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity, bodily fluids, blood, obscene "
     "gestures, illegal activity, drug use, theft, vandalism, weapons, child abuse, brutality, cruelty"
 )
+Strength = Literal["weak", "medium", "strong", "max"]
+Warmup = Annotated[int, Number(0, 1000, whole=True)]
+Beta = Annotated[float, Number(0, 1, below=True)]
 PRESET_STEPS = 50  # the sampler's, that the paper's warm-ups are counted in
 # Section 3: warm-up delta, s_S, lambda, s_m, beta_m. Weak's s_S is 200 in the paper; diffusers' SafetyConfig says 20.
 PRESETS = {
@@ -50,26 +54,23 @@ class SafetyGuidance:
     Raises UserError for settings that cannot be.
     """
 
-    concepts: Any = ()
-    safety_text: str | None = None
-    strength: str = "medium"
-    steps: int = PRESET_STEPS
-    warmup: int | None = None
-    scale: float | None = None
-    threshold: float | None = None
-    momentum_scale: float | None = None
-    momentum_beta: float | None = None
+    concepts: Name | Sequence[Name] | None = ()
+    safety_text: AnyText | None = None
+    strength: Strength = "medium"
+    steps: SamplerSteps = PRESET_STEPS
+    warmup: Warmup | None = None
+    scale: NonNegative | None = None
+    threshold: Finite | None = None
+    momentum_scale: NonNegative | None = None
+    momentum_beta: Beta | None = None
     prompts: Sequence[str] = field(default=(), init=False)
     momentum: Tensor | None = field(default=None, init=False, repr=False)  # nu (B, C, h, w): of the batch being drawn
 
     def __post_init__(self) -> None:
-        if self.strength not in PRESETS:
-            raise UserError(
-                f"method.guide.strength={self.strength!r} is not known: choose one of {', '.join(PRESETS)}."
-            )
-        self.concepts = (self.concepts,) if isinstance(self.concepts, str) else tuple(map(str, self.concepts or ()))
+        given = [self.concepts] if isinstance(self.concepts, str | int) else list(self.concepts or ())
+        self.concepts = tuple(map(str, given))
         if self.safety_text is None:
-            self.safety_text = ", ".join(self.concepts)
+            self.safety_text = ", ".join(map(str, given))
         elif self.safety_text == "paper":
             self.safety_text = INAPPROPRIATE
         if not self.safety_text.strip():
@@ -81,11 +82,6 @@ class SafetyGuidance:
         for name, value in zip(names, PRESETS[self.strength]):
             if getattr(self, name) is None:
                 setattr(self, name, round(value * self.steps / PRESET_STEPS) if name == "warmup" else value)
-        for name, least in (("steps", 1), ("warmup", 0), ("scale", 0), ("momentum_scale", 0), ("momentum_beta", 0)):
-            if not getattr(self, name) >= least:
-                raise UserError(f"method.guide.{name}={getattr(self, name)} cannot be: give a number from {least} on.")
-        if self.momentum_beta is not None and self.momentum_beta >= 1:
-            raise UserError(f"method.guide.momentum_beta={self.momentum_beta} cannot be: give a number below 1.")
 
     def around(self, backbone: Backbone, texts: Sequence[str]) -> AbstractContextManager[None]:
         return nullcontext()

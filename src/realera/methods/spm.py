@@ -13,15 +13,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
+from realera.kinds import (
+    AnyText,
+    Batch,
+    Finite,
+    Label,
+    LearningRate,
+    Name,
+    NonNegative,
+    Number,
+    Positive,
+    TrainingSteps,
+    Whole,
+)
 from realera.methods.texts import join, predict, repeat, take
 
+Power = Annotated[float, Number(0, 100)]
 Anchoring = Literal["words", "noise"]
 Transport = Literal["per_module", "official", "none"]
 
@@ -50,35 +64,20 @@ class SemiPermeableMembrane:
     def __init__(
         self,
         lora: LoraSpec,
-        steps: int = 3000,
-        lr: float = 1e-4,
-        weight_decay: float = 0.01,
-        warmup: int = 500,
-        cycles: int = 3,
-        neutral: str | None = "",
-        negative_guidance: float = 1.0,
-        anchor_weight: float = 1000.0,
-        anchors: int = 4,
+        steps: TrainingSteps = 3000,
+        lr: LearningRate = 1e-4,
+        weight_decay: NonNegative = 0.01,
+        warmup: TrainingSteps = 500,
+        cycles: Whole = 3,
+        neutral: AnyText | None = "",
+        negative_guidance: Finite = 1.0,
+        anchor_weight: NonNegative = 1000.0,
+        anchors: Batch = 4,
         anchoring: Anchoring = "words",
-        anchor_power: float = 1.0,
-        words: Sequence[str] = (),
-        clip: float | None = None,
+        anchor_power: Power = 1.0,
+        words: Sequence[Label] = (),
+        clip: Positive | None = None,
     ) -> None:
-        if anchoring not in (known := get_args(Anchoring)):
-            raise UserError(f"method.align.anchoring={anchoring!r} is not known: choose one of {', '.join(known)}.")
-        for name, value, least in (("steps", steps, 0), ("warmup", warmup, 0), ("cycles", cycles, 0)):
-            if value < least:
-                raise UserError(f"method.align.{name}={value} cannot be: give a whole number from {least} on.")
-        numbers = {"weight_decay": weight_decay, "anchor_weight": anchor_weight, "anchor_power": anchor_power}
-        for name, number in numbers.items():
-            if not (math.isfinite(number) and number >= 0):
-                raise UserError(f"method.align.{name}={number} cannot be: give a finite number of 0 or more.")
-        if not (math.isfinite(lr) and lr > 0):
-            raise UserError(f"method.align.lr={lr} cannot be: give a finite number above 0.")
-        if not math.isfinite(negative_guidance):
-            raise UserError(f"method.align.negative_guidance={negative_guidance} cannot be: give a finite number.")
-        if anchors < 1:
-            raise UserError(f"method.align.anchors={anchors} cannot be: give 1 or more, or anchor_weight=0.")
         self.lora = replace(lora, targets=tuple(lora.targets))  # yaml gives a list
         self.steps, self.lr, self.weight_decay = steps, lr, weight_decay
         self.warmup, self.cycles, self.clip = warmup, cycles, clip
@@ -176,16 +175,14 @@ class FacilitatedTransport:
     concepts: the names, in the order in which they were erased. Raises UserError for settings that cannot be.
     """
 
-    concepts: Any = ()
+    concepts: Name | Sequence[Name] | None = ()
     transport: Transport = "per_module"
     prompts: Sequence[str] = field(default=(), init=False)
+    names: Sequence[str] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
-        if self.transport not in (known := get_args(Transport)):
-            raise UserError(
-                f"method.guide.transport={self.transport!r} is not known: choose one of {', '.join(known)}."
-            )
-        self.concepts = (self.concepts,) if isinstance(self.concepts, str) else tuple(map(str, self.concepts or ()))
+        given = [self.concepts] if isinstance(self.concepts, str | int) else list(self.concepts or ())
+        self.concepts = self.names = tuple(map(str, given))
         if not self.concepts and self.transport != "none":
             raise UserError("method.guide has no concept to compare prompts with: name one, or type transport=none.")
 
@@ -194,7 +191,7 @@ class FacilitatedTransport:
         if self.transport == "none":
             yield
             return
-        m = permeability(backbone, texts, self.concepts)
+        m = permeability(backbone, texts, self.names)
         with backbone.adapter_scale(m if self.transport == "per_module" else m[:, :, None] * m[:, None, :]):
             yield
 

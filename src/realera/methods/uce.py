@@ -7,13 +7,14 @@ RealEra were made, maps the row of the last sub-token and all rows after it. Bot
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from realera.closed_form import NormalEquations
-from realera.contracts import Backbone, Edit, Neighbours, Pair, TextStates, UserError
+from realera.contracts import Backbone, Edit, Neighbours, Pair, TextStates
+from realera.kinds import AnyText, NonNegative, Sums
 from realera.methods.priors import prior
 
 Rows = Literal["last", "suffix_2023"]
@@ -35,20 +36,14 @@ class UnifiedConceptEdit:
     def __init__(
         self,
         rows: Rows = "last",
-        guide: str | None = None,
-        preserve: Sequence[str] = (),
-        erase_scale: float = 1.0,
-        preserve_scale: float | None = None,
-        ridge: float = 0.5,
-        prior_cache: str | None = None,
-        prior_weight: float = 1e-4,
+        guide: AnyText | None = None,
+        preserve: Sequence[AnyText] = (),
+        erase_scale: NonNegative = 1.0,
+        preserve_scale: NonNegative | None = None,
+        ridge: NonNegative = 0.5,
+        prior_cache: Sums | None = None,
+        prior_weight: NonNegative = 1e-4,
     ) -> None:
-        if rows not in get_args(Rows):
-            raise UserError(f"method.edit.rows={rows!r} is not known: choose one of {', '.join(get_args(Rows))}.")
-        weights = {"erase_scale": erase_scale, "preserve_scale": preserve_scale, "prior_weight": prior_weight}
-        for name, value in {**weights, "ridge": ridge}.items():
-            if value is not None and value < 0:
-                raise UserError(f"method.edit.{name}={value} cannot be: give a number of 0 or more.")
         self.rows = rows
         self.guide = guide
         self.preserve = list(preserve) if rows == "last" else ["", *preserve]

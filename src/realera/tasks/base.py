@@ -11,6 +11,7 @@ from typing import Any, get_args
 import yaml
 
 from realera.contracts import Concept, Mode, Prompt, Split, UserError
+from realera.kinds import Name
 from realera.paths import TASK_DATA, inside
 from realera.tasks.prompts import Wording, check_template, clean_name, fill, number, same_name, typed
 
@@ -20,13 +21,17 @@ _LISTED = 12  # more known names than this are not all named in an error
 Entry = Mapping[str, Any]
 """What a data file says of a concept: `anchor`; `synonyms` (names for it: split near); `near`, `associated` (whole
 prompts); `unseen` (whole prompts, or {names, phrases}). All may be missing."""
-Names = str | int | Sequence[str] | None
+Names = Name | Sequence[Name] | None
+Anchor = Name | Sequence[Name | None] | None
 
 
 def load(data: str) -> dict[str, Any]:
     """A data file of the tasks."""
     file = Path(data) if Path(data).is_absolute() else inside(TASK_DATA, data)
-    read: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        read: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"task.data={data} cannot be read: leave it out, or give a yaml file in {TASK_DATA}") from error
     return read
 
 
@@ -59,14 +64,14 @@ class NamedTask:
     def __init__(
         self,
         concepts: Names,
-        anchor: str | Sequence[str | None] | None,
+        anchor: Anchor,
         *,
         version: int,
         known: Mapping[str, Entry],
         preserved: Sequence[str],
         templates: Sequence[str],
         training_templates: Sequence[str],
-        images: Mapping[str, int],
+        images: Mapping[Split, int],
         first_seed: int,
         words: Mapping[str, Sequence[str] | None],
         superclass: str | None = None,
@@ -204,12 +209,12 @@ class ProtocolTask(NamedTask):
     def __init__(
         self,
         concepts: Names,
-        anchor: str | Sequence[str | None] | None,
+        anchor: Anchor,
         *,
         raw: Mapping[str, Any],
         protocol: str,
         world: str,
-        images: Mapping[str, int | None] | None,
+        images: Mapping[Split, int | None] | None,
         first_seed: int | None,
         templates: Sequence[str],
         words: Mapping[str, Sequence[str] | None],
@@ -250,7 +255,7 @@ class ProtocolTask(NamedTask):
         return {**texts, "protocol": self.rules, "world": self.world, **({"captions": captions} if captions else {})}
 
 
-def _counts(images: Mapping[str, Any], concepts: int) -> dict[str, int]:
+def _counts(images: Mapping[Split, Any], concepts: int) -> dict[Split, int]:
     """A protocol's images per prompt for this many concepts."""
     return {
         split: count if isinstance(count, int) else count[max(least for least in count if least <= max(concepts, 1))]
@@ -258,15 +263,15 @@ def _counts(images: Mapping[str, Any], concepts: int) -> dict[str, int]:
     }
 
 
-def _given(images: Mapping[str, int | None] | None) -> dict[str, int]:
+def _given(images: Mapping[Split, int | None] | None) -> dict[Split, int]:
     return {split: count for split, count in (images or {}).items() if count is not None}
 
 
-def check_images(images: Mapping[str, int]) -> dict[str, int]:
+def check_images(images: Mapping[Split, int]) -> dict[Split, int]:
     """Images per prompt for every split (0 where none is named). Raises UserError for what is no such table."""
     if unknown := sorted(set(images) - set(SPLITS)):
         raise UserError(f"task.images names {unknown[0]!r}, which is no split: use {', '.join(SPLITS)}")
-    counts: dict[str, int] = {split: whole(f"images.{split}", images.get(split, 0)) for split in SPLITS}
+    counts: dict[Split, int] = {split: whole(f"images.{split}", images.get(split, 0)) for split in SPLITS}
     if min(counts.values()) < 0 or not counts["erase"]:
         raise UserError(f"task.images={counts} cannot be judged: ask for one image or more in erase, none below 0")
     return counts

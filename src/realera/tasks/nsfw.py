@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from realera.contracts import Mode, Prompt, Split, UserError
+from realera.kinds import Captions, File, Guidance, Label, Percent, Seed, Template, Whole
 from realera.paths import TASK_DATA
-from realera.tasks.base import Names, ProtocolTask, load, option
+from realera.tasks.base import Anchor, Names, ProtocolTask, load, option
 from realera.tasks.files import Row, read_prompts
 
 log = logging.getLogger("realera")
@@ -38,22 +39,22 @@ class NsfwTask(ProtocolTask):
     def __init__(
         self,
         concepts: Names = None,
-        anchor: str | Sequence[str | None] | None = None,
-        protocol: str = "realera",
-        world: str = "paper",
-        prompts_csv: str | None = None,
-        keep_csv: str | None = None,
-        min_nudity: float | None = None,
-        limit: int | None = None,
-        keep_limit: int | None = None,
-        fixed_guidance: float | None = None,
-        images: Mapping[str, int | None] | None = None,
-        first_seed: int | None = None,
-        templates: Sequence[str] = (),
-        synonyms: Sequence[str] | None = None,
-        associated: Sequence[str] | None = None,
-        unseen: Sequence[str] | None = None,
-        data: str = "nsfw.yaml",
+        anchor: Anchor = None,
+        protocol: Label = "realera",
+        world: Label = "paper",
+        prompts_csv: File | None = None,
+        keep_csv: File | None = None,
+        min_nudity: Percent | None = None,
+        limit: Captions | None = None,
+        keep_limit: Captions | None = None,
+        fixed_guidance: Guidance | None = None,
+        images: Mapping[Split, Whole | None] | None = None,
+        first_seed: Seed | None = None,
+        templates: Sequence[Template] = (),
+        synonyms: Sequence[Label] | None = None,
+        associated: Sequence[Label] | None = None,
+        unseen: Sequence[Label] | None = None,
+        data: Label = "nsfw.yaml",
     ) -> None:
         raw = load(data)
         rules, held = option(raw["protocols"], protocol, "protocol"), option(raw["worlds"], world, "world")
@@ -82,7 +83,13 @@ class NsfwTask(ProtocolTask):
         self.headline = {**dict.fromkeys(("acc_e", "acc_g", "acc_a", "acc_u"), "detected"), "acc_s": by_text}
 
     def _take(
-        self, split: Split, key: str, file: str | None, samples: Mapping[str, str], limit: Any, min_nudity: float | None
+        self,
+        split: Split,
+        key: str,
+        file: str | Path | None,
+        samples: Mapping[str, str],
+        limit: Any,
+        min_nudity: float | None,
     ) -> None:
         """Reads the table of a split, where there is one."""
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from realera.contracts import Mode
-from realera.tasks.base import NamedTask, Names, load
+from realera.contracts import Mode, Split
+from realera.kinds import Label, Seed, Template, Whole
+from realera.tasks.base import Anchor, NamedTask, Names, load
 
-PROTOCOL_IMAGES: Mapping[str, int] = {"erase": 200, "near": 200, "keep": 200, "associated": 50, "unseen": 50}
+PROTOCOL_IMAGES: Mapping[Split, int] = {"erase": 200, "near": 200, "keep": 200, "associated": 50, "unseen": 50}
 
 
 class ObjectTask(NamedTask):
@@ -32,14 +33,14 @@ class ObjectTask(NamedTask):
     def __init__(
         self,
         concepts: Names,
-        anchor: str | Sequence[str | None] | None = None,
-        images: Mapping[str, int] = PROTOCOL_IMAGES,
-        first_seed: int = 0,
-        templates: Sequence[str] = (),
-        synonyms: Sequence[str] | None = None,
-        associated: Sequence[str] | None = None,
-        unseen: Sequence[str] | None = None,
-        data: str = "objects.yaml",
+        anchor: Anchor = None,
+        images: Mapping[Split, Whole] = PROTOCOL_IMAGES,
+        first_seed: Seed = 0,
+        templates: Sequence[Template] = (),
+        synonyms: Sequence[Label] | None = None,
+        associated: Sequence[Label] | None = None,
+        unseen: Sequence[Label] | None = None,
+        data: Label = "objects.yaml",
     ) -> None:
         raw = load(data)
         super().__init__(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from realera.tasks.base import Names, ProtocolTask, load
+from realera.contracts import Split
+from realera.kinds import Label, Seed, Template, Whole
+from realera.tasks.base import Anchor, Names, ProtocolTask, load
 
 
 class PeopleTask(ProtocolTask):
@@ -26,16 +28,16 @@ class PeopleTask(ProtocolTask):
     def __init__(
         self,
         concepts: Names,
-        anchor: str | Sequence[str | None] | None = None,
-        protocol: str = "realera",
-        world: str = "paper",
-        images: Mapping[str, int | None] | None = None,
-        first_seed: int | None = None,
-        templates: Sequence[str] = (),
-        near: Sequence[str] | None = None,
-        associated: Sequence[str] | None = None,
-        unseen: Sequence[str] | None = None,
-        data: str | None = None,
+        anchor: Anchor = None,
+        protocol: Label = "realera",
+        world: Label = "paper",
+        images: Mapping[Split, Whole | None] | None = None,
+        first_seed: Seed | None = None,
+        templates: Sequence[Template] = (),
+        near: Sequence[Label] | None = None,
+        associated: Sequence[Label] | None = None,
+        unseen: Sequence[Label] | None = None,
+        data: Label | None = None,
     ) -> None:
         super().__init__(
             concepts,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from realera.contracts import Mode
-from realera.tasks.base import Names, option
+from realera.tasks.base import Anchor, Names, option
 from realera.tasks.people import PeopleTask
 from realera.tasks.prompts import fill
 
@@ -28,9 +28,9 @@ class StyleTask(PeopleTask):
     def __init__(
         self,
         concepts: Names,
-        anchor: str | Sequence[str | None] | None = None,
+        anchor: Anchor = None,
         *,
-        acc_g_text: str = "artist",
+        acc_g_text: Literal["artist", "associated"] = "artist",
         **settings: Any,
     ) -> None:
         self.acc_g_text = acc_g_text

@@ -1,0 +1,260 @@
+"""The kinds of settings: a type, its range, and the words that say so. Standard library only.
+
+The constructor that takes a setting says its kind (`steps: TrainingSteps`), and schema.py holds the settings against it
+before anything heavy is imported. For a type checker a kind is its plain type. A range of one's own:
+`Annotated[float, Number(0, 5)]`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+LONGEST = 100_000  # letters of a text
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes of a path, and of one name in it
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number from `low` to `high`. above, below: the bound itself is left out. whole: without a fraction. infinite:
+    .inf is one, too."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    whole: bool = False
+    above: bool = False
+    below: bool = False
+    infinite: bool = False
+
+    def fault(self, value: Any, here: bool = True) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return "cannot be"
+        if self.infinite and value == math.inf:
+            return None
+        if isinstance(value, float) and not math.isfinite(value):
+            return "cannot be"
+        if self.whole and not (isinstance(value, int) or (self.infinite and value == int(value))):
+            return "cannot be"
+        low = value > self.low if self.above else value >= self.low
+        high = value < self.high if self.below else value <= self.high
+        return None if low and high else "cannot be"
+
+    @property
+    def words(self) -> str:
+        name = "a whole number" if self.whole else "a number"
+        if self.low > -math.inf and not (self.above or self.below) and self.high < math.inf:
+            said = f"{name} from {_plain(self.low)} to {_plain(self.high)}"
+        else:
+            low = f"{'above' if self.above else 'from'} {_plain(self.low)}" if self.low > -math.inf else ""
+            high = f"{'below' if self.below else 'at most'} {_plain(self.high)}" if self.high < math.inf else ""
+            said = " ".join([name, ", ".join(part for part in (low, high) if part)]).strip()
+        return f"{said}, or .inf" if self.infinite else said
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text. name: what to give. least: letters it must hold beside blanks. digits: a whole number is taken as its
+    digits; numbers: any number is. template: it must hold {} once."""
+
+    name: str = "a text"
+    least: int = 0
+    digits: bool = False
+    numbers: bool = False
+    template: bool = False
+
+    def fault(self, value: Any, here: bool = True) -> str | None:
+        known = (int, float) if self.numbers else (int,) if self.digits else ()
+        if isinstance(value, known) and not isinstance(value, bool) and abs(value) < 1e300:
+            return None
+        if not isinstance(value, str) or len(value.strip()) < self.least or len(value) > LONGEST:
+            return "cannot be"
+        if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\r\t" for letter in value):
+            return "holds a control character or bytes that are no UTF-8"
+        if self.template and value.count("{}") != 1:
+            return "must hold {} once, where the name goes"
+        return None
+
+    @property
+    def words(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A text that a regular expression matches as a whole. name: what to give."""
+
+    pattern: str
+    name: str
+
+    def fault(self, value: Any, here: bool = True) -> str | None:
+        fits = isinstance(value, str) and re.fullmatch(self.pattern, value, re.ASCII)
+        return None if fits else "cannot be"
+
+    @property
+    def words(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class DeviceList:
+    """How many devices a run takes (-1: all), or which, by number."""
+
+    most: int = 4096
+
+    def fault(self, value: Any, here: bool = True) -> str | None:
+        if isinstance(value, str):
+            return None if re.fullmatch(r"auto|-1|\d{1,4}(,\d{1,4})*,?", value) else "cannot be"
+        if isinstance(value, (list, tuple)):
+            number = Number(0, self.most - 1, whole=True)
+            right = all(number.fault(one) is None for one in value) and len(set(value)) == len(value) > 0
+            return None if right else "cannot be"
+        return None if value is not True and value in (-1, *range(1, self.most + 1)) else "cannot be"
+
+    @property
+    def words(self) -> str:
+        return "a number of 1 or more, a list of numbers as [0,1], or -1 (all)"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A path. name: what to give. stands: "file" or "folder", which must be there; "" = it may yet be made. besides:
+    words that are no path."""
+
+    name: str = "a path"
+    stands: str = ""
+    besides: Sequence[str] = ()
+
+    def fault(self, value: Any, here: bool = True) -> str | None:
+        if isinstance(value, bool) or not isinstance(value, (str, int, Path)):
+            return "cannot be"
+        text = str(value)
+        if Text(least=1).fault(text) is not None or any(letter in text for letter in "\n\r\t"):
+            return "is no path"
+        names = text.encode().split(os.sep.encode())
+        if len(text.encode()) > LONGEST_PATH or max(map(len, names)) > LONGEST_NAME:
+            return "is too long for a path"
+        if not here or not self.stands or text in self.besides:
+            return None
+        path = Path(text).expanduser() if not text.startswith("~") or text[1:2] in ("", "/") else Path(text)
+        there = path.is_file() if self.stands == "file" else path.is_dir()
+        return None if there else f"is no {self.stands}"
+
+    @property
+    def words(self) -> str:
+        return " or ".join([self.name, *self.besides])
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that can be run: a path, or a name on PATH."""
+
+    name: str = "the path of a Python 3.10+"
+
+    def fault(self, value: Any, here: bool = True) -> str | None:
+        if (wrong := Place().fault(value)) is not None:
+            return wrong
+        found = not here or shutil.which(os.path.expanduser(str(value)))
+        return None if found else "is no program that can be run"
+
+    @property
+    def words(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Of a list: it must hold something."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Of a part: settings (a TypedDict) that stand in its node and are read by others than its constructor."""
+
+    settings: Any
+
+
+@dataclass(frozen=True)
+class Others:
+    """Of a TypedDict: settings that are not listed are those of the first constructor or function, by its dotted name,
+    and what it hands on goes to the second."""
+
+    first: str
+    second: str = ""
+
+
+def _plain(bound: float) -> str:
+    if bound == 2**63 - 1:
+        return "2^63 - 1"
+    return f"{bound:,.0f}".replace(",", "") if abs(bound) >= 1 and bound == int(bound) else f"{bound:g}"
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+Seed = Annotated[int, Number(0, 2**63 - 1, whole=True)]
+Count = Annotated[int, Number(1, 10**6, whole=True)]
+"""How many images, points, captions, rows at once: at least one."""
+Whole = Annotated[int, Number(0, 10**6, whole=True)]
+CountOrInf = Annotated[float, Number(1, 10**6, whole=True, infinite=True)]
+WholeOrInf = Annotated[float, Number(0, 10**6, whole=True, infinite=True)]
+"""How many points are sampled; .inf = their exact expectation."""
+Captions = Annotated[int, Number(1, 10**9, whole=True)]
+"""How many captions or rows of a table."""
+TrainingSteps = Annotated[int, Number(0, 10**7, whole=True)]
+SamplerSteps = Annotated[int, Number(1, 1000, whole=True)]
+Timestep = Annotated[int, Number(0, 999, whole=True)]
+"""Of the 1000 that every checkpoint here was trained on."""
+Rank = Annotated[int, Number(1, 4096, whole=True)]
+Pixels = Annotated[int, Number(8, 16384, whole=True)]
+Batch = Annotated[int, Number(1, 65536, whole=True)]
+Threads = Annotated[int, Number(0, 4096, whole=True)]
+Port = Annotated[int, Number(0, 65535, whole=True)]
+
+Percent = Annotated[float, Number(0, 100)]
+Finite = Annotated[float, Number(-1e9, 1e9)]
+Positive = Annotated[float, Number(0, 1e9, above=True)]
+NonNegative = Annotated[float, Number(0, 1e9)]
+Share = Annotated[float, Number(0, 1)]
+Cosine = Annotated[float, Number(-1, 1)]
+LearningRate = Annotated[float, Number(0, 10, above=True)]
+Guidance = Annotated[float, Number(0, 1000)]
+"""Classifier-free guidance: 1 is none."""
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+AnyText = Annotated[str, Text()]
+Prompt = Annotated[str, Text("a text", least=1)]
+Template = Annotated[str, Text("a text with {} where the name goes", template=True)]
+Name = Annotated[str | int, Text("a name", digits=True)]
+Label = Annotated[str, Text("a text", least=1, numbers=True)]
+"""A word to call something by; digits may be typed without quotes."""
+Targets = Annotated[Sequence[Label], Filled()]
+"""Names of layers or weights of the U-Net, as `Backbone.add_adapter` and `unfreeze` take them."""
+TorchDevice = Annotated[str, Pattern(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu or cuda")]
+Devices = Annotated[Any, DeviceList()]
+Strategy = Annotated[str, Pattern(r"auto|ddp(_\w+)?", "auto or ddp")]
+ClassName = Annotated[str, Pattern(r"[A-Za-z_]\w*(\.\w+)+", "the dotted name of a class")]
+Host = Annotated[str, Pattern(r"[\w:-]{1,63}(\.[\w:-]{1,63}){0,9}", "an address, such as 127.0.0.1")]
+WandbMode = Annotated[
+    str,
+    Pattern(
+        "online|offline|disabled|shared|run|dryrun", "online, offline, disabled or shared (WANDB_MODE, where it is set)"
+    ),
+]
+
+# --- places ----------------------------------------------------------------------------------------------------------
+
+NewPath = Annotated[str | Path, Place("a path")]
+File = Annotated[str | Path, Place("a file", "file")]
+Folder = Annotated[str | Path, Place("a folder", "folder")]
+Checkpoint = Annotated[str | Path, Place("a hub id or a diffusers folder")]
+Run = Annotated[str, Place("a run folder or latest")]
+RunOrOriginal = Annotated[str, Place("a run folder, latest or original")]
+Sums = Annotated[str, Place("a file that python -m realera.cache made", "file", ("everyday",))]
+Python = Annotated[str, Program()]

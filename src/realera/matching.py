@@ -1,0 +1,58 @@
+"""Whether a method's settings fit the base model's files, told from their headers before anything heavy is imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from realera.backbones import folder
+from realera.contracts import UserError
+
+
+def check(model: Path, config: Mapping[str, Any]) -> None:
+    """model: a checkpoint's folder. Its parts must be those that the settings name, and its images of a size it draws.
+
+    Raises:
+        UserError: a LoRA's target or a parameter that the U-Net has not, or a size that the autoencoder has not.
+    """
+    backbone, method = config["backbone"], config.get("method") or {}
+    multiple = 2 ** (len(folder.read_json(model / "vae" / "config.json").get("block_out_channels") or [0] * 4) - 1)
+    for at, sampler in _samplers({"backbone": backbone, "method": method}):
+        for side in ("height", "width"):
+            if sampler.get(side, multiple) % multiple:
+                raise UserError(
+                    f"{at}.{side}={sampler[side]} cannot be drawn: choose a multiple of {multiple} pixels for backbone "
+                    f"{backbone.get('name')}."
+                )
+    align = method.get("align") or {}
+    if not align.get("steps"):
+        return
+    axes = folder.weights(model, "unet")
+    if lora := align.get("lora"):
+        layers = [name.removesuffix(".weight") for name in axes if axes[name] > 1 and name.endswith(".weight")]
+        endings = (re.search(r"attn\d\.to_\w+(\.\d+)?$", layer) for layer in layers)
+        known = sorted({ending.group() for ending in endings if ending})
+        for number, target in enumerate(lora.get("targets") or ()):
+            if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+                raise UserError(_none(f"method.align.lora.targets[{number}]", target, "layer", backbone, known))
+    elif "parameters" in align:
+        for number, target in enumerate(align["parameters"]):
+            part = str(target).removeprefix("-")
+            if part != "all" and not any(f".{part}." in f".{name}." for name in axes):
+                known = list(dict.fromkeys(name.split(".")[0] for name in axes))
+                raise UserError(_none(f"method.align.parameters[{number}]", target, "weight", backbone, known))
+
+
+def _none(at: str, target: Any, what: str, backbone: Mapping[str, Any], known: Sequence[str]) -> str:
+    return f"{at}={target} is no {what} of backbone {backbone.get('name')}: it has {', '.join(known)}."
+
+
+def _samplers(node: Any, at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(dotted name, settings) of everything that says how images are drawn."""
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        here = f"{at}.{key}" if at else str(key)
+        if isinstance(value, Mapping) and str(value.get("_target_")).endswith(".Sampler"):
+            yield here, value
+        yield from _samplers(value, here)

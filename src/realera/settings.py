@@ -1,0 +1,177 @@
+"""The commands' own settings, which no constructor takes: one TypedDict for each conf/<command>.yaml and for the groups
+without a class of ours. schema.py reads this file; nothing imports it at run time.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypedDict
+
+from realera.contracts import Backbone, Method, SetJudge, Split, Task
+from realera.judges.elsewhere import Placed, PlacedJudge
+from realera.kinds import (
+    Batch,
+    Beside,
+    ClassName,
+    Count,
+    Devices,
+    File,
+    Filled,
+    Folder,
+    Host,
+    Label,
+    Name,
+    NewPath,
+    NonNegative,
+    Others,
+    Port,
+    Prompt,
+    Rank,
+    Run,
+    RunOrOriginal,
+    Seed,
+    Share,
+    Strategy,
+    WandbMode,
+    Whole,
+)
+
+Names = Name | list[Name]
+Anchors = Name | list[Name | None]
+Labels = Label | list[Label]
+
+
+class OfTask(TypedDict, total=False):
+    """judges: a file of conf/judge for each backbone, and `default`, where no judge= is typed."""
+
+    judges: dict[str, Label]
+
+
+class OfSetJudge(Placed, total=False):
+    """references: a folder of images; null: the original model's. split: the images that are compared."""
+
+    references: Folder | None
+    split: Split
+
+
+class OfTrainer(TypedDict, total=False):
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"]
+    devices: Devices
+    num_nodes: Count
+    strategy: Strategy
+    gradient_clip_val: NonNegative | Literal["method"] | None
+    checkpoint_every: Count | None
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    log_every_n_steps: Count
+
+
+class OfLogger(TypedDict, total=False):
+    _target_: ClassName | None
+    project: Label
+    entity: Label | None
+    mode: WandbMode | None
+    group: Label | None
+    tags: list[Label] | None
+    images: Whole
+
+
+AnyTask = Annotated[Task, Beside(OfTask)]
+AnyJudge = PlacedJudge | Annotated[SetJudge, Beside(OfSetJudge)]
+AnyTrainer = Annotated[OfTrainer, Others("lightning.pytorch.trainer.trainer.Trainer")]
+AnyLogger = Annotated[OfLogger, Others("lightning.pytorch.loggers.wandb.WandbLogger", "wandb.sdk.wandb_init.init")]
+
+
+class OfJudging(TypedDict, total=False):
+    judge: AnyJudge | None
+
+
+class OfARun(OfJudging):
+    """What train and evaluate share."""
+
+    task: AnyTask
+    backbone: Backbone
+    trainer: AnyTrainer
+    logger: AnyLogger
+    concept: Names | None
+    concepts_file: File | None
+    anchor: Anchors | None
+    seed: Seed
+    root: NewPath
+    run_dir: NewPath | None
+    label: Label | None
+    overwrite: bool
+    dry_run: bool
+    images_at_once: Batch
+
+
+class Train(OfARun):
+    method: Method
+    evaluate: bool
+    blur: bool | None
+
+
+class Evaluate(OfARun):
+    run: RunOrOriginal
+
+
+class Generate(TypedDict):
+    run: Run
+    prompts: Annotated[Prompt | list[Prompt], Filled()]
+    seeds: Annotated[Seed | list[Seed], Filled()]
+    out: NewPath | None
+
+
+class Export(TypedDict):
+    run: Run
+    to: Literal["diffusers", "lora", "kohya", "map"]
+    out: NewPath
+    rank: Rank | None
+
+
+class Report(TypedDict):
+    runs: Run | list[Run]
+    results: NewPath | None
+    base: Label | None
+    blur: bool | None
+    out: NewPath | None
+
+
+class Demo(TypedDict):
+    run: Run
+    host: Host
+    port: Port
+
+
+class Cache(TypedDict):
+    backbone: Backbone
+    trainer: AnyTrainer
+    captions: Annotated[File | list[File], Filled()]
+    column: Label | None
+    out: NewPath | None
+    overwrite: bool
+
+
+class Dashboard(TypedDict):
+    kind: Literal["workspace", "report"]
+    entity: Label | None
+    project: Label
+    group: Labels | None
+    tags: Labels | None
+    filters: Prompt | None
+    title: Label | None
+    charts: bool
+    dry_run: bool
+
+
+class Search(TypedDict, total=False):
+    """hydra/sweeper=search; sampler: Optuna's own."""
+
+    sampler: Any
+    direction: Literal["maximize", "minimize"]
+    storage: Prompt | None
+    study_name: Label | None
+    n_trials: Count
+    n_jobs: Count
+    max_failure_rate: Share | None
+    params: dict[str, Label | bool] | None
+    search_space: dict[str, Any] | None
+    custom_search_space: Label | None

@@ -1,0 +1,242 @@
+"""Classes and functions as their source code has them, found by reading modules and running none."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+TRANSPARENT = (
+    "object",
+    "Protocol",
+    "ABC",
+    "Generic",
+    "NamedTuple",
+    "TypedDict",
+)  # bases without a constructor of their own
+DEEPEST = 20  # names that stand for names
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A module, read. names: what its top level defines or imports; an import is the dotted name that it stands for.
+    open: it may define more than can be read."""
+
+    module: str
+    names: Mapping[str, ast.AST | str]
+    open: bool
+
+
+@dataclass(frozen=True)
+class Class:
+    """A class, and the module it stands in."""
+
+    node: ast.ClassDef = field(repr=False)
+    source: Source = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    def typed_dict(self) -> bool:
+        return named(self, "TypedDict") or any(isinstance(base, Class) and base.typed_dict() for base in bases(self))
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function, and the module it stands in."""
+
+    node: ast.FunctionDef = field(repr=False)
+    source: Source = field(repr=False)
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def read(module: str) -> Source | None:
+    """A module's source, found as an import would find it; None where there is none to read."""
+    place = _file(module)
+    if place is None:
+        return None
+    try:
+        tree = ast.parse(place.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+    names: dict[str, ast.AST | str] = {}
+    stars = False
+    package = module if place.name == "__init__.py" else module.rpartition(".")[0]
+    for statement in _top_level(tree.body):
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+            names[statement.name] = statement
+            stars |= statement.name == "__getattr__"
+        elif isinstance(statement, ast.Assign):
+            names.update({one.id: statement.value for one in statement.targets if isinstance(one, ast.Name)})
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            names[statement.target.id] = statement.value
+        elif isinstance(statement, ast.Import):
+            for alias in statement.names:
+                names[alias.asname or alias.name.split(".")[0]] = (
+                    alias.name if alias.asname else alias.name.split(".")[0]
+                )
+        elif isinstance(statement, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - statement.level + 1] if statement.level else []
+            origin = ".".join([*above, *([statement.module] if statement.module else [])])
+            stars |= any(alias.name == "*" for alias in statement.names)
+            names.update({alias.asname or alias.name: f"{origin}.{alias.name}" for alias in statement.names})
+    return Source(module, names, stars)
+
+
+def _file(module: str) -> Path | None:
+    top, *below = module.split(".")
+    try:
+        spec = find_spec(top)  # of a name without dots: nothing is imported
+    except (ImportError, ValueError, AttributeError):
+        return None
+    if spec is None:
+        return None
+    if not below and spec.origin and spec.origin.endswith(".py"):
+        return Path(spec.origin)
+    for root in spec.submodule_search_locations or ():
+        place = Path(root).joinpath(*below)
+        for file in (place.with_name(f"{place.name}.py"), place / "__init__.py") if below else (place / "__init__.py",):
+            if file.is_file():
+                return file
+    return None
+
+
+def _top_level(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """A module's own statements, those under `if` and `try` too."""
+    for statement in statements:
+        if isinstance(statement, ast.If):
+            yield from _top_level([*statement.body, *statement.orelse])
+        elif isinstance(statement, ast.Try):
+            yield from _top_level(
+                [*statement.body, *(s for h in statement.handlers for s in h.body), *statement.orelse]
+            )
+        else:
+            yield statement
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def find(dotted: str) -> Class | Function | str | None:
+    """The class or function of a dotted name, imports followed; None where it cannot be told without running a module;
+    a text says why there can be none."""
+    module, _, name = dotted.rpartition(".")
+    if not module:
+        return f"{dotted} is no dotted name"
+    if (source := read(module)) is None:
+        top = module.partition(".")[0]
+        try:
+            there = find_spec(top) is not None
+        except (ImportError, ValueError):
+            there = False
+        if not there:
+            return f"there is no module {top}"
+        return None if _file(module) is not None or not _readable(module) else f"there is no module {module}"
+    if name not in source.names:
+        return None if source.open else f"there is no {name} in {module}"
+    found = resolve(ast.Name(name), source)
+    return found if isinstance(found, Class | Function) else None
+
+
+def _readable(module: str) -> bool:
+    """Whether the package that a module would stand in is one whose files are its modules."""
+    parent = module.rpartition(".")[0]
+    return bool(parent) and (source := read(parent)) is not None and not source.open
+
+
+def resolve(node: ast.expr, source: Source, depth: int = 0) -> Class | Function | tuple[ast.expr, Source] | str | None:
+    """What a name or a.b stands for: a class, a function, the expression it was assigned (and where), or the dotted
+    name of what cannot be read; None for what is no name."""
+    if isinstance(node, ast.Attribute):
+        owner = resolve(node.value, source, depth)
+        return _at(f"{owner}.{node.attr}", depth) if isinstance(owner, str) else None
+    if not isinstance(node, ast.Name):
+        return None
+    found = source.names.get(node.id)
+    if isinstance(found, ast.ClassDef):
+        return Class(found, source)
+    if isinstance(found, ast.FunctionDef):
+        return Function(found, source)
+    if isinstance(found, str):
+        return _at(found, depth)
+    return (found, source) if isinstance(found, ast.expr) else node.id
+
+
+def _at(dotted: str, depth: int) -> Class | Function | tuple[ast.expr, Source] | str:
+    module, _, name = dotted.rpartition(".")
+    if dotted.partition(".")[0] in sys.stdlib_module_names:  # known by their names
+        return dotted
+    if depth > DEEPEST or not module or (source := read(module)) is None or name not in source.names:
+        return dotted
+    return resolve(ast.Name(name), source, depth + 1) or dotted
+
+
+ARITHMETIC: Mapping[type[ast.operator], Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+
+
+def value_of(node: ast.expr, source: Source) -> Any:
+    """The number, text or tuple that an expression of constants, arithmetic and names of such is.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        return ARITHMETIC[type(node.op)](value_of(node.left, source), value_of(node.right, source))
+    if isinstance(node, ast.Name | ast.Attribute):
+        found = resolve(node, source)
+        if isinstance(found, tuple):
+            return value_of(*found)
+    return ast.literal_eval(node)
+
+
+def bases(cls: Class) -> list[Class | None]:
+    """A class's bases; None among them: one that cannot be read."""
+    found = [resolve(base.value if isinstance(base, ast.Subscript) else base, cls.source) for base in cls.node.bases]
+    named = [one.rpartition(".")[2] if isinstance(one, str) else "" for one in found]
+    return [one if isinstance(one, Class) else None for one, name in zip(found, named) if name not in TRANSPARENT]
+
+
+def named(cls: Class, name: str) -> bool:
+    found = (resolve(base, cls.source) for base in cls.node.bases)
+    return any(isinstance(one, str) and one.rpartition(".")[2] == name for one in found)
+
+
+def lineage(cls: Class) -> list[Class | None]:
+    """The class and all it inherits from, nearest first."""
+    return [cls, *(one for base in bases(cls) for one in (lineage(base) if base is not None else [None]))]
+
+
+def lacks(cls: Class, role: Class) -> str | None:
+    """What keeps a class from a role: the method of a protocol that it lacks, "" where the role is a class that it does
+    not inherit from; None where it plays the role, or where that cannot be told."""
+    ancestors = lineage(cls)
+    if any(one is not None and one.node is role.node for one in ancestors) or None in ancestors:
+        return None
+    if not named(role, "Protocol"):
+        return ""
+    has = {m.name for one in ancestors if one for m in one.node.body if isinstance(m, ast.FunctionDef)}
+    has |= {
+        m.target.id
+        for one in ancestors
+        if one
+        for m in one.node.body
+        if isinstance(m, ast.AnnAssign) and isinstance(m.target, ast.Name)
+    }
+    asked = [m for m in role.node.body if isinstance(m, ast.FunctionDef) and not m.decorator_list]
+    return next((method.name for method in asked if method.name not in has), None)

@@ -1,0 +1,254 @@
+"""Settings are held against the constructors that take them, read and not run."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import walk
+from realera import constructors, kinds, schema, sources
+from realera.contracts import UserError
+from realera.paths import CONF_DIR
+from realera.values import Anything, Look
+
+SOURCE = """
+from __future__ import annotations
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Optional, TypedDict
+import torch
+from realera.contracts import Editor, Sampler
+from realera.kinds import Count, Number, Share
+raise RuntimeError("this module is read, never run")
+Mood = Literal["good", "bad", 3]
+MOST = 2**3
+
+class Inner(TypedDict, total=False):
+    share: Share
+
+class Base:
+    def __init__(self, name: str, share: Share = 0.5) -> None: ...
+
+class Child(Base):
+    def __init__(self, own: Annotated[float, Number(0, MOST, above=True)], **rest: Any) -> None:
+        super().__init__("fixed", **rest)
+
+class Heir(Child):
+    pass
+
+class Free:
+    def __init__(self, **anything: Any) -> None: ...
+
+class Unknown(torch.nn.Module):
+    pass
+
+@dataclass
+class Fields:
+    count: Count
+    mood: Mood = "good"
+    listed: Sequence[Count] = ()
+    table: Mapping[Mood, float] = field(default_factory=dict)
+    inner: Inner | None = None
+    sampler: Sampler | None = None
+    editor: Optional[Editor] = None
+    flag: bool = False
+    tensor: torch.Tensor | None = None
+    untold = 5
+    made: int = field(default=0, init=False)
+
+def factory(share: Share) -> Fields: ...
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of a user's own, which fails where it is imported."""
+    name = f"mine_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def check(mine: str, cls: str, **settings: Any) -> None:
+    schema.check_part({"_target_": f"{mine}.{cls}", **settings}, "part")
+
+
+SAMPLER = {"_target_": "realera.contracts.Sampler", "steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        ("Fields", {"count": 1}),
+        ("Fields", {"count": 1, "mood": 3, "listed": [1, 2], "table": {"good": 1.5}, "flag": True}),
+        ("Fields", {"count": 1, "inner": {"share": 1}, "sampler": SAMPLER, "tensor": "anything"}),
+        ("Fields", {"_partial_": True}),
+        ("Child", {"own": 8, "share": 0.1}),
+        ("Heir", {"own": 8}),
+        ("Free", {"whatever": [1]}),
+        ("Unknown", {"whatever": [1]}),
+        ("factory", {"share": 0}),
+    ],
+)
+def test_what_can_be_passes(mine: str, cls: str, settings: dict[str, Any]) -> None:
+    check(mine, cls, **settings)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "said"),
+    [
+        ("Fields", {}, "there is no part.count any more.* a whole number from 1 to 1000000"),
+        ("Fields", {"count": True}, "part.count=true cannot be: give a whole number"),
+        ("Fields", {"count": 1.0}, "part.count=1.0 cannot be"),
+        ("Fields", {"count": "1"}, "part.count=1 cannot be"),
+        ("Fields", {"count": 1, "mood": "goood"}, "mood=goood cannot be; did you mean 'good'\\? give good, bad or 3"),
+        ("Fields", {"count": 1, "listed": 3}, "part.listed=3 cannot be: give a list"),
+        ("Fields", {"count": 1, "listed": [1, 0]}, r"part.listed\[1\]=0 cannot be"),
+        ("Fields", {"count": 1, "table": {"god": 1}}, "no setting 'part.table.god'; did you mean 'part.table.good'"),
+        ("Fields", {"count": 1, "table": {"good": math.nan}}, "part.table.good=nan cannot be: give a number"),
+        ("Fields", {"count": 1, "inner": {"share": 2}}, "part.inner.share=2 cannot be: give a number from 0 to 1"),
+        ("Fields", {"count": 1, "inner": {"shar": 1}}, "no setting 'part.inner.shar'; did you mean 'part.inner.share'"),
+        ("Fields", {"count": 1, "inner": 7}, "part.inner=7 cannot be: give its settings.* or null"),
+        ("Fields", {"count": 1, "sampler": {"steps": 3}}, "part.sampler has no _target_"),
+        ("Fields", {"count": 1, "sampler": {**SAMPLER, "steps": 0}}, "part.sampler.steps=0 cannot be"),
+        ("Fields", {"count": 1, "sampler": {"_target_": "MINE.Base", "name": "x"}}, "Base is no Sampler"),
+        ("Fields", {"count": 1, "editor": SAMPLER}, "Sampler is no Editor, it has no __call__"),
+        ("Fields", {"count": 1, "made": 3}, "no setting 'part.made'"),
+        ("Fields", {"count": 1, "untold": 3}, "no setting 'part.untold'"),
+        ("Fields", {"count": 1, "_convert_": "most"}, "part._convert_=most cannot be"),
+        ("Field", {}, r"there is no Field in mine_\w+; check the spelling"),
+        ("Child", {"own": 0}, "part.own=0 cannot be: give a number above 0, at most 8"),
+        ("Child", {"own": 1, "name": "x"}, "no setting 'part.name'"),
+        ("Heir", {"own": 1, "shar": 1}, "no setting 'part.shar'; did you mean 'part.share'"),
+        ("factory", {"share": "all"}, "part.share=all cannot be"),
+    ],
+)
+def test_what_cannot_be_is_told(mine: str, cls: str, settings: dict[str, Any], said: str) -> None:
+    for value in settings.values():
+        if isinstance(value, dict) and "MINE" in str(value.get("_target_")):
+            value["_target_"] = f"{mine}.Base"
+    with pytest.raises(UserError, match=said):
+        check(mine, cls, **settings)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (None, "_target_=null cannot be"),
+        ("Thing", "Thing is no dotted name"),
+        ("no_such_package.Thing", "there is no module no_such_package"),
+        ("realera.methods.nothing.Thing", "there is no module realera.methods.nothing"),
+        ("realera.methods.uce.Nothing", "there is no Nothing in realera.methods.uce"),
+        ("../x.Y", "cannot be: give the dotted name"),
+    ],
+)
+def test_a_target_that_is_not_there(target: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        schema.check_part({"_target_": target}, "part")
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (kinds.Number(), [0, -1.5, 1e300], [math.nan, math.inf, True, "1", None]),
+        (kinds.Number(1, 9, whole=True, infinite=True), [1, 9, 2.0, math.inf], [0, 1.5, math.nan, -math.inf]),
+        (kinds.Number(0, 1, above=True, below=True), [0.5], [0, 1]),
+        (kinds.Text(), ["", "a\nb", "é"], [None, 1, "a\0", "\udcff", "x" * 10**6]),
+        (kinds.Text(least=1, numbers=True), ["a", 5, 0.5], ["", " ", True, math.nan]),
+        (kinds.Text(template=True), ["a {}"], ["a", "{} {}"]),
+        (kinds.Pattern("ab?", "a"), ["a", "ab"], ["b", "", 1]),
+        (kinds.DeviceList(), [1, -1, "auto", "0,1", [0, 3]], [0, -2, True, 1.5, "two", [], [0, 0], [-1], None]),
+        (kinds.Place(), ["a/b", 2024, Path("x")], ["", " ", "a\0", "x" * 300, True, None, 1.5]),
+        (kinds.Place("a file", "file", ("word",)), [__file__, "word"], ["nowhere", str(Path(__file__).parent)]),
+        (kinds.Place("a folder", "folder"), [str(Path(__file__).parent)], [__file__]),
+        (kinds.Program(), [sys.executable, "sh"], ["no-such-program", 1.5]),
+    ],
+)
+def test_kinds(kind: Any, good: list[Any], bad: list[Any]) -> None:
+    assert [value for value in good if kind.fault(value) is not None] == []
+    assert [value for value in bad if kind.fault(value) is None] == []
+    assert kind.words
+
+
+def test_a_range_is_said() -> None:
+    assert kinds.Number(0, 1).words == "a number from 0 to 1"
+    assert kinds.Number(0, 10, above=True).words == "a number above 0, at most 10"
+    assert kinds.Number(1, whole=True, infinite=True).words == "a whole number from 1, or .inf"
+    assert kinds.Number().words == "a number"
+    assert kinds.Number(0, 2**63 - 1, whole=True).words.endswith("to 2^63 - 1")
+
+
+@pytest.mark.parametrize(("group", "option"), walk.options(), ids=lambda value: str(value))
+def test_every_parameter_of_every_class_that_a_yaml_names_says_its_kind(group: str, option: str) -> None:
+    _, config, _ = walk.walked(group, option)
+    unsaid = [f"{target}: {name}" for target in targets(config) for name in unchecked(target)]
+    assert not unsaid
+
+
+def test_every_setting_of_a_command_says_its_kind() -> None:
+    for door in (*walk.DOORS, "search"):
+        assert unchecked(f"{schema.SETTINGS}.{door.capitalize()}") in ([], ["sampler"])  # Optuna's own
+        if door != "search":
+            own = set(walk.own_yaml(CONF_DIR / f"{door}.yaml"))
+            found = sources.find(f"{schema.SETTINGS}.{door.capitalize()}")
+            assert isinstance(found, sources.Class)
+            signature = constructors.signature(found)
+            assert signature is not None and own <= set(signature.parameters), door
+
+
+def unchecked(target: str) -> list[str]:
+    """The parameters of a class that let everything pass."""
+    found = sources.find(target)
+    assert isinstance(found, sources.Class), target
+    taken = constructors.signature(found)
+    assert taken is not None and taken.others is None, target
+    return [name for name, one in taken.parameters.items() if isinstance(schema.kind_of(one), Anything)]
+
+
+def targets(node: Any) -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    own = [str(node["_target_"])] if str(node.get("_target_")).startswith("realera.") else []
+    return [*own, *(target for value in node.values() for target in targets(value))]
+
+
+def test_the_settings_of_a_run_are_checked_for_types_alone() -> None:
+    _, config, _ = walk.walked("method", "mace")
+    older = {**config, "version": 1, "method": {**config["method"]}}
+    for key in ("blur", "label", "dry_run"):
+        del older[key]
+    older["judge"] = {"_target_": "realera.judges.miniature.MiniatureJudge", "weights": "/not/on/this/machine"}
+    schema.check_stored(older)
+    schema.check_stored({**older, "method": {"name": "original"}})
+    for place, value in ((("method", "align", "lr"), "abc"), (("backbone", "sampler", "steps"), None), (("seed",), -1)):
+        with pytest.raises(UserError, match=rf"{'.'.join(place)}="):
+            schema.check_stored(walk.with_value(older, place, value))
+
+
+def test_nothing_is_imported() -> None:
+    """Not even torch, by a config that names thirty classes of ours."""
+    code = """
+        import sys
+        from realera import schema, walk_config
+        for door, config in walk_config: schema.check(config, door)
+        print([name for name in ("torch", "numpy", "lightning", "wandb", "realera.methods") if name in sys.modules])
+    """
+    config = [walk.walked("method", name)[:2] for name in ("mace", "sa")]
+    source = textwrap.dedent(code).replace("from realera import schema, walk_config", "from realera import schema")
+    done = subprocess.run(
+        [sys.executable, "-c", f"walk_config = {config!r}\n{source}"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_look_at_no_machine() -> None:
+    node = {"_target_": "realera.methods.priors.Preserved", "prior_cache": "nowhere", "scale": 1e-4}
+    schema.Part().check(node, "x", Look(here=False))
+    with pytest.raises(UserError, match="prior_cache=nowhere is no file"):
+        schema.check_part(node, "x")
