@@ -18,6 +18,7 @@ DOOR_PARTS = {
     "complaints",
     "preflight",
     "runs",
+    "repairs",
     "console",
     "steps",
     "tracking",
@@ -47,8 +48,8 @@ DOOR_PARTS = {
     "composed",
     "starting",
 }
-SHARED = {"contracts", "paths", "disk", "locks", "interrupts", "ranks", "ledger", "costs", "finite", "pictures"}
-SHARED |= {"foreign", "shapes", "parts", "kinds"}
+SHARED = {"contracts", "paths", "seals", "disk", "locks", "interrupts", "ranks", "ledger", "costs", "finite"}
+SHARED |= {"foreign", "shapes", "parts", "pictures", "kinds"}
 SOLVERS = {"closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
 WORKSHOP = "miniature"  # makes the built-in model: may use every room and library, and no room uses it
 LIBRARIES = {  # where a library may be imported; the workshop is free

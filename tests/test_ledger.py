@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from realera import ledger
-from realera.ledger import Cached, Spent
+from realera.ledger import Cached, Spent, kept
+from tearing import TEARS, tear
 
 
 @pytest.fixture
@@ -34,6 +36,29 @@ def test_a_file_says_what_it_cost_and_who_finds_it_is_told(clock: SimpleNamespac
         Cached(Path("a"), backbone).read(note)
         Cached(Path("b"), backbone).read({"seconds": "1.25", "passes": "3", "done": "5"})
     assert found.total() == Spent(3.75, 43) and found.unknown() == 0
+
+
+@pytest.mark.parametrize("how", [*TEARS, "other"])
+def test_a_torn_file_is_made_again(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Banks of latents, masks and found vectors are kept by this. other: a whole file without what is asked for."""
+    file, made = tmp_path / "a.safetensors", []
+
+    def make() -> torch.Tensor:
+        made.append(1)
+        return torch.arange(2000.0)
+
+    for _ in range(2):
+        assert torch.equal(kept(file, "latents", model(), make), torch.arange(2000.0))
+    assert len(made) == 1 and not caplog.records
+    if how == "other":
+        kept(tmp_path / "b.safetensors", "masks", model(), make)
+        (tmp_path / "b.safetensors").rename(file)
+    else:
+        tear(file, how)
+    made.clear()
+    for _ in range(2):
+        assert torch.equal(kept(file, "latents", model(), make), torch.arange(2000.0))
+    assert len(made) == 1 and [record.getMessage() for record in caplog.records] == [f"{file} is torn: made again"]
 
 
 def test_what_was_made_here_was_not_spared_when_it_is_read_again() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from realera import paths, report, runs, sweep
+from realera import costs, paths, report, runs, sweep
 from realera.contracts import UserError
 from sweeps import judged
 
@@ -41,9 +41,16 @@ def changed(**settings: Any) -> dict[str, Any]:
     return {**CONFIG, **settings}
 
 
-def finish(run: runs.Run) -> None:
-    for name in (paths.ERASED, paths.METRICS, paths.REPORT):
-        paths.write_text(run.folder / name, "{}")
+WHOLE = {
+    paths.ERASED: "\x10" + 7 * "\0" + "{}".ljust(16),
+    paths.METRICS: '{"form": 2, "main": {}, "protocol": {"judge": {"judge": "eye"}}}',
+    paths.REPORT: "<!doctype html><html></html>",
+}
+
+
+def finish(run: runs.Run, *names: str) -> None:
+    for name in names or WHOLE:
+        paths.write_text(run.folder / name, WHOLE[name])
 
 
 def test_what_decides_the_numbers_names_the_folder() -> None:
@@ -122,12 +129,59 @@ def test_a_concept_never_becomes_a_path(concept: Any) -> None:
 def test_a_run_is_begun_then_gone_on_with_then_finished() -> None:
     first = runs.claim(dict(CONFIG))
     assert not first.finished and yaml.safe_load((first.folder / paths.CONFIG).read_text()) == CONFIG
-    paths.write_text(first.folder / paths.ERASED, "{}")
+    finish(first, paths.ERASED)
     assert not runs.claim(dict(CONFIG)).finished
     assert runs.claim(changed(evaluate=False)).finished  # the weights were all that is asked for
     finish(first)
     assert runs.claim(dict(CONFIG)).finished
     assert (first.folder / paths.METRICS).is_file()
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b"\xff\x00garbage"])
+@pytest.mark.parametrize("name", list(WHOLE))
+def test_a_finished_run_with_a_torn_file_is_gone_on_with(
+    name: str, torn: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = runs.claim(dict(CONFIG))
+    finish(run)
+    assert runs.claim(dict(CONFIG)).finished
+    (run.folder / name).write_bytes(torn)
+    assert not runs.claim(dict(CONFIG)).finished
+    assert [record.message for record in caplog.records] == [f"{run.folder / name} is torn: made again"]
+    assert not (run.folder / paths.METRICS).exists(), "its numbers are made again"
+
+
+def test_clearing_that_is_killed_leaves_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its settings the folder would be taken for somebody else's, and be refused for good."""
+    run = runs.claim(dict(CONFIG))
+    finish(run)
+    real, gone = Path.unlink, []
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        if len(gone) == 3:
+            raise KeyboardInterrupt
+        gone.append(self)
+        real(self, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", unlink)
+        runs.claim(changed(overwrite=True))
+    assert len(gone) == 3
+    assert not runs.claim(changed(overwrite=True)).finished and not run.erased.exists()
+
+
+def test_beginning_that_is_killed_leaves_no_finished_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged by another judge: the old numbers must not stand beside the new settings."""
+    finish(runs.claim(dict(CONFIG)))
+    other = changed(judge={"template": "the {}"})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(costs, "forget", killed)
+        runs.claim(other)
+    assert not runs.claim(other).finished
 
 
 def test_another_judge_keeps_the_weights_and_takes_the_numbers_away() -> None:
@@ -173,6 +227,17 @@ def test_a_folder_of_other_settings_says_what_differs() -> None:
     runs.claim(changed(run_dir="mine"))
     with pytest.raises(UserError, match=r"method\.neighbours\.m: 5 there, 6 here"):
         runs.claim(changed(run_dir="mine", method={"name": "realera", "neighbours": {"m": 6}}))
+
+
+@pytest.mark.parametrize("torn", [b"", b"\0" * 40, b"\xff\xfe\xfd", b"date: 2024-99-99", b"method: erased\n", b"- 1"])
+def test_overwrite_mends_torn_settings(torn: bytes) -> None:
+    run = runs.claim(dict(CONFIG))
+    finish(run)
+    (run.folder / paths.CONFIG).write_bytes(torn)
+    with pytest.raises(UserError, match="overwrite=true"):
+        runs.claim(dict(CONFIG))
+    assert not runs.claim(changed(overwrite=True)).finished
+    assert runs.read_config(run.folder) == changed(overwrite=True)
 
 
 def test_a_torn_config_names_the_remedy() -> None:

@@ -1,10 +1,9 @@
-"""What a run costs, in costs.json: wall time by stage, passes of the U-Net, parameters, peak memory.
-
-Plain Python: torch is asked only where somebody else has loaded it.
-"""
+"""What a run costs, in costs.json: wall time by stage, passes of the U-Net, parameters, peak memory. Torch is asked
+only where somebody else has loaded it."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -20,6 +19,8 @@ from realera.ranks import Ranks
 
 if TYPE_CHECKING:
     from realera.contracts import Backbone, Guide, Prompt, Sampler
+
+log = logging.getLogger(__name__)
 
 FORM = 1  # of costs.json
 ERASING = ("text", "edit", "latents", "train", "finish")  # what a method costs; the others are the same for all
@@ -248,9 +249,13 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """{} for a file that is missing, torn or of another version: costs are measured, and cannot be had again."""
     try:
         record = foreign.read_json(file)
-    except (OSError, ValueError):
+    except OSError:
+        return {}
+    except ValueError:
+        log.warning("%s is torn: what the run has cost so far is not known", file)
         return {}
     return record if shapes.fits(record, shapes.COSTS) and record.get("form") == FORM else {}
 

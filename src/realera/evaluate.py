@@ -50,7 +50,7 @@ def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Jud
     from realera.evaluation.results import own_judge
 
     judge = (steps.build_judge if original else steps.any_judge)(run.config, task)
-    own = ranks.from_first(lambda: None if original else own_judge(run.folder))
+    own = ranks.from_first(lambda: None if original else own_judge(run.folder, judge.name, judged.by_its_own(run)))
     if isinstance(judge, SetJudge):
         if own is None:
             raise UserError(f"{run.folder} was not judged yet: give python -m realera.evaluate run={run.folder} first.")

@@ -27,6 +27,11 @@ def run_of(config: Mapping[str, Any]) -> tuple[Run, bool]:
     return (_unedited(rest) if original else _existing(str(config["run"]), rest.get("judge"))), original
 
 
+def by_its_own(run: Run) -> bool:
+    """Whether a run that stands is judged by the judge of its own settings."""
+    return runs.read_config(run.folder).get("judge") in (None, {}, run.config.get("judge"))
+
+
 def _unedited(config: dict[str, Any]) -> Run:
     """The folder of the unedited model under this task and backbone."""
     preflight.check_settings(config)

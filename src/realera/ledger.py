@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from realera import finite
+from realera import finite, seals
 from realera.locks import turn
-from realera.paths import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,23 +109,19 @@ def kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) 
 
 
 def _kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) -> Tensor:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-
     entry = Cached(file, backbone)
     if file.is_file():
         try:
-            with safe_open(file, framework="pt") as opened:
-                found: Tensor = opened.get_tensor(name)
-                if finite.first_bad([(name, found)]) is None:
-                    entry.read(opened.metadata())
-                    return found
-        except (SafetensorError, KeyError):
-            pass
+            tensors, metadata = seals.load(file)
+            found = tensors[name]
+            if finite.first_bad([(name, found)]) is None:
+                entry.read(metadata)
+                return found
+        except (seals.Torn, KeyError):
+            seals.made_again(file)
     made = make().cpu().contiguous()
     finite.refuse(
         [(name, made)], f"{file.name} is not kept, because", "set backbone.dtype=float32, or lower the guidance"
     )
-    with whole(file) as beside:
-        save_file({name: made}, beside, entry.made())
+    seals.save(file, {name: made}, entry.made())
     return made

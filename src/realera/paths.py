@@ -41,6 +41,7 @@ WANDB_ID = "wandb_id.txt"  # of the W&B run that it is
 FORMATS = ("PNG", "JPEG", "WEBP")  # of images that are read: other readers of pillow's start programs (EPS), or are old
 EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
 LOCK = disk.LOCK  # of the process that is making the run; gone when it has ended
+OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # what it leaves beside the erased weights, which name their digests
 
 
 def cache_dir() -> Path:

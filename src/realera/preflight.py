@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from realera import band, hub
+from realera import band, hub, seals
 from realera.backbones import folder, vocabulary
 from realera.contracts import Concept, Task, UserError
 from realera.paths import ERASED, MINIATURE
@@ -90,14 +90,22 @@ def check_judge(config: Mapping[str, Any]) -> None:
 
 
 def check_run(run: Run) -> None:
-    """The weights of a run must be there, and whole.
+    """The weights of a run must be there, and whole: other commands than the one that made them cannot mend them.
 
     Raises:
         UserError: they are missing or torn.
     """
     if not run.erased.is_file():
         raise UserError(f"{run.folder} holds no {ERASED}: give the command that began it again, and it goes on.")
-    folder.refuse_torn(run.erased)
+    check_whole(run.erased)
+
+
+def check_whole(file: Path) -> None:
+    """Refuses a torn file of a fit. Raises UserError."""
+    try:
+        seals.verify(file)
+    except seals.Torn as error:
+        raise UserError(f"{error}: give the command that made the run again, and it is made again.") from None
 
 
 def check_map(file: Path) -> None:
@@ -105,7 +113,7 @@ def check_map(file: Path) -> None:
     import numpy as np
     from safetensors import safe_open
 
-    folder.refuse_torn(file)
+    check_whole(file)
     with safe_open(file, framework="numpy") as opened:
         if "map" not in opened.keys():  # noqa: SIM118 (not a mapping)
             raise UserError(f"{file} holds no map: give the command that made it again.")

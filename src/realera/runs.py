@@ -14,15 +14,16 @@ from typing import Any
 
 import yaml
 
-from realera import __version__, costs, disk, foreign, locks, paths, trust
+from realera import __version__, costs, disk, foreign, locks, paths, repairs, trust
 from realera.backbones import folder as checkpoint
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
 
 ROOT = Path("runs")  # unless `root` says otherwise
+AGAIN = "remove the folder or set overwrite=true"
 SPELT_OUT = 3  # more concepts than this are not all named in titles and folders
 FILES = (
-    paths.CONFIG,
+    paths.CONFIG,  # first: see `_clear`
     paths.ERASED,
     paths.MAP,
     paths.NEIGHBOURS,
@@ -169,6 +170,9 @@ def alone(folder: Path, first: bool = True, key: str = "run_dir") -> Iterator[No
 def look(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
     """The run's folder, and the settings of the run that stands in it, if one is to be gone on with; changes nothing.
 
+    A finished run of which a file is torn is to be gone on with: it makes that file again. All files are looked at but
+    the images, which are looked at when they are used (see `evaluation.generate`).
+
     Raises:
         UserError: the folder holds a run of other settings, or something that is no run.
     """
@@ -178,7 +182,7 @@ def look(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
     if not is_run and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} holds files and is no run folder: choose another run_dir.")
     there = read_config(folder) if is_run and not config.get("overwrite") else None
-    if there is not None and (differs := difference(identity(there), identity(config))):
+    if there is not None and (differs := _differs(folder, there, config)):
         raise UserError(
             f"{folder} holds a run of other settings ({differs}): choose another run_dir, or set overwrite=true."
         )
@@ -198,7 +202,8 @@ def claim(config: dict[str, Any]) -> Run:
         config = {**config, "weights": weights}
     if read := trust.tables(config):
         config = {**config, "tables": read}
-    run = Run(folder, config, finished=there is not None and _stands(folder, there, config))
+    finished = there is not None and _stands(folder, there, config)
+    run = Run(folder, config, finished and repairs.is_whole(folder, bool(config.get("evaluate", True))))
     if not run.finished:
         begin(run)
     elif there is not None and any(there.get(key) != config.get(key) for key in ("label", "tables")):
@@ -208,12 +213,21 @@ def claim(config: dict[str, Any]) -> Run:
 
 
 def is_finished(config: Mapping[str, Any]) -> bool:
-    """Whether `claim` would find everything done; looks and changes nothing."""
+    """Whether `claim` would find everything done, but for what is torn; looks and changes nothing."""
     folder = folder_of(config)
     if config.get("overwrite") or not (folder / paths.CONFIG).is_file():
         return False
     there = read_config(folder)
-    return not difference(identity(there), identity(config)) and _stands(folder, there, config)
+    return not _differs(folder, there, config) and _stands(folder, there, config)
+
+
+def _differs(folder: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """As `difference` of two runs' settings. Raises UserError where those in the folder are no settings."""
+    try:
+        old = identity(there)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / paths.CONFIG} holds no settings: {AGAIN}.") from error
+    return difference(old, identity(config))
 
 
 def _stands(folder: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
@@ -230,10 +244,10 @@ def begin(run: Run) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    _write_config(run.folder, run.config)
     if (run.folder / paths.METRICS).is_file():
         costs.forget(run.folder, "judge")  # it is judged anew
-    _remove(run.folder, paths.METRICS, paths.REPORT)
+    _remove(run.folder, paths.METRICS, paths.REPORT)  # first: a run that is killed here must not seem finished
+    _write_config(run.folder, run.config)
 
 
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -298,11 +312,7 @@ def runs_in(name: str) -> list[Path]:
     if (folder / paths.CONFIG).is_file():
         return [folder]
     if (folder / "runs.txt").is_file():
-        try:
-            lines = dict.fromkeys(foreign.lines(folder / "runs.txt"))
-        except ValueError as error:
-            raise UserError(f"{folder / 'runs.txt'} cannot be read ({error}): name the runs themselves.") from None
-        listed = [listed_by(folder, line) for line in lines]
+        listed = [listed_by(folder, line) for line in listed_in(folder / "runs.txt")]
         if listed and not any(run.is_dir() for run in listed):
             raise UserError(
                 f"none of the {len(listed)} run folders that {name} lists is found from here ({listed[0]} is not "
@@ -311,6 +321,13 @@ def runs_in(name: str) -> list[Path]:
         return listed
     found = sorted(file.parent for file in folder.glob(f"*/{paths.CONFIG}"))
     return found or [open_run(name).folder]
+
+
+def listed_in(file: Path) -> list[str]:
+    """The lines of a sweep's list of runs, each once. One that is torn names no folder, and is passed over as that of a
+    run that is gone is."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return [line for line in dict.fromkeys(text.split("\n")) if line.strip() and "\0" not in line]
 
 
 def listed_by(sweep: Path, line: str) -> Path:
@@ -335,10 +352,11 @@ def listed_by(sweep: Path, line: str) -> Path:
 
 
 def _clear(folder: Path) -> None:
-    """Removes a run's own files from its folder and leaves what else was put there."""
-    _remove(folder, *FILES)
+    """Removes a run's own files from its folder and leaves what else was put there. The settings go last: without them
+    a folder that was half cleared would be taken for somebody else's."""
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
+    _remove(folder, *reversed(FILES))
 
 
 def _remove(folder: Path, *names: str) -> None:

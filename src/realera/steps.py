@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera import costs, lengths, paths, preflight, runs
+from realera import costs, lengths, paths, runs, seals
 from realera.console import bar
 from realera.contracts import Backbone, Concept, Guide, Judge, Method, Pair, Prompt, SetJudge, Task, UserError
 from realera.costs import ORIGINALS, Meter
@@ -52,7 +52,6 @@ def load_run(run: Run, meter: Meter | None = None) -> Backbone:
     Raises:
         UserError: the weights are missing, torn, or were made with other base weights.
     """
-    preflight.check_run(run)
     backbone = load_backbone(run.config, meter)
     load_erased(run.erased, backbone)
     return backbone
@@ -81,7 +80,7 @@ def erase(
     meter = meter or Meter()
     trainer = dict(run.config["trainer"])
     method: Method = build(run.config["method"])
-    there = ranks.from_first(run.erased.is_file)
+    there = ranks.from_first(lambda: seals.fit_stands(run.erased))
     shared = trains(method.align) and not there
     if shared or ranks.first:
         with nullcontext() if there else meter.stage("text"):
@@ -194,15 +193,15 @@ def drawn_by(backbone: Backbone) -> dict[str, Any]:
 
 
 def standing(task: Task, folder: Path, own: str | None) -> dict[str, Any] | None:
-    """`drawn_by` of a run whose images all stand and were judged: then no model is needed to judge them again. Else
-    None."""
+    """`drawn_by` of a run whose images all stand, are whole and were judged: then no model is needed to judge them
+    again. Else None."""
     numbers = None if own is None else numbers_of(folder, own)
     if numbers is None or not {"backbone", "sampler"} <= set(numbers["protocol"]):
         return None
     rows = read_manifest(folder)
     sides: tuple[Which, ...] = ("erased", "original")
     files = [row.path(folder, side) for row in rows for side in sides if side == "erased" or row.original is not None]
-    if [row.prompt for row in rows] != task.eval_prompts() or not all(file.is_file() for file in files):
+    if [row.prompt for row in rows] != task.eval_prompts() or not all(map(seals.image_is_whole, files)):
         return None
     return {key: numbers["protocol"][key] for key in ("backbone", "sampler")}
 

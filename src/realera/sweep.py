@@ -113,8 +113,7 @@ def system(config: Mapping[str, Any]) -> str:
 
 
 def read_cells(place: Path, launch: str | None = None) -> list[Cell]:
-    """The ledger's cells, or those of one launch, their folders as they are found from here. A line that was cut short
-    is left out."""
+    """The ledger's cells, or those of one launch, their folders as they are found from here; no torn lines."""
     file = place / CELLS
     found = []
     for line in file.read_bytes().splitlines() if file.is_file() else ():
@@ -249,9 +248,7 @@ def close(cells: list[Cell]) -> int:
     from realera import console
 
     console.show_cells([asdict(cell) for cell in cells])
-    listed = folder() / LISTED
-    lines = foreign.lines(listed) if listed.is_file() else []
-    whole = [Path(line) for line in dict.fromkeys(lines)]
+    whole = [Path(line) for line in runs.listed_in(folder() / LISTED)]
     if any((run / paths.METRICS).is_file() for run in whole):
         from realera.evaluation.sweep_report import write_sweep
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from weakref import WeakSet
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from realera import cli, complaints, costs, paths, shapes, sweep
+from realera import cli, complaints, costs, paths, seals, sweep
 from realera.contracts import UserError
 from realera.evaluation.readings import ORDER
 from realera.evaluation.report import veiled
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images says otherwise
 SHORT = 100  # entries: a longer list of the protocol (30,000 captions, say) is told by its length
 TAG = 64  # letters, W&B's own limit
+ID = re.compile(r"[\w-]{1,128}", re.ASCII)  # of a W&B run, as its server takes it
 INTERRUPTED = 255  # W&B's own status of a process that Ctrl-C ended
 OF_A_RUN = ("_target_", "project", "entity", "mode", "group", "tags", "images")  # settings that are taken from a folder
 TAGGED = 5  # concepts that are tags; of more, the first ones
@@ -97,15 +99,16 @@ def run_id(run: Run) -> str:
     another machine is another one. Under an agent of a W&B sweep it is the agent's, which W&B takes whatever it is
     given."""
     file = run.folder / paths.WANDB_ID
-    if not file.is_file():
+    kept = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+    if not ID.fullmatch(kept):
+        if file.is_file():
+            seals.made_again(file)
         # One that was logged before ids were kept had its id from its settings.
         before = digest([run.folder.name, identity(run.config)]) if (run.folder / "wandb").is_dir() else None
         agents = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-        paths.write_text(file, f"{before or agents or uuid.uuid4().hex[:12]}\n")
-    said = file.read_text(encoding="utf-8", errors="replace").strip()
-    if not shapes.WANDB_ID.fullmatch(said):
-        raise UserError(f"{file} holds no id of a W&B run: remove it, and the run gets a new one.")
-    return said
+        kept = before or agents or uuid.uuid4().hex[:12]
+        paths.write_text(file, f"{kept}\n")
+    return kept
 
 
 def tags(config: Mapping[str, Any]) -> list[str]:

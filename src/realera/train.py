@@ -7,7 +7,20 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, console, costs, lengths, paths, plan, preflight, processes, runs, starting, sweep
+from realera import (
+    cli,
+    console,
+    costs,
+    lengths,
+    paths,
+    plan,
+    preflight,
+    processes,
+    repairs,
+    runs,
+    starting,
+    sweep,
+)
 from realera.contracts import Task
 from realera.evaluation.records import read_metrics
 from realera.ranks import Ranks
@@ -18,6 +31,7 @@ def train(cfg: DictConfig) -> float | None:
     """One run; returns its H_o, which a search maximises."""
     config = cli.plain(cfg)
     preflight.check_settings(config, sweep=cli.in_sweep())
+    repairs.check_sums(config["method"])
     sweep.refuse_lone(config)
     task = cli.build_task(config)
     config = cli.name_concepts(config, task)

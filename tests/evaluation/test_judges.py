@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from realera import paths
+from realera import paths, seals
 from realera.contracts import Prompt, SetJudge, Split, UserError, Verdict
 from realera.evaluation.metrics import samples
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, read_metrics, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.resamples import Resamples
-from realera.evaluation.results import gather, measure, measure_set, own_judge
+from realera.evaluation.results import gather, measure, measure_set, own_judge, torn_of
 
 SPLITS: tuple[Split, ...] = ("erase", "near", "keep")
 
@@ -123,17 +123,54 @@ def test_a_set_is_compared_with_a_folder_s_images_or_refused(tmp_path: Path) -> 
 def test_a_run_of_an_earlier_version_is_measured_again_from_its_verdicts(tmp_path: Path) -> None:
     draw(tmp_path)
     now = judge(tmp_path, "eye", 0.2)
-    assert own_judge(tmp_path / "nowhere") is None
+    assert own_judge(tmp_path / "nowhere", "eye", True) is None
     old = {"headline": "mean_prob", "protocol": now["protocol"], "original": None, "by_prompt": []}
     old |= {mode: now[mode] for mode in ("mean_prob", "top1")}
     (tmp_path / paths.METRICS).write_text(json.dumps(old))
     (tmp_path / paths.VERDICTS / "eye.json").unlink()
-    assert own_judge(tmp_path) == "eye"
+    assert own_judge(tmp_path, "eye", True) == "eye"
     assert read_metrics(tmp_path) == now
+
+
+def test_what_is_lost_of_the_own_judge_is_judged_again_by_it_alone(tmp_path: Path) -> None:
+    draw(tmp_path)
+    judge(tmp_path, "eye", 0.2)
     verdict_file(tmp_path, "eye").unlink()
     (tmp_path / paths.VERDICTS / "eye.json").write_text("torn {")
-    with pytest.raises(UserError, match="judge the run first"):
-        own_judge(tmp_path)
+    assert own_judge(tmp_path, "eye", True) == "eye"
+    with pytest.raises(UserError, match=r"judge it by its own judge first \(python -m realera.evaluate run="):
+        own_judge(tmp_path, "other", False)
+    (tmp_path / paths.METRICS).write_text("torn {")
+    assert own_judge(tmp_path, "eye", True) is None
+    with pytest.raises(UserError, match=r"metrics\.json is missing or torn: judge it by its own judge first"):
+        own_judge(tmp_path, "other", False)
+
+
+def test_a_torn_file_of_another_judge_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw(tmp_path)
+    judge(tmp_path, "eye", 0.2)
+    both = judge(tmp_path, "other", 0.3, own="eye")
+    file = tmp_path / paths.VERDICTS / "other.json"
+    content = file.read_text()
+    file.write_text(content.replace("30.0", "31.0", 1))
+    assert torn_of(tmp_path) == file
+    now = judge(tmp_path, "eye", 0.2)
+    assert set(both["judges"]) == {"other"} and now["judges"] == {} and not file.exists()
+    assert "other.json is torn and left out: python -m realera.evaluate run=" in caplog.text
+    assert torn_of(tmp_path) is None
+
+
+def test_what_an_earlier_version_wrote_is_not_torn(tmp_path: Path) -> None:
+    """Neither a checksum nor digests of the verdicts; the page's end in place of a checksum."""
+    draw(tmp_path)
+    metrics = judge(tmp_path, "eye", 0.2)
+    file = tmp_path / paths.VERDICTS / "eye.json"
+    numbers = json.loads(file.read_text())
+    del numbers["checksum"], numbers["of_verdicts"]
+    file.write_text(json.dumps(numbers, indent=1) + "\n")
+    assert torn_of(tmp_path) is None and gather(tmp_path, "eye") == metrics
+    (tmp_path / "report.html").write_text("<!doctype html></html>\n")
+    assert seals.page_is_whole(tmp_path / "report.html")
 
 
 def test_the_samples_of_a_measure_can_be_shared() -> None:

@@ -221,7 +221,16 @@ def test_a_torn_last_line_of_the_losses_is_left_out(tmp_path: Path) -> None:
     assert "step 29" in _read(folder).text
 
 
-@pytest.mark.parametrize("file", ["metrics.json", "config.yaml", "edit.json", "manifest.jsonl"])
+def test_a_torn_edit_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Only the command that made the run makes it again: to judge again must not fail on it."""
+    folder = _with_edit(_make(tmp_path))
+    (folder / "edit.json").write_text("{")
+    page = _read(folder)
+    assert "Measured" in page.text and "What the edit did" not in page.text
+    assert "edit.json is torn: give the command that made the run again" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "config.yaml", "manifest.jsonl"])
 def test_a_torn_file_is_named(tmp_path: Path, file: str) -> None:
     folder = _with_edit(_make(tmp_path))
     (folder / file).write_text("{")

@@ -12,6 +12,7 @@ import torch
 from realera.contracts import UserError
 from realera.methods import priors
 from realera.methods.priors import CAPTIONS, Preserved, accumulate, partial, prior, read
+from tearing import TEARS, tear
 
 WORDS = ["a cat", "a dog on the sea", "tom cruise", "sky", "a big photo of a ship"]
 CAPTION_LIST = [f"{word} and a {other}" for word in WORDS for other in WORDS]
@@ -70,6 +71,40 @@ def test_a_stopped_sum_goes_on_and_is_the_same(out: Path, new_backbone: Callable
     assert not partial(out).exists()
     encoded.clear()
     assert accumulate(backbone, CAPTION_LIST, out, "words").captions == 25 and not encoded  # done already
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_a_torn_sum_is_made_again(
+    part: bool, out: Path, new_backbone: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def until(last: int) -> Iterator[str]:
+        yield from CAPTION_LIST[:last]
+        raise Stop
+
+    backbone = new_backbone()
+    accumulate(backbone, CAPTION_LIST, out, "words")
+    whole = out.read_bytes()
+    for how in TEARS:
+        if part:
+            out.unlink()
+            with pytest.raises(Stop):
+                accumulate(backbone, until(9), out, "words", save_every=4)
+        torn = partial(out) if part else out
+        tear(torn, how)
+        with pytest.raises(UserError, match=r"make it again with python -m realera\.cache"):
+            prior(backbone, torn)
+        caplog.clear()
+        accumulate(backbone, CAPTION_LIST, out, "words")
+        assert out.read_bytes() == whole and not partial(out).exists()
+        assert [record.getMessage() for record in caplog.records] == [f"{torn} is torn: made again"]
+
+
+def test_a_file_that_may_be_somebody_elses_is_left(out: Path, new_backbone: Callable[..., Any]) -> None:
+    notes = out.with_name("notes.txt")
+    notes.write_text("mine")
+    with pytest.raises(UserError, match="cannot be read"):
+        accumulate(new_backbone(), CAPTION_LIST, notes, "words")
+    assert notes.read_text() == "mine"
 
 
 def test_what_does_not_fit_is_refused(

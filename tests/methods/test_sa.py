@@ -17,10 +17,11 @@ from torch import Tensor
 from options import built, method_settings
 from realera.cli import register_resolvers
 from realera.contracts import Edit, Pair, UserError
-from realera.methods.replay import CAPTIONS, Fisher, Replay
+from realera.methods.replay import CAPTIONS, Fisher, Replay, _Parts
 from realera.methods.sa import ForgetAndReplay, SelectiveAmnesia
 from realera.ranks import Ranks
 from realera.tasks import objects
+from tearing import TEARS, tear
 
 SAID = ["a red car", "a photo of the cat", "an old ship", "the sky"]
 
@@ -122,10 +123,33 @@ def test_a_killed_one_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pytest
     resumed = fisher()(backbone, tmp_path / "cut", 0)
     assert seen == [0, 1, -1, 2]
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    file = next((tmp_path / "cut" / "fisher").iterdir())
-    file.write_bytes(file.read_bytes()[:200])
-    torn = fisher()(backbone, tmp_path / "cut", 0)
-    assert seen[4:] == [0, 1, 2] and all(torch.equal(straight[name], torn[name]) for name in straight)
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_a_torn_one_is_made_again(
+    part: bool, backbone: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """part: of a run that was killed before its parts were put together."""
+    straight = fisher()(backbone, tmp_path / "straight", 0)
+    for how in TEARS:
+        cache = tmp_path / how
+        if part:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(_Parts, "merge", interrupt)
+                fisher()(backbone, cache, 0)
+        else:
+            fisher()(backbone, cache, 0)
+        (file,) = (cache / "fisher").iterdir()
+        tear(file, how)
+        caplog.clear()
+        again = fisher()(backbone, cache, 0)
+        assert all(torch.equal(straight[name], again[name]) for name in straight), how
+        assert [record.getMessage() for record in caplog.records].count(f"{file} is torn: made again") == 1, how
+        assert [found.suffixes for found in (cache / "fisher").iterdir()] == [[".safetensors"]]
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_it_goes_on_with_another_number_of_processes(backbone: Any, tmp_path: Path) -> None:

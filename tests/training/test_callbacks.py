@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from realera.backbones.text import TextEncoder
 from realera.contracts import Edit, Method, Neighbours, Pair, Prompt
 from realera.training import callbacks as room
-from realera.training.callbacks import LossLines
 from realera.training.checkpoint import read_map
 from realera.training.fit import fit
+from realera.training.losses import LossLines
 from realera.training.streams import stream
 
 HALF = 0.5 * torch.eye(32, dtype=torch.float64)
@@ -174,15 +174,32 @@ def test_what_was_mined_is_kept(go: Callable[..., Any], load_method: Callable[..
     assert not (tmp_path / "lean" / "neighbours.safetensors").exists()
 
 
-def test_losses_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
-    class Trainer:
-        is_global_zero, global_step = True, 2
+@pytest.mark.parametrize("left", ['{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a": 3.0}\n{"ste', "torn"])
+def test_losses_are_those_of_the_checkpoint(tmp_path: Path, left: str) -> None:
+    """A checkpoint holds its lines, so the file may be torn; one of an earlier version cuts the file."""
 
-    lines = LossLines(tmp_path)
-    (tmp_path / "losses.jsonl").write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a": 3.0}\n{"ste')
-    trainer: Any = Trainer()
-    module: Any = None
+    class Trainer:
+        is_global_zero, global_step = True, 0
+
+    def step(lines: LossLines, loss: float) -> None:
+        trainer.global_step += 1
+        lines.on_train_batch_end(trainer, module, {"terms": {"a": torch.tensor(loss)}}, None, 0)
+
+    def losses() -> list[float]:
+        return [json.loads(line)["a"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+
+    trainer, module, checkpoint = Trainer(), None, {}  # type: ignore[var-annotated]
+    lines: Any = LossLines(tmp_path)
     lines.on_train_start(trainer, module)
-    trainer.global_step = 3
-    lines.on_train_batch_end(trainer, module, {"terms": {"a": torch.tensor(4.0)}}, None, 0)
-    assert [json.loads(line)["a"] for line in (tmp_path / "losses.jsonl").read_text().splitlines()] == [1, 2, 4]
+    step(lines, 1.0)
+    step(lines, 2.0)
+    lines.on_save_checkpoint(trainer, module, checkpoint)
+    step(lines, 3.0)
+    assert losses() == [1, 2, 3]
+    for found in (checkpoint, {"global_step": 2}):
+        (tmp_path / "losses.jsonl").write_text(left)
+        lines, trainer.global_step = LossLines(tmp_path), 2
+        lines.on_load_checkpoint(trainer, module, found)
+        lines.on_train_start(trainer, module)
+        step(lines, 4.0)
+        assert losses() == ([4] if left == "torn" and found is not checkpoint else [1, 2, 4])

@@ -2,8 +2,8 @@
 processes, ends with the same pictures.
 
 Noise comes from each prompt's own seed, but a convolution's last bits can depend on how many images run together. So
-the chunks are fixed by the list, one with a picture missing is drawn again whole, and whole chunks are what processes
-share out.
+the chunks are fixed by the list, one with a picture missing or torn is drawn again whole, and whole chunks are what
+processes share out. Whether a picture is torn is looked at whenever a run's images are drawn, judged or compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from realera import disk, locks, paths
+from realera import disk, locks, paths, seals
 from realera.contracts import Backbone, Guide, Prompt, Sampler, UserError
 from realera.evaluation.records import ORIGINALS, Row, read_manifest, write_manifest
 from realera.ranks import ALONE, Ranks
@@ -212,7 +212,17 @@ def _draw(
     for number, part in enumerate(chunks):
         for place in part.places:
             owner.setdefault(files[place], number)
-    missing = ranks.from_first(lambda: sorted({owner[file] for file in owner if not file.is_file()}))
+
+    def undone() -> list[int]:
+        missing = [file for file in owner if not seals.image_is_whole(file)]
+        torn = [file for file in missing if file.exists()]
+        seals.made_again(*torn)
+        for file in torn:  # taken away, never written into: in the cache it is one file with a name in each run
+            with disk.explained(file):
+                file.unlink(missing_ok=True)
+        return sorted({owner[file] for file in missing})
+
+    missing = ranks.from_first(undone)
     if advance is not None and (there := len(prompts) - sum(len(chunks[n].places) for n in missing)):
         advance(there)
     size = chunk

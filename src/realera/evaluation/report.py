@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from realera import costs, foreign, paths, shapes
+from realera import costs, foreign, paths, seals, shapes
 from realera.contracts import Split, UserError
 from realera.evaluation import charts, cost, lines
 from realera.evaluation.readings import MEAN_PROB, MEASURES, mode_of, near
 from realera.evaluation.records import read_config, read_lines, read_metrics
 from realera.evaluation.sheets import first_pairs, sheets
+
+log = logging.getLogger(__name__)
 
 TEMPLATE = "report.html.j2"
 SPLITS: Mapping[Split, tuple[str, str]] = {
@@ -44,11 +47,11 @@ FILES = {
 def write_report(run_dir: Path, blur: bool | None = None) -> Path:
     """Writes report.html and returns its path. blur: whether images are shown only when asked for (`veiled`).
 
-    What the folder does not hold (no images yet, nothing trained) is left out. Raises UserError where it holds no run,
-    or a torn file.
+    What the folder does not hold (no images yet, nothing trained) is left out, and so are a torn edit.json and torn
+    images. Raises UserError where it holds no run, or another torn file.
     """
     out = paths.inside(run_dir, paths.REPORT)
-    paths.write_text(out, render(TEMPLATE, collect(run_dir, blur)))
+    paths.write_text(out, seals.sealed_page(render(TEMPLATE, collect(run_dir, blur))))
     return out
 
 
@@ -178,14 +181,16 @@ def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _edit_info(run_dir: Path) -> dict[str, Any]:
-    """edit.json, {} where it is missing. Raises UserError where it is torn, or not what a run writes."""
+    """edit.json; {} where it is missing or torn: only the command that made the run makes it again, and the numbers do
+    without. Raises UserError where it is not what a run writes."""
     file = paths.inside(run_dir, paths.EDIT_INFO)
     if not file.is_file():
         return {}
     try:
         content = foreign.read_json(file)
     except (OSError, ValueError):
-        raise UserError(f"{file} is torn: delete it, and start the run again") from None
+        log.warning("%s is torn: give the command that made the run again, and it is made again", file)
+        return {}
     if not shapes.fits(content, shapes.EDIT):
-        raise UserError(f"{file} is not what a run writes: delete it, and start the run again")
+        raise UserError(f"{file} is not what a run writes: give the command that made the run again")
     return dict(content)

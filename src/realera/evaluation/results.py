@@ -1,24 +1,27 @@
 """metrics.json: made anew from the numbers of every judge that has looked at the run's images, so that none is lost.
 
-Each judge's numbers stand beside its verdicts (verdicts/<judge>.json) with the digest of the manifest they are of.
-metrics.json is the run's own judge's, with the other judges' under `judges` and those of whole sets under `sets`;
-numbers of images that were drawn again since are left out.
+Each judge's numbers stand beside its verdicts (verdicts/<judge>.json) with a checksum and the digests of the manifest
+and of the verdicts they are of. metrics.json is the run's own judge's, with the other judges' under `judges` and those
+of whole sets under `sets`; numbers of images that were drawn again since are left out. So each of these files tells
+whether another one is torn (`torn_of`). No torch here until something is measured.
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realera import foreign, paths
+from realera import foreign, paths, seals
 from realera.contracts import Mode, SetJudge, UserError
-from realera.evaluation.metrics import summarise
 from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, mode_of, modes
-from realera.evaluation.records import FORM, read_manifest, read_metrics, read_verdicts, verdict_file
+from realera.evaluation.records import FOLDERS, FORM, read_manifest, read_metrics, read_verdicts, verdict_file
 
+log = logging.getLogger(__name__)
+
+OF_VERDICTS = "of_verdicts"  # {file: digest} in a judge's file
 LEFT_OUT = ("by_prompt", "protocol", "original", "h_o_terms", "form")  # of another judge
 
 
@@ -36,6 +39,8 @@ def measure(
     puts first (default: this one). Raises UserError where the verdicts are missing or of other images than the
     manifest's.
     """
+    from realera.evaluation.metrics import summarise
+
     prompts = [row.prompt for row in read_manifest(run_dir)]
     before = verdict_file(run_dir, judge, "original")
     said = read_verdicts(verdict_file(run_dir, judge))
@@ -45,7 +50,9 @@ def measure(
             raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
     numbers = summarise(prompts, said, original, headline=headline, terms=h_o_terms)
     interval = numbers.pop("interval")
-    _keep(run_dir, judge, {"form": FORM, **numbers, "protocol": {**protocol, "interval": interval}})
+    lines = {file.name: seals.digest(file) for file in (verdict_file(run_dir, judge), before) if file.is_file()}
+    kept = {"form": FORM, **numbers, "protocol": {**protocol, "interval": interval}, OF_VERDICTS: lines}
+    _keep(run_dir, judge, kept)
     return gather(run_dir, own or judge)
 
 
@@ -68,8 +75,11 @@ def measure_set(run_dir: Path, judge: SetJudge, references: Path | None, split: 
         raise UserError(f"{run_dir} has no images of the split {split!r}: name another, judge.split=erase, say")
     if not against:
         raise UserError(f"{references} holds no images to compare with: name another folder, judge.references=FOLDER")
-    if gone := next((file for file in (*images, *against) if not file.is_file()), None):
-        raise UserError(f"the image {gone} is missing: judge the run by its own judge first, which draws it again")
+    ours = images if references is not None else [*images, *against]
+    if gone := next((file for file in ours if not seals.image_is_whole(file)), None):
+        raise UserError(
+            f"the image {gone} is missing or torn: judge the run by its own judge first, which draws it again"
+        )
     numbers = {k: v if math.isfinite(v) else None for k, v in judge.compare(images, against).items()}
     said = {"split": split, "references": "originals" if references is None else str(references)}
     sizes = {"images": len(images), "reference_images": len(against)}
@@ -78,15 +88,29 @@ def measure_set(run_dir: Path, judge: SetJudge, references: Path | None, split: 
 
 
 def gather(run_dir: Path, own: str) -> dict[str, Any]:
-    """Writes metrics.json from the judges' files and returns it. Raises UserError where `own` has not judged."""
+    """Writes metrics.json from the judges' files and returns it. A torn one is taken away: its judge has to be asked
+    again. Raises UserError where `own` has not judged."""
+    for file in _files(run_dir):
+        if not _read(file):
+            again = f"python -m realera.evaluate run={run_dir} judge={file.stem}"
+            log.warning("%s is torn and left out: %s makes it again", file, again)
+            file.unlink(missing_ok=True)
+    metrics = _gathered(run_dir, own)
+    paths.write_text(run_dir / paths.METRICS, _text(metrics))
+    return metrics
+
+
+def _gathered(run_dir: Path, own: str) -> dict[str, Any]:
+    """The content of metrics.json, by the judges' files."""
     digest = _images(run_dir)
     first: dict[str, Any] | None = None
     judges: dict[str, Any] = {}
     sets: dict[str, Any] = {}
-    for file in sorted((run_dir / paths.VERDICTS).glob("*.json")):
-        numbers = _read(paths.inside(run_dir, f"{paths.VERDICTS}/{file.name}"))
+    for file in _files(run_dir):
+        numbers = _read(file)
         if numbers.get("form") != FORM or numbers.pop("of_images", None) != digest:
             continue
+        numbers.pop(OF_VERDICTS, None)
         if "set" in numbers:
             sets[file.stem] = {**numbers["set"], "protocol": numbers["protocol"]}
         elif file.stem == own:
@@ -97,20 +121,37 @@ def gather(run_dir: Path, own: str) -> dict[str, Any]:
             judges[file.stem] = {**_short(numbers), "original": original, "protocol": said}
     if first is None:
         raise UserError(f"{run_dir} was not judged by {own!r}: judge it by that one first (evaluate run={run_dir})")
-    metrics = {**first, "judges": judges, "sets": sets}
-    paths.write_text(run_dir / paths.METRICS, _text(metrics))
-    return metrics
+    return {**first, "judges": judges, "sets": sets}
 
 
-def own_judge(run_dir: Path) -> str | None:
-    """The judge whose numbers metrics.json puts first; None where the run was not judged yet. The numbers of a run that
-    an earlier version judged are made again from its verdicts. Raises UserError where these are gone."""
-    if not (run_dir / paths.METRICS).is_file():
+def own_judge(run_dir: Path, asked: str, is_own: bool) -> str | None:
+    """The judge whose numbers metrics.json puts first; None where the run was not judged yet, or where these are to be
+    made anew. The numbers of a run that an earlier version judged are made again from its verdicts.
+
+    asked: the judge that is going to judge. is_own: whether it is the one that the run's settings name; another one
+    must not come first because metrics.json is torn.
+
+    Raises:
+        UserError: the own judge's numbers are missing or torn, and it is another one that was asked.
+    """
+    path = run_dir / paths.METRICS
+    first = f"judge it by its own judge first (python -m realera.evaluate run={run_dir})"
+    try:
+        metrics = read_metrics(run_dir)
+        judge = str(metrics["protocol"]["judge"]["judge"])
+        headline, terms = metrics["headline"], metrics["h_o_terms"]
+    except (UserError, KeyError, TypeError):
+        if path.is_file():
+            seals.made_again(path)
+        if not is_own and any((run_dir / paths.VERDICTS).glob("*.jsonl")):
+            raise UserError(f"{path} is missing or torn: {first}.") from None
         return None
-    metrics = read_metrics(run_dir)
-    judge = str(metrics["protocol"]["judge"]["judge"])
     if numbers_of(run_dir, judge) is None:
-        measure(run_dir, judge, metrics["protocol"], metrics["headline"], metrics["h_o_terms"])
+        try:
+            measure(run_dir, judge, metrics["protocol"], headline, terms)
+        except UserError as error:
+            if judge != asked:
+                raise UserError(f"{error}; {first}.") from None
     return judge
 
 
@@ -118,6 +159,31 @@ def numbers_of(run_dir: Path, judge: str) -> dict[str, Any] | None:
     """What a judge's file holds where it is of the images that stand; else None."""
     numbers = _read(_file(run_dir, judge))
     return numbers if numbers.get("form") == FORM and numbers.get("of_images") == _images(run_dir) else None
+
+
+def torn_of(run_dir: Path) -> Path | None:
+    """The first torn file of a run that was judged, as far as its files' digests tell: the manifest, the verdicts,
+    metrics.json. None where there is none; of an earlier version only metrics.json is read. The images have checksums
+    of their own, which are looked at when they are used."""
+    path = run_dir / paths.METRICS
+    try:
+        metrics = read_metrics(run_dir)
+        judge = str(metrics["protocol"]["judge"]["judge"])
+    except (UserError, KeyError, TypeError):
+        return path
+    if torn := next((file for file in _files(run_dir) if not _read(file)), None):
+        return torn
+    numbers = _read(_file(run_dir, judge))
+    noted = numbers.get(OF_VERDICTS)
+    if not noted or not (run_dir / paths.MANIFEST).is_file():
+        return None
+    if numbers["of_images"] != _images(run_dir):
+        return run_dir / paths.MANIFEST
+    for which in FOLDERS:
+        file = verdict_file(run_dir, judge, which)
+        if seals.digest(file) not in (noted.get(file.name), None):
+            return file
+    return None if _text(_gathered(run_dir, judge)) == path.read_text(encoding="utf-8") else path
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -147,8 +213,13 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _keep(run_dir: Path, judge: str, numbers: Mapping[str, Any]) -> None:
-    path = _file(run_dir, judge)
-    paths.write_text(path, _text({"of_images": _images(run_dir), **numbers}))
+    said = {"of_images": _images(run_dir), **numbers}
+    paths.write_text(_file(run_dir, judge), _text({**said, seals.KEY: _checksum(said)}))
+
+
+def _files(run_dir: Path) -> list[Path]:
+    """What the judges' numbers stand in."""
+    return [_file(run_dir, file.stem) for file in sorted((run_dir / paths.VERDICTS).glob("*.json"))]
 
 
 def _file(run_dir: Path, judge: str) -> Path:
@@ -160,17 +231,23 @@ def _short(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _images(run_dir: Path) -> str:
-    """The manifest's digest: it names every image, its prompt and what drew it."""
-    return hashlib.sha256(paths.inside(run_dir, paths.MANIFEST).read_bytes()).hexdigest()[:16]
+    """The manifest's digest: it names every image, its prompt and what drew it. Empty where there is none."""
+    return (seals.digest(paths.inside(run_dir, paths.MANIFEST)) or "")[:16]
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """{} for a file that is missing or torn: its numbers can be had again."""
+    """A judge's numbers; {} for a file that is missing or torn: they can be had again. Earlier versions wrote no
+    checksum."""
     try:
         numbers = foreign.read_json(file)
+        whole = isinstance(numbers, dict) and numbers.pop(seals.KEY, None) in (None, _checksum(numbers))
     except (OSError, ValueError):
         return {}
-    return numbers if isinstance(numbers, dict) else {}
+    return numbers if whole else {}
+
+
+def _checksum(numbers: Mapping[str, Any]) -> str:
+    return seals.digest_of(_text(numbers).encode())
 
 
 def _text(numbers: Mapping[str, Any]) -> str:

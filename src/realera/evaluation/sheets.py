@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image, ImageFilter
 
+from realera import seals
 from realera.contracts import Mode, Split, UserError, Verdict
 from realera.evaluation.readings import MEAN_PROB, MEASURES, score
 from realera.evaluation.records import Row, Which, read_manifest, read_verdicts, verdict_file
@@ -147,7 +148,10 @@ def blurred(file: Path) -> Image.Image:
 
 
 def _data_uri(file: Path) -> tuple[str, bool]:
-    """The image as it is where it is small (and then True), else a JPEG of it at a sheet's size."""
+    """The image as it is where it is small (and then True), else a JPEG of it at a sheet's size; nothing for one that
+    is missing or torn."""
+    if not seals.image_is_whole(file):
+        return "", True
     try:
         picture = read_picture(file)
         if max(picture.size) <= _LARGEST:

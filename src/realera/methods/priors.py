@@ -14,14 +14,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from realera import finite, foreign
+from realera import finite, foreign, seals
 from realera.contracts import Backbone, UserError
 from realera.kinds import Captions, NonNegative, Sums
-from realera.paths import whole
 
 FORMAT = "realera-prior/1"
 EVERYDAY = "everyday"  # the captions that ship with the package
@@ -56,6 +53,8 @@ def accumulate(
 
     advance: told of every batch's captions, of those that a resumed call passes over too.
 
+    A torn sum is made again: an unreadable .safetensors file was one, any other file may be somebody else's.
+
     Raises:
         UserError: `out` holds something else, or there is no caption.
     """
@@ -64,7 +63,13 @@ def accumulate(
     done = 0
     for file in (out, partial(out)):
         if file.is_file():
-            found, made = read(file)
+            try:
+                found, made = read(file)
+            except seals.Torn:
+                if file.suffix not in (".safetensors", partial(out).suffix):
+                    raise
+                seals.made_again(file)
+                continue
             if (made.encoder, made.source) != (encoder, source):
                 raise UserError(f"{file} holds the sum of other captions or another text encoder: choose another out=.")
             gram, done = found, made.captions
@@ -99,24 +104,20 @@ def partial(out: Path) -> Path:
 
 
 def read(file: Path) -> tuple[Tensor, Made]:
-    """(D, D) float64, and what it was made of. Raises UserError for a file that is missing, torn or something else."""
+    """(D, D) float64, and what it was made of. Raises UserError for a file that is missing or something else, Torn for
+    one that cannot be read."""
+    if not file.is_file():
+        raise UserError(f"There is no file {file}: make it with python -m realera.cache captions=FILE out={file}.")
     try:
-        if file.exists() and not file.is_file():  # a pipe would be waited for
-            raise OSError(f"{file} is no file")
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{file} is no sum of captions: make one with python -m realera.cache captions=FILE.")
-            gram, said = opened.get_tensor("gram"), foreign.json_of(metadata["made"])
+        tensors, metadata = seals.load(file)
+        if metadata.get("format") != FORMAT:
+            raise UserError(f"{file} is no sum of captions: make one with python -m realera.cache captions=FILE.")
+        gram, said = tensors["gram"], foreign.json_of(metadata["made"])
         made = Made(**said)
         if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or type(said["captions"]) is not int:
             raise ValueError("no sum of captions")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"There is no file {file}: make it with python -m realera.cache captions=FILE out={file}."
-        ) from error
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: make it again with python -m realera.cache.") from error
+    except (seals.Torn, KeyError, TypeError, ValueError) as error:
+        raise seals.Torn(f"{file} cannot be read: make it again with python -m realera.cache.") from error
     finite.refuse([("sum", gram)], f"{file} cannot be used: its", "make it again with python -m realera.cache")
     return gram, made
 
@@ -209,8 +210,7 @@ def content_id(files: Iterable[Path], column: str = "") -> str:
 
 def _write(file: Path, gram: Tensor, made: Made) -> None:
     finite.refuse([("of the captions", gram)], f"{file.name} is not saved: the sum", "check the text encoder's weights")
-    with whole(file) as beside:
-        save_file({"gram": gram}, beside, metadata={"format": FORMAT, "made": json.dumps(asdict(made))})
+    seals.save(file, {"gram": gram}, {"format": FORMAT, "made": json.dumps(asdict(made))})
 
 
 def _batches(captions: Iterable[str]) -> Iterator[list[str]]:

@@ -14,17 +14,15 @@ from typing import Annotated
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from realera import finite, foreign
+from realera import finite, foreign, seals
 from realera.contracts import Backbone, Sampler, TextStates, UserError
 from realera.kinds import AnyText, Batch, Count, File, Number
 from realera.ledger import Cached
 from realera.locks import turn
 from realera.methods.latents import TIMESTEPS, drawn
 from realera.methods.texts import predict, repeat, take
-from realera.paths import whole
 from realera.ranks import ALONE, Ranks
 
 CAPTIONS = Path(__file__).with_name("captions.txt")
@@ -182,9 +180,8 @@ class Fisher:
                 finite.refuse(
                     sums, "The Fisher information of", "set backbone.dtype=float32, or trainer.precision=32-true"
                 )
-                with whole(entry.file) as beside:
-                    said = {"images": json.dumps(images), **entry.made()}
-                    save_file({name: value.cpu() for name, value in sums.items()}, beside, said)
+                said = {"images": json.dumps(images), **entry.made()}
+                seals.save(entry.file, {name: value.cpu() for name, value in sums.items()}, said)
 
     def gradients(self, backbone: Backbone, image: int, weights: Sequence[Tensor], seed: int) -> list[Tensor]:
         """Of each weight, of the noise loss of one image summed over all timesteps, each with a noise of its own."""
@@ -260,8 +257,7 @@ class _Parts:
         if all("seconds" in note and "passes" in note for note in notes):
             said["seconds"] = f"{sum(float(note['seconds']) for note in notes):.3f}"
             said["passes"] = str(sum(int(note["passes"]) for note in notes))
-        with whole(self.whole) as beside:
-            save_file(sums, beside, said)
+        seals.save(self.whole, sums, said)
         for file in self.folder.glob(f"{self.key}.part*.safetensors"):
             file.unlink()
 
@@ -272,8 +268,12 @@ class _Parts:
     @staticmethod
     def _said(file: Path) -> dict[str, str]:
         """A file's metadata; none where there is no whole file: a cache is never worth an error."""
+        if not file.is_file():
+            return {}
         try:
+            seals.verify(file)
             with safe_open(file, framework="pt") as opened:
                 return dict(opened.metadata() or {})
-        except (SafetensorError, OSError):
+        except (seals.Torn, SafetensorError, OSError, ValueError):
+            seals.made_again(file)
             return {}

@@ -1,9 +1,7 @@
-"""What happens around the loop: the closed form before it, the anchor bank, the lines of losses.jsonl, the progress
-bar."""
+"""What happens around the loop: the closed form before it, the anchor bank, the progress bar."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +17,8 @@ from realera import finite
 from realera.closed_form import spectrum
 from realera.contracts import Edit, Neighbours, Prompt
 from realera.costs import Meter
-from realera.disk import Tolerance, append
 from realera.ledger import ledger
-from realera.paths import EDIT_INFO, LOSSES, MAP, NEIGHBOURS, json_text, write_text
+from realera.paths import EDIT_INFO, MAP, NEIGHBOURS, json_text, write_text
 from realera.ranks import ALONE, Ranks, patient_group
 from realera.training.checkpoint import Origin, save_map, save_neighbours, tensors_of
 from realera.training.module import ErasureModule, trains
@@ -214,31 +211,6 @@ class Measured(Callback):
         self.meter.end("train")
 
 
-class LossLines(Callback):
-    """A line a step in losses.jsonl. A resumed run cuts the file at its checkpoint, so every step stands there once.
-    Lines that the disk does not take wait for the next one: no training ends for them."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.file = run_dir / LOSSES
-        self.waiting: list[str] = []
-        self.tolerance = Tolerance()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            kept = [line for line in _whole_lines(self.file) if json.loads(line)["step"] <= trainer.global_step]
-            write_text(self.file, "".join(f"{line}\n" for line in kept))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.is_global_zero:
-            values = {name: float(value) for name, value in outputs["terms"].items()}
-            self.waiting.append(json_text({"step": trainer.global_step, **values}) + "\n")
-            with self.tolerance:
-                append(self.file, "".join(self.waiting))
-                self.waiting.clear()
-
-
 class FitProgress(Callback):
     """A bar over the loop's steps with the loss beside it."""
 
@@ -310,10 +282,3 @@ def spread(probes: Sequence[Prompt], most: int) -> list[Prompt]:
 
 def _share(change: Tensor, whole: Tensor) -> Tensor:
     return torch.linalg.norm(change.double()) / torch.linalg.norm(whole.double()).clamp(min=1e-300)
-
-
-def _whole_lines(file: Path) -> list[str]:
-    """The lines a killed run left; the last may be torn."""
-    if not file.is_file():
-        return []
-    return [line for line in file.read_text(encoding="utf-8").splitlines(keepends=False) if line.endswith("}")]

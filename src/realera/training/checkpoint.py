@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from realera import __version__, finite, foreign
+from realera import __version__, finite, foreign, seals
 from realera.contracts import Backbone, LoraSpec, Neighbours, UserError
-from realera.paths import whole
+from realera.paths import OF_THE_FIT
 
 FORMAT = "realera/1"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "lightning", "safetensors")
@@ -47,12 +45,16 @@ class Erased:
 
 
 def save_erased(path: Path, backbone: Backbone, origin: Origin, lora: LoraSpec | None) -> None:
-    """Only what differs from the original weights. `lora`: the spec of the adapter among them, if there is one."""
-    _save(path, backbone.erased_state(), origin, lora=json.dumps(None if lora is None else asdict(lora)))
+    """Only what differs from the original weights. `lora`: the spec of the adapter among them, if there is one. The
+    files that the fit has left beside it are noted by their digests."""
+    found = {name: seals.digest(path.parent / name) for name in OF_THE_FIT}
+    beside = json.dumps({name: digest for name, digest in found.items() if digest is not None})
+    said = json.dumps(None if lora is None else asdict(lora))
+    _save(path, backbone.erased_state(), origin, lora=said, **{seals.BESIDE: beside})
 
 
 def read_erased(path: Path) -> Erased:
-    """Raises UserError for a file that is missing, torn, or not one of ours."""
+    """Raises UserError for a file that is missing or not one of ours, Torn for one that is torn."""
     state, metadata = _read(path)
     if "lora" not in metadata:
         raise UserError(f"{path} holds no erased weights: give a run's erased.safetensors.")
@@ -135,27 +137,20 @@ def _save(path: Path, tensors: Mapping[str, Tensor], origin: Origin, **more: str
         "libraries": json.dumps({name: _version(name) for name in LIBRARIES}),
         **more,
     }
-    with whole(path) as beside:
-        save_file(
-            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, beside, metadata
-        )
+    seals.save(path, {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, metadata)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"There is no {path}: give the folder of a finished run, or run realera.train first.")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UserError(f"{path} was not written by this version of realera: make it again with realera.train.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is torn or no safetensors file: delete it and give the command that made it again."
-        ) from error
-    finite.refuse(tensors, f"{path} cannot be used: its", "delete it and give the command that made it again")
-    return tensors, metadata
+        state, metadata = seals.load(path)
+    except seals.Torn as error:
+        raise seals.Torn(f"{error}: give the command that made it, and it is made again.") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by this version of realera: make it again with realera.train.")
+    finite.refuse(state, f"{path} cannot be used: its", "delete it and give the command that made it again")
+    return state, metadata
 
 
 def _not_ours(path: Path) -> UserError:

@@ -21,8 +21,10 @@ from realera.contracts import Backbone, Method, Pair, Prompt, UserError
 from realera.costs import Meter
 from realera.finite import NotFinite
 from realera.paths import ERASED, FIT, cache_dir
-from realera.training.callbacks import ClosedFormEdit, FitProgress, LossLines, Measured, PrepareLatents
+from realera.seals import fit_stands
+from realera.training.callbacks import ClosedFormEdit, FitProgress, Measured, PrepareLatents
 from realera.training.checkpoint import Origin, load_erased, save_erased
+from realera.training.losses import LossLines
 from realera.training.module import ErasureModule, clip_of, steps_of, trains
 from realera.training.resuming import LAST, Checkpoints, KeepsAnswer, WholeFiles, last_good, same_run
 
@@ -59,8 +61,9 @@ def fit(
 ) -> Path:
     """Edits and trains `backbone` in place and returns run_dir/erased.safetensors.
 
-    A run folder that has that file already is loaded, not redone. A run that was killed in the loop goes on from its
-    last checkpoint (see `Checkpoints` for `checkpoint_every`) and ends with the same weights, bit for bit on the CPU.
+    A run folder that has that file already is loaded, not redone, unless it or a file that belongs to it is torn. A run
+    that was killed in the loop goes on from its last checkpoint (see `Checkpoints` for `checkpoint_every`) and ends
+    with the same weights, bit for bit on the CPU.
 
     config: the resolved settings, kept in the files' metadata. identity: a hash of the settings that decide the result;
     files of another identity in `run_dir` are refused. trainer: keywords of lightning.Trainer (accelerator, devices,
@@ -79,7 +82,7 @@ def fit(
         )
     origin = Origin(config, backbone.name, backbone.fingerprint, identity)
     erased = run_dir / ERASED
-    if erased.is_file():
+    if fit_stands(erased):
         same_run(load_erased(erased, backbone).origin.identity, identity, erased)
         log.info("%s is there already: loaded, not fitted again", erased)
         return erased

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from realera import finite
+from realera import finite, seals
 from realera.contracts import UserError
 from realera.paths import whole
 from realera.training.module import REMEDY
@@ -75,8 +74,10 @@ class WholeFiles(TorchCheckpointIO):
     short."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with whole(Path(path)) as beside, beside.open("wb") as stream:  # whose errors say more than torch's own
-            torch.save(checkpoint, stream)
+        with whole(Path(path)) as beside:
+            with beside.open("wb") as stream:  # whose errors say more than torch's own
+                torch.save(checkpoint, stream)
+            seals.close_archive(beside)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """As data alone, whatever the caller says: the folder may have come from somebody else."""
@@ -85,14 +86,17 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def last_good(file: Path, identity: str) -> Path | None:
-    """The checkpoint to go on from; None where there is none, or one that the disk has torn."""
+    """The checkpoint to go on from; None where there is none, or one that the disk has torn: the loop starts again.
+    torch.load itself compares none of the checksums in the zip archive that torch.save writes."""
     if not file.is_file():
         return None
     try:
+        if not seals.archive_is_whole(file):
+            raise seals.Torn(f"{file} is torn")
         content = torch.load(file, map_location="cpu", weights_only=True)
         stamped, bad = content["identity"], finite.first_bad(content["state_dict"])
-    except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError):
-        log.warning("%s cannot be read: the loop starts again", file)
+    except Exception:  # of damaged bytes its reader says whatever comes to it: dozens of classes
+        seals.made_again(file)
         return None
     same_run(stamped, identity, file)
     if bad is not None:

@@ -1,0 +1,240 @@
+"""Whether a file is still as it was written. A disk, a copy that was broken off or a power cut may tear it, and a torn
+file is made again rather than believed.
+
+A safetensors file carries a SHA-256 of all its bytes in its metadata, a PNG image a CRC-32 of each of its parts. Torch
+comes only where tensors are read or written: the doors check files before it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from realera import foreign
+from realera.contracts import UserError
+from realera.paths import OF_THE_FIT, whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+KEY = "checksum"  # in a safetensors file's metadata
+BESIDE = "beside"  # likewise: {name: digest} of the files that belong to it, in its folder
+BLANK = b"0" * 32  # in its place while the checksum is computed: half of a SHA-256, in hex digits
+_MARK = f'"{KEY}":"'.encode()  # in a value of the metadata its quotes would be escaped
+_ARCHIVE = b"sha256 "  # before the checksum in a zip archive's comment
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Torn(UserError):
+    """A file that is not as it was written, or none of its kind."""
+
+
+def save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all, with its checksum in the metadata."""
+    from safetensors.torch import save_file
+
+    with whole(file) as beside:
+        save_file(dict(tensors), beside, {**metadata, KEY: BLANK.decode()})
+        _order(beside)
+        place, _ = _seal(beside)
+        assert place is not None
+        checksum = _checksum(beside, place)
+        with beside.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(checksum)
+
+
+def load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, on the CPU, and the metadata of a safetensors file. Raises Torn."""
+    from safetensors import SafetensorError, safe_open
+
+    verify(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+            return tensors, dict(opened.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Torn(f"{file} is torn or no safetensors file") from error
+
+
+def verify(file: Path) -> None:
+    """Raises Torn where a safetensors file's bytes do not give its checksum. Files of earlier versions have none: of
+    them the size must be what the header promises."""
+    try:
+        place, checksum = _seal(file)
+        fits = promised(file) == file.stat().st_size if place is None else _checksum(file, place) == checksum
+    except OSError:
+        fits = False
+    if not fits:
+        raise Torn(f"{file} is torn or no safetensors file")
+
+
+def promised(file: Path) -> int | None:
+    """How many bytes a safetensors file should have; None where its header cannot be read."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 8 < length <= size - 8:
+            return None
+        try:
+            header = foreign.json_of(stream.read(length).decode())
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            return int(8 + length + max(ends, default=0))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return None
+
+
+def fit_stands(erased: Path) -> bool:
+    """Whether a fit's erased weights are there and whole, and the files that it left beside them. Else what is torn is
+    named in the log, and the weights are taken away: a fit leaves all of its files or none."""
+    torn = _torn_of(erased) if erased.is_file() else None
+    if torn is not None:
+        made_again(torn)
+        erased.unlink(missing_ok=True)
+    return erased.is_file()
+
+
+def _torn_of(erased: Path) -> Path | None:
+    """The first torn file of a fit: the erased weights, or one of `paths.OF_THE_FIT` that has another digest than they
+    name. One that is missing is not torn: somebody may have wanted it away. None where there is none; an earlier
+    version's weights name no digests."""
+    try:
+        verify(erased)
+        with erased.open("rb") as stream:
+            header = foreign.json_of(stream.read(int.from_bytes(stream.read(8), "little")).decode())
+        said = foreign.json_of(header.get("__metadata__", {}).get(BESIDE, "{}"))
+        beside = {erased.parent / name: said.get(name) for name in OF_THE_FIT}
+    except (Torn, OSError, ValueError, AttributeError):
+        return erased
+    return next(
+        (file for file, known in beside.items() if known is not None and digest(file) not in (known, None)), None
+    )
+
+
+def close_archive(file: Path) -> None:
+    """Puts a checksum at the end of a zip archive that has no comment yet, as its comment: `archive_is_whole`."""
+    size = len(_ARCHIVE) + len(BLANK)
+    with file.open("r+b") as stream:
+        stream.seek(-2, os.SEEK_END)
+        stream.write(size.to_bytes(2, "little"))
+    checksum = _checksum(file, None)
+    with file.open("ab") as stream:
+        stream.write(_ARCHIVE + checksum)
+
+
+def archive_is_whole(file: Path) -> bool:
+    """Whether a zip archive is as it was written; of one without a checksum, of an earlier version, each record."""
+    try:
+        length = file.stat().st_size - len(_ARCHIVE) - len(BLANK)
+        with file.open("rb") as stream:
+            stream.seek(max(0, length))
+            mark, checksum = stream.read(len(_ARCHIVE)), stream.read()
+        if mark == _ARCHIVE:
+            return _checksum(file, None, length) == checksum
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except Exception:  # of damaged bytes a zip's reader says whatever comes to it: a dozen classes
+        return False
+
+
+def digest(file: Path) -> str | None:
+    """32 hex digits of a file's content; None where it is missing."""
+    try:
+        return digest_of(file.read_bytes())
+    except OSError:
+        return None
+
+
+def digest_of(content: bytes) -> str:
+    """32 hex digits, half of a SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def image_is_whole(file: Path) -> bool:
+    """Whether a PNG image is there and as it was written: the CRC-32 of every part, an end, and nothing after it."""
+    try:
+        data = memoryview(file.read_bytes())
+    except OSError:
+        return False
+    start = len(_PNG)
+    if bytes(data[:start]) != _PNG:
+        return False
+    while start + 12 <= len(data):  # length of the content, name, content, CRC-32 of the latter two
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if end > len(data) or zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            return False
+        if bytes(data[start + 4 : start + 8]) == b"IEND":
+            return end == len(data)
+        start = end
+    return False
+
+
+def sealed_page(html: str) -> str:
+    """A page with a last line that says what it must hold."""
+    return f"{html.rstrip()}\n<!-- {KEY} {digest_of(html.rstrip().encode())} -->\n"
+
+
+def page_is_whole(file: Path) -> bool:
+    """Whether a page is as it was written; one of an earlier version must have its beginning and its end."""
+    try:
+        html, mark, checksum = file.read_bytes().rstrip().rpartition(f"\n<!-- {KEY} ".encode())
+    except OSError:
+        return False
+    if mark:
+        return checksum == f"{digest_of(html)} -->".encode()
+    return checksum.lstrip()[:15].lower() == b"<!doctype html>" and checksum.endswith(b"</html>")
+
+
+def made_again(*torn: Path) -> None:
+    """One log line that names what is torn and is going to be replaced."""
+    if torn:
+        more = f" and {len(torn) - 1} more are" if len(torn) > 1 else " is"
+        log.warning("%s%s torn: made again", torn[0], more)
+
+
+def _seal(file: Path) -> tuple[int | None, bytes]:
+    """Where in a safetensors file its checksum stands, and the checksum; None where it has none."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if length <= size - 8 else b""
+    found = header.find(_MARK)
+    if found < 0:
+        return None, b""
+    start = found + len(_MARK)
+    return 8 + start, header[start : start + len(BLANK)]
+
+
+def _order(file: Path) -> None:
+    """Sorts the metadata, which safetensors writes in any order: the same content is the same bytes."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) <= length:
+            stream.seek(8)
+            stream.write(ordered.ljust(length))
+
+
+def _checksum(file: Path, place: int | None, length: int | None = None) -> bytes:
+    """Of all bytes, or the first `length`, with `BLANK` where the checksum itself stands."""
+    sha, left = hashlib.sha256(), file.stat().st_size if length is None else length
+    with file.open("rb") as stream:
+        if place is not None:
+            sha.update(stream.read(place) + BLANK)
+            stream.seek(place + len(BLANK))
+            left -= place + len(BLANK)
+        while left > 0 and (block := stream.read(min(left, 1 << 20))):
+            sha.update(block)
+            left -= len(block)
+    return sha.hexdigest()[: len(BLANK)].encode()
