@@ -77,8 +77,8 @@ def opened(config_name: str, step: Step, positional: str | None) -> int:
     except BaseException as error:
         if interrupts.has_come() or isinstance(error, KeyboardInterrupt):  # libraries make other errors of it
             status = interrupted()
-        elif isinstance(error, SystemExit) and not error.code:  # after --help, say
-            status = 0
+        elif isinstance(error, SystemExit) and not error.code and (unread := output.status(arguments)):  # of --help
+            status = unread
         elif not isinstance(error, Exception) or error in job.met:
             raise
         else:

@@ -7,20 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import (
-    cli,
-    console,
-    costs,
-    lengths,
-    paths,
-    plan,
-    preflight,
-    processes,
-    repairs,
-    runs,
-    starting,
-    sweep,
-)
+from realera import cli, console, costs, lengths, paths, plan, preflight, processes, repairs, runs, starting, sweep
 from realera.contracts import Task
 from realera.evaluation.records import read_metrics
 from realera.ranks import Ranks
@@ -59,7 +46,9 @@ def begin(config: dict[str, Any], task: Task, among: processes.Plan) -> tuple[Ru
         if run.finished:
             cli.log.info("%s is finished; overwrite=true does it again", run.folder)
             if ranks.first and config["evaluate"] and os.environ.get("WANDB_SWEEP_ID"):
-                tell_agent(run)
+                from realera.tracking import log_judged  # the agent that started this process waits for numbers
+
+                log_judged(run, read_metrics(run.folder))
         else:
             with starting.let_go(run):
                 carry_out(run, task, ranks)
@@ -86,13 +75,6 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
             if ranks.first:
                 write_report(run.folder)
                 tracking.log_results(loggers, run, metrics)
-
-
-def tell_agent(run: Run) -> None:
-    """The agent of a W&B sweep that started this process waits for numbers, of a finished run too."""
-    from realera import tracking
-
-    tracking.log_judged(run, read_metrics(run.folder))
 
 
 def show(run: Run) -> float | None:
