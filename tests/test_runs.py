@@ -43,7 +43,8 @@ def changed(**settings: Any) -> dict[str, Any]:
 
 WHOLE = {
     paths.ERASED: "\x10" + 7 * "\0" + "{}".ljust(16),
-    paths.METRICS: '{"form": 2, "main": {}, "protocol": {"judge": {"judge": "eye"}}}',
+    paths.METRICS: '{"form": 2, "headline": {}, "h_o_terms": [], "main": {}, "original": null, '
+    '"protocol": {"judge": {"judge": "eye"}}}',
     paths.REPORT: "<!doctype html><html></html>",
 }
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
-from realera import cli, foreign, parts, paths, runs, trust
+from realera import cli, foreign, locks, parts, paths, runs, trust
 from realera.contracts import UserError
+from realera.evaluation.records import read_manifest
 from realera.judges import worker
 
 SECRET = "hf_thisisasecret"
@@ -229,7 +231,7 @@ def linked(name: str, to: str) -> Attack:
 
 LINKS: dict[str, Attack] = {
     **{f"{name} is a link": linked(name, ".") for name in (*runs.FOLDERS,)},
-    **{f"{name} is a link": linked(name, "canary.txt") for name in runs.FILES},
+    **{f"{name} is a link": linked(name, "canary.txt") for name in (*runs.FILES, paths.LOCK)},
     "a folder of W&B is a link": linked("wandb/artifacts", "."),
 }
 
@@ -248,6 +250,18 @@ def test_a_link_is_refused_before_anything_is_cleared(name: str, received: Path)
     linked(name, ".")(received)
     with pytest.raises(UserError, match="link"):
         runs.claim(config)
+
+
+def test_a_lock_is_no_link(received: Path) -> None:
+    for name in (paths.LOCK, paths.IMAGES):
+        linked(name, "canary.txt" if name == paths.LOCK else ".")(received)
+        with pytest.raises(UserError, match="link"), runs.alone(received):
+            pass
+    with locks.turn(received / "x.png") as mine:
+        assert mine
+    (received / ".y.png.lock").symlink_to(received.parents[1] / "outside" / "canary.txt")
+    with locks.turn(received / "y.png"):
+        pass  # without a lock, and the file behind the link is as it was
 
 
 def test_a_run_folder_itself_may_be_a_link(received: Path, give: Callable[[str], None]) -> None:
@@ -313,11 +327,23 @@ NAMES: dict[str, Attack] = {
 def test_names_in_files_lead_nowhere(attack: str, received: Path, give: Callable[[str], None]) -> None:
     NAMES[attack](received)
     page = (received / paths.REPORT).read_text()
-    for command in ("evaluate", "report", "report-several"):
+    for command in ("report", "report-several"):
         with pytest.raises(UserError) as refused:
             give(command)
         assert "\n" not in str(refused.value), command
     assert (received / paths.REPORT).read_text() == page
+
+
+@pytest.mark.parametrize("attack", ["a picture above", "an id above", "a linked picture", "a judge above"])
+def test_what_is_judged_again_is_of_the_folder(attack: str, received: Path, give: Callable[[str], None]) -> None:
+    """Such a file counts as torn, and is made again; or it is refused."""
+    NAMES[attack](received)
+    with suppress(UserError):
+        give("evaluate")
+    assert set(received.parent.iterdir()) == {received}
+    if "above" in attack and "judge" not in attack:
+        give("report")
+        assert all(row.path(received).is_file() for row in read_manifest(received))
 
 
 def test_the_task_of_a_run_names_no_file_above(received: Path, give: Callable[[str], None]) -> None:
@@ -331,7 +357,7 @@ def test_a_sweep_lists_its_own_runs_alone(received: Path, tmp_path: Path) -> Non
     shutil.copytree(received, tmp_path / "mine")
     sweep = received.parent / "given" / "runs" / "sweeps" / "s"
     sweep.mkdir(parents=True)
-    for line in (str(tmp_path / "mine"), "../../mine", "a\0b"):
+    for line in (str(tmp_path / "mine"), "../../mine"):
         (sweep / "runs.txt").write_text(f"{line}\n")
         with pytest.raises(UserError, match="outside"):
             runs.runs_in(str(sweep))

@@ -19,6 +19,7 @@ from pathlib import Path
 from realera.contracts import UserError
 
 log = logging.getLogger(__name__)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a folder from elsewhere may hold links to files of this machine
 
 
 def lock(handle: int, wait: bool = False) -> bool | None:
@@ -93,7 +94,7 @@ def _taken(file: Path, wait: bool = False) -> _Taken | None:
     while True:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         except FileNotFoundError:  # its folder has just been removed
             continue
         except OSError:  # who cannot write here will be told so when something is written

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from realera import __version__, costs, disk, foreign, locks, paths, repairs, trust
+from realera import __version__, costs, disk, foreign, locks, paths, repairs, schema, trust
 from realera.backbones import folder as checkpoint
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
@@ -161,6 +161,7 @@ def alone(folder: Path, first: bool = True, key: str = "run_dir") -> Iterator[No
     if not first:
         yield
         return
+    check_files(folder)
     with locks.held(folder / paths.LOCK, str(folder), f"wait until it has ended, or choose another {key}"):
         for name in ("", *FOLDERS):
             disk.clear_left(folder / name)
@@ -268,6 +269,7 @@ def open_run(name: str) -> Run:
     config = read_config(folder)
     if lacking := [part for part in ("task", "method", "backbone") if not config.get(part)]:
         raise UserError(f"{folder / paths.CONFIG} is no run's: it holds no {lacking[0]}.")
+    schema.check_stored(config)
     return Run(folder, config)
 
 
@@ -288,7 +290,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def check_files(folder: Path) -> None:
     """Raises UserError where one of a run's own files and folders is a symbolic link."""
-    paths.no_links(folder, (*FILES, *FOLDERS))
+    paths.no_links(folder, (*FILES, *FOLDERS, paths.LOCK))
 
 
 def difference(old: Any, new: Any, at: str = "") -> str:

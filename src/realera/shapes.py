@@ -16,7 +16,6 @@ from realera.contracts import Mode, Split
 
 ID = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}")  # of a prompt: a plain file name
 IMAGE = re.compile(rf"(?:{paths.IMAGES}|{paths.ORIGINALS})/[^/\\\0]{{1,250}}")
-WANDB_ID = re.compile(r"[\w-]{1,64}", re.ASCII)
 GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")  # of config.yaml, whose settings make objects
 
 
