@@ -282,7 +282,7 @@ import atexit, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from realera import cli
 class Sticky:
-    def __del__(self): print("torn down")
+    def __del__(self): print("torn down", flush=True)
 def main():
     atexit.register(print, "handled")
     print("said " * 10000)
