@@ -152,6 +152,16 @@ def test_a_finished_run_with_a_torn_file_is_gone_on_with(
     assert not (run.folder / paths.METRICS).exists(), "its numbers are made again"
 
 
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_run_with_a_checkpoint_left_is_gone_on_with(evaluate: bool) -> None:
+    """It was killed when its weights had just been saved: what is left goes with the next call."""
+    run = runs.claim(changed(evaluate=evaluate))
+    finish(run)
+    assert runs.claim(changed(evaluate=evaluate)).finished
+    (run.folder / paths.FIT).mkdir()
+    assert not runs.claim(changed(evaluate=evaluate)).finished
+
+
 def test_clearing_that_is_killed_leaves_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its settings the folder would be taken for somebody else's, and be refused for good."""
     run = runs.claim(dict(CONFIG))

@@ -236,7 +236,8 @@ def _stands(folder: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -
     evaluated = config.get("evaluate", True)
     wanted = (paths.METRICS, paths.REPORT) if evaluated else (paths.ERASED,)
     same_judge = not evaluated or there.get("judge") == config.get("judge")
-    return same_judge and all((folder / name).is_file() for name in wanted)
+    ended = not (folder / paths.FIT).exists()  # the loop's checkpoints go when the weights are saved
+    return same_judge and ended and all((folder / name).is_file() for name in wanted)
 
 
 def begin(run: Run) -> None:

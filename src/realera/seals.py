@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from realera import foreign
 from realera.contracts import UserError
-from realera.paths import OF_THE_FIT, whole
+from realera.paths import OF_THE_FIT, json_text, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,8 @@ def verify(file: Path) -> None:
     """Raises Torn where a safetensors file's bytes do not give its checksum. Files of earlier versions have none: of
     them the size must be what the header promises."""
     try:
+        if not file.is_file():  # a pipe would be waited for
+            raise OSError
         place, checksum = _seal(file)
         fits = promised(file) == file.stat().st_size if place is None else _checksum(file, place) == checksum
     except OSError:
@@ -220,7 +222,7 @@ def _order(file: Path) -> None:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        ordered = json_text(header, ensure_ascii=False, separators=(",", ":")).encode()
         if len(ordered) <= length:
             stream.seek(8)
             stream.write(ordered.ljust(length))

@@ -181,6 +181,17 @@ def test_a_file_that_is_torn_before_the_end_changes_nothing(
     assert found == {file: (tmp_path / "run" / file).read_bytes() for file in files}
 
 
+def test_the_checkpoint_goes_where_the_weights_are_saved(
+    go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It stays where a process is killed between the two."""
+    go(load_method("realera"))
+    (tmp_path / "run" / "fit").mkdir()
+    (tmp_path / "run" / "fit" / "last.ckpt").write_bytes(b"of the killed one")
+    go(load_method("realera"))
+    assert not (tmp_path / "run" / "fit").exists()
+
+
 def test_a_checkpoint_with_another_bit_is_not_gone_on_from(
     go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -106,7 +106,7 @@ def partial(out: Path) -> Path:
 def read(file: Path) -> tuple[Tensor, Made]:
     """(D, D) float64, and what it was made of. Raises UserError for a file that is missing or something else, Torn for
     one that cannot be read."""
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"There is no file {file}: make it with python -m realera.cache captions=FILE out={file}.")
     try:
         tensors, metadata = seals.load(file)

@@ -85,6 +85,7 @@ def fit(
     if fit_stands(erased):
         same_run(load_erased(erased, backbone).origin.identity, identity, erased)
         log.info("%s is there already: loaded, not fitted again", erased)
+        shutil.rmtree(run_dir / FIT, ignore_errors=True)  # of a process that was killed once the weights were saved
         return erased
 
     meter = meter or Meter()
