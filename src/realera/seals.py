@@ -149,11 +149,18 @@ def archive_is_whole(file: Path) -> bool:
 
 
 def digest(file: Path) -> str | None:
-    """32 hex digits of a file's content; None where it is missing."""
+    """32 hex digits of a file's content; None where it is missing, or no file."""
     try:
-        return digest_of(file.read_bytes())
+        return digest_of(_content(file))
     except OSError:
         return None
+
+
+def _content(file: Path) -> bytes:
+    """Raises OSError for what is no file: a pipe would be waited for."""
+    if not file.is_file():
+        raise OSError(f"{file} is no file")
+    return file.read_bytes()
 
 
 def digest_of(content: bytes) -> str:
@@ -164,7 +171,7 @@ def digest_of(content: bytes) -> str:
 def image_is_whole(file: Path) -> bool:
     """Whether a PNG image is there and as it was written: the CRC-32 of every part, an end, and nothing after it."""
     try:
-        data = memoryview(file.read_bytes())
+        data = memoryview(_content(file))
     except OSError:
         return False
     start = len(_PNG)
@@ -188,7 +195,7 @@ def sealed_page(html: str) -> str:
 def page_is_whole(file: Path) -> bool:
     """Whether a page is as it was written; one of an earlier version must have its beginning and its end."""
     try:
-        html, mark, checksum = file.read_bytes().rstrip().rpartition(f"\n<!-- {KEY} ".encode())
+        html, mark, checksum = _content(file).rstrip().rpartition(f"\n<!-- {KEY} ".encode())
     except OSError:
         return False
     if mark:
