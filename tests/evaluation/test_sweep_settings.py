@@ -121,7 +121,7 @@ def test_what_is_not_judged_is_no_run_and_a_torn_one_is_said(tmp_path: Path) -> 
     run = read_run(folder)
     assert run is not None and run.cell is None and run.concept == "cat"
     (folder / "config.yaml").write_text("- a list")
-    with pytest.raises(UserError, match="torn"):
+    with pytest.raises(UserError, match="holds no settings"):
         read_run(folder)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -40,6 +40,8 @@ class Denoiser:
         pixels_per_latent: int,
         backbone: str,
     ) -> None:
+        if attention not in (known := get_args(Attention)):  # else another one would be taken unsaid
+            raise UserError(f"backbone.attention={attention!r} is not known; choose among {', '.join(known)}.")
         self.unet = unet
         self.attention = attention
         self.pixels_per_latent = pixels_per_latent

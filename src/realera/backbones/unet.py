@@ -49,6 +49,8 @@ class UNetBackbone:
         vae_slicing: bool = False,
         vae_tiling: bool = False,
     ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"backbone.dtype={dtype!r} is not known; choose among {', '.join(DTYPES)}.")
         self.name = name
         self.sampler = sampler
         self.vae_slicing = vae_slicing

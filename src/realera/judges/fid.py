@@ -49,7 +49,9 @@ class FidJudge:
     ) -> None:
         self.batch, self.layer, self.resize = check_batch(batch), str(layer), resize
         if self.layer not in get_args(Layer):
-            raise UserError(f"judge.layer={layer} is none of Inception's: use {', '.join(get_args(Layer))}")
+            raise UserError(
+                f"judge.layer={layer} is none of Inception's: use {', '.join(map(str, get_args(Layer)[:4]))}"
+            )
         if resize not in get_args(Resize):
             raise UserError(f"judge.resize={resize} is unknown: use {' or '.join(get_args(Resize))}")
         try:
