@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,10 @@ import folders
 # One thread for each of pytest's workers, and for what they start. Torch reads these when it is imported: later.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+# A shell may have said to ignore these (nohup, a job in the background): what the tests start must not.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 MOST_WORKERS = 4  # each imports torch for itself: half a gigabyte and ten seconds
 
 

@@ -18,14 +18,6 @@ SOURCE = str(Path(realera.__file__).parents[1])
 ENDING = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
-@pytest.fixture(autouse=True)
-def _heard() -> None:
-    """What this process ignores (a shell's background jobs SIGINT, nohup's SIGHUP), its children would ignore too."""
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-        if signal.getsignal(number) is signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
 def script(code: str, cwd: Path) -> subprocess.Popen[str]:
     """A process that says `ready` when it may be signalled."""
     return subprocess.Popen(
