@@ -405,8 +405,8 @@ def test_a_page_holds_no_markup_of_a_run(received: Path, give: Callable[[str], N
 
 @pytest.mark.parametrize("command", ["evaluate", "evaluate-plan"])
 def test_a_folder_chooses_no_interpreter(command: str, received: Path, give: Callable[[str], None]) -> None:
-    setting("judge.python", "/tmp/evil")(received)
-    with pytest.raises(UserError, match=r"judge=NAME judge\.python=/tmp/evil"):
+    setting("judge.python", "evil/python")(received)
+    with pytest.raises(UserError, match=r"judge=NAME judge\.python=evil/python"):
         give(command)
     give("export-map")
     give("report")
