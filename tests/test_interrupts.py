@@ -161,6 +161,29 @@ def test_a_signal_among_the_imports(delay: float, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*"))
 
 
+EARLY = """
+import signal, sys
+from importlib import abc, machinery
+
+class Stops(abc.MetaPathFinder):  # a signal comes as this module has begun to be imported: no moment has to be hit
+    def find_spec(self, name, path, target=None):
+        if name == "realera.{module}":
+            signal.raise_signal(signal.SIGTERM)
+
+sys.meta_path.insert(0, Stops())
+sys.argv = ["-m"]
+sys.orig_argv = ["python", "-m", "realera.train"]
+import realera.train
+"""
+
+
+@pytest.mark.parametrize("module", ["disk", "locks", "contracts", "cli", "complaints", "processes"])
+def test_a_signal_at_the_import_of(module: str, tmp_path: Path) -> None:
+    process = script(EARLY.format(module=module), tmp_path)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and interrupts.GOES_ON in err and "Traceback" not in err, err
+
+
 RUN = ["concept=airplane", "method.align.steps=40", "method.latents.images=4", "method.latents.batch=1"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 STAGES = {  # a file that stands when the stage begins

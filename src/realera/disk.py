@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from realera import locks
+from realera import interrupts, locks
 from realera.contracts import UserError
 
 log = logging.getLogger(__name__)
@@ -185,6 +185,9 @@ def leave_nothing() -> None:
     anything more."""
     _beginning.acquire(timeout=1)
     drop_temporary()
+
+
+interrupts.last_resort.append(leave_nothing)
 
 
 def drop_temporary() -> None:

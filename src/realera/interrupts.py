@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -25,7 +24,7 @@ PATIENCE = 8.0  # seconds that the main thread is given to answer
 BOUNCE = 0.5  # seconds in which a signal that comes again is the same one: `timeout` and schedulers send it twice
 Handler = Callable[[int, FrameType | None], Any]
 
-last_resort: list[Callable[[], Any]] = []  # what is done before the process is ended at once
+last_resort: list[Callable[[], Any]] = []  # done before the process is ended at once, the last one first
 
 
 class Interrupted(KeyboardInterrupt):
@@ -77,8 +76,7 @@ def done(status: int) -> None:
 
 def end_at_once(number: int) -> None:
     """Ends this process, and what it has started, without waiting for anything."""
-    disk = sys.modules.get("realera.disk")
-    for step in (*last_resort, *([disk.leave_nothing] if disk else ()), _say):
+    for step in (*reversed(last_resort), _say):
         with suppress(Exception):
             step()
     os._exit(128 + number)
