@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -13,9 +15,14 @@ from realera.paths import CONF_DIR
 
 def method_settings(name: str) -> Any:
     """conf/method/<name>.yaml over those that its defaults list names, unresolved."""
+    return deepcopy(_read(name))
+
+
+@cache
+def _read(name: str) -> Any:
     node = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
     below = [base for base in node.pop("defaults", []) if base != "_self_"]
-    return OmegaConf.merge(*(method_settings(base) for base in below), node)
+    return OmegaConf.merge(*(_read(base) for base in below), node)
 
 
 def built(part: Any, call: Callable[..., Any] | None = None, **settings: Any) -> Any:

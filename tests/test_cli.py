@@ -15,6 +15,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from quick import slow_unless
 from realera import cli, complaints
 from realera.contracts import UserError
 
@@ -133,7 +134,7 @@ def test_bad_input_gets_one_sentence(words: tuple[str, ...], typed: Callable[...
     assert not (tmp_path.parent / "x").exists()
 
 
-@pytest.mark.parametrize("spelling", [".inf", "inf"])
+@pytest.mark.parametrize("spelling", slow_unless([".inf", "inf"], "inf"))
 def test_an_expectation_as_the_help_spells_it(spelling: str, tmp_path: Path) -> None:
     """Hydra's command line reads .inf as a word, yaml as a number."""
     done = door("concept=airplane", f"method.neighbours.m={spelling}", "dry_run=true", "backbone=mini", cwd=tmp_path)

@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from options import method_settings
+from quick import slow_unless
 from realera import band, cli, paths, preflight
 from realera.contracts import Concept, Method
 
@@ -59,12 +60,16 @@ def test_the_folder_holds_what_it_should() -> None:
 
 @pytest.mark.parametrize(
     ("group", "option", "backbone"),
-    [
-        (group, option, backbone)
-        for group, option in OPTIONS
-        for backbone in BACKBONES
-        if group != "backbone" and (backbone == "mini" or group not in ("judge", "trainer"))  # which read none of it
-    ],
+    slow_unless(
+        [
+            (group, option, backbone)
+            for group, option in OPTIONS
+            for backbone in BACKBONES
+            if group != "backbone"
+            and (backbone == "mini" or group not in ("judge", "trainer"))  # which read none of it
+        ],
+        *((group, option, "mini") for group, option in OPTIONS if group != "backbone"),
+    ),
 )
 def test_every_option_composes_on_every_backbone(group: str, option: str, backbone: str) -> None:
     config = composed("train", "concept=airplane", f"backbone={backbone}", f"{group}={option}")
@@ -88,7 +93,7 @@ def test_every_task_names_prompts_and_its_judges(task: str, backbone: str) -> No
     assert ("judge", judge) in OPTIONS
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", slow_unless(BACKBONES, "mini", "sdxl"))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_built_and_can_mine_what_it_asks_for(method: str, backbone: str) -> None:
     config = composed("train", "concept=airplane", f"backbone={backbone}", f"method={method}")

@@ -102,6 +102,7 @@ def test_what_is_killed_within_a_stage_has_lost_little(tmp_path: Path) -> None:
     assert so_far["sittings"] == held(file)["sittings"] == 1
 
 
+@pytest.mark.slow
 def test_peaks_are_the_sittings_own_and_the_largest_is_kept(tmp_path: Path) -> None:
     import torch
 

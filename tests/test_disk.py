@@ -201,6 +201,7 @@ def kind_of(path: Path) -> str:
     return path.parent.name if path.suffix == ".png" or path.stem.isdigit() else path.name
 
 
+@pytest.mark.slow
 def test_the_disk_fills_at_each_file_of_a_run_in_turn(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def costs_of(place: Path, name: str) -> tuple[dict[str, Any], int]:
     return json.loads((folder / "costs.json").read_text()), len(list(folder.glob("images/*.png")))
 
 
+@pytest.mark.slow
 def test_a_run_counts_what_it_costs(type_in: Type, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = 2  # of the sampler; every image is guided
     type_in("train", "concept=horse", *METHOD)
@@ -132,6 +133,7 @@ def test_a_run_counts_what_it_costs(type_in: Type, place: Path, capsys: pytest.C
         assert set(plain["stages"]) == {"load", "draw", "judge"} and plain["sittings"] == sitting
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_again_is_counted_anew(type_in: Type, place: Path) -> None:
     words = ("train", "concept=deer", "method=uce", "method.edit.ridge=2", "logger=none", "evaluate=false")
     for _ in range(2):

@@ -40,6 +40,7 @@ def variants() -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_decision_that_is_varied_differs_from_the_defaults_and_from_the_others(
     variants: dict[str, dict[str, Any]],
 ) -> None:
@@ -48,6 +49,7 @@ def test_every_decision_that_is_varied_differs_from_the_defaults_and_from_the_ot
     assert all(one != other for i, one in enumerate(methods) for other in methods[:i])
 
 
+@pytest.mark.slow
 def test_every_decision_that_is_varied_can_be_taken(
     variants: dict[str, dict[str, Any]], new_backbone: Callable[..., Any]
 ) -> None:

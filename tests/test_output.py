@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import realera
+from quick import slow_unless
 from realera import console, output, surroundings
 from realera.contracts import UserError
 
@@ -35,9 +36,14 @@ DRY = "concept=airplane backbone=mini dry_run=true"
     ("command", "status", "says"),
     [
         (f"door.train {DRY} | cat", 0, ""),
-        (f"door.train {DRY} | sleep 0", 128 + 13, ""),
+        pytest.param(f"door.train {DRY} | sleep 0", 128 + 13, "", marks=pytest.mark.slow),
         (f"door.train {DRY} >/dev/full", 2, "error: standard output cannot be written (No space left on device)."),
-        (f"door.train {DRY} >&-", 2, "error: standard output cannot be written (Bad file descriptor)."),
+        pytest.param(
+            f"door.train {DRY} >&-",
+            2,
+            "error: standard output cannot be written (Bad file descriptor).",
+            marks=pytest.mark.slow,
+        ),
         ("door.train --help >/dev/full", 2, "error: standard output cannot be written (No space left on device)."),
         ("door.train --help 2>&-", 0, ""),
         ("door.train nonsense 2>/dev/full", 2, ""),
@@ -63,7 +69,10 @@ def test_every_help_fits_every_console(door: str, encoding: str, tmp_path: Path)
     assert full.returncode in (0, 128 + 13) and not full.stderr
 
 
-@pytest.mark.parametrize("locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
+PLAIN_C = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("locale", slow_unless([{"PYTHONIOENCODING": "ascii"}, PLAIN_C], PLAIN_C))
 def test_a_locale_without_accents(locale: dict[str, str], tmp_path: Path) -> None:
     done = shell(
         """door.train 'concept="café"' 'anchor="é"' backbone=mini dry_run=true""", tmp_path, PYTHONUTF8="0", **locale

@@ -163,7 +163,7 @@ def test_the_suite_has_a_worker_a_core_and_a_named_file_none() -> None:
     assert 1 <= workers("tests") <= conftest.MOST_WORKERS
     assert workers(__file__) == workers(f"{__file__}::test_the_licence_is_whole") == 0
     assert os.environ["OMP_NUM_THREADS"] and os.environ["MKL_NUM_THREADS"]  # 1, unless typed
-    assert {"-n auto", "--dist loadfile"} <= set(re.findall(r"-n auto|--dist loadfile", PYTEST["addopts"]))
+    assert {"-n auto", "--dist worksteal"} <= set(re.findall(r"-n auto|--dist worksteal", PYTEST["addopts"]))
 
 
 def test_the_licence_is_whole() -> None:

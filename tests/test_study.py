@@ -64,6 +64,7 @@ def test_only_the_same_search_shares_a_study() -> None:
     assert of_file.startswith("gun-")
 
 
+@pytest.mark.slow
 def test_the_readme_s_search_of_another_concept_is_another_study(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "refuse_missing", lambda config: None)  # the extra may be absent: composing needs none
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

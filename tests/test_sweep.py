@@ -15,6 +15,7 @@ import pytest
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig
 
+from quick import slow_unless
 from realera import cli, disk, jobs, report, sweep, train
 from realera.sweep import Cell
 
@@ -94,6 +95,7 @@ def test_a_launch_answers_for_its_own_cells_alone(
     assert "concept=cat: failed. another" in Path("runs/sweeps/stamp/report.html").read_text(), "the page is of all"
 
 
+@pytest.mark.slow
 def test_each_launch_keeps_its_tracebacks(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
     from realera import steps
 
@@ -143,6 +145,7 @@ def test_an_interrupted_sweep_says_so(
     assert "1 done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_page_that_is_not_waited_for_can_be_made_later(
     type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,7 +160,7 @@ def test_a_page_that_is_not_waited_for_can_be_made_later(
     assert "interrupted: python -m realera.report runs/sweeps/stamp makes the page" in said
 
 
-@pytest.mark.parametrize("ended", [1, 0])
+@pytest.mark.parametrize("ended", slow_unless([1, 0], 1))
 def test_a_launcher_that_gives_up_leaves_the_page_and_a_sentence(
     ended: int, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -228,6 +231,7 @@ def test_an_experiment_s_axes_are_never_left_out_unsaid(
     assert not left.value.code
 
 
+@pytest.mark.slow
 def test_jobs_with_folders_of_their_own_and_equal_jobs_are_not_refused(type_in: Type) -> None:
     assert type_in(*UCE, "concept=airplane", "seed=0,0,1", "run_dir='own/${concept}-${seed}'") == 0
     assert [cell["state"] for cell in ledger()] == ["done", "found", "done"]
@@ -246,6 +250,7 @@ def test_where_a_sweep_s_own_folder_cannot_be_it_says_so_at_once(
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_hide_what_happened(
     type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,11 +282,14 @@ label: mine
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["--config-dir", "mine", "--config-name", "own"],
+    slow_unless(
+        [
+            ["--config-dir", "mine", "--config-name", "own"],
+            ["--config-dir", "mine", "experiment=few"],
+            ["hydra.searchpath=[file://mine]", "experiment=few"],
+        ],
         ["--config-dir", "mine", "experiment=few"],
-        ["hydra.searchpath=[file://mine]", "experiment=few"],
-    ],
+    ),
 )
 def test_settings_of_one_s_own_stay_where_the_task_names_the_judge(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -330,6 +338,7 @@ def test_a_sweep_ends_with_its_page(type_in: Type, capsys: pytest.CaptureFixture
     assert {cell["system"] for cell in ledger()} == {"uce"}
 
 
+@pytest.mark.slow
 def test_another_sweep_calls_a_run_otherwise_and_the_first_ones_page_stays(
     type_in: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quick import slow_unless
 from realera import seals
 from tearing import TEARS, copy, leftovers, tear
 
@@ -213,7 +214,7 @@ def test_a_torn_image_of_the_cache_is_drawn_again_for_every_run(
 # --- what only the run's own command can mend ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", TEARS)
+@pytest.mark.parametrize("how", slow_unless(TEARS, *list(TEARS)[:2]))
 def test_torn_weights_are_refused_by_the_commands_that_use_them(
     how: str, place: Path, type_in: Type, capsys: pytest.CaptureFixture[str]
 ) -> None:

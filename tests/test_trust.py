@@ -379,7 +379,9 @@ def test_the_command_itself_says_one_sentence(
     assert ended.value.code == 2 and "os.system" in said[0]
 
 
-def test_a_page_holds_no_markup_of_a_run(received: Path, give: Callable[[str], None]) -> None:
+def test_a_page_holds_no_markup_of_a_run(
+    received: Path, give: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'"
     for key in ("label", "concept", "method.name", "backbone.name"):
         setting(key, hostile)(received)
@@ -392,7 +394,8 @@ def test_a_page_holds_no_markup_of_a_run(received: Path, give: Callable[[str], N
     shutil.copytree(received, received.with_name("javascript:alert(1)"))
     setting("seed", 1)(received)
     give("report")
-    COMMANDS["report-hostile"] = ["report", "runs=[received,'javascript:alert(1)']", "out=page.html"]
+    both = ["report", "runs=[received,'javascript:alert(1)']", "out=page.html"]
+    monkeypatch.setitem(COMMANDS, "report-hostile", both)
     give("report-hostile")
     for page in (received / paths.REPORT, Path("page.html")):
         text = page.read_text()

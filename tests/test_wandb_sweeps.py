@@ -13,6 +13,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from quick import slow_unless
 from realera import cli, paths, preflight, train
 from realera.evaluation.readings import ORDER
 
@@ -73,7 +74,7 @@ def test_there_is_a_grid_and_a_search() -> None:
     assert {read(file)["method"] for file in FILES} == {"grid", "bayes"}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", slow_unless(FILES, FILES[0]), ids=lambda file: file.stem)
 def test_every_parameter_is_a_setting_and_its_values_compose(file: Path) -> None:
     sweep = read(file)
     assert set(sweep) == {"name", "project", "program", "command", "method", "metric", "parameters"}

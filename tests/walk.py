@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,10 @@ def options() -> list[tuple[str, str]]:
     ]
 
 
+@cache
 def walked(group: str, option: str) -> tuple[str, dict[str, Any], list[Place]]:
-    """(door, resolved settings, leaves) of one yaml: of a command's ("" for a group) or of a group's option."""
+    """(door, resolved settings, leaves) of one yaml: of a command's ("" for a group) or of a group's option. To be
+    looked at only."""
     if not group:
         resolved = cli.plain(composed(option))
         own = own_yaml(CONF_DIR / f"{option}.yaml")

@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch import Tensor, nn
 
+from quick import slow_unless
 from realera.backbones import denoiser
 from realera.backbones.unet import UNetBackbone
 from realera.contracts import Edit, LoraSpec, Sampler, UserError
@@ -20,7 +21,7 @@ SAMPLERS = {"sd": 32, "sd21": 64, "sdxl": 64}
 Load = Callable[..., UNetBackbone]
 
 
-@pytest.fixture(params=list(SAMPLERS))
+@pytest.fixture(params=slow_unless(SAMPLERS, "sd", "sdxl"))
 def load(request: pytest.FixtureRequest) -> Load:
     """load(**settings): the backbone of one kind with these settings."""
     folder = request.getfixturevalue(f"tiny_{request.param}")
@@ -61,7 +62,7 @@ def test_large_maps_are_left_to_sdpa(load: Load, monkeypatch: pytest.MonkeyPatch
     assert {type(p) for p in backbone.unet.attn_processors.values()} == {AttnProcessor2_0}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", slow_unless(["bfloat16", "float16"], "bfloat16"))
 def test_half_precision_draws_nearly_the_same(load: Load, dtype: str) -> None:
     exact, half = load(), load(dtype=dtype)
     assert {p.dtype for p in half.unet.parameters()} == {getattr(torch, dtype)}
@@ -280,7 +281,7 @@ def test_large_images_are_decoded_fewer_at_once(load: Load, monkeypatch: pytest.
     assert sizes == [8, 1, 2, 2, 1, 1, 1]
 
 
-@pytest.mark.parametrize(("scale", "shift"), [(0.18215, None), (0.5, 0.3)])
+@pytest.mark.parametrize(("scale", "shift"), slow_unless([(0.18215, None), (0.5, 0.3)], (0.5, 0.3)))
 def test_images_are_encoded_as_the_autoencoder_does(load: Load, scale: float, shift: float | None) -> None:
     """diffusers' own mode of the distribution, scaled as its config says: the way back of what decoding does."""
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -125,7 +125,7 @@ def test_a_killed_one_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pytest
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+@pytest.mark.parametrize("part", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "part"])
 def test_a_torn_one_is_made_again(
     part: bool, backbone: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from options import method_settings
+from quick import slow_unless
 from realera import preflight
 from realera.contracts import Concept, Pair, UserError
 from realera.paths import CONF_DIR
@@ -24,11 +25,13 @@ METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 PARTS: dict[str, Any] = {name: method_settings(name) for name in METHODS}
 STILL = [name for name in METHODS if not any(PARTS[name].get(p) for p in ("edit", "align", "finish"))]  # no weights
 DRAWN = [name for name in METHODS if PARTS[name].get("neighbours") or PARTS[name].get("align")]  # at random
+ALIGNED = [name for name in METHODS if PARTS[name].get("align")]
 EDITED = [name for name in METHODS if PARTS[name].get("edit")]
 FUSED = [name for name in METHODS if PARTS[name].get("finish")]  # what was trained ends in edited weights
 TRAINED = [name for name in METHODS if PARTS[name].get("align") and name not in EDITED]  # and nothing else
 AWAY = {"fmn", "mace", "mace-ablation", "sa", "rece"}  # these lead away from the concept, whatever its anchor is
 UNNAMED = {"esd-u", "esd-x", "spm"}  # these lead from the bare name to no text: the concept that is nothing has no name
+QUICK = ("realera", "uce", "esd-x", "mace")  # what takes long is seen of these by the quick tests, of all by the slow
 CAT = ("cat", "field")
 
 
@@ -115,7 +118,7 @@ def test_it_changes_what_it_names_and_nothing_else(name: str, plain: Any, new_ba
     assert bool(state) == (name not in STILL)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_unless(METHODS, *QUICK))
 def test_another_seed_gives_other_weights_where_anything_is_drawn(name: str, plain: Any, run: Any) -> None:
     """That the same seed gives the same ones, a resumed run shows."""
     assert same(plain(name)[0].erased_state(), run(name, seed=1).erased_state()) == (name not in DRAWN)
@@ -138,7 +141,7 @@ def test_a_finished_run_is_loaded_and_not_redone(name: str, plain: Any, erase: A
     assert (folder / "erased.safetensors").stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_unless(METHODS, *QUICK))
 def test_a_resumed_run_equals_an_uninterrupted_one(
     name: str, plain: Any, run: Any, load_method: Any, tmp_path: Path
 ) -> None:
@@ -164,7 +167,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert len(lines[0].read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in AWAY])
+@pytest.mark.parametrize("name", slow_unless([name for name in METHODS if name not in AWAY], "realera", "uce"))
 def test_erasing_nothing_changes_nothing(
     name: str, new_backbone: Any, new_pairs: Any, load_method: Any, cache: Path, tmp_path: Path
 ) -> None:
@@ -188,7 +191,7 @@ def test_erasing_nothing_changes_nothing(
     assert torch.allclose(noise(backbone), before, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_unless(METHODS, *QUICK))
 def test_no_steps_leave_the_closed_form_alone(
     name: str, run: Any, new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
 ) -> None:
@@ -206,7 +209,7 @@ def test_no_steps_leave_the_closed_form_alone(
     assert read_erased(tmp_path / "run" / "erased.safetensors").lora is None
 
 
-@pytest.mark.parametrize("name", EDITED)
+@pytest.mark.parametrize("name", slow_unless(EDITED, "realera"))
 def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_method: Any) -> None:
     """Each comes nearer to its anchor than where the other one alone is erased."""
     first, second = (CAT, ("ship", "sky"))
@@ -239,7 +242,7 @@ def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_metho
         assert left(both, word, anchor) < 0.7 * left(alone[word], word, anchor)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", slow_unless(TRAINED, "esd-x"))
 def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, load_method: Any, cache: Path) -> None:
     """The loss of each falls."""
     concepts = (CAT, ("ship", "sky"))
@@ -271,7 +274,7 @@ def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, 
     assert all(after < before for before, after in zip(*losses, strict=True)), losses
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_unless(METHODS, *QUICK))
 def test_bfloat16(name: str, plain: Any, run: Any) -> None:
     exact, rounded = plain(name)[0], run(name, to="bf16", precision="bf16-mixed")
     states = exact.erased_state(), rounded.erased_state()
@@ -288,7 +291,7 @@ def test_bfloat16(name: str, plain: Any, run: Any) -> None:
         assert sum(not torch.equal(value, states[0][key]) for key, value in states[1].items()) > len(states[0]) / 2
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if PARTS[name].get("align")])
+@pytest.mark.parametrize("name", slow_unless(ALIGNED, "realera", "esd-x"))
 def test_gradient_checkpointing(name: str, run: Any) -> None:
     """What the loop cannot have is refused before the run too, and nothing else is."""
     settings: dict[str, Any] = OmegaConf.to_container(PARTS[name])  # type: ignore[assignment]
@@ -306,7 +309,7 @@ def test_gradient_checkpointing(name: str, run: Any) -> None:
             refused()
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if PARTS[name].get("align")])
+@pytest.mark.parametrize("name", slow_unless(ALIGNED, "realera", "esd-x"))
 def test_a_model_in_bfloat16(name: str, run: Any) -> None:
     """Adapters on it are trained; its own weights would hardly move, so that is refused, before the run and in it."""
     settings: dict[str, Any] = OmegaConf.to_container(PARTS[name])  # type: ignore[assignment]
