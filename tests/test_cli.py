@@ -100,6 +100,9 @@ BAD = {  # what is typed -> words that the answer must hold
     ("concept=airplane", "logger=null"): ["no logger 'null'", "known: none, wandb"],
     ("concept=airplane", "logger.mode=sometimes"): ["logger.mode=sometimes", "offline"],
     ("concept=airplane", "-m", "trainer=ddp"): ["-m", "trainer=default"],
+    ("concept=airplane", "hydra.job.chdir=maybe"): ["hydra.job.chdir=maybe: ", "not a valid bool"],
+    ("concept=airplane", "hydra.run=abc"): ["hydra.run=abc: "],
+    ("concept=airplane", "hydra.searchpath=[nowhere]"): ["hydra.searchpath names nowhere"],
     ("airplane",): ["'airplane' is no setting", "key=value"],
     (): ["concept", "empty"],
 }

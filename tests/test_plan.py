@@ -419,6 +419,17 @@ def test_many_reasons_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
         (["method=glob(zz*)", "seed=0,1"], "there is no job to do: method=glob(zz*) has no value."),
         (["seed=0,1", "task.first_seed=interval(0,9)"], "task.first_seed=interval(0,9) is a range to search in: add "),
         (["logger=none,null"], "there is no logger 'null'; known: none, wandb."),
+        (
+            ["hydra.launcher=abc"],
+            "hydra.launcher=abc: its settings are {name: value}; hydra/launcher=",
+        ),
+        (["hydra.sweeper=5"], "hydra.sweeper=5: its settings are {name: value}"),
+        (
+            ["hydra.sweeper.params.seed=5"],
+            "there is no setting 'hydra.sweeper.params.seed', because",
+        ),
+        (["hydra.sweep.dir=null"], "hydra.sweep.dir=null: "),
+        (["hydra.searchpath=[nowhere]"], "hydra.searchpath names nowhere, which is not there."),
     ],
 )
 def test_what_no_job_can_be_composed_from_is_one_sentence(

@@ -538,3 +538,26 @@ def test_what_is_read_is_bounded(tmp_path: Path) -> None:
     config = {"concept": ["a"] * 3, "b": {"x": [1.5, None, True, ".inf", float("inf")]}}
     config["again"] = config["concept"]  # written as an alias
     assert foreign.yaml_of(yaml.safe_dump(config, sort_keys=False)) == config
+
+
+def test_code_that_only_the_command_line_names_is_said(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_edit.py").write_text(
+        "from realera.methods.uce import UnifiedConceptEdit\n\n\nclass Own(UnifiedConceptEdit):\n    pass\n"
+    )
+    (tmp_path / "mine" / "method").mkdir(parents=True)
+    (tmp_path / "mine" / "method" / "own.yaml").write_text(
+        "defaults: [uce]\nname: own\nedit: {_target_: own_edit.Own}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    said = "method.edit._target_=own_edit.Own is typed here and named by no yaml"
+    for words, warned in (
+        ([*UCE, "method.edit._target_=own_edit.Own"], True),
+        (["--config-dir", "mine", "concept=airplane", "method=own"], False),
+        (["--config-dir", "mine", *UCE, "method.edit._target_=own_edit.Own"], False),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train", *words, *small, "dry_run=true"])
+        import_module("realera.train").main()
+        assert (said in capsys.readouterr().err) is warned, words

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib import metadata
@@ -72,6 +73,7 @@ def opened(config_name: str, step: Step, positional: str | None) -> int:
     sys.argv[1:] = gather(arguments, positional) if positional else arguments
     job = sweep.Job(step, partial(prepared, door=config_name), get_ready)
     status = 0
+    warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a folder of yamls that is not there
     try:
         hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(job)()
     except BaseException as error:

@@ -28,9 +28,17 @@ def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
     """
     if told := _told(error):
         return told
+    if isinstance(error, AssertionError) and (told := _below_null(config_name, arguments)):
+        return told
+    if isinstance(error, UserWarning) and (
+        found := re.search(r"provider=hydra.searchpath.*path=(.*) is not", str(error))
+    ):
+        return f"hydra.searchpath names {found[1]}, which is not there."
     if not isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
         raise error
     text = str(error)
+    if found := re.search(r"Error merging override (.*)", text):  # of Hydra's own settings
+        return f"{found[1]}: {first_line(error.__cause__ or error)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(error.missing_cfg_file, error.options or ())
     if "group override must be a string" in text:
@@ -144,6 +152,19 @@ def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
     same_end = {k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]}
     meant = did_you_mean(key, same_end) or did_you_mean(key, known)
     return f"there is no setting '{key}'{meant or '; --help lists them.'}"
+
+
+def _below_null(config_name: str, arguments: list[str]) -> str | None:
+    """The sentence for a setting of Hydra's own that stands below one that is null, where Hydra itself stumbles."""
+    for word in arguments:
+        key = word.partition("=")[0].lstrip("+")
+        if key.startswith("hydra."):
+            groups = [other for other in arguments if other.startswith("hydra/")]
+            with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+                composed = compose(config_name, groups, return_hydra_config=True)
+            if parent := _null_above(key, OmegaConf.to_container(composed, resolve=False)):
+                return f"there is no setting '{key}', because {parent} is null here."
+    return None
 
 
 def _null_above(key: str, config: Any) -> str:

@@ -39,10 +39,9 @@ class Beginning(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         dry = bool(config.get("dry_run"))
         try:
-            sweeper = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
-            assert isinstance(sweeper, dict)
-            schema.check_search({str(key): value for key, value in sweeper.items() if not _interpolated(value)})
             refuse_missing(config)
+            sweeper: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
+            schema.check_search({str(key): value for key, value in sweeper.items() if not _interpolated(value)})
             refuse_moving(config)
             planned = plan_of(config, str(kwargs.get("config_name") or config.hydra.job.config_name))
             study.settle(config)
@@ -60,9 +59,11 @@ class Beginning(Callback):
 
 
 def refuse_missing(config: DictConfig) -> None:
-    """A launcher or sweeper that is an extra must be installed."""
+    """A launcher and a sweeper must be there, and one that is an extra must be installed."""
     for part in ("launcher", "sweeper"):
-        module = str(config.hydra[part].get("_target_") or "").rpartition(".")[0]
+        if not isinstance(node := config.hydra[part], DictConfig):
+            raise UserError(f"hydra.{part}={node}: its settings are {{name: value}}; hydra/{part}=NAME chooses one.")
+        module = str(node.get("_target_") or "").rpartition(".")[0]
         top = ".".join(module.split(".")[:2])
         if top.startswith("hydra_plugins.") and (find_spec("hydra_plugins") is None or find_spec(top) is None):
             raise UserError(f"{top.removeprefix('hydra_plugins.')} is not installed: pip install 'realera[sweeps]'.")

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, console, costs, lengths, paths, plan, preflight, processes, repairs, runs, starting, sweep
+from realera import (
+    cli,
+    console,
+    costs,
+    lengths,
+    paths,
+    plan,
+    preflight,
+    processes,
+    repairs,
+    runs,
+    starting,
+    sweep,
+    trust,
+)
 from realera.contracts import Task
 from realera.evaluation.records import read_metrics
 from realera.ranks import Ranks
@@ -27,6 +42,7 @@ def train(cfg: DictConfig) -> float | None:
     if config["evaluate"]:
         preflight.check_judge(config)
     among = processes.plan(config["trainer"], cli.cuda_devices())
+    trust.say_typed(config, sys.argv[1:])
     if config["dry_run"]:
         plan.show(plan.summed([plan.work(config, task)]))
         return None

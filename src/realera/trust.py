@@ -7,8 +7,9 @@ content the run did not know when it was made. docs/trust.md says it for users.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,8 @@ from hydra.core.hydra_config import HydraConfig
 
 from realera import foreign, parts, paths, shapes
 from realera.contracts import UserError
+
+log = logging.getLogger(__name__)
 
 TEXTS = re.compile(r"(_csv|_file|_path|^file|^data|^captions)$")  # settings that name a file of texts
 PACKAGE = re.compile(r"^# *@package +(\S+)", re.MULTILINE)
@@ -42,6 +45,20 @@ def check(config: Any, file: Path) -> dict[str, Any]:
     for at, node in _nodes(config):
         _check_node(at, node, named, file)
     return config
+
+
+def say_typed(config: Mapping[str, Any], words: Iterable[str]) -> None:
+    """Warns of code that `words`, a command line, names and no yaml: a run is made with it, but not read with it."""
+    if any("_target_" in word for word in words):
+        named = _named(config_dirs())
+        for at, node in _nodes(config):
+            if str(node.get("_target_")) not in named.get(_kind(at), ()):
+                log.warning(
+                    "%s._target_=%s is typed here and named by no yaml: evaluate, generate and export will refuse this "
+                    "run; put it into a yaml of your own and give its folder as --config-dir (docs/trust.md).",
+                    ".".join(at),
+                    node.get("_target_"),
+                )
 
 
 def interpreter(judge: Any) -> str | None:
