@@ -116,7 +116,9 @@ class Going:
         first = up.square().sum()
         if step == 3 and self.wrong == "term":
             return {"first": first, "second": first + math.inf}
-        if step == 3 and self.wrong == "gradient":  # its value is 0, its slope is NaN
+        if self.wrong == "every gradient" or (
+            step == 3 and self.wrong == "gradient"
+        ):  # its value is 0, its slope is NaN
             return {"first": (up - up.detach()).norm() * 0 + torch.sqrt((up - up.detach()).sum())}
         if self.wrong == "weights":
             return {"first": (up - up.detach()).sum()}
@@ -157,6 +159,32 @@ def test_a_loop_that_goes_wrong_stops_and_keeps_nothing_of_it(
     assert not (run / "erased.safetensors").exists() and not (run / "fit").exists()
     for line in (run / "losses.jsonl").read_text().splitlines():
         assert all(math.isfinite(value) for value in json.loads(line).values())
+
+
+def test_a_loop_of_16_mixed_in_which_no_step_is_taken(
+    new_backbone: Callable[..., Any],
+    new_pairs: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its scaler passes over each; after 17 of them the scale is below 1, and the gradient is refused by its name."""
+    from lightning.pytorch.plugins import MixedPrecision
+    from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))  # which Lightning makes on CUDA alone
+    monkeypatch.setattr(_AcceleratorConnector, "_check_and_init_precision", lambda self: scaled)
+    backbone = new_backbone()
+    with pytest.raises(UserError, match="In all 15 steps a gradient was NaN or infinite, so none was taken"):
+        fit(
+            backbone,
+            Method("going", latents=Noise(), align=Going("every gradient")),
+            new_pairs(backbone, ("cat", "field")),
+            run_dir=tmp_path / "run",
+            seed=0,
+            config={},
+            trainer={"accelerator": "cpu", "gradient_clip_val": None},
+        )
+    assert not (tmp_path / "run" / "erased.safetensors").exists()
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -126,3 +126,11 @@ def test_what_cannot_be_judged_is_refused(judge: ClipJudge, images: tuple[list[P
 
 def test_the_protocol_says_what_was_asked(judge: ClipJudge) -> None:
     assert judge.protocol()["labels"] == list(LABELS) and judge.protocol()["judge"] == judge.name
+
+
+def test_weights_that_are_not_finite_are_refused(judge: ClipJudge, tmp_path: Path) -> None:
+    state = {name: value.clone() for name, value in judge.clip.state_dict().items()}
+    state["visual.proj"][0, 0] = math.inf
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"weights\.pt cannot judge: its weight visual\.proj holds NaN or infinity"):
+        ClipJudge(LABELS, model="tiny-random", pretrained=str(tmp_path / "weights.pt"))

@@ -119,3 +119,9 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.utils", None)
     with pytest.raises(UserError, match=r"realera\[fid\]"):
         FidJudge()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    torch.save({"Conv2d_1a_3x3.conv.weight": torch.tensor([1.0, math.nan])}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"judge\.weights=.*Conv2d_1a_3x3\.conv\.weight holds NaN or infinity"):
+        FidJudge(tmp_path / "weights.pth", layer=64, device="cpu")

@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -303,3 +304,14 @@ def test_arrays_come_back_from_both_numpys(resources: Path, tmp_path: Path) -> N
     new = read_layers(tmp_path / "new.npy")
     assert np.array_equal(new["conv1"]["weights"], old["conv1"]["weights"])
     assert b"cnumpy.core." in (resources / DETECTORS[0]).read_bytes()
+
+
+@pytest.mark.usefixtures("_small")
+@pytest.mark.parametrize("name", ["model.fc2.weight", "model.stem.1.running_var"])
+def test_weights_that_are_not_finite_are_refused(name: str, resources: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(resources, tmp_path / "gcd"))
+    held = torch.load(folder / STATE, weights_only=True)
+    held["model_state"][name].view(-1)[0] = math.nan
+    torch.save(held, folder / STATE, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match=rf"cannot be used: its weight {name.removeprefix('model.')} holds NaN"):
+        GiphyJudge(folder, device="cpu")

@@ -97,7 +97,7 @@ def _refuse_not_finite(place: Path, parts: Mapping[str, nn.Module], dtype: torch
         small = part == "unet" and dtype == torch.float16
         remedy = "set backbone.dtype=bfloat16, or " if small else ""
         finite.refuse(
-            model.named_parameters(),
+            model.state_dict(),
             f"The checkpoint {str(place / part)!r} cannot be used{' in float16' if small else ''}: its weight",
             f"{remedy}copy or download it again",
         )

@@ -83,7 +83,7 @@ class ClipJudge:
             raise self._lacking(
                 str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
             ) from error
-        finite.refuse(clip.named_parameters(), f"CLIP from {self.pretrained} cannot judge: its weight", "get it again")
+        finite.refuse(clip.state_dict(), f"CLIP from {self.pretrained} cannot judge: its weight", "get it again")
         return clip.eval(), transform
 
     def _lacking(self, reason: str) -> UserError:

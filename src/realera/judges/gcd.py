@@ -86,7 +86,7 @@ class GiphyJudge:
                 f"({cause[:200]}): {_SOURCE} again, its labels.csv with it"
             ) from None
         for part, name in zip((*nets, self.net), (*DETECTORS, STATE)):
-            finite.refuse(part.named_parameters(), f"{folder / name} cannot be used: its weight", f"{_SOURCE} again")
+            finite.refuse(part.state_dict(), f"{folder / name} cannot be used: its weight", f"{_SOURCE} again")
         self.net.to(self.device).eval().requires_grad_(False)
 
     def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]:

@@ -62,7 +62,7 @@ class MiniatureJudge:
             cause = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"the judge in {self.folder} cannot be read ({cause}): {_REMEDY}") from None
         for net in (clip, plain):
-            finite.refuse(net.named_parameters(), f"the judge in {self.folder} cannot judge: its weight", _REMEDY)
+            finite.refuse(net.state_dict(), f"the judge in {self.folder} cannot judge: its weight", _REMEDY)
         self.labels = tuple(self.config.labels)
         self._row = {label.lower(): row for row, label in enumerate(self.labels)}
         self.unsafe = tuple(unsafe)

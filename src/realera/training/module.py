@@ -24,6 +24,7 @@ from realera.training.turns import AdamWInTurns
 log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)
+FIRST_SCALE = 2.0**16  # of the loss in 16-mixed: GradScaler's own
 REMEDY = "lower method.align.lr, or set trainer.precision=32-true"  # for a loop that ended in NaN or infinity
 CLIP = 1.0  # MACE's; RealEra and the others that name no norm are trained in its way
 
@@ -113,6 +114,13 @@ class ErasureModule(LightningModule):
         if scaler is None or scaler.get_scale() < 1:
             gradients = ((name, p.grad) for name, p in self.named_parameters() if p.grad is not None)
             finite.refuse(gradients, f"At step {self.trainer.global_step + 1} the gradient of", REMEDY)
+
+    def on_train_end(self) -> None:
+        """Too few steps for the scale to get below 1 may all have been passed over."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        steps = self.trainer.global_step
+        if scaler is not None and steps and scaler.get_scale() <= FIRST_SCALE / 2**steps:
+            raise finite.NotFinite(f"In all {steps} steps a gradient was NaN or infinite, so none was taken: {REMEDY}.")
 
     def configure_optimizers(self) -> Any:
         align = self.method.align
