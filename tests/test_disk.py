@@ -105,9 +105,17 @@ def test_what_a_disk_refuses_names_the_file_and_leaves_nothing(write: Callable[[
 def test_an_error_of_a_disk_is_no_traceback_wherever_it_is_met(number: int) -> None:
     error = OSError(number, os.strerror(number), "runs/a/wandb")
     sentence = complaints.of_step(error)
-    assert sentence and sentence.startswith(f"runs/a/wandb cannot be written ({os.strerror(number)}): ")
+    done = "used" if number == errno.EIO else "written"  # reading meets it too
+    assert sentence and sentence.startswith(f"runs/a/wandb cannot be {done} ({os.strerror(number)}): ")
     assert complaints.of_step(OSError(errno.ENOENT, "No such file", "weights")) is None, "a fault of the code's"
     assert isinstance(Unwritten(sentence), UserError) and isinstance(Unwritten(sentence), OSError)
+    try:
+        try:
+            raise error
+        except OSError:
+            raise KeyError("of another kind") from None
+    except KeyError as later:
+        assert complaints.of_step(later) is None, "an error that came after one of the disk's, and has nothing of it"
 
 
 def test_a_name_that_is_too_long_and_a_folder_that_is_a_file(tmp_path: Path) -> None:

@@ -259,6 +259,47 @@ def test_generate_draws_what_was_asked(run_dir: Path, type_in: Type, place: Path
     assert not list(place.glob("*.png")) and not list((place / "drawn").glob("*.png"))
 
 
+def test_generate_leaves_the_images_of_a_run_alone(
+    run_dir: Path, type_in: Type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    with pytest.raises(SystemExit) as left:
+        type_in("generate", f"run={run_dir}", "prompts=[cat]", f"out={run_dir}", small=False)
+    assert left.value.code == 2 and "holds other files" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_a_run_that_is_refused_before_anything_is_made_leaves_no_folder(
+    type_in: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "refusing_edit.py").write_text(
+        "from realera.contracts import UserError\n\n\nclass Refusing:\n"
+        "    def __init__(self) -> None:\n        raise UserError('not today')\n"
+        "    def __call__(self, backbone, pairs, neighbours) -> None: ...\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    edit = ("~method.edit", "+method.edit={_target_:refusing_edit.Refusing}")
+    for folder in (tmp_path / "runs" / "new", tmp_path / "there"):
+        if folder.name == "there":
+            folder.mkdir()
+        with pytest.raises(SystemExit) as left:
+            type_in("train", "concept=airplane", "method=uce", *edit, "logger=none", f"run_dir={folder}")
+        assert left.value.code == 2 and "error: not today" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists() and not list((tmp_path / "there").iterdir())
+
+
+def test_the_demo_says_which_setting_is_wrong(
+    run_dir: Path, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from realera import steps
+
+    monkeypatch.setattr(steps, "load_run", lambda run: None)
+    for host, says in (("1.2.3.4", "host=1.2.3.4 is no address"), ("no.such.host.invalid", "is no address of this")):
+        with pytest.raises(SystemExit) as left:
+            type_in("demo", f"run={run_dir}", f"host={host}", "port=0", small=False)
+        assert left.value.code == 2 and says in capsys.readouterr().err
+
+
 def test_processes_that_torchrun_started_do_not_each_draw_a_whole_sweep(
     run_dir: Path, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

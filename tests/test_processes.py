@@ -77,6 +77,9 @@ def test_a_process_knows_which_one_it_is(
         ({**CPU, "num_nodes": 2}, 0, {**MASTER, "NODE_RANK": "2"}, "NODE_RANK=0 to 1"),
         (CPU, 0, torchrun(0, 4, 4), "4 processes were started, 4 on this machine, and the settings ask for 1 x 2"),
         ({"accelerator": "gpu"}, 1, torchrun(1, 2, 2), "without --gpus-per-task"),
+        (CPU, 0, {**torchrun(0, 2, 2), "WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "0"}, "0 processes were started"),
+        (CPU, 0, torchrun(5, 2, 2), "RANK=5 of WORLD_SIZE=2"),
+        (CPU, 0, {**torchrun(0, 2, 2), "LOCAL_RANK": "2"}, "LOCAL_RANK=2 of LOCAL_WORLD_SIZE=2 cannot be"),
     ],
 )
 def test_what_cannot_run_together_is_refused(trainer: Any, gpus: int, environ: Mapping[str, str], says: str) -> None:

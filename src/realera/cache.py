@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from realera import captions, cli, console, lengths, locks, paths, preflight
+from realera import captions, cli, console, disk, lengths, locks, paths, preflight
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
 
@@ -30,14 +30,15 @@ def cache(cfg: DictConfig) -> None:
     name = f"{slug(files[0].stem)}-{config['backbone']['name']}-{source[:8]}.safetensors"
     out = Path(str(config["out"])).expanduser() if config["out"] else paths.cache_dir() / "captions" / name
     preflight.check_writable(out.parent, "out")
-    if config["overwrite"]:
-        for old in (out, priors.partial(out)):
-            old.unlink(missing_ok=True)
     cli.say_backbone(config)
     if said := counted.said("captions"):
         cli.log.warning("%s", said)
     backbone = steps.load_backbone(config)
     with console.bar(f"captions of {files[0].name}", total, rate="captions/s") as advance, locks.turn(out):
+        if config["overwrite"]:
+            for old in (out, priors.partial(out)):
+                with disk.explained(old):
+                    old.unlink(missing_ok=True)
         priors.accumulate(backbone, captions.captions_in(files, column), out, source, advance=advance)
     console.show_path(f"sum over {total:,} captions, as in method.edit.preserved.prior_cache=FILE", out)
 

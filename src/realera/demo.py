@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+
 from omegaconf import DictConfig
 
-from realera import cli, console, lengths, preflight, runs
+from realera import cli, console, interrupts, lengths, preflight, runs
 from realera.contracts import UserError
 from realera.webpage import EVERYWHERE, Server, data_uri, handler
 
@@ -35,6 +38,9 @@ def demo(cfg: DictConfig) -> None:
     try:
         server = Server((host, config["port"]), handler(draw, about, host))
     except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            said = f"host={host} is no address of this machine: leave it out, or type host=0.0.0.0 for all of them."
+            raise UserError(said) from error
         raise UserError(
             f"port {config['port']} cannot be opened ({error.strerror}): type port=0 for a free one."
         ) from error
@@ -44,7 +50,10 @@ def demo(cfg: DictConfig) -> None:
         console.console.print(
             f"page to open: http://{f'[{host}]' if ':' in host else host}:{server.server_port}/   (Ctrl-C ends it)"
         )
-        server.serve_forever()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:  # the way to end it: there is nothing to go on with
+            interrupts.caught()
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import IO
 
+from realera import locks
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _held: list[IO[bytes]] = []  # the lock of this process
 
@@ -83,14 +85,8 @@ def _user() -> str:
 
 def _locked(file: Path) -> IO[bytes] | None:
     """The file, open and locked until the process ends; None where another process has it."""
-    try:
-        import fcntl
-    except ImportError:  # pragma: no cover  # Windows: no launcher of several processes is tested there
-        return file.open("ab")
     stream = file.open("ab")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if locks.lock(stream.fileno()) is False:
         stream.close()
         return None
     return stream

@@ -1,7 +1,4 @@
-"""What a disk may refuse, said in one sentence; and files that are half-written, which nobody is left with.
-
-Standard library only.
-"""
+"""Disk errors as one sentence; temporary files that are removed however a process ends. Standard library only."""
 
 from __future__ import annotations
 
@@ -35,6 +32,7 @@ REMEDIES = {  # of errors that are the disk's, whatever file they name
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EROFS: "choose a folder on another disk",
 }
+OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the others may be of reading too
 ELSE = "make the folder writable, or choose another one (of the cache: with REALERA_CACHE=FOLDER)"
 _being_written: set[Path] = set()  # temporary folders of this process
 _beginning = threading.RLock()
@@ -50,7 +48,8 @@ class Unwritten(UserError, OSError):
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """What a disk refuses in here is an `Unwritten` that names `path`; its folder is made, and goes again if so."""
+    """Makes `path`'s folder. A disk error in here becomes an `Unwritten` that names `path`, and the folder is removed
+    again if it was made here."""
     missing = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +69,8 @@ def refusal(error: BaseException, path: Path | None = None) -> str | None:
     if found is None or (found.errno not in REMEDIES and (path is None or not _names(found, path))):
         return None
     file = found.filename if path is None else path
-    return f"{file or 'a file'} cannot be written ({found.strerror or found}): {REMEDIES.get(found.errno or 0, ELSE)}."
+    done = "written" if path is not None or found.errno in OF_WRITING else "used"
+    return f"{file or 'a file'} cannot be {done} ({found.strerror or found}): {REMEDIES.get(found.errno or 0, ELSE)}."
 
 
 def _of_disk(error: BaseException) -> OSError | None:
@@ -121,7 +121,8 @@ def append(path: Path, text: str) -> None:
 
 
 class Tolerance:
-    """For a file that a run can do without: what a disk refuses `with` it is warned about once, and the run goes on."""
+    """For a file that a run can do without: `with` it a disk error is logged, not raised. A second one is not logged
+    again before the file has been written once more."""
 
     def __init__(self) -> None:
         self._warned = False

@@ -24,7 +24,8 @@ def generate(cfg: DictConfig) -> None:
     out = Path(str(config["out"] or paths.inside(run.folder, f"generated/{content}")))
     runs.check_files(out)
     others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
-    if plan.first and others and not (out / paths.MANIFEST).is_file():
+    own = (out / paths.MANIFEST).is_file() and not (out / paths.CONFIG).exists()  # a run has its own images
+    if plan.first and others and not own:
         raise UserError(f"out={out} holds other files: give a new or an empty folder.")
     preflight.check_writable(out, "out")
     preflight.check_run(run)

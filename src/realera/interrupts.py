@@ -1,6 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a command alike, at any moment: `Interrupted` is raised in the main thread, what is
-half-made goes, helpers end, and the exit status is 128 + the signal's number. A second signal ends the process at once,
-and so does the first one where the main thread does not answer (it waits for another process, say).
+"""Ctrl-C, SIGTERM and SIGHUP end a command alike, at any moment: `Interrupted` is raised in the main thread, temporary
+files are removed, helpers end, and the exit status is 128 + the signal's number. A second signal ends the process at
+once, and so does the first one where the main thread does not answer (it waits for another process, say).
 
 A signal that was ignored when the process began (nohup) stays so. Standard library only: it comes before the rest.
 """
@@ -90,9 +90,16 @@ def answered() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    before = _set(case.answer)
+    if os.name != "posix":  # no pipe there can be waited for, and no thread be signalled
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
-    before = _set(case.answer)
     wakes = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
     watch = threading.Thread(target=_watch, args=(case, ours, threading.get_ident()), daemon=True)
     watch.start()

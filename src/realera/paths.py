@@ -38,6 +38,7 @@ FIT = "fit"  # the loop's checkpoints, until it has ended
 LOSSES = "losses.jsonl"  # one line a logged step: {"step": int, "<term>": float, ...}
 COSTS = "costs.json"  # wall time by stage, passes of the U-Net, parameters, peak memory
 WANDB_ID = "wandb_id.txt"  # of the W&B run that it is
+os.umask(_UMASK := os.umask(0))  # it can only be read by being set, which other threads would see: here, once
 FORMATS = ("PNG", "JPEG", "WEBP")  # of images that are read: other readers of pillow's start programs (EPS), or are old
 EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
 LOCK = disk.LOCK  # of the process that is making the run; gone when it has ended
@@ -45,9 +46,9 @@ OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # what it leaves beside the e
 
 
 def cache_dir() -> Path:
-    """$REALERA_CACHE, else the platform's user cache folder + /realera. Not created here."""
+    """$REALERA_CACHE, else $XDG_CACHE_HOME/realera, else ~/.cache/realera. Not created here."""
     if given := os.environ.get("REALERA_CACHE"):
-        return Path(given)
+        return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "realera"
 
@@ -104,7 +105,7 @@ def whole(path: Path) -> Iterator[Path]:
     with disk.explained(path), disk.temporary(path) as beside:
         yield beside
         if not beside.is_dir():
-            beside.chmod(0o666 & ~_umask())
+            beside.chmod(0o666 & ~_UMASK)
         elif path.is_dir():
             path.rmdir()  # an empty folder gives way to a whole one
         beside.replace(path)
@@ -128,9 +129,3 @@ def _sayable(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_sayable(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

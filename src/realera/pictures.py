@@ -1,4 +1,5 @@
-"""Image files as they look: any kind of PNG or JPEG as 8-bit RGB, or one sentence on why not."""
+"""Image files of any kind that is read (paths.FORMATS) as 8-bit RGB, or one sentence on why not. An EXIF orientation is
+not applied: nor is it by the official code whose numbers ours are compared with."""
 
 from __future__ import annotations
 

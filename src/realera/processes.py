@@ -29,6 +29,7 @@ from realera.runs import Run, difference, identity
 PATIENCE = 20.0  # seconds that a process is given to notice by itself that another has ended
 LEAST = 4  # processes on the CPU that any machine may be asked for
 FIRST = "REALERA_FIRST"  # the process that started this one
+ELSEWHERE = "import runpy, sys; sys.path.remove(''); runpy.run_module('realera.{door}', None, '__main__', True)"
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,17 @@ def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str
     if started := "RANK" in environ and "WORLD_SIZE" in environ:
         world = int(environ["WORLD_SIZE"])
         local_world = int(environ.get("LOCAL_WORLD_SIZE") or world)
-        if world % local_world or (here * nodes not in (1, world) and given.get("devices") != -1):
+        if local_world < 1 or world % local_world or (here * nodes not in (1, world) and given.get("devices") != -1):
             raise UserError(
                 f"{world} processes were started, {local_world} on this machine, and the settings ask for {nodes} x "
                 f"{here} (trainer.num_nodes x trainer.devices): leave the two out, or start as many."
             )
         rank, local_rank = int(environ["RANK"]), int(environ.get("LOCAL_RANK") or 0)
+        if not (0 <= rank < world and 0 <= local_rank < local_world):
+            raise UserError(
+                f"RANK={rank} of WORLD_SIZE={world} and LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_world} "
+                "cannot be: numbers begin at 0. Unset them, or start the processes with torchrun or srun."
+            )
     else:
         world, local_world, local_rank = nodes * here, here, 0
         rank = int(environ.get("NODE_RANK") or 0) * here
@@ -165,12 +171,14 @@ def together(plan: Plan, door: str, *, needed: bool = True) -> Iterator[Ranks]:
         yield ALONE
         return
     before = dict(os.environ)
-    helpers = [] if plan.started else _start(plan, door)
+    helpers: list[subprocess.Popen[bytes]] = []
     last = partial(_terminate, helpers)
     interrupts.last_resort.append(last)
     over = threading.Event()
     threading.Thread(target=_watch, args=(helpers, over), daemon=True).start()
     try:
+        if not plan.started:
+            _start(plan, door, helpers)
         ranks = _meet(plan)
         yield ranks
         ranks.wait()
@@ -224,23 +232,24 @@ def _part() -> None:
     distributed.destroy_process_group()
 
 
-def _start(plan: Plan, door: str) -> list[subprocess.Popen[bytes]]:
-    """This machine's other processes, which give the same command. This one is numbered along with them."""
+def _start(plan: Plan, door: str, helpers: list[subprocess.Popen[bytes]]) -> None:
+    """Adds this machine's other processes to `helpers`: they give the same command. This one is numbered along."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     os.environ.update(WORLD_SIZE=str(plan.world), LOCAL_WORLD_SIZE=str(plan.local_world))
     os.environ.update(RANK=str(plan.rank), LOCAL_RANK="0", NODE_RANK=str(plan.rank // plan.local_world))
-    # -m would look for modules in the current folder, a run's perhaps, where a console script does not
-    safe = {} if {"", os.getcwd()} & set(sys.path) else {"PYTHONSAFEPATH": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", f"realera.{door}", *sys.argv[1:]],
-            env={**os.environ, **safe, "RANK": str(plan.rank + n), "LOCAL_RANK": str(n), FIRST: str(os.getpid())},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,  # what they would show is the first one's to show
+    here = {"", os.getcwd()} & set(sys.path)
+    # -m and -c look for modules in the current folder, a run's perhaps, where a console script does not
+    start = ["-m", f"realera.{door}"] if here else ["-c", ELSEWHERE.format(door=door)]
+    for n in range(1, plan.local_world):
+        helpers.append(
+            subprocess.Popen(
+                [sys.executable, *start, *sys.argv[1:]],
+                env={**os.environ, "RANK": str(plan.rank + n), "LOCAL_RANK": str(n), FIRST: str(os.getpid())},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # what they would show is the first one's to show
+            )
         )
-        for n in range(1, plan.local_world)
-    ]
 
 
 def _free_port() -> int:

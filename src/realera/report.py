@@ -27,7 +27,8 @@ def report(cfg: DictConfig) -> None:
         Path(str(config["out"])) if config["out"] else (Path(names[0]) if len(names) == 1 else runs.ROOT) / paths.REPORT
     )
     preflight.check_writable(out.parent, "out")
-    preflight.check_writable(Path(str(config["results"] or ".")), "results")
+    if config["results"]:
+        preflight.check_writable(Path(str(config["results"])), "results")
 
     from realera.evaluation import sweep_report  # pillow and jinja: loaded when nothing is left to refuse
     from realera.evaluation.report import write_report

@@ -355,11 +355,11 @@ def listed_by(sweep: Path, line: str) -> Path:
 
 
 def _clear(folder: Path) -> None:
-    """Removes a run's own files from its folder and leaves what else was put there. The settings go last: without them
-    a folder that was half cleared would be taken for somebody else's."""
+    """Removes a run's own files from its folder and leaves what else was put there. The settings stay until `begin`
+    replaces them: without them a folder that was half cleared would be taken for somebody else's."""
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    _remove(folder, *reversed(FILES))
+    _remove(folder, *(name for name in FILES if name != paths.CONFIG))
 
 
 def _remove(folder: Path, *names: str) -> None:

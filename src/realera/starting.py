@@ -1,9 +1,9 @@
-"""Before train makes anything, and where it ends before it has."""
+"""Checks before train makes anything, and the removal of a run folder in which nothing was made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from realera import matching, paths, preflight, runs
@@ -12,11 +12,11 @@ from realera.runs import Run
 
 
 def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
-    """What train looks at before it makes anything: the folder, the model, and in a plan the method's parts, which a
-    run builds anyway (that takes torch). planned: what was looked at for other jobs of the same plan.
+    """Checks the folder, the model and, in a plan, the method's parts, which takes torch: a run builds them anyway.
+    planned: names of the models and parts that were checked for other jobs of the same plan.
 
     Raises:
-        UserError: what cannot be used, and the remedies.
+        UserError: one of them cannot be used; the sentence says the remedies.
     """
     place, _ = runs.look(config)
     preflight.check_writable(place, "run_dir" if config.get("run_dir") else "root")
@@ -35,14 +35,13 @@ def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
 
 @contextmanager
 def let_go(run: Run) -> Iterator[None]:
-    """Takes the run's folder away again where the run ends before anything was made in it."""
+    """Removes the run's settings again where the run ends before anything was made with them; the folder goes with
+    its lock, if this command made it."""
     try:
         yield
     except Exception:  # Hydra wraps what a part's constructor refuses
-        if {path.name for path in run.folder.glob("*")} <= {paths.CONFIG, paths.COSTS}:
-            for name in (paths.CONFIG, paths.COSTS):
+        made = {path.name for path in run.folder.iterdir() if not path.name.startswith(".")}
+        if made <= {paths.CONFIG, paths.COSTS}:
+            for name in made:
                 (run.folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # of the root: other runs stand there
-                run.folder.rmdir()
-                run.folder.parent.rmdir()
         raise
