@@ -541,7 +541,7 @@ def test_what_is_read_is_bounded(tmp_path: Path) -> None:
 
 
 def test_code_that_only_the_command_line_names_is_said(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "own_edit.py").write_text(
         "from realera.methods.uce import UnifiedConceptEdit\n\n\nclass Own(UnifiedConceptEdit):\n    pass\n"
@@ -560,4 +560,5 @@ def test_code_that_only_the_command_line_names_is_said(
     ):
         monkeypatch.setattr(sys, "argv", ["train", *words, *small, "dry_run=true"])
         import_module("realera.train").main()
-        assert (said in capsys.readouterr().err) is warned, words
+        assert (said in caplog.text) is warned, words
+        caplog.clear()

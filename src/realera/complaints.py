@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors as one sentence each: what is wrong, and what to type instead."""
+"""Hydra's and OmegaConf's errors as one sentence each: the fault, and the words to type instead."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _told(error: BaseException) -> str | None:
-    """The text of the UserError that `error` is, or was raised from; else what a disk refused."""
+    """The text of the UserError that `error` is, or was raised from; else the sentence for a disk error."""
     chain = list(_chain(error))
     said = (str(cause) for cause in chain if isinstance(cause, UserError))
     return next(said, None) or next(filter(None, map(_of_disk, chain)), None)

@@ -182,7 +182,7 @@ def _remove(folder: Path) -> None:
 
 
 def leave_nothing() -> None:
-    """For a process that is about to end without a tear-down: removes what it is writing, and no other thread begins
+    """For a process that is about to end without a tear-down: removes its temporary files, and no other thread begins
     anything more."""
     _beginning.acquire(timeout=1)
     drop_temporary()
@@ -192,7 +192,7 @@ interrupts.last_resort.append(leave_nothing)
 
 
 def drop_temporary() -> None:
-    """Removes what this process is writing, of which other threads may still write some."""
+    """Removes this process's temporary files, some of which other threads may still be writing."""
     for folder in list(_being_written):
         for _ in range(50):
             shutil.rmtree(folder, ignore_errors=True)
@@ -203,7 +203,7 @@ def drop_temporary() -> None:
 
 
 def clear_left(folder: Path) -> None:
-    """Removes what killed processes left half-written in a folder, and nothing that a living one is writing."""
+    """Removes the temporary files that killed processes left in a folder, and none that a living one is writing."""
     _cleared.add(folder.absolute())
     with suppress(OSError):
         for name in os.listdir(folder):

@@ -78,7 +78,7 @@ def _beyond_map(run: Run) -> list[str]:
 
 
 def _guide(run: Run) -> str | None:
-    """The name of what steers the drawing of a run's images beside its weights, if anything does."""
+    """The name of the part that steers the drawing of a run's images beside its weights, if there is one."""
     node = (run.config.get("method") or {}).get("guide")
     return str(node["_target_"]).rpartition(".")[2] if node else None
 

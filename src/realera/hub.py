@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
-import threading
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from realera import reach
 from realera.backbones import folder
 from realera.contracts import UserError
 
@@ -29,7 +27,7 @@ def check(repository: str) -> None:
     )
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise OutOfReach(f"{repository} is not in the cache {_hub_cache()} and HF_HUB_OFFLINE is set: {remedies}")
-    if not _answers(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+    if not reach.answers(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", HUB_PATIENCE):
         raise OutOfReach(f"{repository} is not in the cache {_hub_cache()} and the hub does not answer: {remedies}")
 
 
@@ -45,23 +43,3 @@ def cached(repository: str) -> Path | None:
     named = [root / "snapshots" / main.read_text().strip()] if main.is_file() else []
     found = [*named, *sorted((root / "snapshots").glob("*"))]
     return next((path for path in found if not folder.missing(path)), None)
-
-
-def _answers(address: str) -> bool:
-    """Whether a connection opens within `HUB_PATIENCE`; in a thread, for looking a name up has no limit of its own."""
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    parts = urlsplit(proxy or address)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    opened = threading.Event()
-
-    def knock() -> None:
-        try:
-            socket.create_connection((parts.hostname or "", port), timeout=HUB_PATIENCE).close()
-            opened.set()
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=knock, daemon=True)
-    thread.start()
-    thread.join(HUB_PATIENCE)
-    return opened.is_set()

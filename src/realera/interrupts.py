@@ -32,7 +32,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Case:
-    """What has come of one command. number: the first signal. error: what it raised. over: the door has caught it."""
+    """The state of one command. number: the first signal. error: the exception it raised. over: the door caught it."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -75,7 +75,7 @@ def done(status: int) -> None:
 
 
 def end_at_once(number: int) -> None:
-    """Ends this process, and what it has started, without waiting for anything."""
+    """Ends this process and its helpers without waiting for anything."""
     for step in (*reversed(last_resort), _say):
         with suppress(Exception):
             step()
@@ -114,7 +114,7 @@ def answered() -> Iterator[None]:
 
 
 def _set(handler: Handler) -> dict[int, Any]:
-    """Answers the signals with `handler`; what answered them before."""
+    """Answers the signals with `handler`; returns the handlers that stood before."""
     known = {number: signal.getsignal(number) for number in NUMBERS}
     before = {number: old for number, old in known.items() if old not in (signal.SIG_IGN, None)}
     for number in before:

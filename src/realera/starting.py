@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from realera import matching, paths, preflight, runs
+from realera import matching, paths, preflight, runs, trust
 from realera.parts import build
 from realera.runs import Run
 
@@ -28,6 +29,8 @@ def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
             seen.add(model)
         if (model_folder := preflight.model_folder(config["backbone"])) is not None:
             matching.check(model_folder, config)
+    if planned is None:
+        trust.say_typed(config, sys.argv[1:])
     if config.get("dry_run") and (parts := f"parts {runs.digest(config['method'])}") not in seen:
         build(config["method"])
         seen.add(parts)

@@ -83,9 +83,8 @@ def folder() -> Path:
 
 @dataclass
 class Cell:
-    """One line of the ledger. folder: the run's, None where it was refused before it had one. system: what tables call
-    it in this sweep, whatever another one calls the same run; None where nobody knows. launch: None in a ledger
-    of before there were any."""
+    """One line of the ledger. folder: the run's, None if it was refused before it had one. system: its row's name in
+    this sweep's tables, if known. launch: None in the ledgers of earlier versions."""
 
     folder: str | None = None
     state: str = DONE
@@ -206,7 +205,7 @@ class Job:
 
 
 def _explain(cell: Cell, error: BaseException) -> None:
-    """Writes into the cell, and onto stderr, what ended its job; of the unforeseen the traceback is kept too."""
+    """Writes the reason why a job ended into its cell and onto stderr; an unforeseen error's traceback is kept too."""
     sentence = complaints.of_step(error) if isinstance(error, Exception) else None
     if sentence is not None:
         cell.state, cell.reason = REFUSED, sentence
@@ -217,7 +216,7 @@ def _explain(cell: Cell, error: BaseException) -> None:
 
 
 def _kept(error: BaseException, name: str) -> str:
-    """What an unforeseen error says, and where its traceback now stands."""
+    """An unforeseen error's message, and the file in which its traceback is kept."""
     file, whole = folder() / FAILED / f"{name}.txt", "".join(traceback.format_exception(error))
     said = f"{type(error).__name__}: {complaints.first_line(error)}".removesuffix(".")
     try:
@@ -232,8 +231,8 @@ def _kept(error: BaseException, name: str) -> str:
 
 
 def broke_off(error: Exception) -> int:
-    """Says that a launcher gave up before its jobs were through, and why; the exit status. So it does where a worker is
-    killed from outside, by the system for its memory or by a scheduler for its time."""
+    """Says why a launcher gave up before all jobs had run, and returns the exit status. A worker that is killed (out of
+    memory, out of a scheduler's time) ends a launcher so; the same command goes on with the rest."""
     if (sentence := complaints.of_step(error)) is not None:
         print(f"error: the sweep ended early: {sentence}", file=sys.stderr)
         return status([Cell(state=REFUSED)])
@@ -243,8 +242,8 @@ def broke_off(error: Exception) -> int:
 
 
 def close(cells: list[Cell]) -> int:
-    """What a launch ends with: how many of its cells are done, were found, failed, and why; their status; and the page
-    of the whole sweep."""
+    """Ends a launch: shows how many cells were done, found or failed, and why; writes the page of the whole sweep.
+    Returns the exit status."""
     from realera import console
 
     console.show_cells([asdict(cell) for cell in cells])

@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import (
-    cli,
-    console,
-    costs,
-    lengths,
-    paths,
-    plan,
-    preflight,
-    processes,
-    repairs,
-    runs,
-    starting,
-    sweep,
-    trust,
-)
+from realera import cli, console, costs, lengths, paths, plan, preflight, processes, repairs, runs, starting, sweep
 from realera.contracts import Task
 from realera.evaluation.records import read_metrics
 from realera.ranks import Ranks
@@ -42,7 +27,6 @@ def train(cfg: DictConfig) -> float | None:
     if config["evaluate"]:
         preflight.check_judge(config)
     among = processes.plan(config["trainer"], cli.cuda_devices())
-    trust.say_typed(config, sys.argv[1:])
     if config["dry_run"]:
         plan.show(plan.summed([plan.work(config, task)]))
         return None
@@ -94,7 +78,7 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
 
 
 def show(run: Run) -> float | None:
-    """What a run ends with: the table, and what to open. Returns H_o where there is one."""
+    """Shows a finished run: its table and the page to open. Returns H_o if it was computed."""
     if run.config["evaluate"] and (run.folder / paths.METRICS).is_file():
         metrics = read_metrics(run.folder)
         column = "unchanged" if runs.is_original(run.config) else "erased"

@@ -48,16 +48,17 @@ def check(config: Any, file: Path) -> dict[str, Any]:
 
 
 def say_typed(config: Mapping[str, Any], words: Iterable[str]) -> None:
-    """Warns of code that `words`, a command line, names and no yaml: a run is made with it, but not read with it."""
+    """Warns of code that `words`, a command line, names and no yaml does: later commands refuse such a run."""
     if any("_target_" in word for word in words):
         named = _named(config_dirs())
         for at, node in _nodes(config):
-            if str(node.get("_target_")) not in named.get(_kind(at), ()):
+            target = node.get("_target_")
+            if target is not None and str(target) not in named.get(_kind(at), ()):
                 log.warning(
                     "%s._target_=%s is typed here and named by no yaml: evaluate, generate and export will refuse this "
                     "run; put it into a yaml of your own and give its folder as --config-dir (docs/trust.md).",
                     ".".join(at),
-                    node.get("_target_"),
+                    target,
                 )
 
 
