@@ -1,4 +1,4 @@
-"""Captions from a user's files, read one after another: lists of a million lines are never held whole."""
+"""Captions from a user's files, one after another: no list of them is held whole, except that a .json file is."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ _open: ContextVar[Ledger | None] = ContextVar("ledger", default=None)
 
 @contextmanager
 def ledger() -> Iterator[Ledger]:
-    """Every `Cached` file that is read or made in here is entered, once: what was made here and then read again was not
-    spared."""
+    """Enters every `Cached` file that is read or made in here. Each file is counted once; a file that this run made
+    is not counted as reused."""
     entries = Ledger()
     token = _open.set(entries)
     try:
