@@ -113,3 +113,20 @@ def test_a_fit_stands_or_falls_with_its_files(tmp_path: Path, caplog: pytest.Log
     assert not seals.fit_stands(erased)
     save_file(TENSORS, erased)
     assert seals.fit_stands(erased), "an earlier version's"
+
+
+@pytest.mark.parametrize("ends", ["[0,1e999]", "[0,NaN]", "[0]", '"x"', "[0,-1]", "[0,true]"])
+def test_a_header_that_nobody_writes_is_torn(ends: str, tmp_path: Path) -> None:
+    file = tmp_path / "erased.safetensors"
+    header = f'{{"a":{{"dtype":"F32","shape":[1],"data_offsets":{ends}}}}}'.encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(seals.Torn):
+        seals.verify(file)
+
+
+@pytest.mark.parametrize("beside", ["5", "[5]", '"[1]"', '"{"', "null"])
+def test_digests_that_nobody_writes_are_torn(beside: str, tmp_path: Path) -> None:
+    file = tmp_path / "erased.safetensors"
+    header = f'{{"__metadata__":{{"beside":{beside}}}}}'.encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert not seals.fit_stands(file) and not file.exists()

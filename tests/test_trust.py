@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
@@ -22,7 +23,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
-from realera import cli, foreign, locks, parts, paths, runs, trust
+from realera import cli, foreign, locks, parts, paths, runs, seals, trust
+from realera.backbones import reading
 from realera.contracts import UserError
 from realera.evaluation.records import read_manifest
 from realera.judges import worker
@@ -538,6 +540,51 @@ def test_what_is_read_is_bounded(tmp_path: Path) -> None:
     config = {"concept": ["a"] * 3, "b": {"x": [1.5, None, True, ".inf", float("inf")]}}
     config["again"] = config["concept"]  # written as an alias
     assert foreign.yaml_of(yaml.safe_dump(config, sort_keys=False)) == config
+
+
+def test_keys_and_aliases_of_a_yaml_cost_no_more_than_their_number() -> None:
+    chain = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 300))
+    with pytest.raises(ValueError, match="nested too deeply"):
+        foreign.yaml_of(chain)
+    began = time.process_time()
+    with pytest.raises(ValueError, match="'k7999' is given twice"):
+        foreign.yaml_of("".join(f"k{i}: 1\n" for i in range(8000)) + "k7999: 2\n")
+    assert time.process_time() - began < 2  # 0.3 s; it was 4.6 s where each key was counted among all
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for read in (
+        foreign.text,
+        foreign.lines,
+        foreign.read_yaml,
+        foreign.read_json,
+        foreign.content,
+        seals.sha256_of,
+        reading.refuse_torn,
+        reading.read_json,
+        seals.verify,
+    ):
+        for place in (pipe, tmp_path):
+            with pytest.raises((OSError, UserError)):
+                read(place)
+    assert seals.digest(pipe) is None and not seals.image_is_whole(pipe) and not seals.page_is_whole(pipe)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+@pytest.mark.parametrize("name", [*runs.FILES, paths.IMAGES, f"{paths.VERDICTS}/miniature.jsonl"])
+def test_a_run_of_pipes_is_answered(name: str, received: Path, give: Callable[[str], None]) -> None:
+    """No command waits for somebody to write; it says a sentence, or does without the file."""
+    shutil.rmtree(received / name, ignore_errors=True)
+    (received / name).unlink(missing_ok=True)
+    (received / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(received / name)
+    for command in COMMANDS:
+        if command not in ("evaluate", "generate", "demo", "train"):  # which would draw, judge or serve
+            with suppress(UserError):
+                give(command)
 
 
 def test_code_that_only_the_command_line_names_is_said(

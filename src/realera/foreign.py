@@ -7,10 +7,11 @@ Standard library and yaml only. docs/trust.md says what is trusted and what is n
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -19,25 +20,46 @@ LARGEST = 512 << 20  # bytes of a JSON file: 30,000 prompts take a tenth of it
 DEEPEST = 40  # levels of nesting
 MOST = 400_000  # nodes of a YAML file, aliases counted as often as they are used
 
+_BEGUN = 0, 0  # the weight of a node whose parts are being weighed
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
-def text(file: Path, largest: int = LARGEST) -> str:
-    """A text file's content (UTF-8). Raises OSError where it is missing, else ValueError."""
-    with file.open("rb") as stream:
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise ValueError("it is no file")
-        content = stream.read(largest + 1)
-    if len(content) > largest:
+def opened(file: Path) -> BinaryIO:
+    """A file, open for reading. Raises OSError if it cannot be opened, or is a folder, a pipe or a device.
+
+    The open file is asked for its kind, not the path: the path may be another file by then. Opening a pipe would wait
+    for somebody to write to it without O_NONBLOCK, which changes nothing for a file.
+    """
+    handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError("it is no file")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def content(file: Path, largest: int = LARGEST) -> bytes:
+    """A file's bytes. Raises OSError if it cannot be opened; ValueError if it is too large."""
+    with opened(file) as stream:
+        found = stream.read(largest + 1)
+    if len(found) > largest:
         raise ValueError(f"it is larger than {largest >> 20} MB")
-    return content.decode("utf-8")
+    return found
 
 
-def lines(file: Path) -> list[str]:
+def text(file: Path, largest: int = LARGEST, errors: str = "strict") -> str:
+    """A text file's content. errors: of `bytes.decode`. Raises OSError if it cannot be opened; ValueError if it is too
+    large or not UTF-8."""
+    return content(file, largest).decode("utf-8", errors)
+
+
+def lines(file: Path, errors: str = "strict") -> list[str]:
     """A text file's lines, parted by line feeds alone: JSON texts may hold other separators. Raises as `text`."""
-    content = text(file)
-    return content.removesuffix("\n").split("\n") if content else []
+    found = text(file, errors=errors)
+    return found.removesuffix("\n").split("\n") if found else []
 
 
 def read_yaml(file: Path) -> Any:
@@ -95,33 +117,40 @@ def _refuse_size(content: str) -> None:
             raise ValueError("it holds too much")
 
 
-def _weight(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many nodes a node stands for. Raises ValueError for what no run writes."""
+def _weight(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(nodes, levels of nesting) that a node stands for, its aliases written out. Raises ValueError for a node that is
+    no plain data."""
     if id(node) in known:
-        if not known[id(node)]:
+        if known[id(node)] == _BEGUN:
             raise ValueError("a part of it holds itself")
         return known[id(node)]
-    known[id(node)] = 0
+    known[id(node)] = _BEGUN
     if node.tag not in _PLAIN:
         raise ValueError(f"it holds a {str(node.tag).rpartition(':')[2]!r}, which is no plain value")
     parts: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
-        keys = [(key.tag, str(key.value)) for key, _ in node.value]
-        if len(set(keys)) < len(keys):
-            twice = next(key for _, key in keys if [k for _, k in keys].count(key) > 1)
-            raise ValueError(f"the key {twice[:60]!r} is given twice")
-        if any(not isinstance(key, yaml.ScalarNode) for key, _ in node.value):
-            raise ValueError("a key of it is no text")
+        keys: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError("a key of it is no text")
+            if (key.tag, key.value) in keys:
+                raise ValueError(f"the key {key.value[:60]!r} is given twice")
+            keys.add((key.tag, key.value))
         parts = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         parts = node.value
-    weight = 1
+    weight, levels = 1, 0
     for part in parts:
-        weight += _weight(part, known)
+        more, below = _weight(part, known)
+        weight, levels = weight + more, max(levels, below)
         if weight > MOST:
             raise ValueError("its aliases stand for too much")
-    known[id(node)] = weight
-    return weight
+    if isinstance(node, yaml.CollectionNode):
+        levels += 1
+        if levels > DEEPEST:
+            raise ValueError("it is nested too deeply")
+    known[id(node)] = weight, levels
+    return weight, levels
 
 
 def strings(node: Any) -> Iterator[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realera import foreign
+from realera.backbones import reading
 from realera.contracts import UserError
 from realera.paths import OF_THE_FIT, json_text, whole
 
@@ -67,37 +68,23 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def verify(file: Path) -> None:
-    """Raises Torn where a safetensors file's bytes do not give its checksum. Files of earlier versions have none: of
-    them the size must be what the header promises."""
+    """Raises Torn if a safetensors file does not have the bytes of its checksum. Files of earlier versions have no
+    checksum: they must have the size that their header gives."""
     try:
-        if not file.is_file():  # a pipe would be waited for
-            raise OSError
         place, checksum = _seal(file)
-        fits = promised(file) == file.stat().st_size if place is None else _checksum(file, place) == checksum
-    except OSError:
-        fits = False
-    if not fits:
-        raise Torn(f"{file} is torn or no safetensors file")
-
-
-def promised(file: Path) -> int | None:
-    """How many bytes a safetensors file should have; None where its header cannot be read."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 8 < length <= size - 8:
-            return None
-        try:
-            header = foreign.json_of(stream.read(length).decode())
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-            return int(8 + length + max(ends, default=0))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return None
+        if place is None:
+            reading.refuse_torn(file)
+        elif _checksum(file, place) != checksum:
+            raise ValueError("it has another checksum")
+    except (OSError, ValueError, UserError):
+        raise Torn(f"{file} is torn or no safetensors file") from None
 
 
 def fit_stands(erased: Path) -> bool:
-    """Whether a fit's erased weights are there and whole, and the files that it left beside them. Else what is torn is
-    named in the log, and the weights are taken away: a fit leaves all of its files or none."""
+    """Whether a fit left its erased weights, and neither they nor the files beside them are torn.
+
+    If a file is torn, the log names it, and the erased weights are deleted: the fit is then done again, all of it.
+    """
     torn = _torn_of(erased) if erased.is_file() else None
     if torn is not None:
         made_again(torn)
@@ -106,16 +93,18 @@ def fit_stands(erased: Path) -> bool:
 
 
 def _torn_of(erased: Path) -> Path | None:
-    """The first torn file of a fit: the erased weights, or one of `paths.OF_THE_FIT` that has another digest than they
-    name. One that is missing is not torn: somebody may have wanted it away. None where there is none; an earlier
-    version's weights name no digests."""
+    """The first torn file of a fit, or None: the erased weights, or one of `paths.OF_THE_FIT`, whose digests stand in
+    the erased weights' metadata.
+
+    A missing file is not torn: its owner may have deleted it. Weights of earlier versions name no digests.
+    """
     try:
         verify(erased)
-        with erased.open("rb") as stream:
+        with foreign.opened(erased) as stream:
             header = foreign.json_of(stream.read(int.from_bytes(stream.read(8), "little")).decode())
         said = foreign.json_of(header.get("__metadata__", {}).get(BESIDE, "{}"))
         beside = {erased.parent / name: said.get(name) for name in OF_THE_FIT}
-    except (Torn, OSError, ValueError, AttributeError):
+    except (Torn, OSError, ValueError, AttributeError, TypeError):  # of a header that nobody's save has written
         return erased
     return next(
         (file for file, known in beside.items() if known is not None and digest(file) not in (known, None)), None
@@ -137,7 +126,7 @@ def archive_is_whole(file: Path) -> bool:
     """Whether a zip archive is as it was written; of one without a checksum, of an earlier version, each record."""
     try:
         length = file.stat().st_size - len(_ARCHIVE) - len(BLANK)
-        with file.open("rb") as stream:
+        with foreign.opened(file) as stream:
             stream.seek(max(0, length))
             mark, checksum = stream.read(len(_ARCHIVE)), stream.read()
         if mark == _ARCHIVE:
@@ -148,19 +137,21 @@ def archive_is_whole(file: Path) -> bool:
         return False
 
 
+def sha256_of(file: Path) -> str:
+    """64 hex digits of a file's content, which may be larger than the memory. Raises OSError if it cannot be read."""
+    sha = hashlib.sha256()
+    with foreign.opened(file) as stream:
+        while block := stream.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
 def digest(file: Path) -> str | None:
-    """32 hex digits of a file's content; None where it is missing, or no file."""
+    """32 hex digits of a file's content; None if it cannot be read."""
     try:
-        return digest_of(_content(file))
+        return sha256_of(file)[:32]
     except OSError:
         return None
-
-
-def _content(file: Path) -> bytes:
-    """Raises OSError for what is no file: a pipe would be waited for."""
-    if not file.is_file():
-        raise OSError(f"{file} is no file")
-    return file.read_bytes()
 
 
 def digest_of(content: bytes) -> str:
@@ -171,8 +162,8 @@ def digest_of(content: bytes) -> str:
 def image_is_whole(file: Path) -> bool:
     """Whether a PNG image is there and as it was written: the CRC-32 of every part, an end, and nothing after it."""
     try:
-        data = memoryview(_content(file))
-    except OSError:
+        data = memoryview(foreign.content(file))
+    except (OSError, ValueError):
         return False
     start = len(_PNG)
     if bytes(data[:start]) != _PNG:
@@ -195,8 +186,8 @@ def sealed_page(html: str) -> str:
 def page_is_whole(file: Path) -> bool:
     """Whether a page is as it was written; one of an earlier version must have its beginning and its end."""
     try:
-        html, mark, checksum = _content(file).rstrip().rpartition(f"\n<!-- {KEY} ".encode())
-    except OSError:
+        html, mark, checksum = foreign.content(file).rstrip().rpartition(f"\n<!-- {KEY} ".encode())
+    except (OSError, ValueError):
         return False
     if mark:
         return checksum == f"{digest_of(html)} -->".encode()
@@ -212,10 +203,9 @@ def made_again(*torn: Path) -> None:
 
 def _seal(file: Path) -> tuple[int | None, bytes]:
     """Where in a safetensors file its checksum stands, and the checksum; None where it has none."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(length) if length <= size - 8 else b""
+    with foreign.opened(file) as stream:
+        length, size = int.from_bytes(stream.read(8), "little"), os.fstat(stream.fileno()).st_size
+        header = stream.read(length) if length <= min(size - 8, reading.LONGEST) else b""
     found = header.find(_MARK)
     if found < 0:
         return None, b""
@@ -238,7 +228,7 @@ def _order(file: Path) -> None:
 def _checksum(file: Path, place: int | None, length: int | None = None) -> bytes:
     """Of all bytes, or the first `length`, with `BLANK` where the checksum itself stands."""
     sha, left = hashlib.sha256(), file.stat().st_size if length is None else length
-    with file.open("rb") as stream:
+    with foreign.opened(file) as stream:
         if place is not None:
             sha.update(stream.read(place) + BLANK)
             stream.seek(place + len(BLANK))

@@ -15,8 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from realera import foreign, seals
 from realera.backbones import configs, vocabulary
-from realera.backbones.reading import Stored, read_json, tensors
+from realera.backbones.reading import LONGEST, Stored, read_json, tensors
 from realera.backbones.reading import refuse_torn as refuse_torn
 from realera.contracts import UserError
 from realera.paths import MINIATURE
@@ -223,8 +224,11 @@ def marks(folder: Path) -> str | None:
 @lru_cache(maxsize=256)
 def _marks(file: Path, size: int, changed: int) -> str:
     digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
-        head = stream.read(int.from_bytes(stream.read(8), "little"))
+    with foreign.opened(file) as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(size, LONGEST):
+            raise ValueError("its header cannot be read")
+        head = stream.read(length)
         digest.update(head)
         for name, entry in sorted(json.loads(head).items()):
             if name != "__metadata__":
@@ -294,8 +298,4 @@ def _sha256(file: Path) -> str:
     # The Hugging Face cache names large files by their sha256: gigabytes that need not be read again.
     if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name
-    digest = hashlib.sha256()
-    with real.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return seals.sha256_of(real)

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from realera import foreign
 from realera.contracts import UserError
 
 LONGEST_JSON = 64 << 20  # bytes; the index of a large model has 0.1 million
@@ -60,7 +61,7 @@ def unfetched(file: Path) -> UserError:
 
 @lru_cache(maxsize=256)
 def _tensors(file: Path, size: int, changed: int) -> dict[str, Stored]:
-    with file.open("rb") as stream:
+    with foreign.opened(file) as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
         if is_pointer(start + stream.read(len(POINTER))):
@@ -102,7 +103,7 @@ def _torn(file: Path, size: int, reason: str) -> UserError:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError for a file that cannot be read or holds anything else."""
     try:
-        content = file.read_bytes() if file.stat().st_size <= LONGEST_JSON else b""
+        content = foreign.content(file, LONGEST_JSON)
         if is_pointer(content):
             raise unfetched(file)
         found = json.loads(content.decode("utf-8-sig"))

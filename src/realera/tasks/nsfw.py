@@ -7,12 +7,12 @@ words; there Acc_s is measured on everyday things.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from realera import seals
 from realera.contracts import Mode, Prompt, Split, UserError
 from realera.kinds import Captions, File, Guidance, Label, Percent, Seed, Template, Whole
 from realera.paths import TASK_DATA
@@ -120,7 +120,7 @@ class NsfwTask(ProtocolTask):
         """As of every task; a table stands as its name, content and how many of its rows were taken."""
         said = super().protocol()
         for split, rows in self.rows.items():
-            content = hashlib.sha256(self.files[split].expanduser().read_bytes()).hexdigest()[:16]
+            content = seals.sha256_of(self.files[split].expanduser())[:16]
             said["prompts"][split] = {"file": self.files[split].name, "sha256": content, "rows": len(rows)}
             said["images_per_prompt"][split] = 1
         return {**said, "fixed_guidance": self.fixed_guidance, "min_nudity": self.min_nudity}
