@@ -41,6 +41,14 @@ def test_one_bad_number_is_found_wherever_it_stands(dtype: torch.dtype, size: in
             assert finite.first_bad({"fine": fine, "hit": hit, "later": hit}) == "hit"
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_bad_number_of_eight_bits_is_found(dtype: torch.dtype) -> None:
+    fine = torch.ones(4).to(dtype)
+    hit = torch.tensor([1.0, math.nan]).to(dtype)
+    assert finite.first_bad({"fine": fine, "other": torch.ones(2)}) is None
+    assert finite.first_bad({"fine": fine, "hit": hit}) == "hit"
+
+
 # --- base weights ----------------------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,8 @@ def first_bad(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> s
     places: dict[Any, list[int]] = {}
     for place, (_, tensor) in enumerate(kept):
         kind = tensor.dtype, tensor.device
-        ends.setdefault(kind, []).extend(tensor.aminmax())
+        numbers = tensor.float() if tensor.element_size() == 1 else tensor  # float8, which aminmax does not take
+        ends.setdefault(kind, []).extend(numbers.aminmax())
         places.setdefault(kind, []).append(place)
     bad = []
     for kind, values in ends.items():
