@@ -261,7 +261,20 @@ def test_a_torn_config_names_the_remedy() -> None:
 def test_runs_are_found_by_name_by_sweep_and_as_the_latest() -> None:
     with pytest.raises(UserError, match=r"python -m realera\.train"):
         runs.open_run("latest")
-    both = [runs.claim(changed(seed=seed)) for seed in (0, 1)]
+    sampler = {"scheduler": "ddim", "steps": 2, "guidance_scale": 7.5, "height": 64, "width": 64}
+    whole = {
+        "task": {"_target_": "realera.tasks.objects.ObjectTask", "concepts": "airplane"},
+        "method": {"name": "uce"},
+        "backbone": {
+            "_target_": "realera.backbones.unet.UNetBackbone",
+            "name": "mini",
+            "pretrained": None,
+            "sampler": {"_target_": "realera.contracts.Sampler", **sampler},
+        },
+        "judge": None,
+        "images_at_once": 8,
+    }
+    both = [runs.claim(changed(**whole, seed=seed)) for seed in (0, 1)]
     paths.write_text(Path("runs/sweeps/now/runs.txt"), "".join(f"{run.folder}\n" for run in both) * 2)
     assert runs.runs_in("runs/sweeps/now") == [run.folder for run in both]
     assert runs.runs_in("runs") == sorted(run.folder for run in both)
@@ -301,7 +314,7 @@ def test_a_sweep_is_read_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
 
     for run in [*there, elsewhere / names[0]]:
         shutil.rmtree(run)
-    with pytest.raises(UserError, match=r"none of the 2 run folders that .* lists is found from here \(runs/cat-0"):
+    with pytest.raises(UserError, match=r"none of the 2 .* is found from here \(.*project/runs/cat-0"):
         runs.runs_in(str(sweep_folder))
 
 

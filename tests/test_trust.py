@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
-from realera import cli, foreign, locks, parts, paths, runs, seals, trust
+from realera import cli, foreign, locks, parts, paths, repairs, runs, seals, shapes, trust
 from realera.backbones import reading
 from realera.contracts import UserError
 from realera.evaluation.records import read_manifest
@@ -135,6 +135,18 @@ def setting(key: str, value: Any) -> Attack:
     return spoil
 
 
+def without(key: str) -> Attack:
+    """The run's settings without one."""
+
+    def spoil(run: Path) -> None:
+        config = yaml.safe_load((run / paths.CONFIG).read_text())
+        *above, last = key.split(".")
+        del (config[above[0]] if above else config)[last]
+        (run / paths.CONFIG).write_text(yaml.safe_dump(config))
+
+    return spoil
+
+
 def written(text: str) -> Attack:
     return lambda run: (run / paths.CONFIG).write_text(text) and None
 
@@ -188,7 +200,22 @@ SETTINGS: dict[str, Attack] = {
     "a list as name": setting("backbone.name", ["x"]),
     "a mapping as concept": setting("concept", {"a": 1}),
     "a text as seed": setting("seed", "x"),
+    **{
+        f"a text as {part}": setting(f"method.{part}", "x")
+        for part in ("neighbours", "edit", "latents", "align", "guide", "finish")
+    },
+    "a list as steps": setting("method.align", program("realera.methods.realera.NoiseAlignment", steps=[1])),
+    "a text as LoRA": setting("method.align", program("realera.methods.realera.NoiseAlignment", lora="x")),
 }
+LACKING: dict[str, Attack] = {  # accepted where a run is shown, or begun again
+    **{f"no {key}": without(key) for key in ("concept", "seed", "images_at_once", "task", "method", "backbone")},
+    **{f"no {key}": without(key) for key in ("method.name", "backbone.name", "backbone._target_")},
+    **{
+        f"no target of {key}": setting(key, {"x": 1})
+        for key in ("task", "judge", *(f"method.{part}" for part in shapes.PARTS))
+    },
+}
+USING = [name for name in COMMANDS if not name.startswith(("report", "train"))]
 
 
 @pytest.mark.parametrize("attack", SETTINGS)
@@ -212,6 +239,24 @@ def test_a_page_shows_settings_and_does_nothing_with_them(
             give(command)
         except UserError as refused:
             assert "\n" not in str(refused), command
+
+
+@pytest.mark.parametrize("attack", LACKING)
+def test_settings_that_are_missing_are_named(attack: str, received: Path, give: Callable[[str], None]) -> None:
+    LACKING[attack](received)
+    for command in USING:
+        with pytest.raises(UserError, match=r"is no run's \(it has no [\w.]+\): do not use this folder"):
+            give(command)
+    for command in ("report", "report-several"):
+        give(command)
+
+
+def test_a_run_of_the_unedited_model_needs_no_class(received: Path) -> None:
+    setting("method", {"name": "original"})(received)
+    assert runs.open_run("received").config["method"] == {"name": "original"}
+    setting("method.guide", program("realera.contracts.LoraSpec"))(received)
+    with pytest.raises(UserError, match=r"method\.guide"):
+        runs.open_run("received")
 
 
 # --- links and names -------------------------------------------------------------------------------------------------
@@ -363,6 +408,9 @@ def test_a_sweep_lists_its_own_runs_alone(received: Path, tmp_path: Path) -> Non
         (sweep / "runs.txt").write_text(f"{line}\n")
         with pytest.raises(UserError, match="outside"):
             runs.runs_in(str(sweep))
+    (sweep / "runs.txt").write_text("received\n")  # no folder there, but one of that name here
+    with pytest.raises(UserError, match="none of the 1 run folders"):
+        runs.runs_in(str(sweep))
     own = received.parent / "runs" / "sweeps" / "s"  # one that was started here may have its runs on another disk
     own.mkdir(parents=True)
     (own / "runs.txt").write_text(f"{tmp_path / 'mine'}\n")
@@ -429,6 +477,16 @@ def test_a_folder_names_no_file_of_texts(received: Path, give: Callable[[str], N
     trust.check_tables(runs.read_config(received), received)
 
 
+@pytest.mark.parametrize("name", ["~nouser-at-all/x.csv", "x" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_no_file(name: str) -> None:
+    node = {"prior_cache": name, "domain_cache": None}
+    config = {"task": {"prompts_csv": name}, "method": {"edit": node}, "backbone": {"pretrained": name}}
+    assert trust.tables(config) == {} and paths.file_of(name) is None and runs.weights_of(config) is None
+    assert runs.identity(config)["tables"] == {"prompts_csv": None}
+    with pytest.raises(UserError, match=r"method\.prior_cache=.* is missing"):
+        repairs.check_sums(node)
+
+
 def test_train_notes_what_it_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.csv").write_text("prompt\na cat\n")
@@ -455,7 +513,10 @@ def test_a_part_of_ones_own_config_dir_is_known(
 ) -> None:
     own = tmp_path / "conf"
     (own / "task").mkdir(parents=True)
-    (own / "task" / "mine.yaml").write_text("_target_: mine.Task\n")
+    (own / "task" / "mine.yaml").write_text(
+        "defaults: [object]\nx: &x {_target_: mine.Part}\ny: {<<: *x}\nsince: 2024-01-01\n_target_: mine.Task\n"
+    )
+    (own / "task" / "torn.yaml").write_text("a: [")
     (own / "experiment").mkdir()
     (own / "experiment" / "x.yaml").write_text("# @package _global_\nmethod:\n  edit:\n    _target_: mine.Edit\n")
     setting("task._target_", "mine.Task")(received)
@@ -464,6 +525,7 @@ def test_a_part_of_ones_own_config_dir_is_known(
         runs.read_config(received)
     monkeypatch.setattr(trust, "config_dirs", lambda: (paths.CONF_DIR, own))
     runs.read_config(received)
+    assert {"mine.Part", "mine.Task"} <= trust._named((own,))["task", True] | trust._named((own,))["task", False]
 
 
 def test_config_dirs_are_those_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

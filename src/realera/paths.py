@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -44,6 +44,10 @@ EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change
 LOCK = disk.LOCK  # of the process that is making the run; gone when it has ended
 OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # what it leaves beside the erased weights, which name their digests
 
+# The files of a sweep.
+SWEEPS = "sweeps"  # the folder of all sweeps, in that of the runs
+LISTED = "runs.txt"  # the run folders of a sweep, one a line
+
 
 def cache_dir() -> Path:
     """$REALERA_CACHE, else $XDG_CACHE_HOME/realera, else ~/.cache/realera. Not created here."""
@@ -51,6 +55,25 @@ def cache_dir() -> Path:
         return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "realera"
+
+
+def file_of(text: Any) -> Path | None:
+    """The file of a typed name, "~" filled in; None where there is none. Such a name may be too long, or name the home
+    of an unknown user."""
+    return _standing(text, Path.is_file)
+
+
+def dir_of(text: Any) -> Path | None:
+    """As `file_of`, of a folder."""
+    return _standing(text, Path.is_dir)
+
+
+def _standing(text: Any, test: Callable[[Path], bool]) -> Path | None:
+    try:
+        place = Path(str(text)).expanduser()
+        return place if test(place) else None
+    except (OSError, ValueError, RuntimeError):
+        return None
 
 
 def inside(folder: Path, name: str | Path) -> Path:

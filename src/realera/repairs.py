@@ -1,5 +1,4 @@
-"""Whether what a run finds on the disk is whole: its own files, which the command that made them makes again where they
-are torn, and those that its settings name, which another command makes."""
+"""Checks a run's files, and the files its settings name, for damage."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ def check_sums(node: Mapping[str, Any], at: str = "method") -> None:
             check_sums(value, f"{at}.{key}")
         elif key in ("prior_cache", "domain_cache") and isinstance(value, str) and value != "everyday":
             try:
-                seals.verify(Path(value).expanduser())
+                seals.verify(paths.file_of(value) or Path(value))
             except seals.Torn:
                 raise UserError(
                     f"{at}.{key}={value} is missing, torn or no sum of captions: make it, or make it again, with "

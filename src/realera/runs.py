@@ -14,13 +14,12 @@ from typing import Any
 
 import yaml
 
-from realera import __version__, costs, disk, foreign, locks, paths, repairs, schema, trust
+from realera import __version__, costs, disk, foreign, locks, paths, repairs, schema, seals, shapes, trust
 from realera.backbones import folder as checkpoint
 from realera.contracts import UserError
 from realera.tasks.prompts import slug
 
 ROOT = Path("runs")  # unless `root` says otherwise
-AGAIN = "remove the folder or set overwrite=true"
 SPELT_OUT = 3  # more concepts than this are not all named in titles and folders
 FILES = (
     paths.CONFIG,  # first: see `_clear`
@@ -73,12 +72,12 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     trainer = config.get("trainer") or {}
     if (clip := trainer.get("gradient_clip_val", "method")) != "method":
         kept["gradient_clip_val"] = clip
-    sums = {file for file in _sums(method) if Path(file).expanduser().is_file()}
-    if sums:  # what they hold, as of the tables
-        kept["sums"] = {file: _content(Path(file).expanduser()) for file in sorted(sums)}
+    sums = {file: _content(file) for file in sorted(_sums(method)) if paths.file_of(file) is not None}
+    if sums:  # their content, as of the tables
+        kept["sums"] = sums
     tables = {key: file for key, file in (config.get("task") or {}).items() if key.endswith("_csv") and file}
     if tables:  # what they hold, not only what they are called
-        kept["tables"] = {key: _content(Path(str(file)).expanduser()) for key, file in tables.items()}
+        kept["tables"] = {key: _content(file) for key, file in tables.items()}
     if (weights := config.get("weights") or weights_of(config)) is not None:  # other weights may come into a folder
         kept["weights"] = weights
     return {**kept, "precision": trainer.get("precision"), "version": __version__}
@@ -101,8 +100,8 @@ def weights_of(config: Mapping[str, Any]) -> str | None:
     """What the weights in a local folder are known by; None for the built-in model, which has the package's version,
     and for a hub's."""
     pretrained = (config.get("backbone") or {}).get("pretrained")
-    place = None if pretrained is None else Path(str(pretrained)).expanduser()
-    return checkpoint.marks(place) if place is not None and place.is_dir() else None
+    place = None if pretrained is None else paths.dir_of(pretrained)
+    return None if place is None else checkpoint.marks(place)
 
 
 def _sums(node: Any) -> Iterator[str]:
@@ -113,9 +112,10 @@ def _sums(node: Any) -> Iterator[str]:
         yield from _sums(value)
 
 
-def _content(file: Path) -> str | None:
-    """A digest of a file's content; None where it is gone."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+def _content(name: Any) -> str | None:
+    """16 hex digits of a file's content; None if there is no such file."""
+    file = paths.file_of(name)
+    return None if file is None else seals.sha256_of(file)[:16]
 
 
 def digest(content: Any) -> str:
@@ -227,7 +227,7 @@ def _differs(folder: Path, there: Mapping[str, Any], config: Mapping[str, Any]) 
     try:
         old = identity(there)
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / paths.CONFIG} holds no settings: {AGAIN}.") from error
+        raise UserError(f"{folder / paths.CONFIG} holds no settings: {trust.AGAIN}.") from error
     return difference(old, identity(config))
 
 
@@ -268,8 +268,8 @@ def open_run(name: str) -> Run:
         latest = f"the latest is {known[-1].parent}" if known else "make one with python -m realera.train"
         raise UserError(f"{name} is no run folder (it has no {paths.CONFIG}); {latest}.")
     config = read_config(folder)
-    if lacking := [part for part in ("task", "method", "backbone") if not config.get(part)]:
-        raise UserError(f"{folder / paths.CONFIG} is no run's: it holds no {lacking[0]}.")
+    if (fault := shapes.config_fault(config, used=True)) is not None:
+        raise UserError(f"{folder / paths.CONFIG} {fault}: {trust.AGAIN}.")
     schema.check_stored(config)
     return Run(folder, config)
 
@@ -285,7 +285,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = foreign.read_yaml(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): remove the folder or set overwrite=true.") from error
+        raise UserError(f"{file} cannot be read ({error}): {trust.AGAIN}.") from error
     return trust.check(config, file)
 
 
@@ -314,8 +314,8 @@ def runs_in(name: str) -> list[Path]:
     folder = Path(name)
     if (folder / paths.CONFIG).is_file():
         return [folder]
-    if (folder / "runs.txt").is_file():
-        listed = [listed_by(folder, line) for line in listed_in(folder / "runs.txt")]
+    if (folder / paths.LISTED).is_file():
+        listed = [listed_by(folder, line) for line in listed_in(folder / paths.LISTED)]
         if listed and not any(run.is_dir() for run in listed):
             raise UserError(
                 f"none of the {len(listed)} run folders that {name} lists is found from here ({listed[0]} is not "
@@ -327,31 +327,36 @@ def runs_in(name: str) -> list[Path]:
 
 
 def listed_in(file: Path) -> list[str]:
-    """The lines of a sweep's list of runs, each once. One that is torn names no folder, and is passed over as that of a
-    run that is gone is."""
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    return [line for line in dict.fromkeys(text.split("\n")) if line.strip() and "\0" not in line]
+    """The lines of a sweep's list of runs, each once; none if it cannot be read. A torn line names no folder, and is
+    passed over like that of a run that was deleted."""
+    try:
+        lines = foreign.lines(file, errors="replace")
+    except (OSError, ValueError):
+        return []
+    return [line for line in dict.fromkeys(lines) if line.strip() and "\0" not in line]
 
 
 def listed_by(sweep: Path, line: str) -> Path:
-    """The run folder that a sweep's file names. It is written as seen from where the sweep was started, the folder
-    above its runs/sweeps/<stamp>, and that one's own runs come before those of the same name here.
+    """The run folder that a sweep's file names. `line` is relative to the folder that the sweep was started in, which
+    is three above <started in>/runs/sweeps/<stamp>.
+
+    A sweep in runs/sweeps of the current folder is one's own, and may name a run anywhere: root=FOLDER puts runs on
+    another disk. Any other sweep names runs below the folder that it was started in, and no run here.
 
     Raises:
-        UserError: it leads out of that folder, in a sweep that was not started here.
+        UserError: another sweep names a run elsewhere.
     """
     place, here = Path(os.path.abspath(sweep)), Path.cwd()
     started_in = place.parents[:3][-1]
-    there = started_in / line
-    if place.parent != here / ROOT / "sweeps":  # it may be somebody else's
-        try:
-            there = paths.inside(started_in, os.path.relpath(line, started_in) if os.path.isabs(line) else line)
-        except UserError:
-            raise UserError(
-                f"{sweep} lists a run outside of the folder that it was started in ({line[:120]!r}): name the runs "
-                "themselves, python -m realera.report RUN RUN."
-            ) from None
-    return there if started_in != here and there.is_dir() else Path(line)
+    if place.parent == here / ROOT / paths.SWEEPS:
+        return Path(line)
+    try:
+        return paths.inside(started_in, os.path.relpath(line, started_in) if os.path.isabs(line) else line)
+    except UserError:
+        raise UserError(
+            f"{sweep} lists a run outside of the folder that it was started in ({line[:120]!r}): name the runs "
+            "themselves, python -m realera.report RUN RUN."
+        ) from None
 
 
 def _clear(folder: Path) -> None:

@@ -34,6 +34,7 @@ from realera.values import (
 )
 
 SETTINGS = "realera.settings"
+METHOD = "realera.contracts.Method"
 LISTS = ("Sequence", "list", "List", "tuple", "Tuple", "Iterable", "Collection", "set", "Set", "frozenset")
 MAPS = ("Mapping", "dict", "Dict", "MutableMapping")
 WRAPPERS = ("Final", "Required", "NotRequired", "InitVar")
@@ -63,6 +64,8 @@ def check_stored(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: the first setting that cannot be.
     """
+    if isinstance(method := config.get("method"), Mapping):  # that of evaluate run=original has no _target_
+        config = {**config, "method": {"_target_": METHOD, **method}}
     bare = {name for name, value in config.items() if isinstance(value, Mapping) and not value.get("_target_")}
     named = {name: value for name, value in config.items() if name == "trainer" or name not in bare}
     _record(f"{SETTINGS}.Train").check(named, "", Look(here=False, whole=False))

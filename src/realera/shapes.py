@@ -16,6 +16,7 @@ from realera.contracts import Mode, Split
 
 ID = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}")  # of a prompt: a plain file name
 IMAGE = re.compile(rf"(?:{paths.IMAGES}|{paths.ORIGINALS})/[^/\\\0]{{1,250}}")
+PARTS = ("neighbours", "edit", "latents", "align", "guide", "finish")  # of a method
 GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")  # of config.yaml, whose settings make objects
 
 
@@ -130,15 +131,19 @@ CHANGE = {
     "probes?": [{"text": str, "split?": str}],
 }
 EDIT = {**CHANGE, "finish?": maybe(CHANGE)}
+ALIGN = maybe({"steps?": maybe(number), "lora?": maybe(dict)})
 
 
 def _all_numbers(numbers: Mapping[str, Any]) -> bool:
     return all(value is None or number(value) for name, value in numbers.items() if name != "protocol")
 
 
-def config_fault(config: Any) -> str | None:
-    """What is wrong with the content of config.yaml, "holds no settings"; None where its parts are what its readers
-    take them for."""
+def config_fault(config: Any, used: bool = False) -> str | None:
+    """Why the content of a config.yaml cannot be a run's, as in "holds no settings"; None if it can.
+
+    Settings of the wrong kind are a fault. Missing ones are a fault only in a run that is to be used (used=True), whose
+    weights are loaded: the pages also show runs of earlier versions, and runs that have only begun.
+    """
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         return "holds no settings"
     for group in GROUPS:
@@ -154,4 +159,23 @@ def config_fault(config: Any) -> str | None:
         given = config.get(name)
         if not fits(given if isinstance(given, list) else [given], [maybe(str)]):
             return f"is no run's ({name} is a name or a list of names)"
-    return None
+    method = config.get("method") or {}
+    for part in PARTS:
+        if not isinstance(method.get(part), (dict, type(None))):
+            return f"is no run's (method.{part} is a group of settings or null, not {method[part]!r:.60})"
+    if not fits(method.get("align"), ALIGN):
+        return "is no run's (method.align.steps is a number, and method.align.lora a group of settings)"
+    return _lack(config) if used else None
+
+
+def _lack(config: Mapping[str, Any]) -> str | None:
+    """The first setting that a run needs to be used, as in "is no run's (it has no seed)"."""
+    method, judge = config.get("method") or {}, config.get("judge")
+    made = [("task", config.get("task") or {}), ("backbone", config.get("backbone") or {})]
+    made += [(f"method.{part}", method[part]) for part in PARTS if method.get(part)]
+    made += [("judge", judge)] if judge else []
+    needed = [(name, config.get(name)) for name in ("concept", "seed", "images_at_once")]
+    needed += [(f"{group}.name", (config.get(group) or {}).get("name")) for group in ("method", "backbone")]
+    needed += [(f"{at}._target_", node.get("_target_")) for at, node in made]
+    lacking = next((name for name, value in needed if value is None), None)
+    return None if lacking is None else f"is no run's (it has no {lacking})"

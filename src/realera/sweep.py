@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from realera import complaints, devices, disk, foreign, paths, runs, shapes
 from realera.contracts import UserError
 
-CELLS, LISTED, FAILED = "cells.jsonl", "runs.txt", "failed"
+CELLS, LISTED, FAILED = "cells.jsonl", paths.LISTED, "failed"
 STAMP = "REALERA_STAMP"
 LAUNCH = "REALERA_LAUNCH"  # which call of a command began a job, wherever the job runs
 DONE, FOUND, REFUSED, BROKEN = "done", "found", "refused", "failed"
@@ -75,7 +75,7 @@ def begin_launch() -> None:
 
 def folder() -> Path:
     """Where this sweep's own files stand."""
-    return runs.ROOT / "sweeps" / os.environ[STAMP]
+    return runs.ROOT / paths.SWEEPS / os.environ[STAMP]
 
 
 # --- the ledger ------------------------------------------------------------------------------------------------------
