@@ -256,7 +256,7 @@ def test_jobs_are_composed_as_their_launcher_will(hydra: None) -> None:
         ["concept=cat", "method=uce", "method.edit.ridge=5"],
         ["concept=cat", "method=uce", "method.edit.ridge=0.5"],
         ["concept=[cat,dog]", "backbone=sd14", "seed=3", "task.images.erase=7"],
-        ["concept=cat", "+trainer.limit_train_batches=1"],
+        ["concept=cat", "+trainer.benchmark=true"],
     ):
         expected = composed.loader.load_sweep_config(master, words)
         found = composed(words)

@@ -202,6 +202,29 @@ def test_every_setting_of_a_command_says_its_kind() -> None:
             assert signature is not None and own <= set(signature.parameters), door
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("fast_dev_run", True, "use method.align.steps"),
+        ("limit_train_batches", 0, "use method.align.steps"),
+        ("max_steps", 3, "use method.align.steps"),
+        ("max_time", "00:00:00:01", "use method.align.steps"),
+        ("overfit_batches", 1, "use method.align.steps"),
+        ("callbacks", [], "use the method's parts"),
+        ("enable_progress_bar", True, "there is no setting 'trainer.enable_progress_bar'"),
+        ("sync_batchnorm", True, "there is no setting 'trainer.sync_batchnorm'"),
+        ("deterministic", "yes", "trainer.deterministic=yes cannot be"),
+    ],
+)
+def test_a_trainer_takes_no_keyword_that_changes_the_result(name: str, value: Any, said: str) -> None:
+    """A run's name does not depend on them, so that the usual command would find such a run finished."""
+    _, config, _ = walk.walked("method", "esd-x")
+    with pytest.raises(UserError, match=said):
+        schema.check(walk.with_value(config, ("trainer", name), value), "train")
+    for harmless in ("benchmark", "deterministic", "detect_anomaly"):
+        schema.check(walk.with_value(config, ("trainer", harmless), True), "train")
+
+
 def unchecked(target: str) -> list[str]:
     """The parameters of a class that let everything pass."""
     found = sources.find(target)

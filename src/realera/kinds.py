@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -175,18 +175,25 @@ class Filled:
 
 @dataclass(frozen=True)
 class Beside:
-    """Of a part: settings (a TypedDict) that stand in its node and are read by others than its constructor."""
+    """Of a part: `settings` (a TypedDict) in its node that its constructor does not take."""
 
     settings: Any
 
 
 @dataclass(frozen=True)
 class Others:
-    """Of a TypedDict: settings that are not listed are those of the first constructor or function, by its dotted name,
-    and what it hands on goes to the second."""
+    """Of a TypedDict: settings that are not listed are parameters of `first`, the dotted name of a class or function.
+    `second`: the function that `first` passes its **kwargs to."""
 
     first: str
     second: str = ""
+
+
+@dataclass(frozen=True)
+class Instead:
+    """Of a TypedDict: names that are no settings of it, each with the setting to use instead."""
+
+    names: Mapping[str, str]
 
 
 def _plain(bound: float) -> str:

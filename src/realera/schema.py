@@ -1,4 +1,4 @@
-"""Whether settings can be what they are, asked of the classes that take them, without importing any.
+"""Checks settings against the constructors that take them, without importing them.
 
 A node with a `_target_` is held against the annotations of that class's constructor (or the fields of its dataclass):
 its module is read, not run, because importing torch takes seconds and a refusal must not. The settings that no class
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -91,11 +91,11 @@ def check_search(sweeper: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Record(Kind):
-    """Settings that no constructor takes: a TypedDict. others: what takes those that are not listed, one handing on to
-    the next."""
+    """Settings that no constructor takes: a TypedDict. others, instead: as in `kinds.Others` and `kinds.Instead`."""
 
     parameters: Mapping[str, Parameter]
     others: tuple[str, ...] = ()
+    instead: Mapping[str, str] = field(default_factory=dict)
 
     def say(self) -> str:
         return "its settings, as in {name: value}"
@@ -109,6 +109,8 @@ class Record(Kind):
                 taken = signature(found) if isinstance(found, Class | Function) else None
                 more = dict.fromkeys(value, Anything()) if taken is None else _kinds(taken.parameters)
                 known = {**more, **known}
+        if look.whole and (wrong := next((name for name in value if name in self.instead), None)):
+            raise UserError(f"{at}.{wrong} is not a setting: use {self.instead[wrong]}.")
         target = value.get("_target_")
         if self.others and isinstance(target, str) and isinstance(missing := find(target), str):
             raise UserError(f"{at}._target_={target}: {missing}{SPELLING}")
@@ -264,7 +266,9 @@ def _annotated(plain: ast.expr, notes: list[ast.expr], source: Source) -> Kind:
         elif name == "Filled":
             kind = _filled(kind)
         elif name == "Others" and isinstance(kind, Record):
-            kind = Record(kind.parameters, tuple(value_of(one, source) for one in note.args))
+            kind = replace(kind, others=tuple(value_of(one, source) for one in note.args))
+        elif name == "Instead" and isinstance(kind, Record):
+            kind = replace(kind, instead=value_of(note.args[0], source))
         elif name:
             words = {word.arg: value_of(word.value, source) for word in note.keywords if word.arg}
             kind = Leaf(getattr(kinds, name)(*(value_of(one, source) for one in note.args), **words))

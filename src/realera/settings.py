@@ -18,6 +18,7 @@ from realera.kinds import (
     Filled,
     Folder,
     Host,
+    Instead,
     Label,
     Name,
     NewPath,
@@ -34,6 +35,7 @@ from realera.kinds import (
     WandbMode,
     Whole,
 )
+from realera.training.fit import OURS
 
 Names = Name | list[Name]
 Anchors = Name | list[Name | None]
@@ -54,6 +56,8 @@ class OfSetJudge(Placed, total=False):
 
 
 class OfTrainer(TypedDict, total=False):
+    """Of lightning.Trainer's keywords only those that change no result, or that a run's identity holds."""
+
     accelerator: Literal["auto", "cpu", "gpu", "cuda"]
     devices: Devices
     num_nodes: Count
@@ -62,6 +66,9 @@ class OfTrainer(TypedDict, total=False):
     checkpoint_every: Count | None
     precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     log_every_n_steps: Count
+    benchmark: bool
+    deterministic: bool | Literal["warn"]
+    detect_anomaly: bool
 
 
 class OfLogger(TypedDict, total=False):
@@ -76,7 +83,7 @@ class OfLogger(TypedDict, total=False):
 
 AnyTask = Annotated[Task, Beside(OfTask)]
 AnyJudge = PlacedJudge | Annotated[SetJudge, Beside(OfSetJudge)]
-AnyTrainer = Annotated[OfTrainer, Others("lightning.pytorch.trainer.trainer.Trainer")]
+AnyTrainer = Annotated[OfTrainer, Instead(OURS)]
 AnyLogger = Annotated[OfLogger, Others("lightning.pytorch.loggers.wandb.WandbLogger", "wandb.sdk.wandb_init.init")]
 
 

@@ -231,6 +231,8 @@ def test_files_of_another_run_are_refused(
     [
         ({"max_steps": 3}, "use method.align.steps"),
         ({"accumulate_grad_batches": 2}, "use method.latents.batch"),
+        ({"fast_dev_run": True}, "use method.align.steps"),
+        ({"limit_train_batches": 0}, "use method.align.steps"),
         ({"precision": "bf16-true"}, "choose one of 32-true, bf16-mixed"),
         ({"accelerator": "abacus"}, "try trainer=default"),
         ({"colour": "red"}, "try trainer=default"),

@@ -31,9 +31,16 @@ from realera.training.resuming import LAST, Checkpoints, KeepsAnswer, WholeFiles
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # all keep the trained weights in float32
-OURS = {  # what a user may reach for in Trainer, and where it is set instead
+OURS = {  # keywords of Trainer that a user may try, and the setting to use instead
     "max_steps": "method.align.steps",
+    "min_steps": "method.align.steps",
     "max_epochs": "method.align.steps",
+    "min_epochs": "method.align.steps",
+    "max_time": "method.align.steps",
+    "fast_dev_run": "method.align.steps",
+    "limit_train_batches": "method.align.steps",
+    "overfit_batches": "method.align.steps",
+    "gradient_clip_algorithm": "trainer.gradient_clip_val, a norm",
     "accumulate_grad_batches": "method.latents.batch",
     "callbacks": "the method's parts",
     "logger": "logger=...",
