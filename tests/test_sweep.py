@@ -373,7 +373,7 @@ def test_what_follows_a_line_that_was_cut_short_is_a_line_of_its_own(tmp_path: P
     file.write_bytes(file.read_bytes() + b'{"folder": "b", "sta')
     for name in ("c", "d"):
         disk.append(file, json.dumps(vars(Cell(folder=name))) + "\n")
-    assert [cell.folder for cell in sweep.read_cells(tmp_path)] == ["a", "c", "d"]
+    assert [Path(str(cell.folder)).name for cell in sweep.read_cells(tmp_path)] == ["a", "c", "d"]
 
 
 def test_a_ledger_of_before_there_were_launches_is_read(tmp_path: Path) -> None:
