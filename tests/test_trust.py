@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
-from realera import cli, foreign, locks, parts, paths, repairs, runs, seals, shapes, trust
+from realera import cli, foreign, locks, parts, paths, preflight, repairs, runs, seals, shapes, trust
 from realera.backbones import reading
 from realera.contracts import UserError
 from realera.evaluation.records import read_manifest
@@ -485,6 +485,9 @@ def test_a_name_that_no_file_can_have_is_no_file(name: str) -> None:
     assert runs.identity(config)["tables"] == {"prompts_csv": None}
     with pytest.raises(UserError, match=r"method\.prior_cache=.* is missing"):
         repairs.check_sums(node)
+    with pytest.raises(UserError, match=r"does not exist|HF_HUB_OFFLINE"):
+        preflight.check_model(config["backbone"])
+    assert preflight.model_folder(config["backbone"]) is None
 
 
 def test_train_notes_what_it_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

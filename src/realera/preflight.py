@@ -19,7 +19,7 @@ from typing import Any
 from realera import band, hub, seals
 from realera.backbones import folder, vocabulary
 from realera.contracts import Concept, Task, UserError
-from realera.paths import ERASED, MINIATURE
+from realera.paths import ERASED, MINIATURE, dir_of
 from realera.runs import Run
 
 log = logging.getLogger("realera")
@@ -66,11 +66,8 @@ def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
         UserError: what is missing, torn or out of reach, and the remedies.
     """
     pretrained = backbone.get("pretrained")
-    if (
-        pretrained is None
-        or Path(str(pretrained)).expanduser().is_dir()
-        or not folder.HUB_ID.fullmatch(str(pretrained))
-    ):
+    local = pretrained is None or dir_of(pretrained) is not None
+    if local or not folder.HUB_ID.fullmatch(str(pretrained)):
         folder.locate(pretrained)
         return
     try:
@@ -241,8 +238,10 @@ def check_writable(place: Path, key: str) -> None:
 def model_folder(backbone: Mapping[str, Any]) -> Path | None:
     """Where the base model's files lie on this disk; None where they do not."""
     pretrained = backbone.get("pretrained")
-    place = MINIATURE if pretrained is None else Path(str(pretrained)).expanduser()
-    return place if place.is_dir() else hub.cached(str(pretrained))
+    place = dir_of(MINIATURE if pretrained is None else pretrained)
+    if place is None and folder.HUB_ID.fullmatch(str(pretrained)):
+        return hub.cached(str(pretrained))
+    return place
 
 
 def tokenizer_of(backbone: Mapping[str, Any]) -> Any:

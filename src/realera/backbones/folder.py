@@ -20,7 +20,7 @@ from realera.backbones import configs, vocabulary
 from realera.backbones.reading import LONGEST, Stored, read_json, tensors
 from realera.backbones.reading import refuse_torn as refuse_torn
 from realera.contracts import UserError
-from realera.paths import MINIATURE
+from realera.paths import MINIATURE, dir_of
 
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 SECOND = {"text_encoder_2": "model"}  # what Stable Diffusion XL has besides
@@ -53,8 +53,7 @@ def locate(pretrained: str | Path | None) -> Path:
             return check(MINIATURE)
         except UserError as error:
             raise UserError(f"The built-in model is damaged, so reinstall realera: {error}") from error
-    path = Path(pretrained).expanduser()
-    if path.is_dir():
+    if (path := dir_of(pretrained)) is not None:
         return check(path)
     if not HUB_ID.fullmatch(str(pretrained)):
         raise UserError(
