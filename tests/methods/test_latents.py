@@ -89,6 +89,14 @@ def test_a_torn_chunk_is_drawn_again(backbone: Counted, pairs: list[Pair], tmp_p
     assert len(backbone.drawn) == 7
 
 
+def test_any_seed_draws(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
+    """The largest one too, whose multiples no generator takes."""
+    bank(backbone, pairs, tmp_path)
+    assert backbone.drawn == [1_000_000 + number for number in range(5)], "the seeds of seed 0 stay"
+    bank(backbone, pairs, tmp_path, seed=2**63 - 1)
+    assert all(0 <= seed < 2**63 for seed in backbone.drawn)
+
+
 @pytest.mark.parametrize(
     "other", [{"seed": 1}, {"sampler": Sampler("ddim", 3, 7.5, 32, 32)}, {"images": 4}, {"chunk": 5}]
 )

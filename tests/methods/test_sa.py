@@ -80,6 +80,10 @@ def test_the_fisher_information(backbone: Any, tmp_path: Path) -> None:
         assert (value - slow[name]).norm() < 1e-5 * slow[name].norm() + 1e-12, name
 
 
+def test_it_can_be_drawn_with_any_seed(backbone: Any, tmp_path: Path) -> None:
+    assert fisher(samples=1)(backbone, tmp_path, 2**63 - 1)
+
+
 def test_every_timestep_is_taken_once() -> None:
     part = Fisher(replay(), samples=1, timesteps=1000)
     assert part.timesteps.tolist() == list(range(1000))

@@ -19,6 +19,7 @@ from realera.ledger import kept
 from realera.methods.texts import take
 
 FIRST_SEED = 1_000_000  # far from the small seeds that evaluation draws its images with
+SEEDS = 2**63  # that torch's generators take; the products of large ones go round
 TIMESTEPS = 1000  # of the noise schedule of every Stable Diffusion
 Of = Literal["anchor", "target"]
 Known = Literal["noise", "prompts"]
@@ -123,7 +124,7 @@ def _chunk(
     backbone: Backbone, states: TextStates, numbers: range, sampler: Sampler | None, file: Path, seed: int
 ) -> Tensor:
     prompts = torch.tensor([number % len(states.states) for number in numbers])
-    seeds = [FIRST_SEED * (seed + 1) + number for number in numbers]
+    seeds = [(FIRST_SEED * (seed + 1) + number) % SEEDS for number in numbers]
     return kept(file, "latents", backbone, lambda: backbone.sample(take(states, prompts), seeds, sampler).float())
 
 

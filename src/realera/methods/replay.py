@@ -21,7 +21,7 @@ from realera.contracts import Backbone, Sampler, TextStates, UserError
 from realera.kinds import AnyText, Batch, Count, File, Number
 from realera.ledger import Cached
 from realera.locks import turn
-from realera.methods.latents import TIMESTEPS, drawn
+from realera.methods.latents import SEEDS, TIMESTEPS, drawn
 from realera.methods.texts import predict, repeat, take
 from realera.ranks import ALONE, Ranks
 
@@ -186,7 +186,7 @@ class Fisher:
     def gradients(self, backbone: Backbone, image: int, weights: Sequence[Tensor], seed: int) -> list[Tensor]:
         """Of each weight, of the noise loss of one image summed over all timesteps, each with a noise of its own."""
         bank = self.replay.bank
-        generator = Generator().manual_seed((seed + 1) * 1_000_003 + image)
+        generator = Generator().manual_seed(((seed + 1) * 1_000_003 + image) % SEEDS)
         total = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         text = self.replay.read(torch.tensor([image]))
         for part in self.timesteps.split(self.at_once):
