@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
 from realera import cli, paths, preflight, runs
 from realera.contracts import UserError
@@ -133,6 +134,22 @@ def test_a_guide_is_told_the_concepts_too() -> None:
     named = cli.name_concepts(config, cli.build_task(config))
     assert named["method"]["guide"]["concepts"] == named["concept"]
     assert settings("concept=[cat,dog]", "method=sld")["method"]["guide"]["concepts"] == ["cat", "dog"]
+
+
+def test_a_number_is_a_name(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given twice, the command goes on with its own folder, and the other commands read it."""
+    monkeypatch.chdir(tmp_path)
+    words = ["concept=1984", "anchor=2001", "method=uce", "evaluate=false", *small]
+    for door, more in (("train", words), ("train", words), ("export", ["run=latest", "to=map", "out=5"])):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", [door, *more])
+        import_module(f"realera.{door}").main()
+    (run,) = (tmp_path / "runs").iterdir()
+    config = runs.read_config(run)
+    assert (config["concept"], config["anchor"], config["task"]["concepts"]) == ("1984", "2001", "1984")
+    assert (tmp_path / "5" / paths.MAP).is_file()
+    several = settings("concept=[1984,cat]", "anchor=[5,null]")
+    assert (several["concept"], several["anchor"]) == (["1984", "cat"], ["5", None])
 
 
 def test_a_tables_content_belongs_to_the_runs_identity(tmp_path: Path) -> None:

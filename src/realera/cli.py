@@ -180,11 +180,16 @@ def with_judge(cfg: DictConfig) -> DictConfig:
 
 
 def with_concepts(cfg: DictConfig) -> DictConfig:
-    """The config with the names and anchors that stand in `concepts_file`, in place of the file.
+    """The config with the names and anchors of `concepts_file` in place of the file; names that are numbers become
+    texts, as a run's folder keeps them.
 
     Raises:
         UserError: the file cannot be read, or concepts or anchors are given twice.
     """
+    for key in ("concept", "anchor"):
+        if has_numbers(given := cfg.get(key)):
+            texts = [None if name is None else str(name) for name in (given if OmegaConf.is_list(given) else [given])]
+            cfg[key] = texts if OmegaConf.is_list(given) else texts[0]
     file, anchor = cfg.get("concepts_file"), cfg.get("anchor")
     if file is None:
         return cfg
@@ -199,6 +204,11 @@ def with_concepts(cfg: DictConfig) -> DictConfig:
     cfg.concept = list(names) if len(names) > 1 else names[0]
     cfg.concepts_file = None
     return cfg
+
+
+def has_numbers(names: Any) -> bool:
+    """Whether a number is among one or several names, as in concept=1984."""
+    return any(isinstance(name, int) for name in ([names] if isinstance(names, str | int | None) else names))
 
 
 def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
         with open_dict(own):
             del own["hydra"]
         config = cli.checked(own, "evaluate" if "run" in own else "train")
-        if config["concepts_file"] is not None:
+        if config["concepts_file"] is not None or any(cli.has_numbers(config[key]) for key in ("concept", "anchor")):
             config = cli.plain(cli.with_concepts(own))
         preflight.check_sweep(config.get("trainer") or {})
         if config.get("run") is not None:
