@@ -193,8 +193,7 @@ def load_method() -> Callable[..., Any]:
         from hydra.utils import instantiate
         from omegaconf import OmegaConf
 
-        from options import method_settings
-        from realera import schema
+        from options import check_method, method_settings
         from realera.cli import register_resolvers
 
         register_resolvers()
@@ -206,7 +205,7 @@ def load_method() -> Callable[..., Any]:
                 OmegaConf.update(config, f"method.{key}", value)
         config.merge_with_dotlist([f"method.{override}" for override in overrides])
         settings = OmegaConf.to_container(config.method, resolve=True)
-        schema.check_method(settings)
+        check_method(settings)
         return instantiate(settings)
 
     return load

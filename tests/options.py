@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -10,7 +10,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from realera import schema
+from realera.constructors import signature
 from realera.paths import CONF_DIR
+from realera.sources import Class, find
+from realera.values import Look
 
 
 def method_settings(name: str) -> Any:
@@ -25,10 +28,23 @@ def _read(name: str) -> Any:
     return OmegaConf.merge(*(_read(base) for base in below), node)
 
 
+def check_part(node: Mapping[str, Any], at: str) -> None:
+    """Holds one node with a _target_ against its types and ranges; `at` is its dotted name."""
+    schema.Part().check(node, at, Look())
+
+
+def check_method(node: Any) -> None:
+    """Holds a method's own settings, resolved, against their types and ranges."""
+    train = find(f"{schema.SETTINGS}.Train")
+    taken = signature(train) if isinstance(train, Class) else None
+    assert taken is not None
+    schema.kind_of(taken.parameters["method"]).check(node, "method", Look())
+
+
 def built(part: Any, call: Callable[..., Any] | None = None, **settings: Any) -> Any:
     """A part as a run builds it: its settings are held against their types and ranges, then given to the constructor
     (or to `call`, which fills in others)."""
     plain = {key: value for key, value in settings.items() if not hasattr(value, "__dict__")}  # the others are parts
     target = f"{part.__module__}.{part.__qualname__}"
-    schema.check_part({"_target_": target, "_partial_": True, **plain}, "part")
+    check_part({"_target_": target, "_partial_": True, **plain}, "part")
     return (call or part)(**settings)

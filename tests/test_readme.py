@@ -19,7 +19,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from realera import cli, paths, schema
+from options import check_part
+from realera import cli, paths
 from realera.contracts import Pair, Prompt, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +138,7 @@ def test_the_example_method_erases(
     (tmp_path / "project_example.py").write_text(examples["project"].source)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match="method.edit.keep=2 cannot be: give a number from 0 to 1"):  # noqa: RUF043
-        schema.check_part({"_target_": "project_example.Projection", "keep": 2}, "method.edit")
+        check_part({"_target_": "project_example.Projection", "keep": 2}, "method.edit")
 
 
 def test_the_example_judge_judges(examples: dict[str, types.ModuleType], tmp_path: Path) -> None:
