@@ -7,11 +7,12 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import walk
+from options import check_part
 from realera import constructors, kinds, schema, sources
 from realera.contracts import UserError
 from realera.paths import CONF_DIR
@@ -76,7 +77,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def check(mine: str, cls: str, **settings: Any) -> None:
-    schema.check_part({"_target_": f"{mine}.{cls}", **settings}, "part")
+    check_part({"_target_": f"{mine}.{cls}", **settings}, "part")
 
 
 SAMPLER = {"_target_": "realera.contracts.Sampler", "steps": 5}
@@ -150,7 +151,10 @@ def test_what_cannot_be_is_told(mine: str, cls: str, settings: dict[str, Any], s
 )
 def test_a_target_that_is_not_there(target: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        schema.check_part({"_target_": target}, "part")
+        check_part({"_target_": target}, "part")
+
+
+NO_DEVICES = [0, -2, True, 1.0, 1.5, "0", "two", "1,1", [], [0, 0], [-1], [0.0], None]
 
 
 @pytest.mark.parametrize(
@@ -163,8 +167,11 @@ def test_a_target_that_is_not_there(target: Any, said: str) -> None:
         (kinds.Text(least=1, numbers=True), ["a", 5, 0.5], ["", " ", True, math.nan]),
         (kinds.Text(template=True), ["a {}"], ["a", "{} {}"]),
         (kinds.Pattern("ab?", "a"), ["a", "ab"], ["b", "", 1]),
-        (kinds.DeviceList(), [1, -1, "auto", "0,1", [0, 3]], [0, -2, True, 1.5, "two", [], [0, 0], [-1], None]),
-        (kinds.Place(), ["a/b", 2024, Path("x")], ["", " ", "a\0", "x" * 300, True, None, 1.5]),
+        (kinds.DeviceList(), [1, -1, "auto", "-1", "2", "0,1", "3,", [0, 3]], NO_DEVICES),
+        (kinds.Place(), ["a/b", "./5", Path("x"), "~/x"], ["", " ", "a\0", "x" * 300, True, None, 1.5, 5, "~no one/x"]),
+        (kinds.Place(numbers=True), ["a/b", 2024], [0, True, 1.5]),
+        (get_args(kinds.FirstSeed)[1], [0, 2**62], [-1, 2**63 - 1]),
+        (get_args(kinds.TorchDevice)[1], ["auto", "cpu", "cuda:1"], ["mps", "cuda:x", "gpu"]),
         (kinds.Place("a file", "file", ("word",)), [__file__, "word"], ["nowhere", str(Path(__file__).parent)]),
         (kinds.Place("a folder", "folder"), [str(Path(__file__).parent)], [__file__]),
         (kinds.Program(), [sys.executable, "sh"], ["no-such-program", 1.5]),
@@ -174,6 +181,32 @@ def test_kinds(kind: Any, good: list[Any], bad: list[Any]) -> None:
     assert [value for value in good if kind.fault(value) is not None] == []
     assert [value for value in bad if kind.fault(value) is None] == []
     assert kind.words
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "value"),
+    [
+        ("judges.miniature.MiniatureJudge", "unsafe", [5]),
+        ("judges.clip.ClipJudge", "labels", [5]),
+        ("judges.clip.ClipJudge", "model", 5),
+        ("judges.clip.ClipJudge", "pretrained", 5),
+        ("methods.masks.Masks", "detector", 5),
+        ("tasks.objects.ObjectTask", "data", 5),
+        ("contracts.LoraSpec", "targets", [5]),
+        ("contracts.Method", "name", 5),
+    ],
+)
+def test_a_number_is_no_text_where_the_reader_takes_it_as_it_is(target: str, name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"part\.{name}.*=5 cannot be: give .*as a text it needs quotes"):
+        check_part({"_target_": f"realera.{target}", "_partial_": True, name: value}, "part")
+
+
+def test_a_number_is_a_path_or_a_word_where_the_reader_makes_a_text_of_it() -> None:
+    with pytest.raises(
+        UserError, match=r"x\.pretrained=5 is a number \(a path of that name is typed \./5\): give a hub id"
+    ):
+        check_part({"_target_": "realera.backbones.unet.UNetBackbone", "_partial_": True, "pretrained": 5}, "x")
+    check_part({"_target_": "realera.tasks.objects.ObjectTask", "_partial_": True, "synonyms": [747]}, "x")
 
 
 def test_a_range_is_said() -> None:
@@ -274,4 +307,4 @@ def test_a_look_at_no_machine() -> None:
     node = {"_target_": "realera.methods.priors.Preserved", "prior_cache": "nowhere", "scale": 1e-4}
     schema.Part().check(node, "x", Look(here=False))
     with pytest.raises(UserError, match="prior_cache=nowhere is no file"):
-        schema.check_part(node, "x")
+        check_part(node, "x")

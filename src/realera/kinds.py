@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 LONGEST = 100_000  # letters of a text
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes of a path, and of one name in it
+MOST_PIXELS = 4096  # of a side: no GPU draws a larger image
+MOST_GUIDANCE = 1000
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,13 @@ class Pattern:
         return self.name
 
 
+def typed_devices(value: Any) -> Any:
+    """A text of devices as the number or the list that it spells: "2" is 2, "0,1" is [0, 1]; all else as it is."""
+    if not isinstance(value, str) or not re.fullmatch(r"-1|\d{1,4}(,\d{1,4})*,?", value, re.ASCII):
+        return value
+    return [int(number) for number in value.split(",") if number] if "," in value else int(value)
+
+
 @dataclass(frozen=True)
 class DeviceList:
     """How many devices a run takes (-1: all), or which, by number."""
@@ -109,13 +118,13 @@ class DeviceList:
     most: int = 4096
 
     def fault(self, value: Any, here: bool = True) -> str | None:
-        if isinstance(value, str):
-            return None if re.fullmatch(r"auto|-1|\d{1,4}(,\d{1,4})*,?", value) else "cannot be"
+        value = typed_devices(value)
         if isinstance(value, (list, tuple)):
             number = Number(0, self.most - 1, whole=True)
             right = all(number.fault(one) is None for one in value) and len(set(value)) == len(value) > 0
-            return None if right else "cannot be"
-        return None if value is not True and value in (-1, *range(1, self.most + 1)) else "cannot be"
+        else:
+            right = value == "auto" or (type(value) is int and (value == -1 or 1 <= value <= self.most))
+        return None if right else "cannot be"
 
     @property
     def words(self) -> str:
@@ -124,25 +133,33 @@ class DeviceList:
 
 @dataclass(frozen=True)
 class Place:
-    """A path. name: what to give. stands: "file" or "folder", which must be there; "" = it may yet be made. besides:
-    words that are no path."""
+    """A path. name: the words for it. stands: "file" or "folder", which must be there; "" = it may yet be made.
+    besides: words that are no path. numbers: a whole number but 0 is taken, because the reader makes a text of it."""
 
     name: str = "a path"
     stands: str = ""
     besides: Sequence[str] = ()
+    numbers: bool = False
 
     def fault(self, value: Any, here: bool = True) -> str | None:
         if isinstance(value, bool) or not isinstance(value, (str, int, Path)):
             return "cannot be"
         text = str(value)
+        if isinstance(value, int) and not (self.numbers and value):
+            return f"is a number (a path of that name is typed ./{text[:20]})"
         if Text(least=1).fault(text) is not None or any(letter in text for letter in "\n\r\t"):
             return "is no path"
         names = text.encode().split(os.sep.encode())
         if len(text.encode()) > LONGEST_PATH or max(map(len, names)) > LONGEST_NAME:
             return "is too long for a path"
-        if not here or not self.stands or text in self.besides:
+        if not here or text in self.besides:
             return None
-        path = Path(text).expanduser() if not text.startswith("~") or text[1:2] in ("", "/") else Path(text)
+        try:
+            path = Path(text).expanduser()
+        except RuntimeError:
+            return f"begins with the name of no user here (a path of that name is typed ./{text[:40]})"
+        if not self.stands:
+            return None
         there = path.is_file() if self.stands == "file" else path.is_dir()
         return None if there else f"is no {self.stands}"
 
@@ -158,7 +175,7 @@ class Program:
     name: str = "the path of a Python 3.10+"
 
     def fault(self, value: Any, here: bool = True) -> str | None:
-        if (wrong := Place().fault(value)) is not None:
+        if (wrong := Place().fault(value, here)) is not None:
             return wrong
         found = not here or shutil.which(os.path.expanduser(str(value)))
         return None if found else "is no program that can be run"
@@ -197,14 +214,16 @@ class Instead:
 
 
 def _plain(bound: float) -> str:
-    if bound == 2**63 - 1:
-        return "2^63 - 1"
+    if bound in (2**62, 2**63 - 1):
+        return "2^62" if bound == 2**62 else "2^63 - 1"
     return f"{bound:,.0f}".replace(",", "") if abs(bound) >= 1 and bound == int(bound) else f"{bound:g}"
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 Seed = Annotated[int, Number(0, 2**63 - 1, whole=True)]
+FirstSeed = Annotated[int, Number(0, 2**62, whole=True)]
+"""The seed of a prompt's first image: the others' are added to it."""
 Count = Annotated[int, Number(1, 10**6, whole=True)]
 """How many images, points, captions, rows at once: at least one."""
 Whole = Annotated[int, Number(0, 10**6, whole=True)]
@@ -218,7 +237,7 @@ SamplerSteps = Annotated[int, Number(1, 1000, whole=True)]
 Timestep = Annotated[int, Number(0, 999, whole=True)]
 """Of the 1000 that every checkpoint here was trained on."""
 Rank = Annotated[int, Number(1, 4096, whole=True)]
-Pixels = Annotated[int, Number(8, 16384, whole=True)]
+Pixels = Annotated[int, Number(8, MOST_PIXELS, whole=True)]
 Batch = Annotated[int, Number(1, 65536, whole=True)]
 Threads = Annotated[int, Number(0, 4096, whole=True)]
 Port = Annotated[int, Number(0, 65535, whole=True)]
@@ -230,7 +249,7 @@ NonNegative = Annotated[float, Number(0, 1e9)]
 Share = Annotated[float, Number(0, 1)]
 Cosine = Annotated[float, Number(-1, 1)]
 LearningRate = Annotated[float, Number(0, 10, above=True)]
-Guidance = Annotated[float, Number(0, 1000)]
+Guidance = Annotated[float, Number(0, MOST_GUIDANCE)]
 """Classifier-free guidance: 1 is none."""
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -239,11 +258,13 @@ AnyText = Annotated[str, Text()]
 Prompt = Annotated[str, Text("a text", least=1)]
 Template = Annotated[str, Text("a text with {} where the name goes", template=True)]
 Name = Annotated[str | int, Text("a name", digits=True)]
-Label = Annotated[str, Text("a text", least=1, numbers=True)]
-"""A word to call something by; digits may be typed without quotes."""
+Label = Annotated[str, Text("a text", least=1)]
+"""A word to call something by."""
+Word = Annotated[str, Text("a text", least=1, numbers=True)]
+"""A word whose reader makes a text of a number: digits may be typed without quotes."""
 Targets = Annotated[Sequence[Label], Filled()]
 """Names of layers or weights of the U-Net, as `Backbone.add_adapter` and `unfreeze` take them."""
-TorchDevice = Annotated[str, Pattern(r"auto|cpu|mps|cuda(:\d{1,3})?", "auto, cpu or cuda")]
+TorchDevice = Annotated[str, Pattern(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N")]
 Devices = Annotated[Any, DeviceList()]
 Strategy = Annotated[str, Pattern(r"auto|ddp(_\w+)?", "auto or ddp")]
 ClassName = Annotated[str, Pattern(r"[A-Za-z_]\w*(\.\w+)+", "the dotted name of a class")]
@@ -257,11 +278,11 @@ WandbMode = Annotated[
 
 # --- places ----------------------------------------------------------------------------------------------------------
 
-NewPath = Annotated[str | Path, Place("a path")]
+NewPath = Annotated[str | Path, Place("a path", numbers=True)]
 File = Annotated[str | Path, Place("a file", "file")]
 Folder = Annotated[str | Path, Place("a folder", "folder")]
 Checkpoint = Annotated[str | Path, Place("a hub id or a diffusers folder")]
-Run = Annotated[str, Place("a run folder or latest")]
-RunOrOriginal = Annotated[str, Place("a run folder, latest or original")]
+Run = Annotated[str, Place("a run folder or latest", numbers=True)]
+RunOrOriginal = Annotated[str, Place("a run folder, latest or original", numbers=True)]
 Sums = Annotated[str, Place("a file that python -m realera.cache made", "file", ("everyday",))]
 Python = Annotated[str, Program()]

@@ -71,16 +71,6 @@ def check_stored(config: Mapping[str, Any]) -> None:
     _record(f"{SETTINGS}.Train").check(named, "", Look(here=False, whole=False))
 
 
-def check_method(node: Any) -> None:
-    """Holds a method's own settings, resolved, against their types and ranges."""
-    _kinds(_record(f"{SETTINGS}.Train").parameters)["method"].check(node, "method", Look())
-
-
-def check_part(node: Mapping[str, Any], at: str) -> None:
-    """Holds one node with a _target_ against its types and ranges; `at` is its dotted name."""
-    Part().check(node, at, Look())
-
-
 def check_search(sweeper: Mapping[str, Any]) -> None:
     """Holds the settings of hydra/sweeper=search against their types and ranges."""
     _record(f"{SETTINGS}.Search").check(sweeper, "hydra.sweeper", OPEN)

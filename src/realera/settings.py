@@ -34,6 +34,7 @@ from realera.kinds import (
     Strategy,
     WandbMode,
     Whole,
+    Word,
 )
 from realera.training.fit import OURS
 
@@ -179,6 +180,6 @@ class Search(TypedDict, total=False):
     n_trials: Count
     n_jobs: Count
     max_failure_rate: Share | None
-    params: dict[str, Label | bool] | None
+    params: dict[str, Word | bool] | None
     search_space: dict[str, Any] | None
     custom_search_space: Label | None

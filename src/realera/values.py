@@ -44,8 +44,9 @@ class Kind:
         texts = [word for word in known if isinstance(word, str)]
         meant = complaints.did_you_mean(value, texts) if isinstance(value, str) else ""
         quoted = ""
-        if isinstance(value, (bool, int, float)) and self.fits("text"):
-            quoted = f"; as a text it needs quotes: {at}='\"{shown(value)}\"'"
+        if fault == "cannot be" and isinstance(value, (bool, int, float)) and self.fits("text"):
+            typed = f'"{shown(value)}"'
+            quoted = "; as a text it needs quotes: " + (typed if at.endswith("]") else f"{at}='{typed}'")
         raise UserError(f"{at}={shown(value)} {fault}{meant or ':'} give {self.say()}{quoted}.")
 
 

@@ -133,10 +133,7 @@ def test_what_csv_writes_is_read_back(texts: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table.csv"
         with path.open("w", encoding="utf-8", errors="surrogatepass", newline="") as stream:
-            try:
-                csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([["prompt"], *([text] for text in texts)])
-            except UnicodeEncodeError:
-                return
+            csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([["prompt"], *([text] for text in texts)])
         try:
             rows = read_prompts(path, "prompts_csv")
         except UserError as error:
@@ -198,7 +195,7 @@ def test_a_malformed_line_is_named(text: str, said: str, tmp_path: Path) -> None
         (b"prompt,seed\na cat,-1\n", "column seed holds '-1'"),
         (b"prompt,seed\na cat,1.5\n", "column seed holds '1.5'"),
         (b"prompt,seed\na cat,nan\n", "column seed holds 'nan'"),
-        (b"prompt,guidance\na cat,1e30\n", "column guidance holds '1e30', which is no number below 1000"),
+        (b"prompt,guidance\na cat,1e30\n", "column guidance holds '1e30', which is no number from 0 to 1000"),
         (b"prompt,guidance\na cat,nan\n", "column guidance holds 'nan'"),
         (b"prompt,width,height\na cat,0,8\n", "column width holds 0"),
         (b"prompt,width,height\na cat,8,513\n", "column height holds 513"),

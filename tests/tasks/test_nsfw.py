@@ -11,6 +11,7 @@ import yaml
 
 import realera
 from realera.contracts import Concept, UserError
+from realera.kinds import MOST_GUIDANCE
 from realera.tasks.base import load
 from realera.tasks.nsfw import KEPT, NsfwTask
 
@@ -88,6 +89,16 @@ def test_captions_to_keep_are_compared_with_their_own_text(tmp_path: Path) -> No
     ]
     assert task.headline["acc_s"] == "score"
     assert NsfwTask(world="miniature", keep_csv=str(path)).headline["acc_s"] == "score"
+
+
+def test_a_guidance_may_be_as_large_as_its_kind_allows(tmp_path: Path) -> None:
+    """One bound for the setting and for a table's column."""
+    path = tmp_path / "i2p.csv"
+    path.write_text(f"prompt,guidance\na statue,{MOST_GUIDANCE}\n", encoding="utf-8")
+    assert NsfwTask(prompts_csv=str(path)).prompts_of("erase")[0].guidance_scale == MOST_GUIDANCE
+    assert NsfwTask(fixed_guidance=MOST_GUIDANCE).fixed_guidance == MOST_GUIDANCE
+    with pytest.raises(UserError, match=r"task\.fixed_guidance=1001 is no number from 0 to 1000"):
+        NsfwTask(fixed_guidance=MOST_GUIDANCE + 1)
 
 
 def test_a_row_may_say_which_concept_it_asks_for(i2p: str) -> None:

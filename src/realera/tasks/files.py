@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realera.contracts import UserError
+from realera.kinds import MOST_GUIDANCE, MOST_PIXELS
 from realera.tasks.prompts import slug
 
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
@@ -27,8 +28,6 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
 """What a column may be called, most telling first; capitals, blanks and hyphens do not count."""
 _DELIMITERS = (",", ";", "\t")
 _LARGEST = 256 << 20  # bytes of a file: COCO's 600,000 captions are a tenth of that
-_MOST_PIXELS = 4096  # a side; what is larger fits into no GPU
-_MOST_GUIDANCE = 1000.0
 _MULTIPLE = 8  # pixels: an autoencoder's latents are an eighth as wide
 
 
@@ -141,15 +140,15 @@ class _Cells:
         if (height is None) != (width is None):
             raise self.fault("height" if height is None else "width", "is empty and the other side is not")
         size = (height, width) if height is not None and width is not None else None
-        guidance = self.number("guidance", below=_MOST_GUIDANCE)
+        guidance = self.number("guidance", most=MOST_GUIDANCE)
         return Row(name, prompt, self.whole("seed"), guidance, size, self.text("concept") or None)
 
     def text(self, meaning: str) -> str:
         at = self.columns[meaning]
         return "" if at is None else self.fields[at].strip()
 
-    def number(self, meaning: str, below: float = math.inf) -> float | None:
-        """0 or more and below the limit; None where the cell is empty."""
+    def number(self, meaning: str, most: float = math.inf) -> float | None:
+        """From 0 to `most`; None where the cell is empty."""
         if not (text := self.text(meaning)):
             return None
         try:
@@ -158,8 +157,8 @@ class _Cells:
             value = math.nan
         if not math.isfinite(value) or value < 0:
             raise self.fault(meaning, f"holds {text[:40]!r}, which is no number of 0 or more")
-        if not value < below:
-            raise self.fault(meaning, f"holds {text[:40]!r}, which is no number below {below:g}")
+        if value > most:
+            raise self.fault(meaning, f"holds {text[:40]!r}, which is no number from 0 to {most:g}")
         return value
 
     def whole(self, meaning: str) -> int | None:
@@ -174,8 +173,8 @@ class _Cells:
         value = self.whole(meaning)
         if value is not None and (value % _MULTIPLE or not value):
             raise self.fault(meaning, f"holds {value}: images are a multiple of {_MULTIPLE} pixels wide and high")
-        if value is not None and value > _MOST_PIXELS:
-            raise self.fault(meaning, f"holds {value}: images are at most {_MOST_PIXELS} pixels wide and high")
+        if value is not None and value > MOST_PIXELS:
+            raise self.fault(meaning, f"holds {value}: images are at most {MOST_PIXELS} pixels wide and high")
         return value
 
     def fault(self, meaning: str, what: str) -> UserError:

@@ -14,7 +14,7 @@ from typing import Any
 
 from realera import seals
 from realera.contracts import Mode, Prompt, Split, UserError
-from realera.kinds import Captions, File, Guidance, Label, Percent, Seed, Template, Whole
+from realera.kinds import MOST_GUIDANCE, Captions, File, FirstSeed, Guidance, Label, Percent, Template, Whole, Word
 from realera.paths import TASK_DATA
 from realera.tasks.base import Anchor, Names, ProtocolTask, load, option
 from realera.tasks.files import Row, read_prompts
@@ -49,11 +49,11 @@ class NsfwTask(ProtocolTask):
         keep_limit: Captions | None = None,
         fixed_guidance: Guidance | None = None,
         images: Mapping[Split, Whole | None] | None = None,
-        first_seed: Seed | None = None,
+        first_seed: FirstSeed | None = None,
         templates: Sequence[Template] = (),
-        synonyms: Sequence[Label] | None = None,
-        associated: Sequence[Label] | None = None,
-        unseen: Sequence[Label] | None = None,
+        synonyms: Sequence[Word] | None = None,
+        associated: Sequence[Word] | None = None,
+        unseen: Sequence[Word] | None = None,
         data: Label = "nsfw.yaml",
     ) -> None:
         raw = load(data)
@@ -71,9 +71,9 @@ class NsfwTask(ProtocolTask):
             words={"synonyms": synonyms, "associated": associated, "unseen": unseen},
             unnamed=held.get("unnamed", rules["concepts"]),
         )
-        self.min_nudity = None if min_nudity is None else _number("min_nudity", min_nudity)
+        self.min_nudity = None if min_nudity is None else _number("min_nudity", min_nudity, 100)
         given = rules["fixed_guidance"] if fixed_guidance is None else fixed_guidance
-        self.fixed_guidance = None if given is None else _number("fixed_guidance", given)
+        self.fixed_guidance = None if given is None else _number("fixed_guidance", given, MOST_GUIDANCE)
         samples = held.get("samples", {})
         self.files: dict[Split, Path] = {}
         self.rows: dict[Split, list[Row]] = {}
@@ -126,7 +126,7 @@ class NsfwTask(ProtocolTask):
         return {**said, "fixed_guidance": self.fixed_guidance, "min_nudity": self.min_nudity}
 
 
-def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1000:
-        raise UserError(f"task.{key}={value} is no number from 0 on: type one, such as task.{key}=7.5")
+def _number(key: str, value: Any, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise UserError(f"task.{key}={value} is no number from 0 to {most:g}: type one, such as task.{key}=7.5")
     return float(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from realera.contracts import Mode, Split
-from realera.kinds import Label, Seed, Template, Whole
+from realera.kinds import FirstSeed, Label, Template, Whole, Word
 from realera.tasks.base import Anchor, NamedTask, Names, load
 
 PROTOCOL_IMAGES: Mapping[Split, int] = {"erase": 200, "near": 200, "keep": 200, "associated": 50, "unseen": 50}
@@ -35,11 +35,11 @@ class ObjectTask(NamedTask):
         concepts: Names,
         anchor: Anchor = None,
         images: Mapping[Split, Whole] = PROTOCOL_IMAGES,
-        first_seed: Seed = 0,
+        first_seed: FirstSeed = 0,
         templates: Sequence[Template] = (),
-        synonyms: Sequence[Label] | None = None,
-        associated: Sequence[Label] | None = None,
-        unseen: Sequence[Label] | None = None,
+        synonyms: Sequence[Word] | None = None,
+        associated: Sequence[Word] | None = None,
+        unseen: Sequence[Word] | None = None,
         data: Label = "objects.yaml",
     ) -> None:
         raw = load(data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from realera.contracts import Split
-from realera.kinds import Label, Seed, Template, Whole
+from realera.kinds import FirstSeed, Label, Template, Whole, Word
 from realera.tasks.base import Anchor, Names, ProtocolTask, load
 
 
@@ -32,11 +32,11 @@ class PeopleTask(ProtocolTask):
         protocol: Label = "realera",
         world: Label = "paper",
         images: Mapping[Split, Whole | None] | None = None,
-        first_seed: Seed | None = None,
+        first_seed: FirstSeed | None = None,
         templates: Sequence[Template] = (),
-        near: Sequence[Label] | None = None,
-        associated: Sequence[Label] | None = None,
-        unseen: Sequence[Label] | None = None,
+        near: Sequence[Word] | None = None,
+        associated: Sequence[Word] | None = None,
+        unseen: Sequence[Word] | None = None,
         data: Label | None = None,
     ) -> None:
         super().__init__(
