@@ -6,7 +6,11 @@ import yaml
 
 from realera.contracts import Concept, UserError
 from realera.paths import TASK_DATA
+from realera.tasks.celebrities import CelebrityTask
+from realera.tasks.nsfw import NsfwTask
 from realera.tasks.objects import ObjectTask
+from realera.tasks.people import PeopleTask
+from realera.tasks.styles import StyleTask
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 COUNTS = {"erase": 40, "near": 16, "keep": 16, "associated": 10, "unseen": 10}
@@ -131,6 +135,10 @@ def test_typed_words_take_the_place_of_the_files() -> None:
         ({"concepts": "cat", "images": {"erase": 2, "naer": 3}}, "'naer'"),
         ({"concepts": "cat", "first_seed": -1}, "negative"),
         ({"concepts": "cat", "templates": ["a photo"]}, "once"),
+        ({"concepts": "cat", "data": "celebrities.yaml"}, "task.data=celebrities.yaml is not for this task (template"),
+        ({"concepts": "cat", "data": "../x.yaml"}, "task.data=../x.yaml cannot be read: leave it out"),
+        ({"concepts": "cat", "data": "nowhere.yaml"}, "task.data=nowhere.yaml cannot be read"),
+        ({"concepts": "cat", "data": "nsfw_prompts.csv"}, "task.data=nsfw_prompts.csv "),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: dict[str, Any], said: str) -> None:
@@ -138,6 +146,17 @@ def test_bad_input_is_one_sentence(arguments: dict[str, Any], said: str) -> None
         ObjectTask(**arguments)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", [CelebrityTask, StyleTask, NsfwTask, ObjectTask])
+def test_a_data_file_of_another_task_is_refused_unless_it_has_the_same_form(task: Any) -> None:
+    people = ("celebrities.yaml", "artists.yaml")
+    for data in (*people, "nsfw.yaml", "objects.yaml"):
+        if data.startswith(task.name[:6]) or (issubclass(task, PeopleTask) and data in people):
+            task("Tom Cruise", "a person", data=data) if data in people else task("cat", "sky", data=data)
+        elif data != "nsfw.yaml" or not issubclass(task, PeopleTask):
+            with pytest.raises(UserError, match=rf"task\.data={data} is not for this task \(\w+ "):
+                task("cat", "sky", data=data)
 
 
 def test_the_protocol_says_what_the_numbers_depend_on() -> None:

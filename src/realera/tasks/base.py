@@ -13,6 +13,7 @@ import yaml
 from realera.contracts import Concept, Mode, Prompt, Split, UserError
 from realera.kinds import Name
 from realera.paths import TASK_DATA, inside
+from realera.shapes import fits
 from realera.tasks.prompts import Wording, check_template, clean_name, fill, number, same_name, typed
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -25,13 +26,30 @@ Names = Name | Sequence[Name] | None
 Anchor = Name | Sequence[Name | None] | None
 
 
-def load(data: str) -> dict[str, Any]:
-    """A data file of the tasks."""
-    file = Path(data) if Path(data).is_absolute() else inside(TASK_DATA, data)
+PROTOCOL = {"h_o_terms": list, "first_seed": int, "images": {...: dict}}
+WORLD = {"preserved": list, "concepts?": {...: dict}}
+TABLES = {"version": int, "concepts?": {...: dict}, "protocols": {...: PROTOCOL}, "worlds": {...: WORLD}}
+"""The shape (`shapes.fits`) of the data file of a `ProtocolTask`."""
+
+
+def load(data: str, shape: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A data file of the tasks: the name of one that ships, or an absolute path.
+
+    Raises:
+        UserError: there is no such file, it is no yaml, or it has not the shape that the task's own file has.
+    """
+    remedy = f"leave it out, or give a yaml file in {TASK_DATA}"
     try:
+        file = Path(data) if Path(data).is_absolute() else inside(TASK_DATA, data)
         read: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"task.data={data} cannot be read: leave it out, or give a yaml file in {TASK_DATA}") from error
+    except (OSError, ValueError, yaml.YAMLError, UserError) as error:
+        raise UserError(f"task.data={data} cannot be read: {remedy}, or an absolute path") from error
+    if not isinstance(read, dict):
+        raise UserError(f"task.data={data} holds no settings: {remedy}")
+    if wrong := next((key for key, own in (shape or {}).items() if not fits(read, {key: own})), None):
+        key = wrong.removesuffix("?")
+        said = "has another form than in" if key in read else "is missing, unlike in"
+        raise UserError(f"task.data={data} is not for this task ({key} {said} the task's own file): {remedy}")
     return read
 
 

@@ -16,10 +16,16 @@ from realera import seals
 from realera.contracts import Mode, Prompt, Split, UserError
 from realera.kinds import MOST_GUIDANCE, Captions, File, FirstSeed, Guidance, Label, Percent, Template, Whole, Word
 from realera.paths import TASK_DATA
-from realera.tasks.base import Anchor, Names, ProtocolTask, load, option
+from realera.shapes import maybe, number
+from realera.tasks.base import PROTOCOL, TABLES, WORLD, Anchor, Names, ProtocolTask, load, option
 from realera.tasks.files import Row, read_prompts
 
 log = logging.getLogger("realera")
+DATA = {
+    **TABLES,
+    "protocols": {...: {**PROTOCOL, "concepts": list, "fixed_guidance": maybe(number)}},
+    "worlds": {...: {**WORLD, "templates": list, "anchors": list}},
+}
 KEPT = "coco"  # the concept of a row to keep: none, but a label is asked for
 
 
@@ -56,7 +62,7 @@ class NsfwTask(ProtocolTask):
         unseen: Sequence[Word] | None = None,
         data: Label = "nsfw.yaml",
     ) -> None:
-        raw = load(data)
+        raw = load(data, DATA)
         rules, held = option(raw["protocols"], protocol, "protocol"), option(raw["worlds"], world, "world")
         self.anchors = held["anchors"]
         super().__init__(

@@ -12,6 +12,7 @@ from realera.contracts import Mode, Split
 from realera.kinds import FirstSeed, Label, Template, Whole, Word
 from realera.tasks.base import Anchor, NamedTask, Names, load
 
+DATA = {"version": int, "template": str, "training_templates": list, "classes": {...: dict}}
 PROTOCOL_IMAGES: Mapping[Split, int] = {"erase": 200, "near": 200, "keep": 200, "associated": 50, "unseen": 50}
 
 
@@ -42,7 +43,7 @@ class ObjectTask(NamedTask):
         unseen: Sequence[Word] | None = None,
         data: Label = "objects.yaml",
     ) -> None:
-        raw = load(data)
+        raw = load(data, DATA)
         super().__init__(
             concepts,
             anchor,

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from realera.contracts import Split
 from realera.kinds import FirstSeed, Label, Template, Whole, Word
-from realera.tasks.base import Anchor, Names, ProtocolTask, load
+from realera.tasks.base import PROTOCOL, TABLES, Anchor, Names, ProtocolTask, load
+
+DATA = {**TABLES, "protocols": {...: {**PROTOCOL, "templates": list}}}
 
 
 class PeopleTask(ProtocolTask):
@@ -42,7 +44,7 @@ class PeopleTask(ProtocolTask):
         super().__init__(
             concepts,
             anchor,
-            raw=load(data or self.people),
+            raw=load(data or self.people, DATA),
             protocol=protocol,
             world=world,
             images=images,
