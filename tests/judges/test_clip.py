@@ -124,6 +124,12 @@ def test_what_cannot_be_judged_is_refused(judge: ClipJudge, images: tuple[list[P
         ClipJudge(LABELS, model="tiny-random", pretrained="nowhere")
 
 
+def test_a_template_may_hold_other_braces(judge: ClipJudge) -> None:
+    made = ClipJudge(LABELS, template="a {} in {style} {", model=judge.model, pretrained=judge.pretrained)
+    assert made._texts is not None
+    torch.testing.assert_close(made._texts, made._encode([f"a {label} in {{style}} {{" for label in LABELS]))
+
+
 def test_the_protocol_says_what_was_asked(judge: ClipJudge) -> None:
     assert judge.protocol()["labels"] == list(LABELS) and judge.protocol()["judge"] == judge.name
 

@@ -261,6 +261,16 @@ def test_images_of_the_concept_and_their_masks(source: Any, new_backbone: Any, n
     assert uniform(backbone, 0, draw(0))[1].float().std() > 200
 
 
+def test_a_prompt_may_hold_other_braces(new_backbone: Any, new_pairs: Any, tmp_path: Path) -> None:
+    backbone = new_backbone()
+    images = ConceptImages(images=1, steps=1, prompt="a {} in {style} {")
+    asked: list[str] = []
+    encode = backbone.encode
+    backbone.encode = lambda texts, *more: asked.extend(texts) or encode(texts, *more)
+    images.prepare(backbone, new_pairs(backbone, CAT), tmp_path, 0)
+    assert "a cat in {style} {" in asked
+
+
 def test_images_normalised_as_the_official_code_does(
     new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
 ) -> None:

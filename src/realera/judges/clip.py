@@ -56,7 +56,7 @@ class ClipJudge:
         self.template, self.model, self.pretrained = template, model, pretrained
         self.clip, self.transform = self._load()
         self._tokenizer = open_clip.get_tokenizer(model)
-        self._texts = self._encode([template.format(label) for label in self.labels]) if self.labels else None
+        self._texts = self._encode([template.replace("{}", label) for label in self.labels]) if self.labels else None
         self._captions: dict[str, Tensor] = {}
 
     def _load(self) -> tuple[Any, Any]:

@@ -126,7 +126,7 @@ class ConceptImages:
         given = {name: value for name, value in self.sampler.items() if value is not None}
         drawing = (self.images, self.chunk, replace(backbone.sampler, **given), cache, seed)
         names = [pair.concept.target for pair in pairs]
-        texts = [backbone.encode([self.prompt.format(name)], [name]) for name in names]
+        texts = [backbone.encode([self.prompt.replace("{}", name)], [name]) for name in names]
         folders = [bank_folder(backbone, states, *drawing) for states in texts]
         if self.masks is not None:
             self.masks.load_for(folders, names)  # first: it may be out of reach
