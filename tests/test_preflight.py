@@ -89,6 +89,12 @@ def test_paths_and_wordless_names_are_refused(name: str) -> None:
         ({"devices": 2}, True),
         ({"devices": [0, 1]}, True),
         ({"devices": 1, "strategy": "ddp"}, True),
+        ({"devices": "1"}, False),
+        ({"devices": "3,"}, False),
+        ({"devices": "2"}, True),
+        ({"devices": "0,1"}, True),
+        ({"devices": "auto"}, True),
+        ({"devices": -1}, True),
     ],
 )
 def test_a_sweep_is_for_one_device_a_job(trainer: dict[str, Any], refused: bool) -> None:
@@ -121,7 +127,44 @@ def test_a_method_with_no_part_left_that_erases_is_refused(name: str) -> None:
         with pytest.raises(UserError, match=f"method {name} has no part left that erases .*method=original"):
             preflight.check_settings({"method": rest})
     for part in own:
-        preflight.check_settings({"method": {**rest, part: method[part]}})
+        alone = {"method": {**rest, "latents": {}, part: method[part]}}
+        if (name, part) == ("spm", "guide"):  # it weighs what `align` trains
+            with pytest.raises(UserError, match="method spm has no part left that erases"):
+                preflight.check_settings(alone)
+        else:
+            preflight.check_settings(alone)
+        if part == "align":
+            alone["method"]["align"] = {**method["align"], "steps": 0}
+            with pytest.raises(UserError, match=f"method {name} has no part left that erases"):
+                preflight.check_settings(alone)
+
+
+def test_a_lora_that_is_gone_is_missed_before_the_folder_is_made() -> None:
+    for name in ("realera", "mace"):
+        method: dict[str, Any] = OmegaConf.to_container(method_settings(name))  # type: ignore[assignment]
+        bare = {**method["align"], "lora": None, "steps": 5}
+        with pytest.raises(UserError, match=rf"method {name} trains \(align\) a LoRA, and there is none.*align=null"):
+            preflight.check_settings({"method": {**method, "align": bare}})
+        preflight.check_settings({"method": {**method, "align": {**bare, "steps": 0}}})
+
+
+def test_half_precision_is_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU Lightning would take bf16-mixed in its place, and say so nowhere."""
+    method: dict[str, Any] = OmegaConf.to_container(method_settings("esd-x"))  # type: ignore[assignment]
+    trainer = {"precision": "16-mixed", "accelerator": "auto"}
+    config = {"method": method, "trainer": trainer}
+    on_cpu = {"method": method, "trainer": {**trainer, "accelerator": "cpu"}}
+    for gpus, refused in ((0, (config, on_cpu)), (1, (on_cpu,))):
+        monkeypatch.setattr(preflight.devices, "number", lambda gpus=gpus: gpus)
+        for one in (config, on_cpu):
+            if one in refused:
+                with pytest.raises(UserError, match=r"trainer\.precision=16-mixed is for CUDA"):
+                    preflight.check_settings(one)
+            else:
+                preflight.check_settings(one)
+    monkeypatch.setattr(preflight.devices, "number", lambda: 0)
+    preflight.check_settings({**config, "dry_run": True})
+    preflight.check_settings(config, here=False)
 
 
 def test_mace_without_refinement_and_loras_is_refused() -> None:
@@ -170,7 +213,7 @@ def test_gradient_checkpointing_is_refused_where_the_loop_cannot_have_it(name: s
         preflight.check_settings({"method": method, "backbone": checkpointing})
     preflight.check_settings({"method": method, "backbone": {"gradient_checkpointing": False}})
     other = {**method["align"], **(overrides or {"steps": 0})}  # no loop, no gradient
-    preflight.check_settings({"method": {**method, "align": other}, "backbone": checkpointing})
+    preflight.check_settings({"method": {**method, "edit": {"ridge": 1}, "align": other}, "backbone": checkpointing})
 
 
 def test_a_flat_band_counts_its_rows() -> None:

@@ -191,7 +191,7 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
         if config.get("run") is not None:
             run, unedited = judged.run_of(config)
             return plan.judging(run, cli.build_task(run.config), unedited, known)
-        preflight.check_settings(config)
+        preflight.check_settings(config, here=False)
         task = cli.build_task(config)
         config = cli.name_concepts(config, task)
         folder = runs.folder_of(config)

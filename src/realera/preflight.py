@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from realera import band, hub, seals
+from realera import band, devices, hub, kinds, seals
 from realera.backbones import folder, vocabulary
 from realera.contracts import Concept, Task, UserError
 from realera.paths import ERASED, MINIATURE, dir_of
@@ -24,14 +24,19 @@ from realera.runs import Run
 
 log = logging.getLogger("realera")
 ACTING = ("edit", "align", "guide")  # one at least must stand: `finish` only ends what these began
+OF_ADAPTERS = ("realera.methods.spm.FacilitatedTransport",)  # guides that only weigh what `align` has trained
+ADAPTING = (  # aligners that train a LoRA and nothing else
+    "realera.methods.realera.NoiseAlignment",
+    "realera.methods.mace.AttentionSuppression",
+)
 ATTENTIVE = (  # aligners whose loss is made of what gradient checkpointing drops
     "realera.methods.mace.AttentionSuppression",
     "realera.methods.fmn.AttentionResteering",
 )
 
 
-def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
-    """The checks that need the config alone.
+def check_settings(config: Mapping[str, Any], *, sweep: bool = False, here: bool = True) -> None:
+    """The checks that need the config alone. here: this machine is the one that will carry out the run.
 
     Raises:
         UserError: the first setting that cannot work.
@@ -44,18 +49,24 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False) -> None:
     if sweep:
         check_sweep(config.get("trainer") or {})
     method = config.get("method") or {}
-    if method and method.get("name") != "original" and not any(_acts(method.get(part)) for part in ACTING):
+    if method and method.get("name") != "original" and not any(_acts(method, part) for part in ACTING):
         raise UserError(
-            f"method {method.get('name')} has no part left that erases ({', '.join(ACTING)} are all null or switched "
-            "off): leave it one, or take method=original."
+            f"method {method.get('name')} has no part left that erases ({', '.join(ACTING)} are all null or do "
+            "nothing): leave it one, or take method=original."
         )
     check_band(method, config.get("backbone") or {})
     check_training(method, config.get("backbone") or {})
+    check_precision(method, config.get("trainer") or {}, here and not config.get("dry_run"))
 
 
-def _acts(part: Any) -> bool:
-    """Whether a part of a method is there; MACE's refinement switched off is not: it lends `finish` its numbers."""
-    return bool(part) and not (isinstance(part, Mapping) and part.get("refine") is False)
+def _acts(method: Mapping[str, Any], name: str) -> bool:
+    """Whether a part of a method erases. MACE's refinement switched off does not: it lends `finish` its numbers."""
+    part = method.get(name)
+    if not isinstance(part, Mapping):
+        return bool(part)
+    if part.get("_target_") in OF_ADAPTERS:
+        return _acts(method, "align")
+    return bool(part) and part.get("refine") is not False and part.get("steps", 1) != 0
 
 
 def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
@@ -185,6 +196,11 @@ def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> No
             f"method {method.get('name')} trains (align) on no latents: leave method.latents as it is, or set "
             "method.align=null."
         )
+    if align.get("_target_") in ADAPTING and not align.get("lora"):
+        raise UserError(
+            f"method {method.get('name')} trains (align) a LoRA, and there is none: leave method.align.lora as it is, "
+            "or set method.align=null."
+        )
     if backbone.get("gradient_checkpointing"):
         if align.get("_target_") in ATTENTIVE:
             raise UserError(
@@ -208,10 +224,17 @@ def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> No
         )
 
 
+def check_precision(method: Mapping[str, Any], trainer: Mapping[str, Any], here: bool) -> None:
+    """Lightning would train in bf16-mixed on a CPU, and the run's settings would say otherwise. here: as above."""
+    on_cpu = trainer.get("accelerator") == "cpu" or (here and not devices.number())
+    if trainer.get("precision") == "16-mixed" and on_cpu and (method.get("align") or {}).get("steps"):
+        raise UserError("trainer.precision=16-mixed is for CUDA devices: on a CPU take bf16-mixed or 32-true.")
+
+
 def check_sweep(trainer: Mapping[str, Any]) -> None:
     """A distributed run's children replay the command line, -m and all: each would run the sweep again."""
-    devices = trainer.get("devices", 1)
-    several = (isinstance(devices, int) and devices not in (0, 1)) or (isinstance(devices, list) and len(devices) > 1)
+    asked = kinds.typed_devices(trainer.get("devices", 1))
+    several = len(asked) > 1 if isinstance(asked, (list, tuple)) else asked not in (0, 1)
     several = several or (trainer.get("num_nodes") or 1) > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1
     if several or str(trainer.get("strategy", "")).startswith("ddp"):
         raise UserError(

@@ -103,7 +103,7 @@ def test_a_blank_guide_is_the_row_of_bos(new_backbone: Any) -> None:
     check(backbone, UnifiedConceptEdit(guide=" "), [named("cat", "sky")], terms)
 
 
-@pytest.mark.parametrize("settings", [{"rows": "all"}, {"ridge": -1.0}, {"erase_scale": -1.0}])
+@pytest.mark.parametrize("settings", [{"rows": "all"}, {"ridge": -1.0}, {"erase_scale": -1.0}, {"erase_scale": 0}])
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
         built(UnifiedConceptEdit, **settings)

@@ -151,7 +151,7 @@ class NoiseAlignment:
     step is an odd one, and where nothing is mined beyond the concept equation 9 has one term.
 
     steps: optimiser steps, the first is odd (the paper: 200 "epochs"). lr, weight_decay: of AdamW (the paper: 1e-5,
-    unnamed). lora: None trains nothing (the paper: no rank, no modules). gamma1, gamma2, gamma_role: the paper prints
+    unnamed). lora: needed where steps > 0 (the paper names no rank). gamma1, gamma2, gamma_role: the paper prints
     0.3 and 0.7 and no use; they weigh the two terms of equation 9 ("loss_terms"), the other way round
     ("loss_terms_swapped"), equations 8 and 9 as wholes ("step_mix"), or nothing ("none"). teacher: eps0 is the model as
     loaded ("original"), or with the closed form and without the LoRA ("closed_form"). noise_anchor: equation 9's first

@@ -46,7 +46,7 @@ class RobustErasure:
         rounds: Rounds = 1,
         guide: AnyText | None = " ",
         lambda_norm: Positive = 0.1,
-        erase_scale: NonNegative = 1.0,
+        erase_scale: Positive = 1.0,
         preserve: Sequence[AnyText] = (" ",),
         preserve_scale: NonNegative = 0.1,
         ridge: NonNegative = 0.1,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from realera.closed_form import NormalEquations
 from realera.contracts import Backbone, Edit, Neighbours, Pair, TextStates
-from realera.kinds import AnyText, NonNegative, Sums
+from realera.kinds import AnyText, NonNegative, Positive, Sums
 from realera.methods.priors import prior
 
 Rows = Literal["last", "suffix_2023"]
@@ -38,7 +38,7 @@ class UnifiedConceptEdit:
         rows: Rows = "last",
         guide: AnyText | None = None,
         preserve: Sequence[AnyText] = (),
-        erase_scale: NonNegative = 1.0,
+        erase_scale: Positive = 1.0,
         preserve_scale: NonNegative | None = None,
         ridge: NonNegative = 0.5,
         prior_cache: Sums | None = None,
