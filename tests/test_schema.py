@@ -15,6 +15,7 @@ import walk
 from options import check_part
 from realera import constructors, kinds, schema, sources
 from realera.contracts import UserError
+from realera.parts import build
 from realera.paths import CONF_DIR
 from realera.values import Anything, Look
 
@@ -66,6 +67,111 @@ class Fields:
 def factory(share: Share) -> Fields: ...
 """
 
+ODD_SOURCE = """
+from __future__ import annotations
+import contextlib, functools
+from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
+
+def define(cls):  # as attrs.define
+    def init(self, **fields: int) -> None: ...
+    cls.__init__ = init
+    return cls
+
+class Mixin:
+    def help(self) -> None: ...
+
+class Base:
+    def __init__(self, own: int) -> None:
+        self.own = own
+
+    @classmethod
+    def made(cls, text: str) -> Base:
+        return cls(len(text))
+
+class Both(Mixin, Base): ...
+
+class Root:
+    def __init__(self, root: int = 0) -> None: ...
+
+class Left(Root): ...
+
+class Right(Root):
+    def __init__(self, right: int) -> None: ...
+
+class Diamond(Left, Right): ...
+
+@define
+class Attrs:
+    x: int
+
+class HeirOfAttrs(Attrs): ...
+
+class New:
+    def __new__(cls, x: int) -> New:
+        return super().__new__(cls)
+
+    def __init__(self, x: int) -> None: ...
+
+class Meta(type):
+    def __call__(cls, x: int) -> object:
+        return super().__call__()
+
+class OfMeta(metaclass=Meta): ...
+
+@dataclass
+class Own:
+    a: int
+    _: KW_ONLY
+    b: int = 0
+
+@dataclass
+class OverOwn(Base):
+    c: int
+
+@dataclass
+class WithInit:
+    a: int = 0
+
+    def __init__(self, z: int) -> None: ...
+
+@dataclass(init=False)
+class NoInit(Base):
+    a: int = 0
+
+class Row(NamedTuple):
+    a: int
+
+class HeirOfRow(Row): ...
+
+def with_seven(function):
+    @functools.wraps(function)
+    def wrapped(x: int, seven: int = 7):
+        return function(x)
+    return wrapped
+
+@with_seven
+def decorated(x: int) -> Base:
+    return Base(x)
+
+class DecoratedInit:
+    @with_seven
+    def __init__(self, x: int) -> None: ...
+
+with contextlib.suppress(ImportError) as suppressed:
+    class UnderWith(Base): ...
+
+for number in range(1):
+    class UnderFor(Base): ...
+
+try:
+    pass
+finally:
+    class UnderFinally(Base): ...
+
+One, (Two, Three) = Base, (Base, Base)
+"""
+
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -78,6 +184,53 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def check(mine: str, cls: str, **settings: Any) -> None:
     check_part({"_target_": f"{mine}.{cls}", **settings}, "part")
+
+
+@pytest.mark.parametrize(
+    ("target", "settings"),
+    [
+        ("Both", {"own": 1}),
+        ("Base.made", {"text": "abc"}),
+        ("Diamond", {"right": 1}),
+        ("Attrs", {"x": 1}),
+        ("HeirOfAttrs", {"x": 1}),
+        ("New", {"x": 1}),
+        ("Own", {"a": 1, "b": 2}),
+        ("OverOwn", {"c": 1}),
+        ("WithInit", {"z": 1}),
+        ("NoInit", {"own": 1}),
+        ("Row", {"a": 1}),
+        ("HeirOfRow", {"a": 1}),
+        ("decorated", {"x": 1, "seven": 8}),
+        ("UnderWith", {"own": 1}),
+        ("UnderFor", {"own": 1}),
+        ("UnderFinally", {"own": 1}),
+        ("Two", {"own": 1}),
+    ],
+)
+def test_what_python_builds_passes(
+    target: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"odd_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(ODD_SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    node = {"_target_": f"{name}.{target}", **settings}
+    check_part(node, "part")
+    assert build(node) is not None
+
+
+@pytest.mark.parametrize(
+    ("target", "settings"),
+    [("Both", {"x": 1}), ("Diamond", {"root": 1}), ("OverOwn", {"own": 1}), ("WithInit", {"a": 1}), ("Own", {"_": 1})],
+)
+def test_what_python_does_not_build_is_told(
+    target: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"odd_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(ODD_SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="there is no setting"):
+        check_part({"_target_": f"{name}.{target}", **settings}, "part")
 
 
 SAMPLER = {"_target_": "realera.contracts.Sampler", "steps": 5}
@@ -145,6 +298,7 @@ def test_what_cannot_be_is_told(mine: str, cls: str, settings: dict[str, Any], s
         ("Thing", "Thing is no dotted name"),
         ("no_such_package.Thing", "there is no module no_such_package"),
         ("realera.methods.nothing.Thing", "there is no module realera.methods.nothing"),
+        ("realera.methods.uce.Nothing.made", "there is no module realera.methods.uce.Nothing"),
         ("realera.methods.uce.Nothing", "there is no Nothing in realera.methods.uce"),
         ("../x.Y", "cannot be: give the dotted name"),
     ],

@@ -1,4 +1,4 @@
-"""Classes and functions as their source code has them, found by reading modules and running none."""
+"""Finds classes and functions in the source code of modules, without running them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ TRANSPARENT = (
     "NamedTuple",
     "TypedDict",
 )  # bases without a constructor of their own
+HARMLESS = ("dataclass", "runtime_checkable", "final", "override", "total_ordering")  # decorators
 DEEPEST = 20  # names that stand for names
 
 
@@ -77,9 +78,14 @@ def read(module: str) -> Source | None:
             names[statement.name] = statement
             stars |= statement.name == "__getattr__"
         elif isinstance(statement, ast.Assign):
-            names.update({one.id: statement.value for one in statement.targets if isinstance(one, ast.Name)})
+            names.update({name: statement.value for target in statement.targets for name in _bound(target)})
         elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
             names[statement.target.id] = statement.value
+        elif isinstance(statement, ast.For):
+            names.update(dict.fromkeys(_bound(statement.target), statement.iter))
+        elif isinstance(statement, ast.With):
+            for item in statement.items:
+                names.update(dict.fromkeys(_bound(item.optional_vars), item.context_expr))
         elif isinstance(statement, ast.Import):
             for alias in statement.names:
                 names[alias.asname or alias.name.split(".")[0]] = (
@@ -112,16 +118,19 @@ def _file(module: str) -> Path | None:
 
 
 def _top_level(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """A module's own statements, those under `if` and `try` too."""
+    """A module's own statements, those under if, for, while, with and try too."""
     for statement in statements:
-        if isinstance(statement, ast.If):
-            yield from _top_level([*statement.body, *statement.orelse])
-        elif isinstance(statement, ast.Try):
-            yield from _top_level(
-                [*statement.body, *(s for h in statement.handlers for s in h.body), *statement.orelse]
-            )
-        else:
+        if not isinstance(statement, ast.If | ast.While | ast.Try):
             yield statement
+        if isinstance(statement, ast.If | ast.For | ast.While | ast.Try | ast.With):
+            yield from _top_level(statement.body)
+            yield from _top_level([inner for handler in getattr(statement, "handlers", ()) for inner in handler.body])
+            yield from _top_level([*getattr(statement, "orelse", ()), *getattr(statement, "finalbody", ())])
+
+
+def _bound(target: ast.expr | None) -> list[str]:
+    """The names that an assignment's target gives a value."""
+    return [] if target is None else [one.id for one in ast.walk(target) if isinstance(one, ast.Name)]
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -141,7 +150,9 @@ def find(dotted: str) -> Class | Function | str | None:
             there = False
         if not there:
             return f"there is no module {top}"
-        return None if _file(module) is not None or not _readable(module) else f"there is no module {module}"
+        if _file(module) is not None or not _readable(module) or not isinstance(find(module), str):
+            return None  # of a class, a classmethod say
+        return f"there is no module {module}"
     if name not in source.names:
         return None if source.open else f"there is no {name} in {module}"
     found = resolve(ast.Name(name), source)
@@ -149,7 +160,7 @@ def find(dotted: str) -> Class | Function | str | None:
 
 
 def _readable(module: str) -> bool:
-    """Whether the package that a module would stand in is one whose files are its modules."""
+    """Whether the package of a module is one whose files are its modules."""
     parent = module.rpartition(".")[0]
     return bool(parent) and (source := read(parent)) is not None and not source.open
 
@@ -212,6 +223,16 @@ def bases(cls: Class) -> list[Class | None]:
     return [one if isinstance(one, Class) else None for one, name in zip(found, named) if name not in TRANSPARENT]
 
 
+def mark_of(decorator: ast.expr) -> str:
+    """A decorator's name, without its module and its arguments."""
+    return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator).rpartition(".")[2]
+
+
+def is_altered(node: ast.ClassDef | ast.FunctionDef) -> bool:
+    """Whether a decorator may have made something else of a class or a function."""
+    return not all(mark_of(mark) in HARMLESS for mark in node.decorator_list)
+
+
 def named(cls: Class, name: str) -> bool:
     found = (resolve(base, cls.source) for base in cls.node.bases)
     return any(isinstance(one, str) and one.rpartition(".")[2] == name for one in found)
@@ -222,21 +243,30 @@ def lineage(cls: Class) -> list[Class | None]:
     return [cls, *(one for base in bases(cls) for one in (lineage(base) if base is not None else [None]))]
 
 
+def resolution(cls: Class) -> Iterator[Class | None]:
+    """The class and its bases in the order in which Python looks for a method; None: a base that cannot be read. Of one
+    base after the other no more is read than is asked for."""
+    yield cls
+    above = bases(cls)
+    if len(above) == 1:
+        yield from resolution(above[0]) if above[0] is not None else [None]
+    else:
+        behind = [one for base in above for one in (lineage(base) if base is not None else [None])]
+        yield from (one for place, one in enumerate(behind) if one is None or one not in behind[place + 1 :])
+
+
 def lacks(cls: Class, role: Class) -> str | None:
     """What keeps a class from a role: the method of a protocol that it lacks, "" where the role is a class that it does
     not inherit from; None where it plays the role, or where that cannot be told."""
     ancestors = lineage(cls)
-    if any(one is not None and one.node is role.node for one in ancestors) or None in ancestors:
+    if any(one is None or one.node is role.node or is_altered(one.node) for one in ancestors):
         return None
     if not named(role, "Protocol"):
         return ""
-    has = {m.name for one in ancestors if one for m in one.node.body if isinstance(m, ast.FunctionDef)}
-    has |= {
-        m.target.id
-        for one in ancestors
-        if one
-        for m in one.node.body
-        if isinstance(m, ast.AnnAssign) and isinstance(m.target, ast.Name)
-    }
+    lines = [line for one in ancestors if one for line in one.node.body]
+    has = {line.name for line in lines if isinstance(line, ast.FunctionDef)}
+    for line in lines:
+        targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
+        has |= {name for target in targets for name in _bound(target)}
     asked = [m for m in role.node.body if isinstance(m, ast.FunctionDef) and not m.decorator_list]
     return next((method.name for method in asked if method.name not in has), None)
