@@ -49,7 +49,7 @@ def accepted(method: str) -> list[str]:
                 schema.check(walk.with_value(config, place, value), "train")
             except UserError:
                 continue
-            text = {True: "true", None: "null", "": "''"}.get(value, value) if not isinstance(value, list) else "[]"
+            text = str(value) if isinstance(value, list) else {True: "true", None: "null", "": "''"}.get(value, value)
             found.append(f"{'.'.join(map(str, place))}={'.inf' if text == float('inf') else text}")
     return found
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from realera import cli
 from realera.paths import CONF_DIR
 
-ODD: tuple[Any, ...] = (None, True, "abc", -1, 0, 1e308, math.nan, math.inf, 1e20, [], {"a": 1}, "")
+ODD: tuple[Any, ...] = (None, True, "abc", -1, 0, 1e308, math.nan, math.inf, 1e20, 5, 2**63 - 1, [], [5], {"a": 1}, "")
 GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")
 NEEDED = {
     "train": ["concept=airplane", "anchor=sky", "backbone=mini"],
