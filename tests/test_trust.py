@@ -23,8 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
-from realera import cli, foreign, locks, parts, paths, preflight, repairs, runs, seals, shapes, trust
-from realera.backbones import reading
+from realera import cli, foreign, locks, parts, paths, preflight, reading, repairs, runs, seals, shapes, trust
 from realera.contracts import UserError
 from realera.evaluation.records import read_manifest
 from realera.judges import worker

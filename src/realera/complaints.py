@@ -91,9 +91,8 @@ def first_line(error: BaseException) -> str:
 
 def _told(error: BaseException) -> str | None:
     """The text of the UserError that `error` is, or was raised from; else the sentence for a disk error."""
-    chain = list(_chain(error))
-    said = (str(cause) for cause in chain if isinstance(cause, UserError))
-    return next(said, None) or next(filter(None, map(_of_disk, chain)), None)
+    said = (str(cause) for cause in _chain(error) if isinstance(cause, UserError))
+    return next(said, None) or next(filter(None, map(_of_disk, _chain(error, suppressed=False))), None)
 
 
 def _of_disk(error: BaseException) -> str | None:
@@ -105,10 +104,12 @@ def _of_disk(error: BaseException) -> str | None:
     return disk.refusal(error)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _chain(error: BaseException | None, suppressed: bool = True) -> Iterator[BaseException]:
+    """The error, its cause, and so on. suppressed: with the errors that `from None` hides, as OmegaConf does."""
     while error is not None:
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        hidden = error.__suppress_context__ and not suppressed
+        error = error.__cause__ or (None if hidden else error.__context__)
 
 
 def _unknown_option(missing: str, options: Iterable[str]) -> str:

@@ -17,8 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from realera import foreign
-from realera.backbones import reading
+from realera import foreign, reading
 from realera.contracts import UserError
 from realera.paths import OF_THE_FIT, json_text, whole
 
@@ -71,10 +70,9 @@ def verify(file: Path) -> None:
     """Raises Torn if a safetensors file does not have the bytes of its checksum. Files of earlier versions have no
     checksum: they must have the size that their header gives."""
     try:
+        reading.refuse_torn(file)  # first: a file of another size need not be read
         place, checksum = _seal(file)
-        if place is None:
-            reading.refuse_torn(file)
-        elif _checksum(file, place) != checksum:
+        if place is not None and _checksum(file, place) != checksum:
             raise ValueError("it has another checksum")
     except (OSError, ValueError, UserError):
         raise Torn(f"{file} is torn or no safetensors file") from None

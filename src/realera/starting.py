@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from realera import matching, paths, preflight, runs, trust
+from realera import complaints, matching, paths, preflight, runs, trust
 from realera.parts import build
 from realera.runs import Run
 
@@ -38,13 +38,13 @@ def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
 
 @contextmanager
 def let_go(run: Run) -> Iterator[None]:
-    """Removes the run's settings again where the run ends before anything was made with them; the folder goes with
-    its lock, if this command made it."""
+    """Removes the run's settings again where the run is refused before anything was made with them; the folder goes
+    with its lock, if this command made it. Unforeseen errors leave them: they show the run that failed."""
     try:
         yield
-    except Exception:  # Hydra wraps what a part's constructor refuses
+    except Exception as error:  # Hydra wraps what a part's constructor refuses
         made = {path.name for path in run.folder.iterdir() if not path.name.startswith(".")}
-        if made <= {paths.CONFIG, paths.COSTS}:
+        if made <= {paths.CONFIG, paths.COSTS} and complaints.of_step(error) is not None:
             for name in made:
                 (run.folder / name).unlink(missing_ok=True)
         raise

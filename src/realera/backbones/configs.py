@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realera.backbones.reading import Stored
 from realera.contracts import UserError
+from realera.reading import Stored
 
-MOST = 10_000_000  # of anything that is counted: rows, channels, layers
+MOST = 10_000_000  # of anything that is counted: rows, channels
+LAYERS = 1000  # of a network, at most
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "relu", "silu", "swish", "mish", "tanh", "sigmoid")
 TIMESTEPS = 1000  # of every Stable Diffusion's training
 FLOATS = ("F16", "BF16", "F32", "F64")
 COUNTERS = ("position_ids", "num_batches_tracked")  # the tensors that hold whole numbers, and are read by nobody
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS = ("leading", "trailing", "linspace")
 Check = tuple[str, Callable[[Any], bool]]
 
 
@@ -41,6 +44,8 @@ SIDES: Check = (
     "a whole number above 0, a list of such, or null",
     lambda value: value is None or WHOLE_OR_WHOLES[1](value),
 )
+FEW: Check = (f"a whole number from 1 to {LAYERS}", lambda value: _is_whole(value) and value <= LAYERS)
+FEW_OR_FEWS: Check = (f"{FEW[0]}, or a list of such", _or(FEW[1], _are(FEW[1])))
 NUMBER: Check = ("a number above 0", _is_number)
 NAMES: Check = ("a list of names", _are(lambda value: isinstance(value, str)))
 UNET: Check = ("UNet2DConditionModel", lambda value: value == "UNet2DConditionModel")
@@ -50,18 +55,33 @@ SCHEDULER: Check = (
     "a scheduler that adds noise (not one of flow matching)",
     lambda value: isinstance(value, str) and value.endswith("Scheduler") and not value.startswith("FlowMatch"),
 )
-TEXT: dict[str, Check] = {
+TOKEN: Check = ("a token's number", lambda value: type(value) is int and 0 <= value <= MOST)
+SHARE: Check = ("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
+ACTIVATION: Check = ("one of " + ", ".join(ACTIVATIONS), lambda value: value in ACTIVATIONS)
+TRUTH: Check = ("true or false", lambda value: type(value) is bool)
+TEXT: dict[str, Check] = {  # all that is taken of a text encoder's settings (see `text_settings`), and "model_type"
     "model_type": CLIP,
-    **dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads"), WHOLE),
-    **dict.fromkeys(("num_hidden_layers", "projection_dim", "vocab_size"), WHOLE),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings"), WHOLE),
+    **dict.fromkeys(("projection_dim", "vocab_size"), WHOLE),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads"), FEW),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), TOKEN),
+    "hidden_act": ACTIVATION,
+    "layer_norm_eps": NUMBER,
+    "attention_dropout": SHARE,
 }
+# Settings that send a library elsewhere: to code, to other kernels, to quantised weights.
+NEVER = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation")
 CHECKS: Mapping[
     str, Mapping[str, Check]
 ] = {  # what a key must be where it is there; the library's own value stands else
     "unet": {
         "_class_name": UNET,
         **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim"), WHOLE),
-        **dict.fromkeys(("layers_per_block", "attention_head_dim"), WHOLE_OR_WHOLES),
+        **dict.fromkeys(("layers_per_block", "transformer_layers_per_block"), FEW_OR_FEWS),
+        "attention_head_dim": WHOLE_OR_WHOLES,
+        "norm_num_groups": WHOLE,
+        "norm_eps": NUMBER,
+        "act_fn": ACTIVATION,
         "sample_size": SIDES,
         "block_out_channels": WHOLES,
         "down_block_types": NAMES,
@@ -69,7 +89,9 @@ CHECKS: Mapping[
     },
     "vae": {
         "_class_name": VAE,
-        **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "layers_per_block"), WHOLE),
+        **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "norm_num_groups"), WHOLE),
+        "layers_per_block": FEW,
+        "act_fn": ACTIVATION,
         "scaling_factor": NUMBER,
         "block_out_channels": WHOLES,
         "down_block_types": NAMES,
@@ -83,13 +105,24 @@ CHECKS: Mapping[
         "beta_start": NUMBER,
         "beta_end": NUMBER,
         "beta_schedule": (" or ".join(SCHEDULES), lambda value: value in SCHEDULES),
+        "steps_offset": (
+            f"a whole number from 0 to {LAYERS}",
+            lambda value: type(value) is int and 0 <= value <= LAYERS,
+        ),
+        "timestep_spacing": (" or ".join(SPACINGS), lambda value: value in SPACINGS),
+        **dict.fromkeys(("clip_sample", "set_alpha_to_one", "skip_prk_steps", "thresholding"), TRUTH),
         "trained_betas": ("null, or a list of numbers", _or(lambda value: value is None, _are(_is_number))),
     },
 }
 
 
 def check_settings(file: Path, part: str, config: Mapping[str, Any]) -> None:
-    """UserError where a part's settings are of another kind of model, or no settings at all."""
+    """UserError where a part's settings are of another kind of model, no settings at all, or lead elsewhere."""
+    if found := next((key for key in NEVER if config.get(key) is not None), None):
+        raise UserError(
+            f"The file {str(file)!r} sets {found}, which a checkpoint cannot do here; take it out, or give another "
+            "checkpoint as backbone.pretrained."
+        )
     for key, (wanted, fits) in CHECKS[part].items():
         if key in config and not fits(config[key]):
             said = repr(config[key])
@@ -97,6 +130,12 @@ def check_settings(file: Path, part: str, config: Mapping[str, Any]) -> None:
                 f"The file {str(file)!r} says {key}={said if len(said) <= 60 else said[:57] + '...'} where {wanted} is "
                 "needed; copy or download it again, or give another checkpoint as backbone.pretrained."
             )
+
+
+def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a text encoder is built with. Those of how the library works (precision, kernels, code) are not
+    the checkpoint's to say, so that the same weights give the same states. transformers 5 would keep a float16."""
+    return {key: value for key, value in config.items() if key in TEXT and key != "model_type"} | {"dtype": "float32"}
 
 
 def check_unet(place: Path, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 
 from realera import foreign, seals
 from realera.backbones import configs, vocabulary
-from realera.backbones.reading import LONGEST, Stored, read_json, tensors
-from realera.backbones.reading import refuse_torn as refuse_torn
+from realera.backbones.vocabulary import SPECIAL
 from realera.contracts import UserError
 from realera.paths import MINIATURE, dir_of
+from realera.reading import LONGEST, Stored, read_json, tensors
+from realera.reading import refuse_torn as refuse_torn
 
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 SECOND = {"text_encoder_2": "model"}  # what Stable Diffusion XL has besides
@@ -75,6 +76,11 @@ def check(folder: Path) -> Path:
         raise UserError(
             f"The checkpoint folder {str(folder)!r} lacks {', '.join(gone)}{hint}; copy or download it again, or give "
             "another folder as backbone.pretrained."
+        )
+    if beside := next(folder.glob("*/adapter_config.json"), None):
+        raise UserError(
+            f"The checkpoint folder {str(folder)!r} holds an adapter, {beside.parent.name}/{beside.name}, which its "
+            "fingerprint would not tell: merge it into the weights, or remove it."
         )
     settings: dict[str, dict[str, Any]] = {}
     for part in (*models(folder), "scheduler"):
@@ -193,6 +199,9 @@ def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
         for name in ("tokenizer.json", "vocab.json", "merges.txt"):
             if (file := folder / part / name).is_file():
                 digest.update(f"{part}/{name} {_sha256(file)}\n".encode())
+        # CLIP's own are left out: so fingerprints of before these were looked at stay.
+        if other := {role: word for role, word in vocabulary.special(folder / part).items() if word != SPECIAL[role]}:
+            digest.update(json.dumps([part, other], sort_keys=True).encode())
     for part in (*parts, *(() if only_text else ("scheduler",))):
         config = read_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
         kept = {
@@ -293,8 +302,12 @@ def _offline(name: str, lacks: str, cache: str, reason: str) -> str:
 
 
 def _sha256(file: Path) -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     real = file.resolve()
-    # The Hugging Face cache names large files by their sha256: gigabytes that need not be read again.
-    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+    # The Hugging Face cache names large files by their sha256: gigabytes that need not be read again. Elsewhere a name
+    # proves nothing.
+    within = real.is_relative_to(Path(HF_HUB_CACHE).resolve())
+    if within and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name
     return seals.sha256_of(real)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +13,16 @@ from typing import Annotated, Any, TypedDict
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from realera import finite
-from realera.backbones import folder
+from realera.backbones import configs, folder, vocabulary
 from realera.backbones.text import PairedTextEncoder, TextEncoder
 from realera.contracts import UserError
 from realera.kinds import Count, Number, Positive
@@ -63,17 +69,18 @@ def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
     try:
         with _quiet():
             tokenizers = [_tokenizer(place / part) for part in folder.tokenizers(place)]
-            # Not asked of the library: transformers 5 keeps a file's float16 unless told, and renamed the option.
-            text_models = [_whole(kind, place, part).float() for part, kind in kinds.items()]
+            text_models = [
+                _whole(kind, place, part, config=_settings(kind, place / part)) for part, kind in kinds.items()
+            ]
             unet = _whole(UNet2DConditionModel, place, "unet", torch_dtype=dtype)
             vae = _whole(AutoencoderKL, place, "vae", torch_dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever a constructor makes of settings that do not fit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"The checkpoint {str(place)!r} cannot be loaded ({reason}); give a whole Stable Diffusion folder."
         ) from error
-    if not all(tokenizer.is_fast for tokenizer in tokenizers):
-        raise UserError(f"The tokenizer of {str(place)!r} gives no character offsets; save it with a tokenizer.json.")
     _refuse_not_finite(place, {**dict(zip(kinds, text_models)), "unet": unet, "vae": vae}, dtype)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
@@ -130,14 +137,19 @@ def refuse_other_text(
 
 
 def _tokenizer(place: Path) -> PreTrainedTokenizerBase:
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, use_fast=True, local_files_only=True)
-    except Exception as error:  # the library below raises plain ones
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
-            f"The tokenizer {str(place)!r} cannot be loaded ({reason}); copy or download it again."
-        ) from error
-    return found
+    """The tokenizer that `vocabulary` reads and checks. transformers' own loader would follow the folder's settings, to
+    code that lies in it among others."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(vocabulary.read(place)),
+        model_max_length=vocabulary.longest(place),
+        model_input_names=["input_ids", "attention_mask"],
+        **vocabulary.special(place),
+    )
+
+
+def _settings(kind: Any, place: Path) -> Any:
+    """A text encoder's config, of the settings that are taken from a checkpoint."""
+    return kind.config_class.from_dict(configs.text_settings(folder.read_json(place / "config.json")))
 
 
 def _whole(kind: Any, place: Path, part: str, **options: Any) -> Any:

@@ -7,11 +7,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from realera.backbones.reading import read_json
 from realera.contracts import UserError
+from realera.reading import read_json
 
 FILE, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+SPECIAL = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}  # {role: CLIP's token}
+FAR = 10**9  # tokens
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""  # how CLIP parts a text before its merges
 TOO_LONG = 64 << 20  # bytes; CLIP's own files have one or two million
 
@@ -31,6 +33,26 @@ def read(folder: Path) -> Any:
     return _read(tuple(files), tuple((one.st_size, one.st_mtime_ns) for one in known))
 
 
+def special(folder: Path) -> dict[str, str]:
+    """{role: token} of the tokens that begin and end a text, pad it, and stand for an unknown word.
+
+    tokenizer_config.json says them, and special_tokens_map.json before it where both are of the older layout, as
+    transformers reads them: Stable Diffusion 2's pads with "!" by the latter alone.
+    """
+    said: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (file := folder / name).is_file() and "added_tokens_decoder" not in said:
+            said |= read_json(file)
+    found = {role: said.get(role, usual) for role, usual in SPECIAL.items()}
+    return {role: token["content"] if isinstance(token, dict) else token for role, token in found.items()}
+
+
+def longest(folder: Path) -> int:
+    """How many tokens a text may have by tokenizer_config.json; far more than any where it says nothing."""
+    file = folder / "tokenizer_config.json"
+    return int(min(read_json(file).get("model_max_length", FAR) if file.is_file() else FAR, FAR))
+
+
 def check(folder: Path, rows: int | None) -> None:
     """UserError where a tokenizer's folder cannot be read, puts no begin and end round a text, or knows a token without
     one of the text encoder's `rows` (None: unknown); and where its settings say nonsense."""
@@ -44,6 +66,12 @@ def check(folder: Path, rows: int | None) -> None:
             f"The tokenizer {str(file)!r} does not put a begin and an end round a text, as CLIP's does; copy or "
             "download it again."
         )
+    for role, token in special(folder).items():
+        if tokenizer.token_to_id(token) is None:
+            raise UserError(
+                f"The tokenizer {str(file)!r} does not know the token {token[:40]!r}, which its settings name as "
+                f"{role}; copy or download it again."
+            )
     word, last = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     if rows is not None and last >= rows:
         raise UserError(
@@ -93,16 +121,21 @@ def _of_pair(vocabulary: Path, merges: Path) -> Any:
 
 
 def _check_settings(tokenizer: Path) -> None:
-    """tokenizer_config.json may say how long a text is and what ends it; UserError where it says nonsense."""
-    if not (file := tokenizer / "tokenizer_config.json").is_file():
-        return
-    said = read_json(file)
-    length = said.get("model_max_length", 77)
-    if type(length) not in (int, float) or not length >= 3:
-        raise UserError(f"The file {str(file)!r} says model_max_length={length!r}, which is no number of 3 or more.")
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        if name in said and not isinstance(said[name], str | dict | None):
-            raise UserError(f"The file {str(file)!r} says {name}={said[name]!r}, which is no token; download it again.")
+    """tokenizer_config.json may say how long a text is, and with special_tokens_map.json which tokens are special;
+    UserError where they say nonsense."""
+    for file in (tokenizer / "tokenizer_config.json", tokenizer / "special_tokens_map.json"):
+        said = read_json(file) if file.is_file() else {}
+        length = said.get("model_max_length", 77)
+        if type(length) not in (int, float) or not length >= 3:
+            raise UserError(
+                f"The file {str(file)!r} says model_max_length={length!r}, which is no number of 3 or more."
+            )
+        for name in (name for name in SPECIAL if name in said):
+            token = said[name].get("content") if isinstance(said[name], dict) else said[name]
+            if not isinstance(token, str):
+                raise UserError(
+                    f"The file {str(file)!r} says {name}={str(said[name])[:60]}, which is no token; download it again."
+                )
 
 
 def _damaged(file: Path, error: Exception) -> UserError:

@@ -13,6 +13,7 @@ from realera import foreign
 from realera.contracts import UserError
 
 LONGEST_JSON = 64 << 20  # bytes; the index of a large model has 0.1 million
+AXES = 8  # of a tensor, at most
 LONGEST = 100_000_000  # bytes of a header; safetensors itself reads no longer one
 SIZES = {  # bytes of a number
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
@@ -88,7 +89,12 @@ def _tensors(file: Path, size: int, changed: int) -> dict[str, Stored]:
 
 def _entry(entry: Any) -> tuple[Stored, int, int]:
     dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (begin, stop, *shape)):
+    numbers = (begin, stop, *shape)
+    if (
+        not isinstance(dtype, str)
+        or len(shape) > AXES
+        or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers)
+    ):
         raise ValueError("no tensor")
     return Stored(dtype, tuple(shape)), begin, stop
 
