@@ -1,7 +1,7 @@
 """The kinds of settings: a type, its range, and the words that say so. Standard library only.
 
-The constructor that takes a setting says its kind (`steps: TrainingSteps`), and schema.py holds the settings against it
-before anything heavy is imported. For a type checker a kind is its plain type. A range of one's own:
+A constructor annotates its parameters with kinds (`steps: TrainingSteps`), and schema.py checks the settings by them
+before anything heavy is imported. For a type checker a kind is its plain type. Another range is written in place:
 `Annotated[float, Number(0, 5)]`.
 """
 
@@ -25,8 +25,8 @@ MOST_GUIDANCE = 1000
 
 @dataclass(frozen=True)
 class Number:
-    """A number from `low` to `high`. above, below: the bound itself is left out. whole: without a fraction. infinite:
-    .inf is one, too."""
+    """A number from `low` to `high`. above, below: the bound itself is excluded. whole: without a fraction. infinite:
+    .inf passes too."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -62,8 +62,8 @@ class Number:
 
 @dataclass(frozen=True)
 class Text:
-    """A text. name: what to give. least: letters it must hold beside blanks. digits: a whole number is taken as its
-    digits; numbers: any number is. template: it must hold {} once."""
+    """A text. name: the words for it. least: how many letters it has without blanks around it. digits: whole numbers
+    pass too; numbers: all numbers do. template: it has {} once."""
 
     name: str = "a text"
     least: int = 0
@@ -90,7 +90,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A text that a regular expression matches as a whole. name: what to give."""
+    """A text that a regular expression matches as a whole. name: the words for it."""
 
     pattern: str
     name: str
@@ -113,7 +113,7 @@ def typed_devices(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class DeviceList:
-    """How many devices a run takes (-1: all), or which, by number."""
+    """The number of devices that a run takes (-1: all), or a list of their numbers."""
 
     most: int = 4096
 
@@ -187,7 +187,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Filled:
-    """Of a list: it must hold something."""
+    """Of a list: it has at least one entry."""
 
 
 @dataclass(frozen=True)
@@ -225,13 +225,13 @@ Seed = Annotated[int, Number(0, 2**63 - 1, whole=True)]
 FirstSeed = Annotated[int, Number(0, 2**62, whole=True)]
 """The seed of a prompt's first image: the others' are added to it."""
 Count = Annotated[int, Number(1, 10**6, whole=True)]
-"""How many images, points, captions, rows at once: at least one."""
+"""A number of images, points, captions or rows: at least one."""
 Whole = Annotated[int, Number(0, 10**6, whole=True)]
 CountOrInf = Annotated[float, Number(1, 10**6, whole=True, infinite=True)]
 WholeOrInf = Annotated[float, Number(0, 10**6, whole=True, infinite=True)]
-"""How many points are sampled; .inf = their exact expectation."""
+"""The number of points that are sampled; .inf = their exact expectation."""
 Captions = Annotated[int, Number(1, 10**9, whole=True)]
-"""How many captions or rows of a table."""
+"""A number of captions, or of rows of a table."""
 TrainingSteps = Annotated[int, Number(0, 10**7, whole=True)]
 SamplerSteps = Annotated[int, Number(1, 1000, whole=True)]
 Timestep = Annotated[int, Number(0, 999, whole=True)]

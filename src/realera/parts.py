@@ -18,7 +18,7 @@ WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")  # of Hy
 
 
 class NotBuilt(Exception):
-    """A part that its settings do not fit. Its cause is what was met; `place`: the part's dotted key, "" for all."""
+    """A part could not be built; `__cause__` is the exception. place: the part's dotted key, "" for the outermost."""
 
     def __init__(self, target: str, place: str, cause: Exception) -> None:
         super().__init__(f"{target}: {type(cause).__name__}: {cause}")
@@ -26,8 +26,8 @@ class NotBuilt(Exception):
 
 
 def build(node: Any, *, classes: bool = False, at: str = "", **more: Any) -> Any:
-    """What settings describe, nested parts first. classes: refuses all but classes from outside of the standard
-    library. more: further keywords of the outermost part.
+    """The object that settings describe; nested parts are built first. classes: refuses all but classes from outside of
+    the standard library. more: further keywords of the outermost part.
 
     Raises:
         UserError: a part's own, or a target that is refused.

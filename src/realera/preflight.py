@@ -1,8 +1,7 @@
-"""Checks of a run's settings before anything heavy is imported: what cannot work is refused within a second.
+"""Checks a run's settings before anything heavy is imported, so that a refusal takes less than a second.
 
-Everything here works on the plain config and on files' headers, and the modules it asks (band, backbones.folder) load
-without torch. What cannot be checked yet (the words' tokens before a tokenizer is downloaded, say) is left to the room
-that will meet it.
+The checks read the plain config and the headers of files; no module that is imported here loads torch. Other checks
+come later, where their means are: the tokens of a prompt need a tokenizer, which may not be downloaded yet.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from realera.paths import ERASED, MINIATURE, dir_of
 from realera.runs import Run
 
 log = logging.getLogger("realera")
-ACTING = ("edit", "align", "guide")  # one at least must stand: `finish` only ends what these began
-OF_ADAPTERS = ("realera.methods.spm.FacilitatedTransport",)  # guides that only weigh what `align` has trained
+ACTING = ("edit", "align", "guide")  # a method needs one of them: `finish` only completes their work
+OF_ADAPTERS = ("realera.methods.spm.FacilitatedTransport",)  # guides that only weigh the adapters of `align`
 ADAPTING = (  # aligners that train a LoRA and nothing else
     "realera.methods.realera.NoiseAlignment",
     "realera.methods.mace.AttentionSuppression",
 )
-ATTENTIVE = (  # aligners whose loss is made of what gradient checkpointing drops
+ATTENTIVE = (  # aligners whose loss reads attention maps, which gradient checkpointing drops
     "realera.methods.mace.AttentionSuppression",
     "realera.methods.fmn.AttentionResteering",
 )
@@ -70,11 +69,11 @@ def _acts(method: Mapping[str, Any], name: str) -> bool:
 
 
 def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
-    """The base model's files: a whole folder, or a hub's model that is cached or can be fetched. plan: a hub that is
-    out of reach is warned about, because plans are made on machines without the weights.
+    """Checks the base model's files: a whole folder, or a hub's model that is cached or can be fetched. plan: only warn
+    where the hub is out of reach, because plans are made on machines without the weights.
 
     Raises:
-        UserError: what is missing, torn or out of reach, and the remedies.
+        UserError: files are missing, torn or out of reach.
     """
     pretrained = backbone.get("pretrained")
     local = pretrained is None or dir_of(pretrained) is not None
@@ -90,7 +89,7 @@ def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
 
 
 def check_judge(config: Mapping[str, Any]) -> None:
-    """There must be a judge where there is something to judge."""
+    """Refuses a run that is to be judged and has no judge. Raises UserError."""
     if not config.get("judge"):
         raise UserError(
             "no judge was given and the task names none: type judge=NAME (--help lists them), or evaluate=false."
@@ -98,7 +97,7 @@ def check_judge(config: Mapping[str, Any]) -> None:
 
 
 def check_run(run: Run) -> None:
-    """The weights of a run must be there, and whole: other commands than the one that made them cannot mend them.
+    """Checks that a run's weights exist and are whole: only the command that made them can make them again.
 
     Raises:
         UserError: they are missing or torn.
@@ -133,7 +132,7 @@ def check_map(file: Path) -> None:
 
 
 def check_name(text: str, key: str) -> None:
-    """Refuses what is a file's path or holds no word; how long a name may be is the task's to say."""
+    """Refuses paths and texts without a word. The task checks the length. Raises UserError."""
     if ".." in re.split(r"[/\\]", text) or text.startswith(("/", "~/", "\\")):
         raise UserError(f"{key}={text!r} is a file's path: give a word or a name, as in {key}=airplane.")
     wordless = bool(text.strip()) and not any(letter.isalnum() for letter in text)
@@ -142,13 +141,13 @@ def check_name(text: str, key: str) -> None:
 
 
 def check_task(task: Task, backbone: Mapping[str, Any]) -> None:
-    """Every concept of a task must be read whole by the backbone's text encoder."""
+    """`check_prompts` for every concept of a task."""
     for concept in task.concepts:
         check_prompts(task.training_prompts(concept), concept, backbone)
 
 
 def check_prompts(pairs: Sequence[tuple[str, str]], concept: Concept, backbone: Mapping[str, Any]) -> None:
-    """The concept must stand whole within the rows the text encoder reads, in every training prompt."""
+    """Refuses training prompts that the text encoder would cut before the concept ends. Raises UserError."""
     tokenizer = tokenizer_of(backbone)
     rows = (backbone.get("text") or {}).get("max_length")
     if tokenizer is None or not rows:
@@ -168,7 +167,7 @@ def check_prompts(pairs: Sequence[tuple[str, str]], concept: Concept, backbone: 
 
 
 def check_band(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
-    """What a method is to mine must lie where a draw can reach it (band.py says how far that is)."""
+    """Refuses a band of neighbours that no draw can reach (see band.py). Raises UserError."""
     mining = method.get("neighbours")
     text = backbone.get("text") or {}
     if not mining or not {"row_norm", "width"} <= set(text):
@@ -187,7 +186,7 @@ def check_band(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
 
 
 def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
-    """What a loop cannot be trained with, said before its images are drawn."""
+    """Refuses settings that the training loop cannot work with, before images are drawn for it. Raises UserError."""
     align = method.get("align") or {}
     if not align.get("steps"):
         return
@@ -225,14 +224,15 @@ def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> No
 
 
 def check_precision(method: Mapping[str, Any], trainer: Mapping[str, Any], here: bool) -> None:
-    """Lightning would train in bf16-mixed on a CPU, and the run's settings would say otherwise. here: as above."""
+    """Refuses 16-mixed on a CPU, where Lightning would silently train in bf16-mixed. here: this machine carries out the
+    run. Raises UserError."""
     on_cpu = trainer.get("accelerator") == "cpu" or (here and not devices.number())
     if trainer.get("precision") == "16-mixed" and on_cpu and (method.get("align") or {}).get("steps"):
         raise UserError("trainer.precision=16-mixed is for CUDA devices: on a CPU take bf16-mixed or 32-true.")
 
 
 def check_sweep(trainer: Mapping[str, Any]) -> None:
-    """A distributed run's children replay the command line, -m and all: each would run the sweep again."""
+    """Refuses a sweep of distributed runs: their processes repeat the whole command line, -m too. Raises UserError."""
     asked = kinds.typed_devices(trainer.get("devices", 1))
     several = len(asked) > 1 if isinstance(asked, (list, tuple)) else asked not in (0, 1)
     several = several or (trainer.get("num_nodes") or 1) > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1
@@ -245,7 +245,7 @@ def check_sweep(trainer: Mapping[str, Any]) -> None:
 
 
 def check_writable(place: Path, key: str) -> None:
-    """Tries a file in `place`'s nearest existing parent; leaves nothing behind."""
+    """Tries to make a file in the nearest existing parent of `place`, and removes it. Raises UserError."""
     there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists() or p.is_symlink())
     try:
         if not there.is_dir():
@@ -259,7 +259,7 @@ def check_writable(place: Path, key: str) -> None:
 
 
 def model_folder(backbone: Mapping[str, Any]) -> Path | None:
-    """Where the base model's files lie on this disk; None where they do not."""
+    """The folder of the base model's files; None where they are not on this disk."""
     pretrained = backbone.get("pretrained")
     place = dir_of(MINIATURE if pretrained is None else pretrained)
     if place is None and folder.HUB_ID.fullmatch(str(pretrained)):

@@ -1,8 +1,8 @@
 """Checks settings against the constructors that take them, without importing them.
 
-A node with a `_target_` is held against the annotations of that class's constructor (or the fields of its dataclass):
-its module is read, not run, because importing torch takes seconds and a refusal must not. The settings that no class
-takes, the doors' own, are declared in settings.py. An annotation that is unknown here lets everything pass.
+A node with a `_target_` is checked by the annotations of that class's constructor, or of its fields. The module is read
+and not run, because importing torch takes seconds and a refusal must not. The commands' own settings are declared in
+settings.py. Where an annotation is unknown here, everything passes.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ WHOLE, OPEN = Look(), Look(whole=False)
 
 
 def check(config: Mapping[str, Any], door: str, look: Look = WHOLE) -> None:
-    """Holds a command's resolved settings against their types and ranges.
+    """Checks the types and ranges of a command's resolved settings.
 
     Raises:
-        UserError: the first setting that cannot be, and what to type instead.
+        UserError: for the first wrong setting, with the words to type instead.
     """
     own = {name: value for name, value in config.items() if not isinstance(value, Mapping)}  # first: others follow
     _record(f"{SETTINGS}.{door.capitalize()}").check({**own, **config}, "", look)
 
 
 def check_unresolved(config: Any, door: str) -> None:
-    """As `check`, of those of a command's own settings that need no resolving."""
+    """As `check`, for the commands' own settings that need no resolving."""
     plain = {k: v for k, v in config.items() if not isinstance(v, Mapping) and v != "???" and "${" not in str(v)}
     check(plain, door, OPEN)
 
 
 def check_stored(config: Mapping[str, Any]) -> None:
-    """Holds the settings that a run folder keeps against their types and ranges, as far as they are known.
+    """Checks the types and ranges of a run folder's settings. Unknown and missing ones pass.
 
     Raises:
-        UserError: the first setting that cannot be.
+        UserError: for the first wrong setting.
     """
     if isinstance(method := config.get("method"), Mapping):  # that of evaluate run=original has no _target_
         config = {**config, "method": {"_target_": METHOD, **method}}
@@ -72,7 +72,7 @@ def check_stored(config: Mapping[str, Any]) -> None:
 
 
 def check_search(sweeper: Mapping[str, Any]) -> None:
-    """Holds the settings of hydra/sweeper=search against their types and ranges."""
+    """Checks the types and ranges of the settings of hydra/sweeper=search."""
     _record(f"{SETTINGS}.Search").check(sweeper, "hydra.sweeper", OPEN)
 
 
@@ -113,8 +113,8 @@ class Record(Kind):
 
 @dataclass(frozen=True)
 class Part(Kind):
-    """A node with a _target_, whose constructor takes the rest. role: what the target must be. beside: settings of the
-    node that others read."""
+    """A node with a _target_; the other settings are its constructor's. role: the target must be one of these. beside:
+    settings in the node that the constructor does not take."""
 
     role: Class | None = None
     beside: Record | None = None
@@ -166,7 +166,7 @@ HYDRAS: Mapping[str, Kind] = {
 
 
 def _each(known: Mapping[str, Kind], needed: Iterable[str], given: Mapping[str, Any], at: str, look: Look) -> None:
-    """Every given setting is known and can be, and what is needed is there."""
+    """Checks that every given setting is known and right, and that no needed one is missing."""
     dotted = {name: f"{at}.{name}" if at else str(name) for name in [*known, *given]}
     for name, value in given.items():
         if name in known:
@@ -198,7 +198,7 @@ def _record(dotted: str) -> Record:
 
 @cache
 def kind_of(parameter: Parameter) -> Kind:
-    """What a parameter's annotation lets pass."""
+    """The kind that a parameter's annotation asks for."""
     return Anything() if parameter.annotation is None else _kind(parameter.annotation, parameter.source)
 
 

@@ -1,5 +1,6 @@
-"""The commands' own settings, which no constructor takes: one TypedDict for each conf/<command>.yaml and for the groups
-without a class of ours. schema.py reads this file; nothing imports it at run time.
+"""The commands' own settings: a TypedDict for each conf/<command>.yaml and for the groups without a class of ours.
+
+schema.py reads this file; nothing imports it at run time.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Labels = Label | list[Label]
 
 
 class OfTask(TypedDict, total=False):
-    """judges: a file of conf/judge for each backbone, and `default`, where no judge= is typed."""
+    """judges: {backbone's name, or `default`: a file of conf/judge}, where no judge= is typed."""
 
     judges: dict[str, Label]
 
@@ -57,7 +58,7 @@ class OfSetJudge(Placed, total=False):
 
 
 class OfTrainer(TypedDict, total=False):
-    """Of lightning.Trainer's keywords only those that change no result, or that a run's identity holds."""
+    """Of lightning.Trainer's keywords only those that change no result or are in a run's identity."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda"]
     devices: Devices
@@ -93,7 +94,7 @@ class OfJudging(TypedDict, total=False):
 
 
 class OfARun(OfJudging):
-    """What train and evaluate share."""
+    """The settings of train and evaluate."""
 
     task: AnyTask
     backbone: Backbone

@@ -26,8 +26,8 @@ DEEPEST = 20  # names that stand for names
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A module, read. names: what its top level defines or imports; an import is the dotted name that it stands for.
-    open: it may define more than can be read."""
+    """A module that was read. names: {name: definition, or the dotted name of an import} of its top level. open: it may
+    define names that cannot be read."""
 
     module: str
     names: Mapping[str, ast.AST | str]
@@ -36,7 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Class:
-    """A class, and the module it stands in."""
+    """A class, and its module."""
 
     node: ast.ClassDef = field(repr=False)
     source: Source = field(repr=False)
@@ -51,7 +51,7 @@ class Class:
 
 @dataclass(frozen=True)
 class Function:
-    """A function, and the module it stands in."""
+    """A function, and its module."""
 
     node: ast.FunctionDef = field(repr=False)
     source: Source = field(repr=False)
@@ -62,7 +62,7 @@ class Function:
 
 @cache
 def read(module: str) -> Source | None:
-    """A module's source, found as an import would find it; None where there is none to read."""
+    """A module's source, found as an import would find it; None where it cannot be read."""
     place = _file(module)
     if place is None:
         return None
@@ -137,8 +137,8 @@ def _bound(target: ast.expr | None) -> list[str]:
 
 
 def find(dotted: str) -> Class | Function | str | None:
-    """The class or function of a dotted name, imports followed; None where it cannot be told without running a module;
-    a text says why there can be none."""
+    """The class or function of a dotted name; imports are followed. None: only running the module could tell. A text:
+    the reason why there is none."""
     module, _, name = dotted.rpartition(".")
     if not module:
         return f"{dotted} is no dotted name"
@@ -166,8 +166,8 @@ def _readable(module: str) -> bool:
 
 
 def resolve(node: ast.expr, source: Source, depth: int = 0) -> Class | Function | tuple[ast.expr, Source] | str | None:
-    """What a name or a.b stands for: a class, a function, the expression it was assigned (and where), or the dotted
-    name of what cannot be read; None for what is no name."""
+    """The class or function that a name or a.b refers to, or the expression that it was assigned, with its module; else
+    its dotted name, where its module cannot be read. None: the node is no name."""
     if isinstance(node, ast.Attribute):
         owner = resolve(node.value, source, depth)
         return _at(f"{owner}.{node.attr}", depth) if isinstance(owner, str) else None
@@ -256,8 +256,8 @@ def resolution(cls: Class) -> Iterator[Class | None]:
 
 
 def lacks(cls: Class, role: Class) -> str | None:
-    """What keeps a class from a role: the method of a protocol that it lacks, "" where the role is a class that it does
-    not inherit from; None where it plays the role, or where that cannot be told."""
+    """The first method of a protocol that a class lacks; "" where the role is a class and no base of it. None: the
+    class has the role, or that cannot be told."""
     ancestors = lineage(cls)
     if any(one is None or one.node is role.node or is_altered(one.node) for one in ancestors):
         return None

@@ -1,4 +1,4 @@
-"""What a setting can be: a value of some kind, one of several, a list, or settings under free names."""
+"""The kinds of a setting's value: a leaf, a choice, a list, or settings under free names."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Misfit(UserError):
 
 @dataclass(frozen=True)
 class Look:
-    """How settings are looked at. here: files and folders that they name must stand on this machine. whole: every
-    setting must be there, and no other."""
+    """The strictness of a check. here: files and folders must exist on this machine. whole: no setting may be missing
+    or unknown."""
 
     here: bool = True
     whole: bool = True
 
 
 class Kind:
-    """What a setting can be. `check` raises UserError where a value cannot be; `at` is its dotted name. `fits` says
-    whether the value has the shape, so that its faults are worth telling. `say`: what to give."""
+    """A kind of value. check: raises UserError for a wrong value; `at` is the setting's dotted name. fits: whether the
+    value has the right form, so that its faults are worth telling. say: the words for a right value."""
 
     def say(self) -> str:
         return "something else"
@@ -94,7 +94,7 @@ NULL = Choice((None,))
 
 @dataclass(frozen=True)
 class Union(Kind):
-    """Any of several kinds; of a value that has the shape of one of them, that one's fault is told."""
+    """Any of several kinds. Where a value has the form of one of them, the fault is told in that one's words."""
 
     options: tuple[Kind, ...]
 
@@ -122,7 +122,7 @@ class Union(Kind):
 
 @dataclass(frozen=True)
 class ListOf(Kind):
-    """A list, every entry of one kind. filled: it must hold some."""
+    """A list whose entries are of one kind. filled: it has at least one."""
 
     one: Kind
     filled: bool = False

@@ -28,8 +28,6 @@ class Ablation:
     it). parameters: which of the U-Net's weights are trained, as `Backbone.unfreeze` takes it. detach_bos: keys and
     values of BOS, the same in all prompts, give the weights no gradient, as in the official code. steps, lr,
     weight_decay: of AdamW.
-
-    Raises UserError for settings that cannot be.
     """
 
     lora: LoraSpec | None = None

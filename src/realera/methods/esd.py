@@ -24,8 +24,6 @@ class NegativeGuidance:
     parameters: which of the U-Net's weights are trained, as `Backbone.unfreeze` takes it. norms: whether the
     normalisations among them are. steps, lr, weight_decay: of AdamW, which with a decay of 0 is Adam. clip: the norm
     that the gradient is held under, None = unbounded.
-
-    Raises UserError for settings that cannot be.
     """
 
     lora: LoraSpec | None = None

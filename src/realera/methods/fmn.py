@@ -25,8 +25,6 @@ class AttentionResteering:
     sub-tokens: "eos" = the first end-of-text row (official: use_pooler, on SD 2.1), "pads" = all rows from there on
     (the same code on SD 1.x, whose pads are end-of-text tokens too), "none". inversion: the concept's own vectors,
     found before and put where its name stands; None, or one of 0 steps: its name. steps, lr, weight_decay: of AdamW.
-
-    Raises UserError for settings that cannot be.
     """
 
     lora: LoraSpec | None = None

@@ -31,7 +31,7 @@ class TextualInversion:
     on average. steps: 0 = none. lr, weight_decay: of AdamW. pull: after each step every vector's length goes so far
     towards that average (official: min(1, 100 lr) towards 0.4, which is the average of SD).
 
-    Raises UserError for settings that cannot be.
+    Raises UserError where the images do not give their noise.
     """
 
     def __init__(

@@ -40,8 +40,6 @@ class Refinement:
     ridge: in squared units of the text states (official: lamb). preserved: caches of captions that stay as they are.
     scale_squared: their scale counts twice, as in the official code. refine: False leaves this stage out. prompts: how
     many prompts of a concept those two weights are meant for; the P that there are count as so many. None = as P.
-
-    Raises UserError for a ridge and for prompts that cannot be.
     """
 
     def __init__(
@@ -179,7 +177,7 @@ class AttentionSuppression:
     steps: optimiser steps of each concept. lr, weight_decay: of AdamW. lora: one adapter per concept. pooler: which
     rows count besides the concept's own sub-tokens, as in `fmn.AttentionResteering`.
 
-    Raises UserError for settings that cannot be.
+    Raises UserError for a LoRA that is not one per concept.
     """
 
     parameters = ()  # nothing but the LoRA
@@ -245,7 +243,7 @@ class Fusion:
     k all rows of concept i's training prompts, W1 the weights after stage 1. It takes the adapter's place, so drawing
     costs nothing more. ridge, preserved, prompts: as in `Refinement`; the scale counts once.
 
-    Raises UserError for numbers that cannot be, and for a LoRA on other layers than W_K and W_V.
+    Raises UserError without a ridge, and for a LoRA on other layers than W_K and W_V.
     """
 
     def __init__(

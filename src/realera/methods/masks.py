@@ -29,8 +29,6 @@ class Masks:
     its maximum in the image, averaged over all layers and heads and over the noise levels `timesteps`; "none" = no
     masks. detector, segmenter: hub ids or folders. box_threshold, text_threshold: the detector's, 0-1; an image in
     which nothing is found is masked whole.
-
-    Raises UserError for settings that cannot be.
     """
 
     def __init__(

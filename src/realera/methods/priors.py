@@ -152,7 +152,7 @@ class Preserved:
     as so many captions of its kind (the official scales are made for COCO's 616,767); None = as many as it holds.
     domain_cache, domain_weight: D, a file of captions of the concept's kind (names of people), and its weight.
 
-    Raises UserError for weights that cannot be, for a weight with nothing to weigh and for captions without a weight.
+    Raises UserError for a weight with nothing to weigh and for captions without a weight.
     """
 
     def __init__(

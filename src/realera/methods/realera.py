@@ -46,7 +46,7 @@ class Mining:
     m, n: near and beyond points per prompt; n = 0 mines none beyond; inf is the exact expectation of what sampling
     tends to, and then weighs as much as m_weight (n_weight) points. The other settings are those of `Band`, by name.
 
-    Raises UserError where a count cannot be; a band that cannot be reached is refused where it meets the text states.
+    A band that cannot be reached is refused where it meets the text states.
     """
 
     def __init__(

@@ -36,8 +36,6 @@ class RobustErasure:
     turn. All rows count, that of BOS too (official).
 
     The official code keeps the turn after which a detector found least; that choice is no part of this.
-
-    Raises UserError for settings that cannot be.
     """
 
     def __init__(

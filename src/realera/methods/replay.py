@@ -101,7 +101,7 @@ class Fisher:
     killed run goes on with any number of them. The result is kept under <cache>/fisher/, named by a hash of all it
     depends on.
 
-    Raises UserError for numbers that cannot be.
+    Raises UserError for more samples than there are images.
     """
 
     def __init__(

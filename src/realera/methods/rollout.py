@@ -38,7 +38,7 @@ class Rollout:
     kept; a step takes `batch` of these at random. The law of (image, k, t) is the same, but the steps in between
     share images, and those come from a model up to renew - 1 steps older. A run's checkpoint holds the stages.
 
-    Raises UserError for settings that cannot be.
+    Raises UserError where first_stop is none of the steps.
     """
 
     def __init__(

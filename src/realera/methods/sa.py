@@ -91,8 +91,6 @@ class SelectiveAmnesia:
 
     parameters: what is trained, as `Backbone.unfreeze` takes it; the sum is over these. gamma, lambda_ewc: as above.
     steps, lr, weight_decay: of AdamW. clip: the norm that the gradient is held under, None = unbounded.
-
-    Raises UserError for settings that cannot be.
     """
 
     lora: LoraSpec | None = None

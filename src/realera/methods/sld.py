@@ -51,7 +51,7 @@ class SafetyGuidance:
     sampler; a preset's warm-up, counted in 50 steps, is scaled to them. warmup: steps without safety guidance. scale:
     s_S. threshold: lambda, in units of the noise. momentum_scale, momentum_beta: s_m and beta_m.
 
-    Raises UserError for settings that cannot be.
+    Raises UserError where there is no text to guide away from.
     """
 
     concepts: Name | Sequence[Name] | None = ()

@@ -55,8 +55,6 @@ class SemiPermeableMembrane:
     lr is that of AdamW at its highest: it rises linearly in `warmup` steps of each concept and falls along a cosine,
     `cycles` times from the top; cycles 0 keeps it constant. clip: the norm that the gradient is held
     under, None = unbounded. steps, lora: of each concept.
-
-    Raises UserError for settings that cannot be.
     """
 
     parameters = ()  # nothing but the membranes
@@ -172,7 +170,9 @@ class FacilitatedTransport:
     the official code, which multiplies both factors of an adapter by m_i and adds factors of all concepts, not
     adapters: one concept counts m^2 times, several get cross terms; "none" = all count fully.
 
-    concepts: the names, in the order in which they were erased. Raises UserError for settings that cannot be.
+    concepts: the names, in the order in which they were erased.
+
+    Raises UserError without concepts, unless transport is "none".
     """
 
     concepts: Name | Sequence[Name] | None = ()
