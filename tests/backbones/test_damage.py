@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from realera import preflight
 from realera.backbones import folder
@@ -131,6 +132,22 @@ KINDS: dict[str, tuple[str, Damage, str]] = {  # name: (file, what becomes of it
     "tokenizer: a token without a row": (WORDS, more_tokens, "the number 99999, and the text encoder has"),
     "tokenizer: length": ("tokenizer/tokenizer_config.json", says(model_max_length="abc"), "model_max_length='abc'"),
     "tokenizer: settings": ("tokenizer/tokenizer_config.json", always(b"[]"), "holds a list"),
+    "config: code": ("text_encoder/config.json", says(auto_map={"AutoModel": "evil.Evil"}), "sets auto_map"),
+    "config: kernels": ("text_encoder/config.json", says(attn_implementation="a/b"), "sets attn_implementation"),
+    "config: quantised": ("unet/config.json", says(quantization_config={"a": 1}), "sets quantization_config"),
+    "config: no end": ("text_encoder/config.json", says(eos_token_id=None), "eos_token_id=None"),
+    "config: no norm": ("text_encoder/config.json", says(layer_norm_eps=None), "layer_norm_eps=None"),
+    "config: a word for a share": ("text_encoder/config.json", says(attention_dropout="x"), "attention_dropout='x'"),
+    "config: too many layers": ("text_encoder/config.json", says(num_hidden_layers=9_999_999), "from 1 to 1000"),
+    "config: no activation": ("vae/config.json", says(act_fn=None), "act_fn=None"),
+    "config: no groups": ("unet/config.json", says(norm_num_groups=0), "norm_num_groups=0"),
+    "weights: axes": (UNET, header(set_first("shape", [1] * 9)), "torn"),
+    "weights: an axis of 4200 digits": (UNET, header(set_first("shape", [10**4200])), "torn"),
+    "scheduler: offset": ("scheduler/scheduler_config.json", says(steps_offset=None), "steps_offset=None"),
+    "scheduler: spacing": ("scheduler/scheduler_config.json", says(timestep_spacing="x"), "timestep_spacing='x'"),
+    "tokenizer: code": ("tokenizer/tokenizer_config.json", says(auto_map={"AutoTokenizer": "evil.E"}), "auto_map"),
+    "tokenizer: no pad": ("tokenizer/tokenizer_config.json", says(pad_token=None), "pad_token=None"),
+    "tokenizer: an unknown pad": ("tokenizer/tokenizer_config.json", says(pad_token="qqq"), "'qqq'"),
     "tokenizer: end": ("tokenizer/tokenizer_config.json", says(eos_token=[1]), "eos_token"),
 }
 
@@ -179,6 +196,29 @@ def test_none_of_it_needs_torch(tiny_sd: Path, tmp_path: Path) -> None:
         places.append(str(damaged(copy, kind)))
     done = subprocess.run([sys.executable, "-c", script, *places], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "tokenizer"])
+def test_an_adapter_beside_the_weights_is_refused(part: str, copy: Path) -> None:
+    """transformers would load it, and the module that it may name."""
+    put(copy / part / "adapter_config.json", b"{}")
+    with pytest.raises(UserError, match=f"holds an adapter, {part}/adapter_config.json"):
+        preflight.check_model({"pretrained": str(copy)})
+
+
+def test_no_code_of_a_folder_runs(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if the check before loading is not asked."""
+    from realera.backbones import loading
+
+    run = tmp_path / "ran"
+    for part in ("tokenizer", "text_encoder", "unet"):
+        put(copy / part / "evil.py", f"open({str(run)!r}, 'w')\nclass Evil: ...\n".encode())
+    evil = {"auto_map": dict.fromkeys(("AutoTokenizer", "AutoModel", "AutoConfig"), "evil.Evil")}
+    for file in ("tokenizer/tokenizer_config.json", "text_encoder/config.json", "unet/config.json"):
+        put(copy / file, says(**evil, tokenizer_class="Evil")((copy / file).read_bytes()))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    parts = loading.load(copy, torch.float32, channels_last=False)
+    assert parts.tokenizers[0]("cat")["input_ids"] and not run.exists()
 
 
 def in_shards(copy: Path, **listed: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from realera.backbones import folder
-from realera.contracts import UserError
+from realera.contracts import Sampler, UserError
 
 HUB = "someone/some-diffusion"
 
@@ -291,6 +291,37 @@ def test_fingerprint_sees_what_else_an_image_depends_on(copy: Path) -> None:
     (copy / "tokenizer/tokenizer.json").write_text("{}")
     seen.add(folder.fingerprint(copy, 77))
     assert len(seen) == 4
+
+
+def test_fingerprint_sees_with_which_token_a_text_is_padded(copy: Path) -> None:
+    here, file = folder.fingerprint(copy, 77), copy / "tokenizer/tokenizer_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"pad_token": {"content": "<|endoftext|>", "lstrip": False}}))
+    assert folder.fingerprint(copy, 77) == here, "the same token"
+    file.write_text(json.dumps(said | {"pad_token": "!"}))
+    assert folder.fingerprint(copy, 77) != here
+
+
+def test_fingerprint_believes_no_name_outside_of_the_hubs_cache(copy: Path, tmp_path: Path) -> None:
+    here, file = folder.fingerprint(copy, 77), copy / "unet/diffusion_pytorch_model.safetensors"
+    blob = tmp_path / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+    blob.parent.mkdir()
+    blob.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    file.unlink()
+    file.symlink_to(blob)
+    assert folder.fingerprint(copy, 77) != here
+
+
+def test_the_precision_that_a_config_names_changes_no_state(copy: Path) -> None:
+    from realera.backbones.unet import UNetBackbone
+
+    sampler = Sampler("ddim", 2, 7.5, 32, 32)
+    file = copy / "text_encoder/config.json"
+    states = []
+    for dtype in ("float32", "bfloat16"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": dtype, "torch_dtype": dtype}))
+        states.append(UNetBackbone("mini", copy, sampler).encode(["a cat"]).states)
+    assert (states[0] == states[1]).all()
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from realera.backbones.configs import NEVER
 from realera.contracts import UserError
 from realera.reading import read_json
 
@@ -125,6 +126,8 @@ def _check_settings(tokenizer: Path) -> None:
     UserError where they say nonsense."""
     for file in (tokenizer / "tokenizer_config.json", tokenizer / "special_tokens_map.json"):
         said = read_json(file) if file.is_file() else {}
+        if found := next((key for key in NEVER if said.get(key) is not None), None):
+            raise UserError(f"The file {str(file)!r} sets {found}, which a checkpoint cannot do here; take it out.")
         length = said.get("model_max_length", 77)
         if type(length) not in (int, float) or not length >= 3:
             raise UserError(
