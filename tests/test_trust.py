@@ -606,6 +606,98 @@ def test_what_is_read_is_bounded(tmp_path: Path) -> None:
     assert foreign.yaml_of(yaml.safe_dump(config, sort_keys=False)) == config
 
 
+LONG = {"hexadecimal": "0x" + "f" * 5000, "base 60": ":".join("1" * 3000), "decimal": "9" * 400}
+
+
+@pytest.mark.parametrize("number", [*LONG.values(), str(2**63), str(-(2**63) - 1)], ids=lambda text: text[:3])
+def test_integers_have_64_bits(number: str) -> None:
+    for text in (f"x: {number}", f"? {number}\n: x", f"- - {number}"):
+        with pytest.raises(ValueError, match=r"integer of more than 64 bits|number of"):
+            foreign.yaml_of(text)
+    if number.lstrip("-").isdecimal():
+        for text in (f'{{"step": {number}}}', f"[[{number}]]"):
+            with pytest.raises(ValueError, match="integer of more than 64 bits"):
+                foreign.json_of(text)
+
+
+def test_the_largest_seed_is_read() -> None:
+    for seed in (2**63 - 1, -(2**63), 0):
+        assert foreign.yaml_of(f"seed: {seed}") == foreign.json_of(f'{{"seed": {seed}}}') == {"seed": seed}
+
+
+def test_long_numbers_and_wrong_kinds_of_a_yaml_are_refused() -> None:
+    began = time.process_time()
+    for text in ("x: " + "1:" * 500_000 + "1.0", "x: !!int ''", "x: !!float ''", "x: !!bool maybe", "x: !!int one"):
+        with pytest.raises(ValueError):
+            foreign.yaml_of(text)
+    assert time.process_time() - began < 5  # base 60 takes the square of its length
+
+
+def test_half_a_letter_is_refused() -> None:
+    for text in (r'"\ud800"', r'{"a": ["b\uDFFF"]}', r'{"\udead": 1}', r'"\ud800 \udc00"'):
+        with pytest.raises(ValueError, match=r"half a letter|escape"):
+            foreign.json_of(text)
+        with pytest.raises(ValueError):
+            foreign.yaml_of(text)
+    assert foreign.json_of(r'["\ud83d\ude00", "\\ud800"]') == ["\U0001f600", r"\ud800"]
+
+
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)])
+def test_both_readers_of_yaml_refuse_half_a_letter(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign, "_Loader", loader)
+    with pytest.raises(ValueError):
+        foreign.yaml_of(r'x: "\ud800"')
+
+
+def verdict(**changes: Any) -> Attack:
+    """The first verdict of the run's own judge with other values."""
+
+    def spoil(run: Path) -> None:
+        file = next(file for file in (run / paths.VERDICTS).glob("*.jsonl") if ".original" not in file.name)
+        first, *others = file.read_text().splitlines()
+        file.write_text("\n".join([json.dumps({**json.loads(first), **changes}), *others]) + "\n")
+
+    return spoil
+
+
+def in_json(name: str, **changes: Any) -> Attack:
+    """A JSON file of the run with other values."""
+
+    def spoil(run: Path) -> None:
+        before = json.loads((run / name).read_text()) if (run / name).is_file() else {}
+        (run / name).write_text(json.dumps({**before, **changes}))
+
+    return spoil
+
+
+UNSAYABLE: dict[str, Attack] = {
+    "half a letter as prompt": row(prompt="\ud800"),
+    "half a letter as concept": row(concept="\udfff"),
+    "half a letter as label": verdict(label="\ud800"),
+    "half a letter in a detail": verdict(detail={"second": "\ud800"}),
+    "half a letter as a probe": in_json(paths.EDIT_INFO, probes=[{"text": "\ud800", "before": 0.1, "after": 0.2}]),
+    "half a letter as device": in_json(paths.COSTS, device="\ud800"),
+    "a huge number of the edit": in_json(paths.EDIT_INFO, condition=10**400),
+    "a huge step": lambda run: (run / paths.LOSSES).write_text(f'{{"step": {10**400}, "loss": 1}}\n') and None,
+    **{
+        f"a setting of many digits, {name}": lambda run, long=long: (
+            (run / paths.CONFIG).write_text(f"{(run / paths.CONFIG).read_text()}extra: {long}\n") and None
+        )
+        for name, long in LONG.items()
+    },
+}
+
+
+@pytest.mark.parametrize("attack", UNSAYABLE)
+def test_what_cannot_be_written_again_is_a_damaged_file(
+    attack: str, received: Path, give: Callable[[str], None]
+) -> None:
+    UNSAYABLE[attack](received)
+    for command in ("report", "report-several", "evaluate-plan", "export-map", "train"):
+        with suppress(UserError):
+            give(command)
+
+
 def test_keys_and_aliases_of_a_yaml_cost_no_more_than_their_number() -> None:
     chain = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 300))
     with pytest.raises(ValueError, match="nested too deeply"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ SETTINGS = 4 << 20  # bytes of a YAML file: ten thousand concepts take a quarter
 LARGEST = 512 << 20  # bytes of a JSON file: 30,000 prompts take a tenth of it
 DEEPEST = 40  # levels of nesting
 MOST = 400_000  # nodes of a YAML file, aliases counted as often as they are used
+DIGITS = 100  # letters of a number: Python needs ever longer for each one more
+WHOLE = range(-(2**63), 2**63)  # integers that floats and tensors can be made of
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a letter beyond 65,535, as JSON spells it
 
 _BEGUN = 0, 0  # the weight of a node whose parts are being weighed
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -73,19 +77,24 @@ def read_json(file: Path) -> Any:
 
 
 def json_of(content: str) -> Any:
-    """A JSON text's content. Raises ValueError, also for a key that is given twice and for extreme nesting."""
+    """A JSON text's content. Raises ValueError, also for a key that is given twice, for extreme nesting, for integers
+    of more than 64 bits, and for half a letter, which no file or page takes."""
     try:
-        found = json.loads(content, object_pairs_hook=_once)
+        found = json.loads(content, object_pairs_hook=_once, parse_int=_integer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if content.count("{") + content.count("[") > DEEPEST:
         _refuse_depth(found)
+    if SURROGATE.search(content):  # two halves that belong together are one letter by now
+        for each in strings(found):
+            _refuse_half(each)
     return found
 
 
 def yaml_of(content: str) -> Any:
     """A YAML text's content, of the kinds that JSON has too. Raises ValueError, also for a key that is given twice, for
-    extreme nesting, and for aliases that grow beyond `MOST` nodes."""
+    extreme nesting, for aliases that grow beyond `MOST` nodes, for integers of more than 64 bits, and for half a
+    letter."""
     if len(content) > SETTINGS:
         raise ValueError(f"it is larger than {SETTINGS >> 20} MB")
     try:
@@ -99,6 +108,8 @@ def yaml_of(content: str) -> Any:
             return loader.construct_document(node)
         finally:
             loader.dispose()
+    except (IndexError, KeyError):
+        raise ValueError("a value of it is not of the kind that it is said to be") from None  # "!!int ''"
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
         raise ValueError(next(iter(str(error).splitlines()), "it cannot be read")) from None
 
@@ -128,6 +139,9 @@ def _weight(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, in
     if node.tag not in _PLAIN:
         raise ValueError(f"it holds a {str(node.tag).rpartition(':')[2]!r}, which is no plain value")
     parts: list[yaml.Node] = []
+    if isinstance(node, yaml.ScalarNode):
+        _refuse_half(node.value)
+        _refuse_number(node)
     if isinstance(node, yaml.MappingNode):
         keys: set[tuple[str, str]] = set()
         for key, _ in node.value:
@@ -164,6 +178,31 @@ def strings(node: Any) -> Iterator[str]:
     elif isinstance(node, (list, tuple)):
         for value in node:
             yield from strings(value)
+
+
+def _integer(digits: str) -> int:
+    """An integer of a JSON text, of at most 64 bits: a larger one makes no float, and one of thousands of digits no
+    text."""
+    if len(digits) > DIGITS or int(digits) not in WHOLE:
+        raise ValueError("it holds an integer of more than 64 bits")
+    return int(digits)
+
+
+def _refuse_number(node: yaml.ScalarNode) -> None:
+    """Raises ValueError for a number that is too long to be read, or an integer of more than 64 bits."""
+    kind = node.tag.rpartition(":")[2]
+    if kind in ("int", "float") and len(node.value) > DIGITS:
+        raise ValueError(f"it holds a number of {len(node.value)} letters")
+    if kind == "int" and yaml.constructor.SafeConstructor().construct_yaml_int(node) not in WHOLE:
+        raise ValueError("it holds an integer of more than 64 bits")
+
+
+def _refuse_half(text: str) -> None:
+    """Raises ValueError for a text that UTF-8 cannot spell."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a letter (a lone surrogate)") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
