@@ -698,6 +698,28 @@ def test_what_cannot_be_written_again_is_a_damaged_file(
             give(command)
 
 
+@pytest.mark.parametrize("name", ["o.json", ".json", "...json", "a\nb.json", os.fsdecode(b"\xff.json")])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_odd_name_beside_the_verdicts_is_left_out(
+    name: str, kind: str, received: Path, give: Callable[[str], None]
+) -> None:
+    odd, before = received / paths.VERDICTS / name, (received / paths.METRICS).read_text()
+    of_judge = next(file for file in (received / paths.VERDICTS).glob("*.json"))
+    try:
+        if kind == "folder":
+            (odd / "inner").mkdir(parents=True)
+        else:
+            shutil.copy(of_judge, odd)
+    except OSError:
+        pytest.skip("this disk has no such names")
+    give("evaluate")
+    assert odd.exists()
+    if kind == "folder" or not name.isprintable() or name == ".json":
+        assert (received / paths.METRICS).read_text() == before
+    assert repairs.is_whole(received, True)
+    give("report")
+
+
 def test_keys_and_aliases_of_a_yaml_cost_no_more_than_their_number() -> None:
     chain = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 300))
     with pytest.raises(ValueError, match="nested too deeply"):

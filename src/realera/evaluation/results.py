@@ -218,8 +218,10 @@ def _keep(run_dir: Path, judge: str, numbers: Mapping[str, Any]) -> None:
 
 
 def _files(run_dir: Path) -> list[Path]:
-    """What the judges' numbers stand in."""
-    return [_file(run_dir, file.stem) for file in sorted((run_dir / paths.VERDICTS).glob("*.json"))]
+    """What the judges' numbers stand in. Folders, pipes and names that no judge has are left out."""
+    found = sorted(file.name for file in (run_dir / paths.VERDICTS).glob("?*.json"))
+    files = [_file(run_dir, name.removesuffix(".json")) for name in found if name.isprintable()]
+    return [file for file in files if file.is_file()]
 
 
 def _file(run_dir: Path, judge: str) -> Path:
