@@ -23,8 +23,24 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
-from realera import cli, foreign, locks, parts, paths, preflight, reading, repairs, runs, seals, shapes, trust
+from realera import (
+    cli,
+    foreign,
+    jobs,
+    locks,
+    parts,
+    paths,
+    preflight,
+    reading,
+    repairs,
+    runs,
+    seals,
+    shapes,
+    sweep,
+    trust,
+)
 from realera.contracts import UserError
+from realera.evaluation import sweep_report
 from realera.evaluation.records import read_manifest
 from realera.judges import worker
 
@@ -401,19 +417,97 @@ def test_the_task_of_a_run_names_no_file_above(received: Path, give: Callable[[s
 
 def test_a_sweep_lists_its_own_runs_alone(received: Path, tmp_path: Path) -> None:
     shutil.copytree(received, tmp_path / "mine")
-    sweep = received.parent / "given" / "runs" / "sweeps" / "s"
-    sweep.mkdir(parents=True)
+    given = received.parent / "given" / "runs" / "sweeps" / "s"
+    given.mkdir(parents=True)
     for line in (str(tmp_path / "mine"), "../../mine"):
-        (sweep / "runs.txt").write_text(f"{line}\n")
+        (given / "runs.txt").write_text(f"{line}\n")
         with pytest.raises(UserError, match="outside"):
-            runs.runs_in(str(sweep))
-    (sweep / "runs.txt").write_text("received\n")  # no folder there, but one of that name here
+            runs.runs_in(str(given))
+    (given / "runs.txt").write_text("received\n")  # no folder there, but one of that name here
     with pytest.raises(UserError, match="none of the 1 run folders"):
-        runs.runs_in(str(sweep))
+        runs.runs_in(str(given))
     own = received.parent / "runs" / "sweeps" / "s"  # one that was started here may have its runs on another disk
     own.mkdir(parents=True)
     (own / "runs.txt").write_text(f"{tmp_path / 'mine'}\n")
     assert runs.runs_in(str(own)) == [tmp_path / "mine"]
+
+
+@pytest.fixture
+def sweep_given(received: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """A sweep of the run twice, in sp. Gives `report sp` and returns the sentence with which it is refused."""
+    (received.parent / "sp").mkdir()
+    shutil.copytree(received, received.with_name("again"))
+    listed = f"{received.absolute()}\n{received.with_name('again').absolute()}\n"
+    (received.parent / "sp" / paths.LISTED).write_text(listed)
+    (received.parent / "sp" / paths.CELLS).write_text("".join(f'{{"folder": "{run}"}}\n' for run in listed.split()))
+
+    def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", [*(words or ("report", "sp"))])
+        with pytest.raises(SystemExit) as ended:
+            import_module(f"realera.{sys.argv[0]}").main()
+        said = capsys.readouterr()
+        lines = [line for line in said.err.splitlines() if line.startswith("error:")]
+        assert ended.value.code == 2 and len(lines) == 1 and "Traceback" not in said.err and SECRET not in said.err
+        return lines[0]
+
+    return refused
+
+
+@pytest.mark.parametrize("name", paths.OF_A_SWEEP)
+def test_files_of_a_sweep_are_no_links(
+    name: str, received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, page = received.parent / "sp", (received / paths.REPORT).read_text()
+    (given / name).unlink(missing_ok=True)
+    is_folder = name in (paths.TABLES, paths.FIGURES, paths.FAILED)
+    (given / name).symlink_to(received.parents[1] / "outside" / ("." if is_folder else "private.csv"))
+    assert f"{name} is a symbolic link" in sweep_given(capsys)
+    assert (received / paths.REPORT).read_text() == page
+
+
+@pytest.mark.parametrize("name", [paths.TABLES, paths.FIGURES])
+def test_the_folder_of_a_page_has_no_linked_tables(
+    name: str, received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = received.parent / "pages"
+    place.mkdir()
+    (place / name).symlink_to(received.parents[1] / "outside")
+    assert "is a symbolic link" in sweep_given(capsys, "report", "sp", "out=pages/page.html")
+    with pytest.raises(UserError, match="is a symbolic link"):
+        sweep_report.write_sweep([received], place / "page.html")
+
+
+@pytest.mark.parametrize("name", [paths.RESULTS, paths.README])
+def test_results_are_not_put_behind_a_link(
+    name: str, received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (received.parent / "sp" / name).symlink_to(received.parents[1] / "outside" / "private.csv")
+    assert "is a symbolic link" in sweep_given(capsys, "report", "sp", "results=sp")
+
+
+def test_a_new_sweep_is_not_begun_among_links(
+    received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs.sweep, "folder", lambda: received.parent / "runs" / "sweeps" / "s")
+    (received.parent / "runs" / "sweeps" / "s").mkdir(parents=True)
+    for name in (paths.LISTED, paths.CELLS):
+        place = received.parent / "runs" / "sweeps" / "s" / name
+        place.symlink_to(received.parents[1] / "outside" / "private.csv")
+        said = sweep_given(capsys, "evaluate", "-m", "run=received,again", "logger=none")
+        assert "is a symbolic link" in said
+        place.unlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_a_ledger_is_no_pipe_and_has_a_largest_size(received: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(received.parent / paths.CELLS)
+    assert sweep.read_cells(received.parent) == []
+    (received.parent / paths.CELLS).unlink()
+    (received.parent / paths.CELLS).write_bytes(b'{"folder": null}\n{"folder": "\xff"}\n' + rb'{"reason": "\ud800"}')
+    assert len(sweep.read_cells(received.parent)) == 1
+    monkeypatch.setattr(foreign.content, "__defaults__", (10,))
+    with pytest.raises(UserError, match="larger than"):
+        sweep.read_cells(received.parent)
 
 
 @pytest.mark.parametrize("words", [["evaluate", "run=received"], ["evaluate", "-m", "run=received,latest"]])

@@ -92,6 +92,7 @@ def make_room() -> None:
             f"{place}, where a sweep keeps its list of runs and its page, cannot be made ({error.strerror or error}): "
             "give the command in a folder that you may write to; root=FOLDER moves the runs alone."
         ) from error
+    runs.check_sweep(place)
 
 
 def make_room_for_trials(storage: str) -> None:

@@ -47,6 +47,12 @@ OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # what it leaves beside the e
 # The files of a sweep.
 SWEEPS = "sweeps"  # the folder of all sweeps, in that of the runs
 LISTED = "runs.txt"  # the run folders of a sweep, one a line
+CELLS = "cells.jsonl"  # how each job ended: see `sweep`
+PLAN = "plan.json"
+FAILED = "failed"  # tracebacks
+TABLES, FIGURES = "tables", "figures"  # beside the page
+RESULTS, README = "results.json", "README.md"  # of results=FOLDER
+OF_A_SWEEP = (LISTED, CELLS, PLAN, FAILED, REPORT, TABLES, FIGURES, RESULTS, "multirun.yaml")  # the last is Hydra's
 
 
 def cache_dir() -> Path:

@@ -187,7 +187,7 @@ def show(plan: Plan, place: Path | None = None) -> None:
     """Prints the plan and, where a folder is given, leaves it there as plan.json."""
     console.show_plan(asdict(plan))
     if place is not None:
-        paths.write_text(place / "plan.json", paths.json_text(asdict(plan), indent=1) + "\n")
+        paths.write_text(place / paths.PLAN, paths.json_text(asdict(plan), indent=1) + "\n")
 
 
 def _steps(method: Mapping[str, Any], concepts: int) -> int:

@@ -21,14 +21,18 @@ def report(cfg: DictConfig) -> None:
         raise UserError(f"base={config['base']} compares systems, and one run was given: give several.")
     for folder in folders:
         runs.check_files(folder)
+    for name in names:
+        runs.check_sweep(Path(name))
     sweeps = [Path(name) for name in names if (Path(name) / sweep.CELLS).is_file()]
     several = len(folders) > 1 or config["out"] is not None or bool(sweeps)
     out = (
         Path(str(config["out"])) if config["out"] else (Path(names[0]) if len(names) == 1 else runs.ROOT) / paths.REPORT
     )
     preflight.check_writable(out.parent, "out")
+    paths.no_links(out.parent, (paths.TABLES, paths.FIGURES) if several else ())
     if config["results"]:
         preflight.check_writable(Path(str(config["results"])), "results")
+        paths.no_links(Path(str(config["results"])), (paths.RESULTS, paths.README))
 
     from realera.evaluation import sweep_report  # pillow and jinja: loaded when nothing is left to refuse
     from realera.evaluation.report import write_report

@@ -294,6 +294,11 @@ def check_files(folder: Path) -> None:
     paths.no_links(folder, (*FILES, *FOLDERS, paths.LOCK))
 
 
+def check_sweep(folder: Path) -> None:
+    """Raises UserError where one of a sweep's own files and folders is a symbolic link."""
+    paths.no_links(folder, paths.OF_A_SWEEP)
+
+
 def difference(old: Any, new: Any, at: str = "") -> str:
     """The first place where two configs differ, as "seed: 0 there, 1 here"; empty where they are equal."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -309,11 +314,13 @@ def runs_in(name: str) -> list[Path]:
     """The run folders that a name stands for: a run, a sweep, or a folder of runs.
 
     Raises:
-        UserError: there is no run, or none of those that a sweep lists stands where it is looked for.
+        UserError: there is no run, or none of those that a sweep lists stands where it is looked for, or a file of the
+            sweep is a symbolic link.
     """
     folder = Path(name)
     if (folder / paths.CONFIG).is_file():
         return [folder]
+    check_sweep(folder)
     if (folder / paths.LISTED).is_file():
         listed = [listed_by(folder, line) for line in listed_in(folder / paths.LISTED)]
         if listed and not any(run.is_dir() for run in listed):
@@ -328,7 +335,8 @@ def runs_in(name: str) -> list[Path]:
 
 def listed_in(file: Path) -> list[str]:
     """The lines of a sweep's list of runs, each once; none if it cannot be read. A torn line names no folder, and is
-    passed over like that of a run that was deleted."""
+    passed over like that of a run that was deleted. Raises UserError for a symbolic link."""
+    paths.inside(file.parent, file.name)
     try:
         lines = foreign.lines(file, errors="replace")
     except (OSError, ValueError):

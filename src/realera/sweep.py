@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from realera import complaints, devices, disk, foreign, paths, runs, shapes
 from realera.contracts import UserError
 
-CELLS, LISTED, FAILED = "cells.jsonl", paths.LISTED, "failed"
+CELLS, LISTED, FAILED = paths.CELLS, paths.LISTED, paths.FAILED
 STAMP = "REALERA_STAMP"
 LAUNCH = "REALERA_LAUNCH"  # which call of a command began a job, wherever the job runs
 DONE, FOUND, REFUSED, BROKEN = "done", "found", "refused", "failed"
@@ -112,10 +112,19 @@ def system(config: Mapping[str, Any]) -> str:
 
 
 def read_cells(place: Path, launch: str | None = None) -> list[Cell]:
-    """The ledger's cells, or those of one launch, their folders as they are found from here; no torn lines."""
+    """The ledger's cells, or those of one launch, their folders as they are found from here; no torn lines.
+
+    Raises:
+        UserError: a file of the sweep is a symbolic link, or the ledger cannot be read.
+    """
+    runs.check_sweep(place)
     file = place / CELLS
+    try:
+        lines = foreign.content(file).splitlines() if file.is_file() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): remove it, and the page does without it.") from error
     found = []
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
+    for line in lines:
         try:
             cell = Cell(**foreign.json_of(line.decode("utf-8")))
         except (ValueError, TypeError):
@@ -128,8 +137,12 @@ def read_cells(place: Path, launch: str | None = None) -> list[Cell]:
 
 
 def own_cells() -> list[Cell]:
-    """The cells that this process, or its workers, have come to the end of."""
-    return read_cells(folder(), os.environ[LAUNCH])
+    """The cells that this process, or its workers, have come to the end of; none of a folder that was refused before
+    the first job."""
+    try:
+        return read_cells(folder(), os.environ[LAUNCH])
+    except UserError:
+        return []
 
 
 def status(cells: Iterable[Cell]) -> int:

@@ -31,7 +31,6 @@ from realera.evaluation.sweep_tables import tables
 from realera.evaluation.trends import too_many
 
 TEMPLATE = "sweep.html.j2"
-TABLES, FIGURES = "tables", "figures"  # folders beside the page
 LOST = ("failed", "refused")  # states of a cell without a run
 
 
@@ -50,8 +49,10 @@ def write_sweep(
     or not judged are counted.
 
     Raises:
-        UserError: none of the runs is finished, a file of one is torn, or no system has the name of `base`.
+        UserError: none of the runs is finished, a file of one is torn, no system has the name of `base`, or the folder
+            of the tables or figures is a symbolic link.
     """
+    paths.no_links(out.parent, (paths.TABLES, paths.FIGURES))
     read = _read(folders, cells)
     known = [run for run in read if run is not None]
     if not known:
@@ -78,10 +79,10 @@ def write_sweep(
     for part, found in zip(parts, figured):
         part["families"] = found
         for table in part["tables"]:
-            written += table_forms.write(table, out.parent / TABLES)
+            written += table_forms.write(table, out.parent / paths.TABLES)
         figures: Iterable[Surface | Line | Scatter] = [figure for f in part["families"] for figure in f.figures]
         for figure in [*figures, *([part["scatter"]] if part["scatter"] else [])] if with_plots else ():
-            written += sweep_plots.write(figure, out.parent / FIGURES)
+            written += sweep_plots.write(figure, out.parent / paths.FIGURES)
     content = {
         "count": len(known),
         "chapters": parts,

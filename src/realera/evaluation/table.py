@@ -227,9 +227,9 @@ def write_results(run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path,
         if run in judges:
             cells.append(replace(read_cell(run, judge), system=system))
     results = {"judge": judge, **table(cells)}
-    out = folder / "results.json"
+    out = folder / paths.RESULTS
     paths.write_text(out, paths.json_text(results, indent=1, ensure_ascii=False) + "\n")
-    readme = folder / "README.md"
+    readme = folder / paths.README
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     before, start, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
