@@ -510,6 +510,15 @@ def test_a_ledger_is_no_pipe_and_has_a_largest_size(received: Path, monkeypatch:
         sweep.read_cells(received.parent)
 
 
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\0" * 50], ids=["empty", "blank", "NULs"])
+def test_a_sweep_that_lists_nothing_is_refused(
+    content: bytes, received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (received.parent / "sp" / paths.LISTED).write_bytes(content)
+    (received.parent / "sp" / paths.CELLS).unlink()
+    assert "sp lists no run" in sweep_given(capsys)
+
+
 @pytest.mark.parametrize("words", [["evaluate", "run=received"], ["evaluate", "-m", "run=received,latest"]])
 def test_the_command_itself_says_one_sentence(
     words: list[str], received: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

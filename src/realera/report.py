@@ -24,6 +24,8 @@ def report(cfg: DictConfig) -> None:
     for name in names:
         runs.check_sweep(Path(name))
     sweeps = [Path(name) for name in names if (Path(name) / sweep.CELLS).is_file()]
+    if not folders and not sweeps:
+        raise UserError(f"{names[0]} lists no run in its {paths.LISTED}: name the runs themselves, or another folder.")
     several = len(folders) > 1 or config["out"] is not None or bool(sweeps)
     out = (
         Path(str(config["out"])) if config["out"] else (Path(names[0]) if len(names) == 1 else runs.ROOT) / paths.REPORT
