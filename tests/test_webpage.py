@@ -101,6 +101,13 @@ def test_a_seed_is_a_number_of_19_digits_at_most(seed: str) -> None:
         assert ask(port, "/draw?prompt=a%00b&seed=1")[0] == 400
 
 
+@pytest.mark.parametrize("path", ["/draw?prompt=a&seed=1" + "&x=1" * 10, "http://[half", "/?" + "&".join(["x=1"] * 20)])
+def test_an_address_that_cannot_be_read_is_answered(path: str) -> None:
+    with served(lambda prompt, seed: pytest.fail("drawn")) as port:
+        status, _, body = ask(port, path, Host=f"127.0.0.1:{port}")
+        assert status == 400 and b"cannot be read" in body
+
+
 def test_other_methods_and_long_lines_are_refused() -> None:
     with served(nothing) as port:
         for method in ("POST", "PUT", "DELETE", "OPTIONS", "HEAD", "TRACE"):

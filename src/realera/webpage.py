@@ -98,7 +98,12 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[B
             if not self.is_ours():
                 self.tell(403, {"error": "this page answers its own requests only"})
                 return
-            address = urlsplit(self.path)
+            try:
+                address = urlsplit(self.path)
+                asked = parse_qs(address.query, max_num_fields=10)
+            except ValueError:  # too many fields, or a path that is half an address
+                self.tell(400, {"error": "this address cannot be read: give a prompt and a seed, nothing else"})
+                return
             if address.path == "/":
                 self.answer(200, "text/html; charset=utf-8", page)
             elif address.path == "/page.js":
@@ -106,7 +111,7 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[B
             elif address.path == "/about":
                 self.tell(200, about)
             elif address.path == "/draw":
-                self.drawn(parse_qs(address.query, max_num_fields=10))
+                self.drawn(asked)
             else:
                 self.tell(404, {"error": "no such page"})
 
