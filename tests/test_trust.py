@@ -367,6 +367,7 @@ def numbers(**changes: Any) -> Attack:
     return spoil
 
 
+NONE = {**dict.fromkeys(("value", "low", "high", "scored")), "n": 0, "unscored": 0, "mode": "top1"}
 NAMES: dict[str, Attack] = {
     "a picture above": row(file="../../outside/private.png"),
     "a picture above, within images": row(file="images/../../../outside/private.png"),
@@ -380,6 +381,10 @@ NAMES: dict[str, Attack] = {
     "a judge above": numbers(protocol__judge__judge="../../../outside/canary"),
     "a judge that is no text": numbers(protocol__judge__judge=["x"]),
     "a list as protocol": numbers(protocol=[]),
+    "a measure of H_o that is none": numbers(h_o_terms=["zz", "acc_s"]),
+    "half an interval": numbers(main__acc_e__high=None),
+    "concepts without their measure": numbers(concepts={"cat": {}}),
+    "concepts of several measures": numbers(concepts={"cat": {"acc_e": NONE, "acc_g": NONE}, "dog": {"acc_e": NONE}}),
     "numbers that are none": numbers(main={"acc_e": "high"}),
     "deep numbers": lambda run: (run / paths.METRICS).write_text("[" * 100_000) and None,
 }
@@ -406,6 +411,12 @@ def test_what_is_judged_again_is_of_the_folder(attack: str, received: Path, give
     if "above" in attack and "judge" not in attack:
         give("report")
         assert all(row.path(received).is_file() for row in read_manifest(received))
+
+
+def test_a_run_without_readings_is_shown_all_the_same(received: Path, give: Callable[[str], None]) -> None:
+    numbers(headline={})(received)
+    for command in ("report", "report-several"):
+        give(command)
 
 
 def test_the_task_of_a_run_names_no_file_above(received: Path, give: Callable[[str], None]) -> None:

@@ -82,14 +82,23 @@ VERDICT = {
     "value": maybe(number),
     "detail": {"score?": maybe(number), "detected?": maybe(number), "boxes?": maybe({...: whole})},
 }
-ESTIMATE = {"value": maybe(number), "low": maybe(number), "high": maybe(number), "n": whole, "unscored": whole}
-MAIN = {...: {**ESTIMATE, "scored": maybe(number), "mode": str}}
+
+
+def estimate(**more: Any) -> Any:
+    """A number with both ends of its interval, or with neither."""
+    numbers = dict.fromkeys(("value", "low", "high"), maybe(number))
+    shape = {**numbers, "n": whole, "unscored": whole, **more}
+    return lambda value: fits(value, shape) and (value["low"] is None) == (value["high"] is None)
+
+
+ESTIMATE = estimate()
+MAIN = {...: estimate(scored=maybe(number), mode=str)}
 BOXES = {"boxes": whole, "images": whole}
 SEEN = {"split": one_of(*SPLITS), "prompt": str, **{f"{mode}?": maybe(number) for mode in MODES}}
 NUMBERS = {
     "main": MAIN,
     **{f"{mode}?": {...: ESTIMATE} for mode in MODES},
-    "concepts?": {...: MAIN},
+    "concepts?": lambda blocks: fits(blocks, {...: {"acc_e": dict}}) and fits(blocks, {...: MAIN}) and _alike(blocks),
     "counts?": {...: {"classes": {...: BOXES}, "apart": {...: BOXES}, "total": BOXES, "n": whole}},
     "by_prompt?": [SEEN],
 }
@@ -132,6 +141,11 @@ CHANGE = {
 }
 EDIT = {**CHANGE, "finish?": maybe(CHANGE)}
 ALIGN = maybe({"steps?": maybe(number), "lora?": maybe(dict)})
+
+
+def _alike(blocks: Mapping[str, Any]) -> bool:
+    """Whether all concepts have the same measures, which are the columns of their table."""
+    return len({frozenset(block) for block in blocks.values()}) <= 1
 
 
 def _all_numbers(numbers: Mapping[str, Any]) -> bool:

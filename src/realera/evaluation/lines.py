@@ -196,7 +196,9 @@ def others(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     for judge, numbers in (metrics.get("judges") or {}).items() if metrics else ():
         part, read = "main", ""
         if all(e["value"] is None for e in numbers["main"].values()):
-            part = read = next((m for m in modes(numbers) if numbers[m]["acc_e"]["value"] is not None), "main")
+            part = read = next(
+                (m for m in modes(numbers) if (numbers[m].get("acc_e") or {}).get("value") is not None), "main"
+            )
         now, before = numbers[part], (numbers.get("original") or {}).get(part, {})
         rows = []
         for name in ORDER:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from realera import foreign, paths, shapes
 from realera.contracts import Prompt, UserError, Verdict
-from realera.evaluation.readings import H_O_TERMS, MEASURES, main_entry
+from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, MEASURES, main_entry
 
 Which = Literal["erased", "original"]
 FORM = 2  # of metrics.json
@@ -135,8 +135,9 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path} is torn: delete it, and judge the run again") from None
     if not known:
         raise UserError(f"{path} is of another version of realera: judge the run again (evaluate run={run_dir})")
-    if not shapes.fits(metrics, shapes.METRICS):
+    if not shapes.fits(metrics, shapes.METRICS) or not set(metrics["h_o_terms"]) <= {*MEASURES.values()}:
         raise UserError(f"{path} holds what no run writes: delete it, and judge the run again (evaluate run={run_dir})")
+    metrics["headline"] = {**MEAN_PROB, **metrics["headline"]}  # a run may lack a measure that it has no images of
     return metrics
 
 
