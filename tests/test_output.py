@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from rich.table import Table
 
 import realera
 from quick import slow_unless
-from realera import console, output, surroundings
+from realera import cli, complaints, console, output, surroundings, sweep
 from realera.contracts import UserError
 
 SOURCE = str(Path(realera.__file__).parents[1])
@@ -179,3 +180,33 @@ def test_the_work_is_done_whatever_the_console_does(ending: str, small: list[str
     done = shell(f"door.train {' '.join(words)} {ending}", tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("runs/*/report.html"))
+
+
+def test_a_log_line_is_one_line_and_a_traceback_several() -> None:
+    screen = io.StringIO()
+    handler = logging.StreamHandler(screen)
+    handler.setFormatter(output.OneLine("%(message)s"))
+    for text in ("verdicts/a\x1b[2Jb.json", "evil\nline two", "\x9b\u2066\u200f\u2028", "façade → 1"):
+        handler.emit(logging.LogRecord("realera", logging.INFO, "", 0, "%s is torn", (text,), None))
+    wanted = [r"verdicts/a\x1b[2Jb.json", r"evil\x0aline two", r"\x9b\u2066\u200f\u2028", "façade → 1"]
+    assert screen.getvalue().splitlines() == [f"{text} is torn" for text in wanted]
+    try:
+        raise ValueError("\x1b[2J")
+    except ValueError:
+        handler.emit(logging.LogRecord("realera", logging.INFO, "", 0, "lost", (), sys.exc_info()))
+    told = screen.getvalue().splitlines()
+    assert told[5].startswith("Traceback") and told[-1] == r"ValueError: \x1b[2J"
+
+
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sweep.fail("there is no setting 'evil\nline two\x1b[2J'")
+    assert capsys.readouterr().err == "error: there is no setting 'evil\\x0aline two\\x1b[2J'\n"
+    assert complaints.of_step(UserError("a\nb\x1b[2J")) == r"a\x0ab\x1b[2J"  # which a sweep prints, cell by cell
+
+
+def test_the_log_of_the_doors_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.log, "handlers", [])
+    monkeypatch.setattr(cli.log, "propagate", True)
+    cli.set_up_log()
+    assert all(isinstance(handler.formatter, output.OneLine) for handler in cli.log.handlers)

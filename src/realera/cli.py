@@ -300,7 +300,7 @@ def set_up_log() -> None:
     log.setLevel(logging.WARNING if is_helper() else logging.INFO)
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+        handler.setFormatter(output.OneLine("%(asctime)s  %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
         log.propagate = False
     for noisy in ("lightning.pytorch", "httpx", "diffusers", "transformers"):

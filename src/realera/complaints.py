@@ -58,6 +58,11 @@ def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
 
 def of_step(error: Exception) -> str | None:
     """The sentence for an error that a run met, or None where the fault is the code's and not the settings'."""
+    sentence = _of_step(error)
+    return None if sentence is None else paths.printable(sentence)
+
+
+def _of_step(error: Exception) -> str | None:
     if told := _told(error):
         return told
     if not isinstance(error, NotBuilt):
@@ -86,7 +91,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """An exception's message without its tail of positions and advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return paths.printable(lines[0]) if lines else type(error).__name__
 
 
 def _told(error: BaseException) -> str | None:

@@ -1,6 +1,6 @@
 """The console may be narrow (ASCII, cp1252), closed, full, or go away: no run ends for it, and the exit status tells.
 
-Standard library only.
+The standard library, and nothing heavy of ours.
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import logging
 import os
 import select
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
+
+from realera.paths import printable
 
 PLAIN = {"→": "->", "↓": "v", "↑": "^", "…": "...", "–": "-", "—": "-", "·": "-", "×": "x", "±": "+-", "’": "'"}
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)  # a reader or terminal that is no more
@@ -59,6 +62,17 @@ def plainly(error: UnicodeError) -> tuple[str, int]:
     letters = error.object[error.start : error.end]
     said = (PLAIN.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in letters)
     return "".join(said), error.end
+
+
+class OneLine(logging.Formatter):
+    """A log line is one line, whatever text of a file is in it; only a traceback has several."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
 def lost() -> OSError | None:

@@ -124,6 +124,17 @@ def plain(text: str) -> str:
     return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)[:80].strip(".-") or "unnamed"
 
 
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A text as one line that a terminal only shows: control characters, which could move its cursor or name its
+    window, marks that turn the direction of writing, and line breaks become \\xNN or \\uNNNN."""
+    return UNSEEN.sub(
+        lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text
+    )
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Yields a path to write to; what was written there takes `path`'s place at the end, or vanishes on an exception.

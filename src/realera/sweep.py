@@ -59,7 +59,7 @@ def refuse_lone(settings: Mapping[str, Any]) -> None:
 
 def fail(sentence: str) -> NoReturn:
     """Says what is wrong and leaves with exit status 2."""
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {paths.printable(sentence)}", file=sys.stderr)
     sys.exit(2)
 
 
