@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,10 @@ from realera import console, runs, train
 from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation.metrics import summarise
 from realera.evaluation.readings import MEAN_PROB
+from realera.training.callbacks import FitProgress
 from sweeps import judged as judged_run
+
+METHODS = Path(console.__file__).parent / "methods"
 
 
 def shown(metrics: Mapping[str, Any]) -> str:
@@ -69,6 +75,55 @@ def test_markup_in_a_concept_is_printed_as_it_is() -> None:
     metrics = judged(MEAN_PROB, ("acc_e", "acc_s"), concepts=2)
     metrics["concepts"] = {"[red]x[/red]": metrics["concepts"]["concept 0"]}
     assert "[red]x[/red]" in shown(metrics)
+
+
+HOSTILE = "cat[/b] [red]x[/red] \x1b]0;owned\x07\nhttps://evil\x9b2J \u202egnp"
+SAID = r"cat[/b] [red]x[/red] \x1b]0;owned\x07\x0ahttps://evil\x9b2J \u202egnp"
+
+
+def test_texts_of_settings_and_files_are_shown_as_one_plain_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Wherever one is shown: markup and control characters reach no terminal, and our own line breaks stay."""
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(width=400, file=screen, force_terminal=False))
+    metrics = judged(dict.fromkeys(MEAN_PROB, "top1"), ("acc_e", "acc_s"), concepts=2)
+    metrics["concepts"] = {HOSTILE: metrics["concepts"]["concept 0"]}
+    metrics["main"][f"acc_{HOSTILE}"] = metrics["main"]["acc_e"]
+    metrics["sets"] = {HOSTILE: {HOSTILE: 1.0}}
+    monkeypatch.setattr(console.costs, "read", lambda folder: {})
+    monkeypatch.setattr(console.cost, "sentence", lambda record: HOSTILE)
+    console.show_run(tmp_path, metrics, HOSTILE)
+    cell = {"state": "refused", "reason": HOSTILE, "overrides": [HOSTILE]}
+    console.show_cells([cell])
+    numbers = dict.fromkeys(("images", "original_images", "judged", "train_steps", "finished", "refused", "cells"), 1)
+    console.show_plan({**numbers, "hours": None, "basis": HOSTILE, "refusals": {HOSTILE: 1}})
+    console.show_path(HOSTILE, HOSTILE)
+    with console.bar(HOSTILE, 1) as advance:
+        advance(1)
+    said = screen.getvalue()
+    assert said.count(SAID) == 12, said
+    assert len(said.splitlines()) > 20
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", said)
+
+
+def test_a_training_s_bar_takes_its_words_as_plain_text() -> None:
+    progress = FitProgress(f"Aligning noise ({HOSTILE})")
+    progress.on_train_start(SimpleNamespace(is_global_zero=True, max_steps=2, global_step=0), None)  # type: ignore[arg-type]
+    assert progress.bar is not None
+    screen = Console(width=200, file=io.StringIO(), force_terminal=False)
+    with screen.capture() as capture:
+        screen.print(progress.bar.get_renderable())
+    progress._stop()
+    assert SAID in capture.get()
+
+
+@pytest.mark.parametrize("file", sorted(METHODS.glob("*.py")), ids=lambda file: file.stem)
+def test_the_bars_of_methods_take_no_markup(file: Path) -> None:
+    """Concepts are named in them."""
+    text = file.read_text(encoding="utf-8")
+    assert text.count("{task.description}") == text.count('"{task.description}", markup=False')
+    assert not re.search(r"add_task\((f|title)", text), "printable() is for texts that a setting gives"
 
 
 def test_nothing_is_erased_by_the_original_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ from realera.evaluation.readings import (
     some_unscored,
     symbol,
 )
+from realera.paths import printable
 
 console = Console()
 STATES = {"done": "done", "found": "found finished", "refused": "refused", "failed": "failed"}  # of a sweep's cells
@@ -44,8 +45,8 @@ MOST = 10  # reasons of refused cells that a plan shows; plan.json has them all
 
 @contextmanager
 def bar(what: str, total: int, rate: str | None = None) -> Iterator[Callable[[int], None]]:
-    """A progress bar that says what is being done; yields the function that is told how many more are done. rate: the
-    unit of how fast, such as "captions/s"."""
+    """A progress bar that says what is being done (plain text, no markup); yields the function that is told how many
+    more are done. rate: the unit of how fast, such as "captions/s"."""
     columns = (
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
@@ -56,7 +57,7 @@ def bar(what: str, total: int, rate: str | None = None) -> Iterator[Callable[[in
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(_plain(what), total=total)
         yield lambda done: progress.advance(task, done)
 
 
@@ -83,7 +84,7 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
     main = metrics["main"]
     before = (metrics.get("original") or {}).get("main")
     modes = [mode_of(main, name) for name in ORDER if name in main and name != "h_o" and _measured(main[name])]
-    table = Table(title=title, title_justify="left", caption=_caption(modes, metrics), caption_justify="left")
+    table = Table(title=_plain(title), title_justify="left", caption=_caption(modes, metrics), caption_justify="left")
     units = {READINGS[mode].unit for mode in modes if mode}
     table.add_column("%" if units <= {"%"} else "", no_wrap=True)
     if before:
@@ -95,7 +96,7 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
         cells = [_cell(was)] if before else []
         table.add_row(label, *cells, _cell(now), _images(now), end_section=end)
 
-    width = max((len(head(name, mode_of(main, name))) for name in main), default=0)
+    width = max((len(head(name, mode_of(main, name))) for name in ORDER if name in main), default=0)
     for name in ORDER:
         if name in main and _measured(main[name]):
             what = f"{near(metrics.get('protocol') or {})}s" if name == "acc_g" else WHAT[name]
@@ -104,9 +105,10 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
             add(label, main[name], (before or {}).get(name), end=last)
     concepts = metrics.get("concepts", {})
     originals = (metrics.get("original") or {}).get("concepts", {})
-    table.rows[-1].end_section = True
+    if table.rows:
+        table.rows[-1].end_section = True
     for concept in list(concepts)[:MOST_CONCEPTS]:
-        add(escape(concept), concepts[concept]["acc_e"], originals.get(concept, {}).get("acc_e"))
+        add(_plain(concept), concepts[concept]["acc_e"], originals.get(concept, {}).get("acc_e"))
     if len(concepts) > MOST_CONCEPTS:
         table.add_row(f"and {len(concepts) - MOST_CONCEPTS} more in {paths.METRICS}")
     return table
@@ -118,9 +120,9 @@ def show_run(folder: Path, metrics: Mapping[str, Any], title: str, erased: str =
     console.print(results(metrics, title, erased))
     for judge, numbers in metrics.get("sets", {}).items():
         values = (f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, (int, float)))
-        console.print(f"{judge}: {', '.join(values)}", highlight=False, markup=False)
+        _say(f"{judge}: {', '.join(values)}")
     if spent := cost.sentence(costs.read(folder)):
-        console.print(f"cost: {spent}", highlight=False, markup=False)
+        _say(f"cost: {spent}")
     if (folder / paths.ERASED).is_file():
         show_path("weights", folder / paths.ERASED)
     if (folder / paths.REPORT).is_file():
@@ -140,9 +142,9 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     table.add_row("training steps", f"{plan['train_steps']:,}")
     table.add_row("hours", "?" if plan["hours"] is None else f"{plan['hours']:.{1 if plan['hours'] >= 10 else 2}f}")
     console.print(table)
-    console.print(f"hours: {plan['basis']}", highlight=False, markup=False)
+    _say(f"hours: {plan['basis']}")
     for reason, cells in list(plan["refusals"].items())[:MOST]:
-        console.print(f"refused ({cells}): {reason}", highlight=False, markup=False)
+        _say(f"refused ({cells}): {reason}")
     if (more := len(plan["refusals"]) - MOST) > 0:
         console.print(f"and {more} more reasons")
 
@@ -158,13 +160,23 @@ def show_cells(cells: Sequence[Mapping[str, Any]]) -> None:
         table = Table("cell", "reason", title="not done", title_justify="left")
         for cell in lost:
             own = [word for word in cell["overrides"] if word not in shared or len(cells) == 1]
-            table.add_row(escape(" ".join(own)), escape(cell["reason"]))
+            table.add_row(_plain(" ".join(own)), _plain(cell["reason"]))
         console.print(table)
 
 
 def show_path(what: str, path: Path | str) -> None:
     """A path, or an address, on a line of its own, never wrapped, so that it can be copied."""
-    console.print(f"{what}: {path}", soft_wrap=True, highlight=False, markup=False)
+    console.print(printable(f"{what}: {path}"), soft_wrap=True, highlight=False, markup=False)
+
+
+def _say(line: str) -> None:
+    """A line in which there may be texts of settings and files."""
+    console.print(printable(line), highlight=False, markup=False)
+
+
+def _plain(text: str) -> str:
+    """A text of settings or files where rich takes markup: as it is, on one line."""
+    return escape(printable(text))
 
 
 def _cell(estimate: Mapping[str, Any] | None) -> str:
@@ -195,5 +207,7 @@ def _caption(modes: Sequence[str | None], metrics: Mapping[str, Any]) -> str:
     for name, now in metrics["main"].items():
         found = [e["scored"] for e in (before.get(name), now) if e and e["scored"] is not None]
         if found and name != "h_o":
-            shares.append(f"{'_'.join(symbol(name, now['mode']))} {' → '.join(f'{share:.0f}' for share in found)}")
+            shares.append(
+                f"{_plain('_'.join(symbol(name, now['mode'])))} {' → '.join(f'{share:.0f}' for share in found)}"
+            )
     return f"{text}\nscored (the others count nowhere), %: {', '.join(shares)}"

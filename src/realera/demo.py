@@ -47,9 +47,8 @@ def demo(cfg: DictConfig) -> None:
     if host in EVERYWHERE:
         cli.log.warning("host=%s: everybody in this network may draw", host)
     with server:
-        console.console.print(
-            f"page to open: http://{f'[{host}]' if ':' in host else host}:{server.server_port}/   (Ctrl-C ends it)"
-        )
+        name = f"[{host}]" if ":" in host else host
+        console.show_path("page to open", f"http://{name}:{server.server_port}/   (Ctrl-C ends it)")
         try:
             server.serve_forever()
         except KeyboardInterrupt:  # the way to end it: there is nothing to go on with

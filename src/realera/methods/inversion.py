@@ -21,6 +21,7 @@ from realera.kinds import LearningRate, NonNegative, Number, Share, Template, Tr
 from realera.ledger import kept
 from realera.methods.latents import AnchorBank
 from realera.methods.texts import on_cpu, predict, repeat
+from realera.paths import printable
 
 Tokens = Annotated[int, Number(1, 64, whole=True)]
 
@@ -77,9 +78,14 @@ class TextualInversion:
         random = goal * normalize(torch.randn(self.tokens, own.shape[-1], generator=generator), dim=-1)
         vectors = torch.cat([own, random])[: self.tokens].clone().requires_grad_(True)
         optimizer = torch.optim.AdamW([vectors], lr=self.lr, weight_decay=self.weight_decay)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+        )
         with Progress(*columns, TimeRemainingColumn()) as bar, backbone.original(), torch.enable_grad():
-            task = bar.add_task(f"Inverting '{name}'", total=self.steps)
+            task = bar.add_task(printable(f"Inverting '{name}'"), total=self.steps)
             for step in range(1, self.steps + 1):
                 z_t, timesteps, *more = self.images(backbone, concept, generator)
                 texts = repeat(self._prompt(backbone, name, vectors), 0, len(z_t))

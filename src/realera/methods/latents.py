@@ -17,6 +17,7 @@ from realera.contracts import Backbone, Pair, Sampler, TextStates
 from realera.kinds import Batch, Count
 from realera.ledger import kept
 from realera.methods.texts import take
+from realera.paths import printable
 
 FIRST_SEED = 1_000_000  # far from the small seeds that evaluation draws its images with
 SEEDS = 2**63  # that torch's generators take; the products of large ones go round
@@ -108,10 +109,10 @@ def drawn(
     with the next chunk; each says what it cost (`ledger`).
     """
     folder = bank_folder(backbone, states, images, chunk, sampler, cache, seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
     chunks = []
     with Progress(*columns, TimeRemainingColumn()) as bar, torch.no_grad(), backbone.original():
-        task = bar.add_task(title, total=images)
+        task = bar.add_task(printable(title), total=images)
         for start in range(0, images, chunk):
             numbers = range(start, min(start + chunk, images))
             file = folder / f"{start:05d}.safetensors"

@@ -168,7 +168,12 @@ class Fisher:
             with safe_open(entry.file, framework="pt") as opened:
                 entry.read(opened.metadata())
                 sums = {name: opened.get_tensor(name).to(value.device) for name, value in sums.items()}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images"),
+        )
         with Progress(*columns, TimeRemainingColumn(), disable=not ranks.first) as bar, backbone.original():
             task = bar.add_task("Fisher information", total=len(images) + len(share), completed=len(images))
             for start in range(0, len(share), self.chunk):

@@ -18,7 +18,7 @@ from realera.closed_form import spectrum
 from realera.contracts import Edit, Neighbours, Prompt
 from realera.costs import Meter
 from realera.ledger import ledger
-from realera.paths import EDIT_INFO, MAP, NEIGHBOURS, json_text, write_text
+from realera.paths import EDIT_INFO, MAP, NEIGHBOURS, json_text, printable, write_text
 from realera.ranks import ALONE, Ranks, patient_group
 from realera.training.checkpoint import Origin, save_map, save_neighbours, tensors_of
 from realera.training.module import ErasureModule, trains
@@ -215,14 +215,14 @@ class FitProgress(Callback):
     """A bar over the loop's steps with the loss beside it."""
 
     def __init__(self, description: str) -> None:
-        self.description = description
+        self.description = printable(description)
         self.bar: Progress | None = None
         self.task = TaskID(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             self.bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("steps  loss {task.fields[loss]}"),
