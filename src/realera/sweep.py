@@ -268,6 +268,6 @@ def close(cells: list[Cell]) -> int:
             page = write_sweep(whole, folder() / paths.REPORT, [asdict(cell) for cell in read_cells(folder())])
             console.show_path("page to open", page)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {paths.printable(str(error))}", file=sys.stderr)
             return status(cells) or 2
     return status(cells)
