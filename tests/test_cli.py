@@ -137,6 +137,7 @@ def test_bad_input_gets_one_sentence(words: tuple[str, ...], typed: Callable[...
     assert not (tmp_path.parent / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", slow_unless([".inf", "inf"], "inf"))
 def test_an_expectation_as_the_help_spells_it(spelling: str, tmp_path: Path) -> None:
     """Hydra's command line reads .inf as a word, yaml as a number."""

@@ -93,7 +93,7 @@ def test_every_task_names_prompts_and_its_judges(task: str, backbone: str) -> No
     assert ("judge", judge) in OPTIONS
 
 
-@pytest.mark.parametrize("backbone", slow_unless(BACKBONES, "mini", "sdxl"))
+@pytest.mark.parametrize("backbone", slow_unless(BACKBONES, "mini"))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_built_and_can_mine_what_it_asks_for(method: str, backbone: str) -> None:
     config = composed("train", "concept=airplane", f"backbone={backbone}", f"method={method}")

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import walk
+from quick import slow_unless
 from realera import cli, preflight, schema
 from realera.contracts import UserError
 from realera.judges.elsewhere import placed
@@ -81,7 +82,7 @@ def test_every_leaf_refuses_or_takes_what_it_is_given(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("group", "option"), ALL, ids=lambda value: str(value) or "door")
+@pytest.mark.parametrize(("group", "option"), slow_unless(ALL, *ALL[::5]), ids=lambda value: str(value) or "door")
 def test_a_value_where_settings_stand_is_refused(group: str, option: str) -> None:
     """method.edit=5, task.images=[], ..., and a group that is gone."""
     door, config, _ = walk.walked(group, option)

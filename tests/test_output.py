@@ -36,7 +36,7 @@ DRY = "concept=airplane backbone=mini dry_run=true"
 @pytest.mark.parametrize(
     ("command", "status", "says"),
     [
-        (f"door.train {DRY} | cat", 0, ""),
+        pytest.param(f"door.train {DRY} | cat", 0, "", marks=pytest.mark.slow),
         pytest.param(f"door.train {DRY} | sleep 0", 128 + 13, "", marks=pytest.mark.slow),
         (f"door.train {DRY} >/dev/full", 2, "error: standard output cannot be written (No space left on device)."),
         pytest.param(
@@ -73,7 +73,7 @@ def test_every_help_fits_every_console(door: str, encoding: str, tmp_path: Path)
 PLAIN_C = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
 
 
-@pytest.mark.parametrize("locale", slow_unless([{"PYTHONIOENCODING": "ascii"}, PLAIN_C], PLAIN_C))
+@pytest.mark.parametrize("locale", slow_unless([{"PYTHONIOENCODING": "ascii"}, PLAIN_C]))
 def test_a_locale_without_accents(locale: dict[str, str], tmp_path: Path) -> None:
     done = shell(
         """door.train 'concept="café"' 'anchor="é"' backbone=mini dry_run=true""", tmp_path, PYTHONUTF8="0", **locale

@@ -41,6 +41,7 @@ def name(*words: str) -> str:
     return study.name_of(swept(*SEARCH, *words))
 
 
+@pytest.mark.slow
 def test_only_the_same_search_shares_a_study() -> None:
     gun = ["concept=gun", "anchor=room"]
     first = name(*gun)

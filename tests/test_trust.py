@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
+from quick import slow_unless
 from realera import (
     cli,
     foreign,
@@ -244,7 +245,7 @@ def test_settings_of_a_folder_are_data(attack: str, received: Path, give: Callab
     assert not (received.parent / "out").exists()
 
 
-@pytest.mark.parametrize("attack", SETTINGS)
+@pytest.mark.parametrize("attack", slow_unless(SETTINGS, *list(SETTINGS)[::6]))
 def test_a_page_shows_settings_and_does_nothing_with_them(
     attack: str, received: Path, give: Callable[[str], None]
 ) -> None:
@@ -256,7 +257,7 @@ def test_a_page_shows_settings_and_does_nothing_with_them(
             assert "\n" not in str(refused), command
 
 
-@pytest.mark.parametrize("attack", LACKING)
+@pytest.mark.parametrize("attack", slow_unless(LACKING, *list(LACKING)[::5]))
 def test_settings_that_are_missing_are_named(attack: str, received: Path, give: Callable[[str], None]) -> None:
     LACKING[attack](received)
     for command in USING:
@@ -812,7 +813,9 @@ def test_what_cannot_be_written_again_is_a_damaged_file(
             give(command)
 
 
-@pytest.mark.parametrize("name", ["o.json", ".json", "...json", "a\nb.json", os.fsdecode(b"\xff.json")])
+@pytest.mark.parametrize(
+    "name", slow_unless(["o.json", ".json", "...json", "a\nb.json", os.fsdecode(b"\xff.json")], "o.json")
+)
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_an_odd_name_beside_the_verdicts_is_left_out(
     name: str, kind: str, received: Path, give: Callable[[str], None]
@@ -866,7 +869,10 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
-@pytest.mark.parametrize("name", [*runs.FILES, paths.IMAGES, f"{paths.VERDICTS}/miniature.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    slow_unless([*runs.FILES, paths.IMAGES, f"{paths.VERDICTS}/miniature.jsonl"], paths.METRICS, paths.MANIFEST),
+)
 def test_a_run_of_pipes_is_answered(name: str, received: Path, give: Callable[[str], None]) -> None:
     """No command waits for somebody to write; it says a sentence, or does without the file."""
     shutil.rmtree(received / name, ignore_errors=True)

