@@ -23,6 +23,7 @@ from typing import Any
 
 from realera import disk, interrupts
 from realera.contracts import UserError
+from realera.kinds import typed_devices
 from realera.ranks import ALONE, Ranks, patient_group
 from realera.runs import Run, difference, identity
 
@@ -127,9 +128,7 @@ def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str
 
 def _devices(asked: Any, accelerator: str, gpus: int) -> tuple[list[int] | None, int]:
     """(the devices by number, where they are listed; how many)."""
-    if isinstance(asked, str) and re.fullmatch(r"\d+(,\d+)*,?|-1", asked):
-        numbers = [int(word) for word in asked.split(",") if word]
-        asked = numbers if "," in asked else numbers[0]
+    asked = typed_devices(asked)
     if isinstance(asked, (list, tuple)) and asked and all(isinstance(n, int) and n >= 0 for n in asked):
         if max(asked) >= gpus:
             raise UserError(f"trainer.devices={list(asked)} names GPUs, and {gpus or 'none'} can be seen: name others.")
