@@ -195,6 +195,32 @@ STAGES = {  # a file that stands when the stage begins
 }
 
 
+SERVES = """
+import sys, types
+from realera import cli, demo, preflight, runs
+runs.open_run = lambda given: types.SimpleNamespace(config=config, folder="run")
+runs.concept_of = lambda config: "gun"
+preflight.check_run = preflight.check_model = cli.say_backbone = lambda *given: None
+sys.modules["realera.steps"] = types.SimpleNamespace(load_run=lambda run: None, pairs_from=lambda *given: None)
+config = {"backbone": {"name": "mini"}, "method": {"name": "uce"}}
+sys.argv[1:] = ["run=run", "port=0"]
+cli.as_process(demo.main)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 0.7])
+@pytest.mark.parametrize(("number", "status"), ENDING)
+def test_a_signal_ends_the_demo_whether_it_serves_already_or_not(
+    number: int, status: int, seconds: float, tmp_path: Path
+) -> None:
+    process = script(SERVES, tmp_path)
+    assert process.stdout is not None
+    assert any("page to open" in line for line in process.stdout), process.communicate()
+    time.sleep(seconds)
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("", "") and process.returncode == status
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [[], ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]], ids=["alone", "two"]

@@ -97,8 +97,8 @@ def opened(config_name: str, step: Step, positional: str | None) -> int:
 
 def interrupted() -> int:
     """The exit status after a signal, as it is told."""
-    status = interrupts.caught()
-    if not is_helper():
+    told, status = interrupts.was_caught(), interrupts.caught()
+    if not (told or is_helper()):
         print(f"\n{interrupts.GOES_ON}", file=sys.stderr)
     return status
 

@@ -48,11 +48,12 @@ def demo(cfg: DictConfig) -> None:
         cli.log.warning("host=%s: everybody in this network may draw", host)
     with server:
         name = f"[{host}]" if ":" in host else host
-        console.show_path("page to open", f"http://{name}:{server.server_port}/   (Ctrl-C ends it)")
         try:
+            console.show_path("page to open", f"http://{name}:{server.server_port}/   (Ctrl-C ends it)")
             server.serve_forever()
-        except KeyboardInterrupt:  # the way to end it: there is nothing to go on with
+        except KeyboardInterrupt:  # the way to end it: there is nothing to go on with, and nothing to say
             interrupts.caught()
+            raise
 
 
 def main() -> None:

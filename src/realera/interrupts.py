@@ -59,6 +59,11 @@ def caught() -> int:
     return 128 + (_case.number or signal.SIGINT)
 
 
+def was_caught() -> bool:
+    """Whether `caught` was said: the user knows of the interruption."""
+    return _case.over
+
+
 def has_come() -> bool:
     """Whether this command was interrupted."""
     return bool(_case.number)
