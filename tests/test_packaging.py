@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from pkgutil import resolve_name
 from types import SimpleNamespace
@@ -18,7 +19,10 @@ from packaging.utils import canonicalize_name
 import conftest
 import realera
 
-tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
