@@ -159,10 +159,10 @@ def new_pairs() -> Callable[..., list[Any]]:
     """new_pairs(backbone, ("cat", "field"), ...): each concept's training prompts, encoded."""
 
     def encode(backbone: Any, *concepts: tuple[str, str]) -> list[Any]:
-        from realera.contracts import Concept, Pair
+        from realera.contracts import Concept, NamedPrompt, Pair
 
         def states(word: str) -> Any:
-            return backbone.encode([t.format(word) for t in TRAINING_TEMPLATES], [word] * len(TRAINING_TEMPLATES))
+            return backbone.encode([NamedPrompt.of(template, word) for template in TRAINING_TEMPLATES])
 
         return [Pair(Concept(target, anchor), states(target), states(anchor)) for target, anchor in concepts]
 

@@ -63,7 +63,7 @@ def test_the_miniature_reads_every_prompt_whole(task: str) -> None:
     names = [*raw.get("classes", {}), *raw.get("concepts", {}), *held.get("concepts", {})]
     for name in names:
         built = cli.build_task({**config, "task": {**config["task"], "concepts": name, "anchor": None}})
-        pairs = [text for pair in built.training_prompts(built.concepts[0]) for text in pair]
+        pairs = [prompt.text for pair in built.training_prompts(built.concepts[0]) for prompt in pair]
         for text in {*pairs, *(prompt.text for prompt in built.eval_prompts())}:
             assert len(tokenizer.encode(text).ids) <= rows, text
         preflight.check_task(built, config["backbone"])

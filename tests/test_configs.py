@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from options import method_settings
 from quick import slow_unless
 from realera import band, cli, paths, preflight
-from realera.contracts import Concept, Method
+from realera.contracts import Method, NamedPrompt
 
 GROUPS = sorted(path.name for path in paths.CONF_DIR.iterdir() if path.is_dir())
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((paths.CONF_DIR / group).glob("*.yaml"))]
@@ -146,8 +146,11 @@ def test_a_backbone_is_built_from_its_yaml(tiny_sd: Path) -> None:
 
 def test_a_concept_that_is_read_whole_passes_and_a_cut_one_does_not(tiny_sd: Path) -> None:
     backbone = {"pretrained": str(tiny_sd), "text": {"max_length": 8}}
-    concept = Concept("airplane", "sky")
-    preflight.check_prompts([("a photo of the airplane", "a photo of the sky")], concept, backbone)
+
+    def check(template: str) -> None:
+        preflight.check_prompts([(NamedPrompt.of(template, "airplane"), NamedPrompt.of("{}", "sky"))], backbone)
+
+    check("a photo of the {}")
     with pytest.raises(preflight.UserError, match="cut at 8 tokens"):
-        preflight.check_prompts([("a a a a a a airplane", "sky")], concept, backbone)
-    preflight.check_prompts([("a a a a a airplane", "sky")], concept, backbone)  # rows 1-6, the end in row 7
+        check("a a a a a a {}")
+    check("a a a a a {}")  # rows 1-6, the end in row 7

@@ -125,13 +125,9 @@ def test_the_example_method_erases(
     backbone = instantiate({**config["backbone"], "pretrained": str(tiny_sd), "text": None})
     task = cli.build_task(config)
     (concept,) = task.concepts
-    named, anchored = (list(side) for side in zip(*task.training_prompts(concept)))
-    sides = (
-        backbone.encode(named, [concept.target] * len(named)),
-        backbone.encode(anchored, [concept.anchor] * len(named)),
-    )
+    sides = [backbone.encode(side) for side in zip(*task.training_prompts(concept))]
     edit = method.edit(backbone, [Pair(concept, *sides)], [])
-    e = sides[0].states[torch.arange(len(named)), sides[0].last].double().mean(0)
+    e = sides[0].states[torch.arange(len(sides[0].last)), sides[0].last].double().mean(0)
     assert torch.allclose(edit.map @ e, torch.zeros_like(e), atol=1e-9)
     across = torch.linalg.svd(e[None]).Vh[1]
     assert torch.allclose(edit.map @ across, across, atol=1e-9)

@@ -64,11 +64,31 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class NamedPrompt:
+    """A prompt in which a name stands, text[start:end]. The place is the template's slot, never searched for: in "a
+    famous art by art" a search would find the wrong word."""
+
+    text: str
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, template: str, name: str) -> NamedPrompt:
+        """`template` with `name` for its first {}."""
+        before, _, after = template.partition("{}")
+        return cls(before + name + after, len(before), len(before) + len(name))
+
+    @property
+    def name(self) -> str:
+        return self.text[self.start : self.end]
+
+
+@dataclass(frozen=True)
 class TextStates:
     """Encoded prompts, as the U-Net's cross-attention reads them.
 
     states (B, T, D) float32: what it reads (SD 1.x, 2.x: after the final norm; SDXL: two encoders side by side). first,
-    last (B,) int64: rows of the subject's first and last sub-token (-1: none asked). length (B,): row of the first EOS.
+    last (B,) int64: rows of a `NamedPrompt`'s name, -1 where there is none. length (B,): row of the first EOS.
     pooled (B, E) where the U-Net takes one (SDXL), else None.
     """
 
@@ -192,7 +212,7 @@ class Task(Protocol):
     headline: Mapping[str, Mode]  # {"acc_e": "mean_prob", ...}: the reading of each measure that the tables print
     h_o_terms: Sequence[str]  # the measures that H_o is the harmonic mean of; () = this task has no H_o
 
-    def training_prompts(self, concept: Concept) -> list[tuple[str, str]]: ...  # (naming the target, the anchor)
+    def training_prompts(self, concept: Concept) -> list[tuple[NamedPrompt, NamedPrompt]]: ...  # of target, of anchor
 
     def eval_prompts(self) -> list[Prompt]: ...
 
@@ -219,8 +239,8 @@ class Backbone(Protocol):
     def text_fingerprint(self) -> str: ...  # of what text states depend on: backbones that share it share maps and sums
 
     def encode(
-        self, texts: Sequence[str], subjects: Sequence[str] | None = None, vectors: Tensor | None = None
-    ) -> TextStates: ...  # vectors (n, D): instead of each subject's own rows of the token table, with their gradient
+        self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None
+    ) -> TextStates: ...  # vectors (n, D): instead of each name's own rows of the token table, with their gradient
 
     def token_vectors(self, text: str) -> Tensor: ...  # (n, D): those rows of a text
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from realera import band, devices, hub, kinds, seals
 from realera.backbones import folder, vocabulary
-from realera.contracts import Concept, Task, UserError
+from realera.contracts import NamedPrompt, Task, UserError
 from realera.paths import ERASED, MINIATURE, dir_of
 from realera.runs import Run
 
@@ -143,25 +143,21 @@ def check_name(text: str, key: str) -> None:
 def check_task(task: Task, backbone: Mapping[str, Any]) -> None:
     """`check_prompts` for every concept of a task."""
     for concept in task.concepts:
-        check_prompts(task.training_prompts(concept), concept, backbone)
+        check_prompts(task.training_prompts(concept), backbone)
 
 
-def check_prompts(pairs: Sequence[tuple[str, str]], concept: Concept, backbone: Mapping[str, Any]) -> None:
+def check_prompts(pairs: Sequence[tuple[NamedPrompt, NamedPrompt]], backbone: Mapping[str, Any]) -> None:
     """Refuses training prompts that the text encoder would cut before the concept ends. Raises UserError."""
     tokenizer = tokenizer_of(backbone)
     rows = (backbone.get("text") or {}).get("max_length")
     if tokenizer is None or not rows:
         return
-    sides = [(prompt, name) for pair in pairs for prompt, name in zip(pair, (concept.target, concept.anchor))]
-    for prompt, name in sides:
-        start = prompt.rfind(name)
-        if start < 0:
-            continue
-        ends = start + len(name)
-        tokens = [i for i, (a, b) in enumerate(tokenizer.encode(prompt).offsets) if a < b and a < ends]
+    for prompt in (prompt for pair in pairs for prompt in pair):
+        offsets = tokenizer.encode(prompt.text).offsets
+        tokens = [i for i, (a, b) in enumerate(offsets) if a < b and a < prompt.end]
         if tokens and tokens[-1] + 1 > rows - 1:  # the last row is the end of the text
             raise UserError(
-                f"the prompt '{_short(prompt)}' is cut at {rows} tokens, before {name!r} ends "
+                f"the prompt '{_short(prompt.text)}' is cut at {rows} tokens, before {prompt.name!r} ends "
                 f"(at token {tokens[-1] + 1}): shorten the template or the concept."
             )
 

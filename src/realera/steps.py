@@ -59,12 +59,8 @@ def load_run(run: Run, meter: Meter | None = None) -> Backbone:
 
 def encode_pair(backbone: Backbone, task: Task, concept: Concept) -> Pair:
     """A concept's training prompts as the text encoder sees them, with the rows of the concept and of its anchor."""
-    named, anchored = (list(side) for side in zip(*task.training_prompts(concept)))
-    return Pair(
-        concept,
-        backbone.encode(named, [concept.target] * len(named)),
-        backbone.encode(anchored, [concept.anchor] * len(anchored)),
-    )
+    named, anchored = zip(*task.training_prompts(concept))
+    return Pair(concept, backbone.encode(named), backbone.encode(anchored))
 
 
 def erase(

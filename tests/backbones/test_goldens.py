@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from realera.backbones.unet import UNetBackbone
-from realera.contracts import Edit, Sampler
+from realera.contracts import Edit, NamedPrompt, Sampler
 
 GOLDENS = Path(os.environ.get("REALERA_GOLDENS", ""))
 
@@ -25,7 +25,7 @@ def backbone() -> UNetBackbone:
 def test_official_uce_as_one_map(backbone: UNetBackbone) -> None:
     """UCE (28c81ed): one row a concept, its last sub-token; W = W0 (a k^T + ridge I)(k k^T + ridge I)^-1, ridge 0.5."""
     wanted = load_file(GOLDENS / "uce_airplane_sky.safetensors")
-    states = backbone.encode(["airplane", "sky"], ["airplane", "sky"])
+    states = backbone.encode([NamedPrompt.of("{}", name) for name in ("airplane", "sky")])
     key, anchor = states.states[torch.arange(2), states.last].double()
     ridge = 0.5 * torch.eye(32, dtype=torch.float64)
     backbone.apply(Edit(map=torch.linalg.solve(key.outer(key) + ridge, anchor.outer(key) + ridge, left=False)))

@@ -16,7 +16,7 @@ import folders
 from guides import By
 from realera.backbones import sampling
 from realera.backbones.unet import UNetBackbone
-from realera.contracts import Edit, Sampler, UserError
+from realera.contracts import Edit, NamedPrompt, Sampler, UserError
 
 SAMPLER = Sampler("ddim", steps=3, guidance_scale=7.5, height=64, width=64)
 TEXTS, SEEDS = ["a photo of a cat", "an airplane in the sky"], [3, 8]
@@ -132,13 +132,13 @@ def test_other_predictions_are_refused(tiny_sd21: Path, tmp_path: Path) -> None:
 
 def test_rows_under_its_padding(backbone: UNetBackbone) -> None:
     """One end-of-text a prompt, then "!" (id 0): the first end-of-text is the end all the same."""
-    states = backbone.encode(["a photo of a jetliner", "", "tom cruise"], None)
+    states = backbone.encode(["a photo of a jetliner", "", "tom cruise"])
     ids = backbone.text._tokens(["a photo of a jetliner", "", "tom cruise"])  # type: ignore[union-attr]
     end = backbone.text.tokenizer.eos_token_id  # type: ignore[union-attr]
     assert (ids == end).sum(dim=1).tolist() == [1, 1, 1]
     for row, length in zip(ids, states.length.tolist(), strict=True):
         assert row[length] == end and not row[length + 1 :].any()
-    named = backbone.encode(["a photo of a jetliner"], ["jetliner"])
+    named = backbone.encode([NamedPrompt.of("a photo of a {}", "jetliner")])
     assert named.first.item() == 5 and named.last.item() == states.length[0].item() - 1 > 5
 
 

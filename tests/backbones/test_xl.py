@@ -17,7 +17,7 @@ from realera.backbones import sampling
 from realera.backbones.text import PairedTextEncoder
 from realera.backbones.unet import UNetBackbone
 from realera.closed_form import NormalEquations
-from realera.contracts import Backbone, Edit, LoraSpec, Sampler, UserError
+from realera.contracts import Backbone, Edit, LoraSpec, NamedPrompt, Sampler, UserError
 
 SAMPLER = Sampler("ddim", steps=3, guidance_scale=5.0, height=64, width=64)
 TEXTS, SEEDS = ["a photo of a cat", "an airplane in the sky"], [3, 8]
@@ -90,7 +90,9 @@ def test_ddim_takes_the_steps_of_its_own_euler_scheduler(tiny_sdxl: Path, shared
 def test_text_is_that_of_the_diffusers_pipeline(tiny_sdxl: Path, shared: UNetBackbone) -> None:
     with torch.no_grad():
         states, _, pooled, _ = pipeline_of(tiny_sdxl).encode_prompt(TEXTS)
-    ours = shared.encode(TEXTS, ["cat", "airplane"])
+    ours = shared.encode(
+        [NamedPrompt.of(text.replace(name, "{}"), name) for text, name in zip(TEXTS, ("cat", "airplane"))]
+    )
     assert ours.states.shape == (2, 77, 80) and ours.pooled is not None and ours.pooled.shape == (2, 48)
     torch.testing.assert_close(ours.states, states, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.pooled, pooled, atol=1e-5, rtol=1e-5)
@@ -147,7 +149,7 @@ def test_each_tokenizer_pads_its_own_way_and_the_rows_agree(shared: UNetBackbone
     end = first.tokenizer.eos_token_id
     assert (ids[0][0, 3:] == end).all() and ids[1][0, 3] == end and not ids[1][0, 4:].any()  # "!" has the id 0
     assert torch.equal(ids[0][:, :4], ids[1][:, :4])
-    states = shared.encode(["a photo of tom cruise"], ["tom cruise"])
+    states = shared.encode([NamedPrompt.of("a photo of {}", "tom cruise")])
     assert (states.first.item(), states.last.item(), states.length.item()) == (4, 5, 6)
 
 
@@ -158,7 +160,7 @@ def test_tokenizers_that_part_words_differently(tiny_sdxl: Path, tmp_path: Path)
     content["model"]["merges"] = content["model"]["merges"][:5]
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match="part the prompt 'a photo of a cat' differently"):
-        UNetBackbone("sdxl", folder, SAMPLER).encode(["a photo of a cat"], ["cat"])
+        UNetBackbone("sdxl", folder, SAMPLER).encode([NamedPrompt.of("a photo of a {}", "cat")])
 
 
 def test_pooled_states_that_do_not_fit(tiny_sdxl: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from options import built
-from realera.contracts import Pair, UserError
+from realera.contracts import NamedPrompt, Pair, UserError
 from realera.methods.fmn import AttentionResteering, Pooler, positions
 from realera.methods.inversion import TextualInversion
 from realera.methods.latents import AnchorBank
@@ -128,7 +128,7 @@ def test_a_step_of_inversion_by_hand(backbone: Any, pair: Pair, tmp_path: Path) 
     torch.randn(3, 32, generator=generator)
     start = own[:3].clone().requires_grad_(True)
     z_t, t, known = part.images(backbone, 0, generator)  # type: ignore[misc]
-    states = backbone.encode(["a photo of mona lisa"], ["mona lisa"], start).states
+    states = backbone.encode([NamedPrompt.of("a photo of {}", "mona lisa")], vectors=start).states
     losses = [
         ((backbone.predict_noise(z_t[b : b + 1], t[b : b + 1], states) - known["noise"][b]) ** 2).mean() for b in (0, 1)
     ]
@@ -180,7 +180,7 @@ def test_what_was_found_lies_on_one_device(
 ) -> None:
     """The loss compares the rows of a text with one another: all fields come back from the GPU, or none may."""
     part = inversion()
-    plain = backbone.encode(["a photo of mona lisa"], ["mona lisa"])
+    plain = backbone.encode([NamedPrompt.of("a photo of {}", "mona lisa")])
     values = {field.name: getattr(plain, field.name) for field in fields(plain)}
     there = {name: value.as_subclass(OnGpu) for name, value in {**values, "pooled": torch.ones(1, 4)}.items()}
     monkeypatch.setattr(TextualInversion, "invert", lambda *_: torch.zeros(3, 32))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from options import built, method_settings
 from quick import slow_unless
-from realera.contracts import Concept, LoraSpec, Pair, Sampler, UserError
+from realera.contracts import Concept, LoraSpec, NamedPrompt, Pair, Sampler, UserError
 from realera.methods.mace import AttentionSuppression, ConceptImages, Fusion, Refinement, importance_law
 from realera.methods.masks import Masks, attended
 from realera.methods.priors import Preserved
@@ -45,7 +45,7 @@ def test_the_refinement_equals_the_official_code() -> None:
     backbone = UNetBackbone(name="mini", pretrained=folder / "tinysd", sampler=Sampler("ddim", 2, 7.5, 32, 32))
     prompts = json.loads((folder / "mace_cfr_airplane_sky.prompts.json").read_text())
     sides = [
-        backbone.encode(prompts[key], [word] * len(prompts[key]))
+        backbone.encode([NamedPrompt(text, text.index(word), text.index(word) + len(word)) for text in prompts[key]])
         for key, word in (("erase", "airplane"), ("anchor", "sky"))
     ]
     backbone.apply(Refinement(ridge=0.1)(backbone, [Pair(Concept("airplane", "sky"), *sides)], []))
@@ -268,7 +268,7 @@ def test_a_prompt_may_hold_other_braces(new_backbone: Any, new_pairs: Any, tmp_p
     encode = backbone.encode
     backbone.encode = lambda texts, *more: asked.extend(texts) or encode(texts, *more)
     images.prepare(backbone, new_pairs(backbone, CAT), tmp_path, 0)
-    assert "a cat in {style} {" in asked
+    assert NamedPrompt("a cat in {style} {", 2, 5) in asked
 
 
 def test_images_normalised_as_the_official_code_does(
@@ -340,7 +340,7 @@ def test_masks_are_made_once(
 def test_a_mask_of_the_models_own_attention(new_backbone: Any) -> None:
     """By hand: the tokens' probabilities, over all layers, heads and noise levels, and a share of their maximum."""
     backbone = new_backbone()
-    states = backbone.encode(["a photo of the mona lisa"], ["mona lisa"])
+    states = backbone.encode([NamedPrompt.of("a photo of the {}", "mona lisa")])
     latents = torch.randn(2, 4, 8, 8, generator=draw(1))
     noise = torch.randn(2, 4, 8, 8, generator=draw(0))
     total = torch.zeros(2, 8, 8)
@@ -515,7 +515,7 @@ def grounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.slow
 def test_boxes_of_the_name_are_filled_and_joined(grounded: dict[str, str], new_backbone: Any) -> None:
     backbone = new_backbone()
-    states = backbone.encode(["a photo of the mona lisa"], ["mona lisa"])
+    states = backbone.encode([NamedPrompt.of("a photo of the {}", "mona lisa")])
     latents = torch.randn(2, 4, 8, 8, generator=draw(1))
     some = Masks("grounded-sam", box_threshold=0.0, text_threshold=0.0, **grounded)
     some.load()

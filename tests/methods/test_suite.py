@@ -16,7 +16,7 @@ from torch import Tensor
 from options import method_settings
 from quick import slow_unless
 from realera import preflight
-from realera.contracts import Concept, Pair, UserError
+from realera.contracts import Concept, NamedPrompt, Pair, UserError
 from realera.paths import CONF_DIR
 from realera.training.checkpoint import load_erased, read_erased
 from realera.training.fit import fit
@@ -229,8 +229,7 @@ def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_metho
         its bare name or in a training prompt: methods read one or the other. MACE maps the rows behind the word."""
 
         def of(template: str) -> float:
-            texts, words = [template.format(word), template.format(anchor)], [word, anchor]
-            read = original.encode(texts, words)
+            read = original.encode([NamedPrompt.of(template, name) for name in (word, anchor)])
             h, a = read.states[torch.arange(2), read.length if name in FUSED else read.last]
             layers, first = backbone.cross_attention(), original.cross_attention()
             gap = sum(float((first[n].weight @ (h - a)).norm()) for n in first)

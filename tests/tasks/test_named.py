@@ -104,7 +104,8 @@ def test_realeras_celebrities() -> None:
     assert {p.text for p in prompts if p.split == "near"} == {"A still of Ethan Hunt in Mission Impossible"}
     assert Counter(p.concept for p in prompts if p.split == "keep")["Aaron Paul"] == 5
     assert sorted({p.seed for p in prompts if p.split == "erase"}) == list(range(200))
-    assert ("a portrait of Tom Cruise", "a portrait of a person") in task.training_prompts(task.concepts[0])
+    texts = [(target.text, anchor.text) for target, anchor in task.training_prompts(task.concepts[0])]
+    assert ("a portrait of Tom Cruise", "a portrait of a person") in texts
 
 
 @pytest.mark.parametrize(("concepts", "seeds"), [(1, 50), (5, 10), (10, 5), (100, 5)])

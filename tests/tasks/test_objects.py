@@ -84,9 +84,11 @@ def test_training_prompts_pair_the_same_template() -> None:
     task = ObjectTask("airplane", templates=["my {} at home"])
     pairs = task.training_prompts(task.concepts[0])
     assert len(pairs) == len(DATA["training_templates"]) + 1
-    assert pairs[0] == ("a photo of the airplane", "a photo of the sky")
-    assert pairs[-1] == ("my airplane at home", "my sky at home")
-    assert ("a photo of an airplane", "a photo of a sky") in pairs
+    texts = [(target.text, anchor.text) for target, anchor in pairs]
+    assert texts[0] == ("a photo of the airplane", "a photo of the sky")
+    assert texts[-1] == ("my airplane at home", "my sky at home")
+    assert ("a photo of an airplane", "a photo of a sky") in texts
+    assert {(target.name, anchor.name) for target, anchor in pairs} == {("airplane", "sky")}
 
 
 def test_several_concepts_leave_the_kept_classes() -> None:

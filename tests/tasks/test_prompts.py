@@ -17,10 +17,10 @@ def test_clean_name_refuses_what_is_no_name(typed: object) -> None:
 
 
 def test_the_article_follows_the_name() -> None:
-    assert fill("a photo of a {}", "airplane") == "a photo of an airplane"
-    assert fill("A {} by the sea", "owl") == "An owl by the sea"
-    assert fill("a photo of a {}", "cat") == "a photo of a cat"
-    assert fill("a photo of the {}", "airplane") == "a photo of the airplane"
+    assert fill("a photo of a {}", "airplane").text == "a photo of an airplane"
+    assert fill("A {} by the sea", "owl").text == "An owl by the sea"
+    assert fill("a photo of a {}", "cat").text == "a photo of a cat"
+    assert fill("a photo of the {}", "airplane").text == "a photo of the airplane"
 
 
 @pytest.mark.parametrize("template", ["a photo", "{} and {}"])

@@ -29,7 +29,7 @@ import os, signal, sys
 from pathlib import Path
 from lightning.pytorch.callbacks import Callback
 from realera.backbones.unet import UNetBackbone
-from realera.contracts import Concept, LoraSpec, Method, Pair, Sampler
+from realera.contracts import Concept, LoraSpec, Method, NamedPrompt, Pair, Sampler
 from realera.methods.latents import AnchorBank
 from realera.methods.realera import ClosedForm, Mining, NoiseAlignment
 from realera.training.fit import fit
@@ -49,8 +49,7 @@ class Note(Callback):
             file.write(f"{float(outputs['loss'])!r} {weights!r}\\n")
 
 backbone = UNetBackbone(name="mini", pretrained=folder, sampler=Sampler("ddim", 2, 7.5, 32, 32))
-prompts = [f"a photo of the {w}" for w in ("cat", "field")]
-states = [backbone.encode([prompt], [word]) for prompt, word in zip(prompts, ("cat", "field"))]
+states = [backbone.encode([NamedPrompt.of("a photo of the {}", word)]) for word in ("cat", "field")]
 align = NoiseAlignment(steps=8, lr=1e-2, lora=LoraSpec())
 method = Method("realera", Mining(m=1, n=1), ClosedForm(), AnchorBank(4, 2, 2), align)
 more = {"strategy": "ddp"} if devices > 1 else {}

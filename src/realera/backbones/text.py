@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
 from realera import finite
-from realera.contracts import TextStates, UserError
+from realera.contracts import NamedPrompt, TextStates, UserError
 
 BATCH = 64  # prompts in one forward of the text encoder
 KEPT = 64 << 20  # bytes of text states that are kept for when the same prompts are asked again
@@ -55,16 +54,14 @@ class TextEncoder:
                 "length between them."
             )
 
-    def __call__(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates:
+    def __call__(self, texts: Sequence[str | NamedPrompt]) -> TextStates:
         """States (B, T, D) float32 on the model's device; rows as `contracts.TextStates` says; `pooled` is the
         projected state of the end of the text, where the model has one.
 
-        `subjects[i]` is looked for in `texts[i]` (see `rows`). Raises UserError where it is not there or was cut off.
+        Raises UserError where a name was cut off (see `rows`).
         """
-        if subjects is not None and len(subjects) != len(texts):
-            raise ValueError(f"{len(texts)} texts but {len(subjects)} subjects")
-        key = (str(self.model.device), tuple(texts), None if subjects is None else tuple(subjects))
-        found = self._kept.pop(key, None) or self._read(texts, subjects)
+        key = (str(self.model.device), tuple(texts))
+        found = self._kept.pop(key, None) or self._read(texts)
         if found.states.nbytes > KEPT:  # a data set's captions: nobody waits for all of them again
             return found
         self._kept[key] = found  # the latest last
@@ -73,10 +70,10 @@ class TextEncoder:
         return _copy(found)
 
     @torch.no_grad()
-    def _read(self, texts: Sequence[str], subjects: Sequence[str] | None) -> TextStates:
+    def _read(self, texts: Sequence[str | NamedPrompt]) -> TextStates:
         device = self.model.device
         ids = self._tokens(texts)
-        rows = [self.rows(text, subject) for text, subject in zip(texts, subjects or (), strict=False)]
+        rows = [self.rows(text) if isinstance(text, NamedPrompt) else (-1, -1) for text in texts]
         # Under no_grad, not inference_mode: a training forward saves these states for its backward, which inference
         # tensors forbid.
         states = torch.zeros(len(texts), self.length, self.width, device=device)
@@ -89,35 +86,35 @@ class TextEncoder:
             if pooled is not None:
                 pooled[here] = out.text_embeds
         self._refuse_not_finite(texts, states, "copy or download the checkpoint's text encoder again")
-        first, last = zip(*rows, strict=True) if rows else ([-1] * len(texts), [-1] * len(texts))
+        first, last = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
         return TextStates(
             states=states,
-            first=torch.tensor(first, dtype=torch.int64, device=device),
-            last=torch.tensor(last, dtype=torch.int64, device=device),
+            first=first,
+            last=last,
             length=(ids == self.tokenizer.eos_token_id).int().argmax(dim=1).to(device),
             pooled=pooled,
         )
 
     def vectors(self, text: str) -> Tensor:
         """(n, D) float32, a copy: the rows of the token table that the text's n sub-tokens stand for."""
-        ids = self.tokenizer(self._clean(text), add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.model.get_input_embeddings().weight[ids].detach().clone()
 
-    def with_vectors(self, texts: Sequence[str], subjects: Sequence[str], vectors: Tensor) -> TextStates:
-        """As `__call__`, the n rows of `vectors` (n, D) standing in each text where the sub-tokens of its subject did;
-        the states have their gradient.
+    def with_vectors(self, texts: Sequence[str | NamedPrompt], vectors: Tensor) -> TextStates:
+        """As `__call__`, the n rows of `vectors` (n, D) standing in each text where the sub-tokens of its name did; the
+        states have their gradient.
 
         Raises UserError as `__call__` does, for the text as it becomes.
         """
         device, count = self.model.device, len(vectors)
-        spans = [self.rows(text, subject) for text, subject in zip(texts, subjects, strict=True)]
+        spans = [self.rows(text) for text in texts if isinstance(text, NamedPrompt)]
         first = torch.tensor([start for start, _ in spans])
         rows = []
         for ids, text, (start, end) in zip(self._tokens(texts), texts, spans, strict=True):
             if start + count > self.length - 1:
                 raise UserError(
-                    f"The prompt {_short(text)!r} is cut at {self.length} tokens before the end of {count} vectors; "
-                    "shorten it, or take fewer."
+                    f"The prompt {_short(_text(text))!r} is cut at {self.length} tokens before the end of {count} "
+                    "vectors; shorten it, or take fewer."
                 )
             # What stands for the vectors is an ordinary token, not the end of the text that `length` looks for.
             kept = torch.cat([ids[:start], torch.zeros(count, dtype=ids.dtype), ids[end + 1 :]])[: self.length]
@@ -150,10 +147,10 @@ class TextEncoder:
         )
 
     @staticmethod
-    def _refuse_not_finite(texts: Sequence[str], states: Tensor, remedy: str) -> None:
+    def _refuse_not_finite(texts: Sequence[str | NamedPrompt], states: Tensor, remedy: str) -> None:
         if finite.first_bad([("states", states)]) is not None:
             text = texts[int((~states.flatten(1).isfinite().all(dim=1)).int().argmax())]
-            raise finite.NotFinite(f"The text states of {_short(text)!r} hold NaN or infinity: {remedy}.")
+            raise finite.NotFinite(f"The text states of {_short(_text(text))!r} hold NaN or infinity: {remedy}.")
 
     def tokens(self, texts: Sequence[str]) -> list[set[int]]:
         """The ids of each text's sub-tokens, without those that begin, end and pad it; as many as are read."""
@@ -163,45 +160,33 @@ class TextEncoder:
     def to(self, device: Any) -> None:
         self.model.to(device)
 
-    def rows(self, text: str, subject: str) -> tuple[int, int]:
-        """Rows of the subject's first and last sub-token in `text`: its first occurrence as a whole word, else as part
-        of one.
+    def rows(self, prompt: NamedPrompt) -> tuple[int, int]:
+        """Rows of the first and last sub-token of the prompt's name.
 
-        Case and runs of blanks do not count, as they do not for the tokenizer. Raises UserError where the subject does
-        not appear, or where the token limit cuts it off or through.
+        Raises UserError where the name is empty, or where the token limit cuts it off or through.
         """
-        clean, wanted = self._clean(text), self._clean(subject).strip()
-        word = re.escape(wanted)
-        span = wanted and (re.search(rf"(?<!\w){word}(?!\w)", clean) or re.search(word, clean))
-        if not span:
-            raise UserError(
-                f"The prompt {_short(text)!r} does not contain {_short(subject)!r}; write the concept into the prompt."
-            )
-        # The whole prompt, not the cut one: only so is it known whether the subject's last sub-token was lost.
-        offsets = self.tokenizer(clean, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        hits = [row for row, (start, end) in enumerate(offsets) if start < span.end() and end > span.start()]
+        # The whole prompt, not the cut one: only so is it known whether the name's last sub-token was lost.
+        offsets = self.tokenizer(prompt.text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        hits = [row for row, (start, end) in enumerate(offsets) if start < prompt.end and end > prompt.start]
         if not hits:
-            raise UserError(f"The tokenizer knows no part of {_short(subject)!r}; write the concept in other letters.")
+            said = f"no part of {_short(prompt.name)!r}" if prompt.name.strip() else "no name"
+            raise UserError(
+                f"The tokenizer finds {said} in {_short(prompt.text)!r}; write the concept in other letters."
+            )
         if hits[-1] > self.length - 2:  # the last row is the end-of-text token's
             raise UserError(
-                f"The prompt {_short(text)!r} is cut at {self.length} tokens before the end of {_short(subject)!r}; "
-                "shorten it or move the concept forward."
+                f"The prompt {_short(prompt.text)!r} is cut at {self.length} tokens before the end of "
+                f"{_short(prompt.name)!r}; shorten it or move the concept forward."
             )
         return hits[0], hits[-1]
 
-    def _tokens(self, texts: Sequence[str]) -> Tensor:
+    def _tokens(self, texts: Sequence[str | NamedPrompt]) -> Tensor:
         if not texts:
             return torch.zeros(0, self.length, dtype=torch.int64)
         found: Any = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+            list(map(_text, texts)), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
         return torch.as_tensor(found["input_ids"])
-
-    def _clean(self, text: str) -> str:
-        """The text as the tokenizer reads it: offsets and searches then speak of the same characters ("İ" grows when
-        lowered)."""
-        normalizer = self.tokenizer.backend_tokenizer.normalizer
-        return str(normalizer.normalize_str(text))
 
 
 class PairedTextEncoder:
@@ -222,29 +207,25 @@ class PairedTextEncoder:
         self.width = first.width + second.width
         self.pooled_width = second.pooled_width
 
-    def __call__(self, texts: Sequence[str], subjects: Sequence[str] | None = None) -> TextStates:
+    def __call__(self, texts: Sequence[str | NamedPrompt]) -> TextStates:
         """As `TextEncoder`. Raises UserError too where the two tokenizers part a text differently."""
-        return self._joined(texts, self.first(texts, subjects), self.second(texts, subjects))
+        return self._joined(texts, self.first(texts), self.second(texts))
 
     def vectors(self, text: str) -> Tensor:
         """As `TextEncoder.vectors`, of both tables."""
         return torch.cat([self.first.vectors(text), self.second.vectors(text)], dim=-1)
 
-    def with_vectors(self, texts: Sequence[str], subjects: Sequence[str], vectors: Tensor) -> TextStates:
+    def with_vectors(self, texts: Sequence[str | NamedPrompt], vectors: Tensor) -> TextStates:
         """As `TextEncoder.with_vectors`, each encoder with its part of the width."""
-        own = vectors.split([self.first.width, self.second.width], dim=-1)
-        return self._joined(
-            texts,
-            self.first.with_vectors(texts, subjects, own[0]),
-            self.second.with_vectors(texts, subjects, own[1]),
-        )
+        one, two = vectors.split([self.first.width, self.second.width], dim=-1)
+        return self._joined(texts, self.first.with_vectors(texts, one), self.second.with_vectors(texts, two))
 
-    def _joined(self, texts: Sequence[str], one: TextStates, two: TextStates) -> TextStates:
+    def _joined(self, texts: Sequence[str | NamedPrompt], one: TextStates, two: TextStates) -> TextStates:
         for name in ("first", "last", "length"):
             differs = (getattr(one, name) != getattr(two, name)).nonzero()
             if len(differs):
                 raise UserError(
-                    f"The two tokenizers part the prompt {_short(texts[int(differs[0])])!r} differently; give a "
+                    f"The two tokenizers part the prompt {_short(_text(texts[int(differs[0])]))!r} differently; give a "
                     "checkpoint whose tokenizers share their words."
                 )
         return replace(two, states=torch.cat([one.states, two.states], dim=-1))
@@ -263,6 +244,10 @@ def _copy(found: TextStates) -> TextStates:
     pooled = None if found.pooled is None else found.pooled.clone()
     first, last, length = found.first.clone(), found.last.clone(), found.length.clone()
     return TextStates(found.states.clone(), first, last, length, pooled)
+
+
+def _text(prompt: str | NamedPrompt) -> str:
+    return prompt.text if isinstance(prompt, NamedPrompt) else prompt
 
 
 def _short(text: str) -> str:

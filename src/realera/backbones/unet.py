@@ -16,7 +16,7 @@ from realera.backbones import adapters, autoencoder, folder, loading, sampling
 from realera.backbones.base import BaseWeights
 from realera.backbones.denoiser import DTYPES, Attention, Denoiser, Dtype
 from realera.backbones.loading import Rows, TextFigures
-from realera.contracts import Edit, Guide, LoraSpec, Sampler, TextStates, UserError
+from realera.contracts import Edit, Guide, LoraSpec, NamedPrompt, Sampler, TextStates, UserError
 from realera.kinds import Checkpoint, Label
 
 EDIT, LORA = "edit.", "lora."
@@ -97,16 +97,14 @@ class UNetBackbone:
 
     # --- text --------------------------------------------------------------------------------------------------------
 
-    def encode(
-        self, texts: Sequence[str], subjects: Sequence[str] | None = None, vectors: Tensor | None = None
-    ) -> TextStates:
+    def encode(self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None) -> TextStates:
         """See `TextEncoder.__call__` and, for vectors, `with_vectors`; on the U-Net's device, in float32 always."""
         device = self.device
         self.text.to(device)
         with torch.autocast(device.type, enabled=False):
             if vectors is None:
-                return self.text(texts, subjects)
-            return self.text.with_vectors(texts, subjects or (), vectors.to(device))
+                return self.text(texts)
+            return self.text.with_vectors(texts, vectors.to(device))
 
     def token_vectors(self, text: str) -> Tensor:
         """See `TextEncoder.vectors`."""

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import mse_loss, normalize
 
 from realera import finite
-from realera.contracts import Backbone, Pair, TextStates, UserError
+from realera.contracts import Backbone, NamedPrompt, Pair, TextStates, UserError
 from realera.kinds import LearningRate, NonNegative, Number, Share, Template, TrainingSteps
 from realera.ledger import kept
 from realera.methods.latents import AnchorBank
@@ -104,7 +104,7 @@ class TextualInversion:
         return vectors.detach()
 
     def _prompt(self, backbone: Backbone, name: str, vectors: Tensor) -> TextStates:
-        return backbone.encode([self.prompt.replace("{}", name)], [name], vectors)
+        return backbone.encode([NamedPrompt.of(self.prompt, name)], vectors=vectors)
 
     def _key(self, backbone: Backbone, name: str, concept: int, seed: int) -> str:
         settings = {name: value for name, value in vars(self).items() if name != "images"}

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from realera.closed_form import NormalEquations, fuse
-from realera.contracts import Backbone, Edit, LoraSpec, Miner, Neighbours, Pair, Scheduler, UserError
+from realera.contracts import Backbone, Edit, LoraSpec, Miner, NamedPrompt, Neighbours, Pair, Scheduler, UserError
 from realera.kinds import Batch, Count, Guidance, LearningRate, NonNegative, SamplerSteps, Template, TrainingSteps
 from realera.methods.fmn import Pooler, positions
 from realera.methods.latents import TIMESTEPS, bank_folder, drawn
@@ -124,7 +124,7 @@ class ConceptImages:
         given = {name: value for name, value in self.sampler.items() if value is not None}
         drawing = (self.images, self.chunk, replace(backbone.sampler, **given), cache, seed)
         names = [pair.concept.target for pair in pairs]
-        texts = [backbone.encode([self.prompt.replace("{}", name)], [name]) for name in names]
+        texts = [backbone.encode([NamedPrompt.of(self.prompt, name)]) for name in names]
         folders = [bank_folder(backbone, states, *drawing) for states in texts]
         if self.masks is not None:
             self.masks.load_for(folders, names)  # first: it may be out of reach

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from realera.contracts import Prompt, Sampler, UserError
+from realera.contracts import NamedPrompt, Prompt, Sampler, UserError
 from realera.miniature.art import load_world, need_extra
 from realera.miniature.corpus import fill
 from realera.paths import CONF_DIR, MINIATURE, whole, write_text
@@ -179,7 +179,7 @@ def row_norm(folder: Path, found: dict[str, Any]) -> None:
     states."""
     backbone = _LOADED[str(folder)][0]
     names = list(load_world()["objects"])
-    states = backbone.encode([f"a photo of the {name}" for name in names], names)
+    states = backbone.encode([NamedPrompt.of("a photo of the {}", name) for name in names])
     norms = [states.states[i, int(states.first[i]) :].norm(dim=-1).mean() for i in range(len(names))]
     found["row_norm"] = round(float(sum(norms) / len(norms)), 2)
 

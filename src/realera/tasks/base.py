@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import yaml
 
-from realera.contracts import Concept, Mode, Prompt, Split, UserError
+from realera.contracts import Concept, Mode, NamedPrompt, Prompt, Split, UserError
 from realera.kinds import Name
 from realera.paths import TASK_DATA, inside
 from realera.shapes import fits
@@ -164,7 +164,7 @@ class NamedTask:
 
     # --- what is run -----------------------------------------------------------------------------------------------
 
-    def training_prompts(self, concept: Concept) -> list[tuple[str, str]]:
+    def training_prompts(self, concept: Concept) -> list[tuple[NamedPrompt, NamedPrompt]]:
         """Each training template with the target, and with the anchor."""
         return [(fill(t, concept.target), fill(t, concept.anchor)) for t in self.training_templates]
 
@@ -186,7 +186,7 @@ class NamedTask:
 
     def _in_templates(self, name: str, concept: str) -> Iterator[Wording]:
         for template in self.templates:
-            text = fill(template, name)
+            text = fill(template, name).text
             yield Wording(name if len(self.templates) == 1 else text, text, concept)
 
     def caption(self, phrase: str, concept: str) -> str | None:

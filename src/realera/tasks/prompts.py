@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from realera.contracts import Prompt, Split, UserError
+from realera.contracts import NamedPrompt, Prompt, Split, UserError
 
 MAX_WORDS = 20  # more is a text, not a concept
 _SLUG_LENGTH = 40
@@ -48,11 +48,11 @@ def same_name(text: str) -> str:
     return "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
 
 
-def fill(template: str, name: str) -> str:
+def fill(template: str, name: str) -> NamedPrompt:
     """The template with `name` for {}; "a {}" becomes "an {}" before a vowel."""
     if name[:1].lower() in "aeiou":
         template = re.sub(r"\b([Aa]) \{\}", r"\1n {}", template)
-    return template.replace("{}", name)
+    return NamedPrompt.of(template, name)
 
 
 def check_template(template: str) -> str:

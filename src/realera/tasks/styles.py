@@ -38,7 +38,7 @@ class StyleTask(PeopleTask):
         super().__init__(concepts, anchor, **settings)
 
     def caption(self, phrase: str, concept: str) -> str | None:
-        return fill(self.templates[0], concept) if self.by_artist else None
+        return fill(self.templates[0], concept).text if self.by_artist else None
 
     def protocol(self) -> dict[str, Any]:
         return {**super().protocol(), "acc_g_text": self.acc_g_text}
