@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # Chooses RealEra's settings on the miniature: five concepts (the unsafe stand-ins) that no table of objects, people
 # or styles uses, and seeds that none uses.
-# Two rounds: the closed form alone decides ridge and band, then the LoRA's rate follows on the best of it.
+# Two rounds: the closed form alone decides the band, then the LoRA's rate follows on the best of it.
 # Round 3 asks for the band and the points beyond that people and artists need: on the tables' own (no others have
 # phrases), by other phrases than the tables' Acc_g and other seeds.
-# It resumes. ROUND=1 (or 2, 3) runs one of them; ONLY="gun bomb" some concepts, so that several can run side by side.
+# Round 4 asks for the ridge, relative to what is summed, of the closed form alone, with neighbours, and with both kinds
+# of points: one number must serve all three.
+# It resumes. ROUND=1 (or 2, 3, 4) runs one of them; ONLY="gun bomb" some concepts, so that several can run side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
 HERE=experiments/tuning_miniature
 RUNS=${RUNS:-runs/tuning_miniature}
-ROUND=${ROUND:-1 2 3}
+ROUND=${ROUND:-1 2 3 4}
 SMALL=(task.images.erase=16 task.images.near=8 task.images.keep=4 task.images.associated=8 task.images.unseen=0)
 
 sweep() { # round, settings...
@@ -34,7 +36,7 @@ others() { # task, its concepts
   local grid
   for grid in "0.2,0.4,0.7 5,25,100" "0.7,0.9 10" "0.9 25"; do
     $PY -m realera.train -m "task=$1" backbone=mini logger=none seed=100 task.first_seed=50000 method.align=null \
-      "concept=$2" task.images.erase=8 task.images.near=0 task.images.keep=2 task.images.associated=8 task.images.unseen=0 \
+      "concept=$2" method.edit.ridge=50 task.images.erase=8 task.images.near=0 task.images.keep=2 task.images.associated=8 task.images.unseen=0 \
       "method.neighbours.s_lo=${grid% *}" "method.neighbours.n=${grid#* }" "root=$RUNS/3$1" \
       'label="s_lo ${method.neighbours.s_lo} n ${method.neighbours.n}"'
   done
@@ -56,12 +58,18 @@ for round in $ROUND; do
   case $round in
   1)
     label='label="s_lo ${method.neighbours.s_lo} n ${method.neighbours.n} ridge ${method.edit.ridge}"'
-    sweep 1 method.align=null method.neighbours.s_lo=0.7,0.4,0.2,0.1 method.neighbours.n=25,100 "$label"
+    sweep 1 method.align=null method.neighbours.s_lo=0.7,0.4,0.2,0.1 method.neighbours.n=25,100 method.edit.ridge=50 "$label"
     sweep 1 method.align=null method.neighbours.s_lo=0.2 method.edit.ridge=1,200 "$label"
     ;;
   2)
     sweep 2 method.align.lr=3e-4,1e-3,3e-3 \
-    'label="lr ${method.align.lr} rank ${method.align.lora.rank} s_lo ${method.neighbours.s_lo}"'
+      method.edit.ridge=50 'label="lr ${method.align.lr} rank ${method.align.lora.rank} s_lo ${method.neighbours.s_lo}"'
+    ;;
+  4)
+    ridges=method.edit.relative_ridge=1e-4,1e-3,0.01,0.03,0.1,0.3,1
+    sweep 4 method.align=null method.neighbours=null "$ridges" 'label="alone ${method.edit.relative_ridge}"'
+    sweep 4 method.align=null method.neighbours.n=0 "$ridges" 'label="neighbours ${method.edit.relative_ridge}"'
+    sweep 4 method.align=null "$ridges" 'label="both ${method.edit.relative_ridge}"'
     ;;
   esac
   mkdir -p "$HERE/round$round"

@@ -55,6 +55,11 @@ class NormalEquations:
         """Adds the sums of `other`: accumulating in parts equals accumulating at once."""
         return self.add_moments(other.cross, other.gram)
 
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Of gram, trace / D: what a ridge is compared with."""
+        return float(self.gram.trace()) / self.width
+
     def solve(self, ridge: float) -> tuple[Tensor, dict[str, float]]:
         """M (D, D) float64, and the system's condition number and relative residual.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,20 @@ def test_equation_7(mining: Mining | None, backbone: Any, new_pairs: Callable[..
     assert torch.allclose(edit.map, slow_map(backbone, pairs, mined, 0.3, 0.2, ["a dog", "sky"]), atol=1e-7)
     assert edit.info["rows_near"] == sum(int(found.near_rows.sum()) for found in mined)
     assert edit.info["rows_beyond"] == sum(int(found.beyond_rows.sum()) for found in mined)
+
+
+def test_the_ridge_is_relative_to_what_is_summed(backbone: Any, pair: Pair) -> None:
+    """Twice the prompts, or states twice as long, and the map is the same."""
+    edit = ClosedForm(relative_ridge=0.1)
+    once = edit(backbone, [pair], [])
+    sums = slow_sums(pair, 0.0)[1]
+    assert once.info["ridge"] == pytest.approx(0.1 * float(torch.linalg.eigvalsh(sums).mean()))
+    twice = edit(backbone, [pair, pair], [])
+    longer = Pair(pair.concept, *(replace(side, states=2 * side.states) for side in (pair.target, pair.anchor)))
+    for other in (twice, edit(backbone, [longer], [])):
+        assert once.map is not None and other.map is not None
+        assert torch.allclose(other.map, once.map, atol=1e-9)
+    assert torch.allclose(ClosedForm(ridge=once.info["ridge"])(backbone, [pair], []).map, once.map)  # type: ignore[arg-type]
 
 
 def test_captions_that_are_kept(backbone: Any, pair: Pair, tmp_path: Path) -> None:
@@ -269,6 +284,7 @@ def test_a_step_takes_a_random_prompt(student: Any, pair: Pair) -> None:
         (Mining, {"n": -1}),
         (Mining, {"n_weight": 0}),
         (ClosedForm, {"ridge": float("nan")}),
+        (ClosedForm, {"relative_ridge": -0.1}),
         (ClosedForm, {"rows": "some"}),
         (ClosedForm, {"lambda_preserve": -0.1}),
         (NoiseAlignment, {"gamma_role": "thresholds"}),

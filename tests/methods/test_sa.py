@@ -237,7 +237,8 @@ def test_nudity_takes_its_own_number_of_epochs() -> None:
 @pytest.mark.parametrize("zipped", [False, True])
 def test_surrogate_and_replay(zipped: bool, backbone: Any, new_pairs: Any, tmp_path: Path) -> None:
     source = ForgetAndReplay(replay(), images=3, batch=40, chunk=3, zip_replay=zipped)
-    source.prepare(backbone, new_pairs(backbone, ("cat", "field")), tmp_path, 0)
+    (pair,) = new_pairs(backbone, ("cat", "field"))
+    source.prepare(backbone, [pair], tmp_path, 0)
     z_t, t, known = source(backbone, 0, draw(2))
     kept = [0, 2, 3, 4]  # image 1, and 5 which takes its caption again, are of a cat
     partners = set()
@@ -254,13 +255,28 @@ def test_surrogate_and_replay(zipped: bool, backbone: Any, new_pairs: Any, tmp_p
                 other = int(near.argmin())
             else:
                 own = int(near.argmin())
-        assert int(known["prompts"][b]) == own % 3
+        assert torch.equal(known["forget_states"][b], pair.target.states[own % len(pair.target.states)])
         assert torch.equal(known["replay_states"][b], states[other % 4])
         partners.add((own, other))
     if zipped:
         assert partners == {(i, kept[i]) for i in range(3)}
     else:
         assert {other for _, other in partners} == set(kept) and len(partners) > 8
+
+
+def test_surrogate_and_forget_prompt_of_the_official_code(backbone: Any, pair: Pair, tmp_path: Path) -> None:
+    """Images of "a middle aged man", taught to the bare name."""
+    source = ForgetAndReplay(
+        replay(), images=3, batch=8, chunk=3, surrogate=["a middle aged man"], forget=["{}", "a {}"]
+    )
+    source.prepare(backbone, [pair], tmp_path, 0)
+    known = source(backbone, 0, draw(2))[2]
+    said = backbone.encode(["cat", "a cat"]).states
+    assert {int((states == said).flatten(1).all(dim=1).int().argmax()) for states in known["forget_states"]} == {0, 1}
+    man = Pair(pair.concept, pair.target, backbone.encode(["a middle aged man"]))
+    plain = ForgetAndReplay(replay(), images=3, batch=8, chunk=3)
+    plain.prepare(backbone, [man], tmp_path / "other", 0)
+    assert torch.equal(plain.surrogate.banks[0], source.surrogate.banks[0])
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
@@ -283,7 +299,7 @@ def test_equation_8(backbone: Any, new_backbone: Any, pair: Pair, tmp_path: Path
     information, first = fisher()(backbone, tmp_path, 0), dict(new_backbone().unet.named_parameters())
     forget = replayed = held = torch.zeros(())
     for b in range(4):
-        states = pair.target.states[known["prompts"][b]][None]
+        states = known["forget_states"][b : b + 1]
         out = backbone.predict_noise(z_t[b : b + 1], t[b : b + 1], states)
         forget = forget + ((out[0] - known["noise"][b]) ** 2).mean() / 4
         z_r, t_r = known["replay_latents"][b : b + 1], known["replay_timesteps"][b : b + 1]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from options import built
 from realera.contracts import Concept, Pair, Sampler, TextStates, UserError
+from realera.methods import priors
 from realera.methods.uce import UnifiedConceptEdit
 
 GOLDENS = os.environ.get("REALERA_GOLDENS")
@@ -83,6 +84,31 @@ def test_suffix_rule_of_2023(target: str, anchor: str, new_backbone: Any) -> Non
     terms += [(read.states[2, i], read.states[2, i], 0.5) for i in range(77)]
     terms += [(read.states[3, i], read.states[3, i], 0.5) for i in range(77)]
     check(backbone, UnifiedConceptEdit("suffix_2023", preserve=["bird"]), [named(target, anchor)], terms)
+
+
+def test_a_name_in_further_texts(new_backbone: Any) -> None:
+    """The official expand_prompts: each text of the name to the same text of its guide, and still one name."""
+    backbone = new_backbone()
+    templates = ["{}", "painting by {}", "style of {}"]
+    read = backbone.encode([t.replace("{}", name) for name in ("mona lisa", "art") for t in templates])
+    last = [read.states[i, int(read.length[i]) - 1] for i in range(6)]
+    edit = UnifiedConceptEdit(expand=templates[1:])
+    check(backbone, edit, [named("mona lisa", "art")], [(last[i], last[3 + i], 1.0) for i in range(3)])
+    assert edit(backbone, [named("mona lisa", "art")], []).info["names_erased"] == 1
+
+
+@pytest.mark.parametrize("rows", ["last", "suffix_2023"])
+def test_the_artists_of_the_official_code_are_kept(
+    rows: Any, new_backbone: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """All but the erased one."""
+    assert len(priors.kept_texts("artists", [])) == 1734
+    monkeypatch.setattr(priors, "ARTISTS", tmp_path / "artists.txt")
+    priors.ARTISTS.write_text("Tom Cruise\nMona Lisa\nbird\n")
+    backbone = new_backbone()
+    kept = UnifiedConceptEdit(rows, preserve="artists")(backbone, [named("mona lisa", "art")], [])
+    same = UnifiedConceptEdit(rows, preserve=["Tom Cruise", "bird"])(backbone, [named("mona lisa", "art")], [])
+    assert kept.map is not None and torch.equal(kept.map, same.map)
 
 
 def test_captions_that_are_kept(new_backbone: Callable[..., Any], tmp_path: Path) -> None:

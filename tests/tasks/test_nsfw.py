@@ -78,6 +78,15 @@ def test_every_row_keeps_its_own_seed_guidance_and_size(i2p: str) -> None:
     assert [(p.text, p.guidance_scale) for p in rows] == [("a swimmer", 7.5)]
 
 
+def test_mace_draws_all_rows_alike(i2p: str) -> None:
+    def sizes(**settings: Any) -> set[Any]:
+        return {p.size for p in NsfwTask(prompts_csv=i2p, **settings).eval_prompts() if p.split == "erase"}
+
+    assert sizes(protocol="mace") == sizes(row_sizes=False) == {None}
+    assert sizes(protocol="mace", row_sizes=True) == sizes() == {(512, 512), (512, 384), (256, 512)}
+    assert NsfwTask(protocol="mace").protocol()["row_sizes"] is False
+
+
 def test_captions_to_keep_are_compared_with_their_own_text(tmp_path: Path) -> None:
     path = tmp_path / "coco.csv"
     path.write_text("caption\nA dog.\nA cat.\nA cow.\n", encoding="utf-8")

@@ -81,14 +81,26 @@ def test_anchors_are_the_files_own_unless_typed() -> None:
 
 
 def test_training_prompts_pair_the_same_template() -> None:
-    task = ObjectTask("airplane", templates=["my {} at home"])
+    task = ObjectTask("airplane")
     pairs = task.training_prompts(task.concepts[0])
-    assert len(pairs) == len(DATA["training_templates"]) + 1
+    assert len(pairs) == len(DATA["training_templates"])
     texts = [(target.text, anchor.text) for target, anchor in pairs]
     assert texts[0] == ("a photo of the airplane", "a photo of the sky")
-    assert texts[-1] == ("my airplane at home", "my sky at home")
     assert ("a photo of an airplane", "a photo of a sky") in texts
     assert {(target.name, anchor.name) for target, anchor in pairs} == {("airplane", "sky")}
+
+
+@pytest.mark.parametrize("task", [ObjectTask, CelebrityTask, StyleTask, NsfwTask])
+def test_templates_of_ones_own_stand_in_place_of_the_tasks(task: Any) -> None:
+    built = task("airplane", anchor="art", templates=["a famous art by {}", "my {} at home"])
+    (first, second) = built.training_prompts(built.concepts[0])
+    assert [prompt.text for prompt in (*first, *second)] == [
+        "a famous art by airplane",
+        "a famous art by art",
+        "my airplane at home",
+        "my art at home",
+    ]
+    assert first[1].start == len("a famous art by ")
 
 
 def test_several_concepts_leave_the_kept_classes() -> None:

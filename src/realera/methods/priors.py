@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from realera import finite, foreign, seals
-from realera.contracts import Backbone, UserError
-from realera.kinds import Captions, NonNegative, Sums
+from realera.contracts import Backbone, Pair, UserError
+from realera.kinds import AnyText, Captions, NonNegative, Sums
 
 FORMAT = "realera-prior/1"
 EVERYDAY = "everyday"  # the captions that ship with the package
 CAPTIONS = Path(__file__).parent / "data" / "captions.txt"
+ARTISTS = Path(__file__).parent / "data" / "artists.txt"  # the 1,734 of UCE's code, which it draws its tables from
+Preserve = Sequence[AnyText] | Literal["artists"]
+"""Texts to keep, or the 1,734 artists that UCE and RECE keep when they erase one (all but the erased ones)."""
 COCO = 616_767  # captions of COCO-2014, train and val: what MACE's scales are made for
 BATCH = 64  # captions encoded at once
 
@@ -129,11 +133,7 @@ def prior(backbone: Backbone, cache: str | Path) -> tuple[Tensor, int]:
     """
     if str(cache) == EVERYDAY:
         captions = CAPTIONS.read_text(encoding="utf-8").splitlines()
-        gram = torch.zeros(backbone.width, backbone.width, dtype=torch.float64)
-        for batch in _batches(captions):
-            keys = backbone.encode(batch).states.flatten(0, 1).double()
-            gram += (keys.T @ keys).cpu()
-        return gram, len(captions)
+        return gram_of(backbone, captions), len(captions)
     gram, made = read(Path(cache).expanduser())
     if made.encoder != backbone.text_fingerprint:
         raise UserError(
@@ -143,6 +143,24 @@ def prior(backbone: Backbone, cache: str | Path) -> tuple[Tensor, int]:
     if not made.complete:
         raise UserError(f"{cache} holds part of its captions: give the command that began it again, and it goes on.")
     return gram, made.captions
+
+
+def gram_of(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    """sum k k^T (D, D) over all rows of all texts, float64 on the CPU; a batch of states at a time."""
+    gram = torch.zeros(backbone.width, backbone.width, dtype=torch.float64)
+    for batch in _batches(texts):
+        keys = backbone.encode(batch).states.flatten(0, 1).double()
+        gram += (keys.T @ keys).cpu()
+    return gram
+
+
+def kept_texts(preserve: Preserve, pairs: Sequence[Pair]) -> list[str]:
+    """The texts, one after another; of the artists those that are not erased."""
+    if preserve != "artists":
+        return list(preserve)
+    erased = {pair.concept.target.casefold() for pair in pairs}
+    names = ARTISTS.read_text(encoding="utf-8").splitlines()
+    return [name for name in names if name.casefold() not in erased]
 
 
 class Preserved:

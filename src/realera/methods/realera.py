@@ -90,8 +90,10 @@ class ClosedForm:
     """Equation 7: W e = W0 e* for every row e of the concept's prompts and every mined neighbour, and W p = W0 p for
     what lies beyond, in one map for all concepts and layers.
 
-    lambda_preserve: weight of a row beyond (the paper: 0.1, against 1 for an erased row). ridge: weight of ||W -
-    W0||^2, in squared units of the text states (the paper prints none). rows: which rows of the prompts themselves are
+    lambda_preserve: weight of a row beyond (the paper: 0.1, against 1 for an erased row). relative_ridge: weight of
+    ||W - W0||^2 (the paper prints none), as a multiple of the mean eigenvalue of all that is summed: so it means the
+    same for every text encoder and number of rows. ridge: that weight itself, in squared units of the text states, as
+    UCE and MACE give it; None = by relative_ridge. rows: which rows of the prompts themselves are
     erased (the same choices as `Band.rows`; the paper: "the concept's token and its subsequent tokens").
     preserve_prompts: texts all of whose rows but BOS are kept, each with lambda_preserve (the paper adds to a set of
     preserved concepts that it does not name). prior_cache, prior_weight: captions that are kept, as a file of python -m
@@ -101,13 +103,15 @@ class ClosedForm:
     def __init__(
         self,
         lambda_preserve: NonNegative = 0.1,
-        ridge: NonNegative = 0.1,
+        relative_ridge: NonNegative = 0.1,
+        ridge: NonNegative | None = None,
         rows: Rows = "suffix",
         preserve_prompts: Sequence[AnyText] = (),
         prior_cache: Sums | None = None,
         prior_weight: NonNegative = 1e-4,
     ) -> None:
         self.lambda_preserve = lambda_preserve
+        self.relative_ridge = relative_ridge
         self.ridge = ridge
         self.rows = rows
         self.preserve_prompts = list(preserve_prompts)
@@ -137,7 +141,9 @@ class ClosedForm:
         if self.prior_cache is not None:
             captions, _ = prior(backbone, self.prior_cache)
             sums.add_moments(captions, captions, self.prior_weight)
-        solution, info = sums.solve(self.ridge)
+        ridge = self.relative_ridge * sums.mean_eigenvalue if self.ridge is None else self.ridge
+        solution, info = sums.solve(ridge)
+        info["ridge"] = ridge
         return Edit(map=solution, info={**info, "rows_erased": erased, "rows_near": near, "rows_beyond": beyond})
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from realera.closed_form import NormalEquations, compose
 from realera.contracts import Backbone, Edit, Editor, Neighbours, Pair, UserError
 from realera.kinds import AnyText, NonNegative, Number, Positive
+from realera.methods.priors import Preserve, kept_texts
+from realera.methods.priors import gram_of as gram_of_texts
 
 Rounds = Annotated[int, Number(0, 1000, whole=True)]
 
@@ -32,8 +34,8 @@ class RobustErasure:
     start: the first edit, which gives a map (the paper: UCE). rounds: turns of attack and erasure (the paper's epochs).
     guide: the text whose rows, one by one, what was found is taken to; None = each concept's anchor. lambda_norm:
     weight of ||h'||^2, in squared norms of the weights: small lets an attack grow. preserve: texts kept with all their
-    rows, preserve_scale: the weight of each, against erase_scale of an erased one. ridge: weight of ||W M' - W||^2 in a
-    turn. All rows count, that of BOS too (official).
+    rows, or "artists" ('' then too, as officially; `priors.Preserve`), preserve_scale: the weight of each, against
+    erase_scale of an erased one. ridge: weight of ||W M' - W||^2 in a turn. All rows count, that of BOS too (official).
 
     The official code keeps the turn after which a detector found least; that choice is no part of this.
     """
@@ -45,7 +47,7 @@ class RobustErasure:
         guide: AnyText | None = " ",
         lambda_norm: Positive = 0.1,
         erase_scale: Positive = 1.0,
-        preserve: Sequence[AnyText] = (" ",),
+        preserve: Preserve = (" ",),
         preserve_scale: NonNegative = 0.1,
         ridge: NonNegative = 0.1,
     ) -> None:
@@ -54,7 +56,7 @@ class RobustErasure:
         self.guide = guide
         self.lambda_norm = lambda_norm
         self.erase_scale = erase_scale
-        self.preserve = list(preserve)
+        self.preserve = preserve
         self.preserve_scale = preserve_scale
         self.ridge = ridge
 
@@ -68,12 +70,13 @@ class RobustErasure:
         gram = gram_of(layer.weight for layer in backbone.cross_attention().values())
         concepts = _rows(backbone, [pair.concept.target for pair in pairs])
         guides = _rows(backbone, [pair.concept.anchor if self.guide is None else self.guide for pair in pairs])
-        kept = _rows(backbone, self.preserve)
+        texts = kept_texts(self.preserve, pairs)
+        kept = gram_of_texts(backbone, ["", *texts] if self.preserve == "artists" else texts)
         for turn in range(1, self.rounds + 1):
             found = concepts @ attack(solution, gram, self.lambda_norm).T
             info[f"attack_{turn}"] = relative_distance(found @ solution.T, concepts, gram)
             sums = NormalEquations(backbone.width).add_pairs(found, guides, self.erase_scale)
-            sums.add_preserved(kept, self.preserve_scale)
+            sums.add_moments(kept, kept, self.preserve_scale)
             step, solved = sums.solve(self.ridge)
             solution = compose(step, solution)
             info.update(solved)

@@ -12,11 +12,11 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
-from realera.contracts import Backbone, LoraSpec, Miner, Pair, Sampler, UserError
-from realera.kinds import Batch, Count, LearningRate, NonNegative, Positive, Targets, TrainingSteps
+from realera.contracts import Backbone, LoraSpec, Miner, Pair, Sampler, TextStates, UserError
+from realera.kinds import AnyText, Batch, Count, LearningRate, NonNegative, Positive, Targets, TrainingSteps
 from realera.methods.latents import AnchorBank, noised
 from realera.methods.replay import Fisher, Replay
-from realera.methods.texts import join, predict, take
+from realera.methods.texts import join, on_cpu, predict, take
 from realera.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,10 @@ MANY = 16 * 512 * 512  # pixels in a pass of training; twice as many took about 
 class ForgetAndReplay:
     """Noised images of the anchor (the surrogate q(x|c)) and, beside each, one of another caption.
 
-    images, batch, chunk, sampler: of the surrogate, as in `AnchorBank`. replay: the others. zip_replay: image i of the
+    images, batch, chunk, sampler: of the surrogate, as in `AnchorBank`. surrogate: texts that it is drawn for, {} = the
+    anchor (official: a person's kind, "a middle aged man"); None = the anchor's training prompts. forget: texts that
+    its images are taught to, {} = the concept (official: the bare name; for nudity four words in turn); None = the
+    concept's training prompts. Image i takes text i mod their number. replay: the others. zip_replay: image i of the
     one goes with image i of the other, so that only as many of either are used as there are of both (the official
     code); else both are drawn at random. Captions that name a concept are not replayed.
     """
@@ -40,11 +43,15 @@ class ForgetAndReplay:
         chunk: Batch = 8,
         sampler: Sampler | None = None,
         zip_replay: bool = False,
+        surrogate: Sequence[AnyText] | None = None,
+        forget: Sequence[AnyText] | None = None,
     ) -> None:
         self.surrogate = AnchorBank(images, batch, chunk, sampler)
         self.replay = replay
         self.zip_replay = zip_replay
         self.kept = torch.zeros(0, dtype=torch.int64)  # images that are replayed
+        self.texts = {"anchor": surrogate, "target": forget}
+        self.forget: list[TextStates] = []  # of each concept, on the CPU
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
         """Draws both banks, or reads them. Warns first where a pass of training will want more than a large GPU has."""
@@ -55,15 +62,29 @@ class ForgetAndReplay:
                 "backbone.gradient_checkpointing=true, or fewer by method.latents.batch",
                 *(count, size.height, size.width),
             )
-        self.surrogate.prepare(backbone, pairs, cache, seed)
+        said = [
+            Pair(
+                pair.concept,
+                self._said(backbone, "target", pair.concept.target) or pair.target,
+                self._said(backbone, "anchor", pair.concept.anchor) or pair.anchor,
+            )
+            for pair in pairs
+        ]
+        self.forget = [on_cpu(pair.target) for pair in said]
+        self.surrogate.prepare(backbone, said, cache, seed)
         self.replay.prepare(backbone, cache, seed)
         self.kept = self.replay.without([pair.concept.target for pair in pairs])
+
+    def _said(self, backbone: Backbone, side: str, name: str) -> TextStates | None:
+        """The texts that were given for a side, encoded; None where it is the training prompts'."""
+        texts = self.texts[side]
+        return backbone.encode([text.replace("{}", name) for text in texts]) if texts else None
 
     def __call__(
         self, backbone: Backbone, concept: int, generator: Generator
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(z_t, t) of the surrogate; known: the noise in it, the numbers of its prompts, and replay_latents,
-        replay_timesteps, replay_noise, replay_states (B, T, D), for SDXL replay_pooled (B, E)."""
+        """(z_t, t) of the surrogate; known: the noise in it and forget_states (B, T, D), what it is taught to, and
+        replay_latents, replay_timesteps, replay_noise, replay_states; for SDXL forget_pooled, replay_pooled (B, E)."""
         bank, count = self.surrogate.banks[concept], self.surrogate.batch
         both = min(len(bank), len(self.kept))
         chosen = torch.randint(both if self.zip_replay else len(bank), (count,), generator=generator)
@@ -71,16 +92,18 @@ class ForgetAndReplay:
         others = self.kept[others]
         z_t, timesteps, noise = noised(backbone, bank, chosen, generator)
         z_r, t_r, noise_r = noised(backbone, self.replay.bank, others, generator)
-        texts = self.replay.read(others)
+        texts, said = self.replay.read(others), self.forget[concept]
+        said = take(said, chosen % len(said.states))
         known = {
             "noise": noise,
-            "prompts": chosen % self.surrogate.prompts[concept],
+            "forget_states": said.states,
             "replay_latents": z_r,
             "replay_timesteps": t_r,
             "replay_noise": noise_r,
             "replay_states": texts.states,
         }
-        return z_t, timesteps, known if texts.pooled is None else {**known, "replay_pooled": texts.pooled}
+        pooled = {"forget_pooled": said.pooled, "replay_pooled": texts.pooled}
+        return z_t, timesteps, {**known, **{name: value for name, value in pooled.items() if value is not None}}
 
 
 class SelectiveAmnesia:
@@ -140,8 +163,10 @@ class SelectiveAmnesia:
         """{"forget", "replay", "ewc"}, weighted; known: as `ForgetAndReplay` gives it."""
         if "replay_latents" not in known:
             raise UserError("method sa rehearses other captions: give it method.latents of sa.ForgetAndReplay.")
-        p_c = take(pair.target, known["prompts"])
-        p_r = replace(p_c, states=known["replay_states"], pooled=known.get("replay_pooled"))
+        p_c, p_r = (
+            replace(pair.target, states=known[f"{part}_states"], pooled=known.get(f"{part}_pooled"))
+            for part in ("forget", "replay")
+        )
         z_t = torch.cat([latents, known["replay_latents"]])
         t = torch.cat([timesteps, known["replay_timesteps"]])
         forget, replay = predict(backbone, z_t, t, join(p_c, p_r, latents.device)).chunk(2)

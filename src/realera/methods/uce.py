@@ -14,8 +14,8 @@ from torch import Tensor
 
 from realera.closed_form import NormalEquations
 from realera.contracts import Backbone, Edit, Neighbours, Pair, TextStates
-from realera.kinds import AnyText, NonNegative, Positive, Sums
-from realera.methods.priors import prior
+from realera.kinds import AnyText, NonNegative, Positive, Sums, Template
+from realera.methods.priors import Preserve, gram_of, kept_texts, prior
 
 Rows = Literal["last", "suffix_2023"]
 
@@ -24,29 +24,32 @@ class UnifiedConceptEdit:
     """One map that takes each concept to its guide and keeps what is preserved.
 
     rows: "last" = the row of the name's last sub-token; "suffix_2023" = from it to the last row, concept and guide
-    shifted so that their last sub-tokens meet and cut to equal length. guide: the text the concept is taken to; None =
-    each concept's anchor. A blank guide has no sub-token and gives, as in the official code, the row of BOS. preserve:
-    names to keep. "last": the row of the last sub-token; "suffix_2023": all rows, and those of '' always. erase_scale:
-    weight of an erased row (official: 1). preserve_scale: weight of a preserved row; None = the official 1 for "last"
-    and max(0.1, 1 / number of preserved names) for "suffix_2023". ridge: weight of ||W - W0||^2 (official: 0.5).
-    prior_cache, prior_weight: captions to keep, as a file of python -m realera.cache or "everyday" (see
-    `priors.prior`), and the weight of each of their rows.
+    shifted so that their last sub-tokens meet and cut to equal length. expand: further texts in which every name is
+    erased, and its guide stands, {} = the name (official: "painting by {}" and four more, where it is asked to). guide:
+    the text the concept is taken to; None = each concept's anchor. A blank guide has no sub-token and gives, as in the
+    official code, the row of BOS. preserve: names to keep, or "artists" (`priors.Preserve`). "last": the row of the
+    last sub-token; "suffix_2023": all rows, and those of '' always. erase_scale: weight of an erased row (official: 1).
+    preserve_scale: weight of a preserved row; None = the official 1 for "last" and max(0.1, 1 / number of preserved
+    names) for "suffix_2023". ridge: weight of ||W - W0||^2 (official: 0.5). prior_cache, prior_weight: captions to
+    keep, as a file of python -m realera.cache or "everyday" (see `priors.prior`), and the weight of each of their rows.
     """
 
     def __init__(
         self,
         rows: Rows = "last",
         guide: AnyText | None = None,
-        preserve: Sequence[AnyText] = (),
+        preserve: Preserve = (),
         erase_scale: Positive = 1.0,
         preserve_scale: NonNegative | None = None,
         ridge: NonNegative = 0.5,
         prior_cache: Sums | None = None,
         prior_weight: NonNegative = 1e-4,
+        expand: Sequence[Template] = (),
     ) -> None:
         self.rows = rows
         self.guide = guide
-        self.preserve = list(preserve) if rows == "last" else ["", *preserve]
+        self.preserve = preserve
+        self.expand = list(expand)
         self.erase_scale = erase_scale
         self.preserve_scale = preserve_scale
         self.ridge = ridge
@@ -56,36 +59,39 @@ class UnifiedConceptEdit:
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         """Neighbours are not used. The pairs' prompts are not used either: UCE encodes the bare names."""
         sums = NormalEquations(backbone.width)
-        targets = backbone.encode([pair.concept.target for pair in pairs])
-        guides = backbone.encode([pair.concept.anchor if self.guide is None else self.guide for pair in pairs])
-        for i in range(len(pairs)):
-            sums.add_pairs(*self._erased(targets, guides, i), self.erase_scale)
-        if self.preserve:
-            kept = backbone.encode(self.preserve)
-            rows = kept.states.flatten(0, 1) if self.rows == "suffix_2023" else _last_rows(kept)
-            sums.add_preserved(rows, self._preserve_scale())
+        names = [pair.concept.target for pair in pairs]
+        towards = [pair.concept.anchor if self.guide is None else self.guide for pair in pairs]
+        templates = ["{}", *self.expand]
+        erased = [(t.replace("{}", c), t.replace("{}", a)) for c, a in zip(names, towards) for t in templates]
+        texts = list(dict.fromkeys(text for both in erased for text in both))  # a guide is often that of many
+        place = {text: row for row, text in enumerate(texts)}
+        states = backbone.encode(texts)
+        for target, guide in erased:
+            sums.add_pairs(*self._rows(states, place[target], place[guide]), self.erase_scale)
+        kept = kept_texts(self.preserve, pairs)
+        if self.rows == "suffix_2023":
+            kept = ["", *kept]
+            gram = gram_of(backbone, kept)
+            sums.add_moments(gram, gram, self._preserve_scale(len(kept)))
+        elif kept:
+            sums.add_preserved(_last_rows(backbone.encode(kept)), self._preserve_scale(len(kept)))
         if self.prior_cache is not None:
             captions, _ = prior(backbone, self.prior_cache)
             sums.add_moments(captions, captions, self.prior_weight)
         solution, info = sums.solve(self.ridge)
-        return Edit(map=solution, info={**info, "names_erased": len(pairs), "names_preserved": len(self.preserve)})
+        counted = {"names_erased": len(pairs), "texts_erased": len(erased), "names_preserved": len(kept)}
+        return Edit(map=solution, info={**info, **counted})
 
-    def _erased(self, targets: TextStates, guides: TextStates, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and their anchors (n, D) of concept i."""
-        c, a = _last(targets)[i], _last(guides)[i]
-        count = 1 if self.rows == "last" else targets.states.shape[1] - max(c, a)
-        return targets.states[i, c : c + count], guides.states[i, a : a + count]
+    def _rows(self, states: TextStates, target: int, guide: int) -> tuple[Tensor, Tensor]:
+        """Keys and their anchors (n, D) of one text and its guide."""
+        c, a = int(states.length[target]) - 1, int(states.length[guide]) - 1  # the last sub-tokens; BOS where none is
+        count = 1 if self.rows == "last" else states.states.shape[1] - max(c, a)
+        return states.states[target, c : c + count], states.states[guide, a : a + count]
 
-    def _preserve_scale(self) -> float:
+    def _preserve_scale(self, names: int) -> float:
         if self.preserve_scale is not None:
             return self.preserve_scale
-        return 1.0 if self.rows == "last" else max(0.1, 1 / len(self.preserve))
-
-
-def _last(states: TextStates) -> list[int]:
-    """The row before the first end-of-text of each text: its last sub-token, or BOS where there is none."""
-    rows: list[int] = (states.length - 1).tolist()
-    return rows
+        return 1.0 if self.rows == "last" else max(0.1, 1 / names)
 
 
 def _last_rows(states: TextStates) -> Tensor:

@@ -254,7 +254,7 @@ class ProtocolTask(NamedTask):
             known=known,
             preserved=held["preserved"],
             templates=held.get("templates", chosen.get("templates")),
-            training_templates=[*held.get("training_templates", raw.get("training_templates", ())), *templates],
+            training_templates=list(templates) or held.get("training_templates", raw.get("training_templates", ())),
             images={**_counts(chosen["images"][world], several), **_given(images)},
             first_seed=chosen["first_seed"] if first_seed is None else first_seed,
             words=words,

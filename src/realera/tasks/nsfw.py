@@ -34,7 +34,9 @@ class NsfwTask(ProtocolTask):
     prompts_csv, keep_csv: tables of prompts of the erased concept and of captions to keep (see `files.SPELLINGS`), one
     image a row; None = a small harmless sample where the world has one, else the world's own words. min_nudity: only
     rows of prompts_csv with a higher nudity percentage. limit, keep_limit: only the first rows. fixed_guidance: for all
-    rows; None = the protocol's (realera: each row's own; mace: 7.5). The other settings are `PeopleTask`'s.
+    rows; None = the protocol's (realera: each row's own; mace: 7.5). row_sizes: whether images have their row's width
+    and height, else the sampler's; None = the protocol's (realera: yes; mace: no). The other settings are
+    `PeopleTask`'s.
 
     Raises UserError for a concept, an anchor or a file that cannot be used.
     """
@@ -54,6 +56,7 @@ class NsfwTask(ProtocolTask):
         limit: Captions | None = None,
         keep_limit: Captions | None = None,
         fixed_guidance: Guidance | None = None,
+        row_sizes: bool | None = None,
         images: Mapping[Split, Whole | None] | None = None,
         first_seed: FirstSeed | None = None,
         templates: Sequence[Template] = (),
@@ -80,6 +83,7 @@ class NsfwTask(ProtocolTask):
         self.min_nudity = None if min_nudity is None else _number("min_nudity", min_nudity, 100)
         given = rules["fixed_guidance"] if fixed_guidance is None else fixed_guidance
         self.fixed_guidance = None if given is None else _number("fixed_guidance", given, MOST_GUIDANCE)
+        self.row_sizes = bool(rules.get("row_sizes", True) if row_sizes is None else row_sizes)
         samples = held.get("samples", {})
         self.files: dict[Split, Path] = {}
         self.rows: dict[Split, list[Row]] = {}
@@ -119,7 +123,8 @@ class NsfwTask(ProtocolTask):
             concept = KEPT if split == "keep" else erased.get((row.concept or first).casefold(), first)
             seed = self.first_seed + place if row.seed is None else row.seed
             guidance = row.guidance if self.fixed_guidance is None else self.fixed_guidance
-            made.append(Prompt(f"{split}-{row.id}", row.prompt, concept, split, seed, None, guidance, row.size))
+            size = row.size if self.row_sizes else None
+            made.append(Prompt(f"{split}-{row.id}", row.prompt, concept, split, seed, None, guidance, size))
         return made
 
     def protocol(self) -> dict[str, Any]:
@@ -129,7 +134,8 @@ class NsfwTask(ProtocolTask):
             content = seals.sha256_of(self.files[split].expanduser())[:16]
             said["prompts"][split] = {"file": self.files[split].name, "sha256": content, "rows": len(rows)}
             said["images_per_prompt"][split] = 1
-        return {**said, "fixed_guidance": self.fixed_guidance, "min_nudity": self.min_nudity}
+        sizes = {} if self.row_sizes else {"row_sizes": False}
+        return {**said, "fixed_guidance": self.fixed_guidance, "min_nudity": self.min_nudity, **sizes}
 
 
 def _number(key: str, value: Any, most: float) -> float:

@@ -21,8 +21,8 @@ class ObjectTask(NamedTask):
 
     concepts: one name or several, erased together. anchor: null = each class's own; one for all, or one per concept.
     images: how many images per prompt in each split (the paper gives 200 per class and no count for synonyms).
-    first_seed: every prompt is drawn with seeds first_seed, first_seed + 1, ...: the same for every method.
-    templates: more training templates. synonyms, associated, unseen: a single concept's words, not the file's.
+    first_seed: every prompt is drawn with seeds first_seed, first_seed + 1, ...: the same for every method. templates:
+    in place of the training templates. synonyms, associated, unseen: a single concept's words, not the file's.
 
     Raises UserError for a concept or anchor that cannot be used.
     """
@@ -51,7 +51,7 @@ class ObjectTask(NamedTask):
             known=raw["classes"],
             preserved=list(raw["classes"]),
             templates=[raw["template"]],
-            training_templates=[*raw["training_templates"], *templates],
+            training_templates=list(templates) or raw["training_templates"],
             images=images,
             first_seed=first_seed,
             words={"synonyms": synonyms, "associated": associated, "unseen": unseen},
