@@ -239,8 +239,11 @@ class Backbone(Protocol):
     def text_fingerprint(self) -> str: ...  # of what text states depend on: backbones that share it share maps and sums
 
     def encode(
-        self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None
-    ) -> TextStates: ...  # vectors (n, D): instead of each name's own rows of the token table, with their gradient
+        self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None, to_end: bool = False
+    ) -> TextStates:
+        """vectors (n, D): instead of each name's own rows of the token table, with their gradient. to_end: only the
+        rows up to a text's first EOS are computed (T is then the longest's; rows behind a shorter one's are 0)."""
+        ...
 
     def token_vectors(self, text: str) -> Tensor: ...  # (n, D): those rows of a text
 

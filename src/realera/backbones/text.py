@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedT
 from realera import finite
 from realera.contracts import NamedPrompt, TextStates, UserError
 
-BATCH = 64  # prompts in one forward of the text encoder
+BATCH = 64  # prompts of full length in one forward of the text encoder; of shorter ones more
 KEPT = 64 << 20  # bytes of text states that are kept for when the same prompts are asked again
 BATCH_OF_ALL_LAYERS = 16  # where every layer's states are kept: a few hundred MB
 
@@ -54,14 +54,15 @@ class TextEncoder:
                 "length between them."
             )
 
-    def __call__(self, texts: Sequence[str | NamedPrompt]) -> TextStates:
+    def __call__(self, texts: Sequence[str | NamedPrompt], to_end: bool = False) -> TextStates:
         """States (B, T, D) float32 on the model's device; rows as `contracts.TextStates` says; `pooled` is the
-        projected state of the end of the text, where the model has one.
+        projected state of the end of the text, where the model has one. to_end: rows behind a text's end are not
+        computed, which changes no other: attention looks back only.
 
         Raises UserError where a name was cut off (see `rows`).
         """
-        key = (str(self.model.device), tuple(texts))
-        found = self._kept.pop(key, None) or self._read(texts)
+        key = (str(self.model.device), to_end, tuple(texts))
+        found = self._kept.pop(key, None) or self._read(texts, to_end)
         if found.states.nbytes > KEPT:  # a data set's captions: nobody waits for all of them again
             return found
         self._kept[key] = found  # the latest last
@@ -70,30 +71,44 @@ class TextEncoder:
         return _copy(found)
 
     @torch.no_grad()
-    def _read(self, texts: Sequence[str | NamedPrompt]) -> TextStates:
+    def _read(self, texts: Sequence[str | NamedPrompt], to_end: bool) -> TextStates:
         device = self.model.device
         ids = self._tokens(texts)
+        length = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)
+        sizes = length + 1 if to_end else torch.full_like(length, self.length)
         rows = [self.rows(text) if isinstance(text, NamedPrompt) else (-1, -1) for text in texts]
         # Under no_grad, not inference_mode: a training forward saves these states for its backward, which inference
         # tensors forbid.
-        states = torch.zeros(len(texts), self.length, self.width, device=device)
+        states = torch.zeros(len(texts), int(sizes.max()) if len(texts) else self.length, self.width, device=device)
         pooled = torch.zeros(len(texts), self.pooled_width, device=device) if self.pooled_width else None
-        batch = BATCH_OF_ALL_LAYERS if self.penultimate else BATCH
-        for start in range(0, len(texts), batch):
-            here = slice(start, start + batch)
-            out = self.model(input_ids=ids[here].to(device), output_hidden_states=self.penultimate)
-            states[here] = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
+        for here in self._batches(sizes):
+            size = int(sizes[here[0]])  # the longest of them
+            out = self.model(input_ids=ids[here, :size].to(device), output_hidden_states=self.penultimate)
+            states[here, :size] = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
             if pooled is not None:
                 pooled[here] = out.text_embeds
+        if to_end:
+            states *= torch.arange(states.shape[1], device=device)[:, None] < sizes.to(device)[:, None, None]
         self._refuse_not_finite(texts, states, "copy or download the checkpoint's text encoder again")
         first, last = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
         return TextStates(
             states=states,
             first=first,
             last=last,
-            length=(ids == self.tokenizer.eos_token_id).int().argmax(dim=1).to(device),
+            length=length.to(device),
             pooled=pooled,
         )
+
+    def _batches(self, sizes: Tensor) -> Iterator[Tensor]:
+        """Numbers of texts that go through the model together, the longest ones first; as many as fit into the memory
+        that `BATCH` full ones take."""
+        rows = (BATCH_OF_ALL_LAYERS if self.penultimate else BATCH) * self.length
+        order = sizes.argsort(descending=True, stable=True)
+        start = 0
+        while start < len(order):
+            end = start + max(1, rows // int(sizes[order[start]]))
+            yield order[start:end]
+            start = end
 
     def vectors(self, text: str) -> Tensor:
         """(n, D) float32, a copy: the rows of the token table that the text's n sub-tokens stand for."""
@@ -207,9 +222,9 @@ class PairedTextEncoder:
         self.width = first.width + second.width
         self.pooled_width = second.pooled_width
 
-    def __call__(self, texts: Sequence[str | NamedPrompt]) -> TextStates:
+    def __call__(self, texts: Sequence[str | NamedPrompt], to_end: bool = False) -> TextStates:
         """As `TextEncoder`. Raises UserError too where the two tokenizers part a text differently."""
-        return self._joined(texts, self.first(texts), self.second(texts))
+        return self._joined(texts, self.first(texts, to_end), self.second(texts, to_end))
 
     def vectors(self, text: str) -> Tensor:
         """As `TextEncoder.vectors`, of both tables."""

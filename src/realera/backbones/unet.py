@@ -97,13 +97,15 @@ class UNetBackbone:
 
     # --- text --------------------------------------------------------------------------------------------------------
 
-    def encode(self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None) -> TextStates:
+    def encode(
+        self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None, to_end: bool = False
+    ) -> TextStates:
         """See `TextEncoder.__call__` and, for vectors, `with_vectors`; on the U-Net's device, in float32 always."""
         device = self.device
         self.text.to(device)
         with torch.autocast(device.type, enabled=False):
             if vectors is None:
-                return self.text(texts)
+                return self.text(texts, to_end)
             return self.text.with_vectors(texts, vectors.to(device))
 
     def token_vectors(self, text: str) -> Tensor:

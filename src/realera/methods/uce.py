@@ -65,7 +65,7 @@ class UnifiedConceptEdit:
         erased = [(t.replace("{}", c), t.replace("{}", a)) for c, a in zip(names, towards) for t in templates]
         texts = list(dict.fromkeys(text for both in erased for text in both))  # a guide is often that of many
         place = {text: row for row, text in enumerate(texts)}
-        states = backbone.encode(texts)
+        states = backbone.encode(texts, to_end=self.rows == "last")
         for target, guide in erased:
             sums.add_pairs(*self._rows(states, place[target], place[guide]), self.erase_scale)
         kept = kept_texts(self.preserve, pairs)
@@ -74,7 +74,7 @@ class UnifiedConceptEdit:
             gram = gram_of(backbone, kept)
             sums.add_moments(gram, gram, self._preserve_scale(len(kept)))
         elif kept:
-            sums.add_preserved(_last_rows(backbone.encode(kept)), self._preserve_scale(len(kept)))
+            sums.add_preserved(_last_rows(backbone.encode(kept, to_end=True)), self._preserve_scale(len(kept)))
         if self.prior_cache is not None:
             captions, _ = prior(backbone, self.prior_cache)
             sums.add_moments(captions, captions, self.prior_weight)
