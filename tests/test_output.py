@@ -210,3 +210,38 @@ def test_the_log_of_the_doors_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.log, "propagate", True)
     cli.set_up_log()
     assert all(isinstance(handler.formatter, output.OneLine) for handler in cli.log.handlers)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("RANK", "\u0663", "process's number"),
+        ("REALERA_CACHE", "~nosuchuser/x", "is no folder"),
+        ("REALERA_CACHE", __file__, "is no folder"),
+        ("REALERA_CACHE", "x" * 5000, "is no folder"),
+    ],
+)
+def test_variables_that_cannot_be(name: str, value: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        surroundings.tidy({name: value})
+    surroundings.tidy({"REALERA_CACHE": "not there yet", "RANK": "3"})
+
+
+def test_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    surroundings.stand_somewhere()
+    (tmp_path / "here").rmdir()
+    with pytest.raises(UserError, match="current folder is gone"):
+        surroundings.stand_somewhere()
+
+
+@pytest.mark.parametrize("word", ["--concept=cat", "--dry-run", "-x", "--run=latest", "--", "--m=1"])
+def test_flags_that_there_are_not(word: str) -> None:
+    with pytest.raises(UserError, match="there is no flag"):
+        surroundings.flags_first(["concept=cat", word])
+
+
+def test_flags_that_there_are() -> None:
+    words = ["-m", "--help", "--cfg=job", "--cfg", "job", "-c", "job", "--config-dir", "there", "-cd", "--multirun"]
+    assert surroundings.flags_first(["a=-1", *words]) == [*words, "a=-1"]

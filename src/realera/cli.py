@@ -49,8 +49,9 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
     """
     output.protect()
     try:
+        surroundings.stand_somewhere()
         surroundings.tidy(os.environ)
-        sys.argv[1:] = surroundings.as_text(sys.argv[1:])
+        sys.argv[1:] = flags_first(surroundings.as_text(sys.argv[1:]))
     except UserError as error:
         fail(str(error))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: one translation, here
@@ -68,7 +69,7 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
 def opened(config_name: str, step: Step, positional: str | None) -> int:
     """What `door` does, where signals are answered; the exit status."""
     processes.adopt_scheduler(os.environ)
-    arguments = flags_first(sys.argv[1:])
+    arguments = sys.argv[1:]
     get_ready()
     sys.argv[1:] = gather(arguments, positional) if positional else arguments
     job = sweep.Job(step, partial(prepared, door=config_name), get_ready)
@@ -284,7 +285,7 @@ def wandb_mode() -> str:
         return mode
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
-        known = netrc.read_text(encoding="utf-8", errors="replace")
+        known = netrc.read_text(encoding="utf-8", errors="replace") if netrc.is_file() else ""  # no pipe
     except OSError:
         known = ""
     own = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc  # a server of one's own

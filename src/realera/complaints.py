@@ -8,15 +8,17 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from realera import disk, paths
 from realera.contracts import UserError
 from realera.parts import NotBuilt
 
+LISTS = ("prompts",)  # settings of a text or several, which one job takes together
 OF_DATABASE = ("full", "readonly", "unable to open", "I/O error", "locked")  # what SQLite says of a disk
 
 
@@ -48,6 +50,8 @@ def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
     if isinstance(error, OverrideParseException):
         return _unreadable(str(error.override))
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
+        if (key := found[1].partition("=")[0]) in LISTS:  # several are one job's
+            return f'{key} holds commas: quote a text, {_quoted(found[1])}, or give a list, \'{key}=["...","..."]\''
         return (
             f"{found[1]} holds several values: add -m to try one after the other, or quote a text: {_quoted(found[1])}"
         )
@@ -78,6 +82,8 @@ def _of_step(error: Exception) -> str | None:
 
 def of_value(error: OmegaConfBaseException) -> str:
     """The sentence for a value that could not be resolved."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing: type {error.full_key}=... (--help says what it may be)"
     place = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
     return _told(error) or first_line(error) + place
 
@@ -144,7 +150,9 @@ def _quoted(override: str) -> str:
 
 
 def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
-    groups = [path.name for path in paths.CONF_DIR.iterdir() if path.is_dir()]
+    groups = _groups(config_name)
+    if (paths.CONF_DIR / key).is_dir() and key not in groups:
+        return f"python -m realera.{config_name} has no setting '{key}': leave it out; --help lists those it has."
     chosen = [word for word in arguments if word.partition("=")[0] in groups]
     try:
         with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
@@ -158,6 +166,13 @@ def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
     same_end = {k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]}
     meant = did_you_mean(key, same_end) or did_you_mean(key, known)
     return f"there is no setting '{key}'{meant or '; --help lists them.'}"
+
+
+def _groups(config_name: str) -> list[str]:
+    """The groups of options that a command's yaml takes one of."""
+    defaults = yaml.safe_load((paths.CONF_DIR / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    named = [str(name).split()[-1] for one in defaults if isinstance(one, dict) for name in one]
+    return [name for name in named if (paths.CONF_DIR / name).is_dir()]
 
 
 def _below_null(config_name: str, arguments: list[str]) -> str | None:

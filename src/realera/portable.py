@@ -80,13 +80,13 @@ def lora_of(base: Mapping[str, Tensor], erased: Mapping[str, Tensor], rank: int 
     """The adapters as trained (rank None), or the whole difference cut to `rank`; with the relative error that leaves.
 
     Raises:
-        UserError: a closed-form edit and no rank: it is not low-rank, and leaving it out would undo the erasure.
+        UserError: changed weights and no rank: the change is not low-rank, and leaving it out would undo the erasure.
     """
     edited = any(key.startswith(EDIT) for key in erased)
     if rank is None and edited:
         raise UserError(
-            "this run edits the weights in closed form, which a LoRA holds only in part: give rank=16 (the error that "
-            "is left is printed), or export it whole with to=diffusers or to=map."
+            "this run changed the weights themselves, which a LoRA holds only in part: give rank=16 (the error that is "
+            "left is printed), or export it whole with to=diffusers."
         )
     if rank is None:
         if not (found := adapters(erased)):

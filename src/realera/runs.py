@@ -266,6 +266,8 @@ def open_run(name: str) -> Run:
     folder = known[-1].parent if name == "latest" and known else Path(name)
     if not (folder / paths.CONFIG).is_file():
         latest = f"the latest is {known[-1].parent}" if known else "make one with python -m realera.train"
+        if name == "latest":
+            raise UserError(f"there is no run in {ROOT}/ yet: {latest}.")
         raise UserError(f"{name} is no run folder (it has no {paths.CONFIG}); {latest}.")
     config = read_config(folder)
     if (fault := shapes.config_fault(config, used=True)) is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import MutableMapping, Sequence
+from pathlib import Path
 
 from realera.contracts import UserError
+from realera.paths import printable
 
 LIBRARIES = (
     "WANDB_",
@@ -19,6 +22,9 @@ LIBRARIES = (
     "MKL_",
     "NCCL_",
 )
+TAKING = ("--cfg", "--package", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info")
+FLAGS = (*TAKING, "--help", "--hydra-help", "--version", "--resolve", "--run", "--multirun", "--shell-completion")
+SHORT = ("-h", "-c", "-p", "-r", "-m", "-sc", "-cp", "-cn", "-cd", "-i")  # Hydra's, each with its long form above
 OTHERS = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "TMPDIR", "NETRC", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
 
@@ -28,26 +34,45 @@ def tidy(environ: MutableMapping[str, str]) -> None:
     and an empty HF_HOME the working directory. An empty CUDA_VISIBLE_DEVICES says that there is no device: it stays.
 
     Raises:
-        UserError: a process's number is none.
+        UserError: a process's number is none, or what stands in REALERA_CACHE can be no folder.
     """
     for name in [name for name, value in environ.items() if not value.strip()]:
         if name.startswith(LIBRARIES) or name in (*OTHERS, *NUMBERS):
             del environ[name]
     for name in NUMBERS:
-        if not environ.get(name, "0").isdecimal():
+        if not re.fullmatch("[0-9]{1,9}", environ.get(name, "0")):
             raise UserError(f"{name}={environ[name]} in the environment is no process's number: unset {name}.")
+    if given := environ.get("REALERA_CACHE"):
+        try:
+            right = not Path(given).expanduser().is_file()
+        except (RuntimeError, OSError):  # the home of nobody here; a name too long
+            right = False
+        if not right:
+            raise UserError(f"REALERA_CACHE={printable(given)} in the environment is no folder: name one, or unset it.")
+
+
+def stand_somewhere() -> None:
+    """Refuses to begin in a folder that was removed: no relative path means anything there. Raises UserError."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the current folder is gone: change to one that is there (cd), and type it again.") from None
 
 
 def as_text(words: Sequence[str]) -> list[str]:
     """The command line's words, of which a locale without accents has left bytes.
 
     Raises:
-        UserError: a word is no text.
+        UserError: a word is no text, or one that no file could be called under this locale.
     """
     found = []
     for word in words:
         try:
             found.append(os.fsencode(word).decode() if any("\udc80" <= letter <= "\udcff" for letter in word) else word)
+            os.fsencode(found[-1])
+        except UnicodeEncodeError:
+            said = found[-1].encode("ascii", "backslashreplace").decode()
+            raise UserError(f"'{said}' cannot be written under this locale: set LC_ALL=C.UTF-8.") from None
         except UnicodeDecodeError:
             said = word.encode("ascii", "backslashreplace").decode()
             raise UserError(f"'{said}' is no UTF-8 text: set a UTF-8 locale, as LC_ALL=C.UTF-8 does.") from None
@@ -55,7 +80,21 @@ def as_text(words: Sequence[str]) -> list[str]:
 
 
 def flags_first(arguments: list[str]) -> list[str]:
-    """The command line with its key=value words last: Hydra's parser takes them in one stretch only."""
+    """The command line with its key=value words last: Hydra's parser takes them in one stretch only.
+
+    Raises:
+        UserError: a flag that there is not, such as --concept.
+    """
+    for word in arguments:
+        name, given, value = word.partition("=")
+        known = name.startswith("--") and len(name) > 2 and any(flag.startswith(name) for flag in FLAGS)
+        takes = any(flag.startswith(name) for flag in TAKING)
+        if word.startswith("-") and not (name in SHORT or (known and (takes or not given))):
+            key = name.lstrip("-").replace("-", "_") or "key"
+            raise UserError(
+                f"there is no flag {name}: settings are typed as {key}={value or '...'}, without dashes; the flags are "
+                "--help, -m, --cfg job and --config-dir."
+            )
     settings = [word for word in arguments if "=" in word and not word.startswith("-")]
     return [*(word for word in arguments if word not in settings), *settings]
 

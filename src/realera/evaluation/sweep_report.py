@@ -95,6 +95,7 @@ def write_sweep(
         "veiled": any(run["veiled"] for part in parts for run in part["runs"]),
         "files": [Path(os.path.relpath(path, out.parent)).as_posix() for path in written],
         "with_plots": with_plots,
+        "has_figures": any(path.parent.name == paths.FIGURES for path in written),
     }
     paths.write_text(out, render(TEMPLATE, content))
     return out
