@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor
 
-from realera.closed_form import NormalEquations, compose, fuse, interpolate, relative_change, spectrum
+from realera.closed_form import FEW, NormalEquations, compose, fuse, interpolate, relative_change, spectrum
 from realera.contracts import UserError
 
 
@@ -82,6 +82,23 @@ def test_condition_number_is_of_the_regularised_gram():
     keys = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
     _, info = NormalEquations(3).add_preserved(keys).solve(0.5)
     assert info["condition"] == pytest.approx(25.5 / 1.5)
+
+
+@given(width=st.integers(4, 24), ridge=st.floats(1e-3, 100), seed=st.integers(0, 1000), weight=st.floats(0.1, 10))
+def test_few_rows_are_solved_by_themselves(width, ridge, seed, weight):
+    """The same map as by all D unknowns, as I + L R, and the same condition number."""
+    torch.manual_seed(seed)
+    count = width // FEW
+    keys, anchors = randn(count, width), randn(count, width)
+    sums = NormalEquations(width).add_pairs(keys, anchors, weight)
+    whole = NormalEquations(width).add_moments(sums.cross, sums.gram)
+    assert sums.factors(ridge) is not None and whole.factors(ridge) is None
+    (found, info), (wanted, told) = sums.solve(ridge), whole.solve(ridge)
+    assert torch.allclose(found, wanted, atol=1e-9) and info["condition"] == pytest.approx(told["condition"], rel=1e-9)
+    left, right = sums.factors(ridge)
+    assert left.shape == (width, count)
+    assert torch.allclose(torch.eye(width, dtype=torch.float64) + left @ right, wanted, atol=1e-9)
+    assert sums.factors(0.0) is None and sums.add_preserved(keys).factors(ridge) is None
 
 
 @pytest.mark.parametrize("rows", [0, 3])

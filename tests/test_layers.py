@@ -125,7 +125,9 @@ def faults(place: str, source: str) -> list[str]:
 
 
 def test_every_place_is_known() -> None:
-    unknown = {place_of(file) for file in FILES} - ROOMS - DOORS - DOOR_PARTS - SHARED - SOLVERS - {"__init__", "__main__"}
+    unknown = (
+        {place_of(file) for file in FILES} - ROOMS - DOORS - DOOR_PARTS - SHARED - SOLVERS - {"__init__", "__main__"}
+    )
     assert not unknown, f"say in this test what these may import: {unknown}"
 
 

@@ -141,11 +141,13 @@ class Neighbours:
 @dataclass(frozen=True)
 class Edit:
     """A closed-form edit of W_K / W_V. Either `map` (D, D) float64, meaning W = W0 @ map for every cross-attention
-    layer, or `weights` {layer name: (out, D)}. `info` is logged as `edit/*` (condition number, residuals, ...)."""
+    layer, or `weights` {layer name: (out, D)}. `info` is logged as `edit/*` (condition number, residuals, ...).
+    factors: L (D, n) and R (n, D) float64 with map = I + L R, where n is small: quicker to apply."""
 
     map: Tensor | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     info: Mapping[str, float] = field(default_factory=dict)
+    factors: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,17 @@ class BaseWeights:
                     f"The map is {tuple(edit.map.shape)} but backbone {self.backbone} has text states of width "
                     f"{width}; use a map made with the same text encoder."
                 )
-            new = {
-                name: layer.weight.double() @ edit.map.to(layer.weight.device).double()
-                for name, layer in layers.items()
-            }
+            new = {name: self._edited(layer.weight, edit) for name, layer in layers.items()}
         self.set({f"{name}.weight": weight for name, weight in new.items()})
+
+    def _edited(self, weight: Tensor, edit: Edit) -> Tensor:
+        """W @ map, float64."""
+        double = weight.detach().double()
+        if edit.factors is not None:
+            left, right = (factor.to(double) for factor in edit.factors)
+            return torch.addmm(double, double @ left, right)
+        assert edit.map is not None
+        return double @ edit.map.to(double)
 
     def set(self, values: Mapping[str, Tensor]) -> None:
         """Puts values onto named parameters, all or none.

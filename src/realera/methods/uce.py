@@ -80,7 +80,7 @@ class UnifiedConceptEdit:
             sums.add_moments(captions, captions, self.prior_weight)
         solution, info = sums.solve(self.ridge)
         counted = {"names_erased": len(pairs), "texts_erased": len(erased), "names_preserved": len(kept)}
-        return Edit(map=solution, info={**info, **counted})
+        return Edit(map=solution, info={**info, **counted}, factors=sums.factors(self.ridge))
 
     def _rows(self, states: TextStates, target: int, guide: int) -> tuple[Tensor, Tensor]:
         """Keys and their anchors (n, D) of one text and its guide."""
