@@ -174,6 +174,28 @@ def test_what_was_mined_is_kept(go: Callable[..., Any], load_method: Callable[..
     assert not (tmp_path / "lean" / "neighbours.safetensors").exists()
 
 
+def test_what_is_mined_around_many_concepts_is_not_held(
+    new_backbone: Callable[..., Any],
+    new_pairs: Callable[..., list[Pair]],
+    load_method: Callable[..., Any],
+    monkeypatch: Any,
+) -> None:
+    """One at a time, and the same points whenever they are asked for: so the edit is the same."""
+    method = load_method("realera", "neighbours.m=1", "neighbours.n=2", "align=null")
+    backbone = new_backbone()
+    pairs = new_pairs(backbone, ("cat", "field"), ("ship", "sky"), ("dog", "road"))
+    whole = room.Mined(method.neighbours, pairs, 0)
+    assert method.edit is not None
+    wanted = method.edit(backbone, pairs, list(whole)).map
+    assert len(whole.kept) == 3
+    monkeypatch.setattr(room, "KEPT", 1)
+    lean = room.Mined(method.neighbours, pairs, 0)
+    found = method.edit(backbone, pairs, lean).map
+    assert len(lean) == 3 and len(lean.kept) == 1 and lean[2] is not lean[2]
+    assert wanted is not None and found is not None and torch.equal(wanted, found)
+    assert torch.equal(lean[1].beyond, whole[1].beyond)
+
+
 @pytest.mark.parametrize("left", ['{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a": 3.0}\n{"ste', "torn"])
 def test_losses_are_those_of_the_checkpoint(tmp_path: Path, left: str) -> None:
     """A checkpoint holds its lines, so the file may be torn; one of an earlier version cuts the file."""

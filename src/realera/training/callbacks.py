@@ -15,7 +15,7 @@ from torch import Tensor
 
 from realera import finite
 from realera.closed_form import spectrum
-from realera.contracts import Edit, Neighbours, Prompt
+from realera.contracts import Edit, Miner, Neighbours, Pair, Prompt
 from realera.costs import Meter
 from realera.ledger import ledger
 from realera.paths import EDIT_INFO, MAP, NEIGHBOURS, json_text, printable, write_text
@@ -27,6 +27,45 @@ from realera.training.streams import stream
 
 PROBED = 50  # distinct prompts of a split whose shift is reported: a data set's captions are tens of thousands
 AT_ONCE = 64  # of them encoded at once
+KEPT = 256 << 20  # bytes of mined points that stay in memory, and are saved (half as many) for looking at
+
+
+class Mined(Sequence[Neighbours]):
+    """What a method mines around each concept, drawn when it is asked for and always the same: what is mined around a
+    hundred people takes 5 GB at once. The first ones stay, as many as `KEPT` bytes hold and at least one.
+
+    Raises UserError where NaN or infinity was mined.
+    """
+
+    def __init__(self, miner: Miner, pairs: Sequence[Pair], seed: int) -> None:
+        self.miner = miner
+        self.pairs = pairs
+        self.seed = seed
+        self.kept: list[Neighbours] = []
+        self.full = False
+        self[0]  # there is always something to look at
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: Any) -> Any:
+        if i < len(self.kept):
+            return self.kept[i]
+        pair = self.pairs[i]
+        found = self.miner(pair, stream(self.seed, "neighbours", i))
+        tensors = tensors_of(found)
+        finite.refuse(
+            tensors,
+            f"Around {pair.concept.target!r} was mined what cannot be used:",
+            "mine nearer (method.neighbours), or check the text encoder's weights",
+        )
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        held = sum(tensor.nbytes for one in self.kept for tensor in tensors_of(one).values())
+        if i == len(self.kept) and not self.full:
+            self.full = bool(self.kept) and held + size > KEPT
+            if not self.full:
+                self.kept.append(found)
+        return found
 
 
 class ClosedFormEdit(Callback):
@@ -51,7 +90,7 @@ class ClosedFormEdit(Callback):
         self.probes = spread(list({prompt.text: prompt for prompt in probes}.values()), PROBED)
         self.keep_neighbours = keep_neighbours
         self.meter = meter or Meter()
-        self.mined: list[Neighbours] = []
+        self.mined: Sequence[Neighbours] = []
         self.report: dict[str, Any] = {}
         self.edited: set[str] = set()  # layers whose weights were changed
 
@@ -61,15 +100,7 @@ class ClosedFormEdit(Callback):
         if method.edit is not None:
             with self.meter.stage("edit"):
                 if method.neighbours is not None:
-                    self.mined = [
-                        method.neighbours(p, stream(module.seed, "neighbours", i)) for i, p in enumerate(module.pairs)
-                    ]
-                    for pair, found in zip(module.pairs, self.mined):
-                        finite.refuse(
-                            tensors_of(found),
-                            f"Around {pair.concept.target!r} was mined what cannot be used:",
-                            "mine nearer (method.neighbours), or check the text encoder's weights",
-                        )
+                    self.mined = Mined(method.neighbours, module.pairs, module.seed)
                 edit = method.edit(backbone, module.pairs, self.mined)
             self.report = self._apply(module, edit, "edit")
             for logger in trainer.loggers:
@@ -151,8 +182,8 @@ class ClosedFormEdit(Callback):
     def _write(self, edit: Edit) -> None:
         if edit.map is not None:
             save_map(self.run_dir / MAP, edit.map, self.origin)
-        if self.mined and self.keep_neighbours:
-            save_neighbours(self.run_dir / NEIGHBOURS, self.mined, self.origin)
+        if isinstance(self.mined, Mined) and self.mined.kept and self.keep_neighbours:
+            save_neighbours(self.run_dir / NEIGHBOURS, self.mined.kept, self.origin)
         write_text(self.run_dir / EDIT_INFO, json_text(self.report, indent=1))
 
 

@@ -104,8 +104,8 @@ def read_map(path: Path) -> tuple[Tensor, Origin]:
 
 
 def save_neighbours(path: Path, mined: Sequence[Neighbours], origin: Origin) -> None:
-    """What was mined around concept i as "i.near", "i.near_targets", "i.near_rows", ...: points in float16, for looking
-    at, or as they are where that cannot hold them."""
+    """What was mined around concept i, of those that are given, as "i.near", "i.near_targets", ...: points in float16,
+    for looking at, or as they are where that cannot hold them."""
     tensors: dict[str, Tensor] = {}
     for i, found in enumerate(mined):
         for name, tensor in tensors_of(found).items():
