@@ -52,12 +52,14 @@ class BaseWeights:
         self.set({f"{name}.weight": weight for name, weight in new.items()})
 
     def _edited(self, weight: Tensor, edit: Edit) -> Tensor:
-        """W @ map, float64."""
-        double = weight.detach().double()
+        """W @ map: in float64, or by its factors in float32, which round the change alone."""
+        weight = weight.detach()
         if edit.factors is not None:
-            left, right = (factor.to(double) for factor in edit.factors)
-            return torch.addmm(double, double @ left, right)
+            single = weight.float()
+            left, right = (factor.to(single) for factor in edit.factors)
+            return torch.addmm(single, single @ left, right)
         assert edit.map is not None
+        double = weight.double()
         return double @ edit.map.to(double)
 
     def set(self, values: Mapping[str, Tensor]) -> None:
@@ -77,7 +79,8 @@ class BaseWeights:
                 )
         rounded = {name: value.to(self.parameters[name].dtype) for name, value in values.items()}
         finite.refuse(values, "The edited weight", "give a larger ridge, or train with a lower method.align.lr")
-        if (large := finite.first_bad(rounded)) is not None:
+        narrowed = {name: value for name, value in rounded.items() if value is not values[name]}
+        if (large := finite.first_bad(narrowed)) is not None:
             raise finite.NotFinite(
                 f"The edited weight {large} is too large for backbone.dtype={str(self.dtype).removeprefix('torch.')}: "
                 "set backbone.dtype=bfloat16 or float32."

@@ -137,7 +137,13 @@ def _save(path: Path, tensors: Mapping[str, Tensor], origin: Origin, **more: str
         "libraries": json.dumps({name: _version(name) for name in LIBRARIES}),
         **more,
     }
-    seals.save(path, {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, metadata)
+    seals.save(path, {name: _apart(tensor) for name, tensor in tensors.items()}, metadata)
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """On the CPU, in memory of its own: a file holds no two views of one memory."""
+    whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+    return tensor.detach().cpu() if whole else tensor.detach().cpu().clone().contiguous()
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
