@@ -259,17 +259,6 @@ def test_a_sum_of_captions_that_is_not_finite_is_refused(tmp_path: Path) -> None
         priors.read(file)
 
 
-def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from realera.training.resuming import last_good
-
-    file = tmp_path / "last.ckpt"
-    torch.save({"identity": "one", "state_dict": {"a": torch.ones(2)}}, file)
-    assert last_good(file, "one") == file
-    torch.save({"identity": "one", "state_dict": {"a": torch.tensor([1.0, math.nan])}}, file)
-    assert last_good(file, "one") is None
-    assert "holds NaN or infinity (a): the loop starts again" in caplog.text
-
-
 # --- as typed --------------------------------------------------------------------------------------------------------
 
 

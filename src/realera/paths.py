@@ -35,6 +35,7 @@ REPORT = "report.html"
 IMAGES = "images"
 ORIGINALS = "originals"  # the unedited model's images of the same prompts, linked from the cache
 FIT = "fit"  # the loop's checkpoints, until it has ended
+LAST = f"{FIT}/last.ckpt"
 LOSSES = "losses.jsonl"  # one line a logged step: {"step": int, "<term>": float, ...}
 COSTS = "costs.json"  # wall time by stage, passes of the U-Net, parameters, peak memory
 WANDB_ID = "wandb_id.txt"  # of the W&B run that it is
@@ -117,6 +118,17 @@ def no_links(folder: Path, names: Iterable[str]) -> None:
     for entry in os.scandir(logged) if logged.is_dir() else ():  # W&B links to the latest of its own
         if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(logged)):
             raise UserError(f"{entry.path} is a symbolic link out of the run's folder: remove it.")
+
+
+def refuse_odd(folder: Path) -> None:
+    """The loop's checkpoint, where there is one, is a file of the run's own, and none is there that Lightning would
+    look for by itself (on Slurm). Raises UserError."""
+    last = inside(folder, LAST)
+    for place, is_right, kind in ((folder / FIT, os.path.isdir, "a folder"), (last, os.path.isfile, "a file")):
+        if os.path.lexists(place) and not is_right(place):
+            raise UserError(f"{place} is to be {kind} of the run's own, and is none: remove it.")
+    if stray := next(folder.glob("*hpc_ckpt_*"), None):
+        raise UserError(f"{stray} is none of a run's files, and Lightning would go on from it: remove it.")
 
 
 def plain(text: str) -> str:

@@ -292,8 +292,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError where one of a run's own files and folders is a symbolic link."""
+    """Raises UserError where one of a run's own files and folders is a symbolic link, or a checkpoint is no file."""
     paths.no_links(folder, (*FILES, *FOLDERS, paths.LOCK))
+    paths.refuse_odd(folder)
 
 
 def check_sweep(folder: Path) -> None:

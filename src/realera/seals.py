@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +29,6 @@ KEY = "checksum"  # in a safetensors file's metadata
 BESIDE = "beside"  # likewise: {name: digest} of the files that belong to it, in its folder
 BLANK = b"0" * 32  # in its place while the checksum is computed: half of a SHA-256, in hex digits
 _MARK = f'"{KEY}":"'.encode()  # in a value of the metadata its quotes would be escaped
-_ARCHIVE = b"sha256 "  # before the checksum in a zip archive's comment
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -55,13 +53,28 @@ def save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
 def load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, on the CPU, and the metadata of a safetensors file. Raises Torn."""
+    verify(file)
+    return content(file), metadata(file)
+
+
+def content(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose checksum was compared already. Raises Torn."""
     from safetensors import SafetensorError, safe_open
 
-    verify(file)
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            return tensors, dict(opened.metadata() or {})
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Torn(f"{file} is torn or no safetensors file") from error
+
+
+def metadata(file: Path) -> dict[str, str]:
+    """Likewise what a safetensors file says of itself. Raises Torn."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
         raise Torn(f"{file} is torn or no safetensors file") from error
 
@@ -107,32 +120,6 @@ def _torn_of(erased: Path) -> Path | None:
     return next(
         (file for file, known in beside.items() if known is not None and digest(file) not in (known, None)), None
     )
-
-
-def close_archive(file: Path) -> None:
-    """Puts a checksum at the end of a zip archive that has no comment yet, as its comment: `archive_is_whole`."""
-    size = len(_ARCHIVE) + len(BLANK)
-    with file.open("r+b") as stream:
-        stream.seek(-2, os.SEEK_END)
-        stream.write(size.to_bytes(2, "little"))
-    checksum = _checksum(file, None)
-    with file.open("ab") as stream:
-        stream.write(_ARCHIVE + checksum)
-
-
-def archive_is_whole(file: Path) -> bool:
-    """Whether a zip archive is as it was written; of one without a checksum, of an earlier version, each record."""
-    try:
-        length = file.stat().st_size - len(_ARCHIVE) - len(BLANK)
-        with foreign.opened(file) as stream:
-            stream.seek(max(0, length))
-            mark, checksum = stream.read(len(_ARCHIVE)), stream.read()
-        if mark == _ARCHIVE:
-            return _checksum(file, None, length) == checksum
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except Exception:  # of damaged bytes a zip's reader says whatever comes to it: a dozen classes
-        return False
 
 
 def sha256_of(file: Path) -> str:
@@ -223,15 +210,12 @@ def _order(file: Path) -> None:
             stream.write(ordered.ljust(length))
 
 
-def _checksum(file: Path, place: int | None, length: int | None = None) -> bytes:
-    """Of all bytes, or the first `length`, with `BLANK` where the checksum itself stands."""
-    sha, left = hashlib.sha256(), file.stat().st_size if length is None else length
+def _checksum(file: Path, place: int) -> bytes:
+    """Of all bytes, with `BLANK` where the checksum itself stands."""
+    sha = hashlib.sha256()
     with foreign.opened(file) as stream:
-        if place is not None:
-            sha.update(stream.read(place) + BLANK)
-            stream.seek(place + len(BLANK))
-            left -= place + len(BLANK)
-        while left > 0 and (block := stream.read(min(left, 1 << 20))):
+        sha.update(stream.read(place) + BLANK)
+        stream.seek(place + len(BLANK))
+        while block := stream.read(1 << 20):
             sha.update(block)
-            left -= len(block)
     return sha.hexdigest()[: len(BLANK)].encode()

@@ -140,7 +140,7 @@ def test_a_run_that_goes_on_has_its_stages(backbone: Noted, pairs: list[Pair]) -
     source(backbone, 0, draw(1))
     saved = source.state_dict()
     resumed = prepared(backbone, pairs, batch=2, renew=3, chains=2)
-    resumed.load_state_dict(saved)
+    resumed.load_state_dict(saved, [1, 0])
     backbone.apply(Edit(map=2 * torch.eye(32, dtype=torch.float64)))
     for seed in (2, 3, 4):
         assert torch.equal(source(backbone, 0, draw(seed))[0], resumed(backbone, 0, draw(seed))[0])

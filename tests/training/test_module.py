@@ -13,7 +13,7 @@ import torch
 
 from realera.contracts import LoraSpec, Method, Pair, UserError
 from realera.training.fit import fit
-from realera.training.module import ErasureModule, own_step, part_of, turn
+from realera.training.module import ErasureModule, own_step, part_of, turn, turns
 from realera.training.streams import stream
 
 
@@ -118,21 +118,21 @@ def test_terms_with_a_gradient_are_summed_and_all_are_noted(train: Callable[...,
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_only_the_trained_parameters_are_saved(
-    new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]]
-) -> None:
+def test_what_is_trained_is_the_adapter(new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]]) -> None:
     backbone = new_backbone()
     module = ErasureModule(backbone, Method("watched", align=Watched()), new_pairs(backbone, ("cat", "field")), 0)
-    assert module.state_dict() == {}
-    trained = backbone.add_adapter(LoraSpec(), stream(0, "adapter"))
-    state = module.state_dict()
-    assert len(state) == len(trained) == 2 * len(backbone.cross_attention())
-    assert all(".lora_" in name for name in state)
-    doubled = {name: 2 * value + 1 for name, value in state.items()}
-    module.load_state_dict(doubled)
-    assert all(torch.equal(value, doubled[name]) for name, value in module.state_dict().items())
-    with pytest.raises(UserError, match="other layers"):
-        module.load_state_dict({**doubled, "more": torch.zeros(1)})
+    assert module.trained() == {}
+    added = backbone.add_adapter(LoraSpec(), stream(0, "adapter"))
+    found = module.trained()
+    assert len(found) == len(added) == 2 * len(backbone.cross_attention())
+    assert all(".lora_" in name for name in found)
+
+
+def test_steps_are_counted_for_each_concept() -> None:
+    for concepts in (1, 2, 3):
+        for steps in range(15):
+            own = [turn(step, concepts) for step in range(1, steps + 1)]
+            assert turns(steps, concepts) == [own.count(concept) for concept in range(concepts)]
 
 
 def test_a_loss_that_is_no_number_stops_the_run(train: Callable[..., Any], tmp_path: Path) -> None:

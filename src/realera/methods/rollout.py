@@ -68,10 +68,13 @@ class Rollout:
         self.texts: list[TextStates] = []  # of each concept
         self.stages: dict[int, Tensor] = {}  # (steps + 1, chains, C, h, w) of each concept, where they are kept
         self.uses: dict[int, int] = {}
+        self.size: tuple[int, ...] = ()  # (C, h, w)
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
         name, _, prompts = self.text.partition("_")
         self.stages, self.uses = {}, {}
+        sides = (side // backbone.pixels_per_latent for side in (backbone.sampler.height, backbone.sampler.width))
+        self.size = backbone.latent_channels, *sides
         if prompts:
             self.texts = [pair.target if name == "concept" else pair.anchor for pair in pairs]
         else:
@@ -97,12 +100,19 @@ class Rollout:
         device = next(backbone.unet.parameters()).device
         return latents.to(device), timesteps.to(device)
 
-    def state_dict(self) -> dict[str, dict[int, Any]]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What the next steps depend on besides their draws: the kept stages are of a model that is no more."""
-        return {"stages": {i: stages.cpu() for i, stages in self.stages.items()}, "uses": dict(self.uses)}
+        return {str(concept): stages.cpu() for concept, stages in self.stages.items()}
 
-    def load_state_dict(self, state: Mapping[str, Mapping[int, Any]]) -> None:
-        self.stages, self.uses = dict(state["stages"]), dict(state["uses"])
+    def load_state_dict(self, state: Mapping[str, Tensor], calls: Sequence[int]) -> None:
+        """Raises ValueError for stages that this roll-out, called so often for each concept, does not keep."""
+        uses = {concept: count for concept, count in enumerate(calls) if count and self.renew > 1}
+        if state.keys() != {str(concept) for concept in uses}:
+            raise ValueError("the kept latents are of other concepts")
+        form = (self.steps + 1, self.chains, *self.size)
+        if any(stages.dtype != torch.float32 or stages.shape != form for stages in state.values()):
+            raise ValueError("the kept latents are of another form")
+        self.stages, self.uses = {concept: state[str(concept)] for concept in uses}, uses
 
     def _timesteps(self, backbone: Backbone, stops: Tensor, generator: Generator) -> Tensor:
         if self.timestep == "level":

@@ -194,15 +194,6 @@ class PrepareLatents(Callback):
     def __init__(self, cache: Path, meter: Meter | None = None) -> None:
         self.cache = cache
         self.meter = meter or Meter()
-        self.restored: Any = None  # the latent source's state, in a run that goes on
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        latents = _erasure(pl_module).method.latents
-        if hasattr(latents, "state_dict"):
-            checkpoint["latents"] = latents.state_dict()  # type: ignore[union-attr]
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.restored = checkpoint.get("latents")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _erasure(pl_module)
@@ -220,8 +211,6 @@ class PrepareLatents(Callback):
                     if getattr(part, "together", False):
                         part.prepare(*given, ranks=ranks)  # type: ignore[call-arg, union-attr]
                 self.meter.spared("latents", found)
-        if self.restored is not None and hasattr(module.method.latents, "load_state_dict"):
-            module.method.latents.load_state_dict(self.restored)  # type: ignore[union-attr]
         module.backbone.park()
 
 

@@ -26,7 +26,7 @@ from realera.training.callbacks import ClosedFormEdit, FitProgress, Measured, Pr
 from realera.training.checkpoint import Origin, load_erased, save_erased
 from realera.training.losses import LossLines
 from realera.training.module import ErasureModule, clip_of, steps_of, trains
-from realera.training.resuming import LAST, Checkpoints, KeepsAnswer, WholeFiles, last_good, same_run
+from realera.training.resuming import Checkpoints, KeepsAnswer, same_run
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,8 @@ def fit(
         shutil.rmtree(run_dir / FIT, ignore_errors=True)  # of a process that was killed once the weights were saved
         return erased
 
+    checkpoints = Checkpoints(run_dir, identity, losses := LossLines(run_dir), checkpoint_every)
+    checkpoints.look()
     meter = meter or Meter()
     steps = steps_of(align, len(pairs))
     settings = dict(trainer or {})
@@ -107,20 +109,17 @@ def fit(
         ClosedFormEdit(run_dir, origin, probes, keep_neighbours, meter),
         PrepareLatents(cache_dir() if cache is None else cache, meter),
         Measured(meter),
-        LossLines(run_dir),
+        losses,
         FitProgress(f"Aligning noise ({method.name})"),
         *callbacks,
-        Checkpoints(run_dir / FIT / LAST, identity, checkpoint_every),
+        checkpoints,
         KeepsAnswer(),
     ]
     with _quiet():
         runner = _trainer(settings, steps, run_dir, loggers, around)
-        resume = last_good(run_dir / FIT / LAST, identity)
-        if resume is not None:
-            log.info("going on from %s", resume)
         with _without_checkpoint(run_dir, runner):
             try:
-                runner.fit(module, ckpt_path=resume)
+                runner.fit(module)
             except SystemExit:
                 if runner.interrupted:  # Lightning turns Ctrl-C into an exit status of its own
                     raise KeyboardInterrupt from None
@@ -162,7 +161,7 @@ def _trainer(
             default_root_dir=run_dir,
             logger=list(loggers) or False,
             callbacks=callbacks,
-            plugins=[WholeFiles(), *met],
+            plugins=[*met],
             enable_checkpointing=False,  # `Checkpoints` does
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from realera import foreign
 from realera.disk import Tolerance, append
 from realera.paths import LOSSES, json_text, write_text
 
@@ -25,16 +24,12 @@ class LossLines(Callback):
         self.waiting: list[str] = []
         self.tolerance = Tolerance()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["losses"] = "\n".join(self.lines)
+    def go_on(self, trainer: Trainer, lines: Sequence[str]) -> None:
+        """After the steps of these lines. A loop that has no more to do is not started."""
+        self.lines = list(lines)
+        self.on_train_start(trainer)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if "losses" in checkpoint:
-            self.lines = checkpoint["losses"].splitlines()
-        else:  # one of an earlier version
-            self.lines = [line for line in _lines(self.file) if _step(line) <= checkpoint["global_step"]]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
         if trainer.is_global_zero:
             write_text(self.file, "".join(f"{line}\n" for line in self.lines))
 
@@ -48,16 +43,3 @@ class LossLines(Callback):
             with self.tolerance:
                 append(self.file, "".join(self.waiting))
                 self.waiting.clear()
-
-
-def _lines(file: Path) -> list[str]:
-    """The lines a killed run left."""
-    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-
-
-def _step(line: str) -> float:
-    """Infinity for a line that is torn."""
-    try:
-        return float(foreign.json_of(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

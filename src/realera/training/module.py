@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
@@ -47,7 +47,6 @@ class ErasureModule(LightningModule):
             on_cpu(pair) for pair in pairs
         ]  # points are mined there: a few rows a step, the same on every device
         self.seed = seed
-        self.strict_loading = False  # a checkpoint holds what is trained and nothing else
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         align, latents = self.method.align, self.method.latents
@@ -142,19 +141,9 @@ class ErasureModule(LightningModule):
     def train_dataloader(self) -> DataLoader[int]:
         return DataLoader(_Steps(), batch_size=None)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The trained parameters only: the rest comes back from the backbone's files and the edit."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in trained}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Raises UserError for a state of other parameters than are trained here."""
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if trained != set(state_dict):
-            raise UserError(
-                "The half-finished fit trains other layers than this config: set overwrite=true or another run_dir."
-            )
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name: the rest comes back from the backbone's files and the edit."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
 def trains(align: Aligner | None) -> bool:
@@ -186,6 +175,12 @@ def clip_of(align: Aligner | None) -> float | None:
 def turn(step: int, concepts: int) -> int:
     """Whose step it is, counted from 1. Concepts take turns of two, because aligners alternate between odd and even."""
     return ((step - 1) // 2) % concepts
+
+
+def turns(steps: int, concepts: int) -> list[int]:
+    """How many of so many steps are each concept's."""
+    rounds, rest = divmod(steps, 2 * concepts)
+    return [2 * rounds + min(2, max(0, rest - 2 * concept)) for concept in range(concepts)]
 
 
 def own_step(step: int, concepts: int) -> int:

@@ -1,4 +1,4 @@
-"""The loop's checkpoints: when they are written, what stands in them, and which one a run goes on from."""
+"""The loop's checkpoints: when they are written, and how a run goes on from one."""
 
 from __future__ import annotations
 
@@ -11,51 +11,76 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from realera import finite, seals
+from realera import finite, paths, seals
 from realera.contracts import UserError
-from realera.paths import whole
-from realera.training.module import REMEDY
+from realera.training import saved
+from realera.training.losses import LossLines
+from realera.training.module import FIRST_SCALE, REMEDY, ErasureModule, turns
+from realera.training.turns import AdamWInTurns
 
 log = logging.getLogger(__name__)
 
-LAST = "last.ckpt"
-
 
 class Checkpoints(Callback):
-    """Keeps the loop's latest state in `file`, stamped with the run it belongs to: what is trained, the optimiser's
-    state of it, and nothing that comes back from elsewhere. It stands last among the callbacks.
+    """Keeps the loop's latest state in the run's folder, stamped with the run it belongs to (`saved.Saved`), and goes
+    on from one that is there. It stands last among the callbacks: it restores what the others have made ready.
 
-    every: steps from one to the next; None = `OFTEN`, or `SELDOM` where more than `LARGE` numbers are trained, which
-    take minutes to write (a whole U-Net of Stable Diffusion: 10 GB). Raises UserError for steps that cannot be.
+    losses: whose lines a checkpoint holds. every: steps from one to the next; None = `OFTEN`, or `SELDOM` where more
+    than `LARGE` numbers are trained, which take minutes to write (a whole U-Net of Stable Diffusion: 10 GB). Raises
+    UserError for steps that cannot be.
     """
 
     OFTEN, SELDOM, LARGE = 25, 250, 50_000_000
 
-    def __init__(self, file: Path, identity: str, every: int | None = None) -> None:
+    def __init__(self, run_dir: Path, identity: str, losses: LossLines, every: int | None = None) -> None:
         if every is not None and every < 1:
             raise UserError(f"trainer.checkpoint_every={every} cannot be: give a number of steps from 1 on, or null.")
-        self.file = file
+        self.run_dir = run_dir
+        self.file = run_dir / paths.LAST
         self.identity = identity
+        self.losses = losses
         self.every = every
+        self.there = False
+
+    def look(self) -> None:
+        """Before anything is done. Raises UserError as `last_good`."""
+        self.there = last_good(self.run_dir, self.identity)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All processes find the same: the next checkpoint is written when all have begun."""
+        module = _erasure(pl_module)
+        if self.there and trainer.optimizers:
+            try:
+                form = form_of(trainer, module)
+                found = saved.read(self.file, form, turns)
+                if form.latents:
+                    calls = turns(found.step, len(module.pairs))
+                    module.method.latents.load_state_dict(found.latents, calls)  # type: ignore[union-attr]
+            except (ValueError, OSError, UserError) as error:
+                log.warning("%s is not what this run writes (%s): the loop starts again", self.file, error)
+                return
+            log.info("going on from %s", self.file)
+            _restore(found, trainer, module)
+            self.losses.go_on(trainer, found.losses)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every is None:
             self.every = self.OFTEN if trained_numbers(trainer) <= self.LARGE else self.SELDOM
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["identity"] = self.identity
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self.every is not None
         if trainer.global_step % self.every == 0:
-            finite.refuse(_kept(trainer, pl_module), f"After step {trainer.global_step}", REMEDY)
-            trainer.save_checkpoint(self.file)
+            module = _erasure(pl_module)
+            finite.refuse(_kept(trainer, module), f"After step {trainer.global_step}", REMEDY)
+            if trainer.is_global_zero:
+                saved.write(self.file, self.identity, state_of(trainer, module, self.losses.lines))
+            trainer.strategy.barrier("checkpoint")
 
 
 class KeepsAnswer(Callback):
@@ -69,40 +94,21 @@ class KeepsAnswer(Callback):
             signal.signal(signal.SIGTERM, self.answer)
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Lightning writes to the system's temporary folder and moves, which is a copy across file systems: it can be cut
-    short."""
+def last_good(run_dir: Path, identity: str) -> bool:
+    """Whether there is a checkpoint to go on from. If the disk has torn it, the log says so, and the loop starts again.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with whole(Path(path)) as beside:
-            with beside.open("wb") as stream:  # whose errors say more than torch's own
-                torch.save(checkpoint, stream)
-            seals.close_archive(beside)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """As data alone, whatever the caller says: the folder may have come from somebody else."""
-        loaded: dict[str, Any] = super().load_checkpoint(path, map_location or (lambda storage, _: storage), True)
-        return loaded
-
-
-def last_good(file: Path, identity: str) -> Path | None:
-    """The checkpoint to go on from; None where there is none, or one that the disk has torn: the loop starts again.
-    torch.load itself compares none of the checksums in the zip archive that torch.save writes."""
+    Raises UserError for one of another run, and for what is no file of the run's own."""
+    file = run_dir / paths.LAST
+    paths.refuse_odd(run_dir)
     if not file.is_file():
-        return None
+        return False
     try:
-        if not seals.archive_is_whole(file):
-            raise seals.Torn(f"{file} is torn")
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        stamped, bad = content["identity"], finite.first_bad(content["state_dict"])
-    except Exception:  # of damaged bytes its reader says whatever comes to it: dozens of classes
+        found = saved.stamp(file)
+    except seals.Torn:
         seals.made_again(file)
-        return None
-    same_run(stamped, identity, file)
-    if bad is not None:
-        log.warning("%s holds NaN or infinity (%s): the loop starts again", file, bad)
-        return None
-    return file
+        return False
+    same_run(found, identity, file)
+    return True
 
 
 def same_run(found: str, identity: str, file: Path) -> None:
@@ -111,9 +117,69 @@ def same_run(found: str, identity: str, file: Path) -> None:
         raise UserError(f"{file} belongs to a run with other settings: set overwrite=true, or another run_dir.")
 
 
-def _kept(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, Tensor]]:
+def form_of(trainer: Trainer, module: ErasureModule) -> saved.Form:
+    """What a checkpoint of this very run looks like."""
+    (optimizer,) = trainer.optimizers
+    scaler = _scaler(trainer)
+    return saved.Form(
+        steps=trainer.max_steps,
+        weights=module.trained(),
+        trained=_parameters(optimizer),
+        concepts=optimizer.concepts if isinstance(optimizer, AdamWInTurns) else 1,
+        latents=hasattr(module.method.latents, "state_dict"),
+        scale=None if scaler is None else (FIRST_SCALE, scaler.get_growth_interval()),
+    )
+
+
+def state_of(trainer: Trainer, module: ErasureModule, losses: list[str]) -> saved.Saved:
+    (optimizer,) = trainer.optimizers
+    latents, scaler = module.method.latents, _scaler(trainer)
+    state = {} if scaler is None else scaler.state_dict()
+    return saved.Saved(
+        step=trainer.global_step,
+        weights=module.trained(),
+        moments={i: optimizer.state[p] for i, p in enumerate(_parameters(optimizer)) if optimizer.state.get(p)},
+        latents=latents.state_dict() if hasattr(latents, "state_dict") else {},  # type: ignore[union-attr]
+        losses=losses,
+        scale=(float(state["scale"]), int(state["_growth_tracker"])) if state else None,
+    )
+
+
+@torch.no_grad()
+def _restore(found: saved.Saved, trainer: Trainer, module: ErasureModule) -> None:
+    """Hyperparameters and rates are those of the method, and Lightning has counted nothing yet but the steps."""
+    for name, parameter in module.trained().items():
+        parameter.copy_(found.weights[name])
+    (optimizer,) = trainer.optimizers
+    optimizer.load_state_dict({"state": found.moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for config in trainer.lr_scheduler_configs:
+        assert isinstance(config.scheduler, LambdaLR)
+        config.scheduler = LambdaLR(optimizer, config.scheduler.lr_lambdas, last_epoch=found.step - 1)  # and steps once
+    scaler = _scaler(trainer)
+    if scaler is not None and found.scale is not None:
+        scale, tracker = found.scale
+        scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": tracker})
+    done = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+    done.ready = done.completed = found.step
+
+
+def _scaler(trainer: Trainer) -> Any:
+    """Of the loss, in 16-mixed; else None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _erasure(module: LightningModule) -> ErasureModule:
+    assert isinstance(module, ErasureModule)
+    return module
+
+
+def _kept(trainer: Trainer, module: ErasureModule) -> Iterator[tuple[str, Tensor]]:
     """What a checkpoint holds of numbers: the trained weights, and what the optimiser knows of them."""
-    yield from ((name, value) for name, value in module.named_parameters() if value.requires_grad)
+    yield from module.trained().items()
     for optimizer in trainer.optimizers:
         for state in optimizer.state.values():
             yield from ((f"the optimiser's {name}", v) for name, v in state.items() if isinstance(v, Tensor))
