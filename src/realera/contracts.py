@@ -336,9 +336,9 @@ class LatentSource(Protocol):
     """Method part `latents`: where z_t comes from. `prepare` runs once, on the device, before the first step; what it
     keeps in the cache says there what it cost (`ledger.Cached`).
     A call gives z_t (B, C, h, w), timesteps (B,) and, where the source knows more of them, tensors (B, ...) by name
-    ("mask"), which the aligner's loss is given as keywords. One that keeps tensors from step to step gives them as
-    `state_dict()`, by name; `load_state_dict(state, calls)` takes them back, or raises ValueError where they cannot be
-    its own after so many calls for each concept."""
+    ("mask"), which the aligner's loss is given as keywords. One that keeps float32 tensors from step to step gives them
+    as `state_dict()`, by name, says with `state_form(calls)` which shapes they have after so many calls for each
+    concept, and takes them back by `load_state_dict(state, calls)`."""
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None: ...
 

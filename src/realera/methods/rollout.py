@@ -104,15 +104,13 @@ class Rollout:
         """What the next steps depend on besides their draws: the kept stages are of a model that is no more."""
         return {str(concept): stages.cpu() for concept, stages in self.stages.items()}
 
+    def state_form(self, calls: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        form = self.steps + 1, self.chains, *self.size
+        return {str(concept): form for concept, count in enumerate(calls) if count and self.renew > 1}
+
     def load_state_dict(self, state: Mapping[str, Tensor], calls: Sequence[int]) -> None:
-        """Raises ValueError for stages that this roll-out, called so often for each concept, does not keep."""
-        uses = {concept: count for concept, count in enumerate(calls) if count and self.renew > 1}
-        if state.keys() != {str(concept) for concept in uses}:
-            raise ValueError("the kept latents are of other concepts")
-        form = (self.steps + 1, self.chains, *self.size)
-        if any(stages.dtype != torch.float32 or stages.shape != form for stages in state.values()):
-            raise ValueError("the kept latents are of another form")
-        self.stages, self.uses = {concept: state[str(concept)] for concept in uses}, uses
+        self.stages = {int(concept): stages for concept, stages in state.items()}
+        self.uses = {concept: calls[concept] for concept in self.stages}
 
     def _timesteps(self, backbone: Backbone, stops: Tensor, generator: Generator) -> Tensor:
         if self.timestep == "level":

@@ -55,11 +55,7 @@ class Checkpoints(Callback):
         module = _erasure(pl_module)
         if self.there and trainer.optimizers:
             try:
-                form = form_of(trainer, module)
-                found = saved.read(self.file, form, turns)
-                if form.latents:
-                    calls = turns(found.step, len(module.pairs))
-                    module.method.latents.load_state_dict(found.latents, calls)  # type: ignore[union-attr]
+                found = saved.read(self.file, form_of(trainer, module), turns)
             except (ValueError, OSError, UserError) as error:
                 log.warning("%s is not what this run writes (%s): the loop starts again", self.file, error)
                 return
@@ -120,26 +116,28 @@ def same_run(found: str, identity: str, file: Path) -> None:
 def form_of(trainer: Trainer, module: ErasureModule) -> saved.Form:
     """What a checkpoint of this very run looks like."""
     (optimizer,) = trainer.optimizers
+    latents: Any = module.method.latents
     scaler = _scaler(trainer)
     return saved.Form(
         steps=trainer.max_steps,
         weights=module.trained(),
         trained=_parameters(optimizer),
         concepts=optimizer.concepts if isinstance(optimizer, AdamWInTurns) else 1,
-        latents=hasattr(module.method.latents, "state_dict"),
+        latents=lambda step: latents.state_form(turns(step, len(module.pairs))) if keeps(latents) else {},
         scale=None if scaler is None else (FIRST_SCALE, scaler.get_growth_interval()),
     )
 
 
 def state_of(trainer: Trainer, module: ErasureModule, losses: list[str]) -> saved.Saved:
     (optimizer,) = trainer.optimizers
-    latents, scaler = module.method.latents, _scaler(trainer)
+    latents: Any = module.method.latents
+    scaler = _scaler(trainer)
     state = {} if scaler is None else scaler.state_dict()
     return saved.Saved(
         step=trainer.global_step,
         weights=module.trained(),
         moments={i: optimizer.state[p] for i, p in enumerate(_parameters(optimizer)) if optimizer.state.get(p)},
-        latents=latents.state_dict() if hasattr(latents, "state_dict") else {},  # type: ignore[union-attr]
+        latents=latents.state_dict() if keeps(latents) else {},
         losses=losses,
         scale=(float(state["scale"]), int(state["_growth_tracker"])) if state else None,
     )
@@ -150,6 +148,9 @@ def _restore(found: saved.Saved, trainer: Trainer, module: ErasureModule) -> Non
     """Hyperparameters and rates are those of the method, and Lightning has counted nothing yet but the steps."""
     for name, parameter in module.trained().items():
         parameter.copy_(found.weights[name])
+    latents: Any = module.method.latents
+    if keeps(latents):
+        latents.load_state_dict(found.latents, turns(found.step, len(module.pairs)))
     (optimizer,) = trainer.optimizers
     optimizer.load_state_dict({"state": found.moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for config in trainer.lr_scheduler_configs:
@@ -161,6 +162,11 @@ def _restore(found: saved.Saved, trainer: Trainer, module: ErasureModule) -> Non
         scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": tracker})
     done = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
     done.ready = done.completed = found.step
+
+
+def keeps(latents: Any) -> bool:
+    """Whether a latent source keeps anything from step to step."""
+    return hasattr(latents, "state_dict")
 
 
 def _scaler(trainer: Trainer) -> Any:

@@ -48,15 +48,15 @@ class Form:
     """What a run's checkpoint looks like.
 
     weights: what is trained, by name. trained: the optimiser's parameters; parameter i is changed in the steps of
-    concept i % concepts. latents: whether the latent source keeps anything. scale: the scaler's first scale and the
-    steps in which it may double; None where there is none.
+    concept i % concepts. latents: the shapes of what the latent source keeps after so many steps. scale: the scaler's
+    first scale and the steps in which it may double; None where there is none.
     """
 
     steps: int
     weights: Mapping[str, Tensor]
     trained: Sequence[Tensor]
     concepts: int
-    latents: bool
+    latents: Callable[[int], Mapping[str, tuple[int, ...]]]
     scale: tuple[float, int] | None = None
 
 
@@ -142,7 +142,8 @@ def _check_names(stored: Mapping[str, reading.Stored], form: Form, step: int, ow
         if own[i % form.concepts] and f"{COUNT}{i}" in stored:
             wanted |= {f"{COUNT}{i}": reading.Stored("F32", ())}
             wanted |= {f"{name}.{i}": _stored(parameter) for name in MOMENTS}
-    found = {name: kind for name, kind in stored.items() if not (form.latents and name.startswith(LATENTS))}
+    wanted |= {LATENTS + name: reading.Stored("F32", tuple(shape)) for name, shape in form.latents(step).items()}
+    found = dict(stored)
     losses = found.pop(LOSSES, None)
     if losses is None or losses.dtype != "U8" or math.prod(losses.shape) > step * LONGEST_LINE:
         raise ValueError("its losses are no text")
