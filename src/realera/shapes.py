@@ -118,6 +118,16 @@ METRICS = {
     "sets?": {...: lambda numbers: fits(numbers, {"protocol?": dict}) and _all_numbers(numbers)},
     "protocol": PROTOCOL,
 }
+JUDGED = {  # verdicts/<judge>.json, of a judge of single images
+    **{key: METRICS[key] for key in (*NUMBERS, "headline", "h_o_terms", "original", "protocol")},
+    "of_images?": str,
+    "of_verdicts?": {...: str},
+}
+COMPARED = {  # the same, of a judge of whole sets
+    "set": {...: maybe(number)},
+    "protocol": dict,
+    "of_images?": str,
+}
 CELL = {
     **dict.fromkeys(("folder?", "reason?", "system?", "launch?"), maybe(str)),
     "state?": str,

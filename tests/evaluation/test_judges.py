@@ -156,7 +156,10 @@ def test_a_torn_file_of_another_judge_is_left_out_and_named(tmp_path: Path, capl
     assert torn_of(tmp_path) == file
     now = judge(tmp_path, "eye", 0.2)
     assert set(both["judges"]) == {"other"} and now["judges"] == {} and not file.exists()
-    assert "other.json is torn and left out: python -m realera.evaluate run=" in caplog.text
+    assert (
+        "other.json is torn, or holds what no judge writes, and is left out: python -m realera.evaluate run="
+        in caplog.text
+    )
     assert torn_of(tmp_path) is None
 
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realera import foreign, paths, seals
+from realera import foreign, paths, seals, shapes
 from realera.contracts import Mode, SetJudge, UserError
-from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, mode_of, modes
+from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, MEASURES, mode_of, modes
 from realera.evaluation.records import FOLDERS, FORM, read_manifest, read_metrics, read_verdicts, verdict_file
 
 log = logging.getLogger(__name__)
@@ -88,12 +88,12 @@ def measure_set(run_dir: Path, judge: SetJudge, references: Path | None, split: 
 
 
 def gather(run_dir: Path, own: str) -> dict[str, Any]:
-    """Writes metrics.json from the judges' files and returns it. A torn one is taken away: its judge has to be asked
-    again. Raises UserError where `own` has not judged."""
+    """Writes metrics.json from the judges' files and returns it. One that is torn, or holds what no judge's file does,
+    is taken away: its judge has to be asked again. Raises UserError where `own` has not judged."""
     for file in _files(run_dir):
         if not _read(file):
             again = f"python -m realera.evaluate run={run_dir} judge={file.stem}"
-            log.warning("%s is torn and left out: %s makes it again", file, again)
+            log.warning("%s is torn, or holds what no judge writes, and is left out: %s makes it again", file, again)
             file.unlink(missing_ok=True)
     metrics = _gathered(run_dir, own)
     paths.write_text(run_dir / paths.METRICS, _text(metrics))
@@ -238,14 +238,21 @@ def _images(run_dir: Path) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A judge's numbers; {} for a file that is missing or torn: they can be had again. Earlier versions wrote no
-    checksum."""
+    """A judge's numbers; {} for a file that is missing or torn, or that holds what is not written here, whatever its
+    checksum says: they can be had again. Earlier versions wrote no checksum."""
     try:
         numbers = foreign.read_json(file)
         whole = isinstance(numbers, dict) and numbers.pop(seals.KEY, None) in (None, _checksum(numbers))
     except (OSError, ValueError):
         return {}
-    return numbers if whole else {}
+    return numbers if whole and (numbers.get("form") != FORM or _is_ours(numbers)) else {}
+
+
+def _is_ours(numbers: Mapping[str, Any]) -> bool:
+    """Whether a file of today's form holds what `_keep` is given."""
+    if "set" in numbers:
+        return shapes.fits(numbers, shapes.COMPARED)
+    return shapes.fits(numbers, shapes.JUDGED) and set(numbers["h_o_terms"]) <= {*MEASURES.values()}
 
 
 def _checksum(numbers: Mapping[str, Any]) -> str:
