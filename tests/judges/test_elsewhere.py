@@ -158,3 +158,74 @@ def test_the_other_interpreter_imports_nothing_of_the_current_folder(
     monkeypatch.chdir(tmp_path)
     Elsewhere({"_target_": "stub_judge.Stub"}, str(python)).close()
     assert not (tmp_path / "imported").exists()
+
+
+ANSWERS = {
+    "no result": ({"realera": 1}, "neither a result nor a refusal"),
+    "a number": ({"realera": 1, "said": 5}, "no list of verdicts"),
+    "nothing": ({"realera": 1, "said": []}, "not of the images"),
+    "other images": ({"prompt_id": "other"}, "not of the images"),
+    "a word for a number": ({"value": "x"}, "no list of verdicts"),
+    "infinity": ({"value": math.inf}, "no list of verdicts"),
+    "a score of NaN": ({"detail": {"score": math.nan}}, "no list of verdicts"),
+    "a NaN further in": ({"detail": {"top": [["a", math.nan]]}}, "NaN or infinity in the detail of the image 0.png"),
+    "too many digits": ({"detail": {"n": 10**99}}, "neither a result nor a refusal"),
+}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_an_answer_that_is_none_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+    answer, why = ANSWERS[case]
+    row = {"prompt_id": "p0", "value": 0.5, "label": "cat", "detail": {}, **answer}
+    said = answer if "realera" in answer else {"realera": 1, "said": [row]}
+    judge = Elsewhere(_node(), _saying(tmp_path, {"realera": 1, "said": {"name": "n", "protocol": {}}}, said))
+    with pytest.raises(UserError, match=f"the judge in .*python answered .*{why}") as met:
+        _ask(judge, 1)
+    assert "\n" not in str(met.value)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        5,
+        None,
+        {"name": 5, "protocol": {}},
+        {"name": "n"},
+        {"name": "../n", "protocol": {}},
+        {"name": "n", "protocol": {"threshold": math.nan}},
+    ],
+)
+def test_a_judge_there_must_say_what_it_is(about: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the judge in .*python answered no name and protocol"):
+        Elsewhere(_node(), _saying(tmp_path, {"realera": 1, "said": about}))
+
+
+def test_a_comparison_there_must_be_of_numbers(tmp_path: Path) -> None:
+    about = {"realera": 1, "said": {"name": "n", "protocol": {}}}
+    for said in (5, {"fid": math.nan}, {"fid": "x"}):
+        judge = ElsewhereSet(_node("Set"), _saying(tmp_path, about, {"realera": 1, "said": said}))
+        with pytest.raises(UserError, match="no finite numbers"):
+            judge.compare([Path("a.png")], [Path("b.png")])
+
+
+def test_what_a_judge_there_knows_is_asked_there() -> None:
+    class Knowing:
+        name, detects = "k", True
+
+        def protocol(self) -> dict[str, Any]:
+            return {}
+
+        def knows(self, concept: str) -> bool:
+            return concept == "cat"
+
+    assert worker.answer(Knowing(), "protocol", {}) == {"name": "k", "protocol": {}, "names": True, "detects": True}
+    assert [worker.answer(Knowing(), "knows", {"concept": c}) for c in ("cat", "dog")] == [True, False]
+
+
+def _saying(folder: Path, *answers: Any) -> str:
+    """An interpreter that gives one answer after the other, whatever it is asked."""
+    program = folder / "python"
+    lines = "".join(f"read -r _; cat <<'END'\n{json.dumps(answer)}\nEND\n" for answer in answers)
+    program.write_text(f"#!/bin/sh\n{lines}")
+    program.chmod(0o755)
+    return str(program)

@@ -47,4 +47,4 @@ def judge_run(
 def _check_order(judge: str, rows: Sequence[Row], said: Sequence[Verdict]) -> None:
     """A verdict on the wrong image would be a silent wrong number."""
     if [v.prompt_id for v in said] != [row.prompt.id for row in rows]:
-        raise ValueError(f"judge {judge!r} must answer each image once and in order")
+        raise UserError(f"the judge {judge!r} must answer each image once and in order: mend it, or take another one")

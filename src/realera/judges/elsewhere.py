@@ -7,6 +7,7 @@ without this interpreter's other packages. Lines of JSON go both ways (worker.py
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import shutil
@@ -20,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Annotated, Any, TypedDict
 
-from realera import paths
+from realera import paths, shapes
 from realera.contracts import Judge, Prompt, UserError, Verdict
 from realera.judges.worker import MARK
 from realera.kinds import Beside, Python
@@ -37,6 +38,7 @@ spec.loader.exec_module(module)
 from realera.judges import worker
 worker.main()
 """  # realera alone becomes importable there: not what lies beside it, built for this interpreter, nor the work folder
+_ANSWER = f'{{"{MARK}"'.encode()
 _BATCH = 64  # images in one line, where the judge has no batch of its own
 
 
@@ -96,7 +98,11 @@ class Elsewhere:
         except UserError as error:
             place = "" if python in str(error) else f" (judge.python={python})"
             raise UserError(f"{error}{place}") from None
+        if not shapes.fits(said, _ABOUT) or not _finite(said):
+            raise self._nonsense("no name and protocol of a judge")
         self.name: str = said["name"]
+        self.detects: bool = said.get("detects", False)
+        self._names: bool = said.get("names", False)
         self._protocol: dict[str, Any] = said["protocol"]
 
     def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]:
@@ -107,8 +113,19 @@ class Elsewhere:
             part = slice(start, start + self._batch)
             rows = [asdict(prompt) for prompt in prompts[part]]
             said = self._ask("judge", images=_absolute(images[part]), prompts=rows)
-            verdicts += [Verdict(**row) for row in said]
+            if not shapes.fits(said, [_VERDICT]):
+                raise self._nonsense("what is no list of verdicts")
+            if [row["prompt_id"] for row in said] != [prompt.id for prompt in prompts[part]]:
+                raise self._nonsense("verdicts that are not of the images it was asked about, each once and in order")
+            for image, row in zip(images[part], said):
+                if not _finite(row["detail"]):
+                    raise self._nonsense(f"NaN or infinity in the detail of the image {image}")
+            verdicts += [Verdict(row["prompt_id"], float(row["value"]), row["label"], row["detail"]) for row in said]
         return verdicts
+
+    def knows(self, concept: str) -> bool:
+        """As the judge says there; one that names no concepts knows them all."""
+        return not self._names or bool(self._ask("knows", concept=concept))
 
     def protocol(self) -> dict[str, Any]:
         """The judge's own: where it ran changes no number."""
@@ -139,7 +156,14 @@ class Elsewhere:
             raise UserError(str(heard["refused"]))
         if "failed" in heard:
             raise UserError(f"{what} failed in {self.python} ({heard['failed']}): install there what it needs")
+        if "said" not in heard:
+            raise self._nonsense("neither a result nor a refusal")
         return heard["said"]
+
+    def _nonsense(self, what: str) -> UserError:
+        return UserError(
+            f"the judge in {self.python} answered {what}: install its libraries there again, or leave judge.python out"
+        )
 
     def _last_words(self) -> str:
         """The last line that the child wrote to stderr."""
@@ -152,8 +176,32 @@ class ElsewhereSet(Elsewhere):
     """The same for a SetJudge."""
 
     def compare(self, images: Sequence[Path], references: Sequence[Path]) -> dict[str, float]:
-        said: dict[str, float] = self._ask("compare", images=_absolute(images), references=_absolute(references))
-        return said
+        said = self._ask("compare", images=_absolute(images), references=_absolute(references))
+        if not shapes.fits(said, {...: shapes.number}):
+            raise self._nonsense("what are no finite numbers of a comparison")
+        return {name: float(value) for name, value in said.items()}
+
+
+def _value(value: Any) -> bool:
+    """Of a verdict: a number, or the NaN of an image that was left unscored."""
+    return shapes.number(value) or (isinstance(value, float) and math.isnan(value))
+
+
+def _name(value: Any) -> bool:
+    """A part of a file's name; a judge made of none has an empty one."""
+    return value == "" or bool(shapes.matching(shapes.ID)(value))
+
+
+_ABOUT = {"name": _name, "protocol": dict, "detects?": bool, "names?": bool}
+_VERDICT = {**shapes.VERDICT, "prompt_id": str, "value": _value}
+del _VERDICT["id"]
+
+
+def _finite(node: Any) -> bool:
+    """Whether plain data holds neither NaN nor infinity."""
+    if isinstance(node, dict):
+        return all(map(_finite, node.values()))
+    return all(map(_finite, node)) if isinstance(node, list) else not isinstance(node, float) or math.isfinite(node)
 
 
 def _absolute(paths: Sequence[Path]) -> list[str]:
@@ -162,12 +210,16 @@ def _absolute(paths: Sequence[Path]) -> list[str]:
 
 def _listen(process: subprocess.Popen[bytes], answers: queue.Queue[dict[str, Any] | None]) -> None:
     """Puts each answer on the queue, and None when there will be no more; other lines are a library's chatter."""
+    from realera import foreign  # which needs more than the standard library
+
     assert process.stdout is not None
     for line in process.stdout:
-        with suppress(ValueError):
-            heard = json.loads(line)
-            if isinstance(heard, dict) and MARK in heard:
-                answers.put(heard)
+        try:
+            heard = foreign.json_of(line.decode("utf-8", "replace"))
+        except ValueError:
+            heard = {MARK: 1} if line.startswith(_ANSWER) else None  # an answer that cannot be read is none
+        if isinstance(heard, dict) and MARK in heard:
+            answers.put(heard)
     answers.put(None)
 
 

@@ -24,7 +24,10 @@ MARK = "realera"  # a key of every answer: what else a library prints is told ap
 def answer(judge: Any, call: str, arguments: Mapping[str, Any]) -> Any:
     """The judge's answer to one line, as plain data."""
     if call == "protocol":
-        return {"name": judge.name, "protocol": judge.protocol()}
+        said = {"name": judge.name, "protocol": judge.protocol(), "names": hasattr(judge, "knows")}
+        return {**said, "detects": bool(getattr(judge, "detects", False))}
+    if call == "knows":
+        return bool(judge.knows(arguments["concept"]))
     paths = [Path(path) for path in arguments["images"]]
     if call == "compare":
         return judge.compare(paths, [Path(path) for path in arguments["references"]])
