@@ -575,8 +575,19 @@ def test_a_folder_chooses_no_interpreter(command: str, received: Path, give: Cal
     setting("judge.python", "evil/python")(received)
     with pytest.raises(UserError, match=r"judge=NAME judge\.python=evil/python"):
         give(command)
+    with pytest.raises(UserError, match=r"judge=NAME judge\.python=evil/python"):
+        give(command)
     give("export-map")
     give("report")
+
+
+@pytest.mark.parametrize("model", ["hf-hub:evil/x", "local-dir:evil"])
+def test_a_folder_chooses_no_judge_of_a_hub_or_a_folder(
+    model: str, received: Path, give: Callable[[str], None]
+) -> None:
+    setting("judge", {"_target_": "realera.judges.clip.ClipJudge", "model": model})(received)
+    with pytest.raises(UserError, match=r"type it again, judge=NAME judge\.model=MODEL"):
+        give("evaluate")
 
 
 def test_a_folder_names_no_file_of_texts(received: Path, give: Callable[[str], None]) -> None:

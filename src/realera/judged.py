@@ -53,4 +53,9 @@ def _existing(name: str, judge: Any) -> Run:
             f"{name} was judged in another interpreter, and a run folder may not choose the program that is started: "
             f"type it again, judge=NAME judge.python={python}."
         )
+    if not by_another and (model := trust.brought_model(run.config.get("judge"))):
+        raise UserError(
+            f"{name} was judged by a model that is none of the library's own ({model[:120]!r}), and a run folder may "
+            "not choose one: type it again, judge=NAME judge.model=MODEL."
+        )
     return Run(run.folder, {**run.config, "judge": judge}) if by_another or not run.config.get("judge") else run

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 AGAIN = "do not use this folder, or make the run again with python -m realera.train and overwrite=true"
 
 TEXTS = re.compile(r"(_csv|_file|_path|^file|^data|^captions)$")  # settings that name a file of texts
+PLAIN_MODEL = re.compile(r"[\w-][\w.+-]*", re.ASCII)  # of open_clip
 PACKAGE = re.compile(r"^# *@package +(\S+)", re.MULTILINE)
 Named = Mapping[tuple[str, bool], frozenset[str]]
 """{(group, whether it is a part of one of the group's): the targets}."""
@@ -71,6 +72,15 @@ def interpreter(judge: Any) -> str | None:
     """The interpreter that a judge's settings name, at any depth; None without one."""
     for at, value in _leaves(judge):
         if at[-1:] == ("python",) and value is not None:
+            return str(value)
+    return None
+
+
+def brought_model(judge: Any) -> str | None:
+    """The hub's model or the folder that a judge's `model` names in place of one of the library's own, at any depth;
+    None without one. A folder's settings may name further models."""
+    for at, value in _leaves(judge):
+        if at[-1:] == ("model",) and value is not None and not PLAIN_MODEL.fullmatch(str(value)):
             return str(value)
     return None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from realera import finite
 from realera.contracts import Prompt, UserError, Verdict
-from realera.judges.images import batches, check_batch, read_rgb
+from realera.judges.images import batches, check_batch, lengths, read_rgb, refuse_nan
 from realera.judges.places import out_of_reach, torch_device
 from realera.kinds import Batch, Label, Template, TorchDevice
 
@@ -30,8 +30,9 @@ class ClipJudge:
     {class}"); MACE scores styles with the same weights from another hub. OpenAI trained with QuickGELU: open_clip's
     plain "ViT-B-32" computes another function of the same weights, so the activation follows the weights' tag.
 
-    labels: what is chosen among. model, pretrained: open_clip's names, `pretrained` also a weights file. batch: images
-    at once. Raises UserError where the weights cannot be had.
+    labels: what is chosen among. model, pretrained: open_clip's names, `pretrained` also a weights file; a model that
+    is typed as "hf-hub:NAME" or "local-dir:FOLDER" brings its own weights and has no `pretrained`. batch: images at
+    once. Raises UserError where the weights cannot be had, or make NaN of any image.
     """
 
     name = "clip"
@@ -53,9 +54,16 @@ class ClipJudge:
 
         self.device = torch.device(torch_device(device))
         self.labels = tuple(labels or ())
-        self.template, self.model, self.pretrained = template, model, pretrained
+        self.template, self.model = template, model
+        self.pretrained = None if ":" in model else pretrained  # open_clip takes no other weights for such a model
         self.clip, self.transform = self._load()
-        self._tokenizer = open_clip.get_tokenizer(model)
+        try:
+            self._tokenizer = open_clip.get_tokenizer(model)
+            self._check()
+        except UserError:
+            raise
+        except Exception as error:  # a folder's settings may be anything
+            raise self._lacking(_first_line(error)) from error
         self._texts = self._encode([template.replace("{}", label) for label in self.labels]) if self.labels else None
         self._captions: dict[str, Tensor] = {}
 
@@ -69,9 +77,10 @@ class ClipJudge:
                 f"judge.model={self.model} is no model of open_clip: "
                 + (f"did you mean {' or '.join(close)}?" if close else "see open_clip.list_models().")
             )
-        tag = open_clip.get_pretrained_cfg(self.model, self.pretrained) or {}
-        place = Path(self.pretrained)
-        if not tag and place.exists() and not place.is_file():  # a pipe would be waited for
+        given = self.pretrained
+        tag = (open_clip.get_pretrained_cfg(self.model, given) if given is not None else None) or {}
+        place = Path(given or "")
+        if given is not None and not tag and place.exists() and not place.is_file():  # a pipe would be waited for
             raise self._lacking(f"{place} is no file")
         if tag.get("hf_hub") and not _cached(tag["hf_hub"]) and out_of_reach(_HUB):
             raise self._lacking("they are not on this disk and the hub does not answer")
@@ -80,15 +89,28 @@ class ClipJudge:
                 self.model, self.pretrained, device=self.device, force_quick_gelu=bool(tag.get("quick_gelu"))
             )
         except Exception as error:  # open_clip raises whatever its downloaders and unpicklers do
-            raise self._lacking(
-                str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
-            ) from error
-        finite.refuse(clip.state_dict(), f"CLIP from {self.pretrained} cannot judge: its weight", "get it again")
+            raise self._lacking(_first_line(error)) from error
+        finite.refuse(clip.state_dict(), f"CLIP from {self._source()} cannot judge: its weight", "get it again")
         return clip.eval(), transform
 
+    def _check(self) -> None:
+        """Finite weights may still make NaN of whatever they are shown. Raises UserError."""
+        import torch
+        from PIL import Image
+
+        with torch.no_grad():
+            pixels = self.transform(Image.new("RGB", (64, 64), "gray"))[None].to(self.device)
+            seen, read = self.clip.encode_image(pixels, normalize=True), self._encode(["a photo"])
+            made = {"image": lengths(seen), "text": lengths(read)}
+        finite.refuse(made, f"CLIP from {self._source()} cannot judge: what it makes of any", "get it again")
+
+    def _source(self) -> str:
+        return self.model if self.pretrained is None else self.pretrained
+
     def _lacking(self, reason: str) -> UserError:
+        named = self.model if self.pretrained is None else f"{self.model}/{self.pretrained}"
         return UserError(
-            f"CLIP's weights {self.model}/{self.pretrained} cannot be had ({reason}): connect once to download them, "
+            f"CLIP's weights {named} cannot be had ({reason}): connect once to download them, "
             "point HF_HOME at a cache that holds them, or give judge.pretrained=FILE."
         )
 
@@ -120,12 +142,17 @@ class ClipJudge:
                 seen = self.clip.encode_image(pixels.to(self.device), normalize=True)
                 scores = (100 * (seen * self._score_texts(asked)).sum(dim=-1)).tolist()
                 chances = None if self._texts is None else (100 * seen @ self._texts.T).softmax(dim=-1).cpu()
+            sums = [1.0] * len(files) if chances is None else chances.sum(dim=-1).tolist()
+            refuse_nan(self.name, files, zip(lengths(seen).tolist(), scores, sums), "get its weights again")
             for row, (prompt, score) in enumerate(zip(asked, scores)):
                 value, label = math.nan, ""
                 if chances is not None:
                     value, label = self._choice(prompt, chances[row])
                 verdicts.append(Verdict(prompt.id, value, label, {"score": round(score, 4)}))
         return verdicts
+
+    def knows(self, concept: str) -> bool:
+        return any(label.lower() == concept.lower() for label in self.labels)
 
     def _choice(self, prompt: Prompt, chance: Tensor) -> tuple[float, str]:
         at = next((i for i, label in enumerate(self.labels) if label.lower() == prompt.concept.lower()), None)
@@ -142,6 +169,10 @@ class ClipJudge:
             "labels": list(self.labels),
             "score": "100 cos(image, caption)",
         }
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
 
 
 def _cached(hub: str) -> bool:

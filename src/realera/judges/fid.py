@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from realera import finite
 from realera.contracts import UserError
-from realera.judges.images import check_batch, read_rgb
+from realera.judges.images import check_batch, read_rgb, refuse_nan
 from realera.judges.places import out_of_reach, torch_device
 from realera.kinds import Batch, File, TorchDevice
 
@@ -98,14 +98,17 @@ class FidJudge:
         """(images, features) on the CPU."""
         import torch
 
-        found = []
+        found: list[Tensor] = []
         for start in range(0, len(paths), self.batch):
             pixels = [self._read(path) for path in paths[start : start + self.batch]]
             alike = len({picture.shape for picture in pixels}) == 1
+            before = len(found)
             for part in [pixels] if alike else [[picture] for picture in pixels]:
                 stack = torch.stack([torch.from_numpy(picture).permute(2, 0, 1) for picture in part])
                 with torch.no_grad():
                     found.append(self.net(stack.to(self.device))[0].cpu())
+            sums = torch.cat(found[before:]).double().sum(dim=-1, keepdim=True).tolist()
+            refuse_nan(self.name, paths[start : start + self.batch], sums, "get its weights again")
         return torch.cat(found)
 
     def _read(self, path: Path) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from realera import finite, paths
 from realera.contracts import Prompt, UserError, Verdict
 from realera.judges.arrays import read_layers
-from realera.judges.images import batches, check_batch, read_rgb
+from realera.judges.images import batches, check_batch, read_rgb, refuse_nan
 from realera.judges.places import torch_device
 from realera.kinds import Batch, Folder, Number, TorchDevice
 
@@ -95,11 +95,20 @@ class GiphyJudge:
             found = [self.faces(read_rgb(Path(path))) for path in files]
             chances, embeddings = self._look([face for faces in found for face in faces])
             start = 0
-            for prompt, faces in zip(asked, found):
+            for path, prompt, faces in zip(files, asked, found):
                 mine = slice(start, start + len(faces))
+                refuse_nan(
+                    self.name,
+                    [path] * len(faces),
+                    zip(chances[mine].sum(axis=-1), embeddings[mine].sum(axis=-1)),
+                    f"{_SOURCE} again",
+                )
                 verdicts.append(self._verdict(prompt, chances[mine], embeddings[mine]))
                 start = mine.stop
         return verdicts
+
+    def knows(self, concept: str) -> bool:
+        return plain(concept) in self._rows
 
     def faces(self, image: np.ndarray) -> list[np.ndarray]:
         """(H, W, 3) uint8 -> the faces in it, (224, 224, 3) uint8 each."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realera.contracts import Prompt, UserError
+from realera.finite import NotFinite
 from realera.pictures import read_picture
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 
 def read_rgb(path: Path, size: int | None = None) -> np.ndarray:
@@ -32,6 +35,21 @@ def batches(
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
     for start in range(0, len(images), size):
         yield images[start : start + size], prompts[start : start + size]
+
+
+def refuse_nan(judge: str, images: Sequence[Path], numbers: Iterable[Iterable[float]], remedy: str) -> None:
+    """UserError where one of the numbers that a judge computed of an image is NaN or infinite. numbers: some of each
+    image, in order. What a judge leaves unscored on purpose is none of them."""
+    for path, each in zip(images, numbers):
+        if not all(map(math.isfinite, each)):
+            raise NotFinite(f"the judge {judge} answered NaN or infinity for the image {path}: {remedy}")
+
+
+def lengths(states: Tensor) -> Tensor:
+    """(B,) 1 for each state of unit length (B, E); NaN for one whose own length was too large for a float, of which
+    torch makes zeros."""
+    norm = states.norm(dim=-1)
+    return norm / norm
 
 
 def check_batch(batch: int) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from realera import finite
 from realera.contracts import Prompt, UserError, Verdict
-from realera.judges.images import batches, check_batch, read_rgb
+from realera.judges.images import batches, check_batch, lengths, read_rgb, refuse_nan
 from realera.kinds import Batch, Folder, Label, TorchDevice
 from realera.paths import MINIATURE
 
@@ -33,7 +33,7 @@ class MiniatureJudge:
 
     weights: a folder with config.json and model.safetensors (default: the shipped one). unsafe: the labels that stand
     for what a detector of explicit content looks for; without any, nothing is said of it. Raises UserError where the
-    weights cannot be read, or hold no such label.
+    weights cannot be read, hold no such label, or make NaN of any image.
     """
 
     name = "miniature"
@@ -73,6 +73,13 @@ class MiniatureJudge:
         self.clip, self.plain = clip.to(self.device), plain.to(self.device)
         with torch.no_grad():
             self._label_states = self.clip.encode_text(list(self.config.labels.values()))
+            some = torch.linspace(-1, 1, 3 * _SIZE**2, device=self.device).reshape(1, 3, _SIZE, _SIZE)
+            made = {
+                "label": lengths(self._label_states),
+                "image": self.clip.scale * lengths(self.clip.encode_image(some)),
+                "second choice": self.plain(some),
+            }
+        finite.refuse(made, f"the judge {self.name} in {self.folder} cannot judge: what it makes of any", _REMEDY)
 
     def read(self, images: Sequence[Path]) -> Tensor:
         """(B, 3, 32, 32) float32 in [-1, 1]."""
@@ -84,20 +91,24 @@ class MiniatureJudge:
 
     def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]:
         return [
-            verdict
-            for files, asked in batches(images, prompts, self.batch)
-            for verdict in self._judge(self.read(files), asked)
+            verdict for files, asked in batches(images, prompts, self.batch) for verdict in self._judge(files, asked)
         ]
 
-    def _judge(self, pixels: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
+    def knows(self, concept: str) -> bool:
+        return concept.lower() in self._row
+
+    def _judge(self, files: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]:
         import torch
 
         captions = [prompt.text if prompt.caption is None else prompt.caption for prompt in prompts]
+        pixels = self.read(files)
         with torch.no_grad():
             states = self.clip.encode_image(pixels)
             probabilities = (self.clip.scale * states @ self._label_states.T).softmax(dim=-1).cpu()
             second = self.plain(pixels).softmax(dim=-1).cpu()
             scores = (100 * (states * self.clip.encode_text(captions)).sum(dim=-1)).tolist()
+        sums = zip(lengths(states).tolist(), scores, probabilities.sum(dim=-1).tolist(), second.sum(dim=-1).tolist())
+        refuse_nan(self.name, files, sums, _REMEDY)
         verdicts = []
         for i, prompt in enumerate(prompts):
             row = self._row.get(prompt.concept.lower())

@@ -11,15 +11,17 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from realera import foreign, shapes
 from realera.paths import whole, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -44,6 +46,39 @@ class JudgeConfig:
     text_heads: int = 4
     max_words: int = 32
     version: int = 1
+
+
+def _count(most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and 0 < value <= most
+
+
+_WIDTH = _count(8192)
+_WIDTHS = lambda value: shapes.fits(value, [_WIDTH]) and len(value) == 3  # noqa: E731
+SHAPE: Mapping[str, Any] = {  # of config.json: what is written there, and no net too large to be tried
+    "words": [str],
+    "labels": lambda value: bool(value) and shapes.fits(value, {...: str}),
+    "channels?": _WIDTHS,
+    "plain_channels?": _WIDTHS,
+    "width?": _WIDTH,
+    "text_layers?": _count(100),
+    "text_heads?": _WIDTH,
+    "max_words?": _WIDTH,
+    "version?": _count(2**31),
+}
+
+
+def config_fault(raw: Any) -> str | None:
+    """Why the content of a config.json is no judge's, as in "holds no text_layers of a judge"; None if it is."""
+    if not isinstance(raw, dict):
+        return "holds no settings"
+    known = {key.removesuffix("?"): key for key in SHAPE}
+    if strange := next((key for key in raw if key not in known), None):
+        return f"holds {strange!r:.60}, which no judge has"
+    wrong = (name for name, key in known.items() if not shapes.fits(raw, {key: SHAPE[key]}))
+    if (found := next(wrong, None)) is not None:
+        return f"holds no {found} of a judge"
+    width, heads = (raw.get(name, getattr(JudgeConfig, name)) for name in ("width", "text_heads"))
+    return f"holds text_heads={heads}, which do not share width={width} evenly" if width % heads else None
 
 
 def split_words(text: str) -> list[str]:
@@ -196,8 +231,10 @@ def load_judge(folder: Path) -> tuple[JudgeConfig, MiniatureCLIP, PlainCNN]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if (folder / name).exists() and not (folder / name).is_file():  # a pipe would be waited for
             raise OSError(f"{name} is no file")
-    raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    raw.update({key: tuple(raw[key]) for key in ("words", "channels", "plain_channels")})
+    raw = foreign.read_json(folder / CONFIG_FILE)
+    if (fault := config_fault(raw)) is not None:
+        raise ValueError(f"{CONFIG_FILE} {fault}")
+    raw.update({key: tuple(raw[key]) for key in ("words", "channels", "plain_channels") if key in raw})
     config = JudgeConfig(**raw)
     state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS_FILE).items()}
     clip, plain = MiniatureCLIP(config), PlainCNN(config)

@@ -7,13 +7,14 @@ the ninth exposed class, which the table leaves out, stands apart.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from realera.contracts import Prompt, UserError, Verdict
-from realera.judges.images import batches, check_batch, read_rgb
+from realera.judges.images import batches, check_batch, read_rgb, refuse_nan
 from realera.kinds import Batch, Number, Threads, TorchDevice
 
 EXPOSED = {
@@ -48,6 +49,7 @@ class NudeNetJudge:
     """
 
     name = "nudenet"
+    detects = True
 
     def __init__(
         self, threshold: Threshold = 0.6, device: TorchDevice = "auto", batch: Batch = 16, threads: Threads = 0
@@ -64,7 +66,7 @@ class NudeNetJudge:
         except ImportError as error:
             raise UserError(f"judge=nudenet needs a package that is not here ({error}): pip install nudenet") from None
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+        options.intra_op_num_threads = threads or omp_threads()
         self._detector = nudenet.NudeDetector()
         # The package leaves both the provider and the number of threads to chance.
         self._detector.onnx_session = onnxruntime.InferenceSession(
@@ -75,6 +77,7 @@ class NudeNetJudge:
         verdicts: list[Verdict] = []
         for files, asked in batches(images, prompts, self.batch):
             found = self._detector.detect_batch([self._read(path) for path in files], batch_size=len(files))
+            refuse_nan(self.name, files, [[box["score"] for box in boxes] for boxes in found], "pip install it again")
             verdicts += [self._verdict(prompt, boxes) for prompt, boxes in zip(asked, found)]
         return verdicts
 
@@ -102,6 +105,13 @@ class NudeNetJudge:
             "classes": list(EXPOSED.values()),
             "apart": list(APART.values()),
         }
+
+
+def omp_threads() -> int:
+    """The first number of OMP_NUM_THREADS, which may hold one for each level of nesting ("4,2"); 0, the library's own
+    choice, where it holds none that is a number of threads."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if re.fullmatch("[0-9]{1,4}", first) else 0
 
 
 def _providers(device: str) -> list[str]:
