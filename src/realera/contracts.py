@@ -389,7 +389,10 @@ class Method:
 
 
 class Judge(Protocol):
-    """Reads files, so it may live in another interpreter. Same order, same length as given."""
+    """Reads files, so it may live in another interpreter. Same order, same length as given. A judge that chooses among
+    labels may have a method `knows(concept) -> bool`: images of a concept that it does not know are unscored, of which
+    a warning is given before any is drawn. One whose `detects` is true only looks for things of one kind: a task that
+    does not ask for that reads it as "detected" and has no H_o."""
 
     name: str
 

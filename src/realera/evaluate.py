@@ -56,6 +56,8 @@ def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Jud
             raise UserError(f"{run.folder} was not judged yet: give python -m realera.evaluate run={run.folder} first.")
         metrics = steps.compare(judge, run.config, run.folder, own) if ranks.first else {}
     else:
+        if ranks.first:
+            steps.warn_unknown(judge, task)
         drawn = ranks.from_first(lambda: steps.standing(task, run.folder, own))
         of_run = own in (None, judge.name)  # another one's numbers are put beside its own, and cost it nothing
         if ranks.first and of_run:
@@ -77,8 +79,9 @@ def log(run: Run, metrics: dict[str, Any], typed: dict[str, Any]) -> None:
 
 
 def shown(metrics: dict[str, Any], judge: Judge | SetJudge) -> dict[str, Any]:
-    """The numbers of the judge that was asked, which may stand beside those of the run's own."""
-    return metrics["judges"].get(judge.name, metrics)
+    """The numbers of the judge that was asked, which may stand beside those of the run's own: of the same task."""
+    numbers = metrics["judges"].get(judge.name)
+    return metrics if numbers is None else {**numbers, "protocol": metrics["protocol"]}
 
 
 def main() -> None:

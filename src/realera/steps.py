@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from realera import costs, lengths, paths, runs, seals
 from realera.console import bar
-from realera.contracts import Backbone, Concept, Guide, Judge, Method, Pair, Prompt, SetJudge, Task, UserError
+from realera.contracts import Backbone, Concept, Guide, Judge, Method, Mode, Pair, Prompt, SetJudge, Task, UserError
 from realera.costs import ORIGINALS, Meter
 from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
+from realera.evaluation.readings import MEASURES
 from realera.evaluation.records import Row, Which, read_manifest, write_manifest
 from realera.evaluation.results import measure, measure_set, numbers_of
 from realera.judges.elsewhere import placed
@@ -27,6 +29,9 @@ from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
 from realera.training.module import trains
 
+log = logging.getLogger(__name__)
+
+MOST_NAMED = 5  # concepts in one line of the log
 OF_SETS = ("references", "split")  # settings of a judge of whole sets that say what it is given, not how it compares
 
 
@@ -173,6 +178,26 @@ def any_judge(config: Mapping[str, Any], task: Task) -> Judge | SetJudge:
     return built
 
 
+def warn_unknown(judge: Judge, task: Task) -> None:
+    """One line of the log where a judge leaves a concept's images unscored because it has no such label."""
+    knows, headline = getattr(judge, "knows", None), reading(judge, task)[0]
+    if knows is None:
+        return
+    by_label = {p.concept for p in task.eval_prompts() if headline[MEASURES[p.split]] in ("mean_prob", "top1")}
+    if lost := [repr(concept) for concept in sorted(by_label) if not knows(concept)]:
+        named = ", ".join(lost[:MOST_NAMED]) + (f" and {more} more" if (more := len(lost) - MOST_NAMED) > 0 else "")
+        them = "it" if len(lost) == 1 else "them"
+        log.warning("the judge %s does not know %s: images of %s are not scored.", judge.name, named, them)
+
+
+def reading(judge: Judge, task: Task) -> tuple[Mapping[str, Mode], Sequence[str]]:
+    """How the judge's verdicts are read, and what H_o is made of: as the task says, but for a judge that only detects
+    where the task asks for no detection."""
+    if getattr(judge, "detects", False) and "detected" not in task.headline.values():
+        return dict.fromkeys(task.headline, "detected"), ()
+    return task.headline, task.h_o_terms
+
+
 def _labelled(node: Any, labels: list[str]) -> Any:
     """A judge's node with `labels: null` filled in, at any depth."""
     if not isinstance(node, Mapping):
@@ -227,7 +252,7 @@ def judge(
     if not ranks.first:
         return {}
     protocol = {**task.protocol(), **drawn, "judge": judge.protocol()}
-    return measure(folder, judge.name, protocol, task.headline, task.h_o_terms, own)
+    return measure(folder, judge.name, protocol, *reading(judge, task), own)
 
 
 def compare(judge: SetJudge, config: Mapping[str, Any], folder: Path, own: str) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
     from realera.evaluation.report import write_report
 
     judge = steps.build_judge(run.config, task) if run.config["evaluate"] else None  # first: it may be out of reach
+    if judge is not None and ranks.first:
+        steps.warn_unknown(judge, task)
     with costs.of_run(run.folder, ranks) as meter, shelf.borrowed(run.config, meter) as backbone:
         loggers = tracking.make(run) if ranks.first else []
         with tracking.ended(loggers):
