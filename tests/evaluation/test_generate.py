@@ -260,7 +260,7 @@ def test_judging_reads_files_only_and_can_be_repeated(tmp_path: Path) -> None:
 
 def test_a_judge_that_loses_the_order_is_caught(tmp_path: Path) -> None:
     generate_images(Painter(), PROMPTS, tmp_path)
-    with pytest.raises(ValueError, match="in order"):
+    with pytest.raises(UserError, match="in order"):
         judge_run(Eye(order=-1), tmp_path)
     assert not verdict_file(tmp_path, "eye").exists()
 

@@ -234,6 +234,9 @@ def test_each_prompt_is_listed_in_both_modes(judged: tuple) -> None:
     assert rows[0]["mean_prob"] == pytest.approx(40) and rows[0]["top1"] == 50
 
 
+ASKED = {"judge": {"judge": "eye"}}
+
+
 def _run(folder: Path, judged: tuple, original: bool = True) -> None:
     prompts, verdicts = judged
     write_manifest(folder, [Row(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png") for p in prompts])
@@ -245,7 +248,7 @@ def _run(folder: Path, judged: tuple, original: bool = True) -> None:
 
 def test_metrics_json_holds_both_models_and_the_protocol(tmp_path: Path, judged: tuple) -> None:
     _run(tmp_path, judged)
-    metrics = measure(tmp_path, "eye", {"task": {"task": "object"}, "judge": {"judge": "eye"}})
+    metrics = measure(tmp_path, "eye", {"task": "object", **ASKED})
     text = (tmp_path / "metrics.json").read_text()
     assert json.loads(text) == metrics and "NaN" not in text
     assert metrics["headline"] == MEAN_PROB and metrics["h_o_terms"] == ["acc_e", "acc_s", "acc_g"]
@@ -259,21 +262,21 @@ def test_metrics_json_holds_both_models_and_the_protocol(tmp_path: Path, judged:
     assert metrics["top1"]["acc_e"]["value"] == 50
     assert metrics["mean_prob"]["acc_u"] == {"value": None, "low": None, "high": None, "n": 0, "unscored": 0}
     assert metrics["original"]["mean_prob"]["acc_e"]["value"] == 100
-    assert metrics["protocol"]["task"] == {"task": "object"}
+    assert metrics["protocol"]["task"] == "object"
     assert metrics["protocol"]["interval"]["level"] == 95
 
 
 def test_measuring_again_gives_the_same_bytes(tmp_path: Path, judged: tuple) -> None:
     _run(tmp_path, judged)
-    measure(tmp_path, "eye", {})
+    measure(tmp_path, "eye", ASKED)
     first = (tmp_path / "metrics.json").read_bytes()
-    measure(tmp_path, "eye", {})
+    measure(tmp_path, "eye", ASKED)
     assert (tmp_path / "metrics.json").read_bytes() == first
 
 
 def test_a_run_of_the_original_alone_has_no_before(tmp_path: Path, judged: tuple) -> None:
     _run(tmp_path, judged, original=False)
-    assert measure(tmp_path, "eye", {})["original"] is None
+    assert measure(tmp_path, "eye", ASKED)["original"] is None
 
 
 def test_verdicts_of_other_images_are_refused(tmp_path: Path, judged: tuple) -> None:
