@@ -74,7 +74,9 @@ def test_every_verb_of_make_says_what_it_does() -> None:
     said = make("help").stdout
     for verb in verbs[1].split():
         assert re.search(rf"^  make {verb} +\S", said, re.MULTILINE), verb
-    assert {"help", "setup", "demo", "test", "check", "bench", "train", "sweep", "report"} <= set(verbs[1].split())
+    assert {"help", "setup", "demo", "test", "check", "bench", "card", "train", "sweep", "report"} <= set(
+        verbs[1].split()
+    )
 
 
 def test_setting_up_twice_does_nothing(tmp_path: Path) -> None:
@@ -137,8 +139,8 @@ def test_a_set_up_that_was_stopped_goes_on(tmp_path: Path, fails: str) -> None:
     assert set_up(tmp_path, "exit 1").returncode == 0, "nothing is left to do"
 
 
-def test_bench_brings_the_extra_that_it_needs(tmp_path: Path) -> None:
-    for verb, extras in (("bench", "dev,build"), ("test", "dev")):
+def test_the_card_brings_the_extra_that_it_needs(tmp_path: Path) -> None:
+    for verb, extras in (("card", "dev,build"), ("bench", "dev"), ("test", "dev")):
         assert f"'.[{extras}]'" in make("-n", verb, f"VENV={tmp_path}").stdout
 
 
