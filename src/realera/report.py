@@ -51,7 +51,7 @@ def report(cfg: DictConfig) -> None:
     console.show_path("page to open", page)
     if config["results"]:
         systems = sweep_report.systems(folders, cells)
-        console.show_path("results", write_results(there, Path(str(config["results"])), systems))
+        console.show_path("results", write_results(there, Path(str(config["results"])), systems, config["base"]))
 
 
 def _runs_in(name: str) -> list[Path]:

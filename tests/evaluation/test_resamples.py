@@ -12,11 +12,12 @@ from torch import Tensor
 
 from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation import resamples as module
+from realera.evaluation.cells import Cell, pooled
 from realera.evaluation.metrics import Sample, estimates, h_o, samples
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.resamples import Resamples, exact, image_key, interval, run_key
 from realera.evaluation.sweep_tables import difference
-from realera.evaluation.table import Cell, markdown, pooled, table
+from realera.evaluation.table import markdown, table
 
 TOP1: dict[str, Mode] = dict.fromkeys(MEAN_PROB, "top1")
 NAN = math.nan

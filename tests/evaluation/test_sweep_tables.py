@@ -12,6 +12,7 @@ import torch
 
 from realera.contracts import Mode, UserError
 from realera.evaluation import printed
+from realera.evaluation.cells import pool
 from realera.evaluation.metrics import Sample
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import read_verdicts, verdict_file, write_verdicts
@@ -30,7 +31,7 @@ from realera.evaluation.sweep_tables import (
     parts_of,
     tables,
 )
-from realera.evaluation.table import pool, write_results
+from realera.evaluation.table import write_results
 from realera.evaluation.table_forms import Number, Table
 from sweeps import JUDGE, REALERA, judged
 

@@ -6,12 +6,14 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from realera.contracts import Mode, Prompt, UserError, Verdict
+from realera.evaluation.cells import Cell, pool
 from realera.evaluation.metrics import h_o
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.resamples import Resamples
-from realera.evaluation.table import Cell, markdown, pool, table
+from realera.evaluation.table import markdown, table
 
 TOP1 = dict.fromkeys(MEAN_PROB, "top1")
 
@@ -48,6 +50,50 @@ def test_an_interval_is_a_point_where_nothing_varies_and_widens_with_the_spread_
     apart = pool([full("a", "cat", s, 0.3 * s, 0.2, 0.9) for s in range(3)], MEAN_PROB, Resamples())
     assert apart["acc_e"].low < 15 < apart["acc_e"].value < 45 < apart["acc_e"].high
     assert apart["acc_g"].low == apart["acc_g"].high == pytest.approx(20)
+
+
+CLASSES = [f"class {i}" for i in range(12)]
+
+
+def test_concepts_are_a_sample_where_the_sentence_speaks_of_all():
+    """What no image and no seed shows, concepts do: the spread of their means. Of one concept there is none."""
+    cells = [full("a", name, 0, 0.05 * i, 0.2, 0.9) for i, name in enumerate(CLASSES)]
+    row = pool(cells, MEAN_PROB, Resamples())
+    assert row["acc_e"].low == row["acc_e"].high == pytest.approx(27.5), "the concepts as they are"
+    low, high = row["acc_e"].over_concepts
+    values = torch.arange(12, dtype=torch.float64) * 5
+    assert high - low == pytest.approx(2 * 1.96 * float(values.std()) / math.sqrt(12), rel=0.12)
+    assert row["acc_g"].over_concepts == pytest.approx((20, 20))
+    assert row["h_o"].over_concepts[0] < row["h_o"].value < row["h_o"].over_concepts[1]
+    assert pool(cells[:1], MEAN_PROB, Resamples())["acc_e"].over_concepts is None
+
+
+def test_the_interval_over_concepts_covers_their_mean_as_often_as_it_says():
+    """Concepts drawn at random from a known law, 200 times; with few of them it may cover a little less."""
+    chance, hits = torch.Generator().manual_seed(0), 0
+    for trial in range(200):
+        shares = torch.rand(12, generator=chance).tolist()
+        names = [f"{trial} {name}" for name in CLASSES]  # every trial its own weights
+        row = pool([full("a", n, 0, x, 0.2, 0.9, 2) for n, x in zip(names, shares)], MEAN_PROB, Resamples(0, 300))
+        low, high = row["acc_e"].over_concepts
+        hits += low <= 50 <= high
+    assert 178 <= hits <= 199
+
+
+def test_differences_are_of_pairs_and_over_concepts_too():
+    """Between concepts that differ much, two systems that differ little on each are told apart."""
+    ours = [full("ours", name, 0, 0.05 * i, 0.2, 0.9) for i, name in enumerate(CLASSES)]
+    theirs = [full("theirs", name, 0, 0.05 * i + 0.1 + 0.01 * (i % 2), 0.2, 0.9) for i, name in enumerate(CLASSES[:10])]
+    found = table([*ours, *theirs], base="ours")
+    assert "differences" not in table([*ours, *theirs]) and "differences" not in table(ours, base="nobody")
+    (row,) = found["differences"]["rows"]
+    assert (found["differences"]["base"], row["system"], row["pairs"]) == ("ours", "theirs", 10)
+    acc_e = row["mean"]["acc_e"]
+    assert acc_e["value"] == acc_e["low"] == acc_e["high"] == pytest.approx(10.5)
+    low, high = acc_e["over_concepts"]
+    assert 10 < low < 10.5 < high < 11, "the concepts that both have, with the same weights"
+    low, high = found["rows"][0]["mean"]["acc_e"]["over_concepts"]
+    assert high - low > 15
 
 
 def test_more_images_narrow_the_interval():

@@ -27,7 +27,8 @@ MOST_PROMPTS = 200  # texts of a split that are listed one by one; verdicts/ hol
 @dataclass(frozen=True)
 class Estimate:
     """A number with its interval, the images it is of, and how many were left out as unscored. NaN where n = 0.
-    undefined: of a mean over runs, those that it leaves out because none of their images was scored."""
+    undefined: of a mean over runs, those that it leaves out because none of their images was scored. over_concepts: of
+    a mean over several concepts, the ends of the interval in which they are a sample of all concepts."""
 
     value: float
     low: float
@@ -35,12 +36,14 @@ class Estimate:
     n: int
     unscored: int
     undefined: int = 0
+    over_concepts: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
     """A number and (draws,) bootstrap resamples of it. trials: where it is a share of images that are read as yes or
-    no, and all alike, how many images; 0 otherwise. undefined: as in `Estimate`."""
+    no, and all alike, how many images; 0 otherwise. undefined: as in `Estimate`. wide: resamples in which concepts are
+    drawn too; None for a single one."""
 
     value: float
     drawn: Tensor
@@ -48,13 +51,15 @@ class Sample:
     unscored: int
     trials: int = 0
     undefined: int = 0
+    wide: Tensor | None = None
 
     def interval(self) -> tuple[float, float]:
         """Of the resamples; the exact one where all images were read alike, for then resamples have no spread."""
         return exact(self.value, self.trials) if self.trials else interval(self.drawn)
 
     def estimate(self) -> Estimate:
-        return Estimate(self.value, *self.interval(), self.n, self.unscored, self.undefined)
+        wide = None if self.wide is None else exact(self.value, self.trials) if self.trials else interval(self.wide)
+        return Estimate(self.value, *self.interval(), self.n, self.unscored, self.undefined, wide)
 
 
 @dataclass(frozen=True)
@@ -269,5 +274,5 @@ def _main(drawn: Mapping[str, Sample], headline: Mapping[str, Mode], terms: Sequ
 def _plain(drawn: Sample) -> dict[str, Any]:
     """JSON has no NaN: null. One run leaves out no run."""
     record = asdict(drawn.estimate())
-    del record["undefined"]
+    del record["undefined"], record["over_concepts"]
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}

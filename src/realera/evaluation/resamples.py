@@ -30,6 +30,10 @@ def run_key(concept: str, seed: int) -> str:
     return "\x1f".join(("run", concept, str(seed)))
 
 
+def concept_key(concept: str) -> str:
+    return "\x1f".join(("concept", concept))
+
+
 class Resamples:
     """`draws` resamples from one seed. Weights are kept, so one object for a whole table saves time and changes
     nothing."""

@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from realera.contracts import Mode
+from realera.evaluation.cells import Cell, pooled
 from realera.evaluation.metrics import Sample
 from realera.evaluation.readings import ORDER, described, higher, symbol
 from realera.evaluation.resamples import Resamples
 from realera.evaluation.sweep_settings import Run
-from realera.evaluation.table import Cell, pooled
 from realera.evaluation.table_forms import Column
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from realera import paths
+from realera.evaluation.cells import Cell, read_cell
 from realera.evaluation.records import read_config, read_metrics, read_verdicts, verdict_file
-from realera.evaluation.table import Cell, read_cell
 
 # Settings that no number depends on, or that a run is not told by.
 APART = (

@@ -167,8 +167,8 @@ def differences(chapter: Chapter) -> Table | None:
         chapter, "differences", f"Differences from {chapter.base}", ("system",), chapter.columns(names), rows
     )
     said = (
-        "Differences of pairs (the same concepts, seeds and images), with 95% intervals. Where nothing differs, one "
-        "interval in twenty leaves out 0 all the same."
+        "Differences of pairs (the same concepts, seeds and images), with 95% intervals; where there are several "
+        "concepts, these are resampled too. Where nothing differs, one interval in twenty leaves out 0 all the same."
     )
     return replace(found, notes=(said,))
 
@@ -196,7 +196,9 @@ def _paired(chapter: Chapter, name: str, pairs: Sequence[tuple[Run, Run]]) -> Nu
 
 def difference(was: Sample, now: Sample) -> Number:
     """now - was, with the interval of the resamples' differences, which are of pairs (`table.pooled`), also where that
-    of one of them is exact."""
+    of one of them is exact; over concepts where there are several: "better" speaks of all."""
+    if was.wide is not None and now.wide is not None:
+        return Number(now.value - was.value, *interval(now.wide - was.wide))
     return Number(now.value - was.value, *interval(now.drawn - was.drawn))
 
 

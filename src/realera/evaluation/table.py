@@ -4,149 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
-from realera import costs, paths
-from realera.contracts import Mode, Prompt, UserError, Verdict
+from realera import paths
+from realera.contracts import Mode, UserError
 from realera.evaluation import cost
+from realera.evaluation.cells import Cell, differences, pool, read_cell
 from realera.evaluation.counts import counts
-from realera.evaluation.metrics import Estimate, Sample, measured, readable, scored, tidy
-from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, ORDER, described, head, left_out
-from realera.evaluation.records import read_config, read_manifest, read_metrics, read_verdicts, verdict_file
-from realera.evaluation.resamples import Resamples, image_key, run_key
+from realera.evaluation.metrics import Estimate, readable
+from realera.evaluation.readings import ORDER, described, head, left_out
+from realera.evaluation.records import read_metrics
+from realera.evaluation.resamples import Resamples
 from realera.evaluation.resamples import described as how
 from realera.evaluation.table_forms import markdown as cell_text
 
 MARKS = ("<!-- table -->", "<!-- end of table -->")  # what write_results fills in a README
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of a table: a system erased one concept (or several together) from one seed. headline, h_o_terms: as
-    its task has them. costs: what costs.json holds, {} where there is none. sources: what drew each image (`Row`), so
-    that one that stands in several runs counts once; () of images that are this run's alone."""
-
-    system: str
-    concept: str
-    seed: int
-    prompts: Sequence[Prompt]
-    verdicts: Sequence[Verdict]
-    headline: Mapping[str, Mode] = field(default_factory=lambda: MEAN_PROB)
-    h_o_terms: Sequence[str] = H_O_TERMS
-    costs: Mapping[str, Any] = field(default_factory=dict)
-    sources: Sequence[str] = ()
-
-    @property
-    def images(self) -> dict[str, tuple[str, str]]:
-        """{image_key: what one image is, among those of all runs}."""
-        own = [f"{self.system} {self.concept} {self.seed}"] * len(self.prompts)
-        keys = map(image_key, self.prompts)
-        return {key: (source, key) for key, source in zip(keys, self.sources or own, strict=True)}
-
-
-def read_cell(run_dir: Path, judge: str) -> Cell:
-    """A finished run. Its system is the `label` it was started with, else its method's name.
-
-    Raises:
-        UserError: the run is not finished, or was judged by another judge.
-    """
-    if not (config := read_config(run_dir)):
-        raise UserError(f"{run_dir} holds no {paths.CONFIG}: name folders that train or evaluate have made")
-    concept, seed = config.get("concept"), config.get("seed") or 0
-    system = config.get("label") or (config.get("method") or {}).get("name") or "original"
-    manifest = read_manifest(run_dir)
-    prompts = [row.prompt for row in manifest]
-    verdicts = read_verdicts(verdict_file(run_dir, judge))
-    if [v.prompt_id for v in verdicts] != [p.id for p in prompts]:
-        raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
-    if concept is None:  # the task's choice
-        concept = list(dict.fromkeys(p.concept for p in prompts if p.split == "erase"))
-    name = concept if isinstance(concept, str) else ", ".join(map(str, concept))
-    metrics = read_metrics(run_dir)
-    read = metrics["headline"], metrics["h_o_terms"]
-    spent, sources = costs.read(run_dir), [row.source for row in manifest]
-    return Cell(str(system), name, seed, prompts, verdicts, *read, spent, sources)
-
-
-def pool(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Estimate]:
-    """`pooled` with intervals: one system's row."""
-    return {name: found.estimate() for name, found in pooled(cells, headline, resamples).items()}
-
-
-def pooled(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Sample]:
-    """One system's row with its resamples: {measure: Sample}, the mean over concepts of the mean over seeds, H_o
-    included (the papers print the mean of the per-class H_o, not H_o of the mean accuracies). Runs in which nothing
-    could be scored are left out and counted (`undefined`). n, unscored: images; one that is in several runs (the
-    unedited model's, of the same prompt and seed) counts once.
-
-    Resampled is what was drawn at random: images and seeds, which are crossed, for the seeds of a concept have the same
-    prompts and noise. In each resample an image has one weight in all runs, and to the mean over the runs is added how
-    far the resampled seeds' values are from it. What only one image of one run shows counts in both, which is on the
-    safe side. The concepts are the protocol's own and are not resampled. Two systems have the same weights for the
-    images, concepts and seeds that both have, also where one has unscored images, so that the resamples' differences
-    are of pairs. H_o's interval is of its resamples, also where a term's is exact.
-    """
-    terms = cells[0].h_o_terms
-    names = [name for name in ORDER if name != "h_o" or terms]
-    each: dict[str, list[Sample]] = {name: [] for name in names}  # one a concept
-    seen: dict[str, dict[tuple[str, str], bool]] = {name: {} for name in names}
-    asked: set[str] = set()  # what has images in a run at least, scored or not
-    concepts: dict[str, list[Cell]] = {}
-    for cell in cells:
-        concepts.setdefault(cell.concept, []).append(cell)
-    for concept, runs in concepts.items():
-        read = [scored(cell.prompts, cell.verdicts, headline) for cell in runs]
-        found = [measured(images, headline, resamples, terms) for images in read]
-        keys = [run_key(concept, cell.seed) for cell in runs]
-        for name in names:
-            asked |= {name} if any(all(r[m].n + r[m].unscored for m in _parts(name, terms)) for r in found) else set()
-            mean = _mean([run[name] for run in found])
-            values = torch.tensor([run[name].value for run in found], dtype=torch.float64)
-            lost = int(values.isnan().sum())
-            each[name].append(replace(mean, drawn=mean.drawn + resamples.deviations(keys, values), undefined=lost))
-        for cell, images in zip(runs, read):
-            known = cell.images
-            for name, groups in images.items():
-                for group in groups.values():
-                    seen[name] |= {known[key]: not math.isnan(x) for key, x in zip(group.keys, group.scores)}
-    row = {}
-    for name in names:
-        mean = _mean(each[name])
-        said = [image for part in _parts(name, terms) for image in seen[part].items()]
-        n = sum(there for _, there in said)
-        trials = mean.trials * sum(not math.isnan(sample.value) for sample in each[name])
-        trials = min(trials, len({key for (_, key), there in said if there}))
-        lost = sum(sample.undefined for sample in each[name]) * (name in asked)
-        row[name] = Sample(mean.value, tidy(mean.drawn, headline.get(name)), n, len(said) - n, trials, lost)
-    return row
-
-
-def _parts(name: str, terms: Sequence[str]) -> Sequence[str]:
-    return terms if name == "h_o" else (name,)
-
-
-def _mean(samples: Sequence[Sample]) -> Sample:
-    """Of those that are defined; trials: the fewest of one, where all are the same share."""
-    there = [sample for sample in samples if not math.isnan(sample.value)]
-    if not there:
-        return samples[0]
-    value = sum(sample.value for sample in there) / len(there)
-    drawn = torch.stack([sample.drawn for sample in there]).mean(0)
-    alike = all(sample.value == there[0].value for sample in there)
-    return Sample(value, drawn, 0, 0, alike * min(sample.trials for sample in there))
-
-
-def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
+def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict[str, Any]:
     """The content of results.json: a row per system in the order met, each with its row per concept. JSON-able.
 
     mean, by_concept: as the task's headline reads each measure. readings: the mean in the other modes that the verdicts
     have. of_runs: where other systems have runs that this one lacks, how many concepts and seeds any has. counts: boxes
-    by class, the mean over the system's runs. cost: see `cost.mean`. A measure that no run has is
-    left out; one that nothing could be scored for is null. undefined: the runs that a mean leaves out for that.
+    by class, the mean over the system's runs. cost: see `cost.mean`. over_concepts: the ends of an interval in which
+    the concepts are resampled too. differences: of every system from `base`, see `differences`. A measure that no run
+    has is left out; one that nothing could be scored for is null. undefined: the runs that a mean leaves out for that.
     """
     if not cells:
         raise UserError("a table needs runs: give the folders of judged ones")
@@ -191,6 +75,7 @@ def table(cells: Sequence[Cell], seed: int = 0) -> dict[str, Any]:
         "h_o_terms": _terms(cells),
         "interval": how("seeds and images", resamples),
         "rows": rows,
+        **({} if base not in systems else {"differences": differences(systems, str(base), headline, resamples)}),
     }
 
 
@@ -211,9 +96,12 @@ def mean_counts(runs: Sequence[Cell]) -> dict[str, dict[str, float]]:
     return means
 
 
-def write_results(run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path, str] | None = None) -> Path:
+def write_results(
+    run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path, str] | None = None, base: str | None = None
+) -> Path:
     """Writes folder/results.json over the judged runs, and the table between the MARKS of folder/README.md, if any.
-    systems: the runs that count, in order, and the system of each; None: all of them, by label or method.
+    systems: the runs that count, in order, and the system of each; None: all of them, by label or method. base: the
+    system that the others' differences are from; None: none are written.
 
     Raises:
         UserError: no run was judged, one has a twin, or they were judged by different judges.
@@ -226,7 +114,7 @@ def write_results(run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path,
     for run, system in (systems or {}).items():
         if run in judges:
             cells.append(replace(read_cell(run, judge), system=system))
-    results = {"judge": judge, **table(cells)}
+    results = {"judge": judge, **table(cells, base=base)}
     out = folder / paths.RESULTS
     paths.write_text(out, paths.json_text(results, indent=1, ensure_ascii=False) + "\n")
     readme = folder / paths.README
@@ -245,7 +133,10 @@ def _judge_of(run_dir: Path) -> str:
 def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
     found = {}
     for name, estimate in row.items():
-        numbers = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(estimate).items()}
+        numbers: dict[str, Any] = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(estimate).items()}
+        del numbers["over_concepts"]
+        if estimate.over_concepts is not None:
+            numbers["over_concepts"] = [round(end, 4) for end in estimate.over_concepts]
         if not estimate.undefined:
             del numbers["undefined"]
         if estimate.undefined or not math.isnan(estimate.value):
