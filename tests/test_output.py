@@ -82,6 +82,11 @@ def test_a_locale_without_accents(locale: dict[str, str], tmp_path: Path) -> Non
     assert done.stdout.isascii() and "+--" in done.stdout
     wrong = shell(r"""door.train concept=$'caf\xe9' backbone=mini""", tmp_path, PYTHONUTF8="0", **locale)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and r"is no UTF-8 text" in wrong.stderr
+    if locale == PLAIN_C:
+        words = "concept=airplane backbone=mini evaluate=false logger=none"
+        unwritten = shell(f"""door.train {words} 'run_dir="café"'""", tmp_path, PYTHONUTF8="0", **locale)
+        assert unwritten.returncode == 2 and unwritten.stderr.count("\n") == 1, unwritten.stderr
+        assert r"no file can be called" in unwritten.stderr and "LC_ALL=C.UTF-8" in unwritten.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sqlite3
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -112,6 +113,9 @@ def _of_disk(error: BaseException) -> str | None:
             f"the search's trials cannot be kept ({error}): free or change the place of hydra.sweeper.storage, and the "
             "same command goes on."
         )
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        named = error.object.encode("ascii", "backslashreplace").decode()
+        return f"no file can be called {named} under this locale: set LC_ALL=C.UTF-8, or give another name."
     return disk.refusal(error)
 
 

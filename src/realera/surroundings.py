@@ -63,16 +63,12 @@ def as_text(words: Sequence[str]) -> list[str]:
     """The command line's words, of which a locale without accents has left bytes.
 
     Raises:
-        UserError: a word is no text, or one that no file could be called under this locale.
+        UserError: a word is no text.
     """
     found = []
     for word in words:
         try:
             found.append(os.fsencode(word).decode() if any("\udc80" <= letter <= "\udcff" for letter in word) else word)
-            os.fsencode(found[-1])
-        except UnicodeEncodeError:
-            said = found[-1].encode("ascii", "backslashreplace").decode()
-            raise UserError(f"'{said}' cannot be written under this locale: set LC_ALL=C.UTF-8.") from None
         except UnicodeDecodeError:
             said = word.encode("ascii", "backslashreplace").decode()
             raise UserError(f"'{said}' is no UTF-8 text: set a UTF-8 locale, as LC_ALL=C.UTF-8 does.") from None
