@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,21 @@ def test_the_study_s_script_types_what_the_command_line_takes(tmp_path: Path) ->
     for config in made:
         preflight.check_settings(config)
         assert len(cli.build_task(config).eval_prompts()) in (48, 52)
+
+
+@pytest.mark.slow
+def test_the_measurements_are_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    """What `make bench` and the script for a GPU measure: an alignment step and a drawing, each beside its peer."""
+    results = tmp_path / "results.json"
+    words = [sys.executable, "experiments/cuda/measure.py", "sd14-float32", str(results), "cpu"]
+    done = subprocess.run(words, cwd=FOLDER.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    part = json.loads(results.read_text())["sd14-float32"]
+    assert part["draw"]["ratio"] > 0 and part["erase"]["ratio"] > 0 and part["erase"]["adapted_layers"] == 14
+    told = subprocess.run(
+        [sys.executable, "experiments/bench/table.py", str(results)],
+        cwd=FOLDER.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert "bare passes" in told.stdout and "diffusers" in told.stdout, told.stderr

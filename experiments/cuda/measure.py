@@ -145,20 +145,20 @@ def bare_passes(backbone: Any, batch: int, mixed: bool) -> float:
 def step_ratio(config: dict[str, Any], backbone: Backbone, mixed: bool = False) -> dict[str, float]:
     """Seconds of an alignment step, and its ratio to the bare passes of the same networks."""
     marks: list[float] = []
-    from realera.training import callbacks
+    from realera.training.losses import LossLines
 
-    told = callbacks.LossLines.on_train_batch_end
+    told = LossLines.on_train_batch_end
 
     def stamp(self: Any, *given: Any, **more: Any) -> None:
         told(self, *given, **more)
         sync()
         marks.append(time.perf_counter())
 
-    callbacks.LossLines.on_train_batch_end = stamp  # type: ignore[method-assign]
+    LossLines.on_train_batch_end = stamp  # type: ignore[method-assign]
     try:
         found = erase(config, backbone)
     finally:
-        callbacks.LossLines.on_train_batch_end = told  # type: ignore[method-assign]
+        LossLines.on_train_batch_end = told  # type: ignore[method-assign]
     pairs = [late - early for early, late in zip(marks[1::2], marks[3::2])]  # an odd step and an even one
     step = statistics.median(pairs) / 2
     batch = config["method"]["latents"]["batch"]
