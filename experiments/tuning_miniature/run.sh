@@ -66,7 +66,7 @@ for round in $ROUND; do
       method.edit.ridge=50 'label="lr ${method.align.lr} rank ${method.align.lora.rank} s_lo ${method.neighbours.s_lo}"'
     ;;
   4)
-    ridges=method.edit.relative_ridge=1e-4,1e-3,0.01,0.03,0.1,0.3,1,3
+    ridges=method.edit.relative_ridge=1e-4,1e-3,0.01,0.03,0.1,0.3,1
     sweep 4 method.align=null method.neighbours=null "$ridges" 'label="alone ${method.edit.relative_ridge}"'
     sweep 4 method.align=null method.neighbours.n=0 "$ridges" 'label="neighbours ${method.edit.relative_ridge}"'
     sweep 4 method.align=null "$ridges" 'label="both ${method.edit.relative_ridge}"'
