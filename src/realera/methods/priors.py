@@ -24,7 +24,7 @@ from realera.kinds import AnyText, Captions, NonNegative, Sums
 FORMAT = "realera-prior/1"
 EVERYDAY = "everyday"  # the captions that ship with the package
 CAPTIONS = Path(__file__).parent / "data" / "captions.txt"
-ARTISTS = Path(__file__).parent / "data" / "artists.txt"  # the 1,734 of UCE's code, which it draws its tables from
+ARTISTS = Path(__file__).parent / "data" / "artists.txt"  # names from UCE's repository (MIT), 1,734
 Preserve = Sequence[AnyText] | Literal["artists"]
 """Texts to keep, or the 1,734 artists that UCE and RECE keep when they erase one (all but the erased ones)."""
 COCO = 616_767  # captions of COCO-2014, train and val: what MACE's scales are made for
