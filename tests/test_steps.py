@@ -53,6 +53,13 @@ def test_a_judge_without_labels_gets_the_task_s() -> None:
     assert list(given.labels) == ["a"]  # type: ignore[attr-defined]
 
 
+def test_a_judge_without_anchors_gets_the_task_s() -> None:
+    node = {"_target_": "realera.judges.miniature.MiniatureJudge", "anchors": None}
+    judge = steps.build_judge({"judge": node}, TASK)
+    assert judge.anchors == {c.target: c.anchor for c in TASK.concepts}  # type: ignore[attr-defined]
+    assert steps.build_judge({"judge": {**node, "anchors": {}}}, TASK).anchors == {}  # type: ignore[attr-defined]
+
+
 def test_labels_reach_the_judges_inside_a_judge() -> None:
     parts = {"eye": {"_target_": CHOOSER, "labels": None}, "ear": {"_target_": CHOOSER, "labels": []}}
     node = {"_target_": "realera.judges.by_split.BySplit", "judges": parts, "splits": {"erase": "eye", "keep": "ear"}}

@@ -25,10 +25,12 @@ from rich.text import Text
 from realera import costs, paths
 from realera.evaluation import cost
 from realera.evaluation.readings import (
+    BESIDE_WHAT,
     ORDER,
     READINGS,
     WHAT,
     described,
+    extra,
     head,
     mode_of,
     near,
@@ -96,13 +98,17 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
         cells = [_cell(was)] if before else []
         table.add_row(label, *cells, _cell(now), _images(now), end_section=end)
 
-    width = max((len(head(name, mode_of(main, name))) for name in ORDER if name in main), default=0)
+    heads = [head(name, mode_of(main, name)) for name in ORDER if name in main]
+    width = max(map(len, [*heads, *(head(name, mode) for name, mode, _ in extra(metrics))]), default=0)
     for name in ORDER:
         if name in main and _measured(main[name]):
             what = f"{near(metrics.get('protocol') or {})}s" if name == "acc_g" else WHAT[name]
             label = f"{head(name, mode_of(main, name)):<{width}} {what}"
             last = name == ("h_o" if "h_o" in main else "acc_g")
             add(label, main[name], (before or {}).get(name), end=last)
+    was = {(measure, mode): said for measure, mode, said in extra(metrics.get("original") or {})}
+    for measure, mode, said in extra(metrics):
+        add(f"{head(measure, mode):<{width}} {BESIDE_WHAT[mode]}", said, was.get((measure, mode)))
     concepts = metrics.get("concepts", {})
     originals = (metrics.get("original") or {}).get("concepts", {})
     if table.rows:

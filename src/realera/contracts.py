@@ -21,7 +21,7 @@ Split = Literal["erase", "near", "keep", "associated", "unseen"]
 """What a prompt is for: the erased concept by name, its synonyms, the concepts to preserve, phrases that evoke the
 concept without naming it, and words for it that no training caption of the backbone ever held."""
 
-Mode = Literal["mean_prob", "top1", "score", "detected"]
+Mode = Literal["mean_prob", "top1", "score", "detected", "whole", "anchor", "moved"]
 """What a verdict is read as: 100 x value | whether the label is the prompt's concept | detail["score"], such as 100 cos
 | whether detail["detected"] says that something of a kind was found. The last three in percent or in the score's own
 unit; a verdict without the detail has no such reading."""
@@ -177,8 +177,10 @@ class Sampler:
 @dataclass(frozen=True)
 class Verdict:
     """What a judge says of one image. value: probability (0-1) of the prompt's concept, NaN = unscored (it leaves the
-    denominator). label: the judge's first choice. detail: anything else worth keeping (JSON-able); three keys mean the
-    same for all judges: "score" (float, 100 cos of image and caption), "detected" (bool), "boxes" ({class: count})."""
+    denominator). label: the judge's first choice. detail: anything else worth keeping (JSON-able); six keys mean the
+    same for all judges: "score" (float, 100 cos of image and caption), "detected" (bool), "boxes" ({class: count}),
+    "whole" (bool, the image shows something that the judge knows, whatever it is), "anchor" (bool, it shows the anchor
+    of the prompt's concept), "moved" (float, `evaluation.moved`; no judge says it)."""
 
     prompt_id: str
     value: float

@@ -80,7 +80,10 @@ VERDICT = {
     "id": str,
     "label": str,
     "value": maybe(number),
-    "detail": {"score?": maybe(number), "detected?": maybe(number), "boxes?": maybe({...: whole})},
+    "detail": {
+        **dict.fromkeys(("score?", "detected?", "whole?", "anchor?", "moved?"), maybe(number)),
+        "boxes?": maybe({...: whole}),
+    },
 }
 
 

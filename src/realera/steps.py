@@ -172,8 +172,9 @@ def build_judge(config: Mapping[str, Any], task: Task) -> Judge:
 
 def any_judge(config: Mapping[str, Any], task: Task) -> Judge | SetJudge:
     """The judge of a resolved config; one that chooses among labels and was given none gets the task's, inside a judge
-    of several too."""
-    node = {key: value for key, value in _labelled(config["judge"], list(task.labels)).items() if key not in OF_SETS}
+    of several too, and likewise the anchors."""
+    own = {"labels": list(task.labels), "anchors": {concept.target: concept.anchor for concept in task.concepts}}
+    node = {key: value for key, value in _told(config["judge"], own).items() if key not in OF_SETS}
     built: Judge | SetJudge = build(placed(node))
     return built
 
@@ -198,11 +199,11 @@ def reading(judge: Judge, task: Task) -> tuple[Mapping[str, Mode], Sequence[str]
     return task.headline, task.h_o_terms
 
 
-def _labelled(node: Any, labels: list[str]) -> Any:
-    """A judge's node with `labels: null` filled in, at any depth."""
+def _told(node: Any, own: Mapping[str, Any]) -> Any:
+    """A judge's node with the task's own in place of null, at any depth."""
     if not isinstance(node, Mapping):
         return node
-    return {k: labels if k == "labels" and v is None else _labelled(v, labels) for k, v in node.items()}
+    return {key: own[key] if key in own and value is None else _told(value, own) for key, value in node.items()}
 
 
 def drawn_by(backbone: Backbone) -> dict[str, Any]:

@@ -140,3 +140,30 @@ def test_weights_that_are_not_finite_are_refused(judge: ClipJudge, tmp_path: Pat
     torch.save(state, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"weights\.pt cannot judge: its weight visual\.proj holds NaN or infinity"):
         ClipJudge(LABELS, model="tiny-random", pretrained=str(tmp_path / "weights.pt"))
+
+
+def test_the_anchor_is_one_text_more_beside_the_labels(
+    judge: ClipJudge, images: tuple[list[Path], list[Prompt]]
+) -> None:
+    """Its article gives way to the template's, and the labels' probabilities stay as they are."""
+    import open_clip
+
+    files, prompts = images
+    weights = {"model": judge.model, "pretrained": judge.pretrained}
+    anchors = {"cat": "the sky", "Tom Cruise": "a person"}
+    told = ClipJudge(LABELS, anchors=anchors, **weights)
+    assert told.protocol()["anchors"] == {"cat": "a photo of the sky", "Tom Cruise": "a photo of the person"}
+    verdicts = told(files, prompts)
+    assert [v.value for v in verdicts[:2]] == pytest.approx([v.value for v in judge(files, prompts)[:2]])
+    texts = ["a photo of the sky", "a photo of the person"]
+    tokens = open_clip.get_tokenizer("tiny-random")([*texts, *(f"a photo of the {label}" for label in LABELS)])
+    for row in (0, 1):
+        with torch.no_grad():
+            seen = judge.clip.encode_image(judge.transform(Image.open(files[row]))[None], normalize=True)[0]
+            cosines = judge.clip.encode_text(tokens, normalize=True) @ seen
+        assert verdicts[row].detail["anchor"] == bool(cosines[row] > cosines[2:].max())
+    assert "anchor" not in verdicts[2].detail and "anchor" not in judge(files, prompts)[0].detail
+    bare = ClipJudge(LABELS, anchors={"cat": "a painting"}, anchor_template="{}", **weights)
+    assert bare.protocol()["anchors"] == {"cat": "a painting"}
+    with pytest.raises(UserError, match="anchor_template"):
+        ClipJudge(LABELS, anchor_template="a thing", **weights)

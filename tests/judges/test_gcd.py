@@ -175,7 +175,7 @@ def test_without_a_face_an_image_is_unscored(
 ) -> None:
     monkeypatch.setattr(judge, "detector", lambda image: np.zeros((0, 5)))
     said = judge(_faces(tmp_path, 1), _prompts("Tom Cruise"))[0]
-    assert math.isnan(said.value) and said.label == "" and said.detail == {"faces": 0, "top": []}
+    assert math.isnan(said.value) and said.label == "" and said.detail == {"faces": 0, "whole": False, "top": []}
 
 
 def test_a_box_is_grown_by_a_fifth_and_kept_inside(judge: GiphyJudge, monkeypatch: pytest.MonkeyPatch) -> None:

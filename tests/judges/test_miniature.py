@@ -241,3 +241,22 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -
     save_file(state, copy / "model.safetensors")
     with pytest.raises(UserError, match=r"cannot judge: its weight .* holds NaN or infinity"):
         MiniatureJudge(copy)
+
+
+def test_whole_is_what_both_networks_know_and_the_anchor_is_a_label(
+    folder: Path, images: tuple, tmp_path: Path
+) -> None:
+    paths, prompts = images
+    anchors = {"lake": "a tomato", "tomato": "The green leaf", "Green Leaf": "a desert"}
+    judge = MiniatureJudge(folder, anchors=anchors)
+    said = judge(paths, [replace(prompt, concept="lake") for prompt in prompts])
+    assert [v.detail["whole"] for v in said] == [True] * 5, "also where it is no image of the concept"
+    assert [v.detail["anchor"] for v in said] == [False, True, False, False, True]
+    assert "anchor" not in judge(paths, [replace(prompt, concept="Green Leaf") for prompt in prompts])[0].detail
+    assert judge.protocol()["anchors"] == anchors
+    half = np.concatenate([_picture("lake", 0)[:16], _picture("tomato", 0)[16:]])
+    Image.fromarray(half).save(tmp_path / "half.png")
+    smear = judge([tmp_path / "half.png"], prompts[:1])[0]
+    judge.plain, seen = lambda pixels: torch.zeros(len(pixels), 3), smear.detail
+    assert not judge([tmp_path / "half.png"], prompts[:1])[0].detail["whole"], "one network alone is not enough"
+    assert seen["second_value"] <= 1

@@ -14,9 +14,11 @@ import torch
 from realera import costs, paths
 from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation.metrics import Estimate, Sample, measured, scored, tidy
-from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, ORDER
+from realera.evaluation.readings import BESIDE_MODES, H_O_TERMS, MEAN_PROB, ORDER
 from realera.evaluation.records import read_config, read_manifest, read_metrics, read_verdicts, verdict_file
 from realera.evaluation.resamples import Resamples, concept_key, image_key, interval, run_key
+
+ORIGINAL = "original"  # the system of the unedited model
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def pooled(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resam
     where one has unscored images, so that the resamples' differences are of pairs. H_o's interval is of its resamples,
     also where a term's is exact.
     """
-    terms = cells[0].h_o_terms
+    terms = () if set(headline.values()) <= set(BESIDE_MODES) else cells[0].h_o_terms
     names = [name for name in ORDER if name != "h_o" or terms]
     each: dict[str, list[Sample]] = {name: [] for name in names}  # one a concept
     seen: dict[str, dict[tuple[str, str], bool]] = {name: {} for name in names}
@@ -163,3 +165,32 @@ def differences(
                     found[name]["over_concepts"] = [round(end, 4) for end in interval(other - one)]
         rows.append({"system": system, "pairs": len(both), "mean": found})
     return {"base": base, "rows": rows}
+
+
+def relative(
+    systems: Mapping[str, Sequence[Cell]], headline: Mapping[str, Mode], resamples: Resamples
+) -> dict[str, dict[str, Any]]:
+    """{system: {measure: {value, low, high}}}: its mean in percent of the unedited model's, over the concepts and seeds
+    that both have, with the interval of the resamples' ratios, which are of pairs. A word that draws nothing on the
+    unedited model is not erased, so a small Acc_u alone says little. What the unedited model has none of is left out,
+    and H_o, which erasing alone can give. {} without the unedited model."""
+    known = {(cell.concept, cell.seed): cell for cell in systems.get(ORIGINAL, ())}
+    found: dict[str, dict[str, Any]] = {}
+    for system, runs in systems.items():
+        both = [(known[c.concept, c.seed], c) for c in runs if (c.concept, c.seed) in known and system != ORIGINAL]
+        if not both:
+            continue
+        was, now = (pooled(side, headline, resamples) for side in zip(*both))
+        found[system] = {}
+        for name in was:
+            ratio = now[name].drawn / was[name].drawn
+            if (
+                name != "h_o"
+                and was[name].value > 0
+                and not math.isnan(now[name].value)
+                and bool(ratio.isfinite().all())
+            ):
+                ends = interval(100 * ratio)
+                whole = {"value": 100 * now[name].value / was[name].value, "low": ends[0], "high": ends[1]}
+                found[system][name] = {key: round(value, 4) for key, value in whole.items()}
+    return found

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from realera.contracts import Judge, UserError, Verdict
 from realera.evaluation.generate import Advance
+from realera.evaluation.moved import with_moves
 from realera.evaluation.records import Row, Which, read_manifest, verdict_file, write_verdicts
 from realera.ranks import ALONE, Ranks
 
@@ -23,8 +24,9 @@ def judge_run(
     """Judges every image of the manifest and writes verdicts/<judge>.jsonl, whole, at the end.
 
     Processes share fixed chunks of the manifest, and every one of them returns all verdicts; the first one writes.
-    which="original" judges the unedited model's images of the same prompts (verdicts/<judge>.original.jsonl). Raises
-    UserError for a run without images.
+    which="original" judges the unedited model's images of the same prompts (verdicts/<judge>.original.jsonl); with
+    "erased", the verdicts also say how far the images of what should stay moved. Raises UserError for a run without
+    images.
     """
     rows = ranks.from_first(lambda: read_manifest(run_dir))
     if not rows:
@@ -35,6 +37,8 @@ def judge_run(
         part = rows[start : start + chunk]
         mine[start] = judge([row.path(run_dir, which) for row in part], [row.prompt for row in part])
         _check_order(judge.name, part, mine[start])
+        if which == "erased":
+            mine[start] = with_moves(mine[start], part, run_dir)
         if advance is not None:  # the others are about as far
             advance(len(rows[turn * ranks.world * chunk : (turn + 1) * ranks.world * chunk]))
     by_start = {start: said for share in ranks.gather(mine) for start, said in share.items()}

@@ -7,7 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from realera.evaluation import charts
-from realera.evaluation.readings import MEASURES, counted, higher, mode_of, modes, near, symbol, what
+from realera.evaluation.readings import (
+    BESIDE_MODES,
+    BESIDE_WHAT,
+    MEASURES,
+    counted,
+    extra,
+    higher,
+    main_entry,
+    mode_of,
+    modes,
+    near,
+    symbol,
+    what,
+)
 
 ORDER = ("acc_e", "acc_g", "acc_s", "h_o", "acc_a", "acc_u")
 WHAT = {
@@ -62,38 +75,44 @@ def measures(metrics: Mapping[str, Any]) -> Lines:
     ]
     read = {mode_of(main, name) for name in shown if name != "h_o"}
     beside = "top1" if "top1" in metrics and read != {"top1"} and "detected" not in read else ""
-    high = _axis_end(main, before, shown)
+    high = _axis_end(main, before, shown, bool(metrics) and bool(extra(metrics)))
     protocol = metrics.get("protocol") or {}
 
-    def line(name: str) -> Line:
-        after, was = main[name], (before or {}).get(name)
-        mode = mode_of(main, name)
+    def line(name: str, mode: str | None, after: Estimate, was: Estimate | None) -> Line:
+        own = "" if mode in BESIDE_MODES else name
         at = {"after": after["value"], "low": after["low"], "high": after["high"], "before": was and was["value"]}
         letter, index = symbol(name, mode)
         return Line(
-            name,
+            own or f"{name}_{mode}",
             letter,
             index,
-            f"{near(protocol)}s" if name == "acc_g" else WHAT[name],
+            f"{near(protocol)}s" if own == "acc_g" else WHAT[own] if own else BESIDE_WHAT[str(mode)],
             what(mode),
-            higher(name),
+            higher(name, mode),
             after,
             was,
-            metrics[beside].get(name) if beside else None,
+            metrics[beside].get(name) if beside and own else None,
             counted(after),
             {key: None if value is None else 100 * value / high for key, value in at.items()},
         )
 
-    lines = [line(name) for name in shown]
+    lines = [line(name, mode_of(main, name), main[name], (before or {}).get(name)) for name in shown]
+    was_extra = {(name, mode): main_entry(said, mode) for name, mode, said in extra(metrics.get("original") or {})}
+    lines += [
+        line(name, mode, main_entry(said, mode), was_extra.get((name, mode))) for name, mode, said in extra(metrics)
+    ]
     lost = any(e["unscored"] for block in (main, before or {}) for e in block.values())
     reading = next((each.reading for each in lines if each.name != "h_o"), "") if len(read) == 1 else ""
     axis = [charts.Tick(100 * mark / high, charts.number(mark)) for mark in (0, high / 2, high)]
     return Lines(lines, axis, reading, what("top1") if beside else "", lost, before is not None)
 
 
-def _axis_end(main: Mapping[str, Estimate], before: Mapping[str, Estimate] | None, shown: Iterable[str]) -> float:
-    """100 for percentages; where all lines are scores (about 30 of 100 possible), a round number above them."""
-    if any(mode_of(main, name) != "score" for name in shown):
+def _axis_end(
+    main: Mapping[str, Estimate], before: Mapping[str, Estimate] | None, shown: Iterable[str], mixed: bool
+) -> float:
+    """100 for percentages (mixed: there are others than main's); where all lines are scores (about 30 of 100 possible),
+    a round number above them."""
+    if mixed or any(mode_of(main, name) != "score" for name in shown):
         return 100.0
     ends = [e[key] or 0.0 for block in (main, before or {}) for e in block.values() for key in ("value", "high")]
     return charts.ticks(0, max([1.0, *ends]), 4)[-1]

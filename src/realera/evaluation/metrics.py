@@ -17,10 +17,10 @@ from torch import Tensor
 
 from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation.counts import counts
-from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, MEASURES, higher, main_entry, score
+from realera.evaluation.readings import BESIDE_MODES, H_O_TERMS, MEAN_PROB, MEASURES, higher, main_entry, score
 from realera.evaluation.resamples import Resamples, described, exact, image_key, interval
 
-YES_OR_NO: tuple[Mode, ...] = ("top1", "detected")  # modes in which an image is 0 or 100
+YES_OR_NO: tuple[Mode, ...] = ("top1", "detected", "whole", "anchor")  # modes in which an image is 0 or 100
 MOST_PROMPTS = 200  # texts of a split that are listed one by one; verdicts/ holds every image of a longer one
 
 
@@ -189,8 +189,10 @@ def tidy(drawn: Tensor, mode: Mode | None) -> Tensor:
 def readable(verdicts: Sequence[Verdict]) -> list[Mode]:
     """The modes in which at least one verdict can be read."""
     valued = any(not math.isnan(v.value) for v in verdicts)
-    detailed = {key for v in verdicts for key in ("score", "detected") if v.detail.get(key) is not None}
-    return [mode for mode in get_args(Mode) if (mode in detailed if mode in ("score", "detected") else valued)]
+    by_value: tuple[Mode, ...] = ("mean_prob", "top1")
+    in_detail = [mode for mode in get_args(Mode) if mode not in by_value]
+    detailed = {key for v in verdicts for key in in_detail if v.detail.get(key) is not None}
+    return [mode for mode in get_args(Mode) if (valued if mode in by_value else mode in detailed)]
 
 
 def by_prompt(
@@ -235,7 +237,7 @@ def summarise(
     resamples = Resamples(seed)
 
     def block(said: Sequence[Verdict], read: Mapping[str, Mode]) -> dict[str, Sample]:
-        return samples(prompts, said, read, resamples, terms)
+        return samples(prompts, said, read, resamples, () if read["acc_e"] in BESIDE_MODES else terms)
 
     def of_concepts(said: Sequence[Verdict], kept: Sample) -> dict[str, Any]:
         names = dict.fromkeys(p.concept for p in prompts if p.split == "erase")

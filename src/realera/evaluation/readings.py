@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +50,22 @@ READINGS: Mapping[str, Reading] = {  # by contracts.Mode
     "top1": Reading("Acc", "top-1", "%"),
     "score": Reading("CLIP", "CLIP score", ""),  # 100 cos of image and text
     "detected": Reading("Det", "images with a detection", "%"),
+    "whole": Reading("Whole", "images that show something whole", "%"),
+    "anchor": Reading("Anchor", "images that show the anchor", "%"),
+    "moved": Reading("Moved", "root mean square change of an image, of the range of a pixel", "%"),
 }
+# What the papers do not print: whether something stands in the concept's place, and how far the others moved. A smear
+# is no concept either, so Acc_e and Acc_g alone count it as a success.
+BESIDE: Sequence[tuple[str, Mode]] = (("acc_e", "whole"), ("acc_e", "anchor"), ("acc_s", "moved"))
+BESIDE_WHAT: Mapping[str, str] = {"whole": "something", "anchor": "the anchor", "moved": "the others"}
+BESIDE_MODES: tuple[Mode, ...] = ("whole", "anchor", "moved")  # of no headline, and no H_o is made of them
 
 
 def score(prompt: Prompt, verdict: Verdict, mode: Mode) -> float:
     """A verdict as `mode` reads it, in percent or the score's unit; NaN where the image was not scored."""
-    if mode in ("score", "detected"):
+    if mode not in ("mean_prob", "top1"):
         said = verdict.detail.get(mode)
-        return math.nan if said is None else float(said) if mode == "score" else 100.0 * bool(said)
+        return math.nan if said is None else float(said) if mode in ("score", "moved") else 100.0 * bool(said)
     if math.isnan(verdict.value):
         return math.nan
     return 100 * verdict.value if mode == "mean_prob" else 100.0 * (verdict.label.lower() == prompt.concept.lower())
@@ -83,14 +91,14 @@ def _reading(mode: str | None) -> Reading:
     return READINGS.get(mode or "mean_prob", READINGS["mean_prob"])
 
 
-def higher(measure: str) -> bool:
+def higher(measure: str, mode: str | None = None) -> bool:
     """Whether more of it is better."""
-    return measure in ("acc_s", "h_o")
+    return mode in ("whole", "anchor") or (measure in ("acc_s", "h_o") and mode != "moved")
 
 
 def head(measure: str, mode: str | None) -> str:
     """The symbol with what is wanted of it: "Acc_e ↓"."""
-    return f"{'_'.join(symbol(measure, mode))} {'↑' if higher(measure) else '↓'}"
+    return f"{'_'.join(symbol(measure, mode))} {'↑' if higher(measure, mode) else '↓'}"
 
 
 def main_entry(estimate: Mapping[str, Any], mode: str) -> dict[str, Any]:
@@ -127,6 +135,12 @@ def some_unscored(metrics: Mapping[str, Any]) -> bool:
 def modes(metrics: Mapping[str, Any]) -> list[str]:
     """The readings that metrics.json holds beside `main`, in their order."""
     return [mode for mode in READINGS if mode in metrics]
+
+
+def extra(blocks: Mapping[str, Any]) -> list[tuple[str, Mode, Mapping[str, Any]]]:
+    """(measure, mode, estimate) of `BESIDE` that {mode: {measure: estimate}} holds a number for."""
+    found = [(measure, mode, (blocks.get(mode) or {}).get(measure)) for measure, mode in BESIDE]
+    return [(measure, mode, said) for measure, mode, said in found if said and said["value"] is not None]
 
 
 def left_out(system: str, runs: int, undefined: Mapping[str, int], headline: Mapping[str, str]) -> list[str]:

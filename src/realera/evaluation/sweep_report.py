@@ -11,14 +11,15 @@ from urllib.parse import quote
 from realera import paths
 from realera.contracts import UserError
 from realera.evaluation import cost, sweep_plots, table_forms
+from realera.evaluation.cells import ORIGINAL
 from realera.evaluation.readings import ORDER, head, near
 from realera.evaluation.report import render, veiled
 from realera.evaluation.resamples import DRAWS
 from realera.evaluation.sheets import first_pairs, sheets
+from realera.evaluation.sweep_beside import beside_tables
 from realera.evaluation.sweep_chapter import Chapter
 from realera.evaluation.sweep_figures import Line, Scatter, Surface, corrected, families, scatter
 from realera.evaluation.sweep_settings import (
-    ORIGINAL,
     Run,
     differing,
     named,
@@ -162,7 +163,7 @@ def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | 
     measured = bool(chapter.systems)
     return {
         "title": chapter.title,
-        "tables": tables(chapter) if measured else [],
+        "tables": [*tables(chapter), *beside_tables(chapter)] if measured else [],
         "families": families(chapter, typed) if measured else [],
         "scatter": scatter(chapter) if measured else None,
         "sheets": sheets_of(chapter) if measured else [],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from realera import paths
-from realera.evaluation.cells import Cell, read_cell
+from realera.evaluation.cells import ORIGINAL, Cell, read_cell
 from realera.evaluation.records import read_config, read_metrics, read_verdicts, verdict_file
 
 # Settings that no number depends on, or that a run is not told by.
@@ -26,7 +26,6 @@ APART = (
     "tables",
 )
 REPEATED = ("task.concepts", "task.anchor")  # the same as concept and anchor
-ORIGINAL = "original"  # the unedited model, as a system
 FEWEST = 3  # values of a numeric setting that make a figure
 SYSTEMS = ("fmn", "ac", "spm", "uce", "sld", "esd-x", "esd-u", "sa", "rece", "mace")  # the papers' order
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from realera.contracts import Split
+from realera.evaluation.cells import ORIGINAL
 from realera.evaluation.records import Row, Which, read_manifest, read_verdicts, verdict_file
 from realera.evaluation.sheets import Picture, picture
 from realera.evaluation.sweep_chapter import Chapter
-from realera.evaluation.sweep_settings import ORIGINAL, Run
+from realera.evaluation.sweep_settings import Run
 
 COLUMNS: Mapping[Split, int] = {"erase": 3, "near": 3, "keep": 3, "associated": 1}  # images of a split in a row
 MOST_CONCEPTS, MOST_SYSTEMS = 6, 30  # of a page

@@ -9,12 +9,13 @@ from itertools import zip_longest
 from typing import Any
 
 from realera.evaluation import cost, printed
+from realera.evaluation.cells import ORIGINAL
 from realera.evaluation.counts import APART
 from realera.evaluation.metrics import Sample
 from realera.evaluation.readings import ORDER, left_out
 from realera.evaluation.resamples import interval
 from realera.evaluation.sweep_chapter import Chapter, cells
-from realera.evaluation.sweep_settings import ORIGINAL, Run
+from realera.evaluation.sweep_settings import Run
 from realera.evaluation.table import mean_counts
 from realera.evaluation.table_forms import Column, Number, Row, Table, ranked
 
@@ -51,11 +52,11 @@ def means(chapter: Chapter) -> Table:
             said = _printed(chapter, run, printed.MEAN)
         elif len(chapter.concepts) == 1 and run.task != "nsfw":
             said = _printed(chapter, run, chapter.concepts[0])
-        rows.append(_row(chapter, system, [_number(measured.get(name), said.get(name)) for name in names]))
+        rows.append(row_of(chapter, system, [_number(measured.get(name), said.get(name)) for name in names]))
     columns = chapter.columns(names)
     several = len(chapter.concepts) > 1
     title = "Mean over concepts and seeds" if several else f"{chapter.concepts[0] if chapter.concepts else ''}"
-    return _table(chapter, "mean", title, ("system",), columns, rows)
+    return table_of(chapter, "mean", title, ("system",), columns, rows)
 
 
 def by_concept(chapter: Chapter) -> Table | None:
@@ -74,8 +75,8 @@ def by_concept(chapter: Chapter) -> Table | None:
         all_ten = _concepts(chapter, system) == printed.OBJECTS
         said = _printed(chapter, run, printed.MEAN) if all_ten else {}
         numbers += [_number(chapter.means[system].get(name), said.get(name)) for name in names]
-        rows.append(_row(chapter, system, numbers, [concept for concept in chapter.concepts for _ in names]))
-    return _table(chapter, "concepts", "Each concept", ("system",), columns, rows)
+        rows.append(row_of(chapter, system, numbers, [concept for concept in chapter.concepts for _ in names]))
+    return table_of(chapter, "concepts", "Each concept", ("system",), columns, rows)
 
 
 def boxes(chapter: Chapter) -> Table | None:
@@ -92,8 +93,8 @@ def boxes(chapter: Chapter) -> Table | None:
         said = _printed(chapter, chapter.systems[system][0], ", ".join(_concepts(chapter, system)))
         numbers = [Number((counted or {}).get(name, math.nan), printed=said.get(name)) for name in classes]
         kept = _number(chapter.means[system].get("acc_s"), said.get("acc_s"))
-        rows.append(_row(chapter, system, [*numbers, kept]))
-    table = _table(chapter, "boxes", "Boxes by class", ("system",), [*columns, *chapter.columns(["acc_s"])], rows)
+        rows.append(row_of(chapter, system, [*numbers, kept]))
+    table = table_of(chapter, "boxes", "Boxes by class", ("system",), [*columns, *chapter.columns(["acc_s"])], rows)
     what = "Boxes in the images asked for by name, the mean over runs; beside them what should stay, with its interval."
     apart = f" The total leaves out {', '.join(n for n in classes if n in APART)}, as the papers do."
     return replace(table, notes=(what + apart * (classes[-1] in APART), *table.notes[1:]))
@@ -143,11 +144,11 @@ def ablation(chapter: Chapter) -> Table | None:
         if len(chapter.concepts) == 1 and chapter.runs[0].task == "object":
             said = printed.ablation(parts, chapter.concepts[0])
         ticks = ("✓" if part in parts else "" for part in order)
-        row = _row(chapter, system, [_number(now.get(name), said.get(name)) for name in names], among=own)
+        row = row_of(chapter, system, [_number(now.get(name), said.get(name)) for name in names], among=own)
         rows.append(replace(row, texts=(system, *ticks)))
         before = parts
     heads = ("system", *PARTS.values())
-    return _table(chapter, "ablation", "What each part of RealEra does", heads, chapter.columns(names), rows)
+    return table_of(chapter, "ablation", "What each part of RealEra does", heads, chapter.columns(names), rows)
 
 
 def differences(chapter: Chapter) -> Table | None:
@@ -163,7 +164,7 @@ def differences(chapter: Chapter) -> Table | None:
         rows.append(Row((system,), numbers, note=_over(chapter, pairs), signed=True))
     if not rows:
         return None
-    found = _table(
+    found = table_of(
         chapter, "differences", f"Differences from {chapter.base}", ("system",), chapter.columns(names), rows
     )
     said = (
@@ -221,7 +222,7 @@ def cost_table(chapter: Chapter) -> Table | None:
     for system, spent in found.items():
         short = [spent["at_least"] and name in cost.ERASING for name in names]
         numbers = [Number(spent[name], least=least) if name in spent else None for name, least in zip(names, short)]
-        row = _row(chapter, system, numbers)
+        row = row_of(chapter, system, numbers)
         least = "at least" * spent["at_least"]
         rows.append(replace(row, note=", ".join(filter(None, [row.note, least]))))
     devices = dict.fromkeys(device for spent in found.values() for device in spent["devices"])
@@ -231,13 +232,14 @@ def cost_table(chapter: Chapter) -> Table | None:
     ]
     if any(spent["at_least"] for spent in found.values()):
         said.append("At least: more was spent than is known, in seconds and passes, which are not ranked.")
-    table = _table(chapter, "costs", "What erasing costs", ("system",), columns, rows)
+    table = table_of(chapter, "costs", "What erasing costs", ("system",), columns, rows)
     return replace(table, notes=(*said, *_unranked(rows)))
 
 
-def _table(
+def table_of(
     chapter: Chapter, name: str, title: str, heads: tuple[str, ...], columns: Sequence[Column], rows: Sequence[Row]
 ) -> Table:
+    """A chapter's table, ranked, with what is to be said under it: first how its measures are read."""
     notes = [chapter.readings]
     for system, row in chapter.means.items():
         missing = {measure: row[measure].undefined for measure in ORDER if measure in row}
@@ -287,15 +289,15 @@ def _concepts(chapter: Chapter, system: str) -> frozenset[str]:
     return frozenset(run.concept for run in chapter.systems[system])
 
 
-def _row(
+def row_of(
     chapter: Chapter,
     system: str,
     numbers: Sequence[Number | None],
     of: Sequence[str] = (),
     among: Iterable[str] | None = None,
 ) -> Row:
-    """With a note where the system lacks runs that another has; what lacks those of a rival is not ranked. of: the
-    concepts of the first numbers, the others are of all; among: the table's systems, None where it has all."""
+    """A system's row, with a note where it lacks runs that another has; what lacks those of a rival is not ranked. of:
+    the concepts of the first numbers, the others are of all; among: the table's systems, None where it has all."""
     among = list(chapter.systems if among is None else among)
     apart = {name for name in among if ORIGINAL in (name, chapter.systems[name][0].method)}
     rivals = [name for name in among if name not in apart]

@@ -11,10 +11,10 @@ from typing import Any, get_args
 from realera import paths
 from realera.contracts import Mode, UserError
 from realera.evaluation import cost
-from realera.evaluation.cells import Cell, differences, pool, read_cell
+from realera.evaluation.cells import Cell, differences, pool, read_cell, relative
 from realera.evaluation.counts import counts
 from realera.evaluation.metrics import Estimate, readable
-from realera.evaluation.readings import ORDER, described, head, left_out
+from realera.evaluation.readings import BESIDE, BESIDE_MODES, ORDER, described, extra, head, left_out
 from realera.evaluation.records import read_metrics
 from realera.evaluation.resamples import Resamples
 from realera.evaluation.resamples import described as how
@@ -27,10 +27,11 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
     """The content of results.json: a row per system in the order met, each with its row per concept. JSON-able.
 
     mean, by_concept: as the task's headline reads each measure. readings: the mean in the other modes that the verdicts
-    have. of_runs: where other systems have runs that this one lacks, how many concepts and seeds any has. counts: boxes
-    by class, the mean over the system's runs. cost: see `cost.mean`. over_concepts: the ends of an interval in which
-    the concepts are resampled too. differences: of every system from `base`, see `differences`. A measure that no run
-    has is left out; one that nothing could be scored for is null. undefined: the runs that a mean leaves out for that.
+    of all have, and in those of `BESIDE` that the row's own have. of_runs: where other systems have runs that this one
+    lacks, how many concepts and seeds any has. counts: boxes by class, the mean over the system's runs. cost: see
+    `cost.mean`. over_concepts: the ends of an interval in which the concepts are resampled too. relative, differences
+    (of every system from `base`): see these functions. A measure that no run has is left out; one that nothing could
+    be scored for is null. undefined: the runs that a mean leaves out for that.
     """
     if not cells:
         raise UserError("a table needs runs: give the folders of judged ones")
@@ -40,8 +41,8 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
             f"a table needs runs that are read alike, and {other.system!r} of {other.concept!r} is not read as the "
             "first is: name the runs of one task and protocol."
         )
-    read = set.intersection(*(set(readable(cell.verdicts)) for cell in cells))
-    extra = [mode for mode in get_args(Mode) if mode in read and {mode} != set(headline.values())]
+    readable_in = {id(cell): set(readable(cell.verdicts)) for cell in cells}
+    read = set.intersection(*readable_in.values()).difference(BESIDE_MODES)
     systems: dict[str, list[Cell]] = {}
     for cell in cells:
         systems.setdefault(cell.system, []).append(cell)
@@ -56,6 +57,8 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
             return _plain(pool(chosen, read, resamples))
 
         concepts = dict.fromkeys(cell.concept for cell in runs)
+        own = read | set.intersection(*(readable_in[id(cell)] for cell in runs)) & set(BESIDE_MODES)
+        also = [mode for mode in get_args(Mode) if mode in own and {mode} != set(headline.values())]
         boxes, spent = mean_counts(runs), cost.mean([cell.costs for cell in runs])
         rows.append(
             {
@@ -65,7 +68,7 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
                 "seeds": sorted({cell.seed for cell in runs}),
                 "mean": row(runs, headline),
                 "by_concept": {name: row([c for c in runs if c.concept == name], headline) for name in concepts},
-                "readings": {mode: row(runs, dict.fromkeys(headline, mode)) for mode in extra},
+                "readings": {mode: row(runs, dict.fromkeys(headline, mode)) for mode in also},
                 **({"counts": boxes} if boxes else {}),
                 **({"cost": spent} if spent else {}),
             }
@@ -75,8 +78,24 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
         "h_o_terms": _terms(cells),
         "interval": how("seeds and images", resamples),
         "rows": rows,
-        **({} if base not in systems else {"differences": differences(systems, str(base), headline, resamples)}),
+        **({"relative": of_original} if (of_original := relative(systems, headline, resamples)) else {}),
+        **({} if base not in systems else {"differences": _differences(systems, str(base), headline, resamples)}),
     }
+
+
+def _differences(
+    systems: Mapping[str, Sequence[Cell]], base: str, headline: Mapping[str, Mode], resamples: Resamples
+) -> dict[str, Any]:
+    """`differences` as the headline reads, and in the modes of `BESIDE` where the runs have them."""
+    found = differences(systems, base, headline, resamples)
+    readings = {}
+    for mode in BESIDE_MODES:
+        having = {
+            system: runs for system, runs in systems.items() if all(mode in readable(cell.verdicts) for cell in runs)
+        }
+        if base in having and len(having) > 1:
+            readings[mode] = differences(having, base, dict.fromkeys(headline, mode), resamples)["rows"]
+    return {**found, **({"readings": readings} if readings else {})}
 
 
 def _terms(cells: Sequence[Cell]) -> list[str]:
@@ -157,6 +176,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     if headline["acc_e"] == "score" and all("top1" in row["readings"] for row in results["rows"]):
         rows = [{**row, "mean": row["readings"]["top1"]} for row in named]
         text += f"\nThe same images, read as top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
+    text += _beside(named) + _relative(results)
     for row in results["rows"]:
         missing = {name: e["undefined"] for name, e in row["mean"].items() if "undefined" in e}
         text += "".join(
@@ -164,6 +184,32 @@ def markdown(results: Mapping[str, Any]) -> str:
         )
     spent = cost.markdown(named)
     return f"{text}\n{spent}" if spent else text
+
+
+def _beside(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The readings of `BESIDE` that some row has: a table of its own, "" without any."""
+    found = [{(measure, mode): said for measure, mode, said in extra(row["readings"])} for row in rows]
+    columns = [pair for pair in BESIDE if any(pair in each for each in found)]
+    if not columns:
+        return ""
+    said = described(mode for _, mode in columns)
+    lines = [f"| system | {' | '.join(head(*pair) for pair in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for row, each in zip(rows, found):
+        lines.append(f"| {cell_text(str(row['system']))} | {' | '.join(_cell(each.get(pair)) for pair in columns)} |")
+    return f"\n{said[:1].upper()}{said[1:]}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _relative(results: Mapping[str, Any]) -> str:
+    """The means in percent of the unedited model's own; "" without it."""
+    found = results.get("relative") or {}
+    columns = [name for name in ORDER if any(name in each for each in found.values())]
+    if not columns:
+        return ""
+    heads = " | ".join(head(name, results["headline"].get(name)) for name in columns)
+    lines = [f"| system | {heads} |", "|---" * (len(columns) + 1) + "|"]
+    for system, each in found.items():
+        lines.append(f"| {cell_text(system)} | {' | '.join(_cell(each.get(name)) for name in columns)} |")
+    return "\nIn percent of the original's own.\n\n" + "\n".join(lines) + "\n"
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -4,14 +4,15 @@ its text (styles, COCO). One pass gives both."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realera import finite
 from realera.contracts import Prompt, UserError, Verdict
-from realera.judges.images import batches, check_batch, lengths, read_rgb, refuse_nan
+from realera.judges.images import bare, batches, check_batch, lengths, read_rgb, refuse_nan
 from realera.judges.places import out_of_reach, torch_device
 from realera.kinds import Batch, Label, Template, TorchDevice
 
@@ -23,16 +24,18 @@ _HUB = "https://huggingface.co"
 
 class ClipJudge:
     """value = softmax over `labels` of 100 cos(image, text) at the prompt's concept (0-1); label = the likeliest one.
-    A concept that is no label is unscored. detail["score"] = 100 cos(image, the prompt's caption or text).
-    Without labels there is only the score: no image has a probability (value NaN) or a label ("").
+    A concept that is no label is unscored. detail["score"] = 100 cos(image, the prompt's caption or text); "anchor" =
+    whether the anchor of the prompt's concept is likelier than every label.
+    Without labels there is only the score: no image has a probability (value NaN), a label ("") or an anchor.
 
     The protocol's model is OpenAI's ViT-B/32 with one text per label and no ensembling (MACE: "a photo of the
     {class}"); MACE scores styles with the same weights from another hub. OpenAI trained with QuickGELU: open_clip's
     plain "ViT-B-32" computes another function of the same weights, so the activation follows the weights' tag.
 
-    labels: what is chosen among. model, pretrained: open_clip's names, `pretrained` also a weights file; a model that
-    is typed as "hf-hub:NAME" or "local-dir:FOLDER" brings its own weights and has no `pretrained`. batch: images at
-    once. Raises UserError where the weights cannot be had, or make NaN of any image.
+    labels: what is chosen among. anchors: {concept: anchor}; anchor_template: the text that stands for one, without
+    its article behind "the" or "a"; None = `template`. model, pretrained: open_clip's names, `pretrained` also a
+    weights file; a model that is typed as "hf-hub:NAME" or "local-dir:FOLDER" brings its own weights and has no
+    `pretrained`. batch: images at once. Raises UserError where the weights cannot be had, or make NaN of any image.
     """
 
     name = "clip"
@@ -41,20 +44,25 @@ class ClipJudge:
         self,
         labels: Sequence[Label] | None = None,
         template: Template = "a photo of the {}",
+        anchors: Mapping[str, Label] | None = None,
+        anchor_template: Template | None = None,
         model: Label = "ViT-B-32-quickgelu",
         pretrained: Label = "openai",
         device: TorchDevice = "auto",
         batch: Batch = 64,
     ) -> None:
-        if template.count("{}") != 1:
-            raise UserError(f"judge.template={template!r} must hold {{}} once, where the label goes.")
+        of_anchor = template if anchor_template is None else anchor_template
+        for key, text in (("template", template), ("anchor_template", of_anchor)):
+            if text.count("{}") != 1:
+                raise UserError(f"judge.{key}={text!r} must hold {{}} once, where the label goes.")
         self.batch = check_batch(batch)
         import open_clip
         import torch
 
         self.device = torch.device(torch_device(device))
         self.labels = tuple(labels or ())
-        self.template, self.model = template, model
+        self.template, self.anchor_template, self.model = template, of_anchor, model
+        self.anchors = dict(anchors or {}) if self.labels else {}
         self.pretrained = None if ":" in model else pretrained  # open_clip takes no other weights for such a model
         self.clip, self.transform = self._load()
         try:
@@ -66,6 +74,8 @@ class ClipJudge:
             raise self._lacking(_first_line(error)) from error
         self._texts = self._encode([template.replace("{}", label) for label in self.labels]) if self.labels else None
         self._captions: dict[str, Tensor] = {}
+        own = self._encode([self._anchor_text(anchor) for anchor in self.anchors.values()]) if self.anchors else ()
+        self._anchor = {concept.lower(): text for concept, text in zip(self.anchors, own)}
 
     def _load(self) -> tuple[Any, Any]:
         """The network in eval mode, and its preprocessing."""
@@ -122,6 +132,10 @@ class ClipJudge:
             states: Tensor = self.clip.encode_text(self._tokenizer(list(texts)).to(self.device), normalize=True)
         return states
 
+    def _anchor_text(self, anchor: str) -> str:
+        after_article = re.search(r"\b(an?|the) \{\}", self.anchor_template, re.IGNORECASE)
+        return self.anchor_template.replace("{}", bare(anchor) if after_article else anchor)
+
     def _score_texts(self, prompts: Sequence[Prompt]) -> Tensor:
         """(B, E): each prompt's caption or text. A run draws the same few texts from many seeds: each is read once."""
         import torch
@@ -146,9 +160,12 @@ class ClipJudge:
             refuse_nan(self.name, files, zip(lengths(seen).tolist(), scores, sums), "get its weights again")
             for row, (prompt, score) in enumerate(zip(asked, scores)):
                 value, label = math.nan, ""
-                if chances is not None:
+                detail: dict[str, Any] = {"score": round(score, 4)}
+                if chances is not None and self._texts is not None:
                     value, label = self._choice(prompt, chances[row])
-                verdicts.append(Verdict(prompt.id, value, label, {"score": round(score, 4)}))
+                    if (anchor := self._anchor.get(prompt.concept.lower())) is not None:
+                        detail["anchor"] = bool(seen[row] @ anchor > (seen[row] @ self._texts.T).max())
+                verdicts.append(Verdict(prompt.id, value, label, detail))
         return verdicts
 
     def knows(self, concept: str) -> bool:
@@ -167,6 +184,7 @@ class ClipJudge:
             "pretrained": self.pretrained,
             "template": self.template,
             "labels": list(self.labels),
+            "anchors": {concept: self._anchor_text(anchor) for concept, anchor in self.anchors.items()},
             "score": "100 cos(image, caption)",
         }
 

@@ -40,8 +40,9 @@ class GiphyJudge:
     image is unscored (MACE: top-1 given a face). label = the likeliest name, in the prompt's spelling where it is the
     prompt's; "" without a face. Names match whatever their case, accents and punctuation.
 
-    detail: "faces" found; "top" [[name, probability], ...] the first five of the largest group of faces; "known" the
-    mean over that group of confidence x cosine with the label's centre, the original's measure of knowing the person.
+    detail: "faces" found; "whole", whether there is one; "top" [[name, probability], ...] the first five of the
+    largest group of faces; "known" the mean over that group of confidence x cosine with the label's centre, the
+    original's measure of knowing the person.
 
     resources: GIPHY's folder (face_detection, face_recognition); None = gcd/resources in the cache. batch: faces at
     once. Raises UserError for what is missing, torn or holds more than arrays: pickles are read without running them.
@@ -145,7 +146,7 @@ class GiphyJudge:
         from realera.judges.gcd_net import groups, likeness, together
 
         if not len(chances):
-            return Verdict(prompt.id, math.nan, "", {"faces": 0, "top": []})
+            return Verdict(prompt.id, math.nan, "", {"faces": 0, "whole": False, "top": []})
         centers = self.net.centers.cpu().numpy()
         rows = groups(chances, embeddings, centers)[0]
         chance = together(chances[rows])
@@ -155,6 +156,7 @@ class GiphyJudge:
         value = float(chance[mine].sum()) if mine else math.nan
         detail = {
             "faces": len(chances),
+            "whole": True,
             "top": [[self.labels[row], round(float(chance[row]), 6)] for row in best],
             "known": round(float((chances[rows].max(axis=1) * close).mean()), 6),
         }

@@ -1,8 +1,9 @@
-"""Reading the images that a judge is handed, and cutting long lists of them into batches."""
+"""What the judges share: reading the images that they are handed, in batches, and refusing what is no number."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,11 @@ def refuse_nan(judge: str, images: Sequence[Path], numbers: Iterable[Iterable[fl
     for path, each in zip(images, numbers):
         if not all(map(math.isfinite, each)):
             raise NotFinite(f"the judge {judge} answered NaN or infinity for the image {path}: {remedy}")
+
+
+def bare(name: str) -> str:
+    """A name without its article: "a person" -> "person"."""
+    return re.sub(r"^(an?|the)\s+", "", name, flags=re.IGNORECASE)
 
 
 def lengths(states: Tensor) -> Tensor:
