@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All cells of the style table on the miniature: five artists x 3 seeds x (original, UCE, RealEra).
+# All cells of the style table on the miniature: five artists x 3 seeds x (original, UCE, RECE, RealEra).
 # A cell that is finished is not redone. SEEDS="0" makes a third of it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -20,4 +20,5 @@ cells() { # command, label, settings...
 cells evaluate original run=original logger=none
 cells train RealEra logger=none
 cells train UCE logger=none method=uce method.edit.rows=suffix_2023
+cells train RECE logger=none method=rece
 $PY -m realera.report "$RUNS" "out=$RUNS/report.html" "results=$HERE"

@@ -1,31 +1,68 @@
-"""The best setting of every method that was searched, into README.md: choose.py (run.sh calls it)."""
+"""The best setting of every method that was searched, task by task, into README.md: choose.py (run.sh calls it).
+
+Highest mean H_o. On people and unsafe things several settings reach the ceiling: of those within WITHIN points of the
+best, the one whose kept images moved least, where the runs say it (those of objects are older).
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-MARKS = "<!-- chosen -->\n", "<!-- end of chosen -->"
+WITHIN = 1.0
+TASKS = {"": "objects", "-celebrity": "people", "-nsfw": "unsafe things"}
+
+
+def moved(row: dict[str, Any]) -> float | None:
+    said = row["readings"].get("moved", {}).get("acc_s")
+    return None if said is None else float(said["value"])
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of rows in order of their H_o, which it puts them in."""
+    rows.sort(key=lambda row: row["mean"]["h_o"]["value"])
+    level = [row for row in rows if row["mean"]["h_o"]["value"] >= rows[-1]["mean"]["h_o"]["value"] - WITHIN]
+    return rows[-1] if any(moved(row) is None for row in level) else min(level, key=lambda row: moved(row) or 0.0)
+
+
+def table(ending: str) -> list[str]:
+    symbol = "Det" if ending == "-nsfw" else "Acc"
+    also = ["Acc_a"] if not ending else ["Whole_e", "Moved_s"]
+    heads = ["method", "of eight settings", "H_o", "all eight", f"{symbol}_e", f"{symbol}_g", "Acc_s", *also]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for file in sorted(HERE.glob("*/results.json")):
+        method = file.parent.name.removesuffix(ending) if ending else file.parent.name
+        if file.parent.name != method + ending or (not ending and method.endswith(("-celebrity", "-nsfw"))):
+            continue
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+        chosen = best(rows)
+        mean = chosen["mean"]
+        own = f"{mean['h_o']['value']:.1f} [{mean['h_o']['low']:.1f}, {mean['h_o']['high']:.1f}]"
+        all_of_them = ", ".join(f"{row['mean']['h_o']['value']:.0f}" for row in rows)
+        setting = re.sub(r"method\.\w+\.", "", chosen["system"])
+        numbers = [f"{mean[name]['value']:.1f}" for name in ("acc_e", "acc_g", "acc_s")]
+        if ending:
+            whole = chosen["readings"].get("whole", {}).get("acc_e")
+            numbers += ["–" if said is None else f"{said:.1f}" for said in (whole and whole["value"], moved(chosen))]
+        else:
+            numbers.append(f"{mean['acc_a']['value']:.1f}")
+        lines.append(f"| {method} | {setting} | {own} | {all_of_them} | {' | '.join(numbers)} |")
+    return lines
 
 
 def main() -> None:
-    lines = ["| method | of eight settings | H_o | all eight | Acc_e | Acc_g | Acc_s | Acc_a |", "|---" * 8 + "|"]
-    for file in sorted(HERE.glob("*/results.json")):
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        rows.sort(key=lambda row: row["mean"]["h_o"]["value"])
-        best = rows[-1]["mean"]
-        values = {name: f"{e['value']:.1f}" for name, e in best.items()}
-        own = f"{values['h_o']} [{best['h_o']['low']:.1f}, {best['h_o']['high']:.1f}]"
-        all_of_them = ", ".join(f"{row['mean']['h_o']['value']:.0f}" for row in rows)
-        setting = re.sub(r"method\.\w+\.", "", rows[-1]["system"])
-        numbers = " | ".join(values[name] for name in ("acc_e", "acc_g", "acc_s", "acc_a"))
-        lines.append(f"| {file.parent.name} | {setting} | {own} | {all_of_them} | {numbers} |")
     readme = HERE / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    readme.write_text(f"{before}{MARKS[0]}{chr(10).join(lines)}\n{MARKS[1]}{after}", encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    for ending, name in TASKS.items():
+        start, end = f"<!-- chosen {name} -->\n", f"<!-- end of chosen {name} -->"
+        before, _, rest = text.partition(start)
+        after = rest.partition(end)[2]
+        if rest:
+            text = f"{before}{start}{chr(10).join(table(ending))}\n{end}{after}"
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_a_grids_page_has_surfaces_tables_and_trends_and_needs_no_network(tmp_pa
     assert text.count("the paper says") == 6 and text.count("data-at=") == 36
     assert text.count("Holm's correction for all 8 trends of this page") == 1
     linked = [a for a in page.addresses if a.startswith(("tables/", "figures/"))]
-    assert len(linked) == 3 and all((tmp_path / a).is_file() for a in linked)
+    assert len(linked) == 6 and all((tmp_path / a).is_file() for a in linked)
     assert "pip install &#39;realera[report]&#39;" in text or "pip install 'realera[report]'" in text
     assert not (tmp_path / "figures").exists()
 
@@ -181,7 +181,8 @@ def test_runs_of_two_tasks_have_a_chapter_each(tmp_path: Path, no_plots: None) -
     text = write(folders, tmp_path / "report.html")
     assert "object, on mini, judged by eye" in text and "style, on mini, judged by eye" in text
     assert "CLIP<sub>e</sub> ↓" in text and "24.13" in text and "paper 22.83" in text
-    assert {path.name for path in (tmp_path / "tables").glob("*.csv")} == {"object-mean.csv", "style-mean.csv"}
+    names = {f"{task}-{table}.csv" for task in ("object", "style") for table in ("mean", "relative")}
+    assert {path.name for path in (tmp_path / "tables").glob("*.csv")} == names
     assert set(systems(folders).values()) == {"realera"}
 
 

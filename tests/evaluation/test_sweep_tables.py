@@ -96,11 +96,11 @@ def test_who_misses_runs_is_said_in_every_form_and_wins_no_mean(tmp_path: Path) 
     readme.write_text("before\n<!-- table -->\n<!-- end of table -->\n")
     write_results(folders, tmp_path)
     written = write_sweep(folders, page, base="uce").read_text()
-    for name in ("mean", "concepts", "differences"):
+    for name in ("mean", "concepts", "differences", "relative"):
         said = "over 1 of 2 runs" if name == "differences" else "1 of 2 runs"
         for kind in ("csv", "md", "tex"):
             assert (tmp_path / "tables" / f"object-{name}.{kind}").read_text().count(said) == 1, (name, kind)
-    assert written.count("<small>1 of 2 runs</small>") == 2 and "<small>over 1 of 2 runs</small>" in written
+    assert written.count("<small>1 of 2 runs</small>") == 3 and "<small>over 1 of 2 runs</small>" in written
     assert "| realera (1 of 2 runs) |" in readme.read_text()
     whole = means(chapter(folders[:4]))
     assert not any(row.note for row in whole.rows) and not any("ranked" in note for note in whole.notes)
