@@ -22,9 +22,8 @@ Split = Literal["erase", "near", "keep", "associated", "unseen"]
 concept without naming it, and words for it that no training caption of the backbone ever held."""
 
 Mode = Literal["mean_prob", "top1", "score", "detected", "whole", "anchor", "moved"]
-"""What a verdict is read as: 100 x value | whether the label is the prompt's concept | detail["score"], such as 100 cos
-| whether detail["detected"] says that something of a kind was found. The last three in percent or in the score's own
-unit; a verdict without the detail has no such reading."""
+"""What a verdict is read as: 100 x value | whether the label is the prompt's concept | or what its detail says under
+this name (`Verdict`), yes or no in percent, or in its own unit; without it there is no such reading."""
 
 
 Scheduler = Literal["ddim", "dpm++"]
@@ -178,8 +177,8 @@ class Sampler:
 class Verdict:
     """What a judge says of one image. value: probability (0-1) of the prompt's concept, NaN = unscored (it leaves the
     denominator). label: the judge's first choice. detail: anything else worth keeping (JSON-able); six keys mean the
-    same for all judges: "score" (float, 100 cos of image and caption), "detected" (bool), "boxes" ({class: count}),
-    "whole" (bool, the image shows something that the judge knows, whatever it is), "anchor" (bool, it shows the anchor
+    same for all judges: "score" (float, 100 cos of image and caption), "detected" (bool, something of a kind was
+    found), "boxes" ({class: count}), "whole" (bool, the image shows something that the judge knows, whatever it is), "anchor" (bool, it shows the anchor
     of the prompt's concept), "moved" (float, `evaluation.moved`; no judge says it)."""
 
     prompt_id: str
