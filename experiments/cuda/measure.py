@@ -34,6 +34,7 @@ from realera.contracts import Backbone
 from realera.costs import Meter
 from realera.training.checkpoint import read_erased
 from realera.training.fit import fit
+from realera.training.pairs import encoded_pairs
 
 CPU = "cpu" in sys.argv[3:]
 DEVICE = "cpu" if CPU else "cuda"
@@ -85,7 +86,7 @@ def erase(config: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
     task, meter = cli.build_task(config), Meter()
     meter.watch(backbone, DEVICE)
     with meter.stage("text"):
-        pairs = [steps.encode_pair(backbone, task, concept) for concept in task.concepts]
+        pairs = encoded_pairs(backbone, task)
     trainer = {key: value for key, value in config["trainer"].items() if key != "checkpoint_every"}
     with tempfile.TemporaryDirectory() as place:
         run = Path(place)

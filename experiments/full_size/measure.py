@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import Callback
 from realera import __version__, cli, paths, steps
 from realera.training.checkpoint import read_erased
 from realera.training.fit import fit
+from realera.training.pairs import encoded_pairs
 
 SETTINGS = [
     "task=object",
@@ -93,7 +94,9 @@ def main(folder: str, results: str, *settings: str) -> None:
         print(backbone.fingerprint, file=sys.stderr)
     task = cli.build_task(config)
     with stage(clock, "encode"):
-        pairs = [steps.encode_pair(backbone, task, concept) for concept in task.concepts]
+        pairs = encoded_pairs(backbone, task)
+        for pair in pairs:  # the states are made when they are read
+            _ = pair.target, pair.anchor
     text = f"a photo of the {task.concepts[0].target}"
     with stage(clock, "image, original"):
         before = backbone.generate([text], [0])

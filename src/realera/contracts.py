@@ -250,6 +250,8 @@ class Backbone(Protocol):
         rows up to a text's first EOS are computed (T is then the longest's; rows behind a shorter one's are 0)."""
         ...
 
+    def refuse_cut(self, prompts: Sequence[NamedPrompt]) -> None: ...  # UserError where a name is not read whole
+
     def token_vectors(self, text: str) -> Tensor: ...  # (n, D): those rows of a text
 
     def tokens(self, texts: Sequence[str]) -> list[set[int]]: ...  # each text's sub-tokens, without begin, end and pads

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from realera import costs, lengths, paths, runs, seals
 from realera.console import bar
-from realera.contracts import Backbone, Concept, Guide, Judge, Method, Mode, Pair, Prompt, SetJudge, Task, UserError
+from realera.contracts import Backbone, Guide, Judge, Method, Mode, Prompt, SetJudge, Task, UserError
 from realera.costs import ORIGINALS, Meter
 from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
@@ -28,6 +28,7 @@ from realera.runs import Run
 from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
 from realera.training.module import trains
+from realera.training.pairs import encoded_pairs
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,6 @@ def load_run(run: Run, meter: Meter | None = None) -> Backbone:
     return backbone
 
 
-def encode_pair(backbone: Backbone, task: Task, concept: Concept) -> Pair:
-    """A concept's training prompts as the text encoder sees them, with the rows of the concept and of its anchor."""
-    named, anchored = zip(*task.training_prompts(concept))
-    return Pair(concept, backbone.encode(named), backbone.encode(anchored))
-
-
 def erase(
     backbone: Backbone,
     task: Task,
@@ -85,7 +80,7 @@ def erase(
     shared = trains(method.align) and not there
     if shared or ranks.first:
         with nullcontext() if there else meter.stage("text"):
-            pairs = [encode_pair(backbone, task, concept) for concept in task.concepts]
+            pairs = encoded_pairs(backbone, task, meter)
         fit(
             backbone,
             method,

@@ -94,11 +94,12 @@ def erased(name: str, device: str, folder: Path, *words: str) -> tuple[Any, list
 
     from realera import cli, paths, steps
     from realera.training.fit import fit
+    from realera.training.pairs import encoded_pairs
 
     config = settings(*small(name), *words, device=device)
     backbone = steps.load_backbone(config)
     task = cli.build_task(config)
-    pairs = [steps.encode_pair(backbone, task, concept) for concept in task.concepts]
+    pairs = encoded_pairs(backbone, task)
     trainer = {key: value for key, value in config["trainer"].items() if key != "checkpoint_every"}
     fit(
         backbone,

@@ -4,6 +4,7 @@ guidance."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,6 +111,12 @@ def start_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """(B, C, h, w) float32 on the CPU; each row depends on its own seed alone, so batching and device do not matter."""
     rows = [torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     return torch.stack(rows) if rows else torch.zeros(0, *shape)
+
+
+def here(texts: TextStates, device: torch.device) -> TextStates:
+    """What the U-Net reads of the texts, on its device."""
+    pooled = None if texts.pooled is None else texts.pooled.to(device)
+    return replace(texts, states=texts.states.to(device), pooled=pooled)
 
 
 def sample(

@@ -245,6 +245,10 @@ class PairedTextEncoder:
                 )
         return replace(two, states=torch.cat([one.states, two.states], dim=-1))
 
+    def rows(self, prompt: NamedPrompt) -> tuple[int, int]:
+        """As `TextEncoder.rows`; the two tokenizers share their words."""
+        return self.first.rows(prompt)
+
     def tokens(self, texts: Sequence[str]) -> list[set[int]]:
         """As `TextEncoder`; the two tokenizers share their words."""
         return self.first.tokens(texts)

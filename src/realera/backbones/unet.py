@@ -108,6 +108,11 @@ class UNetBackbone:
                 return self.text(texts, to_end)
             return self.text.with_vectors(texts, vectors.to(device))
 
+    def refuse_cut(self, prompts: Sequence[NamedPrompt]) -> None:
+        """See `TextEncoder.rows`."""
+        for prompt in prompts:
+            self.text.rows(prompt)
+
     def token_vectors(self, text: str) -> Tensor:
         """See `TextEncoder.vectors`."""
         return self.text.vectors(text)
@@ -131,8 +136,7 @@ class UNetBackbone:
     def original(self, edited: bool = False) -> Iterator[None]:
         """The model as loaded, adapters off, and no gradients recorded: they would be taken through the wrong weights.
 
-        edited: the base weights stay as they are. May be nested (the outermost decides), and leaves everything as it
-        was on an exception too.
+        edited: the base weights stay. May be nested (the outermost decides), and an exception leaves all as it was.
         """
         self._depth += 1
         try:
@@ -262,14 +266,14 @@ class UNetBackbone:
         if stop_at is not None and not 0 <= stop_at <= chosen.steps:
             raise ValueError(f"stop_at={stop_at} is not among the steps 0 .. {chosen.steps}")
         size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
-        beside = self._here(self.encode(guide.prompts)) if guide is not None and guide.prompts else None
+        beside = self.encode(guide.prompts) if guide is not None and guide.prompts else None
         drawn = sampling.sample(
             self._denoise,
             self._schedule,
             sampling.scheduler_for(chosen, self.scheduler_config),
             sampling.start_noise(seeds, size).to(self.device),
-            self._here(states),
-            self._here(self._no_prompt()),
+            sampling.here(states, self.device),
+            sampling.here(self._no_prompt(), self.device),
             chosen.guidance_scale,
             guide,
             beside,
@@ -286,10 +290,6 @@ class UNetBackbone:
                 empty = replace(empty, states=torch.zeros_like(empty.states), pooled=torch.zeros_like(empty.pooled))
             self._empty = empty
         return self._empty
-
-    def _here(self, states: TextStates) -> TextStates:
-        pooled = None if states.pooled is None else states.pooled.to(self.device)
-        return replace(states, states=states.states.to(self.device), pooled=pooled)
 
     def decode(self, latents: Tensor) -> Tensor:
         """See `autoencoder.decode`."""
@@ -315,6 +315,6 @@ class UNetBackbone:
         return self
 
     def park(self) -> None:
-        """Text encoders and autoencoder to the CPU: the training loop needs none. They come back when used."""
+        """Text encoders and autoencoder to the CPU until they are used: the training loop needs none."""
         self.text.to("cpu")
         self.vae.to("cpu")

@@ -121,11 +121,13 @@ class ClosedForm:
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         sums = NormalEquations(backbone.width)
         erased = near = beyond = 0
-        for pair in pairs:
+        for i, pair in enumerate(pairs):  # and its neighbours with it: both are made as they are read
             e, e_star, mask = align_rows(pair, self.rows)
             sums.add_pairs(e[mask], e_star[mask])
             erased += int(mask.sum())
-        for mined in neighbours:
+            if not neighbours:
+                continue
+            mined = neighbours[i]
             sums.add_pairs(mined.near[mined.near_rows], mined.near_targets[mined.near_rows])
             sums.add_preserved(mined.beyond[mined.beyond_rows], self.lambda_preserve)
             near += int(mined.near_rows.sum())

@@ -160,8 +160,7 @@ class ClosedFormEdit(Callback):
         if not self.probes:
             return []
         like = next(iter(before.values()))
-        anchors = {p.concept.target: p.anchor.states[0, int(p.anchor.length[0])].to(like) for p in module.pairs}
-        goals = {target: [a @ w0.T for w0 in before.values()] for target, a in anchors.items()}
+        goals = self._goals(module.pairs, before)
         means = []
         for start in range(0, len(self.probes), AT_ONCE):
             probes = self.probes[start : start + AT_ONCE]
@@ -178,6 +177,13 @@ class ClosedFormEdit(Callback):
             {"text": probe.text, "split": probe.split, "shift": shift, "to_anchor_before": old, "to_anchor_after": new}
             for probe, (shift, old, new) in zip(self.probes, torch.stack(means).tolist())
         ]
+
+    def _goals(self, pairs: Sequence[Pair], before: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """{concept: W0 a of every layer}, of the first concept and of those that are probed; see `_shifts`."""
+        probed = {pairs[0].concept.target, *(probe.concept for probe in self.probes)}
+        anchors = {pair.concept.target: pair.anchor for pair in pairs if pair.concept.target in probed}
+        ends = {target: anchor.states[0, int(anchor.length[0])] for target, anchor in anchors.items()}
+        return {target: [a.to(w0) @ w0.T for w0 in before.values()] for target, a in ends.items()}
 
     def _write(self, edit: Edit) -> None:
         if edit.map is not None:

@@ -200,10 +200,12 @@ def part_of(batch: int, rank: int, world: int) -> slice:
 
 
 def on_cpu(pair: Pair) -> Pair:
-    return replace(pair, target=_states_on_cpu(pair.target), anchor=_states_on_cpu(pair.anchor))
+    if type(pair) is not Pair:  # its states are made when they are read, and on the CPU
+        return pair
+    return replace(pair, target=states_on_cpu(pair.target), anchor=states_on_cpu(pair.anchor))
 
 
-def _states_on_cpu(states: TextStates) -> TextStates:
+def states_on_cpu(states: TextStates) -> TextStates:
     moved = {field.name: getattr(states, field.name) for field in fields(states)}
     return replace(states, **{name: value.cpu() for name, value in moved.items() if value is not None})
 

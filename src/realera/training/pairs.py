@@ -1,0 +1,67 @@
+"""The training prompts of every concept, encoded when they are read: those of a thousand concepts would take 6 GB."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from realera.contracts import Backbone, Concept, NamedPrompt, Pair, Task, TextStates
+from realera.costs import Meter
+from realera.training.module import states_on_cpu
+
+KEPT = 256 << 20  # bytes of the targets' states that stay in memory, and as many of the anchors'
+Prompts = tuple[NamedPrompt, ...]
+
+
+def encoded_pairs(backbone: Backbone, task: Task, meter: Meter | None = None) -> list[Pair]:
+    """The pair of each of the task's concepts, on the CPU. The states are made when they are read, and are the same
+    whenever that is; anchors of the same name share theirs. meter: told of the encoding, as stage "text".
+
+    Raises UserError for a training prompt that is cut before the end of its name.
+    """
+    targets, anchors = (Encoder(backbone, meter or Meter()) for _ in range(2))
+    pairs: list[Pair] = []
+    for concept in task.concepts:
+        named, anchored = zip(*task.training_prompts(concept))
+        backbone.refuse_cut([*named, *anchored])
+        pairs.append(ReadPair(concept, targets, named, anchors, anchored))
+    return pairs
+
+
+@dataclass
+class Encoder:
+    """Encodes prompts, and keeps in memory the states of the first ones, as many as `KEPT` bytes hold, and of the last
+    ones."""
+
+    backbone: Backbone
+    meter: Meter
+    room: int = field(default_factory=lambda: KEPT)
+    first: dict[Prompts, TextStates] = field(default_factory=dict)
+    last: dict[Prompts, TextStates] = field(default_factory=dict)
+
+    def __call__(self, prompts: Prompts) -> TextStates:
+        if (found := self.first.get(prompts) or self.last.get(prompts)) is not None:
+            return found
+        with self.meter.stage("text"):
+            states = states_on_cpu(self.backbone.encode(prompts))
+        self.last = {prompts: states}
+        self.room -= states.states.nbytes
+        if self.room >= 0:
+            self.first[prompts] = states
+        return states
+
+
+class ReadPair(Pair):
+    """A pair that asks for its states whenever they are read."""
+
+    def __init__(self, concept: Concept, targets: Encoder, named: Prompts, anchors: Encoder, anchored: Prompts) -> None:
+        vars(self).update(concept=concept, _targets=(targets, named), _anchors=(anchors, anchored))
+
+    @property
+    def target(self) -> TextStates:
+        encoder, prompts = vars(self)["_targets"]
+        return encoder(prompts)
+
+    @property
+    def anchor(self) -> TextStates:
+        encoder, prompts = vars(self)["_anchors"]
+        return encoder(prompts)
