@@ -68,6 +68,34 @@ def test_a_base_weight_that_is_not_finite_is_named(part: str, tiny_sd: Path, tmp
         UNetBackbone("mini", copy, Sampler("ddim", 2, 7.5, 32, 32))
 
 
+def test_weights_are_looked_at_in_their_file(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where they are mapped: they would take memory that a run which does not use them has no need of."""
+    from realera.backbones import loading
+    from realera.backbones.unet import UNetBackbone
+    from realera.contracts import Sampler
+
+    seen: list[int] = []
+    plain = finite.refuse
+
+    def noted(tensors: Any, *said: str) -> None:
+        seen.extend(tensor.nbytes for _, tensor in (tensors.items() if isinstance(tensors, dict) else tensors))
+        plain(tensors, *said)
+
+    monkeypatch.setattr(loading, "BLOCK", 64)
+    monkeypatch.setattr(finite, "refuse", noted)
+    copy = Path(shutil.copytree(tiny_sd, tmp_path / "copy", copy_function=os.link))
+    UNetBackbone("mini", copy, Sampler("ddim", 2, 7.5, 32, 32))
+    files = [next((copy / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder")]
+    assert max(seen) == 64 and sum(seen) == sum(w.nbytes for file in files for w in load_file(file).values())
+    state = load_file(files[0])
+    name = next(name for name, weight in state.items() if weight.nbytes > 64)
+    state[name].view(-1)[-1] = math.inf
+    files[0].unlink()
+    save_file(state, files[0], {"format": "pt"})
+    with pytest.raises(UserError, match=f"weight {name} holds NaN or infinity"):
+        UNetBackbone("mini", copy, Sampler("ddim", 2, 7.5, 32, 32))
+
+
 def test_what_float16_cannot_hold_is_refused(new_backbone: Callable[..., Any]) -> None:
     backbone = new_backbone(dtype="float16")
     before = {name: layer.weight.clone() for name, layer in backbone.cross_attention().items()}

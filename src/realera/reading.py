@@ -39,6 +39,17 @@ def refuse_torn(file: Path) -> None:
 
 def tensors(file: Path) -> dict[str, Stored]:
     """{name: what is stored} by a file's header. Raises UserError as `refuse_torn`."""
+    return {name: stored for name, (stored, _, _) in _placed(file).items()}
+
+
+def places(file: Path) -> dict[str, tuple[int, int]]:
+    """{name: the bytes of the file, from and to} of every tensor, in their order. Raises UserError as `refuse_torn`."""
+    found = {name: (begin, stop) for name, (_, begin, stop) in _placed(file).items()}
+    start = file.stat().st_size - max((stop for _, stop in found.values()), default=0)
+    return {name: (start + begin, start + stop) for name, (begin, stop) in sorted(found.items(), key=lambda f: f[1])}
+
+
+def _placed(file: Path) -> dict[str, tuple[Stored, int, int]]:
     try:
         known = file.stat()
         return _tensors(file, known.st_size, known.st_mtime_ns)
@@ -61,7 +72,8 @@ def unfetched(file: Path) -> UserError:
 
 
 @lru_cache(maxsize=256)
-def _tensors(file: Path, size: int, changed: int) -> dict[str, Stored]:
+def _tensors(file: Path, size: int, changed: int) -> dict[str, tuple[Stored, int, int]]:
+    """With the bytes, from and to, counted from the end of the header."""
     with foreign.opened(file) as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
@@ -84,7 +96,7 @@ def _tensors(file: Path, size: int, changed: int) -> dict[str, Stored]:
         end = stop
     if 8 + length + end != size:
         raise _torn(file, size, f"its header promises {8 + length + end:,} bytes")
-    return {name: stored for name, (stored, _, _) in found.items()}
+    return found
 
 
 def _entry(entry: Any) -> tuple[Stored, int, int]:
