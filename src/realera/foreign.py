@@ -80,7 +80,7 @@ def json_of(content: str) -> Any:
     """A JSON text's content. Raises ValueError, also for a key that is given twice, for extreme nesting, for integers
     of more than 64 bits, and for half a letter, which no file or page takes."""
     try:
-        found = json.loads(content, object_pairs_hook=_once, parse_int=_integer)
+        found = _decoder.decode(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if content.count("{") + content.count("[") > DEEPEST:
@@ -210,6 +210,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key of it is given twice")
     return found
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_once, parse_int=_integer)  # one for all lines of a file
 
 
 def _refuse_depth(found: Any) -> None:

@@ -6,12 +6,14 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from realera import foreign
 from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, read_manifest, verdict_file, write_manifest, write_verdicts
@@ -312,6 +314,29 @@ def test_a_split_of_many_prompts_is_one_strip_of_some_of_them(tmp_path: Path) ->
     (strip,) = sheets(tmp_path, None)["erase"]
     assert (strip.prompt, strip.images, strip.mixed) == ("30 prompts", 30, True)
     assert 25 < len(strip.pairs) <= 30 and len({after.title for _, after in strip.pairs}) == len(strip.pairs)
+
+
+@pytest.mark.parametrize("texts", [1, 500], ids=["one prompt", "prompts of their own"])
+def test_the_page_of_many_images_opens_those_it_shows(
+    texts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of thirty thousand images takes as long as its lines do."""
+    folder = _make(tmp_path)
+    prompts = [Prompt(f"m{i}", f"text {i % texts}", "cat", "keep", i) for i in range(2000)]
+    write_manifest(folder, [Row(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png") for p in prompts])
+    for which in ("erased", "original"):
+        write_verdicts(verdict_file(folder, "eye", which), [Verdict(p.id, 0.9, "cat") for p in prompts])
+    opened: list[Path] = []
+    plain = foreign.opened
+
+    def noted(file: Path) -> Any:
+        opened.append(file)
+        return plain(file)
+
+    monkeypatch.setattr(foreign, "opened", noted)
+    write_report(folder)
+    assert len([file for file in opened if file.suffix == ".png"]) <= 64
+    assert len(opened) == len(set(opened)), "each file once"
 
 
 def test_the_finishing_edit_other_judges_and_sets_have_their_place(tmp_path: Path) -> None:
