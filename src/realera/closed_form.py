@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +56,8 @@ class NormalEquations:
     def add_moments(self, cross: Tensor, gram: Tensor, weight: float = 1.0) -> NormalEquations:
         """Adds sums made elsewhere: cross = sum a k^T and gram = sum k k^T, each (D, D)."""
         self.rows = None
-        self.cross += weight * _double(cross)
-        self.gram += weight * _double(gram)
+        self.cross += _double(cross) if weight == 1 else weight * _double(cross)
+        self.gram += _double(gram) if weight == 1 else weight * _double(gram)
         return self
 
     def merge(self, other: NormalEquations) -> NormalEquations:
@@ -77,20 +78,8 @@ class NormalEquations:
 
         Raises UserError as `solve`.
         """
-        if not self.rows or not (ridge > 0 and math.isfinite(ridge)):
-            return None
-        keys, shifts = (torch.cat(part) for part in zip(*self.rows))
-        _refuse_not_finite(keys)
-        _refuse_not_finite(shifts)
-        if ridge <= self.width * torch.finfo(torch.float64).eps * self._largest():
-            return None  # no direction but the keys' would be determined
-        system = keys @ keys.T + ridge * torch.eye(len(keys), dtype=torch.float64)
-        return shifts.T.contiguous(), torch.cholesky_solve(keys, torch.linalg.cholesky(system))
-
-    def _largest(self) -> float:
-        """The largest eigenvalue of the sum of few rows."""
-        keys = torch.cat([one for one, _ in self.rows or ()])
-        return float(torch.linalg.eigvalsh(keys @ keys.T)[-1])
+        few = self._few(ridge)
+        return None if few is None else (few.left, few.right)
 
     def solve(self, ridge: float) -> tuple[Tensor, dict[str, float]]:
         """M (D, D) float64, and the system's condition number and relative residual.
@@ -101,15 +90,45 @@ class NormalEquations:
             UserError: a negative ridge, or a system that does not determine M without a (larger) ridge.
         """
         eye = torch.eye(self.width, dtype=torch.float64)
-        system = self.gram + ridge * eye
-        if (few := self.factors(ridge)) is not None:
-            left, right = few
-            solution, wanted = eye + left @ right, self.cross + ridge * eye
-            residual = float(torch.linalg.norm(solution @ system - wanted) / torch.linalg.norm(wanted))
+        wanted = self.cross + ridge * eye
+        if (few := self._few(ridge)) is not None:
+            residual = few.residual / float(torch.linalg.norm(wanted))
             if residual <= RESIDUAL:
-                return solution, {"condition": 1 + self._largest() / ridge, "residual": residual}
+                return eye + few.left @ few.right, {"condition": 1 + few.largest / ridge, "residual": residual}
+        system = self.gram + ridge * eye
         lower, info = _factor(system, ridge)
-        return _solve(lower, system, self.cross + ridge * eye, ridge, info)
+        return _solve(lower, system, wanted, ridge, info)
+
+    def _few(self, ridge: float) -> _Few | None:
+        """What `factors` gives, measured. With the rows k of K and a - k of S,
+
+            M (gram + mu I) - (cross + mu I) = S^T E,    E = R K^T K + mu R - K,
+
+        so its norm is known without a product of two D x D matrices.
+        """
+        if not self.rows or not (ridge > 0 and math.isfinite(ridge)):
+            return None
+        keys, shifts = (torch.cat(part) for part in zip(*self.rows))
+        _refuse_not_finite(keys)
+        _refuse_not_finite(shifts)
+        products = keys @ keys.T
+        largest = float(torch.linalg.eigvalsh(products)[-1])
+        if ridge <= self.width * torch.finfo(torch.float64).eps * largest:
+            return None  # no direction but the keys' would be determined
+        system = products + ridge * torch.eye(len(keys), dtype=torch.float64)
+        right = torch.cholesky_solve(keys, torch.linalg.cholesky(system))
+        error = (right @ keys.T) @ keys + ridge * right - keys
+        squared = float(((shifts @ shifts.T) * (error @ error.T)).sum())
+        return _Few(shifts.T.contiguous(), right, largest, math.sqrt(max(0.0, squared)))
+
+
+class _Few(NamedTuple):
+    """The factors of M, the largest eigenvalue of gram, and the norm of the residual."""
+
+    left: Tensor  # L (D, n)
+    right: Tensor  # R (n, D)
+    largest: float
+    residual: float
 
 
 def fuse(

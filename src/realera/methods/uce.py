@@ -6,7 +6,7 @@ RealEra were made, maps the row of the last sub-token and all rows after it. Bot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -66,8 +66,8 @@ class UnifiedConceptEdit:
         texts = list(dict.fromkeys(text for both in erased for text in both))  # a guide is often that of many
         place = {text: row for row, text in enumerate(texts)}
         states = backbone.encode(texts, to_end=self.rows == "last")
-        for target, guide in erased:
-            sums.add_pairs(*self._rows(states, place[target], place[guide]), self.erase_scale)
+        for keys, anchors in self._rows(states, [(place[target], place[guide]) for target, guide in erased]):
+            sums.add_pairs(keys, anchors, self.erase_scale)
         kept = kept_texts(self.preserve, pairs)
         if self.rows == "suffix_2023":
             kept = ["", *kept]
@@ -82,11 +82,18 @@ class UnifiedConceptEdit:
         counted = {"names_erased": len(pairs), "texts_erased": len(erased), "names_preserved": len(kept)}
         return Edit(map=solution, info={**info, **counted}, factors=sums.factors(self.ridge))
 
-    def _rows(self, states: TextStates, target: int, guide: int) -> tuple[Tensor, Tensor]:
-        """Keys and their anchors (n, D) of one text and its guide."""
-        c, a = int(states.length[target]) - 1, int(states.length[guide]) - 1  # the last sub-tokens; BOS where none is
-        count = 1 if self.rows == "last" else states.states.shape[1] - max(c, a)
-        return states.states[target, c : c + count], states.states[guide, a : a + count]
+    def _rows(self, states: TextStates, erased: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and their anchors (n, D) of texts and their guides: for "last" all together, else text by text."""
+        if self.rows == "last":
+            rows = _last_rows(states)
+            targets, guides = zip(*erased)
+            yield rows[list(targets)], rows[list(guides)]
+            return
+        last = (states.length - 1).tolist()  # the last sub-tokens; BOS where none is
+        for target, guide in erased:
+            c, a = last[target], last[guide]
+            count = states.states.shape[1] - max(c, a)
+            yield states.states[target, c : c + count], states.states[guide, a : a + count]
 
     def _preserve_scale(self, names: int) -> float:
         if self.preserve_scale is not None:

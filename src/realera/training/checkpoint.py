@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ def _origin(metadata: Mapping[str, str]) -> Origin:
     return Origin(config, metadata["backbone"], metadata["fingerprint"], metadata["identity"])
 
 
+@cache
 def _version(library: str) -> str:
     try:
         return version(library)
