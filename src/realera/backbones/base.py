@@ -49,7 +49,7 @@ class BaseWeights:
                     f"{width}; use a map made with the same text encoder."
                 )
             new = {name: self._edited(layer.weight, edit) for name, layer in layers.items()}
-        self.set({f"{name}.weight": weight for name, weight in new.items()})
+        self.set({f"{name}.weight": weight for name, weight in new.items()}, made=edit.map is not None)
 
     def _edited(self, weight: Tensor, edit: Edit) -> Tensor:
         """W @ map: in float64, or by its factors in float32, which round the change alone."""
@@ -62,8 +62,17 @@ class BaseWeights:
         double = weight.double()
         return double @ edit.map.to(double)
 
-    def set(self, values: Mapping[str, Tensor]) -> None:
-        """Puts values onto named parameters, all or none.
+    def _put(self, name: str, value: Tensor) -> None:
+        """Gives a parameter a tensor that is nobody else's; its first value stays where it is, uncopied."""
+        parameter = self.parameters[name]
+        if name in self.first or value.device != parameter.device or value.stride() != parameter.stride():
+            self.keep(name)
+            parameter.data.copy_(value)
+        else:
+            self.first[name], parameter.data = parameter.data, value
+
+    def set(self, values: Mapping[str, Tensor], made: bool = False) -> None:
+        """Puts values onto named parameters, all or none. made: they are nobody else's, and need not be copied.
 
         Raises UserError for an unknown name, another shape, NaN or infinity, and for what their dtype cannot hold.
         """
@@ -86,8 +95,7 @@ class BaseWeights:
                 "set backbone.dtype=bfloat16 or float32."
             )
         for name, value in rounded.items():
-            self.keep(name)
-            self.parameters[name].data.copy_(value)
+            self._put(name, value if name in narrowed or made else value.clone())
 
     def keep(self, name: str) -> nn.Parameter:
         """The parameter, its first value now safe; call before anything changes it."""
