@@ -2,7 +2,8 @@
 # Ratios of speed on this machine's CPU: the closed form against a loop written like UCE's official code (full size,
 # random weights), an alignment step against the bare passes of the same networks, and drawing against diffusers'
 # pipeline (both on the miniature). Each pair runs by turns in one process. RESULTS keeps the numbers; COUNTS=1,100,1000
-# erases a thousand names as well, which the loop takes minutes for.
+# erases a thousand names as well, which the loop takes minutes for. MEMORY=1000 also erases so many concepts by RealEra's
+# closed form, mined, for its peak memory: about an hour on two cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
@@ -17,4 +18,5 @@ if [[ ! -f $FOLDER/model_index.json ]]; then
 fi
 "$PY" experiments/bench/measure.py "$FOLDER" "$RESULTS" "${COUNTS:-1,100}"
 "$PY" experiments/cuda/measure.py sd14-float32 "$RESULTS" cpu > "$(dirname "$RESULTS")/miniature.log" 2>&1
+[[ -z ${MEMORY:-} ]] || "$PY" experiments/bench/memory.py "$FOLDER" "$RESULTS" "$MEMORY"
 "$PY" experiments/bench/table.py "$RESULTS"

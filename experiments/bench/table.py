@@ -23,6 +23,9 @@ def rows(found: dict) -> list[tuple[str, str, str, str]]:
         out.append(
             (what, f"{draw['seconds']:.2f}", f"{draw['diffusers_seconds']:.2f}, diffusers", f"{draw['ratio']:.2f}")
         )
+    for one in found.get("memory", ()):
+        what = f"RealEra's closed form, mined, {one['concepts']:,} concepts"
+        out.append((what, f"{one['seconds']:,.0f}", "", f"peak memory {one['peak_gb']:.1f} GB"))
     return out
 
 
