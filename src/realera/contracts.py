@@ -178,8 +178,9 @@ class Verdict:
     """What a judge says of one image. value: probability (0-1) of the prompt's concept, NaN = unscored (it leaves the
     denominator). label: the judge's first choice. detail: anything else worth keeping (JSON-able); six keys mean the
     same for all judges: "score" (float, 100 cos of image and caption), "detected" (bool, something of a kind was
-    found), "boxes" ({class: count}), "whole" (bool, the image shows something that the judge knows, whatever it is), "anchor" (bool, it shows the anchor
-    of the prompt's concept), "moved" (float, `evaluation.moved`; no judge says it)."""
+    found), "boxes" ({class: count}), "whole" (bool, the image shows something that the judge knows, whatever it is),
+    "anchor" (bool, it shows the anchor of the prompt's concept), "moved" (float, `evaluation.moved`; no judge says
+    it)."""
 
     prompt_id: str
     value: float
