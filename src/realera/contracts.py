@@ -193,7 +193,7 @@ class Verdict:
 
 class Guide(Protocol):
     """Method part `guide`: what is done while images are drawn. `prompts`: texts whose noise is predicted beside the
-    prompt's own (SLD's safety concept); often ()."""
+    prompt's own (SLD's safety concept); often (). What `around` does to the model holds for all steps of a batch."""
 
     prompts: Sequence[str]
 

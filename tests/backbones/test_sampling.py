@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from guides import By
 from quick import slow_unless
 from realera.backbones import sampling
 from realera.backbones.unet import UNetBackbone
-from realera.contracts import Sampler, UserError
+from realera.contracts import Edit, LoraSpec, Sampler, UserError
 
 SAMPLER = Sampler("ddim", steps=4, guidance_scale=5.0, height=32, width=32)
 TEXTS, SEEDS = ["a photo of a cat", "an airplane in the sky"], [3, 8]
@@ -184,3 +185,39 @@ def test_a_guide_is_given_the_noise_of_its_own_texts(backbone: UNetBackbone) -> 
     alone = backbone.generate(["a dog"] * len(SEEDS), SEEDS, replace(SAMPLER, guidance_scale=1.0))
     assert (drawn.int() - alone.int()).abs().max() <= 1
     assert len(states.states) == len(TEXTS)
+
+
+@pytest.mark.parametrize("drawn", ["guided", "unguided", "adapted", "scaled", "recorded"])
+def test_the_text_is_read_once_and_the_images_are_the_same(
+    drawn: str, new_backbone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W_K and W_V are applied to the text in the first step alone, and afresh after every edit."""
+    backbone = new_backbone()
+    sampler = replace(SAMPLER, guidance_scale=1.0 if drawn == "unguided" else 5.0)
+    if drawn in ("adapted", "scaled"):
+        for parameter in backbone.add_adapter(LoraSpec(rank=2, per_concept=True), torch.Generator(), concepts=2):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    first = next(iter(backbone.cross_attention().values()))
+    applied, plainly = [], first.forward
+    first.forward = lambda states: (applied.append(1), plainly(states))[1]
+
+    def sample() -> Tensor:
+        with ExitStack() as around:
+            if drawn == "scaled":
+                around.enter_context(backbone.adapter_scale(torch.tensor([[1.0, 0.0], [0.2, 2.0]])))
+            if drawn == "recorded":
+                around.enter_context(backbone.attention())
+            return backbone.sample(backbone.encode(TEXTS), SEEDS, sampler)
+
+    def both() -> tuple[Tensor, Tensor]:
+        quick = sample()
+        with monkeypatch.context() as patch:
+            patch.setattr(backbone._denoise, "of_same_texts", lambda: backbone._denoise)
+            return quick, sample()
+
+    quick, plain = both()
+    assert torch.equal(quick, plain) and len(applied) == 1 + SAMPLER.steps
+    backbone.apply(Edit(map=0.5 * torch.eye(32, dtype=torch.float64)))
+    after, plain = both()
+    assert torch.equal(after, plain) and not torch.equal(after, quick)
+    assert [module for module in backbone.unet.modules() if "forward" in vars(module)] == [first]

@@ -32,6 +32,39 @@ def recorded(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
             vars(module).pop("get_attention_scores", None)
 
 
+class ReadOnce:
+    """Keys and values of cross-attention are made in the first pass within and kept for the others: W_K and W_V,
+    adapters included, are applied to the text states once and not in every step."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        readers = [module for name, module in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+        self.forwards = [(module, vars(module).get("forward"), _once(module.forward)) for module in readers]
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        try:
+            for module, _, once in self.forwards:
+                module.forward = once
+            yield
+        finally:
+            for module, own, _ in self.forwards:
+                if own is None:  # its class's
+                    vars(module).pop("forward", None)
+                else:
+                    module.forward = own
+
+
+def _once(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    kept: list[Tensor] = []
+
+    def first(*args: Any, **settings: Any) -> Tensor:
+        if not kept:
+            kept.append(forward(*args, **settings))
+        return kept[0]
+
+    return first
+
+
 def _keeping(scores: Callable[..., Tensor], maps: dict[str, Tensor], name: str, heads: int) -> Callable[..., Tensor]:
     def keep(*args: Any, **settings: Any) -> Tensor:
         found = scores(*args, **settings)

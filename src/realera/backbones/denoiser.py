@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 
 from realera.backbones import attention
 from realera.contracts import UserError
@@ -99,6 +99,20 @@ class Denoiser:
                 yield maps
         finally:
             self._forward = forward
+
+    def of_same_texts(self) -> Callable[..., Tensor]:
+        """Itself, for passes without gradient that all read the same text states by the same weights: uncompiled on a
+        CPU, the text is read in the first one alone. On a GPU the memory is better spent on more images at once."""
+        unet: nn.Module = self.unet
+        if self._forward is not unet or self._weight.device.type != "cpu":
+            return self
+        read_once = attention.ReadOnce(unet)
+
+        def denoise(*given: Any) -> Tensor:
+            with read_once():
+                return self(*given)
+
+        return denoise
 
     def _hooked(self) -> bool:
         """Whether a compiled forward would be blind: torch._dynamo guards on no hooks (skip_nnmodule_hook_guards)."""

@@ -268,7 +268,7 @@ class UNetBackbone:
         size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
         beside = self.encode(guide.prompts) if guide is not None and guide.prompts else None
         drawn = sampling.sample(
-            self._denoise,
+            self._denoise.of_same_texts(),
             self._schedule,
             sampling.scheduler_for(chosen, self.scheduler_config),
             sampling.start_noise(seeds, size).to(self.device),
