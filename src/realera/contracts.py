@@ -30,6 +30,9 @@ Scheduler = Literal["ddim", "dpm++"]
 """DDIM with eta 0 | DPM-Solver++ 2M."""
 
 
+KEYS, VALUES = "attn2.to_k", "attn2.to_v"  # how the cross-attention's projections of the text end
+
+
 class UserError(Exception):
     """Input that cannot be run. Its text is one sentence, what is wrong and what to do; the doors exit with 2."""
 
@@ -141,12 +144,14 @@ class Neighbours:
 class Edit:
     """A closed-form edit of W_K / W_V. Either `map` (D, D) float64, meaning W = W0 @ map for every cross-attention
     layer, or `weights` {layer name: (out, D)}. `info` is logged as `edit/*` (condition number, residuals, ...).
-    factors: L (D, n) and R (n, D) float64 with map = I + L R, where n is small: quicker to apply."""
+    factors: L (D, n) and R (n, D) float64 with map = I + L R, where n is small: quicker to apply. projections: which
+    weights take the map, by the ends of their names."""
 
     map: Tensor | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     info: Mapping[str, float] = field(default_factory=dict)
     factors: tuple[Tensor, Tensor] | None = None
+    projections: Sequence[str] = (KEYS, VALUES)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor
 
 from realera.band import Band, Radii, Region, beyond_region, check, cosine_of_radius, near_region, resolve
-from realera.contracts import Moments, Pair, UserError
+from realera.contracts import Moments, Pair, TextStates, UserError
 from realera.polar import Polar, polar_moments
 
 TRIES = 1000  # draws of one unit; one that keeps fewer than a draw in TRIES counts as out of reach
@@ -48,18 +48,24 @@ def align_rows(pair: Pair, rows: str) -> tuple[Tensor, Tensor, Tensor]:
             raise UserError(f"A training prompt does not hold '{name}' whole: shorten the prompt or the concept.")
     length = c.states.shape[1]
     row = torch.arange(length, device=c.states.device).expand(c.states.shape[:2])
-    first, last, end = c.first[:, None], c.last[:, None], c.length[:, None]
+    first, last = c.first[:, None], c.last[:, None]
     shifted = (row - last + a.last[:, None]).maximum(a.first[:, None])
     partner = torch.where(row < first, row, shifted)
-    counted = {
+    index = partner.clamp(max=length - 1)[..., None].expand_as(c.states)
+    return c.states, a.states.gather(1, index), counted_rows(c, rows) & (partner < length)
+
+
+def counted_rows(states: TextStates, rows: str) -> Tensor:
+    """(P, T) bool: the rows of prompts with a name that count under `rows` (see `Band.rows`)."""
+    row = torch.arange(states.states.shape[1], device=states.states.device).expand(states.states.shape[:2])
+    first, last, end = states.first[:, None], states.last[:, None], states.length[:, None]
+    return {
         "suffix": row >= first,
         "concept": (row >= first) & (row <= last),
         "to_eos": (row >= first) & (row <= end),
         "all_but_bos": row >= 1,
         "all": row >= 0,
     }[rows]
-    index = partner.clamp(max=length - 1)[..., None].expand_as(c.states)
-    return c.states, a.states.gather(1, index), counted & (partner < length)
 
 
 def fit_band(band: Band, e: Tensor, mask: Tensor) -> Band:

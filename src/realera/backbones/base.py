@@ -31,7 +31,8 @@ class BaseWeights:
         self.first: dict[str, Tensor] = {}
 
     def apply(self, edit: Edit) -> None:
-        """W = W @ map in float64 on every cross-attention layer, or the given weights; on top of what is there now."""
+        """W = W @ map in float64 on the edit's projections of every cross-attention layer, or the given weights; on top
+        of what is there now."""
         if edit.map is not None and edit.weights:
             raise ValueError("an Edit is a map or weights, not both")
         layers = self.cross_attention
@@ -48,7 +49,8 @@ class BaseWeights:
                     f"The map is {tuple(edit.map.shape)} but backbone {self.backbone} has text states of width "
                     f"{width}; use a map made with the same text encoder."
                 )
-            new = {name: self._edited(layer.weight, edit) for name, layer in layers.items()}
+            taking = tuple(edit.projections)
+            new = {n: self._edited(layer.weight, edit) for n, layer in layers.items() if n.endswith(taking)}
         self.set({f"{name}.weight": weight for name, weight in new.items()}, made=edit.map is not None)
 
     def _edited(self, weight: Tensor, edit: Edit) -> Tensor:

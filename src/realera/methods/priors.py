@@ -20,6 +20,7 @@ from torch import Tensor
 from realera import finite, foreign, seals
 from realera.contracts import Backbone, Pair, UserError
 from realera.kinds import AnyText, Captions, NonNegative, Sums
+from realera.ledger import kept
 
 FORMAT = "realera-prior/1"
 EVERYDAY = "everyday"  # the captions that ship with the package
@@ -63,12 +64,12 @@ def accumulate(
         UserError: `out` holds something else, or there is no caption.
     """
     encoder, rows = backbone.text_fingerprint, backbone.max_length
-    gram = torch.zeros(backbone.width, backbone.width, dtype=torch.float64)
+    sums = torch.zeros(backbone.width + 1, backbone.width, dtype=torch.float64)
     done = 0
     for file in (out, partial(out)):
         if file.is_file():
             try:
-                found, made = read(file)
+                found, made = read_sums(file)
             except seals.Torn:
                 if file.suffix not in (".safetensors", partial(out).suffix):
                     raise
@@ -76,28 +77,28 @@ def accumulate(
                 continue
             if (made.encoder, made.source) != (encoder, source):
                 raise UserError(f"{file} holds the sum of other captions or another text encoder: choose another out=.")
-            gram, done = found, made.captions
             if made.complete:
                 return made
-            break
+            if len(found) == len(sums):  # an earlier version's has no sum of k, and cannot be gone on with
+                sums, done = found, made.captions
+                break
     left = iter(captions)
     for batch in _batches(islice(left, done)):
         if advance is not None:
             advance(len(batch))
     unsaved = 0
     for batch in _batches(left):
-        keys = backbone.encode(batch).states.flatten(0, 1).double()
-        gram = gram + (keys.T @ keys).cpu()
+        sums = sums + _sums(backbone, batch)
         done, unsaved = done + len(batch), unsaved + len(batch)
         if advance is not None:
             advance(len(batch))
         if unsaved >= save_every:
-            _write(partial(out), gram, Made(done, rows, encoder, source, complete=False))
+            _write(partial(out), sums, Made(done, rows, encoder, source, complete=False))
             unsaved = 0
     if not done:
         raise UserError("There are no captions to sum: give a file that holds some.")
     made = Made(done, rows, encoder, source, complete=True)
-    _write(out, gram, made)
+    _write(out, sums, made)
     partial(out).unlink(missing_ok=True)
     return made
 
@@ -108,8 +109,14 @@ def partial(out: Path) -> Path:
 
 
 def read(file: Path) -> tuple[Tensor, Made]:
-    """(D, D) float64, and what it was made of. Raises UserError for a file that is missing or something else, Torn for
-    one that cannot be read."""
+    """(D, D) float64, and what it was made of. Raises as `read_sums`."""
+    sums, made = read_sums(file)
+    return sums[: sums.shape[1]], made
+
+
+def read_sums(file: Path) -> tuple[Tensor, Made]:
+    """(D + 1, D) float64, sum k k^T and under it sum k (which a file of an earlier version lacks), and what they were
+    made of. Raises UserError for a file that is missing or something else, Torn for one that cannot be read."""
     if not file.exists():
         raise UserError(f"There is no file {file}: make it with python -m realera.cache captions=FILE out={file}.")
     try:
@@ -120,6 +127,8 @@ def read(file: Path) -> tuple[Tensor, Made]:
         made = Made(**said)
         if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or type(said["captions"]) is not int:
             raise ValueError("no sum of captions")
+        if (total := tensors.get("total")) is not None:
+            gram = torch.cat([gram, total.reshape(1, -1)])
     except (seals.Torn, KeyError, TypeError, ValueError) as error:
         raise seals.Torn(f"{file} cannot be read: make it again with python -m realera.cache.") from error
     finite.refuse([("sum", gram)], f"{file} cannot be used: its", "make it again with python -m realera.cache")
@@ -143,6 +152,47 @@ def prior(backbone: Backbone, cache: str | Path) -> tuple[Tensor, int]:
     if not made.complete:
         raise UserError(f"{cache} holds part of its captions: give the command that began it again, and it goes on.")
     return gram, made.captions
+
+
+@dataclass(frozen=True)
+class CaptionRows:
+    """Moments of the rows of captions, without the begin row that all have. gram (D, D) = sum k k^T, mean (D,), both
+    float64 on the CPU; count: rows."""
+
+    gram: Tensor
+    mean: Tensor
+    count: int
+
+
+def caption_rows(backbone: Backbone, cache: str | Path, folder: Path) -> CaptionRows:
+    """Moments of a cache's captions, see `prior`. Those of "everyday" are kept under `folder`/captions.
+
+    Raises UserError as `prior`, and for a file without its mean, as earlier versions made them.
+    """
+    begin = backbone.encode([""]).states[0, 0].double().cpu()
+    if str(cache) == EVERYDAY:
+        captions = CAPTIONS.read_text(encoding="utf-8").splitlines()
+        content = content_id([CAPTIONS], backbone.text_fingerprint)
+        file = folder / "captions" / f"everyday-{content}.safetensors"
+        both = kept(file, "sums", backbone, lambda: _sums(backbone, captions))
+        gram, total, count = both[:-1], both[-1], len(captions)
+    else:
+        gram, count = prior(backbone, cache)
+        both = read_sums(Path(cache).expanduser())[0]
+        if len(both) == both.shape[1]:
+            raise UserError(f"{cache} holds no mean, as earlier versions made it: make it again with overwrite=true.")
+        total = both[-1]
+    rows = count * (backbone.max_length - 1)
+    return CaptionRows(gram - count * torch.outer(begin, begin), (total - count * begin) / rows, rows)
+
+
+def _sums(backbone: Backbone, texts: Sequence[str]) -> Tensor:
+    """(D + 1, D): sum k k^T over all rows of all texts, and under it sum k."""
+    sums = torch.zeros(backbone.width + 1, backbone.width, dtype=torch.float64)
+    for batch in _batches(texts):
+        keys = backbone.encode(batch).states.flatten(0, 1).double()
+        sums += torch.cat([keys.T @ keys, keys.sum(dim=0, keepdim=True)]).cpu()
+    return sums
 
 
 def gram_of(backbone: Backbone, texts: Sequence[str]) -> Tensor:
@@ -226,9 +276,10 @@ def content_id(files: Iterable[Path], column: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
-def _write(file: Path, gram: Tensor, made: Made) -> None:
-    finite.refuse([("of the captions", gram)], f"{file.name} is not saved: the sum", "check the text encoder's weights")
-    seals.save(file, {"gram": gram}, {"format": FORMAT, "made": json.dumps(asdict(made))})
+def _write(file: Path, sums: Tensor, made: Made) -> None:
+    finite.refuse([("of the captions", sums)], f"{file.name} is not saved: the sum", "check the text encoder's weights")
+    tensors = {"gram": sums[:-1].contiguous(), "total": sums[-1].contiguous()}
+    seals.save(file, tensors, {"format": FORMAT, "made": json.dumps(asdict(made))})
 
 
 def _batches(captions: Iterable[str]) -> Iterator[list[str]]:

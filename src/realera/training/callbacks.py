@@ -187,7 +187,7 @@ class ClosedFormEdit(Callback):
 
     def _write(self, edit: Edit) -> None:
         if edit.map is not None:
-            save_map(self.run_dir / MAP, edit.map, self.origin)
+            save_map(self.run_dir / MAP, edit.map, self.origin, edit.projections)
         if isinstance(self.mined, Mined) and self.mined.kept and self.keep_neighbours:
             save_neighbours(self.run_dir / NEIGHBOURS, self.mined.kept, self.origin)
         write_text(self.run_dir / EDIT_INFO, json_text(self.report, indent=1))

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from realera import __version__, finite, foreign, seals
-from realera.contracts import Backbone, LoraSpec, Neighbours, UserError
+from realera.contracts import KEYS, VALUES, Backbone, LoraSpec, Neighbours, UserError
 from realera.paths import OF_THE_FIT
 
 FORMAT = "realera/1"
@@ -88,9 +88,9 @@ def load_erased(path: Path, backbone: Backbone) -> Erased:
     return erased
 
 
-def save_map(path: Path, map: Tensor, origin: Origin) -> None:
-    """The closed form (D, D), float32: W = W0 @ map."""
-    _save(path, {"map": map.float()}, origin)
+def save_map(path: Path, map: Tensor, origin: Origin, projections: Sequence[str] = (KEYS, VALUES)) -> None:
+    """The closed form (D, D), float32: W = W0 @ map, of the cross-attention's weights whose names end so."""
+    _save(path, {"map": map.float()}, origin, projections=json.dumps(list(projections)))
 
 
 def read_map(path: Path) -> tuple[Tensor, Origin]:

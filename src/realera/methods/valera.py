@@ -1,0 +1,106 @@
+"""VALERA (value-space erasure), our own: an oblique projection that takes a concept out of what the U-Net reads.
+
+One closed form without training or drawing (`value_space` has the algebra). RealEra mines a ball around the concept's
+text state, where phrases that evoke it lie further off than other concepts do; here the distance is that of the values,
+where they lie near.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from realera import paths, value_space
+from realera.band import Rows
+from realera.contracts import KEYS, VALUES, Backbone, Edit, Neighbours, Pair, TextStates
+from realera.kinds import AnyText, NonNegative, Number, Positive, Sums, Template
+from realera.methods.priors import caption_rows
+from realera.neighbours import counted_rows
+
+Projections = Literal["values", "keys", "both"]
+OF: dict[str, tuple[str, ...]] = {"values": (VALUES,), "keys": (KEYS,), "both": (KEYS, VALUES)}
+Gain = Annotated[float, Number(0, 100)]
+Price = Annotated[float, Number(0, 1e9, infinite=True)]
+
+
+class ValueSpaceErasure:
+    """W = W0 M with M = I - gain X (U^T X)^-1 U^T, X from the anchors to the concepts, U how the U-Net reads them.
+
+    projections: which weights take the map, "values", "keys" or "both". read: those whose metric says how the U-Net
+    reads; None = the same. price: r, of reading what the U-Net does not carry, against captions' variance; it means the
+    same on every backbone. gain: 1 = the projection; more takes what is weakly read all the way too. rows: of the
+    training prompts that a concept's mean row is of (as `Band.rows`), and the anchor's. captions: what stands for all
+    that is to stay, "everyday" or a file of python -m realera.cache. keep: names that are held as they are, each as its
+    mean row in keep_templates; keep_price: inf = exactly, a number = softly, with that price against one reading. Held
+    exactly in any case: the captions' mean, the begin row, and the empty prompt's mean row, which is half of every
+    guided image. layers: "as_they_are" = a layer that writes much counts much, "equal". tolerance: of the readings,
+    added to U^T X, whose diagonal is 1: needed where concepts are many or alike, 0 = they are taken away entirely.
+    """
+
+    def __init__(
+        self,
+        projections: Projections = "values",
+        read: Projections | None = None,
+        price: Positive = 10.0,
+        gain: Gain = 1.0,
+        rows: Rows = "suffix",
+        captions: Sums = "everyday",
+        keep: Sequence[AnyText] = (),
+        keep_templates: Sequence[Template] = ("{}",),
+        keep_price: Price = math.inf,
+        layers: Literal["as_they_are", "equal"] = "as_they_are",
+        tolerance: NonNegative = 0.0,
+    ) -> None:
+        self.projections = projections
+        self.read = projections if read is None else read
+        self.price = price
+        self.gain = gain
+        self.rows = rows
+        self.captions = captions
+        self.keep = list(keep)
+        self.keep_templates = list(keep_templates)
+        self.keep_price = keep_price
+        self.layers = layers
+        self.tolerance = tolerance
+
+    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
+        """Neighbours are not used."""
+        metric = value_space.metric(_weights(backbone, OF[self.read]), self.layers)
+        rows = caption_rows(backbone, self.captions, paths.cache_dir())
+        quiet = value_space.quiet(metric, value_space.covariance(rows.gram, rows.mean, rows.count), self.price)
+        concepts, anchors = (
+            torch.stack([self._mean(getattr(pair, side)) for pair in pairs], dim=1) for side in ("target", "anchor")
+        )
+        empty = backbone.encode([""]).states[0].double().cpu()
+        held = torch.stack([rows.mean, empty[0], empty[1:].mean(dim=0)], dim=1)
+        found = value_space.readings(quiet, concepts, rows.mean, held)
+        if self.keep:
+            kept = self._kept(backbone)
+            exactly = math.isinf(self.keep_price)
+            also = torch.cat([held, kept], dim=1) if exactly else kept
+            found = value_space.readings(quiet, concepts, rows.mean, also, self.keep_price)
+            found = found if exactly else value_space.blind(quiet, found, held)
+        solution, info = value_space.projection(found, concepts, anchors, self.gain, self.tolerance)
+        counted = {"concepts": len(pairs), "names_preserved": len(self.keep), "captions_rows": rows.count}
+        return Edit(map=solution, info={**info, **counted}, projections=OF[self.projections])
+
+    def _mean(self, states: TextStates) -> Tensor:
+        """(D,) float64: over the rows that count, of all prompts."""
+        return states.states[counted_rows(states, self.rows)].double().mean(dim=0).cpu()
+
+    def _kept(self, backbone: Backbone) -> Tensor:
+        """(D, names)."""
+        columns = []
+        for name in self.keep:
+            states = backbone.encode([template.replace("{}", name) for template in self.keep_templates])
+            columns.append(states.states[:, 1:].double().mean(dim=(0, 1)).cpu())
+        return torch.stack(columns, dim=1)
+
+
+def _weights(backbone: Backbone, endings: Sequence[str]) -> list[Tensor]:
+    """Of the cross-attention's projections, as they now are."""
+    return [layer.weight for name, layer in backbone.cross_attention().items() if name.endswith(tuple(endings))]

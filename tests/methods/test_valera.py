@@ -1,0 +1,134 @@
+"""VALERA on a small backbone: the promises of its algebra, kept by the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from options import built
+from realera.contracts import KEYS, VALUES, UserError
+from realera.methods import priors
+from realera.methods.valera import ValueSpaceErasure
+
+CAT, DOG = ("cat", "field"), ("dog", "sky")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
+
+
+def suffix_mean(states: Any) -> Tensor:
+    rows = [states.states[i, int(first) :].double() for i, first in enumerate(states.first)]
+    return torch.cat(rows).mean(dim=0)
+
+
+def test_values_alone_are_changed_and_read_the_concept_as_its_anchor(new_backbone: Any, new_pairs: Any) -> None:
+    backbone = new_backbone()
+    before = {name: layer.weight.clone() for name, layer in backbone.cross_attention().items()}
+    pairs = new_pairs(backbone, CAT, DOG)
+    edit = ValueSpaceErasure()(backbone, pairs, [])
+    assert edit.projections == (VALUES,) and edit.map is not None
+    backbone.apply(edit)
+    for name, layer in backbone.cross_attention().items():
+        assert torch.equal(layer.weight, before[name]) == name.endswith(KEYS)
+        expected = before[name].double() @ edit.map
+        if name.endswith(VALUES):
+            assert torch.allclose(layer.weight.double(), expected, atol=1e-6)
+            for pair in pairs:
+                old, new = (layer.weight.double() @ suffix_mean(side) for side in (pair.target, pair.anchor))
+                assert torch.allclose(old, new, atol=1e-5), "the concept's mean row is read as its anchor's"
+
+
+def test_what_guides_every_image_is_held(new_backbone: Any, new_pairs: Any) -> None:
+    """The begin row and the empty prompt's mean row; and names that are kept."""
+    backbone = new_backbone()
+    edit = ValueSpaceErasure(keep=["a bird", "a tree"])(backbone, new_pairs(backbone, CAT), [])
+    empty = backbone.encode([""]).states[0].double()
+    kept = [backbone.encode([name]).states[0, 1:].double().mean(dim=0) for name in ("a bird", "a tree")]
+    for row in (empty[0], empty[1:].mean(dim=0), *kept):
+        assert float((edit.map @ row - row).norm() / row.norm()) < 1e-9
+    plain = ValueSpaceErasure()(backbone, new_pairs(backbone, CAT), []).map
+    assert float((plain @ kept[0] - kept[0]).norm() / kept[0].norm()) > 1e-6
+    softly = ValueSpaceErasure(keep=["a bird", "a tree"], keep_price=1.0)(backbone, new_pairs(backbone, CAT), []).map
+    moved = [float((map @ kept[0] - kept[0]).norm()) for map in (plain, softly, edit.map)]
+    assert moved == sorted(moved, reverse=True)
+    assert float((softly @ empty[0] - empty[0]).norm() / empty[0].norm()) < 1e-9
+
+
+def test_the_map_s_file_says_for_which_weights_it_is(
+    new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
+) -> None:
+    from realera.training.fit import fit
+
+    for projections, said in (("values", [VALUES]), ("both", [KEYS, VALUES])):
+        folder, backbone = tmp_path / projections, new_backbone()
+        method = load_method("valera", f"edit.projections={projections}")
+        config = {"method": {"name": "valera"}}
+        fit(
+            backbone,
+            method,
+            new_pairs(backbone, CAT),
+            run_dir=folder,
+            seed=0,
+            config=config,
+            trainer={"accelerator": "cpu"},
+        )
+        with safe_open(folder / "map.safetensors", framework="pt") as opened:
+            assert json.loads(opened.metadata()["projections"]) == said
+
+
+def test_captions_come_from_a_file_or_from_the_cache(
+    new_backbone: Callable[..., Any], new_pairs: Any, tmp_path: Path
+) -> None:
+    backbone = new_backbone()
+    captions = ["a bird", "two trees in the wind", "the sea"]
+    priors.accumulate(backbone, captions, tmp_path / "sum.safetensors", "captions")
+    rows = priors.caption_rows(backbone, tmp_path / "sum.safetensors", tmp_path)
+    read = backbone.encode(captions).states[:, 1:].flatten(0, 1).double()
+    assert rows.count == len(read) and torch.allclose(rows.mean, read.mean(dim=0), atol=1e-6)
+    assert torch.allclose(rows.gram, read.T @ read, atol=1e-4)
+    first = priors.caption_rows(backbone, "everyday", tmp_path)
+    (kept,) = (tmp_path / "captions").glob("everyday-*.safetensors")
+    written = kept.stat().st_mtime_ns
+    again = priors.caption_rows(backbone, "everyday", tmp_path)
+    assert torch.equal(first.gram, again.gram) and kept.stat().st_mtime_ns == written
+    whole = priors.gram_of(backbone, priors.CAPTIONS.read_text(encoding="utf-8").splitlines())
+    begin = backbone.encode([""]).states[0, 0].double()
+    assert torch.allclose(first.gram, whole - (first.count // 76) * torch.outer(begin, begin), atol=1e-3)
+
+
+def test_a_sum_of_an_earlier_version_is_named(new_backbone: Any, tmp_path: Path) -> None:
+    from realera import seals
+
+    backbone = new_backbone()
+    priors.accumulate(backbone, ["a bird"], tmp_path / "sum.safetensors", "captions")
+    tensors, metadata = seals.load(tmp_path / "sum.safetensors")
+    seals.save(tmp_path / "old.safetensors", {"gram": tensors["gram"]}, {k: metadata[k] for k in ("format", "made")})
+    assert priors.prior(backbone, tmp_path / "old.safetensors")[1] == 1, "the other closed forms need no mean"
+    with pytest.raises(UserError, match="overwrite=true"):
+        priors.caption_rows(backbone, tmp_path / "old.safetensors", tmp_path)
+
+
+def test_scaled_weights_get_the_same_map(new_backbone: Any, new_pairs: Any) -> None:
+    backbone = new_backbone()
+    pairs = new_pairs(backbone, CAT)
+    first = ValueSpaceErasure()(backbone, pairs, []).map
+    for layer in backbone.cross_attention().values():
+        layer.weight.data.mul_(8)
+    assert torch.allclose(ValueSpaceErasure()(backbone, pairs, []).map, first, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"projections": "all"}, {"price": 0}, {"gain": -1}, {"keep_price": -1}, {"rows": "x"}]
+)
+def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(settings))):
+        built(ValueSpaceErasure, **settings)

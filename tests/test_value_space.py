@@ -1,0 +1,149 @@
+"""The closed form in value space: what it is derived from by a general solver, and what it promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from realera import value_space
+from realera.contracts import UserError
+
+D = 12
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def world() -> dict[str, Tensor]:
+    """Weights of three layers, rows of captions, two concepts with anchors, and two things to hold."""
+    rows = numbers(400, D, seed=1) @ numbers(D, D, seed=2) + numbers(D, seed=3)
+    weights = [scale * numbers(width, D, seed=4 + width) for width, scale in ((5, 1.0), (7, 3.0), (20, 0.2))]
+    metric = value_space.metric(weights)
+    mean = rows.mean(dim=0)
+    captions = value_space.covariance(rows.T @ rows, mean, len(rows))
+    concepts, anchors, names = numbers(D, 2, seed=8), numbers(D, 2, seed=9), numbers(D, 2, seed=10)
+    held = torch.cat([mean[:, None], names], dim=1)
+    return locals()
+
+
+def solved(world: dict[str, Tensor], price: float = 3.0, **more: float) -> tuple[Tensor, Tensor]:
+    quiet = value_space.quiet(world["metric"], world["captions"], price)
+    found = value_space.readings(quiet, world["concepts"], world["mean"], world["held"])
+    return value_space.projection(found, world["concepts"], world["anchors"], **more)[0], found
+
+
+def test_metric_and_covariance_are_the_sums_they_say(world: dict[str, Tensor]) -> None:
+    rows, metric, captions = world["rows"], world["metric"], world["captions"]
+    plain = sum(weight.T @ weight for weight in world["weights"])
+    assert torch.allclose(metric / metric[0, 0], plain / plain[0, 0])
+    assert float(metric.trace()) == pytest.approx(D) and float(captions.trace()) == pytest.approx(D)
+    covariance = torch.cov(rows.T, correction=0)
+    assert torch.allclose(captions, covariance * D / covariance.trace())
+    equal = value_space.metric(world["weights"], "equal")
+    each = sum(weight.T @ weight / weight.square().sum() for weight in world["weights"])
+    assert torch.allclose(equal, each * D / each.trace())
+
+
+def test_a_reading_is_the_quietest_one_that_reads_the_concept_and_is_blind_to_what_is_held(
+    world: dict[str, Tensor],
+) -> None:
+    """The constrained minimisation, solved as it is written by a general solver: over w, with u = G w,
+
+    minimise u^T C u + r ||w||^2  subject to  u^T (e - mu) = 1 and u^T h = 0.
+
+    Its stationary point solves one symmetric system of all w and multipliers. (In G's range w and u are one to one.)
+    """
+    metric, captions, mean, held = (world[name] for name in ("metric", "captions", "mean", "held"))
+    price = 3.0
+    _, found = solved(world, price)
+    for i in range(2):
+        constraints = torch.cat([(world["concepts"][:, i] - mean)[:, None], held], dim=1)
+        inner = metric @ captions @ metric + price * torch.eye(D, dtype=torch.float64)
+        top = torch.cat([inner, metric @ constraints], dim=1)
+        zeros = torch.zeros(constraints.shape[1], constraints.shape[1], dtype=torch.float64)
+        system = torch.cat([top, torch.cat([constraints.T @ metric, zeros], dim=1)])
+        right = torch.zeros(len(system), dtype=torch.float64)
+        right[D] = 1
+        slow = metric @ torch.linalg.solve(system, right)[:D]
+        scale = found[:, i] @ (world["concepts"][:, i] - mean)
+        assert torch.allclose(found[:, i] / scale, slow, atol=1e-9)
+
+
+def test_the_map_is_a_projection_that_takes_the_readings_away_and_holds_what_is_held(world: dict[str, Tensor]) -> None:
+    map, found = solved(world)
+    assert torch.allclose(map @ map, map, atol=1e-9), "idempotent"
+    assert torch.allclose(found.T @ map, torch.zeros(2, D, dtype=torch.float64), atol=1e-8), "of every text"
+    assert torch.allclose(map @ world["held"], world["held"], atol=1e-9)
+    shifts = world["concepts"] - world["anchors"]
+    assert torch.allclose(map @ shifts, torch.zeros_like(shifts), atol=1e-9), "no cross-talk between the concepts"
+    assert int(torch.linalg.matrix_rank(map)) == D - 2
+    text = numbers(D, seed=20)
+    moved = map @ text - text
+    assert torch.allclose(shifts @ torch.linalg.lstsq(shifts, moved[:, None]).solution[:, 0], moved, atol=1e-9)
+
+
+def test_a_concept_and_its_own_anchor_are_one_text_then(world: dict[str, Tensor]) -> None:
+    map, _ = solved(world)
+    gone, there = map @ world["concepts"], map @ world["anchors"]
+    assert torch.allclose(gone, there, atol=1e-9)
+    assert float((gone[:, 0] - there[:, 1]).norm()) > 0.1, "and not the other's"
+
+
+def test_the_gain_scales_the_change(world: dict[str, Tensor]) -> None:
+    eye = torch.eye(D, dtype=torch.float64)
+    whole = solved(world)[0]
+    assert torch.equal(solved(world, gain=0.0)[0], eye)
+    assert torch.allclose(solved(world, gain=1.5)[0], eye + 1.5 * (whole - eye))
+
+
+def test_scales_of_weights_and_of_text_states_mean_nothing(world: dict[str, Tensor]) -> None:
+    """So that one price means the same on every backbone."""
+    scaled = {
+        name: value * 40 if name in ("concepts", "anchors", "held", "mean") else value for name, value in world.items()
+    }
+    rows = 40 * world["rows"]
+    scaled["captions"] = value_space.covariance(rows.T @ rows, rows.mean(dim=0), len(rows))
+    scaled["metric"] = value_space.metric([0.01 * weight for weight in world["weights"]])
+    assert torch.allclose(solved(scaled)[0], solved(world)[0], atol=1e-9)
+
+
+def test_a_price_on_names_goes_from_nothing_to_exactly(world: dict[str, Tensor]) -> None:
+    quiet = value_space.quiet(world["metric"], world["captions"], 3.0)
+    found = quiet @ (world["concepts"] - world["mean"][:, None])
+
+    def read(keep: float) -> float:
+        left = value_space.blind(quiet, found, world["names"], keep)
+        return float((left.T @ world["names"]).norm())
+
+    sizes = [read(keep) for keep in (0.0, 0.1, 1.0, 10.0, 1e6, math.inf)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 1e-9 * sizes[0]
+    assert sizes[0] == float((found.T @ world["names"]).norm())
+
+
+def test_more_concepts_than_the_width_need_a_tolerance_and_the_map_stays_finite(world: dict[str, Tensor]) -> None:
+    many = {**world, "concepts": numbers(D, 3 * D, seed=30), "anchors": numbers(D, 3 * D, seed=31)}
+    with pytest.raises(UserError, match="told"):
+        solved(many)
+    map, _ = solved(many, tolerance=0.1)
+    assert bool(torch.isfinite(map).all())
+    few = solved(world, tolerance=1e-9)[0]
+    assert torch.allclose(few, solved(world)[0], atol=1e-6)
+
+
+def test_what_cannot_be_told_apart_is_refused(world: dict[str, Tensor]) -> None:
+    same = {**world, "anchors": world["concepts"]}
+    with pytest.raises(UserError, match="anchor="):
+        solved(same)
+    twice = {**world, "concepts": world["concepts"][:, [0, 0]], "anchors": world["anchors"][:, [0, 0]]}
+    with pytest.raises(UserError, match="from one another"):
+        solved(twice)
+    kept = {**world, "held": torch.cat([world["held"], world["concepts"]], dim=1)}
+    with pytest.raises(UserError, match="what is kept"):
+        solved(kept)
+    with pytest.raises(UserError, match=r"method\.edit\.price=0"):
+        value_space.quiet(world["metric"], torch.zeros(D, D, dtype=torch.float64), 0.0)
