@@ -76,7 +76,7 @@ LATE = {
     "wandb_workspaces",
 }  # inside functions only: composing a config never needs them
 LONGEST, LONGEST_DOOR = 320, 100  # lines
-LONGER = {"contracts": 420, "runs": 400}  # one file by design: the file to read first
+LONGER = {"contracts": 440, "runs": 400}  # one file by design: the file to read first
 FILES = sorted(ROOT.rglob("*.py"))
 
 

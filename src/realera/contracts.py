@@ -30,7 +30,8 @@ Scheduler = Literal["ddim", "dpm++"]
 """DDIM with eta 0 | DPM-Solver++ 2M."""
 
 
-KEYS, VALUES = "attn2.to_k", "attn2.to_v"  # how the cross-attention's projections of the text end
+KEYS, VALUES = "attn2.to_k", "attn2.to_v"  # how the names of the cross-attention's projections of the text end
+PROJECTIONS: Mapping[str, tuple[str, ...]] = {"values": (VALUES,), "keys": (KEYS,), "both": (KEYS, VALUES)}
 
 
 class UserError(Exception):
@@ -142,10 +143,10 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Edit:
-    """A closed-form edit of W_K / W_V. Either `map` (D, D) float64, meaning W = W0 @ map for every cross-attention
-    layer, or `weights` {layer name: (out, D)}. `info` is logged as `edit/*` (condition number, residuals, ...).
-    factors: L (D, n) and R (n, D) float64 with map = I + L R, where n is small: quicker to apply. projections: which
-    weights take the map, by the ends of their names."""
+    """A closed-form edit of W_K / W_V. Either `map` (D, D) float64, meaning W = W0 @ map for every layer, or `weights`
+    {layer name: (out, D)}. `info` is logged as `edit/*` (condition number, residuals, ...).
+    factors: L (D, n) and R (n, D) float64 with map = I + L R: quicker to apply. projections: the ends of the names of
+    the weights that take the map."""
 
     map: Tensor | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -322,7 +323,8 @@ class Backbone(Protocol):
 
 
 class Miner(Protocol):
-    """Method part `neighbours`. `m`, `n` override the configured counts; `prompts` picks rows of the pair."""
+    """Method part `neighbours`. `m`, `n` override the configured counts; `prompts` picks rows of the pair. A method
+    `prepare(backbone)`, if there is one, sees the model before it is edited."""
 
     def __call__(
         self,

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 LONGEST = 100_000  # letters of a text
 LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes of a path, and of one name in it
@@ -244,6 +244,7 @@ Port = Annotated[int, Number(0, 65535, whole=True)]
 
 Percent = Annotated[float, Number(0, 100)]
 Finite = Annotated[float, Number(-1e9, 1e9)]
+Projections = Literal["values", "keys", "both"]
 Positive = Annotated[float, Number(0, 1e9, above=True)]
 NonNegative = Annotated[float, Number(0, 1e9)]
 Share = Annotated[float, Number(0, 1)]

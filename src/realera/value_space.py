@@ -33,6 +33,7 @@ from torch import Tensor
 
 from realera.contracts import UserError
 
+LEAST = 0.05  # of an eigenvalue of the metric, in `roots`
 ROUNDING = 1e-8  # of a reading; what is left of one that is less was read of what is held
 CONDITION = 1e8  # of U^T X, above which concepts and anchors cannot be told apart
 
@@ -46,6 +47,14 @@ def metric(weights: Sequence[Tensor], layers: str = "as_they_are") -> Tensor:
         gram = double.T @ double
         total += gram / gram.trace() if layers == "equal" else gram
     return _scaled(total)
+
+
+def roots(metric: Tensor, least: float = LEAST) -> tuple[Tensor, Tensor]:
+    """R = G^(1/2) and R^-1, (D, D): k -> R k are coordinates in which distances are those of the values. Eigenvalues of
+    G below `least` (their mean is 1) count as so much, for what the U-Net hardly reads must still have a way back."""
+    values, vectors = torch.linalg.eigh(metric)
+    root = values.clamp(min=least).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
 def covariance(gram: Tensor, mean: Tensor, rows: int) -> Tensor:

@@ -298,3 +298,42 @@ def test_a_step_takes_a_random_prompt(student: Any, pair: Pair) -> None:
 def test_bad_settings_are_refused(part: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):
         built(part, **settings)
+
+
+def test_value_space_is_the_same_algorithm_in_other_coordinates(new_backbone: Any, new_pairs: Any) -> None:
+    """Text states multiplied by R, mined and solved as ever; the points and the map taken back by R^-1."""
+    from realera.contracts import VALUES, Edit
+    from realera.methods.realera import ClosedForm, Mining, value_roots
+
+    backbone = new_backbone()
+    (pair,) = new_pairs(backbone, ("cat", "field"))
+    there, back = value_roots(backbone)
+    assert torch.allclose(there @ back, torch.eye(len(there), dtype=torch.float64), atol=1e-9)
+    settings: dict[str, Any] = {"m": 2, "n": 3, "d1": 6.0, "d2": 12.0}
+    mining = Mining(space="value", **settings)
+    with pytest.raises(RuntimeError, match="prepare"):
+        mining(pair, torch.Generator())
+    mining.prepare(backbone)
+    found = mining(pair, torch.Generator().manual_seed(1))
+
+    def moved(states: Any) -> Any:
+        return replace(states, states=(states.states.double() @ there).float())
+
+    seen = replace(pair, target=moved(pair.target), anchor=moved(pair.anchor))
+    plain = Mining(**settings)(seen, torch.Generator().manual_seed(1))
+    assert torch.allclose(found.near.double() @ there, plain.near.double(), atol=1e-4)
+    assert torch.allclose(found.beyond.double() @ there, plain.beyond.double(), atol=1e-4)
+    assert torch.equal(found.near_rows, plain.near_rows)
+
+    edit = ClosedForm(space="value")(backbone, [pair], [found])
+    slow = ClosedForm()(backbone, [seen], [plain])
+    assert edit.map is not None and slow.map is not None
+    assert torch.allclose(there @ edit.map @ back, slow.map, atol=1e-4)
+    assert edit.projections == (VALUES,) and slow.projections == Edit().projections
+    settings |= {"m": float("inf"), "n": float("inf")}
+    exact = Mining(space="value", **settings)
+    exact.prepare(backbone)
+    moments = exact(pair, torch.Generator()).moments
+    straight = Mining(**settings)(seen, torch.Generator()).moments
+    for name in ("near", "near_cross", "beyond"):
+        assert torch.allclose(there @ getattr(moments, name) @ there, getattr(straight, name), rtol=1e-4, atol=1e-3)

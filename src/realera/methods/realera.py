@@ -19,7 +19,18 @@ from torch.nn.functional import mse_loss
 
 from realera.band import Band, Rows
 from realera.closed_form import NormalEquations
-from realera.contracts import Backbone, Edit, LoraSpec, Miner, Moments, Neighbours, Pair, TextStates
+from realera.contracts import (
+    PROJECTIONS,
+    VALUES,
+    Backbone,
+    Edit,
+    LoraSpec,
+    Miner,
+    Moments,
+    Neighbours,
+    Pair,
+    TextStates,
+)
 from realera.kinds import (
     AnyText,
     Count,
@@ -27,6 +38,7 @@ from realera.kinds import (
     LearningRate,
     NonNegative,
     Positive,
+    Projections,
     Sums,
     TrainingSteps,
     WholeOrInf,
@@ -34,7 +46,9 @@ from realera.kinds import (
 from realera.methods.priors import prior
 from realera.methods.texts import join, one_of, predict, repeat
 from realera.neighbours import align_rows, expected_moments, fit_band, mine_beyond, mine_near
+from realera.value_space import metric, roots
 
+Space = Literal["text", "value"]
 GammaRole = Literal["loss_terms", "loss_terms_swapped", "step_mix", "none"]
 Teacher = Literal["original", "closed_form"]
 NoiseAnchor = Literal["anchor", "perturbed"]
@@ -44,19 +58,35 @@ class Mining:
     """Neighbour-Concept Mining and Beyond-Concept samples around every training prompt (Algorithm 1, lines 1-23).
 
     m, n: near and beyond points per prompt; n = 0 mines none beyond; inf is the exact expectation of what sampling
-    tends to, and then weighs as much as m_weight (n_weight) points. The other settings are those of `Band`, by name.
+    tends to, and then weighs as much as m_weight (n_weight) points. space: "text", as in the paper, or "value": the
+    band's distances and cosines are those of the values that the U-Net reads of the text states
+    (`value_space.roots`), where phrases that evoke a concept lie near its name. The other settings are those of
+    `Band`, by name.
 
     A band that cannot be reached is refused where it meets the text states.
     """
 
     def __init__(
-        self, m: CountOrInf = 5, n: WholeOrInf = 25, m_weight: Positive = 5.0, n_weight: Positive = 25.0, **band: Any
+        self,
+        m: CountOrInf = 5,
+        n: WholeOrInf = 25,
+        m_weight: Positive = 5.0,
+        n_weight: Positive = 25.0,
+        space: Space = "text",
+        **band: Any,
     ) -> None:
         self.m = m
         self.n = n
         self.m_weight = m_weight
         self.n_weight = n_weight
+        self.space = space
+        self.roots: tuple[Tensor, Tensor] | None = None
         self.band = Band(**band)
+
+    def prepare(self, backbone: Backbone) -> None:
+        """Before anything is edited: the U-Net as it is loaded says how it reads."""
+        if self.space == "value":
+            self.roots = value_roots(backbone)
 
     def __call__(
         self,
@@ -70,6 +100,10 @@ class Mining:
         m = self.m if m is None else m
         n = self.n if n is None or self.n == 0 else n
         e, e_star, mask = align_rows(pair, self.band.rows)
+        if self.space == "value":
+            if self.roots is None:
+                raise RuntimeError("mining in value space needs prepare(backbone) first")
+            e, e_star = (_moved(states, self.roots[0]) for states in (e, e_star))
         band = fit_band(self.band, e, mask)  # on all prompts, so that a step's single prompt is mined in the same band
         if prompts is not None:
             e, e_star, mask = (x[list(prompts)] for x in (e, e_star, mask))
@@ -83,7 +117,29 @@ class Mining:
         if math.isinf(m) or math.isinf(n):
             weights = (self.m_weight if math.isinf(m) else None, self.n_weight if math.isinf(n) else None)
             moments = expected_moments(e, e_star, mask, band, *weights)
-        return Neighbours(near, near_targets, near_rows, beyond, beyond_rows, moments)
+        found = Neighbours(near, near_targets, near_rows, beyond, beyond_rows, moments)
+        return found if self.roots is None else _back(found, self.roots[1])
+
+
+def value_roots(backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """`value_space.roots` of a backbone's cross-attention."""
+    weights = [layer.weight for name, layer in backbone.cross_attention().items() if name.endswith(VALUES)]
+    return roots(metric(weights))
+
+
+def _moved(states: Tensor, by: Tensor) -> Tensor:
+    """(..., D) rows in other coordinates, `by` (D, D) symmetric."""
+    return (states.double() @ by.to(states.device)).to(states.dtype)
+
+
+def _back(found: Neighbours, root: Tensor) -> Neighbours:
+    """What was mined in value space, as text states."""
+    moments = found.moments
+    if moments is not None:
+        sums = {name: None if m is None else root @ m @ root for name, m in vars(moments).items()}
+        moments = Moments(**sums)
+    points = {name: _moved(getattr(found, name), root) for name in ("near", "near_targets", "beyond")}
+    return replace(found, **points, moments=moments)
 
 
 class ClosedForm:
@@ -95,6 +151,8 @@ class ClosedForm:
     same for every text encoder and number of rows. ridge: that weight itself, in squared units of the text states, as
     UCE and MACE give it; None = by relative_ridge. rows: which rows of the prompts themselves are
     erased (the same choices as `Band.rows`; the paper: "the concept's token and its subsequent tokens").
+    space: "text", as in the paper, or "value", with distances of the values (see `Mining`). projections: which weights
+    take the map; None = "both" in text space, and "values" in value space, which is theirs.
     preserve_prompts: texts all of whose rows but BOS are kept, each with lambda_preserve (the paper adds to a set of
     preserved concepts that it does not name). prior_cache, prior_weight: captions that are kept, as a file of python -m
     realera.cache or "everyday" (see `priors.prior`), and the weight of each of their rows.
@@ -109,7 +167,11 @@ class ClosedForm:
         preserve_prompts: Sequence[AnyText] = (),
         prior_cache: Sums | None = None,
         prior_weight: NonNegative = 1e-4,
+        space: Space = "text",
+        projections: Projections | None = None,
     ) -> None:
+        self.space = space
+        self.projections = projections or ("values" if space == "value" else "both")
         self.lambda_preserve = lambda_preserve
         self.relative_ridge = relative_ridge
         self.ridge = ridge
@@ -143,10 +205,15 @@ class ClosedForm:
         if self.prior_cache is not None:
             captions, _ = prior(backbone, self.prior_cache)
             sums.add_moments(captions, captions, self.prior_weight)
+        to, back = value_roots(backbone) if self.space == "value" else (None, None)
+        if to is not None:
+            sums = NormalEquations(backbone.width).add_moments(to @ sums.cross @ to, to @ sums.gram @ to)
         ridge = self.relative_ridge * sums.mean_eigenvalue if self.ridge is None else self.ridge
         solution, info = sums.solve(ridge)
-        info["ridge"] = ridge
-        return Edit(map=solution, info={**info, "rows_erased": erased, "rows_near": near, "rows_beyond": beyond})
+        info |= {"ridge": ridge, "rows_erased": erased, "rows_near": near, "rows_beyond": beyond}
+        if to is not None and back is not None:
+            solution = back @ solution @ to
+        return Edit(map=solution, info=info, projections=PROJECTIONS[self.projections])
 
 
 class NoiseAlignment:

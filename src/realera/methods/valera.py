@@ -16,13 +16,11 @@ from torch import Tensor
 
 from realera import paths, value_space
 from realera.band import Rows
-from realera.contracts import KEYS, VALUES, Backbone, Edit, Neighbours, Pair, TextStates
-from realera.kinds import AnyText, NonNegative, Number, Positive, Sums, Template
+from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, TextStates
+from realera.kinds import AnyText, NonNegative, Number, Positive, Projections, Sums, Template
 from realera.methods.priors import caption_rows
 from realera.neighbours import counted_rows
 
-Projections = Literal["values", "keys", "both"]
-OF: dict[str, tuple[str, ...]] = {"values": (VALUES,), "keys": (KEYS,), "both": (KEYS, VALUES)}
 Gain = Annotated[float, Number(0, 100)]
 Price = Annotated[float, Number(0, 1e9, infinite=True)]
 
@@ -69,7 +67,7 @@ class ValueSpaceErasure:
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         """Neighbours are not used."""
-        metric = value_space.metric(_weights(backbone, OF[self.read]), self.layers)
+        metric = value_space.metric(_weights(backbone, PROJECTIONS[self.read]), self.layers)
         rows = caption_rows(backbone, self.captions, paths.cache_dir())
         quiet = value_space.quiet(metric, value_space.covariance(rows.gram, rows.mean, rows.count), self.price)
         concepts, anchors = (
@@ -86,7 +84,7 @@ class ValueSpaceErasure:
             found = found if exactly else value_space.blind(quiet, found, held)
         solution, info = value_space.projection(found, concepts, anchors, self.gain, self.tolerance)
         counted = {"concepts": len(pairs), "names_preserved": len(self.keep), "captions_rows": rows.count}
-        return Edit(map=solution, info={**info, **counted}, projections=OF[self.projections])
+        return Edit(map=solution, info={**info, **counted}, projections=PROJECTIONS[self.projections])
 
     def _mean(self, states: TextStates) -> Tensor:
         """(D,) float64: over the rows that count, of all prompts."""

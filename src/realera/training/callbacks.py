@@ -100,6 +100,8 @@ class ClosedFormEdit(Callback):
         if method.edit is not None:
             with self.meter.stage("edit"):
                 if method.neighbours is not None:
+                    if (prepare := getattr(method.neighbours, "prepare", None)) is not None:
+                        prepare(backbone)
                     self.mined = Mined(method.neighbours, module.pairs, module.seed)
                 edit = method.edit(backbone, module.pairs, self.mined)
             self.report = self._apply(module, edit, "edit")
