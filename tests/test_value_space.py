@@ -34,7 +34,8 @@ def world() -> dict[str, Tensor]:
 def solved(world: dict[str, Tensor], price: float = 3.0, **more: float) -> tuple[Tensor, Tensor]:
     quiet = value_space.quiet(world["metric"], world["captions"], price)
     found = value_space.readings(quiet, world["concepts"], world["mean"], world["held"])
-    return value_space.projection(found, world["concepts"], world["anchors"], **more)[0], found
+    left, right, _ = value_space.projection(found, world["concepts"], world["anchors"], **more)
+    return torch.eye(D, dtype=torch.float64) + left @ right, found
 
 
 def test_metric_and_covariance_are_the_sums_they_say(world: dict[str, Tensor]) -> None:

@@ -104,8 +104,9 @@ def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf)
 
 def projection(
     readings: Tensor, concepts: Tensor, anchors: Tensor, gain: float = 1.0, tolerance: float = 0.0
-) -> tuple[Tensor, dict[str, float]]:
-    """M (D, D) = I - g X (U^T X + t I)^-1 U^T, each reading scaled to u^T x = 1, and the system's condition number.
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """L = -g X (D, n) and R = (U^T X + t I)^-1 U^T (n, D) with M = I + L R, each reading scaled to u^T x = 1, and the
+    system's condition number.
 
     gain: g; 1 is the projection, more takes the readings beyond zero, 0 changes nothing. tolerance: t; 0 takes them
     away entirely, which more concepts than D less what is held cannot be. Raises UserError where a concept is read like
@@ -121,8 +122,7 @@ def projection(
             "The concepts cannot be told from their anchors, from one another or from what is kept, by what the U-Net "
             "reads: choose other anchors (anchor=...), or keep fewer names."
         )
-    eye = torch.eye(len(concepts), dtype=torch.float64)
-    return eye - gain * shifts @ torch.linalg.solve(system, scaled.T), {"condition": condition}
+    return -gain * shifts, torch.linalg.solve(system, scaled.T), {"condition": condition}
 
 
 def _scaled(gram: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from realera import paths, value_space
 from realera.band import Rows
+from realera.closed_form import FEW
 from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, TextStates
 from realera.kinds import AnyText, NonNegative, Number, Positive, Projections, Sums, Template
 from realera.methods.priors import caption_rows
@@ -82,9 +83,14 @@ class ValueSpaceErasure:
             also = torch.cat([held, kept], dim=1) if exactly else kept
             found = value_space.readings(quiet, concepts, rows.mean, also, self.keep_price)
             found = found if exactly else value_space.blind(quiet, found, held)
-        solution, info = value_space.projection(found, concepts, anchors, self.gain, self.tolerance)
+        left, right, info = value_space.projection(found, concepts, anchors, self.gain, self.tolerance)
         counted = {"concepts": len(pairs), "names_preserved": len(self.keep), "captions_rows": rows.count}
-        return Edit(map=solution, info={**info, **counted}, projections=PROJECTIONS[self.projections])
+        return Edit(
+            map=torch.eye(backbone.width, dtype=torch.float64) + left @ right,
+            info={**info, **counted},
+            factors=(left, right) if len(pairs) <= backbone.width // FEW else None,
+            projections=PROJECTIONS[self.projections],
+        )
 
     def _mean(self, states: TextStates) -> Tensor:
         """(D,) float64: over the rows that count, of all prompts."""
