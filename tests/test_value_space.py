@@ -102,6 +102,14 @@ def test_the_gain_scales_the_change(world: dict[str, Tensor]) -> None:
     assert torch.allclose(solved(world, gain=1.5)[0], eye + 1.5 * (whole - eye))
 
 
+def test_a_concept_that_is_its_own_anchor_changes_nothing(world: dict[str, Tensor]) -> None:
+    same = {**world, "anchors": world["concepts"]}
+    assert torch.equal(solved(same)[0], torch.eye(D, dtype=torch.float64))
+    one = {**world, "anchors": torch.stack([world["concepts"][:, 0], world["anchors"][:, 1]], dim=1)}
+    alone = {**world, "concepts": world["concepts"][:, 1:], "anchors": world["anchors"][:, 1:]}
+    assert torch.allclose(solved(one)[0], solved(alone)[0], atol=1e-10)
+
+
 def test_scales_of_weights_and_of_text_states_mean_nothing(world: dict[str, Tensor]) -> None:
     """So that one price means the same on every backbone."""
     scaled = {
@@ -137,9 +145,9 @@ def test_more_concepts_than_the_width_need_a_tolerance_and_the_map_stays_finite(
 
 
 def test_what_cannot_be_told_apart_is_refused(world: dict[str, Tensor]) -> None:
-    same = {**world, "anchors": world["concepts"]}
+    like = {**world, "anchors": world["concepts"] + world["names"]}  # which are held, so not read
     with pytest.raises(UserError, match="anchor="):
-        solved(same)
+        solved(like)
     twice = {**world, "concepts": world["concepts"][:, [0, 0]], "anchors": world["anchors"][:, [0, 0]]}
     with pytest.raises(UserError, match="from one another"):
         solved(twice)

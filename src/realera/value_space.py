@@ -113,8 +113,13 @@ def projection(
     its anchor, like another concept, or like what is held.
     """
     shifts = concepts - anchors
+    differ = shifts.norm(dim=0) > 0  # a concept that is its own anchor is not to be changed
+    shifts, readings = shifts[:, differ], readings[:, differ]
+    if not shifts.shape[1]:
+        return shifts, shifts.T.contiguous(), {"condition": 1.0}
     own = (readings * shifts).sum(dim=0)
-    scaled = readings / torch.where(own == 0, math.nan, own)
+    unread = own.abs() <= ROUNDING * readings.norm(dim=0) * shifts.norm(dim=0)
+    scaled = readings / torch.where(unread, math.nan, own)
     system = scaled.T @ shifts + tolerance * torch.eye(shifts.shape[1], dtype=torch.float64)
     condition = float(torch.linalg.cond(system)) if bool(torch.isfinite(system).all()) else math.inf
     if not condition < CONDITION:
