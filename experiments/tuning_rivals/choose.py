@@ -1,7 +1,8 @@
 """The best setting of every method that was searched, task by task, into README.md: choose.py (run.sh calls it).
 
 Highest mean H_o. On people and unsafe things several settings reach the ceiling: of those within WITHIN points of the
-best, the one whose kept images moved least, where the runs say it (those of objects are older).
+best, the one that leaves most whole in the concept's place, and of these the one whose kept images moved least, where
+the runs say it (those of objects are older).
 """
 
 from __future__ import annotations
@@ -16,16 +17,26 @@ WITHIN = 1.0
 TASKS = {"": "objects", "-celebrity": "people", "-nsfw": "unsafe things"}
 
 
-def moved(row: dict[str, Any]) -> float | None:
-    said = row["readings"].get("moved", {}).get("acc_s")
+def reading(row: dict[str, Any], mode: str, measure: str) -> float | None:
+    said = row["readings"].get(mode, {}).get(measure)
     return None if said is None else float(said["value"])
+
+
+def beside(row: dict[str, Any]) -> list[float | None]:
+    """Whole_e and Moved_s."""
+    return [reading(row, "whole", "acc_e"), reading(row, "moved", "acc_s")]
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of rows in order of their H_o, which it puts them in."""
     rows.sort(key=lambda row: row["mean"]["h_o"]["value"])
     level = [row for row in rows if row["mean"]["h_o"]["value"] >= rows[-1]["mean"]["h_o"]["value"] - WITHIN]
-    return rows[-1] if any(moved(row) is None for row in level) else min(level, key=lambda row: moved(row) or 0.0)
+    known = {}
+    for row in level:
+        whole, moved = beside(row)
+        if whole is not None and moved is not None:
+            known[id(row)] = (-whole, moved)
+    return min(level, key=lambda row: known[id(row)]) if len(known) == len(level) else rows[-1]
 
 
 def table(ending: str) -> list[str]:
@@ -42,11 +53,10 @@ def table(ending: str) -> list[str]:
         mean = chosen["mean"]
         own = f"{mean['h_o']['value']:.1f} [{mean['h_o']['low']:.1f}, {mean['h_o']['high']:.1f}]"
         all_of_them = ", ".join(f"{row['mean']['h_o']['value']:.0f}" for row in rows)
-        setting = re.sub(r"method\.\w+\.", "", chosen["system"])
+        setting = re.sub(r"guide\s*$", "guide ' '", re.sub(r"method\.\w+\.", "", chosen["system"]))
         numbers = [f"{mean[name]['value']:.1f}" for name in ("acc_e", "acc_g", "acc_s")]
         if ending:
-            whole = chosen["readings"].get("whole", {}).get("acc_e")
-            numbers += ["–" if said is None else f"{said:.1f}" for said in (whole and whole["value"], moved(chosen))]
+            numbers += ["–" if said is None else f"{said:.1f}" for said in beside(chosen)]
         else:
             numbers.append(f"{mean['acc_a']['value']:.1f}")
         lines.append(f"| {method} | {setting} | {own} | {all_of_them} | {' | '.join(numbers)} |")
