@@ -117,6 +117,16 @@ def test_a_sum_of_an_earlier_version_is_named(new_backbone: Any, tmp_path: Path)
         priors.caption_rows(backbone, tmp_path / "old.safetensors", tmp_path)
 
 
+def test_readings_of_the_text_states_alone_know_no_weights(new_backbone: Any, new_pairs: Any) -> None:
+    backbone = new_backbone()
+    pairs = new_pairs(backbone, CAT)
+    first, values = (ValueSpaceErasure(read=read)(backbone, pairs, []).map for read in ("text", "values"))
+    assert not torch.allclose(first, values, atol=1e-3)
+    for layer in backbone.cross_attention().values():
+        layer.weight.data.normal_()
+    assert torch.equal(ValueSpaceErasure(read="text")(backbone, pairs, []).map, first)
+
+
 def test_scaled_weights_get_the_same_map(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT)

@@ -22,6 +22,7 @@ from realera.kinds import AnyText, NonNegative, Number, Positive, Projections, S
 from realera.methods.priors import caption_rows
 from realera.neighbours import counted_rows
 
+Read = Literal["values", "keys", "both", "text"]
 Gain = Annotated[float, Number(0, 100)]
 Price = Annotated[float, Number(0, 1e9, infinite=True)]
 
@@ -30,20 +31,21 @@ class ValueSpaceErasure:
     """W = W0 M with M = I - gain X (U^T X)^-1 U^T, X from the anchors to the concepts, U how the U-Net reads them.
 
     projections: which weights take the map, "values", "keys" or "both". read: those whose metric says how the U-Net
-    reads; None = the same. price: r, of reading what the U-Net does not carry, against captions' variance; it means the
-    same on every backbone. gain: 1 = the projection; more takes what is weakly read all the way too. rows: of the
-    training prompts that a concept's mean row is of (as `Band.rows`), and the anchor's. captions: what stands for all
-    that is to stay, "everyday" or a file of python -m realera.cache. keep: names that are held as they are, each as its
-    mean row in keep_templates; keep_price: inf = exactly, a number = softly, with that price against one reading. Held
-    exactly in any case: the captions' mean, the begin row, and the empty prompt's mean row, which is half of every
-    guided image. layers: "as_they_are" = a layer that writes much counts much, "equal". tolerance: of the readings,
-    added to U^T X, whose diagonal is 1: needed where concepts are many or alike, 0 = they are taken away entirely.
+    reads; None = the same; "text" = the text states as they are, as closed forms that know no U-Net. price: r, of
+    reading what the U-Net does not carry, against captions' variance; it means the same on every backbone. gain: 1 =
+    the projection; more takes what is weakly read all the way too. rows: of the training prompts that a concept's
+    mean row is of (as `Band.rows`), and the anchor's. captions: what stands for all that is to stay, "everyday" or a
+    file of python -m realera.cache. keep: names that are held as they are, each as its mean row in keep_templates;
+    keep_price: inf = exactly, a number = softly, with that price against one reading. Held exactly in any case: the
+    captions' mean, the begin row, and the empty prompt's mean row, which is half of every guided image. layers:
+    "as_they_are" = a layer that writes much counts much, "equal". tolerance: of the readings, added to U^T X, whose
+    diagonal is 1: needed where concepts are many or alike, 0 = they are taken away entirely.
     """
 
     def __init__(
         self,
         projections: Projections = "values",
-        read: Projections | None = None,
+        read: Read | None = None,
         price: Positive = 10.0,
         gain: Gain = 1.0,
         rows: Rows = "suffix",
@@ -55,7 +57,7 @@ class ValueSpaceErasure:
         tolerance: NonNegative = 0.0,
     ) -> None:
         self.projections = projections
-        self.read = projections if read is None else read
+        self.read: Read = projections if read is None else read
         self.price = price
         self.gain = gain
         self.rows = rows
@@ -68,7 +70,9 @@ class ValueSpaceErasure:
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         """Neighbours are not used."""
-        metric = value_space.metric(_weights(backbone, PROJECTIONS[self.read]), self.layers)
+        metric = torch.eye(backbone.width, dtype=torch.float64)
+        if self.read != "text":
+            metric = value_space.metric(_weights(backbone, PROJECTIONS[self.read]), self.layers)
         rows = caption_rows(backbone, self.captions, paths.cache_dir())
         quiet = value_space.quiet(metric, value_space.covariance(rows.gram, rows.mean, rows.count), self.price)
         concepts, anchors = (
