@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 import folders
@@ -24,6 +25,9 @@ for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
 # Torch, diffusers and the tests are a million objects that stay: the collector went through them a fifth of the time.
 gc.set_threshold(50_000, 50, 50)
+# A first call of LAPACK on a busy machine takes longer than any deadline of Hypothesis, and the next one a millisecond.
+hypothesis.settings.register_profile("realera", deadline=None)
+hypothesis.settings.load_profile("realera")
 MOST_WORKERS = 4  # each imports torch for itself: half a gigabyte and ten seconds
 
 

@@ -22,7 +22,7 @@ def by_the_book(original: Tensor, triples: list[tuple[Tensor, Tensor, float]], r
     return left @ torch.linalg.inv(right)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     width=st.integers(2, 12),
     pairs=st.integers(1, 15),
@@ -130,7 +130,7 @@ def test_pairs_that_do_not_pair_are_an_error():
         NormalEquations(3).add_pairs(randn(4, 3), randn(1, 3))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(width=st.integers(2, 8), rows=st.integers(1, 10), ridge=st.floats(0.05, 10), seed=st.integers(0, 1000))
 def test_fusing_adapters(width, rows, ridge, seed):
     """Each group's keys are answered as its own adapter does; what is preserved, as the original weights do."""

@@ -84,7 +84,6 @@ def tried(count: int, place: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch)
     @seed(0)
     @settings(
         max_examples=count,
-        deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )

@@ -98,8 +98,7 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
         cells = [_cell(was)] if before else []
         table.add_row(label, *cells, _cell(now), _images(now), end_section=end)
 
-    heads = [head(name, mode_of(main, name)) for name in ORDER if name in main]
-    width = max(map(len, [*heads, *(head(name, mode) for name, mode, _ in extra(metrics))]), default=0)
+    width = max((len(head(name, mode_of(main, name))) for name in ORDER if name in main), default=0)
     for name in ORDER:
         if name in main and _measured(main[name]):
             what = f"{near(metrics.get('protocol') or {})}s" if name == "acc_g" else WHAT[name]
@@ -108,7 +107,7 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
             add(label, main[name], (before or {}).get(name), end=last)
     was = {(measure, mode): said for measure, mode, said in extra(metrics.get("original") or {})}
     for measure, mode, said in extra(metrics):
-        add(f"{head(measure, mode):<{width}} {BESIDE_WHAT[mode]}", said, was.get((measure, mode)))
+        add(f"{head(measure, mode)} {BESIDE_WHAT[mode]}", said, was.get((measure, mode)))
     concepts = metrics.get("concepts", {})
     originals = (metrics.get("original") or {}).get("concepts", {})
     if table.rows:
