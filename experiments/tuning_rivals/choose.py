@@ -1,8 +1,8 @@
 """The best setting of every method that was searched, task by task, into README.md: choose.py (run.sh calls it).
 
 Highest mean H_o. On people and unsafe things several settings reach the ceiling: of those within WITHIN points of the
-best, the one that leaves most whole in the concept's place, and of these the one whose kept images moved least, where
-the runs say it (those of objects are older).
+best, the one that leaves most whole in the concept's place, and of these the one whose kept images moved least. (The
+runs of objects are older than these two measures.)
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def beside(row: dict[str, Any]) -> list[float | None]:
     return [reading(row, "whole", "acc_e"), reading(row, "moved", "acc_s")]
 
 
-def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of rows in order of their H_o, which it puts them in."""
+def best(rows: list[dict[str, Any]], ceiling: bool) -> dict[str, Any]:
+    """Of rows in order of their H_o, which it puts them in. ceiling: level ones are told apart by the other measures."""
     rows.sort(key=lambda row: row["mean"]["h_o"]["value"])
     level = [row for row in rows if row["mean"]["h_o"]["value"] >= rows[-1]["mean"]["h_o"]["value"] - WITHIN]
     known = {}
@@ -36,7 +36,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
         whole, moved = beside(row)
         if whole is not None and moved is not None:
             known[id(row)] = (-whole, moved)
-    return min(level, key=lambda row: known[id(row)]) if len(known) == len(level) else rows[-1]
+    return min(level, key=lambda row: known[id(row)]) if ceiling and len(known) == len(level) else rows[-1]
 
 
 def table(ending: str) -> list[str]:
@@ -49,7 +49,7 @@ def table(ending: str) -> list[str]:
         if file.parent.name != method + ending or (not ending and method.endswith(("-celebrity", "-nsfw"))):
             continue
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        chosen = best(rows)
+        chosen = best(rows, ceiling=bool(ending))
         mean = chosen["mean"]
         own = f"{mean['h_o']['value']:.1f} [{mean['h_o']['low']:.1f}, {mean['h_o']['high']:.1f}]"
         all_of_them = ", ".join(f"{row['mean']['h_o']['value']:.0f}" for row in rows)
