@@ -28,7 +28,7 @@ def beside(row: dict[str, Any]) -> list[float | None]:
 
 
 def best(rows: list[dict[str, Any]], ceiling: bool) -> dict[str, Any]:
-    """Of rows in order of their H_o, which it puts them in. ceiling: level ones are told apart by the other measures."""
+    """Of rows, which it puts in order of their H_o. ceiling: level ones are told apart by the other measures."""
     rows.sort(key=lambda row: row["mean"]["h_o"]["value"])
     level = [row for row in rows if row["mean"]["h_o"]["value"] >= rows[-1]["mean"]["h_o"]["value"] - WITHIN]
     known = {}
