@@ -128,6 +128,9 @@ def test_a_run_s_page_and_table_show_them_beside_the_original_s() -> None:
     assert shown["acc_e_anchor"].after["value"] == 25 and shown["acc_e_anchor"].higher
     assert shown["acc_s_moved"].before is None and not shown["acc_s_moved"].higher
     assert list(shown)[:4] == ["acc_e", "acc_g", "acc_s", "h_o"], "the papers' own come first"
+    assert lines.sentences(metrics)[1] == (
+        "Of the images of the concept by name, 100% show something whole, whatever it is (100% before)."
+    )
     with console.console.capture() as printed:
         console.console.print(console.results(metrics, "cat"))
     text = " ".join(printed.get().split())

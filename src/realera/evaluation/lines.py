@@ -123,7 +123,7 @@ def _images(estimate: Estimate) -> int:
 
 
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
-    """The three numbers that matter, in words: by name, by synonym or phrase, and the other concepts."""
+    """The numbers that matter, in words: by name, by synonym or phrase, what stands in its place, and the others."""
     if not metrics:
         return []
     said = {name: _said(metrics, name) for name in ("acc_e", "acc_g", "acc_s")}
@@ -131,7 +131,8 @@ def sentences(metrics: Mapping[str, Any]) -> list[str]:
     first += [f"asked for by {near(metrics.get('protocol') or {})}, {said['acc_g']}" if said["acc_g"] else ""]
     text = "; ".join(part for part in first if part)
     kept = f"of other concepts, {said['acc_s']}" if said["acc_s"] else ""
-    return [f"{part[0].upper()}{part[1:]}." for part in (text, kept, _judgeable(metrics)) if part]
+    parts = (text, _in_its_place(metrics), kept, _judgeable(metrics))
+    return [f"{part[0].upper()}{part[1:]}." for part in parts if part]
 
 
 def _said(metrics: Mapping[str, Any], name: str) -> str:
@@ -152,6 +153,18 @@ def _said(metrics: Mapping[str, Any], name: str) -> str:
     if name == "acc_s" and mode != "detected":
         return f"{now:.0f}% are still recognised" + ("" if was is None else f" ({was:.0f}% before)")
     return f"{seen} in {now:.0f}% of the images" + ("" if was is None else f" ({was:.0f}% before)")
+
+
+def _in_its_place(metrics: Mapping[str, Any]) -> str:
+    """A smear is no concept either."""
+    shares = (
+        (block.get("whole") or {}).get("acc_e", {}).get("value") for block in (metrics, metrics.get("original") or {})
+    )
+    now, was = shares
+    if now is None:
+        return ""
+    before = "" if was is None else f" ({was:.0f}% before)"
+    return f"of the images of the concept by name, {now:.0f}% show something whole, whatever it is{before}"
 
 
 def _judgeable(metrics: Mapping[str, Any]) -> str:
