@@ -32,6 +32,10 @@ TRAINED = [name for name in METHODS if PARTS[name].get("align") and name not in 
 AWAY = {"fmn", "mace", "mace-ablation", "sa", "rece"}  # these lead away from the concept, whatever its anchor is
 UNNAMED = {"esd-u", "esd-x", "spm"}  # these lead from the bare name to no text: the concept that is nothing has no name
 TOGETHER = {"valera"}  # the concept and its anchor become one text, which need not be the anchor as it was
+FULLY = {  # settings with which two concepts are erased in keys and values, each towards its anchor
+    "valera": ("edit.projections=both", "edit.rows=concept"),
+    "speed": ("edit.projections=both", "edit.ridge=0.01"),
+}
 QUICK = ("realera", "uce", "esd-x", "mace")  # what takes long is seen of these by the quick tests, of all by the slow
 CAT = ("cat", "field")
 
@@ -217,7 +221,7 @@ def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_metho
     original = new_backbone()
     # What is mined at random around one concept also moves the other, in text states of 32 numbers.
     plain = ("neighbours=null",) if load_method(name).neighbours is not None else ()
-    plain += ("edit.ridge=0.01",) if "ridge" in PARTS[name].edit else ("edit.projections=both", "edit.rows=concept")
+    plain += FULLY.get(name, ("edit.ridge=0.01",))
     plain += ("edit.guide=null",) if "guide" in PARTS[name].edit else ()  # to the anchor, where there is a choice
     plain += ("align.steps=0",) if name in FUSED else ()  # what is trained leads away, not to an anchor
     both = run(name, *plain, to="both", concepts=(first, second))

@@ -1,4 +1,4 @@
-"""What aligners do with encoded prompts."""
+"""What methods do with encoded prompts."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def on_cpu(texts: TextStates) -> TextStates:
     """All of it on the CPU: whoever compares rows with one another needs them on one device."""
     moved = {field.name: getattr(texts, field.name) for field in fields(texts)}
     return replace(texts, **{name: value.cpu() for name, value in moved.items() if value is not None})
+
+
+def last_rows(texts: TextStates) -> Tensor:
+    """(B, D): each text's row of its last sub-token; that of BOS, where a text has none."""
+    return texts.states[torch.arange(len(texts.states), device=texts.states.device), texts.length - 1]
 
 
 def join(first: TextStates, second: TextStates, device: torch.device) -> TextStates:

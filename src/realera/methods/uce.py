@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from realera.closed_form import NormalEquations
 from realera.contracts import Backbone, Edit, Neighbours, Pair, TextStates
 from realera.kinds import AnyText, NonNegative, Positive, Sums, Template
 from realera.methods.priors import Preserve, gram_of, kept_texts, prior
+from realera.methods.texts import last_rows
 
 Rows = Literal["last", "suffix_2023"]
 
@@ -74,7 +74,7 @@ class UnifiedConceptEdit:
             gram = gram_of(backbone, kept)
             sums.add_moments(gram, gram, self._preserve_scale(len(kept)))
         elif kept:
-            sums.add_preserved(_last_rows(backbone.encode(kept, to_end=True)), self._preserve_scale(len(kept)))
+            sums.add_preserved(last_rows(backbone.encode(kept, to_end=True)), self._preserve_scale(len(kept)))
         if self.prior_cache is not None:
             captions, _ = prior(backbone, self.prior_cache)
             sums.add_moments(captions, captions, self.prior_weight)
@@ -85,7 +85,7 @@ class UnifiedConceptEdit:
     def _rows(self, states: TextStates, erased: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and their anchors (n, D) of texts and their guides: for "last" all together, else text by text."""
         if self.rows == "last":
-            rows = _last_rows(states)
+            rows = last_rows(states)
             targets, guides = zip(*erased)
             yield rows[list(targets)], rows[list(guides)]
             return
@@ -99,7 +99,3 @@ class UnifiedConceptEdit:
         if self.preserve_scale is not None:
             return self.preserve_scale
         return 1.0 if self.rows == "last" else max(0.1, 1 / names)
-
-
-def _last_rows(states: TextStates) -> Tensor:
-    return states.states[torch.arange(len(states.states), device=states.states.device), states.length - 1]

@@ -1,0 +1,185 @@
+"""SPEED (arXiv 2503.07392): W_V is changed only in the null space of what is to stay.
+
+For each layer W by itself, with t a concept's row and a its anchor's, as columns of width D:
+
+    T = mean t t^T,   A = mean a t^T
+    D0 = W (A - T) (I + T)^-1                          what an edit that keeps nothing would add to W
+    K0 = the retained rows k with ||D0 k|| above their mean                            (prior filtering)
+         and k + x v, x ~ N(0, 1), v the direction that W reads least, filtered alike  (prior augmentation)
+    N  = eigenvectors of mean k k^T over K0 with an eigenvalue below the threshold     (the null space)
+    min over X = Y N^T   mean ||X t - W (a - t)||^2 + mu ||X||^2   subject to  X K2 = 0
+
+K2 holds the begin row and the centres of the empty prompt's other rows (invariant equality constraints): they are the
+same in every image. With H = N (N^T T N + mu I)^-1 N^T the solution is
+
+    X = W (A - T) (H - H K2 (K2^T H K2 + l I)^-1 K2^T H),
+
+the official code's formula (Ouxiang-Li/SPEED, train_erase_null.py, commit 6d3df0c) in symmetric form. l = 0 holds K2
+exactly; l > 0 gives X the price ||X K2||^2 / l instead. Everything is float64 on the CPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from torch import Generator, Tensor
+
+from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, UserError
+from realera.kinds import AnyText, NonNegative, Number, Positive, Projections, Seed
+from realera.methods.priors import Preserve, kept_texts
+from realera.methods.texts import last_rows
+
+Rows = Literal["last", "all_but_bos"]
+Few = Annotated[int, Number(0, 1000, whole=True)]
+TURNS = 100  # of k-means, at most
+
+
+class NullSpaceErasure:
+    """SPEED's closed form, layer by layer.
+
+    projections: which weights are edited, "values" (official), "keys" or "both". rows: of a bare name and of its guide,
+    "last" = the last sub-token's, "all_but_bos" = all but the first (official for nudity). guide: the text that a
+    concept is taken to; None = its anchor. retain: names to keep, or "artists" (`priors.Preserve`), each as its last
+    sub-token's row; one that holds an erased name as a word is left out; () = the empty prompt's rows (official without
+    a list). filter: only retained rows that the edit would move more than their mean count. augment: noisy copies of
+    each retained row, of which again only the more moved half counts. threshold: eigenvalues of the retained rows'
+    mean k k^T below it are the null space, in squared norms of a row. ridge: mu, weight of ||X||^2. centres: of the
+    empty prompt's rows, held with the begin row. slack: l, 0 = they are held exactly. seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        projections: Projections = "values",
+        rows: Rows = "last",
+        guide: AnyText | None = None,
+        retain: Preserve = (),
+        filter: bool = True,
+        augment: Few = 10,
+        threshold: Positive = 0.1,
+        ridge: Positive = 1.0,
+        centres: Few = 3,
+        slack: NonNegative = 0.0,
+        seed: Seed = 0,
+    ) -> None:
+        self.projections = projections
+        self.rows = rows
+        self.guide = guide
+        self.retain = retain
+        self.filter = filter
+        self.augment = augment
+        self.threshold = threshold
+        self.ridge = ridge
+        self.centres = centres
+        self.slack = slack
+        self.seed = seed
+
+    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
+        """Weights (out, D) of every edited layer. Of the pairs only the names are read; neighbours are not used.
+
+        info: rows_retained and directions_free, means over the layers. Raises UserError where no direction is free.
+        """
+        target, cross = self._moments(backbone, pairs)
+        retained = self._retained(backbone, pairs)
+        held = invariants(_double(backbone.encode([""]).states[0]), self.centres)
+        plain = torch.linalg.solve(target + torch.eye(len(target)), cross - target, left=False)
+        generator = Generator().manual_seed(self.seed)
+        weights: dict[str, Tensor] = {}
+        counted, free = [], []
+        for name, layer in backbone.cross_attention().items():
+            if not name.endswith(PROJECTIONS[self.projections]):
+                continue
+            weight = _double(layer.weight)
+            rows = self._prior(weight, weight @ plain, retained, generator)
+            basis = null_space(rows.T @ rows / len(rows), self.threshold)
+            step = constrained(basis, target, held, self.ridge, self.slack)
+            weights[name] = weight + weight @ (cross - target) @ step
+            counted.append(len(rows))
+            free.append(basis.shape[1])
+        info = {"rows_retained": sum(counted) / len(counted), "directions_free": sum(free) / len(free)}
+        return Edit(weights=weights, info={"concepts": len(pairs), **info})
+
+    def _moments(self, backbone: Backbone, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """T and A (D, D): sums over a name's rows, means over the concepts."""
+        names = [pair.concept.target for pair in pairs]
+        guides = [pair.concept.anchor if self.guide is None else self.guide for pair in pairs]
+        found = [backbone.encode(texts) for texts in (names, guides)]
+        if self.rows == "last":
+            keys, anchors = (_double(last_rows(states)) for states in found)
+        else:
+            keys, anchors = (_double(states.states[:, 1:].flatten(0, 1)) for states in found)
+        return keys.T @ keys / len(pairs), anchors.T @ keys / len(pairs)
+
+    def _retained(self, backbone: Backbone, pairs: Sequence[Pair]) -> Tensor:
+        """(n, D) rows, before any filter."""
+        names = [pair.concept.target for pair in pairs if pair.concept.target]
+        erased = [re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE) for name in names]
+        texts = [text for text in kept_texts(self.retain, pairs) if not any(word.search(text) for word in erased)]
+        if not texts:
+            return _double(backbone.encode([""]).states[0, 1:])
+        return _double(last_rows(backbone.encode(texts, to_end=True)))
+
+    def _prior(self, weight: Tensor, change: Tensor, retained: Tensor, generator: Generator) -> Tensor:
+        """K0 (m, D) of one layer W with its D0 = change, both (out, D)."""
+        rows = most_moved(retained, change) if self.filter else retained
+        if not self.augment:
+            return rows
+        return torch.cat([rows, most_moved(noisy(rows, weight, self.augment, generator), change)])
+
+
+def most_moved(rows: Tensor, change: Tensor) -> Tensor:
+    """Those of the rows (n, D) with ||change k|| above the mean; all of them where none is, so that some always are.
+    change: (out, D)."""
+    norms = (rows @ change.T).norm(dim=1)
+    kept = rows[norms > norms.mean()]
+    return kept if len(kept) else rows
+
+
+def noisy(rows: Tensor, weight: Tensor, copies: int, generator: Generator) -> Tensor:
+    """(copies n, D): each row (n, D) plus x v, x ~ N(0, 1), v (D,) the right singular vector of the least of W's
+    min(out, D) singular values: the copies differ in what the layer hardly reads."""
+    least = torch.linalg.svd(weight, full_matrices=False).Vh[-1]
+    noise = torch.randn(copies * len(rows), 1, generator=generator, dtype=torch.float64)
+    return rows.repeat(copies, 1) + noise * least
+
+
+def invariants(empty: Tensor, centres: int) -> Tensor:
+    """K2 (D, 1 + centres): of the empty prompt's rows (T, D) the first, and the centres of the others by k-means, which
+    begins at rows spread evenly over the prompt."""
+    rows = empty[1:]
+    means = rows[torch.linspace(0, len(rows) - 1, centres).long()]
+    nearest = torch.full((len(rows),), -1)
+    for _ in range(TURNS if centres else 0):
+        before, nearest = nearest, torch.cdist(rows, means).argmin(dim=1)
+        if torch.equal(before, nearest):
+            break
+        own = [rows[nearest == one] for one in range(centres)]
+        means = torch.stack([group.mean(dim=0) if len(group) else old for group, old in zip(own, means)])
+    return torch.cat([empty[:1], means]).T
+
+
+def null_space(gram: Tensor, threshold: float) -> Tensor:
+    """N (D, m): orthonormal eigenvectors of gram (D, D) with an eigenvalue below the threshold. Raises UserError where
+    there is none."""
+    values, vectors = torch.linalg.eigh(gram)
+    if float(values[0]) >= threshold:
+        raise UserError(
+            f"method.edit.threshold={threshold:g} leaves no direction free: the least eigenvalue of what is retained "
+            f"is {float(values[0]):.3g}; give a larger threshold, or retain fewer names."
+        )
+    return vectors[:, values < threshold]
+
+
+def constrained(basis: Tensor, target: Tensor, held: Tensor, ridge: float, slack: float) -> Tensor:
+    """S (D, D) with X = W (A - T) S, as above. basis: N (D, m); target: T (D, D); held: K2 (D, c)."""
+    system = basis.T @ target @ basis + ridge * torch.eye(basis.shape[1], dtype=torch.float64)
+    free = basis @ torch.linalg.solve(system, basis.T)
+    known = free @ held
+    inner = held.T @ known + slack * torch.eye(held.shape[1], dtype=torch.float64)
+    return free - known @ torch.linalg.pinv((inner + inner.T) / 2, hermitian=True) @ known.T
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
