@@ -32,6 +32,7 @@ TRAINED = [name for name in METHODS if PARTS[name].get("align") and name not in 
 AWAY = {"fmn", "mace", "mace-ablation", "sa", "rece"}  # these lead away from the concept, whatever its anchor is
 UNNAMED = {"esd-u", "esd-x", "spm"}  # these lead from the bare name to no text: the concept that is nothing has no name
 TOGETHER = {"valera"}  # the concept and its anchor become one text, which need not be the anchor as it was
+TURNED = {"oce"}  # the concept is turned away from itself, to no anchor, and nothing read becomes shorter
 FULLY = {  # settings with which two concepts are erased in keys and values, each towards its anchor
     "valera": ("edit.projections=both", "edit.rows=concept"),
     "speed": ("edit.projections=both", "edit.ridge=0.01"),
@@ -214,7 +215,7 @@ def test_no_steps_leave_the_closed_form_alone(
     assert read_erased(tmp_path / "run" / "erased.safetensors").lora is None
 
 
-@pytest.mark.parametrize("name", slow_unless(EDITED, "realera"))
+@pytest.mark.parametrize("name", slow_unless([name for name in EDITED if name not in TURNED], "realera"))
 def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_method: Any) -> None:
     """Each comes nearer to its anchor than where the other one alone is erased."""
     first, second = (CAT, ("ship", "sky"))
