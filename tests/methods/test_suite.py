@@ -29,12 +29,20 @@ ALIGNED = [name for name in METHODS if PARTS[name].get("align")]
 EDITED = [name for name in METHODS if PARTS[name].get("edit")]
 FUSED = [name for name in METHODS if PARTS[name].get("finish")]  # what was trained ends in edited weights
 TRAINED = [name for name in METHODS if PARTS[name].get("align") and name not in EDITED]  # and nothing else
-AWAY = {"fmn", "mace", "mace-ablation", "sa", "rece"}  # these lead away from the concept, whatever its anchor is
+AWAY = {
+    "fmn",
+    "leace",
+    "mace",
+    "mace-ablation",
+    "sa",
+    "rece",
+}  # these lead away from the concept, whatever its anchor is
 UNNAMED = {"esd-u", "esd-x", "spm"}  # these lead from the bare name to no text: the concept that is nothing has no name
-TOGETHER = {"valera"}  # the concept and its anchor become one text, which need not be the anchor as it was
+TOGETHER = {"leace", "valera"}  # the concept and its anchor become one text, which need not be the anchor as it was
 TURNED = {"oce"}  # the concept is turned away from itself, to no anchor, and nothing read becomes shorter
 FULLY = {  # settings with which two concepts are erased in keys and values, each towards its anchor
     "valera": ("edit.projections=both", "edit.rows=concept"),
+    "leace": ("edit.contrast=anchor", "edit.rows=concept"),
     "speed": ("edit.projections=both", "edit.ridge=0.01"),
 }
 QUICK = ("realera", "uce", "esd-x", "mace")  # what takes long is seen of these by the quick tests, of all by the slow
