@@ -105,6 +105,16 @@ def test_it_is_the_orthogonal_polar_factor_by_newton_s_iteration() -> None:
         assert float((turn.T @ one).trace()) <= float(torch.linalg.svdvals(one).sum()) + 1e-9
 
 
+def test_it_is_the_formula_of_the_official_code(world: dict[str, Tensor]) -> None:
+    """U V^T of the whole (out, out) matrix, where no reflection has to be undone."""
+    weight = world["weight"]
+    world = {**world, "concepts": world["guides"][:1] + 0.05 * world["concepts"][:1]}
+    left, _, right = torch.linalg.svd(moment(world))
+    assert len(weight) > D or float(torch.linalg.det(left @ right)) > 0
+    moved = oce.rotated(weight, world["concepts"], world["guides"], world["kept"], SCALE)
+    assert torch.allclose(left @ right @ weight, moved, atol=1e-8)
+
+
 def test_a_rotation_keeps_lengths_and_angles(world: dict[str, Tensor]) -> None:
     weight = world["weight"]
     moved = oce.rotated(weight, world["concepts"], world["guides"], world["kept"], SCALE)
