@@ -21,11 +21,21 @@ def method_settings(name: str) -> Any:
     return deepcopy(_read(name))
 
 
+def part_settings(part: str, name: str) -> Any:
+    """conf/method/<part>/<name>.yaml, unresolved."""
+    return OmegaConf.load(CONF_DIR / "method" / part / f"{name}.yaml")
+
+
 @cache
 def _read(name: str) -> Any:
     node = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
-    below = [base for base in node.pop("defaults", []) if base != "_self_"]
-    return OmegaConf.merge(*(_read(base) for base in below), node)
+    below: list[Any] = []
+    for entry in node.pop("defaults", []):
+        if isinstance(entry, str) and entry != "_self_":
+            below.append(_read(entry))
+        elif not isinstance(entry, str):  # a part chosen from a group of its own
+            below += [{part: part_settings(part, chosen)} for part, chosen in entry.items() if chosen]
+    return OmegaConf.merge(*below, node)
 
 
 def check_part(node: Mapping[str, Any], at: str) -> None:

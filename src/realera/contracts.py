@@ -263,6 +263,8 @@ class Backbone(Protocol):
 
     def tokens(self, texts: Sequence[str]) -> list[set[int]]: ...  # each text's sub-tokens, without begin, end and pads
 
+    def words(self) -> list[str]: ...  # the words that are one token each, the most frequent first
+
     def cross_attention(self) -> dict[str, nn.Linear]:
         """{layer name: base Linear} of every attn2.to_k / attn2.to_v, in U-Net order, adapters looked through."""
         ...

@@ -16,6 +16,8 @@ from realera.contracts import NamedPrompt, TextStates, UserError
 
 BATCH = 64  # prompts of full length in one forward of the text encoder; of shorter ones more
 KEPT = 64 << 20  # bytes of text states that are kept for when the same prompts are asked again
+WORD_END = "</w>"  # of a token of CLIP's after which a word has ended
+LETTERS = 3  # of a word that is worth asking for
 BATCH_OF_ALL_LAYERS = 16  # where every layer's states are kept: a few hundred MB
 
 
@@ -172,6 +174,13 @@ class TextEncoder:
         found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         return [set(ids[: self.length - 2]) for ids in found]
 
+    def words(self) -> list[str]:
+        """Whole words of at least `LETTERS` letters, a to z, that the tokenizer has a token for: in the order of their
+        numbers, which in CLIP's vocabulary is that of how often its captions held them."""
+        known = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        ended = (token.removesuffix(WORD_END) for token, _ in known if token.endswith(WORD_END))
+        return [word for word in ended if len(word) >= LETTERS and word.isascii() and word.isalpha()]
+
     def to(self, device: Any) -> None:
         self.model.to(device)
 
@@ -252,6 +261,10 @@ class PairedTextEncoder:
     def tokens(self, texts: Sequence[str]) -> list[set[int]]:
         """As `TextEncoder`; the two tokenizers share their words."""
         return self.first.tokens(texts)
+
+    def words(self) -> list[str]:
+        """As `TextEncoder`; the two tokenizers share their words."""
+        return self.first.words()
 
     def to(self, device: Any) -> None:
         self.first.to(device)

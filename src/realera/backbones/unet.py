@@ -114,11 +114,13 @@ class UNetBackbone:
             self.text.rows(prompt)
 
     def token_vectors(self, text: str) -> Tensor:
-        """See `TextEncoder.vectors`."""
         return self.text.vectors(text)
 
     def tokens(self, texts: Sequence[str]) -> list[set[int]]:
         return self.text.tokens(texts)
+
+    def words(self) -> list[str]:
+        return self.text.words()
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -292,11 +294,9 @@ class UNetBackbone:
         return self._empty
 
     def decode(self, latents: Tensor) -> Tensor:
-        """See `autoencoder.decode`."""
         return autoencoder.decode(self.vae, latents, self.vae_slicing)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """See `autoencoder.encode`."""
         return autoencoder.encode(self.vae, images, self.vae_slicing)
 
     def generate(

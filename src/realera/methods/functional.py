@@ -1,0 +1,236 @@
+"""Mining by what the model draws: which texts of a vocabulary draw the concept, and which only lie near its name.
+
+The first are to be erased with the concept, the second to stay. How that is told: `realera.nearness`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Generator, Tensor
+
+from realera import foreign, nearness, paths
+from realera.band import Rows
+from realera.contracts import VALUES, Backbone, Concept, NamedPrompt, Neighbours, Pair, TextStates, UserError
+from realera.kinds import Batch, Count, Filled, NonNegative, Vocabulary, Whole
+from realera.ledger import kept
+from realera.methods.latents import drawn
+from realera.methods.priors import CAPTIONS, EVERYDAY
+from realera.methods.texts import on_cpu
+from realera.nearness import Seen
+from realera.neighbours import align_rows
+from realera.value_space import metric, roots
+
+WORDS = "words"
+Vocabularies = Annotated[Sequence[Vocabulary], Filled()]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What was seen around a concept's name, the nearest in predicted noise first. erased: texts that draw it. kept:
+    texts whose values or text states lie near its name and that do not draw it. Texts between the two are in
+    neither."""
+
+    concept: str
+    erased: Sequence[Seen]
+    kept: Sequence[Seen]
+
+
+class FunctionalMining:
+    """`contracts.Miner`: near points are the texts that draw the concept, each with the anchor as its target; points
+    beyond are the texts that lie near its name and do not draw it.
+
+    vocabulary: where texts are looked for: "words" = the words of the tokenizer that are one token each, "everyday" =
+    the 393 captions of the package, or a UTF-8 file with a text a line. looked: of how many, the nearest in values,
+    the noise is measured; beside: and of how many that are nearest in text states. within, outside: a text whose noise
+    is at most `within` apart (`nearness.apart`) draws the concept, one whose noise is more than `outside` apart does
+    not. most: texts of either kind that are taken, the nearest. rows: of each text that count, as `Band.rows`. images,
+    chunk: of the concept, drawn by the original model, and how many of them at once.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabularies = (WORDS, EVERYDAY),
+        looked: Count = 64,
+        beside: Whole = 32,
+        within: NonNegative = 0.5,
+        outside: NonNegative = 1.0,
+        most: Count = 32,
+        rows: Rows = "suffix",
+        images: Count = 4,
+        chunk: Batch = 4,
+    ) -> None:
+        if outside < within:
+            raise UserError(
+                f"method.neighbours.outside={outside:g} is less than within={within:g}: a text cannot be both erased "
+                "and kept."
+            )
+        self.vocabulary = list(vocabulary)
+        self.looked = looked
+        self.beside = beside
+        self.within = within
+        self.outside = outside
+        self.most = most
+        self.rows = rows
+        self.images = images
+        self.chunk = chunk
+        self.backbone: Backbone | None = None
+        self.seen: dict[Concept, Sight] = {}
+        self.encoded: dict[Concept, tuple[Pair, Pair]] = {}
+
+    def prepare(self, backbone: Backbone) -> None:
+        """The model that looks: its original weights do, whatever is done to it later."""
+        self.backbone = backbone
+
+    def sights(self) -> list[Sight]:
+        """What was seen so far, concept by concept."""
+        return list(self.seen.values())
+
+    def __call__(
+        self,
+        pair: Pair,
+        generator: Generator,
+        m: float | None = None,
+        n: float | None = None,
+        prompts: Sequence[int] | None = None,
+    ) -> Neighbours:
+        """All texts that were seen, or as many as m and n say, drawn at random with repeats. Where no text draws the
+        concept and one is asked for, it is one of the concept's own prompts."""
+        near, beyond = self._texts(pair)
+        if len(near.target.states) == 0 and m is not None:
+            near = pair
+        e, e_star, mask = align_rows(near, self.rows)
+        _, _, beyond_mask = align_rows(beyond, self.rows)
+        first = _some(len(e), m, generator)
+        second = _some(len(beyond_mask), n, generator)
+        return Neighbours(
+            e[first], e_star[first], mask[first], beyond.target.states[second], beyond_mask[second]
+        )
+
+    def _texts(self, pair: Pair) -> tuple[Pair, Pair]:
+        """(near, beyond), encoded, each against the anchor and itself."""
+        if pair.concept not in self.encoded:
+            if self.backbone is None:
+                raise RuntimeError("functional mining needs prepare(backbone) first")
+            sight = self.look(self.backbone, pair)
+            self.seen[pair.concept] = sight
+            near = [seen.text for seen in sight.erased]
+            beyond = [seen.text for seen in sight.kept]
+            named = [on_cpu(_whole(self.backbone, texts)) for texts in (near, [pair.concept.anchor] * len(near), beyond)]
+            self.encoded[pair.concept] = (
+                Pair(pair.concept, named[0], named[1]),
+                Pair(pair.concept, named[2], named[2]),
+            )
+        return self.encoded[pair.concept]
+
+    def look(self, backbone: Backbone, pair: Pair) -> Sight:
+        """What the original model sees around a concept."""
+        name = pair.concept.target
+        candidates = self.candidates(backbone, name)
+        far = measured(backbone, self.drawn(backbone, pair), name, [text for text, _ in candidates], paths.cache_dir())
+        seen = [Seen(text, value, apart) for (text, value), apart in zip(candidates, far.tolist())]
+        seen.sort(key=lambda one: one.apart)
+        return Sight(
+            name,
+            erased=[one for one in seen if one.apart <= self.within][: self.most],
+            kept=[one for one in seen if one.apart > self.outside][: self.most],
+        )
+
+    def drawn(self, backbone: Backbone, pair: Pair) -> Tensor:
+        """Latents (images, C, h, w) of the concept by the original model."""
+        title = f"Images of '{pair.concept.target}' to look at"
+        return drawn(backbone, pair.target, self.images, self.chunk, None, paths.cache_dir(), 0, title)
+
+    def candidates(self, backbone: Backbone, name: str) -> list[tuple[str, float]]:
+        """(text, closeness in values) of the texts whose noise is worth measuring; the name is not among them."""
+        texts = [text for text in texts_of(backbone, self.vocabulary) if text.casefold() != name.casefold()]
+        cache = paths.cache_dir()
+        rows = ends_of(backbone, texts, cache)
+        own = nearness.ends(backbone, [name])[0]
+        mean = ends_of(backbone, texts_of(backbone, [EVERYDAY]), cache).double().mean(dim=0)
+        weights = [layer.weight for key, layer in backbone.cross_attention().items() if key.endswith(VALUES)]
+        values = nearness.closeness(rows, own, mean, roots(metric(weights))[0])
+        found = nearness.nearest(texts, values, self.looked)
+        found += nearness.nearest(texts, nearness.closeness(rows, own, mean), self.beside)
+        return [(texts[i], float(values[i])) for i in dict.fromkeys(found) if _read_whole(backbone, texts[i])]
+
+
+def texts_of(backbone: Backbone, vocabulary: Sequence[str]) -> list[str]:
+    """The distinct texts of a vocabulary, see `FunctionalMining`. Raises UserError for a file that cannot be read."""
+    found: list[str] = []
+    for name in vocabulary:
+        if name == WORDS:
+            found += backbone.words()
+        else:
+            file = CAPTIONS if name == EVERYDAY else Path(name).expanduser()
+            try:
+                lines = foreign.text(file).splitlines()
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"vocabulary={name} cannot be read ({error}): give a UTF-8 file with a text a line."
+                ) from error
+            found += [" ".join(line.split()) for line in lines if line.strip()]
+    return list(dict.fromkeys(found))
+
+
+def ends_of(backbone: Backbone, texts: Sequence[str], cache: Path) -> Tensor:
+    """`nearness.ends`, kept in the cache by text encoder and texts, with a progress bar."""
+
+    def encode() -> Tensor:
+        with _bar("Texts read", len(texts)) as advance:
+            return nearness.ends(backbone, texts, advance)
+
+    content = _digest(backbone.text_fingerprint, list(texts))
+    return kept(cache / "texts" / f"{content}.safetensors", "ends", backbone, encode)
+
+
+def measured(backbone: Backbone, images: Tensor, name: str, texts: Sequence[str], cache: Path) -> Tensor:
+    """`nearness.apart` of the original model, kept in the cache by all it depends on, with a progress bar."""
+
+    def measure() -> Tensor:
+        with _bar(f"Texts near '{name}'", len(texts)) as advance, backbone.original():
+            return nearness.apart(backbone, images, name, texts, advance=advance)
+
+    pixels = hashlib.sha256(images.float().cpu().contiguous().numpy().tobytes()).hexdigest()
+    content = _digest(backbone.fingerprint, str(next(backbone.unet.parameters()).dtype), pixels, name, list(texts))
+    return kept(cache / "apart" / f"{content}.safetensors", "apart", backbone, measure)
+
+
+def _read_whole(backbone: Backbone, text: str) -> bool:
+    try:
+        backbone.refuse_cut([NamedPrompt.of("{}", text)])
+    except UserError:
+        return False
+    return True
+
+
+def _whole(backbone: Backbone, texts: Sequence[str]) -> TextStates:
+    """Encoded texts that are names from their first to their last sub-token."""
+    return backbone.encode([NamedPrompt.of("{}", text) for text in texts])
+
+
+def _some(count: int, asked: float | None, generator: Generator) -> Tensor:
+    """Numbers below `count`: all of them, or as many as are asked for, drawn at random."""
+    if asked is None or count == 0:
+        return torch.arange(count)
+    return torch.randint(count, (int(asked),), generator=generator)
+
+
+def _digest(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(paths.printable(what), total=total)
+        yield lambda done: progress.advance(task, done)
