@@ -51,8 +51,8 @@ def metric(weights: Sequence[Tensor], layers: str = "as_they_are") -> Tensor:
 
 def roots(metric: Tensor, least: float = LEAST) -> tuple[Tensor, Tensor]:
     """R = G^(1/2) and R^-1, (D, D): k -> R k are coordinates in which distances are those of the values. Eigenvalues of
-    G below `least` (their mean is 1) count as so much, for what the U-Net hardly reads must still have a way back; with 0
-    there is none, and R^-1 is not finite."""
+    G below `least` (their mean is 1) count as so much, for what the U-Net hardly reads must still have a way back; with
+    0 there may be none, and R^-1 is not finite."""
     values, vectors = torch.linalg.eigh(metric)
     root = values.clamp(min=least).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
@@ -79,7 +79,7 @@ def quiet(metric: Tensor, covariance: Tensor, price: float) -> Tensor:
 
 
 def further(differences: Tensor, shift: Tensor, metric: Tensor, count: int) -> Tensor:
-    """(D, count): the directions besides a concept's mean shift x (D,) in which its values differ most from its anchor's.
+    """(D, count): directions besides a concept's mean shift x (D,) in which its values differ most from the anchor's.
 
     differences: rows d_i (n, D), of the concept less the anchor's row beside it, so that what their template and place
     do to both is not in them. x alone takes the mean of the values R d_i away, R = G^(1/2). The space of 1 + count
@@ -139,8 +139,8 @@ def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf)
 def projection(
     readings: Tensor, shifts: Tensor, gain: float = 1.0, tolerance: float = 0.0
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Of readings U and shifts X = E - A, both (D, n): L = -g X (D, n) and R = (U^T X + t I)^-1 U^T (n, D) with M = I + L R, each reading scaled to u^T x = 1, and the
-    system's condition number.
+    """Of readings U and shifts X = E - A, both (D, n): L = -g X and R = (U^T X + t I)^-1 U^T (n, D) with M = I + L R,
+    each reading scaled to u^T x = 1, and the system's condition number.
 
     gain: g; 1 is the projection, more takes the readings beyond zero, 0 changes nothing. tolerance: t; 0 takes them
     away entirely, which more concepts than D less what is held cannot be. Raises UserError where a concept is read like

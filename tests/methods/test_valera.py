@@ -162,8 +162,22 @@ def test_scaled_weights_get_the_same_map(new_backbone: Any, new_pairs: Any) -> N
     assert torch.allclose(ValueSpaceErasure()(backbone, pairs, []).map, first, atol=1e-9)
 
 
+def test_the_task_s_names_are_filled_in_before_the_method_is_built() -> None:
+    with pytest.raises(UserError, match=r"method\.edit\.keep=task"):
+        built(ValueSpaceErasure, keep="task")
+
+
 @pytest.mark.parametrize(
-    "settings", [{"projections": "all"}, {"price": 0}, {"gain": -1}, {"keep_price": -1}, {"rows": "x"}, {"directions": 0}]
+    "settings",
+    [
+        {"projections": "all"},
+        {"price": 0},
+        {"gain": -1},
+        {"keep_price": -1},
+        {"rows": "x"},
+        {"directions": 0},
+        {"keep": "half"},
+    ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):

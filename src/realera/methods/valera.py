@@ -17,7 +17,7 @@ from torch import Tensor
 from realera import paths, value_space
 from realera.band import Rows
 from realera.closed_form import FEW
-from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, TextStates
+from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, TextStates, UserError
 from realera.kinds import AnyText, NonNegative, Number, Positive, Projections, Sums, Template
 from realera.methods.priors import caption_rows
 from realera.neighbours import align_rows, counted_rows
@@ -25,6 +25,7 @@ from realera.neighbours import align_rows, counted_rows
 Read = Literal["values", "keys", "both", "text"]
 Gain = Annotated[float, Number(0, 100)]
 Price = Annotated[float, Number(0, 1e9, infinite=True)]
+Keep = Sequence[AnyText] | Literal["task"]
 Directions = Annotated[int, Number(1, 1000, whole=True)]
 
 
@@ -33,16 +34,17 @@ class ValueSpaceErasure:
 
     projections: which weights take the map, "values", "keys" or "both". read: those whose metric says how the U-Net
     reads; None = the same; "text" = the text states as they are, as closed forms that know no U-Net. price: r, of
-    reading what the U-Net does not carry, against captions' variance; it means the same on every backbone. gain: 1 =
-    the projection; more takes what is weakly read all the way too. rows: of the training prompts that a concept's
-    mean row is of (as `Band.rows`), and the anchor's. captions: what stands for all that is to stay, "everyday" or a
-    file of python -m realera.cache. keep: names that are held as they are, each as its mean row in keep_templates;
+    reading what the U-Net does not carry, against captions' variance; it means the same on every backbone. gain: 1
+    = the projection; more takes what is weakly read all the way too. rows: of the training prompts that a concept's
+    mean row is of (as `Band.rows`), and the anchor's. captions: what stands for all that is to stay, "everyday" or
+    a file of python -m realera.cache. keep: names that are held as they are, each as its mean row in
+    keep_templates; in a run's settings "task" stands for those that its task does not judge (`tasks.base.Told`).
     keep_price: inf = exactly, a number = softly, with that price against one reading. Held exactly in any case: the
     captions' mean, the begin row, and the empty prompt's mean row, which is half of every guided image. layers:
     "as_they_are" = a layer that writes much counts much, "equal". tolerance: of the readings, added to U^T X, whose
     diagonal is 1: needed where concepts are many or alike, 0 = they are taken away entirely. directions: of each
-    concept, how many are projected out: 1 = the mean row's shift to the anchor's; more = also those in which the rows
-    of its prompts differ most from the anchor's around that (`value_space.further`).
+    concept, how many are projected out: 1 = the mean row's shift to the anchor's; more = also those in which the
+    rows of its prompts differ most from the anchor's around that (`value_space.further`).
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class ValueSpaceErasure:
         gain: Gain = 1.0,
         rows: Rows = "suffix",
         captions: Sums = "everyday",
-        keep: Sequence[AnyText] = (),
+        keep: Keep = (),
         keep_templates: Sequence[Template] = ("{}",),
         keep_price: Price = math.inf,
         layers: Literal["as_they_are", "equal"] = "as_they_are",
@@ -66,6 +68,8 @@ class ValueSpaceErasure:
         self.gain = gain
         self.rows = rows
         self.captions = captions
+        if isinstance(keep, str):
+            raise UserError(f"method.edit.keep={keep} has no task here: give a list of names.")
         self.keep = list(keep)
         self.keep_templates = list(keep_templates)
         self.keep_price = keep_price
