@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from importlib import import_module
@@ -134,6 +135,32 @@ def test_a_guide_is_told_the_concepts_too() -> None:
     named = cli.name_concepts(config, cli.build_task(config))
     assert named["method"]["guide"]["concepts"] == named["concept"]
     assert settings("concept=[cat,dog]", "method=sld")["method"]["guide"]["concepts"] == ["cat", "dog"]
+
+
+def test_a_method_is_told_the_names_that_the_task_does_not_judge() -> None:
+    words = ("task=celebrity", "backbone=mini", "concept=Tom Cruise", "method=valera")
+    config = settings(*words, "method.edit.keep=task", "task.told=half")
+    built = cli.build_task(config)
+    named = cli.name_concepts(config, built)
+    assert named["method"]["edit"]["keep"] == built.told and len(built.told) == 11
+    assert not {prompt.concept for prompt in built.eval_prompts()} & set(built.told)
+    typed = settings(*words, f"method.edit.keep=[{','.join(built.told)}]", "task.told=half")
+    assert runs.folder_of(named) == runs.folder_of(typed), "what is kept counts, not how it was typed"
+    assert cli.name_concepts(typed, built) is typed
+    for one in (("task=celebrity", *words[1:]), ("task=nsfw", "backbone=sd14", "method=valera", "task.told=half")):
+        config = settings(*one, "method.edit.keep=task")
+        with pytest.raises(UserError, match=r"keeps no names back.*task\.told=half"):
+            cli.name_concepts(config, cli.build_task(config))
+
+
+def test_runs_from_before_names_were_told_and_directions_counted_keep_their_folder() -> None:
+    config = settings("task=celebrity", "backbone=mini", "concept=Tom Cruise", "method=valera")
+    before = copy.deepcopy(config)
+    del before["task"]["told"], before["method"]["edit"]["directions"]
+    assert runs.identity(before) == runs.identity(config)
+    for words in ("task.told=half", "method.edit.directions=2"):
+        other = settings("task=celebrity", "backbone=mini", "concept=Tom Cruise", "method=valera", words)
+        assert runs.folder_of(other) != runs.folder_of(config)
 
 
 def test_a_number_is_a_name(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def world() -> dict[str, Tensor]:
 def solved(world: dict[str, Tensor], price: float = 3.0, **more: float) -> tuple[Tensor, Tensor]:
     quiet = value_space.quiet(world["metric"], world["captions"], price)
     found = value_space.readings(quiet, world["concepts"], world["mean"], world["held"])
-    left, right, _ = value_space.projection(found, world["concepts"], world["anchors"], **more)
+    left, right, _ = value_space.projection(found, world["concepts"] - world["anchors"], **more)
     return torch.eye(D, dtype=torch.float64) + left @ right, found
 
 
@@ -142,6 +142,75 @@ def test_more_concepts_than_the_width_need_a_tolerance_and_the_map_stays_finite(
     assert bool(torch.isfinite(map).all())
     few = solved(world, tolerance=1e-9)[0]
     assert torch.allclose(few, solved(world)[0], atol=1e-6)
+
+
+def differing(world: dict[str, Tensor], rows: int = 40, rank: int = 5) -> list[Tensor]:
+    """For each concept rows of it less its anchor's, (rows, D): their mean is the shift, and they differ in `rank`
+    directions around it."""
+    shifts = (world["concepts"] - world["anchors"]).T
+    around = [numbers(rows, rank, seed=40 + i) @ numbers(rank, D, seed=50 + i) for i in range(2)]
+    return [each - each.mean(dim=0) + shift for each, shift in zip(around, shifts)]
+
+
+def test_further_directions_bring_the_space_nearest_to_the_values_of_all_rows(world: dict[str, Tensor]) -> None:
+    """Against a general minimiser: of all spaces of three directions with the shift in them, in the values of three
+    layers, which are not R k but lie to one another as those do."""
+    (rows, _), shift = differing(world), world["concepts"][:, 0] - world["anchors"][:, 0]
+    weights = torch.cat(world["weights"])
+    more = value_space.further(rows, shift, world["metric"], 2)
+
+    def missed(columns: Tensor) -> Tensor:
+        basis, _ = torch.linalg.qr(weights @ torch.cat([shift[:, None], columns], dim=1))
+        values = weights @ rows.T
+        return (values - basis @ (basis.T @ values)).square().sum()
+
+    free = (more + numbers(D, 2, seed=60)).requires_grad_(True)
+    search = torch.optim.LBFGS([free], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def step() -> Tensor:
+        search.zero_grad()
+        loss = missed(free)
+        loss.backward()
+        return loss
+
+    search.step(step)
+    assert float(missed(more)) == pytest.approx(float(missed(free.detach())), rel=1e-6)
+    assert float(missed(more)) < 0.9 * float(missed(numbers(D, 2, seed=61)))
+    both = torch.cat([shift[:, None], more], dim=1)
+    products = both.T @ world["metric"] @ both
+    assert torch.allclose(products[1:, 1:], torch.eye(2, dtype=torch.float64), atol=1e-9), "of length 1 in the values"
+    assert torch.allclose(products[0, 1:], torch.zeros(2, dtype=torch.float64), atol=1e-8)
+
+
+def test_further_directions_are_projected_out_and_what_is_held_stays(world: dict[str, Tensor]) -> None:
+    shifts = world["concepts"] - world["anchors"]
+    more = torch.cat(
+        [value_space.further(rows, shift, world["metric"], 2) for rows, shift in zip(differing(world), shifts.T)], dim=1
+    )
+    quiet = value_space.quiet(world["metric"], world["captions"], 3.0)
+    found = value_space.readings(quiet, world["concepts"], world["mean"], world["held"], also=more)
+    plain = value_space.readings(quiet, world["concepts"], world["mean"], world["held"])
+    assert torch.allclose(found[:, :2], plain), "a direction more does not change the other readings"
+    every = torch.cat([shifts, more], dim=1)
+    left, right, _ = value_space.projection(found, every)
+    map = torch.eye(D, dtype=torch.float64) + left @ right
+    assert torch.allclose(map @ map, map, atol=1e-8), "idempotent"
+    assert torch.allclose(found.T @ map, torch.zeros(6, D, dtype=torch.float64), atol=1e-7)
+    assert torch.allclose(map @ world["held"], world["held"], atol=1e-9)
+    assert torch.allclose(map @ every, torch.zeros_like(every), atol=1e-8)
+    assert int(torch.linalg.matrix_rank(map)) == D - 6
+
+
+def test_no_more_directions_than_there_are(world: dict[str, Tensor]) -> None:
+    (rows, _), shift = differing(world, rank=2), world["concepts"][:, 0] - world["anchors"][:, 0]
+    with pytest.raises(UserError, match=r"method\.edit\.directions=4 is more than the 3 "):
+        value_space.further(rows, shift, world["metric"], 3)
+    nothing = value_space.further(torch.zeros_like(rows), torch.zeros_like(shift), world["metric"], 3)
+    assert torch.equal(nothing, torch.zeros(D, 3, dtype=torch.float64)), "a concept that is its own anchor"
+    flat = torch.zeros(D, D, dtype=torch.float64)
+    flat[0, 0] = D  # the U-Net reads one number, which the shift spans
+    with pytest.raises(UserError, match="more than the 1 "):
+        value_space.further(rows, shift, flat, 1)
 
 
 def test_what_cannot_be_told_apart_is_refused(world: dict[str, Tensor]) -> None:

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from realera import complaints, disk, interrupts, output, paths, processes, surroundings, sweep
 from realera.composed import checked as checked
+from realera.composed import name_concepts as name_concepts
 from realera.composed import plain as plain
 from realera.contracts import Task, UserError
 from realera.devices import number as cuda_devices
@@ -210,18 +211,6 @@ def with_concepts(cfg: DictConfig) -> DictConfig:
 def has_numbers(names: Any) -> bool:
     """Whether a number is among one or several names, as in concept=1984."""
     return any(isinstance(name, int) for name in ([names] if isinstance(names, str | int | None) else names))
-
-
-def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
-    """The config with the concepts that the task chose where none was typed, in the guide's node too."""
-    if config.get("concept"):
-        return config
-    named = {**config, "concept": [concept.target for concept in task.concepts]}
-    method = config.get("method") or {}
-    guide = method.get("guide") or {}
-    if "concepts" in guide and guide["concepts"] is None:
-        named["method"] = {**method, "guide": {**guide, "concepts": named["concept"]}}
-    return named
 
 
 def build_task(config: Mapping[str, Any]) -> Task:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from realera import complaints, schema
-from realera.contracts import UserError
+from realera.contracts import Task, UserError
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -42,3 +42,30 @@ def checked(cfg: DictConfig, door: str) -> dict[str, Any]:
         raise
     schema.check(config, door)
     return config
+
+
+def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The config with the names that the task chose: the concepts where none was typed, in the guide's node too, and
+    those to keep where method.edit.keep=task. Raises UserError where the task has none to keep."""
+    config = _name_kept(config, task)
+    if config.get("concept"):
+        return config
+    named = {**config, "concept": [concept.target for concept in task.concepts]}
+    method = config.get("method") or {}
+    guide = method.get("guide") or {}
+    if "concepts" in guide and guide["concepts"] is None:
+        named["method"] = {**method, "guide": {**guide, "concepts": named["concept"]}}
+    return named
+
+
+def _name_kept(config: dict[str, Any], task: Task) -> dict[str, Any]:
+    method = config.get("method") or {}
+    edit = method.get("edit") or {}
+    if edit.get("keep") != "task":
+        return config
+    if not (told := list(getattr(task, "told", ()))):
+        raise UserError(
+            f"method.edit.keep=task, but task {task.name} keeps no names back from its judged prompts: type "
+            "task.told=half (every second one, where it has names to preserve), or name them in method.edit.keep."
+        )
+    return {**config, "method": {**method, "edit": {**edit, "keep": told}}}

@@ -40,6 +40,7 @@ LATER = {
     "latents.imagenet_norm": False,
     "latents.flip": False,
     "edit.prompts": None,
+    "edit.directions": 1,
     "finish.prompts": None,
 }
 FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, "wandb")
@@ -69,6 +70,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         said = {key: value for key, value in edit.items() if key not in ("prior_cache", "prior_weight")}
         kept["method"] = {**method, "edit": said}
     kept["method"] = _without_later(kept["method"])
+    if isinstance(task := kept["task"], Mapping) and not task.get("told"):  # as `LATER`
+        kept["task"] = {key: value for key, value in task.items() if key != "told"}
     trainer = config.get("trainer") or {}
     if (clip := trainer.get("gradient_clip_val", "method")) != "method":
         kept["gradient_clip_val"] = clip

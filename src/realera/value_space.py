@@ -7,7 +7,7 @@ mean row, a its anchor's; mu, C the mean and covariance of rows of plain caption
     G = sum_l c_l W_l^T W_l                     the metric in which the U-Net sees text
     Q = G (G C G + r I)^-1 G                    the quiet readings, below
     U = Q (E - mu 1^T),  then  U^T H = 0        one reading per concept, blind to what is held (columns of H)
-    M = I - g X (U^T X)^-1 U^T,   X = E - A     the map: W = W0 M
+    M = I - g X (U^T X)^-1 U^T,   X = E - A     the map: W = W0 M (`further` adds columns to X, and their readings to U)
 
 Where Q comes from. A reading u^T k = w^T G k of the values, with w in the U-Net's coordinates, is to give 1 on e - mu
 and little on captions, w^T G C G w, at a price r ||w||^2 on large coefficients. Minimising the sum of both gives
@@ -51,7 +51,8 @@ def metric(weights: Sequence[Tensor], layers: str = "as_they_are") -> Tensor:
 
 def roots(metric: Tensor, least: float = LEAST) -> tuple[Tensor, Tensor]:
     """R = G^(1/2) and R^-1, (D, D): k -> R k are coordinates in which distances are those of the values. Eigenvalues of
-    G below `least` (their mean is 1) count as so much, for what the U-Net hardly reads must still have a way back."""
+    G below `least` (their mean is 1) count as so much, for what the U-Net hardly reads must still have a way back; with
+    0 there may be none, and R^-1 is not finite."""
     values, vectors = torch.linalg.eigh(metric)
     root = values.clamp(min=least).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
@@ -77,14 +78,47 @@ def quiet(metric: Tensor, covariance: Tensor, price: float) -> Tensor:
     return metric @ torch.cholesky_solve(metric, lower)
 
 
-def readings(quiet: Tensor, concepts: Tensor, mean: Tensor, held: Tensor, keep: float = math.inf) -> Tensor:
-    """U (D, n): one reading for each column of concepts (D, n).
+def further(differences: Tensor, shift: Tensor, metric: Tensor, count: int) -> Tensor:
+    """(D, count): directions besides a concept's mean shift x (D,) in which its values differ most from the anchor's.
+
+    differences: rows d_i (n, D), of the concept less the anchor's row beside it, so that what their template and place
+    do to both is not in them. x alone takes the mean of the values R d_i away, R = G^(1/2). The space of 1 + count
+    directions that comes nearest to all of them, x being one, minimises sum_i ||R c_i - P R c_i||^2 over orthogonal
+    projections P, with c_i = d_i - x (x^T G d_i) / (x^T G x) what R x does not span of R d_i. So P is onto the leading
+    eigenvectors v of R S R, S = sum_i c_i c_i^T, and x_j = S R v_j / lambda_j: the combination of the c_i whose values
+    are R x_j = v_j. R is not inverted, so that G may be singular: what the U-Net does not read is not chosen.
+
+    Zeros, where the concept is its own anchor. Raises UserError where the rows differ in fewer directions.
+    """
+    size = shift @ metric @ shift
+    if not bool(size > 0):
+        return torch.zeros(len(shift), count, dtype=torch.float64)
+    rest = differences - torch.outer(differences @ (metric @ shift) / size, shift)
+    root, _ = roots(metric, 0.0)
+    scatter = rest.T @ rest
+    seen = root @ scatter @ root
+    values, vectors = torch.linalg.eigh((seen + seen.T) / 2)
+    there = int((values > ROUNDING * (differences @ root).square().sum()).sum())
+    if there < count:
+        raise UserError(
+            f"method.edit.directions={1 + count} is more than the {1 + there} in which the U-Net reads the concept's "
+            "prompts apart from its anchor's: give fewer directions, or more prompts (task.templates=...)."
+        )
+    return scatter @ root @ vectors[:, -count:].flip(1) / values[-count:].flip(0)
+
+
+def readings(
+    quiet: Tensor, concepts: Tensor, mean: Tensor, held: Tensor, keep: float = math.inf, also: Tensor | None = None
+) -> Tensor:
+    """U (D, n + m): one reading for each column of concepts (D, n), and of also (D, m), which are differences of rows
+    and so have no mean to take off.
 
     held: columns h (D, m) with U^T h = 0, made so by U <- U - Q H (H^T Q H)^+ H^T U, the nearest readings in Q^-1 that
     are blind to them; the pseudo-inverse, for names that are held may depend on one another. keep: a price on what is
     read of them in place of that, (H^T Q H + I / keep)^-1; inf = exactly.
     """
-    return blind(quiet, quiet @ (concepts - mean[:, None]), held, keep)
+    centred = concepts - mean[:, None]
+    return blind(quiet, quiet @ (centred if also is None else torch.cat([centred, also], dim=1)), held, keep)
 
 
 def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf) -> Tensor:
@@ -103,16 +137,15 @@ def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf)
 
 
 def projection(
-    readings: Tensor, concepts: Tensor, anchors: Tensor, gain: float = 1.0, tolerance: float = 0.0
+    readings: Tensor, shifts: Tensor, gain: float = 1.0, tolerance: float = 0.0
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """L = -g X (D, n) and R = (U^T X + t I)^-1 U^T (n, D) with M = I + L R, each reading scaled to u^T x = 1, and the
-    system's condition number.
+    """Of readings U and shifts X = E - A, both (D, n): L = -g X and R = (U^T X + t I)^-1 U^T (n, D) with M = I + L R,
+    each reading scaled to u^T x = 1, and the system's condition number.
 
     gain: g; 1 is the projection, more takes the readings beyond zero, 0 changes nothing. tolerance: t; 0 takes them
     away entirely, which more concepts than D less what is held cannot be. Raises UserError where a concept is read like
     its anchor, like another concept, or like what is held.
     """
-    shifts = concepts - anchors
     differ = shifts.norm(dim=0) > 0  # a concept that is its own anchor is not to be changed
     shifts, readings = shifts[:, differ], readings[:, differ]
     if not shifts.shape[1]:

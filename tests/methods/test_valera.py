@@ -13,9 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from options import built
+from realera import value_space
 from realera.contracts import KEYS, VALUES, UserError
 from realera.methods import priors
-from realera.methods.valera import ValueSpaceErasure
+from realera.methods.valera import ValueSpaceErasure, _weights
+from realera.neighbours import align_rows
 
 CAT, DOG = ("cat", "field"), ("dog", "sky")
 
@@ -61,6 +63,30 @@ def test_what_guides_every_image_is_held(new_backbone: Any, new_pairs: Any) -> N
     moved = [float((map @ kept[0] - kept[0]).norm()) for map in (plain, softly, edit.map)]
     assert moved == sorted(moved, reverse=True)
     assert float((softly @ empty[0] - empty[0]).norm() / empty[0].norm()) < 1e-9
+
+
+def test_further_directions_are_gone_and_what_is_held_stays(new_backbone: Any, new_pairs: Any) -> None:
+    backbone = new_backbone()
+    pairs = new_pairs(backbone, CAT, DOG)
+    edits = [ValueSpaceErasure(directions=n)(backbone, pairs, []) for n in (1, 2, 3)]
+    metric = value_space.metric(_weights(backbone, (VALUES,)))
+    for pair in pairs:
+        target, anchor, mask = align_rows(pair, "suffix")
+        shift = suffix_mean(pair.target) - suffix_mean(pair.anchor)
+        more = value_space.further((target[mask] - anchor[mask]).double(), shift, metric, 2)
+        assert float((edits[0].map @ more).norm()) > 0.1 * float(more.norm())
+        assert float((edits[1].map @ more[:, 0]).norm()) < 1e-7 * float(more.norm())
+        assert float((edits[2].map @ more).norm()) < 1e-7 * float(more.norm())
+    empty = backbone.encode([""]).states[0].double()
+    for edit, count in zip(edits, (2, 4, 6)):
+        assert edit.map is not None and torch.allclose(edit.map @ edit.map, edit.map, atol=1e-8)
+        assert int(torch.linalg.matrix_rank(edit.map)) == backbone.width - count
+        for row in (empty[0], empty[1:].mean(dim=0)):
+            assert float((edit.map @ row - row).norm() / row.norm()) < 1e-9
+    same = ValueSpaceErasure(directions=3)(backbone, new_pairs(backbone, ("cat", "cat")), [])
+    assert torch.equal(same.map, torch.eye(backbone.width, dtype=torch.float64)), "its own anchor"
+    with pytest.raises(UserError, match=r"method\.edit\.directions=900 is more than"):
+        ValueSpaceErasure(directions=900)(backbone, pairs, [])
 
 
 def test_the_map_s_file_says_for_which_weights_it_is(
@@ -136,8 +162,22 @@ def test_scaled_weights_get_the_same_map(new_backbone: Any, new_pairs: Any) -> N
     assert torch.allclose(ValueSpaceErasure()(backbone, pairs, []).map, first, atol=1e-9)
 
 
+def test_the_task_s_names_are_filled_in_before_the_method_is_built() -> None:
+    with pytest.raises(UserError, match=r"method\.edit\.keep=task"):
+        built(ValueSpaceErasure, keep="task")
+
+
 @pytest.mark.parametrize(
-    "settings", [{"projections": "all"}, {"price": 0}, {"gain": -1}, {"keep_price": -1}, {"rows": "x"}]
+    "settings",
+    [
+        {"projections": "all"},
+        {"price": 0},
+        {"gain": -1},
+        {"keep_price": -1},
+        {"rows": "x"},
+        {"directions": 0},
+        {"keep": "half"},
+    ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(settings))):

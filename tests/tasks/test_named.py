@@ -16,6 +16,8 @@ import realera
 from realera.contracts import Concept, UserError
 from realera.tasks.base import load
 from realera.tasks.celebrities import CelebrityTask
+from realera.tasks.nsfw import NsfwTask
+from realera.tasks.objects import ObjectTask
 from realera.tasks.prompts import same_name
 from realera.tasks.styles import StyleTask
 
@@ -149,6 +151,26 @@ def test_maces_styles() -> None:
 def test_an_accent_is_not_needed() -> None:
     assert StyleTask("Salvador Dalí").concepts == StyleTask("salvador  dali").concepts
     assert "Albrecht Durer" not in StyleTask("Albrecht Dürer").preserved
+
+
+def test_names_that_a_method_may_be_told_are_not_judged() -> None:
+    def judged(task: Any) -> set[str]:
+        return {prompt.concept for prompt in task.eval_prompts() if prompt.split == "keep"}
+
+    whole, half = CelebrityTask("Tom Cruise"), CelebrityTask("Tom Cruise", told="half")
+    names = load("celebrities.yaml")["worlds"]["paper"]["preserved"]
+    assert half.told == names[::2] and judged(half) == set(names[1::2])
+    assert half.labels == whole.labels, "a judge still chooses among all"
+    assert half.protocol()["told"] == half.told and "told" not in whole.protocol() and not whole.told
+    erased = CelebrityTask(names[0], told="half")
+    assert erased.told == names[2::2] and judged(erased) == judged(half), "the same ones, whatever is erased"
+    listed = CelebrityTask("Tom Cruise", told=["BETTY white", "Prince"])
+    assert listed.told == ["Betty White", "Prince"] and judged(listed) == set(names) - set(listed.told)
+    assert ObjectTask("cat", told="half").told == ["airplane", "bird", "deer", "frog", "ship"]
+    assert NsfwTask(told="half").told == [], "on Stable Diffusion captions are preserved, and no names"
+    for made in (CelebrityTask, StyleTask, ObjectTask, NsfwTask):
+        with pytest.raises(UserError, match=r"task\.told names 'Nobody'"):
+            made({CelebrityTask: "Tom Cruise", StyleTask: "Van Gogh", ObjectTask: "cat"}.get(made), told=["Nobody"])
 
 
 def test_an_erased_one_is_never_preserved() -> None:

@@ -17,14 +17,16 @@ from torch import Tensor
 from realera import paths, value_space
 from realera.band import Rows
 from realera.closed_form import FEW
-from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, TextStates
+from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, TextStates, UserError
 from realera.kinds import AnyText, NonNegative, Number, Positive, Projections, Sums, Template
 from realera.methods.priors import caption_rows
-from realera.neighbours import counted_rows
+from realera.neighbours import align_rows, counted_rows
 
 Read = Literal["values", "keys", "both", "text"]
 Gain = Annotated[float, Number(0, 100)]
 Price = Annotated[float, Number(0, 1e9, infinite=True)]
+Keep = Sequence[AnyText] | Literal["task"]
+Directions = Annotated[int, Number(1, 1000, whole=True)]
 
 
 class ValueSpaceErasure:
@@ -32,14 +34,17 @@ class ValueSpaceErasure:
 
     projections: which weights take the map, "values", "keys" or "both". read: those whose metric says how the U-Net
     reads; None = the same; "text" = the text states as they are, as closed forms that know no U-Net. price: r, of
-    reading what the U-Net does not carry, against captions' variance; it means the same on every backbone. gain: 1 =
-    the projection; more takes what is weakly read all the way too. rows: of the training prompts that a concept's
-    mean row is of (as `Band.rows`), and the anchor's. captions: what stands for all that is to stay, "everyday" or a
-    file of python -m realera.cache. keep: names that are held as they are, each as its mean row in keep_templates;
+    reading what the U-Net does not carry, against captions' variance; it means the same on every backbone. gain: 1
+    = the projection; more takes what is weakly read all the way too. rows: of the training prompts that a concept's
+    mean row is of (as `Band.rows`), and the anchor's. captions: what stands for all that is to stay, "everyday" or
+    a file of python -m realera.cache. keep: names that are held as they are, each as its mean row in
+    keep_templates; in a run's settings "task" stands for those that its task does not judge (`tasks.base.Told`).
     keep_price: inf = exactly, a number = softly, with that price against one reading. Held exactly in any case: the
     captions' mean, the begin row, and the empty prompt's mean row, which is half of every guided image. layers:
     "as_they_are" = a layer that writes much counts much, "equal". tolerance: of the readings, added to U^T X, whose
-    diagonal is 1: needed where concepts are many or alike, 0 = they are taken away entirely.
+    diagonal is 1: needed where concepts are many or alike, 0 = they are taken away entirely. directions: of each
+    concept, how many are projected out: 1 = the mean row's shift to the anchor's; more = also those in which the
+    rows of its prompts differ most from the anchor's around that (`value_space.further`).
     """
 
     def __init__(
@@ -50,11 +55,12 @@ class ValueSpaceErasure:
         gain: Gain = 1.0,
         rows: Rows = "suffix",
         captions: Sums = "everyday",
-        keep: Sequence[AnyText] = (),
+        keep: Keep = (),
         keep_templates: Sequence[Template] = ("{}",),
         keep_price: Price = math.inf,
         layers: Literal["as_they_are", "equal"] = "as_they_are",
         tolerance: NonNegative = 0.0,
+        directions: Directions = 1,
     ) -> None:
         self.projections = projections
         self.read: Read = projections if read is None else read
@@ -62,11 +68,14 @@ class ValueSpaceErasure:
         self.gain = gain
         self.rows = rows
         self.captions = captions
+        if isinstance(keep, str):
+            raise UserError(f"method.edit.keep={keep} has no task here: give a list of names.")
         self.keep = list(keep)
         self.keep_templates = list(keep_templates)
         self.keep_price = keep_price
         self.layers = layers
         self.tolerance = tolerance
+        self.directions = directions
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         """Neighbours are not used."""
@@ -80,21 +89,34 @@ class ValueSpaceErasure:
         )
         empty = backbone.encode([""]).states[0].double().cpu()
         held = torch.stack([rows.mean, empty[0], empty[1:].mean(dim=0)], dim=1)
-        found = value_space.readings(quiet, concepts, rows.mean, held)
+        more = self._further(pairs, concepts - anchors, metric)
+        found = value_space.readings(quiet, concepts, rows.mean, held, also=more)
         if self.keep:
             kept = self._kept(backbone)
             exactly = math.isinf(self.keep_price)
-            also = torch.cat([held, kept], dim=1) if exactly else kept
-            found = value_space.readings(quiet, concepts, rows.mean, also, self.keep_price)
+            known = torch.cat([held, kept], dim=1) if exactly else kept
+            found = value_space.readings(quiet, concepts, rows.mean, known, self.keep_price, more)
             found = found if exactly else value_space.blind(quiet, found, held)
-        left, right, info = value_space.projection(found, concepts, anchors, self.gain, self.tolerance)
+        shifts = concepts - anchors if more is None else torch.cat([concepts - anchors, more], dim=1)
+        left, right, info = value_space.projection(found, shifts, self.gain, self.tolerance)
         counted = {"concepts": len(pairs), "names_preserved": len(self.keep), "captions_rows": rows.count}
         return Edit(
             map=torch.eye(backbone.width, dtype=torch.float64) + left @ right,
             info={**info, **counted},
-            factors=(left, right) if len(pairs) <= backbone.width // FEW else None,
+            factors=(left, right) if shifts.shape[1] <= backbone.width // FEW else None,
             projections=PROJECTIONS[self.projections],
         )
+
+    def _further(self, pairs: Sequence[Pair], shifts: Tensor, metric: Tensor) -> Tensor | None:
+        """(D, (directions - 1) n), all of a concept side by side; None = no more than the mean shifts (D, n)."""
+        if self.directions == 1:
+            return None
+        columns = []
+        for pair, shift in zip(pairs, shifts.T):
+            target, anchor, mask = align_rows(pair, self.rows)
+            differences = (target[mask].double() - anchor[mask].double()).cpu()
+            columns.append(value_space.further(differences, shift, metric, self.directions - 1))
+        return torch.cat(columns, dim=1)
 
     def _mean(self, states: TextStates) -> Tensor:
         """(D,) float64: over the rows that count, of all prompts."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -24,6 +24,9 @@ Entry = Mapping[str, Any]
 prompts); `unseen` (whole prompts, or {names, phrases}). All may be missing."""
 Names = Name | Sequence[Name] | None
 Anchor = Name | Sequence[Name | None] | None
+Told = Sequence[Name] | Literal["half"]
+"""Names to preserve that are kept back from the judged prompts, so that a method may be told them: a list, or every
+second one from the first on, in the data file's order."""
 
 
 PROTOCOL = {"h_o_terms": list, "first_seed": int, "images": {...: dict}}
@@ -63,11 +66,11 @@ def option(table: Mapping[str, Any], chosen: str, key: str) -> Any:
 class NamedTask:
     """A task whose concepts have names. A subclass reads its data file and says which concepts it knows.
 
-    concepts: one name or several, erased together; `unnamed` stands for None. anchor: None = each concept's own, else
-    `superclass`; one for all, or one per concept (None among them = its own). known: {name: entry}. preserved: what
-    must stay as it is; an erased concept is left out. templates: of the prompts that are judged; training_templates:
-    of those the methods are fitted on. images: how many per prompt in each split. words: a single concept's, in place
-    of the file's (keys as in `Entry`; None = the file's).
+    concepts: one name or several, erased together; `unnamed` stands for None. anchor: None = each concept's own,
+    else `superclass`; one for all, or one per concept (None among them = its own). known: {name: entry}. preserved:
+    what must stay as it is; an erased concept is left out. told: which of them are not judged (`Told`). templates:
+    of the prompts that are judged; training_templates: of those the methods are fitted on. images: how many per
+    prompt in each split. words: a single concept's, in place of the file's (keys as in `Entry`; None = the file's).
 
     Raises UserError for a concept, an anchor or a number that cannot be used.
     """
@@ -94,6 +97,7 @@ class NamedTask:
         words: Mapping[str, Sequence[str] | None],
         superclass: str | None = None,
         unnamed: Sequence[str] = (),
+        told: Told = (),
     ) -> None:
         self.version = version
         self.known = dict(known)
@@ -120,7 +124,9 @@ class NamedTask:
             self.entries[names[0]] = {**self.entries[names[0]], **changed}
         self.concepts = [Concept(n, a) for n, a in zip(names, self._anchors(names, anchor, superclass))]
         erased = set(map(same_name, names))
-        self.preserved = [name for name in preserved if same_name(name) not in erased]
+        back = preserved[::2] if told == "half" else self._preserved(told, preserved)
+        self.told = [name for name in back if same_name(name) not in erased]
+        self.preserved = [name for name in preserved if same_name(name) not in erased and name not in back]
         self.labels: Sequence[str] = tuple(dict.fromkeys([*self.known, *preserved, *names]))
 
     # --- what was typed --------------------------------------------------------------------------------------------
@@ -161,6 +167,15 @@ class NamedTask:
             f"{name!r} is not one of the {self.known_as} ({some}): {meant}say what it should become, such as "
             f"{typed('anchor', self.anchors[0])}"
         )
+
+    def _preserved(self, told: Sequence[Any], preserved: Sequence[str]) -> list[str]:
+        """Those of the preserved names that are meant. Raises UserError for another name."""
+        spelt = {same_name(name): name for name in preserved}
+        if strange := [name for name in told if same_name(str(name)) not in spelt]:
+            close = get_close_matches(same_name(str(strange[0])), spelt, n=1)
+            meant = f"did you mean {spelt[close[0]]!r}? If not, " if close else ""
+            raise UserError(f"task.told names {strange[0]!r}, which this task does not preserve: {meant}leave it out")
+        return [spelt[same_name(str(name))] for name in told]
 
     # --- what is run -----------------------------------------------------------------------------------------------
 
@@ -210,6 +225,7 @@ class NamedTask:
             "labels": list(self.labels),
             "images_per_prompt": dict(self.images),
             "first_seed": self.first_seed,
+            **({"told": list(self.told)} if self.told else {}),
             "prompts": {
                 split: [word.text for word in self.wordings(split)] if self.images[split] else [] for split in SPLITS
             },
@@ -237,6 +253,7 @@ class ProtocolTask(NamedTask):
         templates: Sequence[str],
         words: Mapping[str, Sequence[str] | None],
         unnamed: Sequence[str] = (),
+        told: Told = (),
     ) -> None:
         chosen = option(raw["protocols"], protocol, "protocol")
         held = option(raw["worlds"], world, "world")
@@ -260,6 +277,7 @@ class ProtocolTask(NamedTask):
             words=words,
             superclass=superclass,
             unnamed=unnamed,
+            told=told,
         )
 
     def protocol(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from realera.contracts import Mode, Prompt, Split, UserError
 from realera.kinds import MOST_GUIDANCE, Captions, File, FirstSeed, Guidance, Label, Percent, Template, Whole, Word
 from realera.paths import TASK_DATA
 from realera.shapes import maybe, number
-from realera.tasks.base import PROTOCOL, TABLES, WORLD, Anchor, Names, ProtocolTask, load, option
+from realera.tasks.base import PROTOCOL, TABLES, WORLD, Anchor, Names, ProtocolTask, Told, load, option
 from realera.tasks.files import Row, read_prompts
 
 log = logging.getLogger("realera")
@@ -63,6 +63,7 @@ class NsfwTask(ProtocolTask):
         synonyms: Sequence[Word] | None = None,
         associated: Sequence[Word] | None = None,
         unseen: Sequence[Word] | None = None,
+        told: Told = (),
         data: Label = "nsfw.yaml",
     ) -> None:
         raw = load(data, DATA)
@@ -79,6 +80,7 @@ class NsfwTask(ProtocolTask):
             templates=templates,
             words={"synonyms": synonyms, "associated": associated, "unseen": unseen},
             unnamed=held.get("unnamed", rules["concepts"]),
+            told=told,
         )
         self.min_nudity = None if min_nudity is None else _number("min_nudity", min_nudity, 100)
         given = rules["fixed_guidance"] if fixed_guidance is None else fixed_guidance

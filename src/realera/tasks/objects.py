@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from realera.contracts import Mode, Split
 from realera.kinds import FirstSeed, Label, Template, Whole, Word
-from realera.tasks.base import Anchor, NamedTask, Names, load
+from realera.tasks.base import Anchor, NamedTask, Names, Told, load
 
 DATA = {"version": int, "template": str, "training_templates": list, "classes": {...: dict}}
 PROTOCOL_IMAGES: Mapping[Split, int] = {"erase": 200, "near": 200, "keep": 200, "associated": 50, "unseen": 50}
@@ -22,7 +22,8 @@ class ObjectTask(NamedTask):
     concepts: one name or several, erased together. anchor: null = each class's own; one for all, or one per concept.
     images: how many images per prompt in each split (the paper gives 200 per class and no count for synonyms).
     first_seed: every prompt is drawn with seeds first_seed, first_seed + 1, ...: the same for every method. templates:
-    in place of the training templates. synonyms, associated, unseen: a single concept's words, not the file's.
+    in place of the training templates. synonyms, associated, unseen: a single concept's words, not the file's. told: of
+    the other classes, which a method may be told to keep, and are not judged (`base.Told`).
 
     Raises UserError for a concept or anchor that cannot be used.
     """
@@ -41,6 +42,7 @@ class ObjectTask(NamedTask):
         synonyms: Sequence[Word] | None = None,
         associated: Sequence[Word] | None = None,
         unseen: Sequence[Word] | None = None,
+        told: Told = (),
         data: Label = "objects.yaml",
     ) -> None:
         raw = load(data, DATA)
@@ -55,4 +57,5 @@ class ObjectTask(NamedTask):
             images=images,
             first_seed=first_seed,
             words={"synonyms": synonyms, "associated": associated, "unseen": unseen},
+            told=told,
         )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from realera.contracts import Split
 from realera.kinds import FirstSeed, Label, Template, Whole, Word
-from realera.tasks.base import PROTOCOL, TABLES, Anchor, Names, ProtocolTask, load
+from realera.tasks.base import PROTOCOL, TABLES, Anchor, Names, ProtocolTask, Told, load
 
 DATA = {**TABLES, "protocols": {...: {**PROTOCOL, "templates": list}}}
 
@@ -18,9 +18,10 @@ DATA = {**TABLES, "protocols": {...: {**PROTOCOL, "templates": list}}}
 class PeopleTask(ProtocolTask):
     """Known people have an anchor; anything else can be erased once it is given one.
 
-    concepts, anchor, first_seed, templates: as of every task. protocol: realera | mace. world: paper | miniature, whose
-    people are known and preserved. images: per prompt and split, null = the protocol's. near, associated, unseen: a
-    single concept's whole prompts, not the file's. data: another file of people than the task's own, `people`.
+    concepts, anchor, first_seed, templates: as of every task. protocol: realera | mace. world: paper | miniature,
+    whose people are known and preserved. images: per prompt and split, null = the protocol's. near, associated,
+    unseen: a single concept's whole prompts, not the file's. told: of those preserved, which a method may be told
+    to keep, and are not judged (`base.Told`). data: another file of people than the task's own, `people`.
 
     Raises UserError for a concept or anchor that cannot be used.
     """
@@ -39,6 +40,7 @@ class PeopleTask(ProtocolTask):
         near: Sequence[Word] | None = None,
         associated: Sequence[Word] | None = None,
         unseen: Sequence[Word] | None = None,
+        told: Told = (),
         data: Label | None = None,
     ) -> None:
         super().__init__(
@@ -51,4 +53,5 @@ class PeopleTask(ProtocolTask):
             first_seed=first_seed,
             templates=templates,
             words={"near": near, "associated": associated, "unseen": unseen},
+            told=told,
         )
