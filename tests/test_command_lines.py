@@ -28,6 +28,7 @@ LINES = {
     "demo": ["run=nowhere"],
     "cache": ["captions=nowhere", "backbone=mini"],
     "dashboard": ["dry_run=true"],
+    "residue": ["run=nowhere"],
 }
 OPTIONS = ("method=uce", "method=mace", "method=sa", "method=sld", "task=style", "judge=clip", "trainer=ddp", "+x.y=1")
 _known: dict[str, list[str]] = {}

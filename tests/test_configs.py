@@ -53,7 +53,7 @@ def targets(node: Any) -> Iterator[str]:
 
 def test_the_folder_holds_what_it_should() -> None:
     assert {"task", "method", "backbone", "judge", "trainer", "logger", "experiment"} <= set(GROUPS)
-    assert {"train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard"} == set(DOORS)
+    assert {"train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue"} == set(DOORS)
     assert {"mini", "sd14"} <= set(BACKBONES)
     assert {"realera", "uce"} <= set(METHODS)
 

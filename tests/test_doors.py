@@ -269,6 +269,36 @@ def test_generate_leaves_the_images_of_a_run_alone(
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
+def test_residue_asks_for_texts_before_and_after(
+    run_dir: Path, type_in: Type, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "texts.txt").write_text("an aircraft\na bird in the sky\na tree\n")
+    asked = ["vocabulary=[texts.txt]", "looked=2", "images=2", "pictured=1", "seeds=[3,4]", "within=100"]
+    type_in("residue", f"run={run_dir}", "texts=[a jumbo jet]", *asked, small=False)
+    (folder,) = (run_dir / "residue").iterdir()
+    found = json.loads((folder / "residue.json").read_text())
+    (concept,) = found["concepts"]
+    assert (concept["concept"], concept["drew"], concept["left"]) == ("airplane", 3, 3)
+    name, *others = concept["texts"]
+    assert name["text"] == "airplane" and name["before"] < 1e-6 < name["after"]
+    assert {row["text"] for row in others if row["own"]} == {"a jumbo jet"} and len(others) == 3
+    assert [row["before"] for row in others] == sorted(row["before"] for row in others)
+    drawn = {row["text"]: row for row in concept["texts"] if "pictures" in row}
+    assert set(drawn) == {"airplane", "a jumbo jet", others[0]["text"]}
+    for row in drawn.values():
+        assert len(row["labels_before"]) == len(row["labels_after"]) == 2 and 0 <= row["judged_after"] <= 100
+        assert all((folder / side / f"{id}.png").is_file() for side in ("images", "originals") for id in row["pictures"])
+    said, page = capsys.readouterr().out, (folder / "residue.html").read_text()
+    assert "Of 3 texts 3 drew it before; 3 still draw it." in said and "a jumbo jet" in said
+    assert "Of 3 texts 3 drew it before; 3 still draw it." in page and page.count("data:image") == 2 * 2 * len(drawn)
+    before = (folder / "residue.json").read_text()
+    type_in("residue", f"run={run_dir}", "texts=[a jumbo jet]", *asked, small=False)
+    assert (folder / "residue.json").read_text() == before, "the same again"
+    with pytest.raises(SystemExit, match="2"):
+        type_in("residue", f"run={run_dir}", f"out={run_dir}", small=False)
+    assert "holds other files" in capsys.readouterr().err
+
+
 def test_a_run_that_is_refused_before_anything_is_made_leaves_no_folder(
     type_in: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

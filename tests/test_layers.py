@@ -12,7 +12,7 @@ import realera
 
 ROOT = Path(realera.__file__).parent
 ROOMS = {"tasks", "backbones", "methods", "judges", "training", "evaluation", "miniature"}
-DOORS = {"train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard"}
+DOORS = {"train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue"}
 DOOR_PARTS = {
     "cli",
     "complaints",
@@ -47,6 +47,7 @@ DOOR_PARTS = {
     "hub",
     "composed",
     "starting",
+    "remains",
 }
 SHARED = {"contracts", "paths", "seals", "disk", "locks", "interrupts", "ranks", "ledger", "costs", "finite"}
 SHARED |= {"foreign", "shapes", "parts", "pictures", "kinds", "reach", "reading"}

@@ -20,7 +20,7 @@ from realera import cli, complaints, console, output, surroundings, sweep
 from realera.contracts import UserError
 
 SOURCE = str(Path(realera.__file__).parents[1])
-DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard")
+DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue")
 
 
 def shell(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

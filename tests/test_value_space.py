@@ -31,9 +31,13 @@ def world() -> dict[str, Tensor]:
     return locals()
 
 
+def centred(world: dict[str, Tensor]) -> Tensor:
+    return world["concepts"] - world["mean"][:, None]
+
+
 def solved(world: dict[str, Tensor], price: float = 3.0, **more: float) -> tuple[Tensor, Tensor]:
     quiet = value_space.quiet(world["metric"], world["captions"], price)
-    found = value_space.readings(quiet, world["concepts"], world["mean"], world["held"])
+    found = value_space.blind(quiet, quiet @ centred(world), world["held"])
     left, right, _ = value_space.projection(found, world["concepts"] - world["anchors"], **more)
     return torch.eye(D, dtype=torch.float64) + left @ right, found
 
@@ -121,6 +125,33 @@ def test_scales_of_weights_and_of_text_states_mean_nothing(world: dict[str, Tens
     assert torch.allclose(solved(scaled)[0], solved(world)[0], atol=1e-9)
 
 
+def test_texts_that_were_mined_are_read_as_their_goals_ask(world: dict[str, Tensor]) -> None:
+    """Against the stationary point of what is minimised, by a general linear solver over u and its multipliers."""
+    quiet = value_space.quiet(world["metric"], world["captions"], 3.0)
+    columns = torch.cat([centred(world)[:, :1], numbers(D, 4, seed=70)], dim=1)
+    goals = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    seen = value_space.blind(quiet, quiet @ columns, world["held"])
+    assert torch.equal(value_space.fitted(seen, columns, goals, 0.0), seen[:, 0])
+    assert torch.equal(value_space.fitted(seen[:, :1], columns[:, :1], goals[:0], 5.0), seen[:, 0])
+    for price in (0.5, 20.0, 1e7):
+        weight = price / float(columns[:, 0] @ seen[:, 0])
+        others, bounds = columns[:, 1:], torch.cat([columns[:, :1], world["held"]], dim=1)
+        hessian = torch.linalg.inv(quiet) + weight * others @ others.T
+        count = bounds.shape[1]
+        kkt = torch.cat(
+            [
+                torch.cat([hessian, bounds], dim=1),
+                torch.cat([bounds.T, torch.zeros(count, count, dtype=torch.float64)], dim=1),
+            ]
+        )
+        right = torch.cat([weight * others @ goals, torch.ones(1), torch.zeros(count - 1)]).double()
+        expected = torch.linalg.solve(kkt, right)[:D]
+        found = value_space.fitted(seen, columns, goals, price)
+        assert torch.allclose(found, expected, atol=1e-6 * float(expected.norm()))
+        assert float(found @ columns[:, 0]) == pytest.approx(1) and float((found @ world["held"]).abs().max()) < 1e-7
+    assert torch.allclose(found @ others, goals, atol=1e-3), "and exactly, where the price is high"
+
+
 def test_a_price_on_names_goes_from_nothing_to_exactly(world: dict[str, Tensor]) -> None:
     quiet = value_space.quiet(world["metric"], world["captions"], 3.0)
     found = quiet @ (world["concepts"] - world["mean"][:, None])
@@ -188,8 +219,8 @@ def test_further_directions_are_projected_out_and_what_is_held_stays(world: dict
         [value_space.further(rows, shift, world["metric"], 2) for rows, shift in zip(differing(world), shifts.T)], dim=1
     )
     quiet = value_space.quiet(world["metric"], world["captions"], 3.0)
-    found = value_space.readings(quiet, world["concepts"], world["mean"], world["held"], also=more)
-    plain = value_space.readings(quiet, world["concepts"], world["mean"], world["held"])
+    found = value_space.blind(quiet, quiet @ torch.cat([centred(world), more], dim=1), world["held"])
+    plain = value_space.blind(quiet, quiet @ centred(world), world["held"])
     assert torch.allclose(found[:, :2], plain), "a direction more does not change the other readings"
     every = torch.cat([shifts, more], dim=1)
     left, right, _ = value_space.projection(found, every)

@@ -24,7 +24,7 @@ NEEDED = {
     "export": ["run=x", "to=map", "out=z"],
     "cache": [f"captions={__file__}", "backbone=mini"],
 }
-DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard")
+DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue")
 Place = tuple[str | int, ...]
 
 

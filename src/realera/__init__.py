@@ -3,7 +3,7 @@
 import sys
 
 __version__ = "0.1.0"
-DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard")
+DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue")
 
 # `python -m realera.train` imports this package first, when argv says -m and no more; realera-train is a script.
 if (sys.argv[:1] == ["-m"] and any(word in sys.orig_argv[1:] for word in (f"realera.{door}" for door in DOORS))) or any(

@@ -23,7 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from realera import costs, paths
-from realera.evaluation import cost
+from realera.evaluation import cost, residue
 from realera.evaluation.readings import (
     BESIDE_WHAT,
     ORDER,
@@ -42,6 +42,7 @@ from realera.paths import printable
 console = Console()
 STATES = {"done": "done", "found": "found finished", "refused": "refused", "failed": "failed"}  # of a sweep's cells
 MOST_CONCEPTS = 12  # rows of several erased concepts that the terminal shows; metrics.json has them all
+MOST_TEXTS = 24  # texts of a concept that the terminal shows; residue.json has them all
 MOST = 10  # reasons of refused cells that a plan shows; plan.json has them all
 
 
@@ -132,6 +133,29 @@ def show_run(folder: Path, metrics: Mapping[str, Any], title: str, erased: str =
         show_path("weights", folder / paths.ERASED)
     if (folder / paths.REPORT).is_file():
         show_path("page to open", folder / paths.REPORT)
+
+
+def show_residue(found: Mapping[str, Any]) -> None:
+    """Of every concept the texts that drew it before, and one's own; see `evaluation.residue`."""
+    for concept in found["concepts"]:
+        judged = found["judge"] is not None
+        table = Table(title=_plain(concept["concept"]), title_justify="left", caption=_plain(residue.sentence(concept)))
+        table.caption_justify = "left"
+        for head in ("text", "before", "after", *(["judged, %"] if judged else []), ""):
+            table.add_column(head, justify="left" if head in ("text", "") else "right")
+        name, *others = concept["texts"]
+        rows = [row for row in others if row["own"] or row["before"] <= found["within"]]
+        for row in (name, *rows[:MOST_TEXTS]):
+            drew, draws = (row[when] <= found["within"] for when in ("before", "after"))
+            said = [row.get(f"judged_{when}") for when in ("before", "after")]
+            shares = " → ".join("–" if share is None else f"{share:.0f}" for share in said) if "pictures" in row else ""
+            state = ("still draws it" if draws else "gone") if drew else "did not draw it"
+            cells = [_plain(row["text"]), f"{row['before']:.2f}", f"{row['after']:.2f}", *([shares] if judged else [])]
+            table.add_row(*cells, state, end_section=row is name)
+        if (more := len(rows) - MOST_TEXTS) > 0:
+            table.add_row(f"and {more} more in {paths.RESIDUE}")
+        console.print()
+        console.print(table)
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:

@@ -60,10 +60,9 @@ def closeness(rows: Tensor, name: Tensor, mean: Tensor, root: Tensor | None = No
     return torch.cosine_similarity(rows, name[None], dim=1)
 
 
-def nearest(texts: Sequence[str], cosines: Tensor, most: int) -> list[int]:
-    """Numbers of the texts with the largest cosines, at most so many; equal ones in their order."""
-    order = torch.argsort(cosines, descending=True, stable=True)
-    return order[: min(most, len(texts))].tolist()
+def nearest(cosines: Tensor, most: int) -> list[int]:
+    """Numbers of the largest of cosines (n,), at most so many; equal ones in their order."""
+    return torch.argsort(cosines, descending=True, stable=True)[:most].tolist()
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ COSTS = "costs.json"  # wall time by stage, passes of the U-Net, parameters, pea
 WANDB_ID = "wandb_id.txt"  # of the W&B run that it is
 os.umask(_UMASK := os.umask(0))  # it can only be read by being set, which other threads would see: here, once
 FORMATS = ("PNG", "JPEG", "WEBP")  # of images that are read: other readers of pillow's start programs (EPS), or are old
+RESIDUE, RESIDUE_PAGE = "residue.json", "residue.html"  # which texts draw the concept, before and after
 EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
 LOCK = disk.LOCK  # of the process that is making the run; gone when it has ended
 OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # what it leaves beside the erased weights, which name their digests

@@ -33,6 +33,7 @@ from realera.kinds import (
     Seed,
     Share,
     Strategy,
+    Vocabulary,
     WandbMode,
     Whole,
     Word,
@@ -148,6 +149,19 @@ class Demo(TypedDict):
     run: Run
     host: Host
     port: Port
+
+
+class Residue(TypedDict):
+    run: Run
+    texts: Prompt | list[Prompt]
+    vocabulary: Annotated[Vocabulary | list[Vocabulary], Filled()]
+    looked: Count
+    within: NonNegative
+    images: Count
+    pictured: Whole
+    seeds: Annotated[Seed | list[Seed], Filled()]
+    blur: bool | None
+    out: NewPath | None
 
 
 class Cache(TypedDict):

@@ -152,7 +152,8 @@ CHANGE = {
     "spectrum?": [maybe(number)],
     "probes?": [{"text": str, "split?": str}],
 }
-EDIT = {**CHANGE, "finish?": maybe(CHANGE)}
+SEEN = [{"text": str, "value": number, "apart": number}]
+EDIT = {**CHANGE, "finish?": maybe(CHANGE), "seen?": [{"concept": str, "erased": SEEN, "kept": SEEN}]}
 ALIGN = maybe({"steps?": maybe(number), "lora?": maybe(dict)})
 
 

@@ -112,7 +112,7 @@ def draw(
     """Draws the prompts with the model as it stands and, from the same seeds, with the original one."""
     meter = meter or Meter()
     chunk = config["images_at_once"]
-    guide = _guide(config)
+    guide = guide_of(config)
     meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler, guide))
     with _bar("original model's images", len(prompts), ranks) as advance, meter.stage(ORIGINALS):
         original_images(backbone, prompts, folder, chunk=chunk, advance=advance, ranks=ranks)
@@ -264,7 +264,7 @@ def compare(judge: SetJudge, config: Mapping[str, Any], folder: Path, own: str) 
 
 def pairs_from(backbone: Backbone, config: Mapping[str, Any]) -> Callable[[str, int], dict[str, Tensor]]:
     """(prompt, seed) -> {"original": uint8 (H, W, 3), "erased": the same}, drawn from the same noise."""
-    guide = _guide(config)
+    guide = guide_of(config)
 
     def draw(prompt: str, seed: int) -> dict[str, Tensor]:
         with backbone.original():
@@ -274,7 +274,7 @@ def pairs_from(backbone: Backbone, config: Mapping[str, Any]) -> Callable[[str, 
     return draw
 
 
-def _guide(config: Mapping[str, Any]) -> Guide | None:
+def guide_of(config: Mapping[str, Any]) -> Guide | None:
     """The method's hook on the guided noise, which belongs to how its images are drawn."""
     node = (config.get("method") or {}).get("guide")
     return build(node) if node else None

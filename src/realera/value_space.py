@@ -107,22 +107,12 @@ def further(differences: Tensor, shift: Tensor, metric: Tensor, count: int) -> T
     return scatter @ root @ vectors[:, -count:].flip(1) / values[-count:].flip(0)
 
 
-def readings(
-    quiet: Tensor, concepts: Tensor, mean: Tensor, held: Tensor, keep: float = math.inf, also: Tensor | None = None
-) -> Tensor:
-    """U (D, n + m): one reading for each column of concepts (D, n), and of also (D, m), which are differences of rows
-    and so have no mean to take off.
-
-    held: columns h (D, m) with U^T h = 0, made so by U <- U - Q H (H^T Q H)^+ H^T U, the nearest readings in Q^-1 that
-    are blind to them; the pseudo-inverse, for names that are held may depend on one another. keep: a price on what is
-    read of them in place of that, (H^T Q H + I / keep)^-1; inf = exactly.
-    """
-    centred = concepts - mean[:, None]
-    return blind(quiet, quiet @ (centred if also is None else torch.cat([centred, also], dim=1)), held, keep)
-
-
 def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf) -> Tensor:
-    """Readings (D, n) made blind to held (D, m), as in `readings`."""
+    """Readings (D, n) made blind to held (D, m): U <- U - Q H (H^T Q H)^+ H^T U, the nearest ones in Q^-1 with U^T H = 0;
+    the pseudo-inverse, for names that are held may depend on one another.
+
+    keep: a price on what is read of them in place of that, (H^T Q H + I / keep)^-1; inf = exactly, 0 = not at all.
+    """
     if held.shape[1] == 0 or keep == 0:
         return readings
     known = quiet @ held
@@ -134,6 +124,25 @@ def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf)
     price = float(products.diagonal().mean()) / keep
     system = products + price * torch.eye(len(products), dtype=torch.float64)
     return readings - known @ torch.linalg.solve(system, held.T @ readings)
+
+
+def fitted(seen: Tensor, columns: Tensor, goals: Tensor, price: float) -> Tensor:
+    """(D,): a reading that gives 1 on a concept and comes near its goal on each of further texts.
+
+    columns B (D, 1 + m): the concept's e - mu and the texts', less mu. seen (D, 1 + m): their readings, Q B made blind
+    to what is held. goals y (m,): 1 for a text that draws the concept, 0 for one that does not. With S = B^T seen and
+    s = S_00 / price, so that price means the same whatever the scale of Q, the blind reading that minimises
+
+        u^T Q^-1 u + (1 / s) sum_j (u^T b_j - y_j)^2    with u^T (e - mu) = 1
+
+    is u = seen (S + diag(0, s, ..., s))^-1 (1, y). price 0: seen's first column, which reads the concept alone.
+    """
+    if price == 0 or columns.shape[1] == 1:
+        return seen[:, 0]
+    system = columns.T @ seen
+    system = (system + system.T) / 2
+    system[1:, 1:] += torch.eye(len(goals), dtype=torch.float64) * (system[0, 0] / price)
+    return seen @ torch.linalg.solve(system, torch.cat([torch.ones(1, dtype=torch.float64), goals]))
 
 
 def projection(

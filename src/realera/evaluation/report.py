@@ -20,6 +20,7 @@ from realera.evaluation.sheets import first_pairs, sheets
 log = logging.getLogger(__name__)
 
 TEMPLATE = "report.html.j2"
+MOST_SEEN = 12  # concepts whose mined texts are listed; edit.json has them all
 SPLITS: Mapping[Split, tuple[str, str]] = {
     "erase": ("Asked for by name", "The concept itself. It should be gone."),
     "near": ("Asked for by paraphrase", "Other words that mean the concept. It should be gone too."),
@@ -177,6 +178,8 @@ def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "layers": charts.layer_bars(edit["layers"]) if edit.get("layers") else None,
         "spectrum": charts.spectrum(edit["spectrum"]) if edit.get("spectrum") else None,
         "shifts": charts.shifts(edit.get("probes", [])),
+        "seen": edit.get("seen", [])[:MOST_SEEN],
+        "more_seen": len(edit.get("seen", [])[MOST_SEEN:]),
     }
 
 

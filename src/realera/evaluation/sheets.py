@@ -120,6 +120,12 @@ def picture(file: Path, row: Row, said: Verdict | None, headline: Mapping[str, M
     return Picture(uri, label, f"{title}: {words}", good, small)
 
 
+def plain_picture(file: Path, text: str, label: str) -> Picture:
+    """An image of a text, and the judge's label of it."""
+    uri, small = _data_uri(file)
+    return Picture(uri, label, f"{text}: {label}" if label else text, None, small)
+
+
 def _words(row: Row, said: Verdict, headline: Mapping[str, Mode]) -> tuple[str, str, bool | None]:
     """A verdict as its split's measure reads it: in short, in full, and whether it is what erasing wants (None: a score
     is neither)."""

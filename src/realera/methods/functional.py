@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 from realera import foreign, nearness, paths
 from realera.band import Rows
-from realera.contracts import VALUES, Backbone, Concept, NamedPrompt, Neighbours, Pair, TextStates, UserError
+from realera.contracts import VALUES, Backbone, Concept, NamedPrompt, Neighbours, Pair, UserError
 from realera.kinds import Batch, Count, Filled, NonNegative, Vocabulary, Whole
 from realera.ledger import kept
 from realera.methods.latents import drawn
@@ -30,14 +30,14 @@ from realera.neighbours import align_rows
 from realera.value_space import metric, roots
 
 WORDS = "words"
+KEPT = 256 << 20  # bytes of encoded texts that stay in memory
 Vocabularies = Annotated[Sequence[Vocabulary], Filled()]
 
 
 @dataclass(frozen=True)
 class Sight:
     """What was seen around a concept's name, the nearest in predicted noise first. erased: texts that draw it. kept:
-    texts whose values or text states lie near its name and that do not draw it. Texts between the two are in
-    neither."""
+    texts near its name that do not draw it, the nearest in values first. Texts between the two are in neither."""
 
     concept: str
     erased: Sequence[Seen]
@@ -84,7 +84,8 @@ class FunctionalMining:
         self.chunk = chunk
         self.backbone: Backbone | None = None
         self.seen: dict[Concept, Sight] = {}
-        self.encoded: dict[Concept, tuple[Pair, Pair]] = {}
+        self.encoded: dict[Concept, tuple[Pair, Pair]] = {}  # of the first concepts, as many as `KEPT` bytes hold
+        self.room = KEPT
 
     def prepare(self, backbone: Backbone) -> None:
         """The model that looks: its original weights do, whatever is done to it later."""
@@ -116,20 +117,27 @@ class FunctionalMining:
         )
 
     def _texts(self, pair: Pair) -> tuple[Pair, Pair]:
-        """(near, beyond), encoded, each against the anchor and itself."""
-        if pair.concept not in self.encoded:
-            if self.backbone is None:
-                raise RuntimeError("functional mining needs prepare(backbone) first")
-            sight = self.look(self.backbone, pair)
-            self.seen[pair.concept] = sight
-            near = [seen.text for seen in sight.erased]
-            beyond = [seen.text for seen in sight.kept]
-            named = [on_cpu(_whole(self.backbone, texts)) for texts in (near, [pair.concept.anchor] * len(near), beyond)]
-            self.encoded[pair.concept] = (
-                Pair(pair.concept, named[0], named[1]),
-                Pair(pair.concept, named[2], named[2]),
+        """(near, beyond), encoded: texts that draw the concept against the anchor, and those that stay against
+        themselves."""
+        if (found := self.encoded.get(pair.concept)) is not None:
+            return found
+        if (backbone := self.backbone) is None:
+            raise RuntimeError("functional mining needs prepare(backbone) first")
+        if (sight := self.seen.get(pair.concept)) is None:
+            sight = self.seen[pair.concept] = self.look(backbone, pair)
+        near, anchors, beyond = (
+            on_cpu(backbone.encode([NamedPrompt.of("{}", text) for text in texts]))
+            for texts in (
+                [seen.text for seen in sight.erased],
+                [pair.concept.anchor] * len(sight.erased),
+                [seen.text for seen in sight.kept],
             )
-        return self.encoded[pair.concept]
+        )
+        both = Pair(pair.concept, near, anchors), Pair(pair.concept, beyond, beyond)
+        self.room -= sum(states.states.nbytes for states in (near, anchors, beyond))
+        if self.room >= 0:
+            self.encoded[pair.concept] = both
+        return both
 
     def look(self, backbone: Backbone, pair: Pair) -> Sight:
         """What the original model sees around a concept."""
@@ -137,30 +145,32 @@ class FunctionalMining:
         candidates = self.candidates(backbone, name)
         far = measured(backbone, self.drawn(backbone, pair), name, [text for text, _ in candidates], paths.cache_dir())
         seen = [Seen(text, value, apart) for (text, value), apart in zip(candidates, far.tolist())]
-        seen.sort(key=lambda one: one.apart)
-        return Sight(
-            name,
-            erased=[one for one in seen if one.apart <= self.within][: self.most],
-            kept=[one for one in seen if one.apart > self.outside][: self.most],
-        )
+        drawing = sorted((one for one in seen if one.apart <= self.within), key=lambda one: one.apart)
+        others = sorted((one for one in seen if one.apart > self.outside), key=lambda one: -one.value)
+        return Sight(name, drawing[: self.most], others[: self.most])
 
     def drawn(self, backbone: Backbone, pair: Pair) -> Tensor:
         """Latents (images, C, h, w) of the concept by the original model."""
         title = f"Images of '{pair.concept.target}' to look at"
         return drawn(backbone, pair.target, self.images, self.chunk, None, paths.cache_dir(), 0, title)
 
-    def candidates(self, backbone: Backbone, name: str) -> list[tuple[str, float]]:
-        """(text, closeness in values) of the texts whose noise is worth measuring; the name is not among them."""
-        texts = [text for text in texts_of(backbone, self.vocabulary) if text.casefold() != name.casefold()]
+    def candidates(self, backbone: Backbone, name: str, also: Sequence[str] = ()) -> list[tuple[str, float]]:
+        """(text, closeness in values) of the texts whose noise is worth measuring: those of `also`, then the nearest of
+        the vocabulary. The name is not among them, nor what is longer than a prompt may be."""
+        found = [text for text in texts_of(backbone, self.vocabulary) if _read_whole(backbone, text)]
         cache = paths.cache_dir()
-        rows = ends_of(backbone, texts, cache)
+        rows = torch.cat([nearness.ends(backbone, also), ends_of(backbone, found, cache)])
+        texts = [*also, *found]
         own = nearness.ends(backbone, [name])[0]
         mean = ends_of(backbone, texts_of(backbone, [EVERYDAY]), cache).double().mean(dim=0)
         weights = [layer.weight for key, layer in backbone.cross_attention().items() if key.endswith(VALUES)]
         values = nearness.closeness(rows, own, mean, roots(metric(weights))[0])
-        found = nearness.nearest(texts, values, self.looked)
-        found += nearness.nearest(texts, nearness.closeness(rows, own, mean), self.beside)
-        return [(texts[i], float(values[i])) for i in dict.fromkeys(found) if _read_whole(backbone, texts[i])]
+        given = {name.casefold(), *(text.casefold() for text in also)}
+        others = [i for i, text in enumerate(texts) if text.casefold() not in given]
+        chosen = [i for i, text in enumerate(also) if text.casefold() != name.casefold()]
+        for cosines, most in ((values, self.looked), (nearness.closeness(rows, own, mean), self.beside)):
+            chosen += [others[i] for i in nearness.nearest(cosines[others], most)]
+        return [(texts[i], float(values[i])) for i in dict.fromkeys(chosen)]
 
 
 def texts_of(backbone: Backbone, vocabulary: Sequence[str]) -> list[str]:
@@ -210,11 +220,6 @@ def _read_whole(backbone: Backbone, text: str) -> bool:
     except UserError:
         return False
     return True
-
-
-def _whole(backbone: Backbone, texts: Sequence[str]) -> TextStates:
-    """Encoded texts that are names from their first to their last sub-token."""
-    return backbone.encode([NamedPrompt.of("{}", text) for text in texts])
 
 
 def _some(count: int, asked: float | None, generator: Generator) -> Tensor:

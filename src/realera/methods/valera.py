@@ -44,7 +44,9 @@ class ValueSpaceErasure:
     "as_they_are" = a layer that writes much counts much, "equal". tolerance: of the readings, added to U^T X, whose
     diagonal is 1: needed where concepts are many or alike, 0 = they are taken away entirely. directions: of each
     concept, how many are projected out: 1 = the mean row's shift to the anchor's; more = also those in which the
-    rows of its prompts differ most from the anchor's around that (`value_space.further`).
+    rows of its prompts differ most from the anchor's around that (`value_space.further`). mined_price: how much counts
+    what was mined, where the method has neighbours: 0 = nothing, more = texts that draw the concept are read more
+    nearly as it is, and texts that do not are read less (`value_space.fitted`).
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class ValueSpaceErasure:
         layers: Literal["as_they_are", "equal"] = "as_they_are",
         tolerance: NonNegative = 0.0,
         directions: Directions = 1,
+        mined_price: NonNegative = 1.0,
     ) -> None:
         self.projections = projections
         self.read: Read = projections if read is None else read
@@ -76,9 +79,11 @@ class ValueSpaceErasure:
         self.layers = layers
         self.tolerance = tolerance
         self.directions = directions
+        self.mined_price = mined_price
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
-        """Neighbours are not used."""
+        """neighbours: of each concept, where the method mines: near points are read as the concept is, points beyond are
+        not read."""
         metric = torch.eye(backbone.width, dtype=torch.float64)
         if self.read != "text":
             metric = value_space.metric(_weights(backbone, PROJECTIONS[self.read]), self.layers)
@@ -89,14 +94,24 @@ class ValueSpaceErasure:
         )
         empty = backbone.encode([""]).states[0].double().cpu()
         held = torch.stack([rows.mean, empty[0], empty[1:].mean(dim=0)], dim=1)
+        kept = self._kept(backbone) if self.keep else held[:, :0]
+        exactly = math.isinf(self.keep_price)
+
+        def read(columns: Tensor) -> Tensor:
+            """Readings of columns (D, n), blind to what is held."""
+            found = quiet @ columns
+            if exactly:
+                return value_space.blind(quiet, found, torch.cat([held, kept], dim=1))
+            return value_space.blind(quiet, value_space.blind(quiet, found, kept, self.keep_price), held)
+
         more = self._further(pairs, concepts - anchors, metric)
-        found = value_space.readings(quiet, concepts, rows.mean, held, also=more)
-        if self.keep:
-            kept = self._kept(backbone)
-            exactly = math.isinf(self.keep_price)
-            known = torch.cat([held, kept], dim=1) if exactly else kept
-            found = value_space.readings(quiet, concepts, rows.mean, known, self.keep_price, more)
-            found = found if exactly else value_space.blind(quiet, found, held)
+        centred = concepts - rows.mean[:, None]
+        found = read(centred if more is None else torch.cat([centred, more], dim=1))
+        for i, mined in enumerate(neighbours if self.mined_price > 0 else ()):
+            near, beyond = _means(mined.near, mined.near_rows), _means(mined.beyond, mined.beyond_rows)
+            columns = torch.cat([concepts[:, i : i + 1], near, beyond], dim=1) - rows.mean[:, None]
+            goals = torch.cat([torch.ones(near.shape[1]), torch.zeros(beyond.shape[1])]).double()
+            found[:, i] = value_space.fitted(read(columns), columns, goals, self.mined_price)
         shifts = concepts - anchors if more is None else torch.cat([concepts - anchors, more], dim=1)
         left, right, info = value_space.projection(found, shifts, self.gain, self.tolerance)
         counted = {"concepts": len(pairs), "names_preserved": len(self.keep), "captions_rows": rows.count}
@@ -129,6 +144,12 @@ class ValueSpaceErasure:
             states = backbone.encode([template.replace("{}", name) for template in self.keep_templates])
             columns.append(states.states[:, 1:].double().mean(dim=(0, 1)).cpu())
         return torch.stack(columns, dim=1)
+
+
+def _means(states: Tensor, rows: Tensor) -> Tensor:
+    """(D, S) float64: each sample's mean over the rows that count. states (S, T, D), rows (S, T)."""
+    weights = rows.double()[..., None]
+    return ((states.double() * weights).sum(dim=1) / weights.sum(dim=1)).T.cpu()
 
 
 def _weights(backbone: Backbone, endings: Sequence[str]) -> list[Tensor]:

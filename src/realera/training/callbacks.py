@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,18 @@ class ClosedFormEdit(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = _erasure(pl_module)
         method, backbone = module.method, module.backbone
+        if (prepare := getattr(method.neighbours, "prepare", None)) is not None:
+            prepare(backbone)
         if method.edit is not None:
-            with self.meter.stage("edit"):
+            with self.meter.stage("edit"), ledger() as found:
                 if method.neighbours is not None:
-                    if (prepare := getattr(method.neighbours, "prepare", None)) is not None:
-                        prepare(backbone)
                     self.mined = Mined(method.neighbours, module.pairs, module.seed)
                 edit = method.edit(backbone, module.pairs, self.mined)
+                if found.files:
+                    self.meter.spared("edit", found)
             self.report = self._apply(module, edit, "edit")
+            if (sights := getattr(method.neighbours, "sights", None)) is not None:
+                self.report["seen"] = [asdict(sight) for sight in sights()]
             for logger in trainer.loggers:
                 logger.log_metrics({f"edit/{name}": value for name, value in self.report["info"].items()}, step=0)
             if trainer.is_global_zero:

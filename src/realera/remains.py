@@ -1,0 +1,114 @@
+"""Which texts drew a concept before a run erased it, and which still do: the measuring behind `realera.residue`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from realera import console, nearness, paths, steps
+from realera.contracts import Backbone, Guide, Judge, Pair, Prompt, Task
+from realera.evaluation.records import Which, read_manifest
+from realera.methods.functional import FunctionalMining, measured
+from realera.runs import Run
+from realera.tasks.prompts import slug
+from realera.training.pairs import encoded_pairs
+
+
+def measure(run: Run, task: Task, asked: Mapping[str, Any], out: Path, judging: bool) -> dict[str, Any]:
+    """Looks around every concept of a run, draws the nearest texts into `out`, and writes residue.json there.
+
+    asked: the settings of conf/residue.yaml. judging: whether the run's own judge looks at the pictures.
+    """
+    backbone = steps.load_run(run)
+    guide = steps.guide_of(run.config)
+    own = list(dict.fromkeys(_listed(asked["texts"])))
+    concepts = [_around(backbone, pair, guide, own, asked) for pair in encoded_pairs(backbone, task)]
+    prompts = [
+        prompt
+        for number, concept in enumerate(concepts)
+        for prompt in _prompts(number, concept, asked["pictured"], _listed(asked["seeds"]))
+    ]
+    steps.draw(backbone, prompts, out, run.config)
+    judge = steps.build_judge(run.config, task) if judging and prompts else None
+    if judge is not None:
+        _judge(judge, out, concepts)
+    found = {
+        "run": str(run.folder),
+        "method": str(run.config["method"]["name"]),
+        "backbone": backbone.name,
+        "judge": None if judge is None else judge.name,
+        "within": asked["within"],
+        "vocabulary": _listed(asked["vocabulary"]),
+        "concepts": concepts,
+    }
+    paths.write_text(out / paths.RESIDUE, paths.json_text(found, indent=1) + "\n")
+    return found
+
+
+def _around(
+    backbone: Backbone, pair: Pair, guide: Guide | None, own: Sequence[str], asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Of one concept: every text that was asked for, those that drew it most nearly before the erasure first.
+
+    value, before, after: `nearness.closeness`, and `nearness.apart` with the original model and with the erased one.
+    """
+    name, anchor = pair.concept.target, pair.concept.anchor
+    miner = FunctionalMining(_listed(asked["vocabulary"]), asked["looked"], 0, images=asked["images"])
+    with backbone.original():
+        near = miner.candidates(backbone, name, own)
+        images: Tensor = miner.drawn(backbone, pair)
+    texts = [name, *(text for text, _ in near)]
+    before = measured(backbone, images, name, texts, paths.cache_dir()).tolist()
+    with console.bar(f"texts near '{name}', erased model", len(texts)) as advance:
+        after = nearness.apart(backbone, images, name, texts, guide, advance).tolist()
+    values = [1.0, *(value for _, value in near)]
+    rows = [
+        {"text": text, "own": text in own, "value": value, "before": was, "after": now}
+        for text, value, was, now in zip(texts, values, before, after)
+    ]
+    rows[1:] = sorted(rows[1:], key=lambda row: row["before"])
+    drew = [row for row in rows[1:] if row["before"] <= asked["within"]]
+    left = [row for row in drew if row["after"] <= asked["within"]]
+    return {"concept": name, "anchor": anchor, "drew": len(drew), "left": len(left), "texts": rows}
+
+
+def _prompts(number: int, concept: dict[str, Any], most: int, seeds: Sequence[int]) -> list[Prompt]:
+    """The name, one's own texts, and the `most` that drew the concept most nearly, from every seed; marks their rows."""
+    rows = concept["texts"]
+    chosen = [row for place, row in enumerate(rows) if place <= most or row["own"]]
+    found = []
+    for row in chosen:
+        row["pictures"] = [f"{number:03d}-{slug(row['text'])}-{seed:04d}" for seed in seeds]
+        found += [
+            Prompt(id, row["text"], concept["concept"], "associated", seed) for id, seed in zip(row["pictures"], seeds)
+        ]
+    return found
+
+
+def _judge(judge: Judge, out: Path, concepts: Sequence[dict[str, Any]]) -> None:
+    """Adds to the rows that were drawn: for either model the judge's mean probability of the concept in percent (None:
+    no image could be judged), and its label of each image."""
+    drawn = read_manifest(out)
+    rows = {id: row for concept in concepts for row in concept["texts"] for id in row.get("pictures", ())}
+    sides: tuple[tuple[Which, str], ...] = (("original", "before"), ("erased", "after"))
+    with console.bar(f"judged by {judge.name}", 2 * len(drawn)) as advance:
+        for side, when in sides:
+            verdicts = judge([row.path(out, side) for row in drawn], [row.prompt for row in drawn])
+            advance(len(drawn))
+            values: dict[int, list[float]] = {}
+            for verdict in verdicts:
+                row = rows[verdict.prompt_id]
+                row.setdefault(f"labels_{when}", []).append(verdict.label)
+                if verdict.value == verdict.value:
+                    values.setdefault(id(row), []).append(100 * verdict.value)
+            for row in rows.values():
+                scored = values.get(id(row))
+                row[f"judged_{when}"] = statistics.mean(scored) if scored else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,73 @@
+"""Which texts draw a concept before and after a run erased it: python -m realera.residue run=latest"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from realera import cli, console, lengths, paths, preflight, processes, runs, trust
+from realera.contracts import UserError
+
+
+def residue(cfg: DictConfig) -> None:
+    config = cli.plain(cfg)
+    if cli.in_sweep():
+        preflight.check_sweep({})
+    if processes.plan(None, cli.cuda_devices()).world > 1:
+        raise UserError("realera.residue works in one process: start it without torchrun or srun.")
+    run = runs.open_run(str(config["run"]))
+    if runs.is_original(run.config):
+        raise UserError(f"{run.folder} erased nothing: give the run of a method.")
+    asked = {key: config[key] for key in ("texts", "vocabulary", "looked", "within", "images", "pictured", "seeds")}
+    out = folder_of(config, run, asked)
+    task = cli.build_task(run.config)
+    trust.check_tables(run.config, run.folder)
+    judging = judges(run.config)
+    if judging:
+        preflight.check_judge(run.config)
+    preflight.check_run(run)
+    preflight.check_model(run.config["backbone"])
+    cli.say_backbone(run.config, str(run.folder))
+    lengths.warn(config["texts"], run.config["backbone"], "texts")
+
+    from realera import remains  # torch and diffusers: loaded when nothing is left to refuse
+    from realera.evaluation.residue import write_page
+
+    with runs.alone(out, key="out"):
+        found = remains.measure(run, task, asked, out, judging)
+        page = write_page(out, found, run.config, config["blur"])
+    console.show_residue(found)
+    console.show_path("numbers", out / paths.RESIDUE)
+    console.show_path("page to open", page)
+
+
+def judges(config: dict[str, Any]) -> bool:
+    """Whether the run's own judge looks at the pictures: not where a run folder may not choose what is started."""
+    judge = config.get("judge")
+    if not judge:
+        return False
+    if trust.interpreter(judge) or trust.brought_model(judge):
+        cli.log.warning("the pictures are not judged: the run's judge is a program or a model that its folder names.")
+        return False
+    return True
+
+
+def folder_of(config: dict[str, Any], run: runs.Run, asked: dict[str, Any]) -> Path:
+    """Where the page goes, which may hold nothing but an earlier one."""
+    out = Path(str(config["out"] or paths.inside(run.folder, f"residue/{runs.digest(asked)}")))
+    runs.check_files(out)
+    others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
+    if others and ((out / paths.CONFIG).exists() or not (out / paths.MANIFEST).is_file()):
+        raise UserError(f"out={out} holds other files: give a new or an empty folder.")
+    preflight.check_writable(out, "out")
+    return out
+
+
+def main() -> None:
+    cli.door("residue", residue)
+
+
+if __name__ == "__main__":
+    cli.as_process(main)

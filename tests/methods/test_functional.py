@@ -1,0 +1,152 @@
+"""Mining by what the model draws, on a small backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator
+
+from options import built
+from realera import paths
+from realera.contracts import Edit, UserError
+from realera.methods.functional import FunctionalMining, measured, texts_of
+from realera.methods.realera import ClosedForm
+from realera.methods.valera import ValueSpaceErasure
+from realera.neighbours import counted_rows
+
+CAT = ("cat", "field")
+TEXTS = ("a kitten", "a dog", "Cat", "two trees", "the sea at night", "a red house", " ", "a kitten")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    return str(tmp_path / "texts.txt")
+
+
+def miner(file: str, backbone: Any, **settings: Any) -> FunctionalMining:
+    found = FunctionalMining([file], **{"looked": 3, "beside": 2, "images": 2, **settings})
+    found.prepare(backbone)
+    return found
+
+
+def stream() -> Generator:
+    return Generator().manual_seed(0)
+
+
+def test_texts_are_told_by_their_noise(new_backbone: Any, new_pairs: Any, file: str) -> None:
+    backbone = new_backbone()
+    (pair,) = new_pairs(backbone, CAT)
+    every = miner(file, backbone, looked=5, beside=0, within=1e9, outside=1e9)
+    mined = every(pair, stream())
+    (sight,) = every.sights()
+    seen = {one.text: one for one in sight.erased}
+    assert set(seen) == {"a kitten", "a dog", "two trees", "the sea at night", "a red house"}, "without the name"
+    assert [one.apart for one in sight.erased] == sorted(one.apart for one in sight.erased) and not sight.kept
+    far = measured(backbone, every.drawn(backbone, pair), "cat", list(seen), paths.cache_dir())
+    assert [one.apart for one in seen.values()] == pytest.approx(far.tolist(), rel=1e-5)
+    assert mined.near.shape == mined.near_targets.shape == (5, 77, backbone.width) and len(mined.beyond) == 0
+
+    middle = sight.erased[2].apart
+    some = miner(file, backbone, looked=5, beside=0, within=sight.erased[1].apart, outside=middle)
+    both = some(pair, stream())
+    (parted,) = some.sights()
+    assert [one.text for one in parted.erased] == [one.text for one in sight.erased[:2]]
+    assert {one.text for one in parted.kept} == {one.text for one in sight.erased[3:]}
+    assert [one.value for one in parted.kept] == sorted((one.value for one in parted.kept), reverse=True)
+    assert len(both.near) == 2 and len(both.beyond) == 2
+    one = miner(file, backbone, looked=5, beside=0, within=0.0, outside=middle, most=1)
+    one(pair, stream())
+    assert len(one.sights()[0].erased) == 0 and len(one.sights()[0].kept) == 1
+
+    states = backbone.encode(["a kitten"]).states[0]
+    place = list(seen).index("a kitten")
+    rows = mined.near_rows[place]
+    assert torch.allclose(mined.near[place], states) and not bool(rows[0]) and bool(rows[1])
+    anchor = backbone.encode(["field"]).states[0]
+    last = int(backbone.encode(["a kitten"]).length[0])
+    assert torch.allclose(mined.near_targets[place][last - 1], anchor[1]), "last sub-token on last sub-token"
+
+
+def test_steps_are_given_as_many_as_they_ask_for(new_backbone: Any, new_pairs: Any, file: str) -> None:
+    backbone = new_backbone()
+    (pair,) = new_pairs(backbone, CAT)
+    some = miner(file, backbone, within=1e9, outside=1e9)
+    mined = some(pair, stream(), m=2, n=1, prompts=[0])
+    assert len(mined.near) == len(mined.near_rows) == 2 and len(mined.beyond) == 0
+    none = miner(file, backbone, within=0.0, outside=1e9)(pair, stream(), m=1, n=1)
+    assert any(torch.equal(none.near[0], state) for state in pair.target.states), "one of its own prompts"
+    kept = miner(file, backbone, within=0.0, outside=0.0)
+    assert len(kept(pair, stream(), m=1, n=3).beyond) == 3
+
+
+def test_what_was_seen_is_the_original_model_s_and_is_kept(new_backbone: Any, new_pairs: Any, file: str) -> None:
+    backbone = new_backbone()
+    (pair,) = new_pairs(backbone, CAT)
+    first = miner(file, backbone)
+    first(pair, stream())
+    spent = backbone.passes
+    assert spent > 0
+    backbone.apply(Edit(map=torch.eye(backbone.width, dtype=torch.float64) * 0.5))
+    again = miner(file, backbone)
+    again(pair, stream())
+    assert again.sights() == first.sights() and backbone.passes == spent
+    with pytest.raises(RuntimeError, match="prepare"):
+        FunctionalMining([file])(pair, stream())
+
+
+def test_vocabularies(new_backbone: Any, file: str, tmp_path: Path) -> None:
+    backbone = new_backbone()
+    assert texts_of(backbone, [file]) == ["a kitten", "a dog", "Cat", "two trees", "the sea at night", "a red house"]
+    words = texts_of(backbone, ["words"])
+    assert words == [word for word in words if word.isalpha() and word.isascii() and len(word) > 2]
+    assert len(set(words)) == len(words)
+    for word in words[:20]:
+        assert len(backbone.tokens([word])[0]) == 1
+    assert len(texts_of(backbone, ["everyday"])) == 393
+    (tmp_path / "long.txt").write_text("a kitten\n" + "very " * 100 + "long\n")
+    assert [text for text, _ in FunctionalMining([str(tmp_path / "long.txt")]).candidates(backbone, "cat")] == ["a kitten"]
+    (tmp_path / "torn.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"torn\.txt cannot be read"):
+        texts_of(backbone, [str(tmp_path / "torn.txt")])
+    with pytest.raises(UserError, match="outside"):
+        built(FunctionalMining, within=0.5, outside=0.4)
+    with pytest.raises(UserError, match="vocabulary"):
+        built(FunctionalMining, vocabulary=["nowhere.txt"])
+
+
+def test_closed_forms_use_what_was_mined(new_backbone: Any, new_pairs: Any, file: str) -> None:
+    backbone = new_backbone()
+    (pair,) = new_pairs(backbone, CAT)
+    every = miner(file, backbone, looked=2, beside=0, within=1e9, outside=1e9)
+    mined = every(pair, stream())
+    plain = ClosedForm()(backbone, [pair], [])
+    with_texts = ClosedForm()(backbone, [pair], [mined])
+    assert with_texts.info["rows_near"] == int(mined.near_rows.sum()) and plain.map is not None
+
+    def off(map: Any) -> float:
+        rows, to = mined.near[mined.near_rows].double(), mined.near_targets[mined.near_rows].double()
+        return float((rows @ map.T - to).norm())
+
+    assert off(with_texts.map) < off(plain.map)
+
+    edits = {price: ValueSpaceErasure(mined_price=price)(backbone, [pair], [mined]) for price in (0.0, 1.0, 1e8)}
+    without = ValueSpaceErasure()(backbone, [pair], [])
+    assert torch.equal(edits[0.0].map, without.map)
+    for edit in edits.values():
+        assert torch.allclose(edit.map @ edit.map, edit.map, atol=1e-7)
+    _, right = edits[1e8].factors
+    own = pair.target.states[counted_rows(pair.target, "suffix")]
+    means = [rows.double().mean(dim=0) for rows in (own, *(s[r] for s, r in zip(mined.near, mined.near_rows)))]
+    shares = [float(right[0] @ mean) for mean in means]
+    assert shares[1:] == pytest.approx([shares[0]] * 2, rel=1e-3), "texts that draw the concept are read as it is"
+    far = [float(without.factors[1][0] @ mean) for mean in means]
+    assert max(abs(share - far[0]) for share in far[1:]) > 0.01 * abs(far[0])
