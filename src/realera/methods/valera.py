@@ -90,13 +90,12 @@ class ValueSpaceErasure:
         empty = backbone.encode([""]).states[0].double().cpu()
         held = torch.stack([rows.mean, empty[0], empty[1:].mean(dim=0)], dim=1)
         more = self._further(pairs, concepts - anchors, metric)
-        found = value_space.readings(quiet, concepts, rows.mean, held, also=more)
-        if self.keep:
-            kept = self._kept(backbone)
-            exactly = math.isinf(self.keep_price)
-            known = torch.cat([held, kept], dim=1) if exactly else kept
-            found = value_space.readings(quiet, concepts, rows.mean, known, self.keep_price, more)
-            found = found if exactly else value_space.blind(quiet, found, held)
+        kept = self._kept(backbone) if self.keep else held[:, :0]
+        if math.isinf(self.keep_price):
+            held = torch.cat([held, kept], dim=1)
+        found = value_space.readings(quiet, concepts, rows.mean, held, more)
+        if not math.isinf(self.keep_price):
+            found = value_space.blind(value_space.beside(quiet, held), found, kept, self.keep_price)
         shifts = concepts - anchors if more is None else torch.cat([concepts - anchors, more], dim=1)
         left, right, info = value_space.projection(found, shifts, self.gain, self.tolerance)
         counted = {"concepts": len(pairs), "names_preserved": len(self.keep), "captions_rows": rows.count}
