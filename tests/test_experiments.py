@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from options import check_part, method_settings
 from realera import cli, preflight
 from realera.paths import CONF_DIR
 
@@ -60,6 +63,19 @@ def test_every_decision_that_is_varied_can_be_taken(
         if (align := config["method"]["align"]) is not None:
             lora = cli.build(align["lora"])
             assert new_backbone().add_adapter(lora, torch.Generator()), label
+
+
+def test_every_variant_of_valera_s_ablation_can_be_taken_and_is_another() -> None:
+    lines = (FOLDER / "valera_ablation" / "variants.txt").read_text(encoding="utf-8").splitlines()
+    own = OmegaConf.to_container(method_settings("valera").edit, resolve=False)
+    assert isinstance(own, dict)
+    varied = []
+    for line in lines:
+        label, _, said = line.partition("|")
+        given = yaml.safe_load(f"{{{said.replace('TOLD', '[cat]').replace('QUARTER', __file__)}}}")
+        check_part({**own, **given}, f"method.edit of {label}")
+        varied.append({**own, **given})
+    assert varied[0] == own and all(one != other for i, one in enumerate(varied) for other in varied[:i])
 
 
 def test_the_study_s_script_types_what_the_command_line_takes(tmp_path: Path) -> None:

@@ -165,6 +165,27 @@ def test_a_price_on_names_goes_from_nothing_to_exactly(world: dict[str, Tensor])
     assert sizes[0] == float((found.T @ world["names"]).norm())
 
 
+def test_a_price_beside_what_is_held_is_the_minimum_of_both_and_ends_in_holding_both(world: dict[str, Tensor]) -> None:
+    """(u - u0)^T Q^-1 (u - u0) + keep / d ||K^T u||^2 subject to H^T u = 0, by a general solver."""
+    quiet = value_space.quiet(world["metric"], world["captions"], 3.0)
+    held, names = world["held"][:, :1], world["names"]
+    found = value_space.blind(quiet, quiet @ centred(world), held)
+    rest = value_space.beside(quiet, held)
+    average = float((names.T @ rest @ names).diagonal().mean())
+    inner = torch.linalg.inv(quiet)
+    start = quiet @ (world["concepts"] - world["mean"][:, None])
+    for keep in (0.3, 5.0):
+        top = torch.cat([inner + keep / average * names @ names.T, held], dim=1)
+        system = torch.cat([top, torch.cat([held.T, torch.zeros(1, 1, dtype=torch.float64)], dim=1)])
+        right = torch.cat([inner @ start, torch.zeros(1, 2, dtype=torch.float64)])
+        slow = torch.linalg.solve(system, right)[:D]
+        assert torch.allclose(
+            value_space.blind(rest, found, names, keep), slow, rtol=1e-6, atol=1e-9 * slow.abs().max()
+        )
+    both = value_space.blind(quiet, quiet @ centred(world), torch.cat([held, names], dim=1))
+    assert torch.allclose(value_space.blind(rest, found, names, 1e12), both, atol=1e-6 * float(both.abs().max()))
+
+
 def test_more_concepts_than_the_width_need_a_tolerance_and_the_map_stays_finite(world: dict[str, Tensor]) -> None:
     many = {**world, "concepts": numbers(D, 3 * D, seed=30), "anchors": numbers(D, 3 * D, seed=31)}
     with pytest.raises(UserError, match="told"):

@@ -59,5 +59,5 @@ WORDS
   mkdir -p "$HERE/$task"
   $PY -m realera.report "$RUNS/$task" "out=$RUNS/$task/report.html" "results=$HERE/$task" base=default
 done
-$PY $HERE/table.py "$RUNS"
+$PY $HERE/table.py
 exit $failed

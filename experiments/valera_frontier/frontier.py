@@ -30,8 +30,8 @@ SIZES = (1, 5, 10, 24)  # people erased at once, of 24
 KEEPS: Mapping[str, float | None] = {"none": None, "exactly": float("inf"), "price 10": 10.0, "price 1": 1.0}
 GAINS = (1.0, 1.1)
 BY_NAME = {1: 8, 5: 4, 10: 2, 24: 1}  # images of each erased person, by name
-BY_PHRASE = {1: 4, 5: 2, 10: 2, 24: 2}  # of each phrase
-FAR = 12  # everyday things beside the ten classes
+BY_PHRASE = {1: 4, 5: 1, 10: 1, 24: 1}  # of each phrase
+OF_FAR = {1: 1, 5: 1, 10: 1, 24: 2}  # of each far thing
 FIRST_SEED = 60_000  # no table's, and not the search's
 
 
@@ -68,21 +68,20 @@ def world() -> World:
     people, things = load("celebrities.yaml"), load("nsfw.yaml")
     phrases = {name: [*entry["near"], *entry["associated"]] for name, entry in people["concepts"].items()}
     everyday = things["worlds"]["miniature"]["preserved"]
-    far = [*load("objects.yaml")["classes"], *everyday[:: len(everyday) // FAR][:FAR]]
+    far = [*list(load("objects.yaml")["classes"])[::2], *everyday[::5]]
     return World(people["worlds"]["miniature"]["preserved"], far, phrases)
 
 
 def prompts(world: World, erased: int) -> dict[str, list[Prompt]]:
     """{"names", "phrases", "told", "untold", "far": prompts}."""
     told = set(world.told(erased))
-    away = "a photo of the {}"
 
     def drawn(split: Split, texts: list[tuple[str, str]], images: int) -> list[Prompt]:
         return number([Wording(text, text, concept) for text, concept in texts], split, images, FIRST_SEED)
 
     gone = world.people[:erased]
     others = [(f"A portrait of {name}", name) for name in world.others(erased)]
-    far = [(away.replace("{}", name), name) for name in world.far]
+    far = [(f"a photo of the {name}", name) for name in world.far]
     groups = {
         "names": drawn("erase", [(f"A portrait of {name}", name) for name in gone], BY_NAME[erased]),
         "phrases": drawn(
@@ -92,8 +91,8 @@ def prompts(world: World, erased: int) -> dict[str, list[Prompt]]:
         ),
         "told": drawn("keep", [pair for pair in others if pair[1] in told], 1),
         "untold": drawn("keep", [pair for pair in others if pair[1] not in told], 1),
-        "far": drawn("keep", [pair for pair in far if pair[1] not in told], 1),
-        "far, told": drawn("keep", [pair for pair in far if pair[1] in told], 1),
+        "far": drawn("keep", [pair for pair in far if pair[1] not in told], OF_FAR[erased]),
+        "far, told": drawn("keep", [pair for pair in far if pair[1] in told], OF_FAR[erased]),
     }
     return {name: group for name, group in groups.items() if group}
 

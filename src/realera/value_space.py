@@ -107,11 +107,19 @@ def further(differences: Tensor, shift: Tensor, metric: Tensor, count: int) -> T
     return scatter @ root @ vectors[:, -count:].flip(1) / values[-count:].flip(0)
 
 
-def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf) -> Tensor:
-    """Readings (D, n) made blind to held (D, m): U <- U - Q H (H^T Q H)^+ H^T U, the nearest ones in Q^-1 with U^T H = 0;
-    the pseudo-inverse, for names that are held may depend on one another.
+def beside(quiet: Tensor, held: Tensor) -> Tensor:
+    """Q - Q H (H^T Q H)^+ H^T Q, (D, D): the quiet readings among those that are blind to held (D, m)."""
+    known = quiet @ held
+    return quiet - known @ torch.linalg.pinv(held.T @ known, hermitian=True) @ known.T
 
-    keep: a price on what is read of them in place of that, (H^T Q H + I / keep)^-1; inf = exactly, 0 = not at all.
+
+def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf) -> Tensor:
+    """Readings (D, n) made blind to held (D, m): U <- U - Q H (H^T Q H)^+ H^T U, the nearest ones in Q^-1 with
+    U^T H = 0; the pseudo-inverse, for names that are held may depend on one another.
+
+    keep: inf = exactly; else a price on what is read of them, (keep / d) ||U^T h||^2 for each h against the distance,
+    d the mean of h^T Q h: (H^T Q H + d I / keep)^-1 in place of the pseudo-inverse. Where others are held exactly as
+    well, the readings are already blind to these and quiet is `beside` them, or the two would undo one another.
     """
     if held.shape[1] == 0 or keep == 0:
         return readings

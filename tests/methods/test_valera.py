@@ -63,6 +63,8 @@ def test_what_guides_every_image_is_held(new_backbone: Any, new_pairs: Any) -> N
     moved = [float((map @ kept[0] - kept[0]).norm()) for map in (plain, softly, edit.map)]
     assert moved == sorted(moved, reverse=True)
     assert float((softly @ empty[0] - empty[0]).norm() / empty[0].norm()) < 1e-9
+    nearly = ValueSpaceErasure(keep=["a bird", "a tree"], keep_price=1e9)(backbone, new_pairs(backbone, CAT), []).map
+    assert torch.allclose(nearly, edit.map, atol=1e-5), "a high price is exactly"
 
 
 def test_further_directions_are_gone_and_what_is_held_stays(new_backbone: Any, new_pairs: Any) -> None:

@@ -95,14 +95,15 @@ class ValueSpaceErasure:
         empty = backbone.encode([""]).states[0].double().cpu()
         held = torch.stack([rows.mean, empty[0], empty[1:].mean(dim=0)], dim=1)
         kept = self._kept(backbone) if self.keep else held[:, :0]
-        exactly = math.isinf(self.keep_price)
+        if math.isinf(self.keep_price):
+            held, kept = torch.cat([held, kept], dim=1), kept[:, :0]
 
         def read(columns: Tensor) -> Tensor:
-            """Readings of columns (D, n), blind to what is held."""
-            found = quiet @ columns
-            if exactly:
-                return value_space.blind(quiet, found, torch.cat([held, kept], dim=1))
-            return value_space.blind(quiet, value_space.blind(quiet, found, kept, self.keep_price), held)
+            """Readings of columns (D, n), blind to what is held, and at a price to the names that are kept softly."""
+            found = value_space.blind(quiet, quiet @ columns, held)
+            if not kept.shape[1]:
+                return found
+            return value_space.blind(value_space.beside(quiet, held), found, kept, self.keep_price)
 
         more = self._further(pairs, concepts - anchors, metric)
         centred = concepts - rows.mean[:, None]
