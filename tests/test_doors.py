@@ -287,7 +287,9 @@ def test_residue_asks_for_texts_before_and_after(
     assert set(drawn) == {"airplane", "a jumbo jet", others[0]["text"]}
     for row in drawn.values():
         assert len(row["labels_before"]) == len(row["labels_after"]) == 2 and 0 <= row["judged_after"] <= 100
-        assert all((folder / side / f"{id}.png").is_file() for side in ("images", "originals") for id in row["pictures"])
+        assert all(
+            (folder / side / f"{id}.png").is_file() for side in ("images", "originals") for id in row["pictures"]
+        )
     said, page = capsys.readouterr().out, (folder / "residue.html").read_text()
     assert "Of 3 texts 3 drew it before; 3 still draw it." in said and "a jumbo jet" in said
     assert "Of 3 texts 3 drew it before; 3 still draw it." in page and page.count("data:image") == 2 * 2 * len(drawn)

@@ -87,5 +87,7 @@ def test_a_guide_s_memory_ends_with_its_batch(new_backbone: Any, images: Tensor)
     backbone, guide = new_backbone(), SafetyGuidance(["airplane"], strength="max")
     together = nearness.apart(backbone, images, "airplane", TEXTS, guide)
     for text, value in zip(TEXTS, together.tolist()):
-        assert float(nearness.apart(backbone, images, "airplane", [text], guide)) == pytest.approx(value, rel=1e-4, abs=1e-6)
+        assert float(nearness.apart(backbone, images, "airplane", [text], guide)) == pytest.approx(
+            value, rel=1e-4, abs=1e-6
+        )
     assert float((together - nearness.apart(backbone, images, "airplane", TEXTS)).abs().max()) > 1e-3

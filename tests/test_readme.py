@@ -50,6 +50,7 @@ def test_the_documents_have_something_to_type() -> None:
         "report",
         "demo",
         "dashboard",
+        "residue",
     }
     assert len(blocks(CONTRIBUTING, "python")) >= 2 and len(blocks(CONTRIBUTING, "yaml")) >= 4
 

@@ -102,7 +102,8 @@ def _predicted(
     backbone: Backbone, images: Tensor, noise: Tensor, texts: Sequence[str], guide: Guide | None
 ) -> list[Tensor]:
     """For each text the noise (levels, B, C, h, w) that is predicted for it on the noised images."""
-    count, levels = len(images), []
+    count = len(images)
+    levels: list[Tensor] = []
     with nullcontext() if guide is None else guide.around(backbone, [text for text in texts for _ in range(count)]):
         for level in LEVELS:
             t = torch.full((count,), level, device=images.device)

@@ -77,7 +77,7 @@ def _around(
 
 
 def _prompts(number: int, concept: dict[str, Any], most: int, seeds: Sequence[int]) -> list[Prompt]:
-    """The name, one's own texts, and the `most` that drew the concept most nearly, from every seed; marks their rows."""
+    """The name, one's own texts and the `most` nearest others, from every seed; notes the pictures in their rows."""
     rows = concept["texts"]
     chosen = [row for place, row in enumerate(rows) if place <= most or row["own"]]
     found = []

@@ -42,6 +42,8 @@ LATER = {
     "edit.prompts": None,
     "edit.directions": 1,
     "finish.prompts": None,
+    "edit.directions": 1,
+    "edit.mined_price": 1.0,  # where nothing is mined it says nothing
 }
 FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, "wandb")
 
@@ -108,10 +110,12 @@ def weights_of(config: Mapping[str, Any]) -> str | None:
 
 
 def _sums(node: Any) -> Iterator[str]:
-    """The files of captions, and of sums over them, that a method's settings name, at any depth."""
+    """The files of captions, of sums over them and of texts that a method's settings name, at any depth."""
     for key, value in node.items() if isinstance(node, Mapping) else ():
         if key in ("prior_cache", "domain_cache", "captions") and isinstance(value, str):
             yield value
+        elif key == "vocabulary" and isinstance(value, list):
+            yield from map(str, value)
         yield from _sums(value)
 
 

@@ -152,8 +152,8 @@ CHANGE = {
     "spectrum?": [maybe(number)],
     "probes?": [{"text": str, "split?": str}],
 }
-SEEN = [{"text": str, "value": number, "apart": number}]
-EDIT = {**CHANGE, "finish?": maybe(CHANGE), "seen?": [{"concept": str, "erased": SEEN, "kept": SEEN}]}
+MINED = [{"text": str, "value": number, "apart": number}]
+EDIT = {**CHANGE, "finish?": maybe(CHANGE), "seen?": [{"concept": str, "erased": MINED, "kept": MINED}]}
 ALIGN = maybe({"steps?": maybe(number), "lora?": maybe(dict)})
 
 

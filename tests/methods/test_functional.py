@@ -113,7 +113,9 @@ def test_vocabularies(new_backbone: Any, file: str, tmp_path: Path) -> None:
         assert len(backbone.tokens([word])[0]) == 1
     assert len(texts_of(backbone, ["everyday"])) == 393
     (tmp_path / "long.txt").write_text("a kitten\n" + "very " * 100 + "long\n")
-    assert [text for text, _ in FunctionalMining([str(tmp_path / "long.txt")]).candidates(backbone, "cat")] == ["a kitten"]
+    assert [text for text, _ in FunctionalMining([str(tmp_path / "long.txt")]).candidates(backbone, "cat")] == [
+        "a kitten"
+    ]
     (tmp_path / "torn.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"torn\.txt cannot be read"):
         texts_of(backbone, [str(tmp_path / "torn.txt")])

@@ -112,9 +112,7 @@ class FunctionalMining:
         _, _, beyond_mask = align_rows(beyond, self.rows)
         first = _some(len(e), m, generator)
         second = _some(len(beyond_mask), n, generator)
-        return Neighbours(
-            e[first], e_star[first], mask[first], beyond.target.states[second], beyond_mask[second]
-        )
+        return Neighbours(e[first], e_star[first], mask[first], beyond.target.states[second], beyond_mask[second])
 
     def _texts(self, pair: Pair) -> tuple[Pair, Pair]:
         """(near, beyond), encoded: texts that draw the concept against the anchor, and those that stay against

@@ -82,8 +82,8 @@ class ValueSpaceErasure:
         self.mined_price = mined_price
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
-        """neighbours: of each concept, where the method mines: near points are read as the concept is, points beyond are
-        not read."""
+        """neighbours: of each concept, where the method mines: near points are read as the concept is, points beyond
+        are not read."""
         metric = torch.eye(backbone.width, dtype=torch.float64)
         if self.read != "text":
             metric = value_space.metric(_weights(backbone, PROJECTIONS[self.read]), self.layers)
