@@ -42,7 +42,6 @@ LATER = {
     "edit.prompts": None,
     "edit.directions": 1,
     "finish.prompts": None,
-    "edit.directions": 1,
     "edit.mined_price": 1.0,  # where nothing is mined it says nothing
 }
 FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, "wandb")
