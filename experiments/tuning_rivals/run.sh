@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
 HERE=experiments/tuning_rivals
 RUNS=${RUNS:-runs/tuning_rivals}
-METHODS=${METHODS:-uce rece sld realera realera-value valera mace ac fmn sa spm esd-x esd-u}
+METHODS=${METHODS:-uce rece speed oce leace sld realera realera-value valera mace ac fmn sa spm esd-x esd-u}
 TASKS=${TASKS:-object celebrity nsfw}
 
 search() { # settings..., each with its values; the label names them
@@ -53,6 +53,9 @@ for task in $TASKS; do
     valera) search method.edit.price=1,10 method.edit.gain=1,1.05,1.1,1.2 ;;
     uce) search method.edit.rows=last,suffix_2023 method.edit.ridge=0.05,0.5,5,50 ;;
     rece) search method.edit.rounds=1,3 method.edit.lambda_norm=0.1,0.01 "method.edit.guide=' ',null" ;;
+    speed) search method.edit.ridge=0.05,1 method.edit.threshold=0.01,0.1 method.edit.filter=true,false ;;
+    oce) search method.edit.erase_scale=20,200,2000,20000 method.edit.caption_scale=10,100 ;;
+    leace) search method.edit.contrast=captions,anchor method.edit.rows=suffix,concept method.edit.mean=held,moved ;;
     sld) search method.guide.strength=weak,medium,strong,max method.guide.warmup=null,0 ;;
     mace) search method.align.lr=1e-4,3e-4,1e-3,3e-3 method.align.steps=50,120 ;;
     esd-x) search method.align.lr=3e-5,1e-4,3e-4,1e-3 "$(steps 100 200)" ;;
