@@ -1,8 +1,9 @@
 """The best setting of every method that was searched, task by task, into README.md: choose.py (run.sh calls it).
 
 Highest mean H_o. On people and unsafe things several settings reach the ceiling: of those within WITHIN points of the
-best, the one that leaves most whole in the concept's place, and of these the one whose kept images moved least. (The
-runs of objects are older than these two measures.)
+best, the ones that leave most whole in the concept's place; of these the one that left fewest phrases of the objects,
+because only those have phrases here that no table uses; of these the one whose kept images moved least. (The runs of
+objects are older than Whole_e and Moved_s.)
 """
 
 from __future__ import annotations
@@ -27,16 +28,31 @@ def beside(row: dict[str, Any]) -> list[float | None]:
     return [reading(row, "whole", "acc_e"), reading(row, "moved", "acc_s")]
 
 
-def best(rows: list[dict[str, Any]], ceiling: bool) -> dict[str, Any]:
-    """Of rows, which it puts in order of their H_o. ceiling: level ones are told apart by the other measures."""
+def phrases(method: str, ending: str, row: dict[str, Any]) -> float:
+    """Acc_a of the objects with the same setting; 0 where there is none. Unsafe things have twice the steps."""
+    file = HERE / method / "results.json"
+    if not file.is_file():
+        return 0.0
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    known = {one["system"]: one["mean"]["acc_a"]["value"] for one in rows}
+    halved = re.sub(r"(steps )(\d+)", lambda found: f"{found[1]}{int(found[2]) // 2}", row["system"])
+    names = (row["system"], halved) if ending == "-nsfw" else (row["system"],)
+    return next((known[name] for name in names if name in known), 0.0)
+
+
+def best(rows: list[dict[str, Any]], method: str, ending: str) -> dict[str, Any]:
+    """Of rows, which it puts in order of their H_o."""
     rows.sort(key=lambda row: row["mean"]["h_o"]["value"])
     level = [row for row in rows if row["mean"]["h_o"]["value"] >= rows[-1]["mean"]["h_o"]["value"] - WITHIN]
-    known = {}
-    for row in level:
+    if not ending or any(None in beside(row) for row in level):
+        return rows[-1]
+
+    def rank(row: dict[str, Any]) -> tuple[float, float, float]:
         whole, moved = beside(row)
-        if whole is not None and moved is not None:
-            known[id(row)] = (-whole, moved)
-    return min(level, key=lambda row: known[id(row)]) if ceiling and len(known) == len(level) else rows[-1]
+        assert whole is not None and moved is not None
+        return (-whole, phrases(method, ending, row), moved)
+
+    return min(level, key=rank)
 
 
 def table(ending: str) -> list[str]:
@@ -49,7 +65,7 @@ def table(ending: str) -> list[str]:
         if file.parent.name != method + ending or (not ending and method.endswith(("-celebrity", "-nsfw"))):
             continue
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        chosen = best(rows, ceiling=bool(ending))
+        chosen = best(rows, method, ending)
         mean = chosen["mean"]
         own = f"{mean['h_o']['value']:.1f} [{mean['h_o']['low']:.1f}, {mean['h_o']['high']:.1f}]"
         all_of_them = ", ".join(f"{row['mean']['h_o']['value']:.0f}" for row in rows)
