@@ -130,7 +130,7 @@ def main(runs: str, results: str) -> None:
             judge = judge or steps.build_judge(config, task)
             price = KEEPS[cell.keep]
             kept = () if price is None else tuple(known.told(cell.erased))
-            edit = ValueSpaceErasure(gain=cell.gain, keep=kept, keep_price=price or 0.0)
+            edit = ValueSpaceErasure(price=10.0, gain=cell.gain, keep=kept, keep_price=price or 0.0)
             backbone.apply(edit(backbone, encoded_pairs(backbone, task), []))
             groups = prompts(known, cell.erased)
             drawn = [prompt for group in groups.values() for prompt in group]

@@ -36,7 +36,7 @@ def test_values_alone_are_changed_and_read_the_concept_as_its_anchor(new_backbon
     backbone = new_backbone()
     before = {name: layer.weight.clone() for name, layer in backbone.cross_attention().items()}
     pairs = new_pairs(backbone, CAT, DOG)
-    edit = ValueSpaceErasure()(backbone, pairs, [])
+    edit = ValueSpaceErasure(gain=1)(backbone, pairs, [])
     assert edit.projections == (VALUES,) and edit.map is not None
     backbone.apply(edit)
     for name, layer in backbone.cross_attention().items():
@@ -67,10 +67,20 @@ def test_what_guides_every_image_is_held(new_backbone: Any, new_pairs: Any) -> N
     assert torch.allclose(nearly, edit.map, atol=1e-5), "a high price is exactly"
 
 
+def test_one_concept_and_several_together_have_defaults_of_their_own(new_backbone: Any, new_pairs: Any) -> None:
+    backbone = new_backbone()
+    for concepts, price, gain in (([CAT], 10.0, 1.2), ([CAT, DOG], 1.0, 1.05)):
+        pairs = new_pairs(backbone, *concepts)
+        plain = ValueSpaceErasure()(backbone, pairs, [])
+        assert torch.equal(plain.map, ValueSpaceErasure(price=price, gain=gain)(backbone, pairs, []).map)
+        assert (plain.info["price"], plain.info["gain"]) == (price, gain)
+        assert not torch.allclose(plain.map, ValueSpaceErasure(price=3)(backbone, pairs, []).map, atol=1e-6)
+
+
 def test_further_directions_are_gone_and_what_is_held_stays(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT, DOG)
-    edits = [ValueSpaceErasure(directions=n)(backbone, pairs, []) for n in (1, 2, 3)]
+    edits = [ValueSpaceErasure(directions=n, gain=1)(backbone, pairs, []) for n in (1, 2, 3)]
     metric = value_space.metric(_weights(backbone, (VALUES,)))
     for pair in pairs:
         target, anchor, mask = align_rows(pair, "suffix")

@@ -29,13 +29,17 @@ Keep = Sequence[AnyText] | Literal["task"]
 Directions = Annotated[int, Number(1, 1000, whole=True)]
 
 
+ALONE, TOGETHER = (10.0, 1.2), (1.0, 1.05)  # price and gain: experiments/tuning_rivals
+
+
 class ValueSpaceErasure:
     """W = W0 M with M = I - gain X (U^T X)^-1 U^T, X from the anchors to the concepts, U how the U-Net reads them.
 
     projections: which weights take the map, "values", "keys" or "both". read: those whose metric says how the U-Net
     reads; None = the same; "text" = the text states as they are, as closed forms that know no U-Net. price: r, of
     reading what the U-Net does not carry, against captions' variance; it means the same on every backbone. gain: 1
-    = the projection; more takes what is weakly read all the way too. rows: of the training prompts that a concept's
+    = the projection; more takes what is weakly read all the way too. Both None = as searched, for one concept (`ALONE`)
+    or for several that are erased together (`TOGETHER`). rows: of the training prompts that a concept's
     mean row is of (as `Band.rows`), and the anchor's. captions: what stands for all that is to stay, "everyday" or
     a file of python -m realera.cache. keep: names that are held as they are, each as its mean row in
     keep_templates; in a run's settings "task" stands for those that its task does not judge (`tasks.base.Told`).
@@ -53,8 +57,8 @@ class ValueSpaceErasure:
         self,
         projections: Projections = "values",
         read: Read | None = None,
-        price: Positive = 10.0,
-        gain: Gain = 1.0,
+        price: Positive | None = None,
+        gain: Gain | None = None,
         rows: Rows = "suffix",
         captions: Sums = "everyday",
         keep: Keep = (),
@@ -84,11 +88,13 @@ class ValueSpaceErasure:
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         """neighbours: of each concept, where the method mines: near points are read as the concept is, points beyond
         are not read."""
+        price, gain = ALONE if len(pairs) == 1 else TOGETHER
+        price, gain = price if self.price is None else self.price, gain if self.gain is None else self.gain
         metric = torch.eye(backbone.width, dtype=torch.float64)
         if self.read != "text":
             metric = value_space.metric(_weights(backbone, PROJECTIONS[self.read]), self.layers)
         rows = caption_rows(backbone, self.captions, paths.cache_dir())
-        quiet = value_space.quiet(metric, value_space.covariance(rows.gram, rows.mean, rows.count), self.price)
+        quiet = value_space.quiet(metric, value_space.covariance(rows.gram, rows.mean, rows.count), price)
         concepts, anchors = (
             torch.stack([self._mean(getattr(pair, side)) for pair in pairs], dim=1) for side in ("target", "anchor")
         )
@@ -114,8 +120,8 @@ class ValueSpaceErasure:
             goals = torch.cat([torch.ones(near.shape[1]), torch.zeros(beyond.shape[1])]).double()
             found[:, i] = value_space.fitted(read(columns), columns, goals, self.mined_price)
         shifts = concepts - anchors if more is None else torch.cat([concepts - anchors, more], dim=1)
-        left, right, info = value_space.projection(found, shifts, self.gain, self.tolerance)
-        counted = {"concepts": len(pairs), "names_preserved": len(self.keep), "captions_rows": rows.count}
+        left, right, info = value_space.projection(found, shifts, gain, self.tolerance)
+        counted = {"price": price, "gain": gain, "concepts": len(pairs), "names_preserved": len(self.keep), "captions_rows": rows.count}
         return Edit(
             map=torch.eye(backbone.width, dtype=torch.float64) + left @ right,
             info={**info, **counted},
