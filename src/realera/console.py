@@ -144,14 +144,12 @@ def show_residue(found: Mapping[str, Any]) -> None:
         for head in ("text", "before", "after", *(["judged, %"] if judged else []), ""):
             table.add_column(head, justify="left" if head in ("text", "") else "right")
         name, *others = concept["texts"]
-        rows = [row for row in others if row["own"] or row["before"] <= found["within"]]
+        rows = [row for row in others if row["own"] or row["state"] != "never"]
         for row in (name, *rows[:MOST_TEXTS]):
-            drew, draws = (row[when] <= found["within"] for when in ("before", "after"))
             said = [row.get(f"judged_{when}") for when in ("before", "after")]
             shares = " → ".join("–" if share is None else f"{share:.0f}" for share in said) if "pictures" in row else ""
-            state = ("still draws it" if draws else "gone") if drew else "did not draw it"
             cells = [_plain(row["text"]), f"{row['before']:.2f}", f"{row['after']:.2f}", *([shares] if judged else [])]
-            table.add_row(*cells, state, end_section=row is name)
+            table.add_row(*cells, residue.STATES[row["state"]], end_section=row is name)
         if (more := len(rows) - MOST_TEXTS) > 0:
             table.add_row(f"and {more} more in {paths.RESIDUE}")
         console.print()

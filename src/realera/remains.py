@@ -18,6 +18,9 @@ from realera.tasks.prompts import slug
 from realera.training.pairs import encoded_pairs
 
 
+MOST = 50  # percent: the judge's mean probability above which a text is said to draw the concept
+
+
 def measure(run: Run, task: Task, asked: Mapping[str, Any], out: Path, judging: bool) -> dict[str, Any]:
     """Looks around every concept of a run, draws the nearest texts into `out`, and writes residue.json there.
 
@@ -36,6 +39,8 @@ def measure(run: Run, task: Task, asked: Mapping[str, Any], out: Path, judging: 
     judge = steps.build_judge(run.config, task) if judging and prompts else None
     if judge is not None:
         _judge(judge, out, concepts)
+    for concept in concepts:
+        _conclude(concept, asked["within"])
     found = {
         "run": str(run.folder),
         "method": str(run.config["method"]["name"]),
@@ -71,9 +76,18 @@ def _around(
         for text, value, was, now in zip(texts, values, before, after)
     ]
     rows[1:] = sorted(rows[1:], key=lambda row: row["before"])
-    drew = [row for row in rows[1:] if row["before"] <= asked["within"]]
-    left = [row for row in drew if row["after"] <= asked["within"]]
-    return {"concept": name, "anchor": anchor, "drew": len(drew), "left": len(left), "texts": rows}
+    return {"concept": name, "anchor": anchor, "texts": rows}
+
+
+def _conclude(concept: dict[str, Any], within: float) -> None:
+    """Says of every text whether it "never" drew the concept, or drew it and is "gone", or is "left": by its noise, or by
+    the judge, who sees it in most of its pictures still. Counts all but the name's."""
+    for row in concept["texts"]:
+        seen = (row.get("judged_after") or 0) >= MOST
+        left = seen or row["after"] <= within
+        row["state"] = "never" if row["before"] > within else "left" if left else "gone"
+    states = [row["state"] for row in concept["texts"][1:]]
+    concept |= {"drew": len(states) - states.count("never"), "left": states.count("left")}
 
 
 def _prompts(number: int, concept: dict[str, Any], most: int, seeds: Sequence[int]) -> list[Prompt]:

@@ -140,7 +140,9 @@ def test_closed_forms_use_what_was_mined(new_backbone: Any, new_pairs: Any, file
 
     assert off(with_texts.map) < off(plain.map)
 
-    edits = {price: ValueSpaceErasure(mined_price=price, gain=1)(backbone, [pair], [mined]) for price in (0.0, 1.0, 1e8)}
+    edits = {
+        price: ValueSpaceErasure(mined_price=price, gain=1)(backbone, [pair], [mined]) for price in (0.0, 1.0, 1e8)
+    }
     without = ValueSpaceErasure(gain=1)(backbone, [pair], [])
     assert torch.equal(edits[0.0].map, without.map)
     for edit in edits.values():

@@ -11,6 +11,7 @@ from realera.evaluation.report import render, veiled
 from realera.evaluation.sheets import Picture, plain_picture
 
 TEMPLATE = "residue.html.j2"
+STATES = {"gone": "gone", "left": "still draws it", "never": "did not draw it"}
 FARTHEST = 2.0  # apart: where the page's scale ends
 
 
@@ -20,7 +21,8 @@ def write_page(out: Path, found: Mapping[str, Any], config: Mapping[str, Any], b
     content = {
         **{key: found[key] for key in ("method", "backbone", "judge", "within")},
         "veiled": veiled(config, {}, blur),
-        "concepts": [_concept(out, concept, found["within"]) for concept in found["concepts"]],
+        "concepts": [_concept(out, concept) for concept in found["concepts"]],
+        "words": STATES,
         "line": _at(found["within"]),
         "farthest": FARTHEST,
     }
@@ -37,25 +39,22 @@ def sentence(concept: Mapping[str, Any]) -> str:
     return f"Of {asked} texts {drew} drew it before; {still} it."
 
 
-def _concept(out: Path, concept: Mapping[str, Any], within: float) -> dict[str, Any]:
+def _concept(out: Path, concept: Mapping[str, Any]) -> dict[str, Any]:
     name, *others = concept["texts"]
-    drew = [row for row in others if row["before"] <= within]
-    own = [row for row in others if row["own"] and row["before"] > within]
-    rest = [row for row in others if not row["own"] and row["before"] > within]
+    drew = [row for row in others if row["state"] != "never"]
+    never = [row for row in others if row["state"] == "never"]
     return {
         "name": concept["concept"],
         "anchor": concept["anchor"],
         "sentence": sentence(concept),
-        "rows": [_row(out, row, within) for row in (name, *drew, *own)],
-        "rest": [row["text"] for row in rest],
+        "rows": [_row(out, row) for row in (name, *drew, *(row for row in never if row["own"]))],
+        "rest": [row["text"] for row in never if not row["own"]],
     }
 
 
-def _row(out: Path, row: Mapping[str, Any], within: float) -> dict[str, Any]:
-    state = "never" if row["before"] > within else "left" if row["after"] <= within else "gone"
+def _row(out: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **row,
-        "state": state,
         "at": {when: _at(row[when]) for when in ("before", "after")},
         "judged": [row.get(f"judged_{when}") for when in ("before", "after")],
         "pairs": list(zip(_pictures(out, row, paths.ORIGINALS, "before"), _pictures(out, row, paths.IMAGES, "after"))),

@@ -121,7 +121,13 @@ class ValueSpaceErasure:
             found[:, i] = value_space.fitted(read(columns), columns, goals, self.mined_price)
         shifts = concepts - anchors if more is None else torch.cat([concepts - anchors, more], dim=1)
         left, right, info = value_space.projection(found, shifts, gain, self.tolerance)
-        counted = {"price": price, "gain": gain, "concepts": len(pairs), "names_preserved": len(self.keep), "captions_rows": rows.count}
+        counted = {
+            "price": price,
+            "gain": gain,
+            "concepts": len(pairs),
+            "names_preserved": len(self.keep),
+            "captions_rows": rows.count,
+        }
         return Edit(
             map=torch.eye(backbone.width, dtype=torch.float64) + left @ right,
             info={**info, **counted},
