@@ -17,7 +17,6 @@ from realera.runs import Run
 from realera.tasks.prompts import slug
 from realera.training.pairs import encoded_pairs
 
-
 MOST = 50  # percent: the judge's mean probability above which a text is said to draw the concept
 
 
