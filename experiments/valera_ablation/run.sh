@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every setting of VALERA, one at a time (variants.txt), on the validation concepts of experiments/tuning_rivals with its
 # prompts, seeds and image counts (half of them of the five things): three objects, two people, five everyday things
-# together. It resumes; TASKS="celebrity" runs a part.
+# together. It resumes; TASKS="celebrity" and VARIANTS="default price-1" run a part.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
@@ -23,7 +23,7 @@ while IFS='|' read -r label settings; do
   settings=${settings//QUARTER/$RUNS/quarter.safetensors}
   name=${label// /-}
   printf '# @package _global_\nlabel: %s\nmethod:\n  edit: {%s}\n' "$label" "${settings//TOLD/$TOLD}" >"$RUNS/conf/experiment/$name.yaml"
-  names+=("$name")
+  [[ " ${VARIANTS:-$name} " != *" $name "* ]] || names+=("$name")
 done <$HERE/variants.txt
 variants=$(IFS=, && echo "${names[*]}")
 common=(method=valera backbone=mini logger=none seed=100 task.first_seed=50000 "experiment=$variants" "hydra.searchpath=[file://$RUNS/conf]")

@@ -29,8 +29,8 @@ from realera.training.pairs import encoded_pairs
 SIZES = (1, 5, 10, 24)  # people erased at once, of 24
 KEEPS: Mapping[str, float | None] = {"none": None, "exactly": float("inf"), "price 10": 10.0, "price 1": 1.0}
 GAINS = (1.0, 1.1)
-BY_NAME = {1: 8, 5: 4, 10: 2, 24: 1}  # images of each erased person, by name
-BY_PHRASE = {1: 4, 5: 1, 10: 1, 24: 1}  # of each phrase
+BY_NAME = {1: 4, 5: 2, 10: 1, 24: 1}  # images of each erased person, by name
+BY_PHRASE = {1: 3, 5: 1, 10: 1, 24: 1}  # of each phrase
 OF_FAR = {1: 1, 5: 1, 10: 1, 24: 2}  # of each far thing
 FIRST_SEED = 60_000  # no table's, and not the search's
 
@@ -68,7 +68,7 @@ def world() -> World:
     people, things = load("celebrities.yaml"), load("nsfw.yaml")
     phrases = {name: [*entry["near"], *entry["associated"]] for name, entry in people["concepts"].items()}
     everyday = things["worlds"]["miniature"]["preserved"]
-    far = [*list(load("objects.yaml")["classes"])[::2], *everyday[::5]]
+    far = [*list(load("objects.yaml")["classes"])[::2], *everyday[::9]]
     return World(people["worlds"]["miniature"]["preserved"], far, phrases)
 
 

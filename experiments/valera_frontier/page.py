@@ -55,6 +55,8 @@ def figure(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             panel.set_title(f"{people} erased", fontsize=9)
             panel.set_xlabel("phrases that are left, %")
             panel.set_ylabel("other people that are kept, %" if what == "untold" else "far things that are kept, %")
+            panel.set_ylim(0, 103)
+            panel.margins(x=0.1)
             panel.grid(alpha=0.3, linewidth=0.5)
         panels[0].legend(title="names kept", fontsize=8, title_fontsize=8)
         drawn.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
