@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every setting of VALERA, one at a time (variants.txt), on the validation concepts of experiments/tuning_rivals with its
 # prompts, seeds and image counts (half of them of the five things): three objects, two people, five everyday things
-# together. It resumes; TASKS="celebrity" and VARIANTS="default price-1" run a part.
+# together. It resumes; TASKS="celebrity" and VARIANTS="base price-1" run a part.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
@@ -22,7 +22,10 @@ names=()
 while IFS='|' read -r label settings; do
   settings=${settings//QUARTER/$RUNS/quarter.safetensors}
   name=${label// /-}
-  printf '# @package _global_\nlabel: %s\nmethod:\n  edit: {%s}\n' "$label" "${settings//TOLD/$TOLD}" >"$RUNS/conf/experiment/$name.yaml"
+  base=""
+  [[ $settings =~ (^|, )price: ]] || base+="price: 10.0, "
+  [[ $settings =~ (^|, )gain: ]] || base+="gain: 1.0, "
+  printf '# @package _global_\nlabel: %s\nmethod:\n  edit: {%s}\n' "$label" "$base${settings//TOLD/$TOLD}" >"$RUNS/conf/experiment/$name.yaml"
   [[ " ${VARIANTS:-$name} " != *" $name "* ]] || names+=("$name")
 done <$HERE/variants.txt
 variants=$(IFS=, && echo "${names[*]}")
@@ -57,7 +60,7 @@ WORDS
     ;;
   esac
   mkdir -p "$HERE/$task"
-  $PY -m realera.report "$RUNS/$task" "out=$RUNS/$task/report.html" "results=$HERE/$task" base=default
+  $PY -m realera.report "$RUNS/$task" "out=$RUNS/$task/report.html" "results=$HERE/$task" base=base
 done
 $PY $HERE/table.py
 exit $failed

@@ -141,8 +141,8 @@ def show_residue(found: Mapping[str, Any]) -> None:
         judged = found["judge"] is not None
         table = Table(title=_plain(concept["concept"]), title_justify="left", caption=_plain(residue.sentence(concept)))
         table.caption_justify = "left"
-        for head in ("text", "before", "after", *(["judged, %"] if judged else []), ""):
-            table.add_column(head, justify="left" if head in ("text", "") else "right")
+        for column in ("text", "before", "after", *(["judged, %"] if judged else []), ""):
+            table.add_column(column, justify="left" if column in ("text", "") else "right")
         name, *others = concept["texts"]
         rows = [row for row in others if row["own"] or row["state"] != "never"]
         for row in (name, *rows[:MOST_TEXTS]):

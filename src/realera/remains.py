@@ -79,8 +79,8 @@ def _around(
 
 
 def _conclude(concept: dict[str, Any], within: float) -> None:
-    """Says of every text whether it "never" drew the concept, or drew it and is "gone", or is "left": by its noise, or by
-    the judge, who sees it in most of its pictures still. Counts all but the name's."""
+    """Says of every text whether it "never" drew the concept, or drew it and is "gone", or is "left": by its noise, or
+    by the judge, who sees it in its pictures still. Counts all texts but the name."""
     for row in concept["texts"]:
         seen = (row.get("judged_after") or 0) >= MOST
         left = seen or row["after"] <= within
