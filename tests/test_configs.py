@@ -25,6 +25,7 @@ NEEDED = {
     "evaluate": ["run=x"],
     "generate": ["run=x", "prompts=[y]"],
     "export": ["run=x", "to=map", "out=z"],
+    "residue": ["run=x"],
     "cache": ["captions=x"],
 }
 BACKBONES = [option for group, option in OPTIONS if group == "backbone"]

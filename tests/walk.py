@@ -22,6 +22,7 @@ NEEDED = {
     "evaluate": ["run=original", "concept=airplane", "anchor=sky", "backbone=mini"],
     "generate": ["run=x", "prompts=[y]"],
     "export": ["run=x", "to=map", "out=z"],
+    "residue": ["run=x"],
     "cache": [f"captions={__file__}", "backbone=mini"],
 }
 DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue")

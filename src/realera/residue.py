@@ -33,7 +33,7 @@ def residue(cfg: DictConfig) -> None:
     lengths.warn(config["texts"], run.config["backbone"], "texts")
 
     from realera import remains  # torch and diffusers: loaded when nothing is left to refuse
-    from realera.evaluation.residue import write_page
+    from realera.evaluation.residue_page import write_page
 
     with runs.alone(out, key="out"):
         found = remains.measure(run, task, asked, out, judging)
