@@ -83,6 +83,19 @@ def test_every_door_composes(door: str) -> None:
     assert composed(door, *NEEDED.get(door, []))
 
 
+@pytest.mark.parametrize("method", ["realera", "valera"])
+def test_what_is_mined_is_chosen_by_its_own_group(method: str) -> None:
+    by_noise = composed("train", "concept=airplane", "backbone=mini", f"method={method}", "method/neighbours=functional")
+    assert by_noise["method"]["neighbours"]["_target_"] == "realera.methods.functional.FunctionalMining"
+    plain = composed("train", "concept=airplane", "backbone=mini", f"method={method}")
+    assert (plain["method"]["neighbours"] or {}).get("_target_") == (
+        "realera.methods.realera.Mining" if method == "realera" else None
+    )
+    same = {**plain["method"], "neighbours": None}
+    assert {**by_noise["method"], "neighbours": None} == same
+    preflight.check_settings(by_noise)
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_task_names_prompts_and_its_judges(task: str, backbone: str) -> None:

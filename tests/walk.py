@@ -75,10 +75,16 @@ def composed(door: str, *words: str) -> Any:
 
 
 def options() -> list[tuple[str, str]]:
-    """Every (group, option) of the groups, and the experiments."""
+    """Every (group, option) of the groups, of the groups in them ("method/neighbours"), and the experiments."""
+    groups = [group for name in GROUPS for group in (name, *inner(name))]
     return [
-        (group, file.stem) for group in (*GROUPS, "experiment") for file in sorted((CONF_DIR / group).glob("*.yaml"))
+        (group, file.stem) for group in (*groups, "experiment") for file in sorted((CONF_DIR / group).glob("*.yaml"))
     ]
+
+
+def inner(group: str) -> list[str]:
+    """The groups within a group, whose options are a part of its options."""
+    return [f"{group}/{folder.name}" for folder in sorted((CONF_DIR / group).iterdir()) if folder.is_dir()]
 
 
 @cache
@@ -93,8 +99,11 @@ def walked(group: str, option: str) -> tuple[str, dict[str, Any], list[Place]]:
     own = own_yaml(CONF_DIR / group / f"{option}.yaml")
     if group == "experiment":
         return "train", resolved, [place for place in leaves(own) if _there(resolved, place)]
-    within = {group: _shape(own, resolved[group])}
-    return "train", resolved, list(leaves(within))
+    at = tuple(group.split("/"))
+    node: Any = resolved
+    for name in at:
+        node = node[name]
+    return "train", resolved, list(leaves(_shape(own, node), at))
 
 
 def _shape(own: Any, resolved: Any) -> Any:
