@@ -1,7 +1,7 @@
 """What is left of erased people against what is kept, by how many are erased at once: frontier.py RUNS RESULTS.json
 
 On the miniature: its first 1, 5, 10 and 24 people erased together by VALERA, other people kept by name not at all,
-exactly or at a price, and two gains. It resumes: every cell has a folder of images in RUNS, and one that is finished
+exactly or at a price, and three pairs of price and gain. It resumes: every cell has a folder of images in RUNS, and one that is finished
 has its numbers there.
 """
 
@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from realera.training.pairs import encoded_pairs
 
 SIZES = (1, 5, 10, 24)  # people erased at once, of 24
 KEEPS: Mapping[str, float | None] = {"none": None, "exactly": float("inf"), "price 10": 10.0, "price 1": 1.0}
-GAINS = (1.0, 1.1)
+READ = ((10.0, 1.0), (10.0, 1.1), (1.0, 1.05))  # price of reading and gain; the last is the default of several together
 BY_NAME = {1: 4, 5: 2, 10: 1, 24: 1}  # images of each erased person, by name
 BY_PHRASE = {1: 3, 5: 1, 10: 1, 24: 1}  # of each phrase
 OF_FAR = {1: 1, 5: 1, 10: 1, 24: 2}  # of each far thing
@@ -37,15 +37,16 @@ FIRST_SEED = 60_000  # no table's, and not the search's
 
 @dataclass(frozen=True)
 class Cell:
-    """One model: how many people are erased, which names are kept and how, and the gain."""
+    """One model: how many people are erased, which names are kept and how, and the price of reading and the gain."""
 
     erased: int
     keep: str
+    price: float
     gain: float
 
     @property
     def folder(self) -> str:
-        return f"{self.erased}-{self.keep.replace(' ', '')}-{self.gain:g}"
+        return f"{self.erased}-{self.keep.replace(' ', '')}-{self.price:g}-{self.gain:g}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def measured(groups: Mapping[str, list[Prompt]], judge: Judge, folder: Path) -> 
 def main(runs: str, results: str) -> None:
     cli.register_resolvers()
     cli.set_up_log()
-    known, cells = world(), [Cell(size, keep, gain) for size in SIZES for keep in KEEPS for gain in GAINS]
+    known, cells = world(), [Cell(size, keep, *read) for size in SIZES for keep in KEEPS for read in READ]
     found: dict[Cell, Any] = {}
     judge: Judge | None = None
     for place, cell in enumerate(cells):
@@ -128,9 +129,9 @@ def main(runs: str, results: str) -> None:
             config["task"]["concepts"] = list(known.people[: cell.erased])
             task, backbone = cli.build_task(config), steps.load_backbone(config)
             judge = judge or steps.build_judge(config, task)
-            price = KEEPS[cell.keep]
-            kept = () if price is None else tuple(known.told(cell.erased))
-            edit = ValueSpaceErasure(price=10.0, gain=cell.gain, keep=kept, keep_price=price or 0.0)
+            keep_price = KEEPS[cell.keep]
+            kept = () if keep_price is None else tuple(known.told(cell.erased))
+            edit = ValueSpaceErasure(price=cell.price, gain=cell.gain, keep=kept, keep_price=keep_price or 0.0)
             backbone.apply(edit(backbone, encoded_pairs(backbone, task), []))
             groups = prompts(known, cell.erased)
             drawn = [prompt for group in groups.values() for prompt in group]
@@ -140,7 +141,7 @@ def main(runs: str, results: str) -> None:
             paths.write_text(file, json.dumps(measured(groups, judge, folder)))
         found[cell] = json.loads(file.read_text(encoding="utf-8"))
         print(f"{place + 1}/{len(cells)}", cell.folder, found[cell], flush=True)
-    rows = [{"erased": c.erased, "keep": c.keep, "gain": c.gain, "groups": said} for c, said in found.items()]
+    rows = [{**asdict(cell), "groups": said} for cell, said in found.items()]
     phrased = {size: [name for name in known.people[:size] if name in known.phrases] for size in SIZES}
     told = {size: list(known.told(size)) for size in SIZES}
     content = {"first_seed": FIRST_SEED, "people": known.people, "phrases_of": phrased, "told": told, "rows": rows}

@@ -18,11 +18,11 @@ HERE = Path(__file__).parent
 MARKS = "<!-- table -->\n", "<!-- end of table -->"
 GROUPS = ("names", "phrases", "told", "untold", "far, told", "far")
 COLOURS = {"none": "#777777", "exactly": "#b3402e", "price 10": "#c98a1b", "price 1": "#0b7268"}
-MARKERS = {1.0: "o", 1.1: "^"}  # by gain
+MARKERS = {(10.0, 1.0): "o", (10.0, 1.1): "^", (1.0, 1.05): "s"}  # by price of reading and gain
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    heads = ["erased", "kept by name", "gain", "names", "phrases", "others, told", "others, untold", "far things, told"]
+    heads = ["erased", "kept by name", "price, gain", "names", "phrases", "others, told", "others, untold", "far things, told"]
     heads += ["far things, untold", "others moved"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
@@ -31,7 +31,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{groups[name]['mean']:.1f} ({groups[name]['top1']:.0f})" if name in groups else "–" for name in GROUPS
         ]
         moved = f"{groups['untold']['moved']:.1f}" if "untold" in groups else "–"
-        lines.append(f"| {row['erased']} | {row['keep']} | {row['gain']:g} | {' | '.join([*shares, moved])} |")
+        lines.append(f"| {row['erased']} | {row['keep']} | {row['price']:g}, {row['gain']:g} | {' | '.join([*shares, moved])} |")
     return lines
 
 
@@ -47,7 +47,7 @@ def figure(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
             for row in own:
                 colour = COLOURS[row["keep"]]
                 point = row["groups"]["phrases"]["mean"], row["groups"][what]["mean"]
-                panel.plot(*point, MARKERS[row["gain"]], color=colour, markersize=6)
+                panel.plot(*point, MARKERS[row["price"], row["gain"]], color=colour, markersize=6)
             for keep, colour in COLOURS.items():
                 points = [(r["groups"]["phrases"]["mean"], r["groups"][what]["mean"]) for r in own if r["keep"] == keep]
                 panel.plot(*zip(*points), "-", color=colour, linewidth=1, label=keep)
