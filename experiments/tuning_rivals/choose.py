@@ -1,9 +1,9 @@
 """The best setting of every method that was searched, task by task, into README.md: choose.py (run.sh calls it).
 
 Highest mean H_o. On people and unsafe things several settings reach the ceiling: of those within WITHIN points of the
-best, the ones that leave most whole in the concept's place; of these the one that left fewest phrases of the objects,
-because only those have phrases here that no table uses; of these the one whose kept images moved least. (The runs of
-objects are older than Whole_e and Moved_s.)
+best, the ones that leave most whole in the concept's place; of these the ones within WITHIN points of the fewest
+phrases left of the objects, because only those have phrases here that no table uses; of these the one whose kept images
+moved least. (The runs of objects are older than Whole_e and Moved_s.)
 """
 
 from __future__ import annotations
@@ -47,12 +47,11 @@ def best(rows: list[dict[str, Any]], method: str, ending: str) -> dict[str, Any]
     if not ending or any(None in beside(row) for row in level):
         return rows[-1]
 
-    def rank(row: dict[str, Any]) -> tuple[float, float, float]:
-        whole, moved = beside(row)
-        assert whole is not None and moved is not None
-        return (-whole, phrases(method, ending, row), moved)
-
-    return min(level, key=rank)
+    whole = max(beside(row)[0] or 0.0 for row in level)
+    level = [row for row in level if beside(row)[0] == whole]
+    fewest = min(phrases(method, ending, row) for row in level)
+    level = [row for row in level if phrases(method, ending, row) <= fewest + WITHIN]
+    return min(level, key=lambda row: beside(row)[1] or 0.0)
 
 
 def table(ending: str) -> list[str]:
