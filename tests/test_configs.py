@@ -85,7 +85,9 @@ def test_every_door_composes(door: str) -> None:
 
 @pytest.mark.parametrize("method", ["realera", "valera"])
 def test_what_is_mined_is_chosen_by_its_own_group(method: str) -> None:
-    by_noise = composed("train", "concept=airplane", "backbone=mini", f"method={method}", "method/neighbours=functional")
+    by_noise = composed(
+        "train", "concept=airplane", "backbone=mini", f"method={method}", "method/neighbours=functional"
+    )
     assert by_noise["method"]["neighbours"]["_target_"] == "realera.methods.functional.FunctionalMining"
     plain = composed("train", "concept=airplane", "backbone=mini", f"method={method}")
     assert (plain["method"]["neighbours"] or {}).get("_target_") == (

@@ -291,8 +291,11 @@ def test_residue_asks_for_texts_before_and_after(
             (folder / side / f"{id}.png").is_file() for side in ("images", "originals") for id in row["pictures"]
         )
     said, page = capsys.readouterr().out, (folder / "residue.html").read_text()
-    assert "Of 3 texts 3 drew it before; 3 still draw it." in said and "a jumbo jet" in said
-    assert "Of 3 texts 3 drew it before; 3 still draw it." in page and page.count("data:image") == 2 * 2 * len(drawn)
+    sentence = (
+        "Its name still draws it. Of 3 texts 3 drew it before; 3 still draw it. 1 of them is told by the noise alone."
+    )
+    assert sentence in " ".join(said.split()) and "a jumbo jet" in said
+    assert sentence in page and page.count("data:image") == 2 * 2 * len(drawn)
     before = (folder / "residue.json").read_text()
     type_in("residue", f"run={run_dir}", "texts=[a jumbo jet]", *asked, small=False)
     assert (folder / "residue.json").read_text() == before, "the same again"

@@ -1,8 +1,8 @@
 """What is left of erased people against what is kept, by how many are erased at once: frontier.py RUNS RESULTS.json
 
 On the miniature: its first 1, 5, 10 and 24 people erased together by VALERA, other people kept by name not at all,
-exactly or at a price, and three pairs of price and gain. It resumes: every cell has a folder of images in RUNS, and one that is finished
-has its numbers there.
+exactly or at a price, and three pairs of price and gain. It resumes: every cell has a folder of images in RUNS, and one
+that is finished has its numbers there.
 """
 
 from __future__ import annotations

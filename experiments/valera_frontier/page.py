@@ -22,7 +22,16 @@ MARKERS = {(10.0, 1.0): "o", (10.0, 1.1): "^", (1.0, 1.05): "s"}  # by price of 
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    heads = ["erased", "kept by name", "price, gain", "names", "phrases", "others, told", "others, untold", "far things, told"]
+    heads = [
+        "erased",
+        "kept by name",
+        "price, gain",
+        "names",
+        "phrases",
+        "others, told",
+        "others, untold",
+        "far things, told",
+    ]
     heads += ["far things, untold", "others moved"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
@@ -31,7 +40,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{groups[name]['mean']:.1f} ({groups[name]['top1']:.0f})" if name in groups else "–" for name in GROUPS
         ]
         moved = f"{groups['untold']['moved']:.1f}" if "untold" in groups else "–"
-        lines.append(f"| {row['erased']} | {row['keep']} | {row['price']:g}, {row['gain']:g} | {' | '.join([*shares, moved])} |")
+        lines.append(
+            f"| {row['erased']} | {row['keep']} | {row['price']:g}, {row['gain']:g} | {' | '.join([*shares, moved])} |"
+        )
     return lines
 
 

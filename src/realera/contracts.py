@@ -326,7 +326,7 @@ class Backbone(Protocol):
 
 class Miner(Protocol):
     """Method part `neighbours`. `m`, `n` override the configured counts; `prompts` picks rows of the pair. A method
-    `prepare(backbone)`, if there is one, sees the model before it is edited."""
+    `prepare(backbone, pairs)`, if there is one, sees the model before it is edited, and all that is erased."""
 
     def __call__(
         self,

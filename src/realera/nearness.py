@@ -73,21 +73,22 @@ def apart(
     texts: Sequence[str],
     guide: Guide | None = None,
     advance: Advance | None = None,
+    at_once: int = PASSES,
 ) -> Tensor:
     """(n,) float64: see above, by the model as it now is, against the original one's noise for the name.
 
     images (B, C, h, w): latents of the concept. guide: what the noise goes through while images are drawn, where a
     method has such a part; noise is then the one that plain guidance would need to be led as far. Every text is
-    compared on the same noised images.
+    compared on the same noised images. at_once: images of one call of the U-Net, at least B.
     """
     noise = torch.randn(images.shape, generator=Generator().manual_seed(0)).to(images)
     with backbone.original():
         (own, empty) = _predicted(backbone, images, noise, [name, ""], None)
     unit = _square(empty, own)
-    at_once = max(1, PASSES // len(images))
+    step = max(1, at_once // len(images))
     found = []
-    for start in range(0, len(texts), at_once):
-        part = texts[start : start + at_once]
+    for start in range(0, len(texts), step):
+        part = texts[start : start + step]
         found += [_square(each, own) / unit for each in _predicted(backbone, images, noise, part, guide)]
         if advance is not None:
             advance(len(part))

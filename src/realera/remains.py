@@ -27,26 +27,28 @@ def measure(run: Run, task: Task, asked: Mapping[str, Any], out: Path, judging: 
     """
     backbone = steps.load_run(run)
     guide = steps.guide_of(run.config)
-    own = list(dict.fromkeys(_listed(asked["texts"])))
-    concepts = [_around(backbone, pair, guide, own, asked) for pair in encoded_pairs(backbone, task)]
+    own = list({text.casefold(): text for text in asked["texts"]}.values())
+    at_once = int(run.config["images_at_once"])
+    concepts = [_around(backbone, pair, guide, own, asked, at_once) for pair in encoded_pairs(backbone, task)]
     prompts = [
         prompt
         for number, concept in enumerate(concepts)
-        for prompt in _prompts(number, concept, asked["pictured"], _listed(asked["seeds"]))
+        for prompt in _prompts(number, concept, asked["pictured"], asked["seeds"])
     ]
     steps.draw(backbone, prompts, out, run.config)
     judge = steps.build_judge(run.config, task) if judging and prompts else None
     if judge is not None:
         _judge(judge, out, concepts)
     for concept in concepts:
-        _conclude(concept, asked["within"])
+        conclude(concept, asked["within"])
     found = {
         "run": str(run.folder),
         "method": str(run.config["method"]["name"]),
         "backbone": backbone.name,
         "judge": None if judge is None else judge.name,
         "within": asked["within"],
-        "vocabulary": _listed(asked["vocabulary"]),
+        "vocabulary": asked["vocabulary"],
+        "guided": guide is not None,
         "concepts": concepts,
     }
     paths.write_text(out / paths.RESIDUE, paths.json_text(found, indent=1) + "\n")
@@ -54,21 +56,21 @@ def measure(run: Run, task: Task, asked: Mapping[str, Any], out: Path, judging: 
 
 
 def _around(
-    backbone: Backbone, pair: Pair, guide: Guide | None, own: Sequence[str], asked: Mapping[str, Any]
+    backbone: Backbone, pair: Pair, guide: Guide | None, own: Sequence[str], asked: Mapping[str, Any], at_once: int
 ) -> dict[str, Any]:
     """Of one concept: every text that was asked for, those that drew it most nearly before the erasure first.
 
     value, before, after: `nearness.closeness`, and `nearness.apart` with the original model and with the erased one.
     """
     name, anchor = pair.concept.target, pair.concept.anchor
-    miner = FunctionalMining(_listed(asked["vocabulary"]), asked["looked"], 0, images=asked["images"])
+    miner = FunctionalMining(asked["vocabulary"], asked["looked"], 0, images=asked["images"], chunk=at_once)
     with backbone.original():
         near = miner.candidates(backbone, name, own)
         images: Tensor = miner.drawn(backbone, pair)
     texts = [name, *(text for text, _ in near)]
-    before = measured(backbone, images, name, texts, paths.cache_dir()).tolist()
+    before = measured(backbone, images, name, texts, paths.cache_dir(), at_once).tolist()
     with console.bar(f"texts near '{name}', erased model", len(texts)) as advance:
-        after = nearness.apart(backbone, images, name, texts, guide, advance).tolist()
+        after = nearness.apart(backbone, images, name, texts, guide, advance, at_once).tolist()
     values = [1.0, *(value for _, value in near)]
     rows = [
         {"text": text, "own": text in own, "value": value, "before": was, "after": now}
@@ -78,15 +80,23 @@ def _around(
     return {"concept": name, "anchor": anchor, "texts": rows}
 
 
-def _conclude(concept: dict[str, Any], within: float) -> None:
+def conclude(concept: dict[str, Any], within: float) -> None:
     """Says of every text whether it "never" drew the concept, or drew it and is "gone", or is "left": by its noise, or
-    by the judge, who sees it in its pictures still. Counts all texts but the name."""
+    by the judge, who sees the concept in its pictures. Counts all texts but the name; unseen: those that are told by
+    their noise alone."""
+
+    def draws(row: Mapping[str, Any], when: str) -> bool:
+        return row[when] <= within or (row.get(f"judged_{when}") or 0) >= MOST
+
     for row in concept["texts"]:
-        seen = (row.get("judged_after") or 0) >= MOST
-        left = seen or row["after"] <= within
-        row["state"] = "never" if row["before"] > within else "left" if left else "gone"
-    states = [row["state"] for row in concept["texts"][1:]]
-    concept |= {"drew": len(states) - states.count("never"), "left": states.count("left")}
+        row["state"] = ("left" if draws(row, "after") else "gone") if draws(row, "before") else "never"
+    drew = [row for row in concept["texts"][1:] if row["state"] != "never"]
+    concept |= {
+        "drew": len(drew),
+        "left": sum(row["state"] == "left" for row in drew),
+        "unseen": sum(row.get("judged_after") is None for row in drew),
+        "name_left": concept["texts"][0]["state"] == "left",
+    }
 
 
 def _prompts(number: int, concept: dict[str, Any], most: int, seeds: Sequence[int]) -> list[Prompt]:
@@ -121,7 +131,3 @@ def _judge(judge: Judge, out: Path, concepts: Sequence[dict[str, Any]]) -> None:
             for row in rows.values():
                 scored = values.get(id(row))
                 row[f"judged_{when}"] = statistics.mean(scored) if scored else None
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

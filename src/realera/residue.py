@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, console, lengths, paths, preflight, processes, runs, trust
+from realera import cli, console, lengths, paths, preflight, processes, runs, seals, trust
 from realera.contracts import UserError
 
 
@@ -17,10 +17,10 @@ def residue(cfg: DictConfig) -> None:
         preflight.check_sweep({})
     if processes.plan(None, cli.cuda_devices()).world > 1:
         raise UserError("realera.residue works in one process: start it without torchrun or srun.")
-    run = runs.open_run(str(config["run"]))
-    if runs.is_original(run.config):
-        raise UserError(f"{run.folder} erased nothing: give the run of a method.")
-    asked = {key: config[key] for key in ("texts", "vocabulary", "looked", "within", "images", "pictured", "seeds")}
+    run = runs.open_run(str(config["run"])) if config["run"] != "original" else None
+    if run is None or runs.is_original(run.config):
+        raise UserError(f"run={config['run']} erased nothing: give the run of a method.")
+    asked = asked_of(config)
     out = folder_of(config, run, asked)
     task = cli.build_task(run.config)
     trust.check_tables(run.config, run.folder)
@@ -30,7 +30,7 @@ def residue(cfg: DictConfig) -> None:
     preflight.check_run(run)
     preflight.check_model(run.config["backbone"])
     cli.say_backbone(run.config, str(run.folder))
-    lengths.warn(config["texts"], run.config["backbone"], "texts")
+    lengths.warn(asked["texts"], run.config["backbone"], "texts")
 
     from realera import remains  # torch and diffusers: loaded when nothing is left to refuse
     from realera.evaluation.residue_page import write_page
@@ -41,6 +41,15 @@ def residue(cfg: DictConfig) -> None:
     console.show_residue(found)
     console.show_path("numbers", out / paths.RESIDUE)
     console.show_path("page to open", page)
+
+
+def asked_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What is asked for: lists without repeats, texts without blanks around them."""
+    asked = {key: config[key] for key in ("texts", "vocabulary", "looked", "within", "images", "pictured", "seeds")}
+    for key in ("texts", "vocabulary", "seeds"):
+        listed = asked[key] if isinstance(asked[key], list) else [asked[key]]
+        asked[key] = list(dict.fromkeys(" ".join(str(one).split()) if key == "texts" else one for one in listed))
+    return asked
 
 
 def judges(config: dict[str, Any]) -> bool:
@@ -56,7 +65,8 @@ def judges(config: dict[str, Any]) -> bool:
 
 def folder_of(config: dict[str, Any], run: runs.Run, asked: dict[str, Any]) -> Path:
     """Where the page goes, which may hold nothing but an earlier one."""
-    out = Path(str(config["out"] or paths.inside(run.folder, f"residue/{runs.digest(asked)}")))
+    files = [seals.sha256_of(file) for name in asked["vocabulary"] if (file := paths.file_of(name)) is not None]
+    out = Path(str(config["out"] or paths.inside(run.folder, f"residue/{runs.digest([asked, files])}")))
     runs.check_files(out)
     others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
     if others and ((out / paths.CONFIG).exists() or not (out / paths.MANIFEST).is_file()):

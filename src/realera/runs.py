@@ -114,7 +114,7 @@ def _sums(node: Any) -> Iterator[str]:
         if key in ("prior_cache", "domain_cache", "captions") and isinstance(value, str):
             yield value
         elif key == "vocabulary" and isinstance(value, list):
-            yield from map(str, value)
+            yield from (str(name) for name in value if name not in ("words", "everyday"))
         yield from _sums(value)
 
 

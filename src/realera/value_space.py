@@ -143,12 +143,13 @@ def fitted(seen: Tensor, columns: Tensor, goals: Tensor, price: float) -> Tensor
 
         u^T Q^-1 u + (1 / s) sum_j (u^T b_j - y_j)^2    with u^T (e - mu) = 1
 
-    is u = seen (S + diag(0, s, ..., s))^-1 (1, y). price 0: seen's first column, which reads the concept alone.
+    is u = seen (S + diag(0, s, ..., s))^-1 (1, y). price 0: seen's first column, which reads the concept alone; so too
+    where that is zero, because the concept is held itself.
     """
-    if price == 0 or columns.shape[1] == 1:
-        return seen[:, 0]
     system = columns.T @ seen
     system = (system + system.T) / 2
+    if price == 0 or columns.shape[1] == 1 or not bool(system[0, 0] > 0):
+        return seen[:, 0]
     system[1:, 1:] += torch.eye(len(goals), dtype=torch.float64) * (system[0, 0] / price)
     return seen @ torch.linalg.solve(system, torch.cat([torch.ones(1, dtype=torch.float64), goals]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Generator
 
 from options import built
 from realera import paths
-from realera.contracts import Edit, UserError
+from realera.contracts import Edit, Moments, NamedPrompt, Pair, UserError
 from realera.methods.functional import FunctionalMining, measured, texts_of
+from realera.methods.priors import caption_rows
 from realera.methods.realera import ClosedForm
 from realera.methods.valera import ValueSpaceErasure
+from realera.nearness import Seen
 from realera.neighbours import counted_rows
 
 CAT = ("cat", "field")
@@ -36,6 +39,10 @@ def miner(file: str, backbone: Any, **settings: Any) -> FunctionalMining:
     found = FunctionalMining([file], **{"looked": 3, "beside": 2, "images": 2, **settings})
     found.prepare(backbone)
     return found
+
+
+def whole(backbone: Any, name: str) -> Any:
+    return backbone.encode([NamedPrompt.of("{}", name)])
 
 
 def stream() -> Generator:
@@ -154,3 +161,74 @@ def test_closed_forms_use_what_was_mined(new_backbone: Any, new_pairs: Any, file
     assert shares[1:] == pytest.approx([shares[0]] * 2, rel=1e-3), "texts that draw the concept are read as it is"
     far = [float(without.factors[1][0] @ mean) for mean in means]
     assert max(abs(share - far[0]) for share in far[1:]) > 0.01 * abs(far[0])
+
+
+def test_what_is_erased_for_one_concept_is_not_kept_for_another(
+    new_backbone: Any, new_pairs: Any, tmp_path: Path
+) -> None:
+    backbone = new_backbone()
+    pairs = new_pairs(backbone, CAT, ("dog", "sky"))
+    (tmp_path / "texts.txt").write_text("a kitten\na puppy\na big Dog\nthe sea at night\na red house\ncatalogue\n")
+    file = str(tmp_path / "texts.txt")
+    alone = miner(file, backbone, looked=6, beside=0, within=0.0, outside=0.0)
+    alone(pairs[0], stream())
+    kept = {one.text for one in alone.sights()[0].kept}
+    assert kept == {"a kitten", "a puppy", "a big Dog", "the sea at night", "a red house"}, "without its own name"
+
+    both = FunctionalMining([file], looked=6, beside=0, within=1e9, outside=1e9, most=1, images=2)
+    both.prepare(backbone, pairs)
+    both(pairs[0], stream())
+    gone = {sight.concept: sight.erased[0].text for sight in both.sights()}
+    together = FunctionalMining([file], looked=6, beside=0, within=0.0, outside=0.0, images=2)
+    together.prepare(backbone, pairs)
+    together(pairs[0], stream())
+    assert len(together.sights()) == 2, "all that is erased together is looked at"
+    for sight in together.sights():
+        assert {one.text for one in sight.kept} == {"a kitten", "a puppy", "the sea at night", "a red house"}
+    together.seen = {
+        concept: replace(sight, erased=[Seen(gone[sight.concept], 0.5, 0.1)])
+        for concept, sight in together.seen.items()
+    }
+    for sight in together.sights():
+        assert not set(gone.values()) & {one.text for one in sight.kept}
+
+
+def test_kept_texts_are_held_by_both_closed_forms(new_backbone: Any, new_pairs: Any, file: str) -> None:
+    backbone = new_backbone()
+    (pair,) = new_pairs(backbone, CAT)
+    kept = miner(file, backbone, looked=3, beside=0, within=0.0, outside=0.0)
+    mined = kept(pair, stream())
+    assert len(mined.near) == 0 and len(mined.beyond) == 3
+    rows = mined.beyond[mined.beyond_rows].double()
+
+    def moved(map: Any) -> float:
+        return float((rows @ map.T - rows).norm())
+
+    plain, held = (ClosedForm()(backbone, [pair], each) for each in ([], [mined]))
+    assert held.info["rows_beyond"] == len(rows) and moved(held.map) < moved(plain.map)
+    reads = [ValueSpaceErasure(mined_price=price, gain=1)(backbone, [pair], [mined]) for price in (0.0, 1e8)]
+    rest = [
+        abs(float(edit.factors[1][0] @ (state[r].double().mean(dim=0) - mean)))
+        for edit, mean in ((edit, caption_rows(backbone, "everyday", paths.cache_dir()).mean) for edit in reads)
+        for state, r in zip(mined.beyond, mined.beyond_rows)
+    ]
+    assert max(rest[3:]) < 1e-3 * max(rest[:3]), "and not read at all, where the price is high"
+
+
+def test_what_cannot_be_mined_is_refused(new_backbone: Any, new_pairs: Any, tmp_path: Path, file: str) -> None:
+    backbone = new_backbone()
+    (pair,) = new_pairs(backbone, CAT)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(UserError, match="holds no text"):
+        texts_of(backbone, [str(tmp_path / "empty.txt")])
+    every = miner(file, backbone, looked=3, beside=0, within=1e9, outside=1e9)
+    one = new_pairs(backbone, ("a cat", "field"))[0]
+    with pytest.raises(UserError, match="cannot be told"):  # the concept itself is kept
+        ValueSpaceErasure(keep=["a cat"], rows="all_but_bos")(
+            backbone,
+            [Pair(one.concept, *(whole(backbone, name) for name in ("a cat", "field")))],
+            [every(pair, stream())],
+        )
+    expectation = replace(every(pair, stream()), moments=Moments())
+    with pytest.raises(UserError, match=r"m=\.inf"):
+        ValueSpaceErasure()(backbone, [pair], [expectation])

@@ -11,7 +11,10 @@ STATES = {"gone": "gone", "left": "still draws it", "never": "did not draw it"} 
 def sentence(concept: Mapping[str, Any]) -> str:
     """What was found of one concept, in words."""
     drew, left, asked = concept["drew"], concept["left"], len(concept["texts"]) - 1
+    name = "Its name still draws it. " if concept["name_left"] else ""
     if not drew:
-        return f"Of {asked} texts none but the name drew it."
+        return f"{name}Of {asked} texts none drew it before."
     still = "none draws" if left == 0 else "one still draws" if left == 1 else f"{left} still draw"
-    return f"Of {asked} texts {drew} drew it before; {still} it."
+    unseen = concept["unseen"]
+    alone = f" {unseen} of them {'is' if unseen == 1 else 'are'} told by the noise alone." if unseen else ""
+    return f"{name}Of {asked} texts {drew} drew it before; {still} it.{alone}"

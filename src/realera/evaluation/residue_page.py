@@ -19,7 +19,7 @@ def write_page(out: Path, found: Mapping[str, Any], config: Mapping[str, Any], b
     """Writes the page beside the pictures in `out` and returns its path. found: the content of residue.json."""
     page = out / paths.RESIDUE_PAGE
     content = {
-        **{key: found[key] for key in ("method", "backbone", "judge", "within")},
+        **{key: found[key] for key in ("method", "backbone", "judge", "within", "guided")},
         "veiled": veiled(config, {}, blur),
         "concepts": [_concept(out, concept) for concept in found["concepts"]],
         "words": STATES,
@@ -34,12 +34,13 @@ def _concept(out: Path, concept: Mapping[str, Any]) -> dict[str, Any]:
     name, *others = concept["texts"]
     drew = [row for row in others if row["state"] != "never"]
     never = [row for row in others if row["state"] == "never"]
+    shown = [row for row in never if row["own"] or "pictures" in row]
     return {
         "name": concept["concept"],
         "anchor": concept["anchor"],
         "sentence": sentence(concept),
-        "rows": [_row(out, row) for row in (name, *drew, *(row for row in never if row["own"]))],
-        "rest": [row["text"] for row in never if not row["own"]],
+        "rows": [_row(out, row) for row in (name, *drew, *shown)],
+        "rest": [row["text"] for row in never if row not in shown],
     }
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,8 @@ from realera.methods.texts import on_cpu
 from realera.nearness import Seen
 from realera.neighbours import align_rows
 from realera.value_space import metric, roots
+
+log = logging.getLogger(__name__)
 
 WORDS = "words"
 KEPT = 256 << 20  # bytes of encoded texts that stay in memory
@@ -48,12 +51,14 @@ class FunctionalMining:
     """`contracts.Miner`: near points are the texts that draw the concept, each with the anchor as its target; points
     beyond are the texts that lie near its name and do not draw it.
 
-    vocabulary: where texts are looked for: "words" = the words of the tokenizer that are one token each, "everyday" =
-    the 393 captions of the package, or a UTF-8 file with a text a line. looked: of how many, the nearest in values,
-    the noise is measured; beside: and of how many that are nearest in text states. within, outside: a text whose noise
-    is at most `within` apart (`nearness.apart`) draws the concept, one whose noise is more than `outside` apart does
-    not. most: texts of either kind that are taken, the nearest. rows: of each text that count, as `Band.rows`. images,
-    chunk: of the concept, drawn by the original model, and how many of them at once.
+    vocabulary: where texts are looked for: "words" = the words (and endings of words) that are one token each,
+    "everyday" = the 393 captions of the package, or a UTF-8 file with a text a line. looked: of how many, the nearest
+    in values, the noise is measured; beside: and of how many that are nearest in text states. within, outside: a text
+    whose noise is at most `within` apart (`nearness.apart`) draws the concept, one whose noise is more than `outside`
+    apart does not, and is kept unless it holds the name of what is erased, or draws another concept that is erased with
+    it. most: texts of either kind that are taken, the nearest. rows: of each text that count, as `Band.rows`. images,
+    chunk: of the concept, drawn by the original model, and how many of them at once. passes: images that go through the
+    U-Net at once where noise is measured.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class FunctionalMining:
         rows: Rows = "suffix",
         images: Count = 4,
         chunk: Batch = 4,
+        passes: Batch = 64,
     ) -> None:
         if outside < within:
             raise UserError(
@@ -82,18 +88,32 @@ class FunctionalMining:
         self.rows = rows
         self.images = images
         self.chunk = chunk
+        self.passes = passes
         self.backbone: Backbone | None = None
+        self.pairs: Sequence[Pair] = ()
         self.seen: dict[Concept, Sight] = {}
         self.encoded: dict[Concept, tuple[Pair, Pair]] = {}  # of the first concepts, as many as `KEPT` bytes hold
         self.room = KEPT
 
-    def prepare(self, backbone: Backbone) -> None:
-        """The model that looks: its original weights do, whatever is done to it later."""
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair] = ()) -> None:
+        """The model that looks: its original weights do, whatever is done to it later. pairs: all that is erased
+        together: what draws one of them is not kept for another."""
         self.backbone = backbone
+        self.pairs = pairs
 
     def sights(self) -> list[Sight]:
-        """What was seen so far, concept by concept."""
-        return list(self.seen.values())
+        """What was seen around each concept, and of that what is kept."""
+        return [self._without_erased(sight) for sight in self.seen.values()]
+
+    def _without_erased(self, sight: Sight) -> Sight:
+        """Without kept texts that hold the name of a concept, or draw one that is erased with it."""
+        names = [other.concept.casefold() for other in self.seen.values()]
+        gone = {one.text.casefold() for other in self.seen.values() for one in other.erased}
+
+        def stays(text: str) -> bool:
+            return text not in gone and not any(name in text for name in names)
+
+        return replace(sight, kept=[one for one in sight.kept if stays(one.text.casefold())][: self.most])
 
     def __call__(
         self,
@@ -121,8 +141,10 @@ class FunctionalMining:
             return found
         if (backbone := self.backbone) is None:
             raise RuntimeError("functional mining needs prepare(backbone) first")
-        if (sight := self.seen.get(pair.concept)) is None:
-            sight = self.seen[pair.concept] = self.look(backbone, pair)
+        for each in (*self.pairs, pair):
+            if each.concept not in self.seen:
+                self.seen[each.concept] = self.look(backbone, each)
+        sight = self._without_erased(self.seen[pair.concept])
         near, anchors, beyond = (
             on_cpu(backbone.encode([NamedPrompt.of("{}", text) for text in texts]))
             for texts in (
@@ -141,11 +163,14 @@ class FunctionalMining:
         """What the original model sees around a concept."""
         name = pair.concept.target
         candidates = self.candidates(backbone, name)
-        far = measured(backbone, self.drawn(backbone, pair), name, [text for text, _ in candidates], paths.cache_dir())
+        texts = [text for text, _ in candidates]
+        far = measured(backbone, self.drawn(backbone, pair), name, texts, paths.cache_dir(), self.passes)
         seen = [Seen(text, value, apart) for (text, value), apart in zip(candidates, far.tolist())]
         drawing = sorted((one for one in seen if one.apart <= self.within), key=lambda one: one.apart)
         others = sorted((one for one in seen if one.apart > self.outside), key=lambda one: -one.value)
-        return Sight(name, drawing[: self.most], others[: self.most])
+        if not drawing:
+            log.warning("no text of the vocabulary but its name draws %r: only what is to be kept is mined.", name)
+        return Sight(name, drawing[: self.most], others)
 
     def drawn(self, backbone: Backbone, pair: Pair) -> Tensor:
         """Latents (images, C, h, w) of the concept by the original model."""
@@ -154,7 +179,7 @@ class FunctionalMining:
 
     def candidates(self, backbone: Backbone, name: str, also: Sequence[str] = ()) -> list[tuple[str, float]]:
         """(text, closeness in values) of the texts whose noise is worth measuring: those of `also`, then the nearest of
-        the vocabulary. The name is not among them, nor what is longer than a prompt may be."""
+        the vocabulary that are not longer than a prompt may be. The name is not among them."""
         found = [text for text in texts_of(backbone, self.vocabulary) if _read_whole(backbone, text)]
         cache = paths.cache_dir()
         rows = torch.cat([nearness.ends(backbone, also), ends_of(backbone, found, cache)])
@@ -186,6 +211,8 @@ def texts_of(backbone: Backbone, vocabulary: Sequence[str]) -> list[str]:
                     f"vocabulary={name} cannot be read ({error}): give a UTF-8 file with a text a line."
                 ) from error
             found += [" ".join(line.split()) for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"vocabulary={', '.join(vocabulary)} holds no text: give a file with a text a line.")
     return list(dict.fromkeys(found))
 
 
@@ -200,12 +227,14 @@ def ends_of(backbone: Backbone, texts: Sequence[str], cache: Path) -> Tensor:
     return kept(cache / "texts" / f"{content}.safetensors", "ends", backbone, encode)
 
 
-def measured(backbone: Backbone, images: Tensor, name: str, texts: Sequence[str], cache: Path) -> Tensor:
+def measured(
+    backbone: Backbone, images: Tensor, name: str, texts: Sequence[str], cache: Path, at_once: int = nearness.PASSES
+) -> Tensor:
     """`nearness.apart` of the original model, kept in the cache by all it depends on, with a progress bar."""
 
     def measure() -> Tensor:
         with _bar(f"Texts near '{name}'", len(texts)) as advance, backbone.original():
-            return nearness.apart(backbone, images, name, texts, advance=advance)
+            return nearness.apart(backbone, images, name, texts, advance=advance, at_once=at_once)
 
     pixels = hashlib.sha256(images.float().cpu().contiguous().numpy().tobytes()).hexdigest()
     content = _digest(backbone.fingerprint, str(next(backbone.unet.parameters()).dtype), pixels, name, list(texts))

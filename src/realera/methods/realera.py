@@ -83,8 +83,8 @@ class Mining:
         self.roots: tuple[Tensor, Tensor] | None = None
         self.band = Band(**band)
 
-    def prepare(self, backbone: Backbone) -> None:
-        """Before anything is edited: the U-Net as it is loaded says how it reads."""
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair] = ()) -> None:
+        """Before anything is edited: the U-Net as it is loaded says how it reads. The pairs are not looked at."""
         if self.space == "value":
             self.roots = value_roots(backbone)
 

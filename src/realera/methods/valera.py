@@ -115,6 +115,11 @@ class ValueSpaceErasure:
         centred = concepts - rows.mean[:, None]
         found = read(centred if more is None else torch.cat([centred, more], dim=1))
         for i, mined in enumerate(neighbours if self.mined_price > 0 else ()):
+            if mined.moments is not None:
+                raise UserError(
+                    "VALERA reads texts or points one by one, and m=.inf or n=.inf mines none: give numbers, or type "
+                    "method/neighbours=functional."
+                )
             near, beyond = _means(mined.near, mined.near_rows), _means(mined.beyond, mined.beyond_rows)
             columns = torch.cat([concepts[:, i : i + 1], near, beyond], dim=1) - rows.mean[:, None]
             goals = torch.cat([torch.ones(near.shape[1]), torch.zeros(beyond.shape[1])]).double()

@@ -99,7 +99,7 @@ class ClosedFormEdit(Callback):
         module = _erasure(pl_module)
         method, backbone = module.method, module.backbone
         if (prepare := getattr(method.neighbours, "prepare", None)) is not None:
-            prepare(backbone)
+            prepare(backbone, module.pairs)
         if method.edit is not None:
             with self.meter.stage("edit"), ledger() as found:
                 if method.neighbours is not None:
