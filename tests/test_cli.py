@@ -98,6 +98,7 @@ BAD = {  # what is typed -> words that the answer must hold
     ("concept=Beyonce (singer)",): ["""concept='"Beyonce (singer)"'"""],
     ("concept=Ocean's Eleven",): [r'''"concept=\"Ocean's Eleven\""'''],
     ("concept=airplane", "logger=null"): ["no logger 'null'", "known: none, wandb"],
+    ("concept=airplane", "method/neighbours=null"): ["no option null", "method.neighbours=null"],
     ("concept=airplane", "logger.mode=sometimes"): ["logger.mode=sometimes", "offline"],
     ("concept=airplane", "-m", "trainer=ddp"): ["-m", "trainer=default"],
     ("concept=airplane", "hydra.job.chdir=maybe"): ["hydra.job.chdir=maybe: ", "not a valid bool"],

@@ -130,6 +130,8 @@ def _chain(error: BaseException | None, suppressed: bool = True) -> Iterator[Bas
 def _unknown_option(missing: str, options: Iterable[str]) -> str:
     group, _, option = missing.rpartition("/")
     known = sorted(options) or sorted(path.stem for path in (paths.CONF_DIR / group).glob("*.yaml"))
+    if option == "null" and "/" in group:
+        return f"{group} has no option null: type {group.replace('/', '.')}=null."
     if not group or not known:
         return f"there is no config '{missing}' in {paths.CONF_DIR} (nor in a --config-dir)."
     return f"there is no {group} '{option}'{did_you_mean(option, known) or ';'} known: {', '.join(known)}."

@@ -166,6 +166,8 @@ def test_names_that_a_method_may_be_told_are_not_judged() -> None:
     assert erased.told == names[2::2] and judged(erased) == judged(half), "the same ones, whatever is erased"
     listed = CelebrityTask("Tom Cruise", told=["BETTY white", "Prince"])
     assert listed.told == ["Betty White", "Prince"] and judged(listed) == set(names) - set(listed.told)
+    with pytest.raises(UserError, match="leaves no name to judge"):
+        CelebrityTask("Tom Cruise", told=names)
     assert ObjectTask("cat", told="half").told == ["airplane", "bird", "deer", "frog", "ship"]
     assert NsfwTask(told="half").told == [], "on Stable Diffusion captions are preserved, and no names"
     for made in (CelebrityTask, StyleTask, ObjectTask, NsfwTask):

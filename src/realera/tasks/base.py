@@ -111,7 +111,6 @@ class NamedTask:
         self.first_seed = whole("first_seed", first_seed)
         if self.first_seed < 0:
             raise UserError(f"first_seed={first_seed} is negative: seeds start at 0")
-
         given: list[Any] = [concepts] if isinstance(concepts, (str, int)) else list(concepts or unnamed) or [None]
         names = [self._canonical(name) for name in given]
         if twice := [name for name, count in Counter(map(same_name, names)).items() if count > 1]:
@@ -120,13 +119,14 @@ class NamedTask:
         changed = {key: [clean_name(w, key) for w in value] for key, value in words.items() if value is not None}
         if changed and len(names) > 1:
             raise UserError(f"task.{next(iter(changed))} is for a single concept: erase {names} one at a time")
-        if changed:
-            self.entries[names[0]] = {**self.entries[names[0]], **changed}
+        self.entries[names[0]] = {**self.entries[names[0]], **changed}
         self.concepts = [Concept(n, a) for n, a in zip(names, self._anchors(names, anchor, superclass))]
         erased = set(map(same_name, names))
         back = preserved[::2] if told == "half" else self._preserved(told, preserved)
         self.told = [name for name in back if same_name(name) not in erased]
         self.preserved = [name for name in preserved if same_name(name) not in erased and name not in back]
+        if self.told and not self.preserved:
+            raise UserError("task.told leaves no name to judge: leave some of them out")
         self.labels: Sequence[str] = tuple(dict.fromkeys([*self.known, *preserved, *names]))
 
     # --- what was typed --------------------------------------------------------------------------------------------
