@@ -217,6 +217,8 @@ def test_no_steps_leave_the_closed_form_alone(
     by_hand = new_backbone()
     if method.edit is not None:
         pairs = new_pairs(by_hand, CAT)
+        if hasattr(method.neighbours, "prepare"):
+            method.neighbours.prepare(by_hand, pairs)
         mined = [method.neighbours(pairs[0], stream(0, "neighbours", 0))] if method.neighbours is not None else []
         by_hand.apply(method.edit(by_hand, pairs, mined))
     assert same(erased.erased_state(), by_hand.erased_state())
