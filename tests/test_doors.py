@@ -299,9 +299,20 @@ def test_residue_asks_for_texts_before_and_after(
     before = (folder / "residue.json").read_text()
     type_in("residue", f"run={run_dir}", "texts=[a jumbo jet]", *asked, small=False)
     assert (folder / "residue.json").read_text() == before, "the same again"
-    with pytest.raises(SystemExit, match="2"):
-        type_in("residue", f"run={run_dir}", f"out={run_dir}", small=False)
-    assert "holds other files" in capsys.readouterr().err
+    more = ["texts=['a jet!','a jet']", "pictured=0", "seeds=5", "out=asked", "blur=true"]
+    type_in("residue", f"run={run_dir}", *asked[:3], *more, small=False)
+    rows = json.loads((place / "asked" / "residue.json").read_text())["concepts"][0]["texts"]
+    drawn = {row["text"]: row["pictures"] for row in rows if "pictures" in row}
+    assert set(drawn) == {"airplane", "a jet!", "a jet"}, "one's own and the name"
+    assert len({id for ids in drawn.values() for id in ids}) == 3, (
+        "texts that are spelt alike have pictures of their own"
+    )
+    page = (place / "asked" / "residue.html").read_text()
+    assert 'id="unveil"' in page and "did not draw it" in page
+    for wrong, said in ((f"out={run_dir}", "holds other files"), ("run=original", "erased nothing")):
+        with pytest.raises(SystemExit, match="2"):
+            type_in("residue", f"run={run_dir}", wrong, small=False)
+        assert said in capsys.readouterr().err
 
 
 def test_a_run_that_is_refused_before_anything_is_made_leaves_no_folder(

@@ -51,7 +51,7 @@ DOOR_PARTS = {
 }
 SHARED = {"contracts", "paths", "seals", "disk", "locks", "interrupts", "ranks", "ledger", "costs", "finite"}
 SHARED |= {"foreign", "shapes", "parts", "pictures", "kinds", "reach", "reading"}
-SOLVERS = {"value_space", "nearness", "closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
+SOLVERS = {"value_space", "closed_form", "neighbours", "band", "polar"}  # pure mathematics at the top level
 WORKSHOP = "miniature"  # makes the built-in model: may use every room and library, and no room uses it
 LIBRARIES = {  # where a library may be imported; the workshop is free
     "hydra": DOORS | DOOR_PARTS,

@@ -6,6 +6,7 @@ from typing import Any
 
 from realera.evaluation.residue import sentence
 from realera.remains import conclude
+from realera.residue import asked_of, judges
 
 
 def row(before: float, after: float, *judged: float | None) -> dict[str, Any]:
@@ -41,3 +42,16 @@ def test_the_sentence_counts_what_drew_it_and_says_what_was_not_seen() -> None:
         "Its name still draws it. Of 4 texts 4 drew it before; 2 still draw it. 2 of them are told by the noise alone."
     )
     assert (both["drew"], both["left"], both["unseen"], both["name_left"]) == (4, 2, 2, True)
+
+
+def test_a_run_folder_s_program_or_model_judges_nothing() -> None:
+    plain = {"_target_": "realera.judges.clip.ClipJudge", "model": "ViT-B-32"}
+    assert judges({"judge": plain}) and not judges({"judge": None}) and not judges({})
+    for brought in ({"python": "/tmp/python"}, {"model": "hf-hub:somebody/model"}):
+        assert not judges({"judge": {**plain, **brought}})
+
+
+def test_what_is_asked_for_is_tidied() -> None:
+    rest = {"looked": 1, "within": 0.5, "images": 1, "pictured": 1}
+    asked = asked_of({**rest, "texts": ["  a  jet", "a jet", "b"], "vocabulary": "words", "seeds": [1, 1, 2], "x": 0})
+    assert asked == {**rest, "texts": ["a jet", "b"], "vocabulary": ["words"], "seeds": [1, 2]}

@@ -1,7 +1,7 @@
 """Whether predicted noise tells which texts draw a concept: draws.py RESULTS.json
 
 For concepts that no table erases: the words of the tokenizer that are nearest in values, how far apart their noise lies
-from the name's (`realera.nearness.apart`), and what the judge sees in images of each word. The table in README.md is
+from the name's (`nearness.apart`), and what the judge sees in images of each word. The table in README.md is
 made of it.
 """
 

@@ -9,14 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
-from realera import console, nearness, paths, steps
+from realera import console, paths, steps
 from realera.contracts import Backbone, Guide, Judge, Pair, Prompt, Task
 from realera.evaluation.records import Which, read_manifest
+from realera.methods import nearness
 from realera.methods.functional import FunctionalMining, measured
 from realera.runs import Run
 from realera.tasks.prompts import slug
 from realera.training.pairs import encoded_pairs
 
+CHUNK = 4  # images of the concept drawn at once: as mining does, which then shares them
 MOST = 50  # percent: the judge's mean probability above which a text is said to draw the concept
 
 
@@ -63,7 +65,7 @@ def _around(
     value, before, after: `nearness.closeness`, and `nearness.apart` with the original model and with the erased one.
     """
     name, anchor = pair.concept.target, pair.concept.anchor
-    miner = FunctionalMining(asked["vocabulary"], asked["looked"], 0, images=asked["images"], chunk=at_once)
+    miner = FunctionalMining(asked["vocabulary"], asked["looked"], 0, images=asked["images"], chunk=min(at_once, CHUNK))
     with backbone.original():
         near = miner.candidates(backbone, name, own)
         images: Tensor = miner.drawn(backbone, pair)
@@ -104,8 +106,8 @@ def _prompts(number: int, concept: dict[str, Any], most: int, seeds: Sequence[in
     rows = concept["texts"]
     chosen = [row for place, row in enumerate(rows) if place <= most or row["own"]]
     found = []
-    for row in chosen:
-        row["pictures"] = [f"{number:03d}-{slug(row['text'])}-{seed:04d}" for seed in seeds]
+    for place, row in enumerate(chosen):  # numbered: different texts may share a slug
+        row["pictures"] = [f"{number:03d}-{place:03d}-{slug(row['text'])}-{seed:04d}" for seed in seeds]
         found += [
             Prompt(id, row["text"], concept["concept"], "associated", seed) for id, seed in zip(row["pictures"], seeds)
         ]

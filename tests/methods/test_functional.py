@@ -14,10 +14,10 @@ from options import built
 from realera import paths
 from realera.contracts import Edit, Moments, NamedPrompt, Pair, UserError
 from realera.methods.functional import FunctionalMining, measured, texts_of
+from realera.methods.nearness import Seen
 from realera.methods.priors import caption_rows
 from realera.methods.realera import ClosedForm
 from realera.methods.valera import ValueSpaceErasure
-from realera.nearness import Seen
 from realera.neighbours import counted_rows
 
 CAT = ("cat", "field")

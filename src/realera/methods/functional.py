@@ -1,6 +1,6 @@
 """Mining by what the model draws: which texts of a vocabulary draw the concept, and which only lie near its name.
 
-The first are to be erased with the concept, the second to stay. How that is told: `realera.nearness`.
+The first are to be erased with the concept, the second to stay. How that is told: `nearness`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Generator, Tensor
 
-from realera import foreign, nearness, paths
+from realera import foreign, paths
 from realera.band import Rows
 from realera.contracts import VALUES, Backbone, Concept, NamedPrompt, Neighbours, Pair, UserError
 from realera.kinds import Batch, Count, Filled, NonNegative, Vocabulary, Whole
 from realera.ledger import kept
+from realera.methods import nearness
 from realera.methods.latents import drawn
+from realera.methods.nearness import Seen
 from realera.methods.priors import CAPTIONS, EVERYDAY
 from realera.methods.texts import on_cpu
-from realera.nearness import Seen
 from realera.neighbours import align_rows
 from realera.value_space import metric, roots
 
@@ -237,7 +238,8 @@ def measured(
             return nearness.apart(backbone, images, name, texts, advance=advance, at_once=at_once)
 
     pixels = hashlib.sha256(images.float().cpu().contiguous().numpy().tobytes()).hexdigest()
-    content = _digest(backbone.fingerprint, str(next(backbone.unet.parameters()).dtype), pixels, name, list(texts))
+    dtype = str(next(backbone.unet.parameters()).dtype)
+    content = _digest(backbone.fingerprint, dtype, pixels, nearness.LEVELS, name, list(texts))
     return kept(cache / "apart" / f"{content}.safetensors", "apart", backbone, measure)
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from realera.contracts import Backbone, Guide
+from realera.contracts import Backbone, Guide, UserError
 
 LEVELS = (800, 600, 400, 200)  # timesteps at which noise is compared, in the order in which images are drawn
 TEXTS = 256  # encoded at once
@@ -43,7 +43,7 @@ def ends(backbone: Backbone, texts: Sequence[str], advance: Advance | None = Non
     rows = [torch.zeros(0, backbone.width)]
     for start in range(0, len(texts), TEXTS):
         read = backbone.encode(texts[start : start + TEXTS], to_end=True)
-        rows.append(read.states[torch.arange(len(read.states)), read.length].float().cpu())
+        rows.append(read.states[torch.arange(len(read.states), device=read.states.device), read.length].float().cpu())
         if advance is not None:
             advance(len(read.states))
     return torch.cat(rows)
@@ -79,12 +79,18 @@ def apart(
 
     images (B, C, h, w): latents of the concept. guide: what the noise goes through while images are drawn, where a
     method has such a part; noise is then the one that plain guidance would need to be led as far. Every text is
-    compared on the same noised images. at_once: images of one call of the U-Net, at least B.
+    compared on the same noised images. at_once: images of one call of the U-Net, at least B. Raises UserError where the
+    name means nothing to the model.
     """
     noise = torch.randn(images.shape, generator=Generator().manual_seed(0)).to(images)
     with backbone.original():
         (own, empty) = _predicted(backbone, images, noise, [name, ""], None)
     unit = _square(empty, own)
+    if not unit > 0:
+        raise UserError(
+            f"The model predicts the same noise for {name!r} as for no text: it does not draw it, and nothing can be "
+            "told by it."
+        )
     step = max(1, at_once // len(images))
     found = []
     for start in range(0, len(texts), step):
@@ -111,11 +117,10 @@ def _predicted(
             z = backbone.noisy_latents(images, noise, t)
             given = z.repeat(len(texts), 1, 1, 1)
             own = _noise(backbone, given, level, texts, count)
-            if guide is not None:
+            if guide is not None and (scale := backbone.sampler.guidance_scale) > 0:
                 none = _noise(backbone, given, level, [""] * len(texts), count)
                 beside = [_noise(backbone, given, level, [text] * len(texts), count) for text in guide.prompts]
-                further = torch.stack(beside) if beside else own[:0][None]
-                scale = backbone.sampler.guidance_scale
+                further = torch.stack(beside) if beside else own[None][:0]
                 if not levels:
                     guide(none, own, further, given, 0, scale)  # by which a guide knows that a batch begins
                 step = int((backbone.timesteps() > level).sum())

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from realera import nearness
-from realera.contracts import Edit
+from realera.contracts import Edit, UserError
+from realera.methods import nearness
 from realera.methods.sld import SafetyGuidance
 from realera.methods.spm import FacilitatedTransport
 
@@ -74,6 +74,19 @@ def test_noise_is_compared_as_defined(new_backbone: Any, images: Tensor) -> None
         assert found == pytest.approx([plain(backbone, images, text, "airplane") for text in TEXTS], rel=1e-4, abs=1e-6)
     before, after = (nearness.apart(one, images, "airplane", ["airplane"]) for one in (new_backbone(), backbone))
     assert float(before) < 1e-6 and float(after) > 1e-3, "the erased model is compared with the original's name"
+
+
+def test_how_many_go_at_once_changes_nothing(new_backbone: Any, images: Tensor) -> None:
+    backbone = new_backbone()
+    together = nearness.apart(backbone, images, "airplane", TEXTS)
+    for at_once in (1, 2, 6):
+        found = nearness.apart(backbone, images, "airplane", TEXTS, at_once=at_once)
+        assert torch.allclose(found, together, rtol=1e-4, atol=1e-6)
+
+
+def test_a_name_that_means_nothing_is_refused(new_backbone: Any, images: Tensor) -> None:
+    with pytest.raises(UserError, match="the same noise for ''"):
+        nearness.apart(new_backbone(), images, "", TEXTS)
 
 
 def test_a_guide_that_only_guides_changes_nothing(new_backbone: Any, images: Tensor) -> None:
