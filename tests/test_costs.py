@@ -260,14 +260,14 @@ LOOP = 2 * BATCH * (1 + 2 + 1 + 2)  # four steps, the even ones on near and beyo
 
 
 def test_realera_costs_its_bank_its_loop_and_the_size_of_its_lora(erase: Any, new_backbone: Any) -> None:
-    first = erase("realera")
+    first = erase("realera-text")
     layers = list(new_backbone().cross_attention().values())
     assert first["trained_parameters"] == sum(layer.in_features + layer.out_features for layer in layers)  # rank 1
     assert first["edited_parameters"] == sum(layer.weight.numel() for layer in layers)
     assert first["passes"] == {"erase": BANK + LOOP}
     assert first["shared"] == {"latents": {"seconds": 0.0, "passes": 0}}
     assert set(first["stages"]) == {"edit", "latents", "train", "finish"}
-    again = erase("realera", to="again")
+    again = erase("realera-text", to="again")
     assert again["passes"] == {"erase": LOOP} and again["shared"]["latents"]["passes"] == BANK
     assert again["shared"]["latents"]["seconds"] > 0
     assert costs.totals(again)["passes"] == costs.totals(first)["passes"]

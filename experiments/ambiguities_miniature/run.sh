@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What each decision that the paper leaves open does on the miniature: RealEra with one setting changed (variants.txt),
+# What each decision that the paper leaves open does on the miniature: RealEra, in text space, with one setting changed (variants.txt),
 # on three concepts that no table of objects, people or styles uses, two seeds. It resumes; VARIANTS="rows lora" and
 # SEEDS=100 run a part: the variants whose name begins so, one seed.
 set -euo pipefail
@@ -15,7 +15,7 @@ for seed in ${SEEDS:-100 101}; do
     [[ " ${VARIANTS:-${label%% *}} " == *" ${label%% *} "* ]] || continue
     read -ra words <<<"$settings"
     while IFS='|' read -r concept anchor synonyms associated; do
-      $PY -m realera.train task=object backbone=mini logger=none "seed=$seed" "task.first_seed=$((500 * seed))" \
+      $PY -m realera.train task=object method=realera-text backbone=mini logger=none "seed=$seed" "task.first_seed=$((500 * seed))" \
         "${SMALL[@]}" "concept=$concept" "anchor=$anchor" "task.synonyms=[$synonyms]" "task.associated=[$associated]" \
         "root=$RUNS" "label='$label'" "${words[@]}" || failed=1
     done <<'WORDS'

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 2 on the miniature: its five stand-ins for unsafe content erased together, twelve systems x three seeds. It
+# Table 2 on the miniature: its five stand-ins for unsafe content erased together, every system x three seeds. It
 # resumes; METHODS="mace,ac" and SEEDS=0 run a part, so that several can run side by side with one thread each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Table 1 on the miniature: twelve systems x ten classes x three seeds. It resumes; a finished cell is not redone.
+# Table 1 on the miniature: every system x ten classes x three seeds. It resumes; a finished cell is not redone.
 # METHODS="mace,ac" and CLASSES="cat,dog" run a part, so that several can run side by side with one thread each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

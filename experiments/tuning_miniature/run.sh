@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Chooses RealEra's settings on the miniature: five concepts (the unsafe stand-ins) that no table of objects, people
+# Chooses RealEra's settings in text space on the miniature: five concepts (the unsafe stand-ins) that no table of objects, people
 # or styles uses, and seeds that none uses.
 # Two rounds: the closed form alone decides the band, then the LoRA's rate follows on the best of it.
 # Round 3 asks for the band and the points beyond that people and artists need: on the tables' own (no others have
@@ -20,7 +20,7 @@ sweep() { # round, settings...
   shift
   while IFS='|' read -r concept anchor synonyms associated; do
     [[ " ${ONLY:-$concept} " == *" $concept "* ]] || continue
-    $PY -m realera.train -m task=object backbone=mini logger=none seed=100 task.first_seed=50000 "${SMALL[@]}" \
+    $PY -m realera.train -m task=object method=realera-text backbone=mini logger=none seed=100 task.first_seed=50000 "${SMALL[@]}" \
       "concept=$concept" "anchor=$anchor" "task.synonyms=[$synonyms]" "task.associated=[$associated]" \
       "root=$RUNS/$round" "$@"
   done <<'WORDS'
@@ -35,7 +35,7 @@ WORDS
 others() { # task, its concepts
   local grid
   for grid in "0.2,0.4,0.7 5,25,100" "0.7,0.9 10" "0.9 25"; do
-    $PY -m realera.train -m "task=$1" backbone=mini logger=none seed=100 task.first_seed=50000 method.align=null \
+    $PY -m realera.train -m "task=$1" method=realera-text backbone=mini logger=none seed=100 task.first_seed=50000 method.align=null \
       "concept=$2" method.edit.ridge=50 task.images.erase=8 task.images.near=0 task.images.keep=2 task.images.associated=8 task.images.unseen=0 \
       "method.neighbours.s_lo=${grid% *}" "method.neighbours.n=${grid#* }" "root=$RUNS/3$1" \
       'label="s_lo ${method.neighbours.s_lo} n ${method.neighbours.n}"'

@@ -7,14 +7,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
 HERE=experiments/tuning_rivals
 RUNS=${RUNS:-runs/tuning_rivals}
-METHODS=${METHODS:-uce rece speed oce leace sld realera realera-value valera mace ac fmn sa spm esd-x esd-u}
+METHODS=${METHODS:-uce rece speed oce leace sld realera-text realera-value valera mace ac fmn sa spm esd-x esd-u}
 TASKS=${TASKS:-object celebrity nsfw}
 
 search() { # settings..., each with its values; the label names them
   local label="" setting concept anchor words associated
   for setting in "$@"; do label+="${setting%%=*} \${${setting%%=*}} "; done
-  local common=("task=$task" backbone=mini logger=none seed=100 task.first_seed=50000 "method=${method%-value}" "label=\"${label% }\"")
-  if [[ $method == *-value ]]; then common+=(method.neighbours.space=value); fi
+  local common=("task=$task" backbone=mini logger=none seed=100 task.first_seed=50000 "method=$method" "label=\"${label% }\"")
   case $task in
   object)
     while IFS='|' read -r concept anchor words associated; do
@@ -49,7 +48,7 @@ for task in $TASKS; do
   if [[ $task == nsfw ]]; then twice=2; else twice=1; fi # its five share the steps, but for MACE, which counts each one's
   for method in $METHODS; do
     case $method in
-    realera | realera-value) search method.neighbours.s_lo=0.2,0.7 method.neighbours.n=25,100 method.align.lr=3e-4,1e-3 ;;
+    realera-text | realera-value) search method.neighbours.s_lo=0.2,0.7 method.neighbours.n=25,100 method.align.lr=3e-4,1e-3 ;;
     valera) search method.edit.price=1,10 method.edit.gain=1,1.05,1.1,1.2 ;;
     uce) search method.edit.rows=last,suffix_2023 method.edit.ridge=0.05,0.5,5,50 ;;
     rece) search method.edit.rounds=1,3 method.edit.lambda_norm=0.1,0.01 "method.edit.guide=' ',null" ;;

@@ -223,11 +223,12 @@ def build_task(config: Mapping[str, Any]) -> Task:
 
 
 def register_resolvers() -> None:
-    """Makes ${default_backbone:}, ${by_backbone:...}, ${by_task:...}, ${times:...} and ${wandb_mode:} known to every
-    config."""
+    """Makes ${default_backbone:}, ${by_backbone:...}, ${by_task:...}, ${by_space:...}, ${times:...} and ${wandb_mode:}
+    known to every config."""
     OmegaConf.register_new_resolver("default_backbone", lambda: default_backbone()[0], replace=True)
     OmegaConf.register_new_resolver("by_backbone", by_backbone, replace=True)
     OmegaConf.register_new_resolver("by_task", by_task, replace=True)
+    OmegaConf.register_new_resolver("by_space", by_space, replace=True)
     OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)  # ${times:1000,${seed}}
     OmegaConf.register_new_resolver("wandb_mode", wandb_mode, replace=True)
 
@@ -266,6 +267,11 @@ def by_task(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
         raise UserError(f"task._target_={target}: {found}; leave it as the yaml has it.")
     task: Any = None if target is None else get_class(target)  # tasks load without torch
     return table.get(str(getattr(task, "name", None)), table["default"])
+
+
+def by_space(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+    """`${by_space:{default:25,value:100}}`: the entry of the space in which neighbours are mined, else `default`."""
+    return table.get(str(OmegaConf.select(_root_, "method.neighbours.space")), table["default"])
 
 
 def wandb_mode() -> str:

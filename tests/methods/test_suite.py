@@ -233,6 +233,7 @@ def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_metho
     # What is mined at random around one concept also moves the other, in text states of 32 numbers.
     plain = ("neighbours=null",) if load_method(name).neighbours is not None else ()
     plain += FULLY.get(name, ("edit.ridge=0.01",))
+    plain += ("edit.projections=both",) if "space" in PARTS[name].edit else ()
     plain += ("edit.guide=null",) if "guide" in PARTS[name].edit else ()  # to the anchor, where there is a choice
     plain += ("align.steps=0",) if name in FUSED else ()  # what is trained leads away, not to an anchor
     both = run(name, *plain, to="both", concepts=(first, second))

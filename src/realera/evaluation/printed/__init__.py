@@ -16,6 +16,7 @@ NAMES: Mapping[
     str, tuple[str, ...]
 ] = {  # by our methods' names; the paper's celebrities and styles have "SLD" and "ESD"
     "original": ("sdv14",),
+    "realera-text": ("realera",),
     "sld": ("sld", "sldm"),
     "esd-x": ("esdx", "esd"),  # the variant that ESD's authors take for styles; the paper does not say which it took
     "sa": ("sa",),

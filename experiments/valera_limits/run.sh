@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Where VALERA fails, and UCE beside it: erasures that ask for trouble (limits.py). On the miniature about ten minutes of
+# one core; it resumes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+PY=${PYTHON:-.venv/bin/python}
+HERE=experiments/valera_limits
+$PY $HERE/limits.py "${RUNS:-runs/valera_limits}" $HERE/results.json
+$PY $HERE/table.py $HERE/results.json
