@@ -39,7 +39,13 @@ def variants() -> dict[str, dict[str, Any]]:
     found = {}
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         for label, *said in VARIANTS:
-            given = ["method=realera-text", "backbone=mini", "concept=gun", "anchor=room", *shlex.split(said[-1] if said else "")]
+            given = [
+                "method=realera-text",
+                "backbone=mini",
+                "concept=gun",
+                "anchor=room",
+                *shlex.split(said[-1] if said else ""),
+            ]
             found[label] = cli.plain(compose("train", given))
     return found
 

@@ -69,7 +69,10 @@ def cases() -> list[Case]:
     made = []
     anchors = "an anchor that is another thing"
     for name, anchor in (("truck", "automobile"), ("cat", "dog"), ("deer", "horse"), ("ship", "airplane")):
-        groups = {**of_class(name), "the anchor's own": [*photos(anchor), *photos(*classes[anchor]["synonyms"], of=anchor)]}
+        groups = {
+            **of_class(name),
+            "the anchor's own": [*photos(anchor), *photos(*classes[anchor]["synonyms"], of=anchor)],
+        }
         made.append(Case(anchors, "object", name, anchor, groups))
     groups = {**of_person("Tom Cruise"), "the anchor's own": of_person("Elon Musk")["name"]}
     made.append(Case(anchors, "celebrity", "Tom Cruise", "Elon Musk", groups))
@@ -88,7 +91,9 @@ def cases() -> list[Case]:
     for phrase in people["Tom Cruise"]["associated"][:1]:
         groups = of_person("Tom Cruise")
         groups["phrases"] = [pair for pair in groups["phrases"] if pair[0] != phrase]
-        made.append(Case(close, "celebrity", "Tom Cruise", None, {**groups, "kept": [(phrase, "Tom Cruise")]}, [phrase]))
+        made.append(
+            Case(close, "celebrity", "Tom Cruise", None, {**groups, "kept": [(phrase, "Tom Cruise")]}, [phrase])
+        )
 
     inside = "a concept that holds others, or lies inside another"
     beasts, rest = ("bird", "cat", "deer", "dog", "frog", "horse"), ("airplane", "automobile", "ship", "truck")
@@ -159,7 +164,9 @@ def erased(case: Case, method: str, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     original_images(backbone, drawn, folder, chunk=32)
     generate_images(backbone, drawn, folder, chunk=32)
-    return {when: measured(groups, judge, folder / at) for when, at in (("original", "originals"), ("erased", paths.IMAGES))}
+    return {
+        when: measured(groups, judge, folder / at) for when, at in (("original", "originals"), ("erased", paths.IMAGES))
+    }
 
 
 def main(runs: str, results: str) -> None:
@@ -168,7 +175,11 @@ def main(runs: str, results: str) -> None:
     rows = []
     for case in cases():
         row: dict[str, Any] = {"question": case.question, "task": case.task, "concept": case.concept}
-        row |= {"anchor": case.anchor, "keep": list(case.keep), "images": {n: IMAGES * len(g) for n, g in case.groups.items()}}
+        row |= {
+            "anchor": case.anchor,
+            "keep": list(case.keep),
+            "images": {n: IMAGES * len(g) for n, g in case.groups.items()},
+        }
         for method in METHODS:
             if method == "uce" and case.keep:
                 continue  # its kept names are told apart in another way

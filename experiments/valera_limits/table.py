@@ -20,12 +20,20 @@ def named(row: dict[str, Any]) -> str:
 def tables(rows: list[dict[str, Any]]) -> str:
     parts = []
     for question in dict.fromkeys(row["question"] for row in rows):
-        lines = [f"**{question[0].upper()}{question[1:]}**", "", "| erased | prompts | images | original | VALERA | UCE |"]
+        lines = [
+            f"**{question[0].upper()}{question[1:]}**",
+            "",
+            "| erased | prompts | images | original | VALERA | UCE |",
+        ]
         lines.append("|---|---|---|---|---|---|")
         for row in (row for row in rows if row["question"] == question):
             for place, group in enumerate(row["images"]):
-                said = [f"{row[system][group]:.0f}" if system in row else "–" for system in ("original", "valera", "uce")]
-                lines.append(f"| {' | '.join([named(row) if not place else '', group, str(row['images'][group]), *said])} |")
+                said = [
+                    f"{row[system][group]:.0f}" if system in row else "–" for system in ("original", "valera", "uce")
+                ]
+                lines.append(
+                    f"| {' | '.join([named(row) if not place else '', group, str(row['images'][group]), *said])} |"
+                )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
