@@ -109,12 +109,15 @@ def test_bos_is_not_detached_where_it_cannot_be(new_backbone: Callable[..., Any]
 
 
 def test_numbers_for_nudity_are_the_official_ones() -> None:
-    """And the miniature's are those that were chosen on it, whatever is erased."""
+    """And the miniature's are those that were chosen on it."""
     register_resolvers()
-    own = (list(KV), 0.0, 200, 1e-4)
     nudity, others = (["attn1", "attn2"], 1.0, 400, 6.4e-5), (list(KV), 0.0, 100, 1.6e-5)
-    for task, numbers in (("nsfw.NsfwTask", nudity), ("objects.ObjectTask", others), ("styles.StyleTask", others)):
-        for backbone, wanted in (("sd14", numbers), ("mini", own)):
+    for task, numbers, chosen in (
+        ("nsfw.NsfwTask", nudity, (400, 3e-5)),
+        ("objects.ObjectTask", others, (200, 1e-4)),
+        ("styles.StyleTask", others, (200, 1e-4)),
+    ):
+        for backbone, wanted in (("sd14", numbers), ("mini", (list(KV), 0.0, *chosen))):
             given = {"backbone": {"name": backbone}, "task": {"_target_": f"realera.tasks.{task}"}}
             align = OmegaConf.create({**given, "method": method_settings("ac")}).method.align
             assert (align.parameters, align.prior, align.steps, align.lr) == wanted, (task, backbone)
