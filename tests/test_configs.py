@@ -98,6 +98,24 @@ def test_what_is_mined_is_chosen_by_its_own_group(method: str) -> None:
     preflight.check_settings(by_noise)
 
 
+def test_realera_mines_in_the_paper_s_space_and_on_the_miniature_in_the_one_that_was_measured_to_be_better() -> None:
+    """A space that is typed is the mining's and the closed form's, and takes the settings that were found for it."""
+
+    def mined(*words: str) -> tuple[str, str, int, float]:
+        method = composed("train", "concept=airplane", *words)["method"]
+        return method["edit"]["space"], *(method["neighbours"][key] for key in ("space", "n", "s_lo"))
+
+    text, value = ("text", "text", 25, 0.2), ("value", "value", 100, 0.2)
+    assert mined("backbone=mini") == mined("backbone=mini", "method=realera-value") == value
+    assert (
+        mined("backbone=mini", "method.neighbours.space=text") == mined("backbone=mini", "method=realera-text") == text
+    )
+    for words, space in (([], "text"), (["method=realera-text"], "text"), (["method=realera-value"], "value")):
+        assert mined("backbone=sd14", *words) == (space, space, 25, 0.7)
+    alone = composed("train", "concept=airplane", "backbone=mini", "method=realera-text", "method.neighbours=null")
+    assert alone["method"]["edit"]["space"] == "text"
+
+
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_task_names_prompts_and_its_judges(task: str, backbone: str) -> None:
