@@ -13,8 +13,10 @@ part=()
 [[ -z ${CONCEPTS:-} ]] || part+=("hydra.sweeper.params.concept='$CONCEPTS'")
 [[ -z ${SEEDS:-} ]] || part+=("hydra.sweeper.params.seed='$SEEDS'")
 
+base=(base=realera) # differences are from it, where it is among the systems
+[[ -z ${METHODS:-} ]] || base=()
 $PY -m realera.train -m experiment=celebrity backbone=mini logger=none "root=$RUNS" "${part[@]}"
-$PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=$HERE" base=realera
+$PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=$HERE" "${base[@]}"
 [[ -z "${METHODS:-}${CONCEPTS:-}${SEEDS:-}" ]] || exit 0
 
 for method in realera-text realera uce; do # the closed forms alone

@@ -13,5 +13,7 @@ part=()
 [[ -z ${CONCEPTS:-} ]] || part+=("hydra.sweeper.params.concept='$CONCEPTS'")
 [[ -z ${SEEDS:-} ]] || part+=("hydra.sweeper.params.seed='$SEEDS'")
 
+base=(base=realera) # differences are from it, where it is among the systems
+[[ -z ${METHODS:-} ]] || base=()
 $PY -m realera.train -m experiment=table2_each backbone=mini logger=none "root=$RUNS" "${part[@]}"
-$PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=$HERE" base=realera
+$PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=$HERE" "${base[@]}"

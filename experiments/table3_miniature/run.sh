@@ -12,5 +12,7 @@ part=()
 [[ -z ${METHODS:-} ]] || part+=("hydra.sweeper.params.method='$METHODS'")
 [[ -z ${SEEDS:-} ]] || part+=("hydra.sweeper.params.seed='$SEEDS'")
 
+base=(base=realera-text) # differences are from it, where it is among the systems
+[[ -z ${METHODS:-} ]] || base=()
 $PY -m realera.train -m experiment=table3 backbone=mini logger=none "root=$RUNS" "${part[@]}"
-$PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=$HERE" base=realera
+$PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=$HERE" "${base[@]}"
