@@ -156,7 +156,7 @@ def test_the_edit_is_made_once_whether_resumed_or_not(go: Callable[..., Any], lo
 
 
 def test_what_was_mined_is_kept(go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path) -> None:
-    method = load_method("realera", "neighbours.m=1", "neighbours.n=2", "align=null")
+    method = load_method("realera-text", "neighbours.m=1", "neighbours.n=2", "align=null")
     pairs: list[Pair] = []
 
     class Note(Halve):
@@ -181,7 +181,7 @@ def test_what_is_mined_around_many_concepts_is_not_held(
     monkeypatch: Any,
 ) -> None:
     """One at a time, and the same points whenever they are asked for: so the edit is the same."""
-    method = load_method("realera", "neighbours.m=1", "neighbours.n=2", "align=null")
+    method = load_method("realera-text", "neighbours.m=1", "neighbours.n=2", "align=null")
     backbone = new_backbone()
     pairs = new_pairs(backbone, ("cat", "field"), ("ship", "sky"), ("dog", "road"))
     whole = room.Mined(method.neighbours, pairs, 0)

@@ -64,7 +64,7 @@ def test_what_is_held_is_bounded(watched: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_the_edit_reads_a_pair_and_its_neighbours_together(
     watched: Any, load_method: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = load_method("realera", "neighbours.m=1", "neighbours.n=2", "align=null")
+    method = load_method("realera-text", "neighbours.m=1", "neighbours.n=2", "align=null")
     kept = [Pair(p.concept, p.target, p.anchor) for p in encoded_pairs(watched, Animals())]  # type: ignore[arg-type]
     wanted = method.edit(watched, kept, Mined(method.neighbours, kept, 0)).map
     monkeypatch.setattr(room, "KEPT", 1)
