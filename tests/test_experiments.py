@@ -106,6 +106,50 @@ def test_the_study_s_script_types_what_the_command_line_takes(tmp_path: Path) ->
         assert len(cli.build_task(config).eval_prompts()) in (48, 52)
 
 
+TABLES = {
+    "table1": "table1",
+    "table3": "table3",
+    "nsfw": "table2",
+    "nsfw_each": "table2_each",
+    "celebrity": "celebrity",
+}
+TABLES["style"] = "style"
+
+
+@pytest.mark.parametrize("folder", TABLES)
+@pytest.mark.parametrize("methods", [None, "mace,uce"])
+def test_a_table_s_script_runs_it_whole_or_a_part(folder: str, methods: str | None, tmp_path: Path) -> None:
+    """A part that METHODS names may lack the system that differences are from, and asks for none."""
+    stub, typed = tmp_path / "python", tmp_path / "typed"
+    stub.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" '' >> {shlex.quote(str(typed))}\n")
+    stub.chmod(0o755)
+    environ = {
+        **os.environ,
+        "PYTHON": str(stub),
+        "RUNS": str(tmp_path / "runs"),
+        **({"METHODS": methods} if methods else {}),
+    }
+    subprocess.run(["bash", str(FOLDER / f"{folder}_miniature" / "run.sh")], env=environ, check=True)
+    calls = [call.split("\0") for call in typed.read_text(encoding="utf-8").split("\0\0") if call]
+    train, report = (next(c for c in calls if c[:2] == ["-m", f"realera.{door}"]) for door in ("train", "report"))
+    assert f"experiment={TABLES[folder]}" in train and f"results=experiments/{folder}_miniature" in report
+    assert any(word.startswith("base=realera") for word in report) == (methods is None)
+    assert ("hydra.sweeper.params.method='mace,uce'" in train) == (methods is not None)
+
+
+@pytest.mark.parametrize("table", ["table1", "table2", "table2_each", "celebrity", "style"])
+def test_no_table_forgets_a_system(table: str) -> None:
+    """All methods but RealEra's ablation and MACE's: of RealEra's two spaces the default's own name stands for one."""
+    cli.register_resolvers()
+    every = {file.stem for file in (CONF_DIR / "method").glob("*.yaml")}
+    for backbone, default in (("mini", "realera-value"), ("sd14", "realera-text")):
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            words = [f"experiment={table}", f"backbone={backbone}"]
+            made = compose("train", words, return_hydra_config=True).hydra.sweeper.params.method
+        left = {"mace-ablation", "realera-closed-form", "realera-no-mining", "realera-no-beyond", default}
+        assert set(str(made).split(",")) == every - left
+
+
 @pytest.mark.slow
 def test_the_measurements_are_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     """What `make bench` and the script for a GPU measure: an alignment step and a drawing, each beside its peer."""
