@@ -198,7 +198,7 @@ def load_method() -> Callable[..., Any]:
         from omegaconf import OmegaConf
 
         from options import check_method, method_settings
-        from realera.cli import register_resolvers
+        from realera.settings.resolvers import register_resolvers
 
         register_resolvers()
         method = method_settings(name)

@@ -9,11 +9,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from realera import schema
-from realera.constructors import signature
 from realera.paths import CONF_DIR
-from realera.sources import Class, find
-from realera.values import Look
+from realera.settings import schema
+from realera.settings.constructors import signature
+from realera.settings.source_code import Class, find
+from realera.settings.values import Look
 
 
 def method_settings(name: str) -> Any:

@@ -12,9 +12,10 @@ from PIL import Image
 
 from realera import paths
 from realera.contracts import Mode, Prompt, Split, Verdict
-from realera.evaluation.readings import H_O_TERMS, MEAN_PROB
+from realera.evaluation.measures import H_O_TERMS, MEAN_PROB
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
+from realera.system import disk
 
 JUDGE = "eye"
 REALERA: dict[str, Any] = {
@@ -52,7 +53,7 @@ def judged(
         "backbone": {"name": "mini"},
         **settings,
     }
-    paths.write_text(folder / paths.CONFIG, yaml.safe_dump(config, sort_keys=False))
+    disk.write_text(folder / paths.CONFIG, yaml.safe_dump(config, sort_keys=False))
     shares = shares or {"erase": 0.0, "near": 0.25, "keep": 1.0}
     rows, verdicts, before = [], [], []
     for split, share in shares.items():
@@ -72,7 +73,7 @@ def judged(
     measure(folder, JUDGE, {"task": task, "judge": {"judge": JUDGE}}, headline, terms)
     if cost is not None:
         spent = {"form": 1, "device": "cpu", "stages": {"edit": cost, "draw": 9}, "passes": {"erase": 10}}
-        paths.write_text(folder / paths.COSTS, json.dumps(spent))
+        disk.write_text(folder / paths.COSTS, json.dumps(spent))
     return folder
 
 

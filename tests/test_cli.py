@@ -16,8 +16,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from quick import slow_unless
-from realera import cli, complaints
+from realera import cli
 from realera.contracts import UserError
+from realera.settings import composition, error_sentences, resolvers
+from realera.system import environment
 
 LIMIT = 6.0  # seconds; about 0.6 on an idle machine, and the promise is 3
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "lightning", "wandb", "peft", "PIL")
@@ -217,13 +219,17 @@ def test_nothing_heavy_is_imported_before_the_settings_are_good(tmp_path: Path) 
 
 
 def test_bare_words_fill_the_list_and_flags_come_first() -> None:
-    assert cli.gather(["runs/a", "out=x", "it's", "--cfg"], "runs") == ["out=x", "--cfg", "runs=['runs/a','it\\'s']"]
-    assert cli.gather(["out=x"], "runs") == ["out=x"]
-    assert cli.flags_first(["a=1", "-m", "b=2"]) == ["-m", "a=1", "b=2"]
+    assert environment.gather(["runs/a", "out=x", "it's", "--cfg"], "runs") == [
+        "out=x",
+        "--cfg",
+        "runs=['runs/a','it\\'s']",
+    ]
+    assert environment.gather(["out=x"], "runs") == ["out=x"]
+    assert environment.flags_first(["a=1", "-m", "b=2"]) == ["-m", "a=1", "b=2"]
 
 
 def test_by_backbone_takes_the_backbones_own_entry_or_the_default() -> None:
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     text = 'backbone: {name: mini}\nlr: "${by_backbone:{default: 1e-5, mini: 1e-3}}"\nm: "${by_backbone:{sd14: 2}}"'
     cfg = OmegaConf.create(yaml.safe_load(text))
     assert cfg.lr == 1e-3
@@ -232,49 +238,49 @@ def test_by_backbone_takes_the_backbones_own_entry_or_the_default() -> None:
     cfg.backbone.name = "other"
     assert cfg.lr == 1e-5
     with pytest.raises(UserError, match="no value is known for backbone other"):
-        cli.plain(cfg)
+        composition.plain(cfg)
 
 
 def test_the_default_backbone_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     for devices, build, expected in ((0, "2.9.0", "mini"), (1, "2.9.0+cpu", "mini"), (1, "2.9.0+cu128", "sd14")):
-        cli.default_backbone.cache_clear()
-        monkeypatch.setattr(cli, "cuda_devices", lambda n=devices: n)
-        monkeypatch.setattr(cli.metadata, "version", lambda name, v=build: v)
-        name, why = cli.default_backbone()
+        resolvers.default_backbone.cache_clear()
+        monkeypatch.setattr(resolvers, "cuda_devices", lambda n=devices: n)
+        monkeypatch.setattr(resolvers.metadata, "version", lambda name, v=build: v)
+        name, why = resolvers.default_backbone()
         assert name == expected and why
-    cli.default_backbone.cache_clear()
+    resolvers.default_backbone.cache_clear()
 
 
 def test_wandb_is_online_only_for_who_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert cli.wandb_mode() == "offline"
+    assert resolvers.wandb_mode() == "offline"
     for host in ("api.wandb.ai", "api.forge.coreweave.com"):
         (tmp_path / "netrc").write_text(f"machine {host} login user password x")
-        assert cli.wandb_mode() == "online", host
+        assert resolvers.wandb_mode() == "online", host
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
-    assert cli.wandb_mode() == "offline", "logged in elsewhere"
+    assert resolvers.wandb_mode() == "offline", "logged in elsewhere"
     (tmp_path / "netrc").write_text("machine wandb.example.org:8080 login user password x")
-    assert cli.wandb_mode() == "online"
+    assert resolvers.wandb_mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert cli.wandb_mode() == "disabled"
+    assert resolvers.wandb_mode() == "disabled"
 
 
 def test_an_error_of_the_code_keeps_its_traceback() -> None:
-    assert complaints.of_step(RuntimeError("a bug")) is None
+    assert error_sentences.of_step(RuntimeError("a bug")) is None
     wrapped = RuntimeError("outside")
     wrapped.__cause__ = UserError("inside")
-    assert complaints.of_step(wrapped) == "inside"
+    assert error_sentences.of_step(wrapped) == "inside"
     with pytest.raises(ZeroDivisionError):
-        complaints.of_config(ZeroDivisionError(), "train", [])
+        error_sentences.of_config(ZeroDivisionError(), "train", [])
 
 
 @pytest.mark.parametrize(
     ("task", "value"), [("styles.StyleTask", 1), ("nsfw.NsfwTask", None), ("objects.ObjectTask", 3)]
 )
 def test_by_task_takes_the_tasks_own_entry_or_the_default(task: str, value: int | None) -> None:
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     table = '"${by_task:{default: 3, style: 1, nsfw: null}}"'
     config = OmegaConf.create(f"task: {{_target_: realera.tasks.{task}}}\nn: {table}")
     assert config.n == value

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import walk
 from quick import slow_unless
 from realera import cli
+from realera.settings import composition
 
 TYPED = ("null", "true", "abc", "-1", "0", "1e308", "nan", ".inf", "1e20", "[]", "{a:1}", "''", "1,2", "${seed}", "???")
 LINES = {
@@ -37,7 +38,7 @@ _known: dict[str, list[str]] = {}
 def keys(door: str) -> list[str]:
     """Every setting of a command by its dotted name, and every group of them."""
     if door not in _known:
-        config = cli.plain(walk.composed(door))
+        config = composition.plain(walk.composed(door))
         places = [*walk.leaves(config), *walk.groups_of(config)]
         _known[door] = [".".join(place) for place in places if all(isinstance(key, str) for key in place)]  # type: ignore[arg-type]
     return _known[door]

@@ -15,8 +15,11 @@ from omegaconf import OmegaConf
 
 from options import method_settings
 from quick import slow_unless
-from realera import band, cli, paths, preflight
+from realera import paths
 from realera.contracts import Method, NamedPrompt
+from realera.mining import band
+from realera.runs import preflight
+from realera.settings import composition, resolvers
 
 GROUPS = sorted(path.name for path in paths.CONF_DIR.iterdir() if path.is_dir())
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((paths.CONF_DIR / group).glob("*.yaml"))]
@@ -36,9 +39,9 @@ TASKS = [option for group, option in OPTIONS if group == "task"]
 @cache
 def composed(door: str, *overrides: str) -> dict[str, Any]:
     """A door's settings as plain containers, every interpolation resolved. To be looked at only."""
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
-        return cli.plain(compose(door, list(overrides)))
+        return composition.plain(compose(door, list(overrides)))
 
 
 def targets(node: Any) -> Iterator[str]:
@@ -120,10 +123,10 @@ def test_realera_mines_in_the_paper_s_space_and_on_the_miniature_in_the_one_that
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_task_names_prompts_and_its_judges(task: str, backbone: str) -> None:
     config = composed("train", f"task={task}", "concept=airplane", "anchor=sky", f"backbone={backbone}")
-    built = cli.build_task(config)
+    built = composition.build_task(config)
     assert built.eval_prompts() and built.training_prompts(built.concepts[0])
     assert len({prompt.id for prompt in built.eval_prompts()}) == len(built.eval_prompts())
-    judge = cli.by_backbone(config["task"]["judges"], _root_=OmegaConf.create({"backbone": {"name": backbone}}))
+    judge = resolvers.by_backbone(config["task"]["judges"], _root_=OmegaConf.create({"backbone": {"name": backbone}}))
     assert ("judge", judge) in OPTIONS
 
 
@@ -138,7 +141,7 @@ def test_every_method_is_built_and_can_mine_what_it_asks_for(method: str, backbo
 
 def test_gradients_are_bounded_where_the_official_code_bounds_them() -> None:
     """And on the miniature, where the rates were chosen so."""
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     unbounded = {"esd-x", "esd-u", "spm", "sa"}
     for method in METHODS:
         for backbone, clip in (("sd14", None if method in unbounded else 1.0), ("mini", 1.0)):

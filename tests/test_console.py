@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from realera import console, runs, train
+from realera import console, train
 from realera.contracts import Mode, Prompt, Split, Verdict
+from realera.evaluation.measures import MEAN_PROB
 from realera.evaluation.metrics import summarise
-from realera.evaluation.readings import MEAN_PROB
+from realera.runs import folders
 from realera.training.callbacks import FitProgress
 from sweeps import judged as judged_run
 
@@ -92,7 +93,7 @@ def test_texts_of_settings_and_files_are_shown_as_one_plain_line(
     metrics["main"][f"acc_{HOSTILE}"] = metrics["main"]["acc_e"]
     metrics["sets"] = {HOSTILE: {HOSTILE: 1.0}}
     monkeypatch.setattr(console.costs, "read", lambda folder: {})
-    monkeypatch.setattr(console.cost, "sentence", lambda record: HOSTILE)
+    monkeypatch.setattr(console.cost_words, "sentence", lambda record: HOSTILE)
     console.show_run(tmp_path, metrics, HOSTILE)
     cell = {"state": "refused", "reason": HOSTILE, "overrides": [HOSTILE]}
     console.show_cells([cell])
@@ -132,6 +133,6 @@ def test_nothing_is_erased_by_the_original_model(tmp_path: Path, capsys: pytest.
         ("uce", "cat erased by uce", "erased"),
     ):
         folder = judged_run(tmp_path / method, method=method)
-        train.show(runs.Run(folder, {**runs.read_config(folder), "evaluate": True}))
+        train.show(folders.Run(folder, {**folders.read_config(folder), "evaluate": True}))
         said = capsys.readouterr().out
         assert title in said and column in said and "erased by original" not in said

@@ -13,8 +13,8 @@ import pytest
 
 from realera import costs, paths
 from realera.costs import Meter
-from realera.ledger import Ledger, Spent
-from realera.ranks import Ranks
+from realera.files.cache_costs import Ledger, Spent
+from realera.system.ranks import Ranks
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import wandb
 
-from realera import dashboard, panels
+from realera import dashboard
+from realera.wandb_logging import panels
 
 pytest.importorskip("wandb_workspaces")
 Type = Callable[..., None]

@@ -22,8 +22,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from realera import cli, plan, runs
-from realera.webpage import handler
+from realera import cli
+from realera.reporting.demo_page import handler
+from realera.runs import estimate, folders
+from realera.settings import composition
 
 SMALL = [
     "backbone=mini",
@@ -122,8 +124,8 @@ def test_a_run_counts_what_it_costs(type_in: Type, place: Path, capsys: pytest.C
     assert guided["originals"]["passes"] == 0, "they stood in the cache"
     for name, per_image in (("realera", record["passes_per_image"]), ("sld", guided["passes_per_image"])):
         folder = next((place / "runs").glob(f"horse-{name}-mini-*"))
-        config = {**runs.read_config(folder), "overwrite": True}
-        planned = plan.work(config, cli.build_task(config))
+        config = {**folders.read_config(folder), "overwrite": True}
+        planned = estimate.work(config, composition.build_task(config))
         assert (planned.passes_per_image, planned.images) == (per_image, images)
         assert planned.passes_per_original == steps * 2
     for sitting in (1, 2):
@@ -189,7 +191,7 @@ def test_judging_again_draws_nothing_and_loses_no_number(
     run_dir: Path, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run's own judge again, a detector beside it, then a judge of whole sets: no model is loaded for any."""
-    from realera import steps
+    from realera.runs import steps
 
     images = {
         path: path.stat().st_mtime_ns for place in ("images", "originals") for path in (run_dir / place).iterdir()
@@ -337,7 +339,7 @@ def test_a_run_that_is_refused_before_anything_is_made_leaves_no_folder(
 def test_the_demo_says_which_setting_is_wrong(
     run_dir: Path, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from realera import steps
+    from realera.runs import steps
 
     monkeypatch.setattr(steps, "load_run", lambda run: None)
     for host, says in (("1.2.3.4", "host=1.2.3.4 is no address"), ("no.such.host.invalid", "is no address of this")):
@@ -359,11 +361,11 @@ def test_processes_that_torchrun_started_do_not_each_draw_a_whole_sweep(
 def test_an_exported_pipeline_draws_the_runs_images(run_dir: Path, type_in: Type, place: Path, tiny_sd: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    from realera import steps
+    from realera.runs import steps
 
     type_in("export", f"run={run_dir}", "to=diffusers", "out=pipeline", small=False)
     loaded = StableDiffusionPipeline.from_pretrained(place / "pipeline").unet
-    ours = steps.load_run(runs.open_run(str(run_dir)))
+    ours = steps.load_run(folders.open_run(str(run_dir)))
     latents, states = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), ours.encode(["a cat", "sky"])
     with torch.no_grad():
         expected = ours.predict_noise(latents, torch.tensor([7, 500]), states.states)
@@ -411,7 +413,7 @@ def test_a_sweep_lists_its_runs_and_one_page_shows_them(
 ) -> None:
     type_in("train", "-m", "concept=airplane", "method=uce", "method.edit.ridge=0.5,5", "logger=none")
     sweep = place / "runs" / "sweeps" / "stamp"
-    listed = runs.runs_in(str(sweep))
+    listed = folders.runs_in(str(sweep))
     assert len(listed) == 2 and all((place / folder / "metrics.json").is_file() for folder in listed)
     type_in("report", str(sweep), small=False)
     page = (sweep / "report.html").read_text()

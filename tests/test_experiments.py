@@ -18,8 +18,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from options import check_part, method_settings
-from realera import cli, preflight
 from realera.paths import CONF_DIR
+from realera.runs import preflight
+from realera.settings import composition, resolvers
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 VARIANTS = [
@@ -35,7 +36,7 @@ def test_results_are_json(file: Path) -> None:
 @pytest.fixture(scope="module")
 def variants() -> dict[str, dict[str, Any]]:
     """The settings of every row of variants.txt, by its label."""
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     found = {}
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         for label, *said in VARIANTS:
@@ -46,7 +47,7 @@ def variants() -> dict[str, dict[str, Any]]:
                 "anchor=room",
                 *shlex.split(said[-1] if said else ""),
             ]
-            found[label] = cli.plain(compose("train", given))
+            found[label] = composition.plain(compose("train", given))
     return found
 
 
@@ -67,7 +68,7 @@ def test_every_decision_that_is_varied_can_be_taken(
     for label, config in variants.items():
         preflight.check_settings(config)
         if (align := config["method"]["align"]) is not None:
-            lora = cli.build(align["lora"])
+            lora = composition.build(align["lora"])
             assert new_backbone().add_adapter(lora, torch.Generator()), label
 
 
@@ -95,15 +96,15 @@ def test_the_study_s_script_types_what_the_command_line_takes(tmp_path: Path) ->
     calls = [call.split("\0") for call in typed.read_text(encoding="utf-8").split("\0\0")]
     trained = [call[2:] for call in calls if call[:2] == ["-m", "realera.train"]]
     assert len(trained) == 6 and any(call[:2] == ["-m", "realera.report"] for call in calls)
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        made = [cli.plain(cli.with_concepts(compose("train", words))) for words in trained]
+        made = [composition.plain(composition.with_concepts(compose("train", words))) for words in trained]
     assert {(one["concept"], one["seed"], one["task"]["first_seed"]) for one in made} == {
         (concept, seed, 500 * seed) for concept in ("gun", "knife", "bomb") for seed in (100, 101)
     }
     for config in made:
         preflight.check_settings(config)
-        assert len(cli.build_task(config).eval_prompts()) in (48, 52)
+        assert len(composition.build_task(config).eval_prompts()) in (48, 52)
 
 
 TABLES = {
@@ -140,7 +141,7 @@ def test_a_table_s_script_runs_it_whole_or_a_part(folder: str, methods: str | No
 @pytest.mark.parametrize("table", ["table1", "table2", "table2_each", "celebrity", "style"])
 def test_no_table_forgets_a_system(table: str) -> None:
     """All methods but RealEra's ablation and MACE's: of RealEra's two spaces the default's own name stands for one."""
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     every = {file.stem for file in (CONF_DIR / "method").glob("*.yaml")}
     for backbone, default in (("mini", "realera-value"), ("sd14", "realera-text")):
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):

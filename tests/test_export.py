@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from realera import export, paths, portable
+from realera import export, paths
+from realera.backbones import portable
 from realera.contracts import UserError
-from realera.runs import Run
+from realera.runs.folders import Run
 
 GUIDED = {"backbone": {"pretrained": "x"}, "method": {"guide": {"_target_": "realera.methods.sld.SafetyGuidance"}}}
 
@@ -25,7 +26,7 @@ def erased(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     monkeypatch.setattr("realera.training.checkpoint.read_erased", lambda _: SimpleNamespace(state=state))
     monkeypatch.setattr("realera.backbones.folder.locate", lambda _: Path("base"))
-    monkeypatch.setattr("realera.portable.save_pipeline", lambda source, state, out: None)
+    monkeypatch.setattr("realera.backbones.portable.save_pipeline", lambda source, state, out: None)
     return state
 
 

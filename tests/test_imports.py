@@ -29,9 +29,9 @@ OWN = {"realera", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
 EXTRA_OF = {  # the parts of src/ that may import an extra's packages; everything else makes do with a plain install
     "realera/miniature/": "build",
     "realera/judges/fid.py": "fid",
-    "realera/evaluation/sweep_plots.py": "report",
+    "realera/reporting/sweep/plots.py": "report",
     "realera/dashboard.py": "dashboard",
-    "realera/panels.py": "dashboard",
+    "realera/wandb_logging/panels.py": "dashboard",
 }
 # Packages that src/ imports and the extra `dev` leaves out: they are large, or only of use with what is large. Such an
 # import stands in a function, and a test that comes to it begins with pytest.importorskip.
@@ -136,7 +136,7 @@ def test_every_package_left_out_of_dev_is_one_that_is_used() -> None:
     [
         ("src/realera/miniature/styles.py", "import scikit_image"),  # nobody declares it
         ("src/realera/judges/clip.py", "def f():\n    import matplotlib"),  # another part's extra
-        ("src/realera/evaluation/report.py", "import matplotlib.pyplot"),
+        ("src/realera/reporting/run_page.py", "import matplotlib.pyplot"),
         ("src/realera/miniature/art.py", "import resvg_py"),  # not in dev, and not late
         ("tests/miniature/test_art.py", "import resvg_py"),
         ("tests/miniature/test_art.py", "def test():\n    import resvg_py"),

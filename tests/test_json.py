@@ -17,15 +17,16 @@ import realera
 from realera import costs, paths
 from realera.contracts import Prompt, Verdict
 from realera.evaluation.records import Row, write_manifest, write_verdicts
-from realera.evaluation.report import render
+from realera.files import plain_data
+from realera.reporting.run_page import render
 
 ROOT = Path(realera.__file__).parent
 HIDDEN = {  # hashed, or said to another of our processes: whole numbers, times, texts
     "backbones/folder.py",
     "evaluation/generate.py",
-    "evaluation/sweep_settings.py",
-    "judges/elsewhere.py",
-    "locks.py",
+    "reporting/sweep/systems.py",
+    "judges/other_interpreter.py",
+    "system/locks.py",
     "judges/worker.py",
     "methods/functional.py",
     "methods/inversion.py",
@@ -33,12 +34,12 @@ HIDDEN = {  # hashed, or said to another of our processes: whole numbers, times,
     "methods/masks.py",
     "methods/replay.py",
     "methods/priors.py",
-    "runs.py",
-    "shelf.py",
+    "runs/folders.py",
+    "sweeps/shared_model.py",
     "training/checkpoint.py",
-    "training/streams.py",
-    "values.py",
-    "paths.py",
+    "training/seeding.py",
+    "settings/values.py",
+    "files/plain_data.py",
 }
 
 
@@ -51,7 +52,7 @@ def strict(text: str) -> Any:
 
 def test_numbers_without_a_word_in_json_are_null() -> None:
     content = {"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf}, "d": True, math.inf: "x", 2: None}
-    said = strict(paths.json_text(content, indent=1))
+    said = strict(plain_data.json_text(content, indent=1))
     assert said == {"a": [None, [None, 1.5]], "b": {"c": None}, "d": True, "null": "x", "2": None}
 
 
@@ -67,10 +68,11 @@ def test_no_other_way_to_write_json_is_taken() -> None:
 
 
 def test_data_in_a_page_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from realera.evaluation import report
+    from realera.reporting import run_page
 
-    (tmp_path / "x.j2").write_text('<script type="application/json">{{ data|tojson }}</script>')
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "x.j2").write_text('<script type="application/json">{{ data|tojson }}</script>')
+    monkeypatch.setattr(run_page, "__file__", str(tmp_path / "run_page.py"))
     page = render("x.j2", {"data": {"value": math.nan, "text": "</script>"}})
     (data,) = re.findall(r'json">(.*)</script>', page)
     assert strict(data) == {"value": None, "text": "</script>"}

@@ -20,8 +20,10 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from options import check_part
-from realera import cli, paths
+from realera import paths
 from realera.contracts import Pair, Prompt, UserError
+from realera.settings import composition, resolvers
+from realera.system import disk, environment
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = (ROOT / name for name in ("README.md", "CONTRIBUTING.md"))
@@ -58,8 +60,8 @@ def test_the_documents_have_something_to_type() -> None:
 @pytest.mark.parametrize("words", ours("sh", "bash"), ids=" ".join)
 def test_what_the_readme_says_composes(words: list[str]) -> None:
     door, arguments = words[2].removeprefix("realera."), [word for word in words[3:] if word != "-m"]
-    settings = cli.gather(arguments, "runs") if door == "report" else arguments
-    cli.register_resolvers()
+    settings = environment.gather(arguments, "runs") if door == "report" else arguments
+    resolvers.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         for one in [settings, *_swept(settings)]:
             if one is settings and "-m" in words:
@@ -124,7 +126,7 @@ def test_the_example_method_erases(
     config = _with_examples(tmp_path, "method=project", "concept=airplane", "backbone=mini")
     method = instantiate(config["method"])
     backbone = instantiate({**config["backbone"], "pretrained": str(tiny_sd), "text": None})
-    task = cli.build_task(config)
+    task = composition.build_task(config)
     (concept,) = task.concepts
     sides = [backbone.encode(side) for side in zip(*task.training_prompts(concept))]
     edit = method.edit(backbone, [Pair(concept, *sides)], [])
@@ -148,7 +150,7 @@ def test_the_example_judge_judges(examples: dict[str, types.ModuleType], tmp_pat
 
 
 def test_the_example_task_and_base_model_compose(tmp_path: Path) -> None:
-    task = cli.build_task(_with_examples(tmp_path, "task=tractor", "backbone=sd21-base"))
+    task = composition.build_task(_with_examples(tmp_path, "task=tractor", "backbone=sd21-base"))
     assert [concept.target for concept in task.concepts] == ["tractor"]
     assert {prompt.text for prompt in task.eval_prompts() if prompt.split == "associated"} == {"ploughing at dawn"}
     backbone = _with_examples(tmp_path, "task=tractor", "backbone=sd21-base")["backbone"]
@@ -160,10 +162,10 @@ def _with_examples(folder: Path, *words: str) -> dict[str, Any]:
     for block in blocks(CONTRIBUTING, "yaml"):
         name = block.splitlines()[0].removeprefix("# ")
         assert yaml.safe_load(block)
-        paths.write_text(folder / "conf" / name, block)
-    cli.register_resolvers()
+        disk.write_text(folder / "conf" / name, block)
+    resolvers.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
-        return cli.plain(compose("train", [*words, f"hydra.searchpath=[file://{folder / 'conf'}]"]))
+        return composition.plain(compose("train", [*words, f"hydra.searchpath=[file://{folder / 'conf'}]"]))
 
 
 @pytest.mark.slow

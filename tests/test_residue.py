@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from realera.evaluation.residue import sentence
-from realera.remains import conclude
+from realera.reporting.residue_words import sentence
 from realera.residue import asked_of, judges
+from realera.runs.remaining_texts import conclude
 
 
 def row(before: float, after: float, *judged: float | None) -> dict[str, Any]:

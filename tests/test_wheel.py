@@ -19,17 +19,18 @@ import sys
 from pathlib import Path
 import realera
 from hydra import compose, initialize_config_dir
-from realera import cli, paths
+from realera import paths
+from realera.settings import composition, resolvers
 assert Path(realera.__file__).is_relative_to(sys.argv[1]), realera.__file__
 assert paths.CONF_DIR.is_relative_to(sys.argv[1]), paths.CONF_DIR
-cli.register_resolvers()
+resolvers.register_resolvers()
 count = 0
 with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
     for group in (path for path in paths.CONF_DIR.iterdir() if path.is_dir()):
         for option in group.glob("*.yaml"):
             typed = ["concept=airplane", "anchor=sky", "backbone=mini", f"{group.name}={option.stem}"]
-            config = cli.plain(compose("train", typed))
-            cli.build_task(config)
+            config = composition.plain(compose("train", typed))
+            composition.build_task(config)
             count += 1
 print(count)
 """

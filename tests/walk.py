@@ -12,8 +12,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from realera import cli
 from realera.paths import CONF_DIR
+from realera.settings import composition, resolvers
 
 ODD: tuple[Any, ...] = (None, True, "abc", -1, 0, 1e308, math.nan, math.inf, 1e20, 5, 2**63 - 1, [], [5], {"a": 1}, "")
 GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")
@@ -69,7 +69,7 @@ def with_value(config: dict[str, Any], at: Place, value: Any) -> dict[str, Any]:
 
 def composed(door: str, *words: str) -> Any:
     """A command's settings as composed, unresolved."""
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose(door, [*NEEDED.get(door, []), *words])
 
@@ -92,10 +92,10 @@ def walked(group: str, option: str) -> tuple[str, dict[str, Any], list[Place]]:
     """(door, resolved settings, leaves) of one yaml: of a command's ("" for a group) or of a group's option. To be
     looked at only."""
     if not group:
-        resolved = cli.plain(composed(option))
+        resolved = composition.plain(composed(option))
         own = own_yaml(CONF_DIR / f"{option}.yaml")
         return option, resolved, [place for key in own for place in leaves(resolved[key], (key,))]
-    resolved = cli.plain(composed("train", f"{group}={option}"))
+    resolved = composition.plain(composed("train", f"{group}={option}"))
     own = own_yaml(CONF_DIR / group / f"{option}.yaml")
     if group == "experiment":
         return "train", resolved, [place for place in leaves(own) if _there(resolved, place)]

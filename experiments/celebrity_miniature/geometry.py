@@ -17,7 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
-from realera import cli, paths, runs, steps
+from realera import paths
+from realera.runs import folders as runs
+from realera.runs import steps
+from realera.settings import composition
+from realera.system import disk
 
 HERE = Path(__file__).parent
 MARKS = "<!-- geometry -->\n", "<!-- end of geometry -->"
@@ -40,7 +44,7 @@ def measured(folders: list[Path]) -> dict[str, dict[str, dict[str, float]]]:
 
     for folder in folders:
         config = runs.read_config(folder)
-        task = cli.build_task(config)
+        task = composition.build_task(config)
         concept = task.concepts[0]
         solution = load_file(folder / paths.MAP)["map"].double()
         name = next(prompt.text for prompt in task.eval_prompts() if prompt.split == "erase")
@@ -74,9 +78,9 @@ def table(found: dict[str, Any]) -> str:
 
 def main(folders: list[Path]) -> None:
     found = measured(folders)
-    paths.write_text(HERE / "geometry.json", json.dumps(found, indent=1) + "\n")
+    disk.write_text(HERE / "geometry.json", json.dumps(found, indent=1) + "\n")
     before, _, rest = (HERE / paths.README).read_text(encoding="utf-8").partition(MARKS[0])
-    paths.write_text(HERE / paths.README, f"{before}{MARKS[0]}{table(found)}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+    disk.write_text(HERE / paths.README, f"{before}{MARKS[0]}{table(found)}{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 
 if __name__ == "__main__":

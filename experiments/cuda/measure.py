@@ -28,10 +28,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from realera import __version__, cli, paths, steps
+from realera import __version__, paths
 from realera.backbones.sampling import start_noise
 from realera.contracts import Backbone
 from realera.costs import Meter
+from realera.runs import steps
+from realera.settings import composition, resolvers
+from realera.system import disk
 from realera.training.checkpoint import read_erased
 from realera.training.fit import fit
 from realera.training.pairs import encoded_pairs
@@ -76,14 +79,14 @@ def config_of(kind: str, *words: str) -> dict[str, Any]:
     model = ["backbone=mini"] if CPU else [f"backbone={kind}", f"backbone.pretrained={FOLDERS / kind}"]
     accelerator = "cpu" if CPU else "gpu"
     common = ["task=object", "concept=airplane", "logger=none", f"trainer.accelerator={accelerator}", *model]
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
-        return cli.plain(compose("train", [*common, f"backbone.sampler.steps={DRAWN}", *words]))
+        return composition.plain(compose("train", [*common, f"backbone.sampler.steps={DRAWN}", *words]))
 
 
 def erase(config: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
     """A whole fit; seconds by stage, the peak, and what was changed."""
-    task, meter = cli.build_task(config), Meter()
+    task, meter = composition.build_task(config), Meter()
     meter.watch(backbone, DEVICE)
     with meter.stage("text"):
         pairs = encoded_pairs(backbone, task)
@@ -393,7 +396,7 @@ def main(part: str, results: str) -> None:
     since = time.perf_counter()
     found = PARTS[part]()
     found["whole_part_s"] = round(time.perf_counter() - since, 1)
-    paths.write_text(file, json.dumps({**known, part: found}, indent=1) + "\n")
+    disk.write_text(file, json.dumps({**known, part: found}, indent=1) + "\n")
     print(part, json.dumps(found), flush=True)
 
 

@@ -24,7 +24,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 
-from realera import __version__, cli, paths, steps
+from realera import __version__, paths
+from realera.runs import steps
+from realera.settings import composition, resolvers
+from realera.system import disk
 from realera.training.checkpoint import read_erased
 from realera.training.fit import fit
 from realera.training.pairs import encoded_pairs
@@ -84,15 +87,15 @@ def stage(clock: Clock, name: str) -> Iterator[None]:
 
 
 def main(folder: str, results: str, *settings: str) -> None:
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
-        config = cli.plain(compose("train", [*SETTINGS, f"backbone.pretrained={folder}", *settings]))
+        config = composition.plain(compose("train", [*SETTINGS, f"backbone.pretrained={folder}", *settings]))
     clock = Clock()
     with stage(clock, "load"):
         backbone = steps.load_backbone(config)
     with stage(clock, "fingerprint"):
         print(backbone.fingerprint, file=sys.stderr)
-    task = cli.build_task(config)
+    task = composition.build_task(config)
     with stage(clock, "encode"):
         pairs = encoded_pairs(backbone, task)
         for pair in pairs:  # the states are made when they are read
@@ -142,7 +145,7 @@ def main(folder: str, results: str, *settings: str) -> None:
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    paths.write_text(Path(results), json.dumps(result, indent=1) + "\n")
+    disk.write_text(Path(results), json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,14 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from realera import cli, paths, steps
+from realera import cli, paths
 from realera.contracts import Judge, Prompt, Split
 from realera.evaluation.generate import generate_images, original_images
 from realera.evaluation.moved import moved
 from realera.methods.valera import ValueSpaceErasure
+from realera.runs import steps
+from realera.settings import composition, resolvers
+from realera.system import disk
 from realera.tasks.base import load
 from realera.tasks.prompts import Wording, number
 from realera.training.pairs import encoded_pairs
@@ -114,7 +117,7 @@ def measured(groups: Mapping[str, list[Prompt]], judge: Judge, folder: Path) -> 
 
 
 def main(runs: str, results: str) -> None:
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     cli.set_up_log()
     known, cells = world(), [Cell(size, keep, *read) for size in SIZES for keep in KEEPS for read in READ]
     found: dict[Cell, Any] = {}
@@ -125,9 +128,9 @@ def main(runs: str, results: str) -> None:
         if not file.is_file():
             given = ["task=celebrity", "backbone=mini", "judge=miniature", "logger=none"]
             with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
-                config = cli.plain(compose("train", given))
+                config = composition.plain(compose("train", given))
             config["task"]["concepts"] = list(known.people[: cell.erased])
-            task, backbone = cli.build_task(config), steps.load_backbone(config)
+            task, backbone = composition.build_task(config), steps.load_backbone(config)
             judge = judge or steps.build_judge(config, task)
             keep_price = KEEPS[cell.keep]
             kept = () if keep_price is None else tuple(known.told(cell.erased))
@@ -138,14 +141,14 @@ def main(runs: str, results: str) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             original_images(backbone, drawn, folder, chunk=32)
             generate_images(backbone, drawn, folder, chunk=32)
-            paths.write_text(file, json.dumps(measured(groups, judge, folder)))
+            disk.write_text(file, json.dumps(measured(groups, judge, folder)))
         found[cell] = json.loads(file.read_text(encoding="utf-8"))
         print(f"{place + 1}/{len(cells)}", cell.folder, found[cell], flush=True)
     rows = [{**asdict(cell), "groups": said} for cell, said in found.items()]
     phrased = {size: [name for name in known.people[:size] if name in known.phrases] for size in SIZES}
     told = {size: list(known.told(size)) for size in SIZES}
     content = {"first_seed": FIRST_SEED, "people": known.people, "phrases_of": phrased, "told": told, "rows": rows}
-    paths.write_text(Path(results), json.dumps(content, indent=1) + "\n")
+    disk.write_text(Path(results), json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

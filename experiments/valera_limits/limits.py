@@ -16,9 +16,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from realera import cli, paths, steps
+from realera import cli, paths
 from realera.contracts import Judge, Prompt
 from realera.evaluation.generate import generate_images, original_images
+from realera.runs import steps
+from realera.settings import composition, resolvers
+from realera.system import disk
 from realera.tasks.base import load
 from realera.tasks.prompts import Wording, number, slug
 from realera.training.pairs import encoded_pairs
@@ -152,13 +155,13 @@ def erased(case: Case, method: str, folder: Path) -> dict[str, Any]:
     """{"original", "erased": as `measured`} of one erasure, whose images are kept in the folder."""
     given = [f"task={case.task}", "backbone=mini", "judge=miniature", "logger=none", f"method={method}"]
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
-        config = cli.plain(compose("train", given))
+        config = composition.plain(compose("train", given))
     config["task"] |= {"concepts": case.concept, "anchor": case.anchor}
     if method == "valera":
         config["method"]["edit"]["keep"] = list(case.keep)
-    task, backbone = cli.build_task(config), steps.load_backbone(config)
+    task, backbone = composition.build_task(config), steps.load_backbone(config)
     judge = steps.build_judge(config, task)
-    backbone.apply(cli.build(config["method"]["edit"])(backbone, encoded_pairs(backbone, task), []))
+    backbone.apply(composition.build(config["method"]["edit"])(backbone, encoded_pairs(backbone, task), []))
     groups = prompts(case.groups)
     drawn = list({prompt.id: prompt for group in groups.values() for prompt in group}.values())
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +173,7 @@ def erased(case: Case, method: str, folder: Path) -> dict[str, Any]:
 
 
 def main(runs: str, results: str) -> None:
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     cli.set_up_log()
     rows = []
     for case in cases():
@@ -186,12 +189,12 @@ def main(runs: str, results: str) -> None:
             folder = Path(runs) / f"{method}-{case.folder}"
             file = folder / "numbers.json"
             if not file.is_file():
-                paths.write_text(file, json.dumps(erased(case, method, folder)))
+                disk.write_text(file, json.dumps(erased(case, method, folder)))
             said = json.loads(file.read_text(encoding="utf-8"))
             row |= {"original": said["original"], method: said["erased"]}
         rows.append(row)
         print(row, flush=True)
-    paths.write_text(Path(results), json.dumps({"first_seed": FIRST_SEED, "rows": rows}, indent=1) + "\n")
+    disk.write_text(Path(results), json.dumps({"first_seed": FIRST_SEED, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

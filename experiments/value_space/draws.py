@@ -17,9 +17,12 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from realera import cli, paths, steps
+from realera import paths
 from realera.contracts import Prompt
 from realera.methods.functional import FunctionalMining, measured
+from realera.runs import steps
+from realera.settings import composition, resolvers
+from realera.system import disk
 from realera.training.pairs import encoded_pairs
 
 HERE = Path(__file__).parent
@@ -42,8 +45,8 @@ def words_of(concept: str, task: str) -> list[dict[str, Any]]:
     anchor = ["anchor=room"] if task == "object" else []
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         given = [f"task={task}", f"concept='{concept}'", "backbone=mini", "judge=miniature", "logger=none", *anchor]
-        config = cli.plain(compose("train", given))
-    known = cli.build_task(config)
+        config = composition.plain(compose("train", given))
+    known = composition.build_task(config)
     backbone, judge = steps.load_backbone(config), steps.build_judge(config, known)
     (pair,) = encoded_pairs(backbone, known)
     miner = FunctionalMining(["words"], looked=WORDS, beside=0)
@@ -75,16 +78,16 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def main(results: str) -> None:
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     found = {}
     for concept, task in CONCEPTS.items():
         found[concept] = words_of(concept, task)
         print(concept, len(found[concept]), flush=True)
-    paths.write_text(Path(results), json.dumps(found, indent=1) + "\n")
+    disk.write_text(Path(results), json.dumps(found, indent=1) + "\n")
     readme = HERE / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(START)
     after = rest.partition(END)[2]
-    paths.write_text(readme, f"{before}{START}{chr(10).join(table(found))}\n{END}{after}")
+    disk.write_text(readme, f"{before}{START}{chr(10).join(table(found))}\n{END}{after}")
 
 
 if __name__ == "__main__":

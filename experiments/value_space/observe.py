@@ -19,10 +19,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from realera import cli, paths, steps, value_space
+from realera import paths, value_space
 from realera.contracts import KEYS, VALUES, Backbone
 from realera.methods.priors import caption_rows
 from realera.methods.texts import predict
+from realera.runs import steps
+from realera.settings import composition, resolvers
+from realera.system import disk
 from realera.tasks.prompts import fill
 
 TASKS = {
@@ -107,7 +110,7 @@ def in_noise(backbone: Backbone, name: str, texts: list[str], images: int) -> Te
 
 def observed(backbone: Backbone, config: Mapping[str, Any], task: str, images: int) -> dict[str, Any]:
     """{space: {kind: {"auc": the mean over the concepts, "concepts": {name: auc}}}} of a task's known concepts."""
-    known = cli.build_task(config)
+    known = composition.build_task(config)
     template = TASKS[task]
     names = {name: fill(template, name).text for name in known.labels}
     everyone = list(names)
@@ -149,12 +152,14 @@ def observed(backbone: Backbone, config: Mapping[str, Any], task: str, images: i
 def main(results: str, *settings: str) -> None:
     images = int(next((word[6:] for word in settings if word.startswith("noise=")), 0))
     given = [word for word in settings if not word.startswith("noise=")]
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     found: dict[str, Any] = {}
     backbone: Backbone | None = None
     for task in TASKS:
         with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
-            config = cli.plain(compose("train", [f"task={task}", "backbone=mini", "logger=none", *FIRST[task], *given]))
+            config = composition.plain(
+                compose("train", [f"task={task}", "backbone=mini", "logger=none", *FIRST[task], *given])
+            )
         backbone = backbone or steps.load_backbone(config)
         if measured := observed(backbone, config, task, images):
             found[task] = measured
@@ -162,7 +167,7 @@ def main(results: str, *settings: str) -> None:
                 task, {space: {k: v["auc"] for k, v in kinds.items()} for space, kinds in measured.items()}, flush=True
             )
     assert backbone is not None
-    paths.write_text(
+    disk.write_text(
         Path(results), json.dumps({"backbone": backbone.name, "images": images, "tasks": found}, indent=1) + "\n"
     )
 

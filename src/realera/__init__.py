@@ -9,6 +9,6 @@ DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "
 if (sys.argv[:1] == ["-m"] and any(word in sys.orig_argv[1:] for word in (f"realera.{door}" for door in DOORS))) or any(
     sys.argv[:1] and sys.argv[0].endswith(f"realera-{door}") for door in DOORS
 ):
-    from realera import interrupts
+    from realera.system import interrupts
 
     interrupts.begin()

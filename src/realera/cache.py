@@ -6,25 +6,29 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from realera import captions, cli, console, disk, lengths, locks, paths, preflight
+from realera import cli, console, paths
 from realera.contracts import UserError
+from realera.runs import preflight, prompt_lengths
+from realera.settings import composition
+from realera.system import disk, locks
+from realera.tasks import captions
 from realera.tasks.prompts import slug
 
 
 def cache(cfg: DictConfig) -> None:
-    config = cli.plain(cfg)
+    config = composition.plain(cfg)
     given = config["captions"]
     files = [Path(str(file)).expanduser() for file in (given if isinstance(given, list) else [given])]
     column = config["column"]
     preflight.check_model(config["backbone"])
-    counted = lengths.Lengths(config["backbone"])
+    counted = prompt_lengths.Lengths(config["backbone"])
     for text in captions.captions_in(files, column):
         counted.add(text)
     if not (total := counted.texts):
         raise UserError(f"captions={', '.join(map(str, files))} holds no caption: give a file that holds some.")
 
-    from realera import steps  # torch and diffusers: loaded when nothing is left to refuse but the place
     from realera.methods import priors
+    from realera.runs import steps  # torch and diffusers: loaded when nothing is left to refuse but the place
 
     source = priors.content_id(files, str(column))
     name = f"{slug(files[0].stem)}-{config['backbone']['name']}-{source[:8]}.safetensors"

@@ -23,8 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from realera import costs, paths
-from realera.evaluation import cost, residue
-from realera.evaluation.readings import (
+from realera.evaluation.measures import (
     BESIDE_WHAT,
     ORDER,
     READINGS,
@@ -38,6 +37,7 @@ from realera.evaluation.readings import (
     symbol,
 )
 from realera.paths import printable
+from realera.reporting import cost_words, residue_words
 
 console = Console()
 STATES = {"done": "done", "found": "found finished", "refused": "refused", "failed": "failed"}  # of a sweep's cells
@@ -127,7 +127,7 @@ def show_run(folder: Path, metrics: Mapping[str, Any], title: str, erased: str =
     for judge, numbers in metrics.get("sets", {}).items():
         values = (f"{name} {value:.4g}" for name, value in numbers.items() if isinstance(value, (int, float)))
         _say(f"{judge}: {', '.join(values)}")
-    if spent := cost.sentence(costs.read(folder)):
+    if spent := cost_words.sentence(costs.read(folder)):
         _say(f"cost: {spent}")
     if (folder / paths.ERASED).is_file():
         show_path("weights", folder / paths.ERASED)
@@ -139,7 +139,9 @@ def show_residue(found: Mapping[str, Any]) -> None:
     """Of every concept the texts that drew it before, and one's own; see `evaluation.residue`."""
     for concept in found["concepts"]:
         judged = found["judge"] is not None
-        table = Table(title=_plain(concept["concept"]), title_justify="left", caption=_plain(residue.sentence(concept)))
+        table = Table(
+            title=_plain(concept["concept"]), title_justify="left", caption=_plain(residue_words.sentence(concept))
+        )
         table.caption_justify = "left"
         for column in ("text", "before", "after", *(["judged, %"] if judged else []), ""):
             table.add_column(column, justify="left" if column in ("text", "") else "right")
@@ -149,7 +151,7 @@ def show_residue(found: Mapping[str, Any]) -> None:
             said = [row.get(f"judged_{when}") for when in ("before", "after")]
             shares = " → ".join("–" if share is None else f"{share:.0f}" for share in said) if "pictures" in row else ""
             cells = [_plain(row["text"]), f"{row['before']:.2f}", f"{row['after']:.2f}", *([shares] if judged else [])]
-            table.add_row(*cells, residue.STATES[row["state"]], end_section=row is name)
+            table.add_row(*cells, residue_words.STATES[row["state"]], end_section=row is name)
         if (more := len(rows) - MOST_TEXTS) > 0:
             table.add_row(f"and {more} more in {paths.RESIDUE}")
         console.print()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from realera.kinds import Guidance, Label, Pixels, Positive, Rank, SamplerSteps, Targets
+from realera.setting_types import Guidance, Label, Pixels, Positive, Rank, SamplerSteps, Targets
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn

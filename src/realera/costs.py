@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realera import foreign, paths, shapes
-from realera.disk import Tolerance
-from realera.ledger import Ledger
-from realera.ranks import Ranks
+from realera import paths
+from realera.files import json_shapes, plain_data
+from realera.files.cache_costs import Ledger
+from realera.system import disk
+from realera.system.disk import Tolerance
+from realera.system.ranks import Ranks
 
 if TYPE_CHECKING:
     from realera.contracts import Backbone, Guide, Prompt, Sampler
@@ -163,7 +165,7 @@ class Meter:
     def write(self) -> None:
         if self.file is not None:
             with self._lock, self._tolerance:
-                paths.write_text(self.file, paths.json_text(self.record(), indent=1) + "\n")
+                disk.write_text(self.file, plain_data.json_text(self.record(), indent=1) + "\n")
 
     def _lap(self, wait: bool = False) -> None:
         """What was spent since the last lap is the current stage's. wait: for what the GPU still has to do of it."""
@@ -208,7 +210,7 @@ def forget(folder: Path, stage: str) -> None:
     record = _read(folder / paths.COSTS)
     if stage in record.get("stages", {}):
         del record["stages"][stage]
-        paths.write_text(folder / paths.COSTS, paths.json_text(record, indent=1) + "\n")
+        disk.write_text(folder / paths.COSTS, plain_data.json_text(record, indent=1) + "\n")
 
 
 # --- what is said of it ----------------------------------------------------------------------------------------------
@@ -251,13 +253,13 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 def _read(file: Path) -> dict[str, Any]:
     """{} for a file that is missing, torn or of another version: costs are measured, and cannot be had again."""
     try:
-        record = foreign.read_json(file)
+        record = plain_data.read_json(file)
     except OSError:
         return {}
     except ValueError:
         log.warning("%s is torn: what the run has cost so far is not known", file)
         return {}
-    return record if shapes.fits(record, shapes.COSTS) and record.get("form") == FORM else {}
+    return record if json_shapes.fits(record, json_shapes.COSTS) and record.get("form") == FORM else {}
 
 
 def _sums(*parts: Mapping[str, Any]) -> dict[str, Any]:

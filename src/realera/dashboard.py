@@ -8,19 +8,22 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, complaints, console, panels, paths
+from realera import cli, console
 from realera.contracts import UserError
+from realera.files import plain_data
+from realera.settings import composition, error_sentences, resolvers
+from realera.wandb_logging import panels
 
 BUILDERS = {"workspace": panels.workspace, "report": panels.report}
 
 
 def dashboard(cfg: DictConfig) -> None:
-    config = cli.plain(cfg)
+    config = composition.plain(cfg)
     if find_spec("wandb_workspaces") is None:
         raise UserError("a dashboard is built by wandb-workspaces: pip install 'realera[dashboard]'.")
     if config["dry_run"]:
-        print(paths.json_text(described(config), indent=1, ensure_ascii=False))
-    elif cli.wandb_mode() != "online":
+        print(plain_data.json_text(described(config), indent=1, ensure_ascii=False))
+    elif resolvers.wandb_mode() != "online":
         raise UserError(
             "a dashboard stands in Weights & Biases and nobody is logged in here (or WANDB_MODE says offline): "
             "wandb login, or dry_run=true prints what would be built."
@@ -62,7 +65,7 @@ def save(config: dict[str, Any]) -> str:
         return str(built(config, entity).save().url)
     except (wandb.Error, ValueError) as error:
         raise UserError(
-            f"W&B did not take it ({complaints.first_line(error)}): check entity and project, and wandb login; "
+            f"W&B did not take it ({error_sentences.first_line(error)}): check entity and project, and wandb login; "
             "dry_run=true prints what would be built."
         ) from error
 
@@ -73,7 +76,7 @@ def _keep_preset(api: Any, entity: str, name: str, spec: dict[str, Any]) -> None
     try:
         api.create_custom_chart(entity, name, name, "vega2", "private", spec)
     except wandb.Error as error:  # it may stand already, and is then used as it is
-        reason = complaints.first_line(error)
+        reason = error_sentences.first_line(error)
         cli.log.warning("the chart preset %s/%s was not saved (%s); charts=false does without", entity, name, reason)
 
 

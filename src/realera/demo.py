@@ -7,22 +7,25 @@ import socket
 
 from omegaconf import DictConfig
 
-from realera import cli, console, interrupts, lengths, preflight, runs
+from realera import cli, console
 from realera.contracts import UserError
-from realera.webpage import EVERYWHERE, Server, data_uri, handler
+from realera.reporting.demo_page import EVERYWHERE, Server, data_uri, handler
+from realera.runs import folders, preflight, prompt_lengths
+from realera.settings import composition
+from realera.system import interrupts
 
 
 def demo(cfg: DictConfig) -> None:
-    config = cli.plain(cfg)
+    config = composition.plain(cfg)
     host = str(config["host"])
-    run = runs.open_run(str(config["run"]))
+    run = folders.open_run(str(config["run"]))
     preflight.check_run(run)
     preflight.check_model(run.config["backbone"])
     cli.say_backbone(run.config, str(run.folder))
 
-    from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
+    from realera.runs import steps  # torch and diffusers: loaded when nothing is left to refuse
 
-    concept = runs.concept_of(run.config)
+    concept = folders.concept_of(run.config)
     about = {
         "title": f"{concept}, before and after",
         "about": f"{run.config['method']['name']} on {run.config['backbone']['name']}; both start from the same noise.",
@@ -31,7 +34,7 @@ def demo(cfg: DictConfig) -> None:
     pair = steps.pairs_from(steps.load_run(run), run.config)
 
     def draw(prompt: str, seed: int) -> dict[str, str]:
-        counted = lengths.Lengths(run.config["backbone"])
+        counted = prompt_lengths.Lengths(run.config["backbone"])
         note = f"only the first {counted.fits} tokens of this prompt are read" if counted.add(prompt) else ""
         return {"note": note} | {which: data_uri(pixels.numpy()) for which, pixels in pair(prompt, seed).items()}
 

@@ -6,51 +6,54 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, console, costs, judged, paths, plan, preflight, processes, runs, sweep
+from realera import cli, console, costs, paths
 from realera.contracts import Judge, SetJudge, Task, UserError
-from realera.ranks import Ranks
-from realera.runs import Run
+from realera.runs import estimate, folders, preflight, processes, rejudging
+from realera.runs.folders import Run
+from realera.settings import composition, resolvers
+from realera.sweeps import jobs
+from realera.system.ranks import Ranks
 
 
 def evaluate(cfg: DictConfig) -> None:
-    config = cli.plain(cfg)
-    if cli.in_sweep():
+    config = composition.plain(cfg)
+    if composition.in_sweep():
         preflight.check_sweep(config["trainer"])
-    among = processes.plan(config["trainer"], cli.cuda_devices())
-    run, original = judged.run_of(config)
+    among = processes.plan(config["trainer"], resolvers.cuda_devices())
+    run, original = rejudging.run_of(config)
     if not original:
-        sweep.belongs(run)
-    task = cli.build_task(run.config)
+        jobs.belongs(run)
+    task = composition.build_task(run.config)
     preflight.check_judge(run.config)
     if not original:
         preflight.check_run(run)
     preflight.check_model(run.config["backbone"], plan=config["dry_run"])
     if config["dry_run"]:
-        plan.show(plan.summed([plan.judging(run, task, original)]))
+        estimate.show(estimate.summed([estimate.judging(run, task, original)]))
         return
     cli.say_backbone(run.config, None if original else str(run.folder))
-    with runs.alone(run.folder, among.first):
+    with folders.alone(run.folder, among.first):
         if original:
-            run = runs.claim(run.config) if among.first else run
-            sweep.belongs(run)
+            run = folders.claim(run.config) if among.first else run
+            jobs.belongs(run)
         with processes.together(among, "evaluate") as ranks:
             judge, metrics = judge_again(processes.agree(ranks, run), task, original, ranks)
         if ranks.first:
             log(run, metrics, config["logger"])
     if ranks.first:
-        title = runs.title(run.config) if original else f"{runs.concept_of(run.config)}, judged by {judge.name}"
+        title = folders.title(run.config) if original else f"{folders.concept_of(run.config)}, judged by {judge.name}"
         console.show_run(run.folder, shown(metrics, judge), title, erased="original" if original else "erased")
         console.show_path("metrics", run.folder / paths.METRICS)
 
 
 def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Judge | SetJudge, dict[str, Any]]:
     """Draws what is missing, judges, reports. The judge, and in the first process the numbers."""
-    from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
-    from realera.evaluation.report import write_report
     from realera.evaluation.results import own_judge
+    from realera.reporting.run_page import write_report
+    from realera.runs import steps  # torch and diffusers: loaded when nothing is left to refuse
 
     judge = (steps.build_judge if original else steps.any_judge)(run.config, task)
-    own = ranks.from_first(lambda: None if original else own_judge(run.folder, judge.name, judged.by_its_own(run)))
+    own = ranks.from_first(lambda: None if original else own_judge(run.folder, judge.name, rejudging.by_its_own(run)))
     if isinstance(judge, SetJudge):
         if own is None:
             raise UserError(f"{run.folder} was not judged yet: give python -m realera.evaluate run={run.folder} first.")
@@ -61,7 +64,7 @@ def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Jud
         drawn = ranks.from_first(lambda: steps.standing(task, run.folder, own))
         of_run = own in (None, judge.name)  # another one's numbers are put beside its own, and cost it nothing
         if ranks.first and of_run:
-            runs.begin(run)
+            folders.begin(run)
         with costs.of_run(run.folder, ranks) if of_run else costs.Meter() as meter:
             drawn = drawn or steps.draw_missing(run, task, original, ranks, meter)
             metrics = steps.judge(
@@ -73,7 +76,7 @@ def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Jud
 
 
 def log(run: Run, metrics: dict[str, Any], typed: dict[str, Any]) -> None:
-    from realera import tracking
+    from realera.wandb_logging import tracking
 
     tracking.log_judged(run, metrics, typed)
 

@@ -7,15 +7,18 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from realera import cli, console, paths, preflight, runs
+from realera import cli, console, paths
 from realera.contracts import UserError
-from realera.runs import Run
+from realera.runs import folders, preflight
+from realera.runs.folders import Run
+from realera.settings import composition
+from realera.system import disk
 
 
 def export(cfg: DictConfig) -> None:
-    config = cli.plain(cfg)
+    config = composition.plain(cfg)
     to, rank, out = str(config["to"]), config["rank"], Path(str(config["out"]))
-    run = runs.open_run(str(config["run"]))
+    run = folders.open_run(str(config["run"]))
     preflight.check_run(run)
     preflight.check_writable(out, "out")
     if to == "map":
@@ -32,7 +35,7 @@ def export_map(run: Run, out: Path) -> None:
     if not (run.folder / paths.MAP).is_file():
         raise UserError(f"{run.folder} holds no {paths.MAP}: its method has no closed form that is one matrix.")
     preflight.check_map(run.folder / paths.MAP)
-    with paths.whole(out / paths.MAP) as beside:
+    with disk.whole(out / paths.MAP) as beside:
         shutil.copyfile(run.folder / paths.MAP, beside)
     if left := _beyond_map(run):
         what, verb = " and the ".join(left), "are" if len(left) > 1 else "is"
@@ -42,7 +45,7 @@ def export_map(run: Run, out: Path) -> None:
 
 def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
     """A pipeline folder, or a LoRA file with the error it leaves."""
-    from realera import portable  # torch: loaded when nothing is left to refuse
+    from realera.backbones import portable  # torch: loaded when nothing is left to refuse
     from realera.backbones.folder import locate
     from realera.training.checkpoint import read_erased
 

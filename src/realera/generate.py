@@ -8,21 +8,23 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, console, lengths, paths, preflight, processes, runs
+from realera import cli, console, paths
 from realera.contracts import Prompt, UserError
+from realera.runs import folders, preflight, processes, prompt_lengths
+from realera.settings import composition, resolvers
 from realera.tasks.prompts import slug
 
 
 def generate(cfg: DictConfig) -> None:
-    config = cli.plain(cfg)
-    if cli.in_sweep():
+    config = composition.plain(cfg)
+    if composition.in_sweep():
         preflight.check_sweep({})
-    run = runs.open_run(str(config["run"]))
-    plan = processes.plan(None, cli.cuda_devices())  # what torchrun or srun has started, else one
+    run = folders.open_run(str(config["run"]))
+    plan = processes.plan(None, resolvers.cuda_devices())  # what torchrun or srun has started, else one
     prompts = prompts_of(config["prompts"], config["seeds"])
-    content = runs.digest([[prompt.text, prompt.seed] for prompt in prompts])
+    content = folders.digest([[prompt.text, prompt.seed] for prompt in prompts])
     out = Path(str(config["out"] or paths.inside(run.folder, f"generated/{content}")))
-    runs.check_files(out)
+    folders.check_files(out)
     others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
     own = (out / paths.MANIFEST).is_file() and not (out / paths.CONFIG).exists()  # a run has its own images
     if plan.first and others and not own:
@@ -32,11 +34,11 @@ def generate(cfg: DictConfig) -> None:
     preflight.check_model(run.config["backbone"])
     cli.say_backbone(run.config, str(run.folder))
     if plan.first:
-        lengths.warn((prompt.text for prompt in prompts), run.config["backbone"])
+        prompt_lengths.warn((prompt.text for prompt in prompts), run.config["backbone"])
 
-    from realera import steps  # torch and diffusers: loaded when nothing is left to refuse
+    from realera.runs import steps  # torch and diffusers: loaded when nothing is left to refuse
 
-    with runs.alone(out, plan.first, "out"), processes.together(plan, "generate") as ranks:
+    with folders.alone(out, plan.first, "out"), processes.together(plan, "generate") as ranks:
         steps.draw(steps.load_run(run), prompts, out, run.config, ranks)
     if ranks.first:
         console.show_path("images", out / paths.IMAGES)

@@ -5,18 +5,13 @@ Standard library only: the doors import it before anything heavy.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from realera import disk
 from realera.contracts import UserError
-from realera.disk import Unwritten as Unwritten
 
 HERE = Path(__file__).resolve().parent
 CONF_DIR = next((p for p in (HERE / "conf", HERE.parents[1] / "conf") if (p / "train.yaml").is_file()), HERE / "conf")
@@ -39,11 +34,10 @@ LAST = f"{FIT}/last.ckpt"
 LOSSES = "losses.jsonl"  # one line a logged step: {"step": int, "<term>": float, ...}
 COSTS = "costs.json"  # wall time by stage, passes of the U-Net, parameters, peak memory
 WANDB_ID = "wandb_id.txt"  # of the W&B run that it is
-os.umask(_UMASK := os.umask(0))  # it can only be read by being set, which other threads would see: here, once
 FORMATS = ("PNG", "JPEG", "WEBP")  # of images that are read: other readers of pillow's start programs (EPS), or are old
 RESIDUE, RESIDUE_PAGE = "residue.json", "residue.html"  # which texts draw the concept, before and after
 EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
-LOCK = disk.LOCK  # of the process that is making the run; gone when it has ended
+LOCK = ".lock"  # of the process that is making the run; gone when it has ended
 OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # what it leaves beside the erased weights, which name their digests
 
 # The files of a sweep.
@@ -146,39 +140,3 @@ def printable(text: str) -> str:
     return UNSEEN.sub(
         lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text
     )
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; what was written there takes `path`'s place at the end, or vanishes on an exception.
-
-    Raises:
-        Unwritten: the disk is full, cannot be written, or does not take such a name.
-    """
-    with disk.explained(path), disk.temporary(path) as beside:
-        yield beside
-        if not beside.is_dir():
-            beside.chmod(0o666 & ~_UMASK)
-        elif path.is_dir():
-            path.rmdir()  # an empty folder gives way to a whole one
-        beside.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all (UTF-8)."""
-    with whole(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
-def json_text(content: Any, **style: Any) -> str:
-    """Content as JSON that every reader takes: NaN and infinity, which JSON has no words for, are null. style: of
-    json.dumps."""
-    return json.dumps(_sayable(content), allow_nan=False, **style)
-
-
-def _sayable(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {_sayable(key): _sayable(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_sayable(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -7,12 +7,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from realera import cli, console, paths, preflight, runs, sweep
+from realera import cli, console, paths
 from realera.contracts import UserError
+from realera.runs import folders as runs
+from realera.runs import preflight
+from realera.settings import composition
+from realera.sweeps import jobs
 
 
 def report(cfg: DictConfig) -> None:
-    config = cli.plain(cfg)
+    config = composition.plain(cfg)
     names = [str(name) for name in (config["runs"] if isinstance(config["runs"], list) else [config["runs"]])]
     if not names:
         raise UserError("no run was given: python -m realera.report runs/..., or runs for all of them.")
@@ -23,7 +27,7 @@ def report(cfg: DictConfig) -> None:
         runs.check_files(folder)
     for name in names:
         runs.check_sweep(Path(name))
-    sweeps = [Path(name) for name in names if (Path(name) / sweep.CELLS).is_file()]
+    sweeps = [Path(name) for name in names if (Path(name) / jobs.CELLS).is_file()]
     if not folders and not sweeps:
         raise UserError(f"{names[0]} lists no run in its {paths.LISTED}: name the runs themselves, or another folder.")
     several = len(folders) > 1 or config["out"] is not None or bool(sweeps)
@@ -36,11 +40,11 @@ def report(cfg: DictConfig) -> None:
         preflight.check_writable(Path(str(config["results"])), "results")
         paths.no_links(Path(str(config["results"])), (paths.RESULTS, paths.README))
 
-    from realera.evaluation import sweep_report  # pillow and jinja: loaded when nothing is left to refuse
-    from realera.evaluation.report import write_report
-    from realera.evaluation.table import write_results
+    from realera.reporting.run_page import write_report
+    from realera.reporting.sweep import page as sweep_report  # pillow and jinja: loaded when nothing is left to refuse
+    from realera.reporting.table import write_results
 
-    cells = [asdict(cell) for place in sweeps for cell in sweep.read_cells(place)]
+    cells = [asdict(cell) for place in sweeps for cell in jobs.read_cells(place)]
     there = [folder for folder in folders if (folder / paths.CONFIG).is_file()] if several else folders
     with console.bar("pages", len(there)) as advance:
         for folder in there:
@@ -56,7 +60,7 @@ def report(cfg: DictConfig) -> None:
 
 def _runs_in(name: str) -> list[Path]:
     """`runs.runs_in`; of a sweep in which no cell came so far as to have a folder, none."""
-    begun = (Path(name) / sweep.LISTED).is_file() or not (Path(name) / sweep.CELLS).is_file()
+    begun = (Path(name) / jobs.LISTED).is_file() or not (Path(name) / jobs.CELLS).is_file()
     return runs.runs_in(name) if begun else []
 
 

@@ -7,22 +7,25 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, console, lengths, paths, preflight, processes, runs, seals, trust
+from realera import cli, console, paths
 from realera.contracts import UserError
+from realera.files import checksums
+from realera.runs import folders, preflight, processes, prompt_lengths, trust
+from realera.settings import composition, resolvers
 
 
 def residue(cfg: DictConfig) -> None:
-    config = cli.plain(cfg)
-    if cli.in_sweep():
+    config = composition.plain(cfg)
+    if composition.in_sweep():
         preflight.check_sweep({})
-    if processes.plan(None, cli.cuda_devices()).world > 1:
+    if processes.plan(None, resolvers.cuda_devices()).world > 1:
         raise UserError("realera.residue works in one process: start it without torchrun or srun.")
-    run = runs.open_run(str(config["run"])) if config["run"] != "original" else None
-    if run is None or runs.is_original(run.config):
+    run = folders.open_run(str(config["run"])) if config["run"] != "original" else None
+    if run is None or folders.is_original(run.config):
         raise UserError(f"run={config['run']} erased nothing: give the run of a method.")
     asked = asked_of(config)
     out = folder_of(config, run, asked)
-    task = cli.build_task(run.config)
+    task = composition.build_task(run.config)
     trust.check_tables(run.config, run.folder)
     judging = judges(run.config)
     if judging:
@@ -30,13 +33,13 @@ def residue(cfg: DictConfig) -> None:
     preflight.check_run(run)
     preflight.check_model(run.config["backbone"])
     cli.say_backbone(run.config, str(run.folder))
-    lengths.warn(asked["texts"], run.config["backbone"], "texts")
+    prompt_lengths.warn(asked["texts"], run.config["backbone"], "texts")
 
-    from realera import remains  # torch and diffusers: loaded when nothing is left to refuse
-    from realera.evaluation.residue_page import write_page
+    from realera.reporting.residue_page import write_page
+    from realera.runs import remaining_texts  # torch and diffusers: loaded when nothing is left to refuse
 
-    with runs.alone(out, key="out"):
-        found = remains.measure(run, task, asked, out, judging)
+    with folders.alone(out, key="out"):
+        found = remaining_texts.measure(run, task, asked, out, judging)
         page = write_page(out, found, run.config, config["blur"])
     console.show_residue(found)
     console.show_path("numbers", out / paths.RESIDUE)
@@ -63,11 +66,11 @@ def judges(config: dict[str, Any]) -> bool:
     return True
 
 
-def folder_of(config: dict[str, Any], run: runs.Run, asked: dict[str, Any]) -> Path:
+def folder_of(config: dict[str, Any], run: folders.Run, asked: dict[str, Any]) -> Path:
     """Where the page goes, which may hold nothing but an earlier one."""
-    files = [seals.sha256_of(file) for name in asked["vocabulary"] if (file := paths.file_of(name)) is not None]
-    out = Path(str(config["out"] or paths.inside(run.folder, f"residue/{runs.digest([asked, files])}")))
-    runs.check_files(out)
+    files = [checksums.sha256_of(file) for name in asked["vocabulary"] if (file := paths.file_of(name)) is not None]
+    out = Path(str(config["out"] or paths.inside(run.folder, f"residue/{folders.digest([asked, files])}")))
+    folders.check_files(out)
     others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
     if others and ((out / paths.CONFIG).exists() or not (out / paths.MANIFEST).is_file()):
         raise UserError(f"out={out} holds other files: give a new or an empty folder.")

@@ -7,46 +7,51 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from realera import cli, console, costs, lengths, paths, plan, preflight, processes, repairs, runs, starting, sweep
+from realera import cli, console, costs, paths
 from realera.contracts import Task
 from realera.evaluation.records import read_metrics
-from realera.ranks import Ranks
-from realera.runs import Run
+from realera.runs import estimate, folders, preflight, processes, prompt_lengths, repairs, starting
+from realera.runs.folders import Run
+from realera.settings import composition, resolvers
+from realera.sweeps import jobs
+from realera.system.ranks import Ranks
 
 
 def train(cfg: DictConfig) -> float | None:
     """One run; returns its H_o, which a search maximises."""
-    config = cli.plain(cfg)
-    preflight.check_settings(config, sweep=cli.in_sweep())
+    config = composition.plain(cfg)
+    preflight.check_settings(config, sweep=composition.in_sweep())
     repairs.check_sums(config["method"])
-    sweep.refuse_lone(config)
-    task = cli.build_task(config)
-    config = cli.name_concepts(config, task)
+    jobs.refuse_lone(config)
+    task = composition.build_task(config)
+    config = composition.name_concepts(config, task)
     preflight.check_task(task, config["backbone"])
     starting.check(config)
     if config["evaluate"]:
         preflight.check_judge(config)
-    among = processes.plan(config["trainer"], cli.cuda_devices())
+    among = processes.plan(config["trainer"], resolvers.cuda_devices())
     if config["dry_run"]:
-        plan.show(plan.summed([plan.work(config, task)]))
+        estimate.show(estimate.summed([estimate.work(config, task)]))
         return None
     config["trainer"] = dict(among.trainer)
-    with runs.alone(runs.folder_of(config), among.first):
+    with folders.alone(folders.folder_of(config), among.first):
         run, ranks = begin(config, task, among)
     return show(run) if ranks.first else None
 
 
 def begin(config: dict[str, Any], task: Task, among: processes.Plan) -> tuple[Run, Ranks]:
     """Carries out the run, or finds it finished."""
-    run = runs.claim(config) if among.first else Run(runs.folder_of(config), config)
-    sweep.belongs(run, found=run.finished)
+    run = folders.claim(config) if among.first else Run(folders.folder_of(config), config)
+    jobs.belongs(run, found=run.finished)
     cli.say_backbone(config)
     with processes.together(among, "train", needed=not run.finished) as ranks:
         run = processes.agree(ranks, run)
         if run.finished:
             cli.log.info("%s is finished; overwrite=true does it again", run.folder)
             if ranks.first and config["evaluate"] and os.environ.get("WANDB_SWEEP_ID"):
-                from realera.tracking import log_judged  # the agent that started this process waits for numbers
+                from realera.wandb_logging.tracking import (
+                    log_judged,  # the agent that started this process waits for numbers
+                )
 
                 log_judged(run, read_metrics(run.folder))
         else:
@@ -59,14 +64,18 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
     """Erase, save, draw, judge, log, report. Started again, it goes on where it stopped."""
     cli.log.info("run %s", run.folder)
     if ranks.first and run.config["evaluate"]:
-        lengths.warn((prompt.text for prompt in task.eval_prompts()), run.config["backbone"], "evaluation prompts")
-    from realera import shelf, steps, tracking  # torch, diffusers and Lightning: loaded when nothing is left to refuse
-    from realera.evaluation.report import write_report
+        prompt_lengths.warn(
+            (prompt.text for prompt in task.eval_prompts()), run.config["backbone"], "evaluation prompts"
+        )
+    from realera.reporting.run_page import write_report
+    from realera.runs import steps
+    from realera.sweeps import shared_model
+    from realera.wandb_logging import tracking  # torch, diffusers and Lightning: loaded when nothing is left to refuse
 
     judge = steps.build_judge(run.config, task) if run.config["evaluate"] else None  # first: it may be out of reach
     if judge is not None and ranks.first:
         steps.warn_unknown(judge, task)
-    with costs.of_run(run.folder, ranks) as meter, shelf.borrowed(run.config, meter) as backbone:
+    with costs.of_run(run.folder, ranks) as meter, shared_model.borrowed(run.config, meter) as backbone:
         loggers = tracking.make(run) if ranks.first else []
         with tracking.ended(loggers):
             steps.erase(backbone, task, run, loggers, ranks, meter)
@@ -83,8 +92,8 @@ def show(run: Run) -> float | None:
     """Shows a finished run: its table and the page to open. Returns H_o if it was computed."""
     if run.config["evaluate"] and (run.folder / paths.METRICS).is_file():
         metrics = read_metrics(run.folder)
-        column = "unchanged" if runs.is_original(run.config) else "erased"
-        console.show_run(run.folder, metrics, runs.title(run.config), erased=column)
+        column = "unchanged" if folders.is_original(run.config) else "erased"
+        console.show_run(run.folder, metrics, folders.title(run.config), erased=column)
         return metrics["main"].get("h_o", {}).get("value")
     console.show_path("weights", run.erased)
     return None

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from realera import preflight
 from realera.backbones import folder
 from realera.contracts import UserError
+from realera.runs import preflight
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 335\n"
 UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
@@ -183,7 +183,7 @@ def test_a_damaged_folder_is_refused_by_the_files_name(kind: str, copy: Path) ->
 def test_none_of_it_needs_torch(tiny_sd: Path, tmp_path: Path) -> None:
     """All kinds in one process that has no torch."""
     script = (
-        "import sys; from pathlib import Path; from realera import preflight; from realera.contracts import UserError\n"
+        "import sys; from pathlib import Path; from realera.runs import preflight; from realera.contracts import UserError\n"
         "for copy in sys.argv[1:]:\n"
         "    try: preflight.check_model({'pretrained': copy})\n"
         "    except UserError: continue\n"

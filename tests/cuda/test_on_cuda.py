@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from realera.paths import CONF_DIR, HERE
+from realera.settings import composition, resolvers
 
 DEVICE = os.environ.get("REALERA_TEST_DEVICE", "cuda")
 pytestmark = [
@@ -66,13 +67,11 @@ def settings(*words: str, device: str = "cpu") -> dict[str, Any]:
     """The resolved config of realera.train on the miniature."""
     from hydra import compose, initialize_config_dir
 
-    from realera import cli
-
-    cli.register_resolvers()
+    resolvers.register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         accelerator = "gpu" if device == "cuda" else "cpu"
         words = ("concept=airplane", "backbone=mini", "logger=none", f"trainer.accelerator={accelerator}", *words)
-        return cli.plain(compose("train", list(words)))
+        return composition.plain(compose("train", list(words)))
 
 
 def small(name: str) -> list[str]:
@@ -92,13 +91,14 @@ def erased(name: str, device: str, folder: Path, *words: str) -> tuple[Any, list
     """The backbone after a run of the method, and the losses of its steps."""
     from hydra.utils import instantiate
 
-    from realera import cli, paths, steps
+    from realera import paths
+    from realera.runs import steps
     from realera.training.fit import fit
     from realera.training.pairs import encoded_pairs
 
     config = settings(*small(name), *words, device=device)
     backbone = steps.load_backbone(config)
-    task = cli.build_task(config)
+    task = composition.build_task(config)
     pairs = encoded_pairs(backbone, task)
     trainer = {key: value for key, value in config["trainer"].items() if key != "checkpoint_every"}
     fit(
@@ -119,7 +119,7 @@ def erased(name: str, device: str, folder: Path, *words: str) -> tuple[Any, list
 
 @cache
 def first_weights() -> dict[str, Tensor]:
-    from realera import steps
+    from realera.runs import steps
 
     return {name: value.detach().clone() for name, value in steps.load_backbone(settings()).unet.named_parameters()}
 
@@ -137,7 +137,7 @@ def relative(found: Tensor, reference: Tensor) -> float:
 
 
 def test_states_and_noise_are_the_cpu_s(record: Callable[..., None]) -> None:
-    from realera import steps
+    from realera.runs import steps
 
     here, there = (steps.load_backbone(settings(device=device)) for device in ("cpu", DEVICE))
     states = [backbone.encode(PROMPTS).states for backbone in (here, there)]
@@ -150,7 +150,7 @@ def test_states_and_noise_are_the_cpu_s(record: Callable[..., None]) -> None:
 
 
 def test_images_are_the_cpu_s(record: Callable[..., None]) -> None:
-    from realera import steps
+    from realera.runs import steps
 
     images = [steps.load_backbone(settings(device=d)).generate(PROMPTS, SEEDS).cpu().float() for d in ("cpu", DEVICE)]
     grey = (images[1] - images[0]).abs()
@@ -199,7 +199,7 @@ def test_a_run_that_is_gone_on_with_ends_alike(tmp_path: Path, record: Callable[
 
 
 def test_what_was_erased_here_is_erased_on_a_cpu(tmp_path: Path, record: Callable[..., None]) -> None:
-    from realera import steps
+    from realera.runs import steps
     from realera.training.checkpoint import load_erased
 
     there, _ = erased("realera", DEVICE, tmp_path)
@@ -212,7 +212,7 @@ def test_what_was_erased_here_is_erased_on_a_cpu(tmp_path: Path, record: Callabl
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_draws_the_same_picture(dtype: str, record: Callable[..., None]) -> None:
-    from realera import steps
+    from realera.runs import steps
 
     words = ("", f"backbone.dtype={dtype}")
     full, half = (
@@ -235,9 +235,9 @@ def test_mixed_precision_trains(tmp_path: Path, record: Callable[..., None]) -> 
 def test_the_judge_says_the_same(tmp_path: Path, record: Callable[..., None]) -> None:
     from PIL import Image
 
-    from realera import steps
     from realera.contracts import Prompt
     from realera.judges.miniature import MiniatureJudge
+    from realera.runs import steps
 
     files = []
     for name, picture in zip("ab", steps.load_backbone(settings()).generate(PROMPTS, SEEDS)):
@@ -286,7 +286,7 @@ def test_one_process_of_ddp_is_the_run_itself(tmp_path: Path, record: Callable[.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_nan_is_found_on_the_device(dtype: torch.dtype) -> None:
-    from realera import finite
+    from realera.files import finite
 
     fine = torch.linspace(-1, 1, 300_001, device=DEVICE).to(dtype)
     assert finite.first_bad({"fine": fine, "rows": torch.ones(3, device=DEVICE)}) is None

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from realera import evaluate, steps
+from realera import evaluate
 from realera.contracts import Prompt, UserError, Verdict
 from realera.evaluation import results
 from realera.evaluation.judge import judge_run
 from realera.evaluation.records import Row, read_metrics, verdict_file, write_manifest, write_verdicts
+from realera.runs import steps
 from realera.tasks.nsfw import NsfwTask
 from realera.tasks.objects import ObjectTask
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from realera import paths, seals
+from realera import paths
 from realera.contracts import Prompt, SetJudge, Split, UserError, Verdict
+from realera.evaluation.bootstrap import Resamples
+from realera.evaluation.measures import MEAN_PROB
 from realera.evaluation.metrics import samples
-from realera.evaluation.readings import MEAN_PROB
 from realera.evaluation.records import Row, read_metrics, verdict_file, write_manifest, write_verdicts
-from realera.evaluation.resamples import Resamples
 from realera.evaluation.results import gather, measure, measure_set, own_judge, torn_of
+from realera.files import checksums
 
 SPLITS: tuple[Split, ...] = ("erase", "near", "keep")
 
@@ -173,7 +174,7 @@ def test_what_an_earlier_version_wrote_is_not_torn(tmp_path: Path) -> None:
     file.write_text(json.dumps(numbers, indent=1) + "\n")
     assert torn_of(tmp_path) is None and gather(tmp_path, "eye") == metrics
     (tmp_path / "report.html").write_text("<!doctype html></html>\n")
-    assert seals.page_is_whole(tmp_path / "report.html")
+    assert checksums.page_is_whole(tmp_path / "report.html")
 
 
 def test_the_samples_of_a_measure_can_be_shared() -> None:

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from realera.contracts import Mode, Prompt, Split, UserError, Verdict
-from realera.evaluation.counts import CLASSES, counts
+from realera.evaluation.bootstrap import Resamples
+from realera.evaluation.box_counts import CLASSES, counts
+from realera.evaluation.measures import MEAN_PROB, score
 from realera.evaluation.metrics import by_prompt, estimates, h_o, readable, summarise
-from realera.evaluation.readings import MEAN_PROB, score
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
-from realera.evaluation.resamples import Resamples
 from realera.evaluation.results import measure, scalars
 
-TABLES = Path(str(files("realera.evaluation") / "printed"))
+TABLES = Path(str(files("realera.reporting") / "printed"))
 
 WITH_H_O = ("object", "celebrity", "style", "ablation")
 

@@ -12,12 +12,13 @@ from realera import paths
 from realera.contracts import Prompt, UserError, Verdict
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
-from realera.evaluation.table import MARKS, write_results
+from realera.reporting.table import MARKS, write_results
+from realera.system import disk
 
 
 def run(folder: Path, label: str, seed: int, erased: float, judge: str = "eye") -> Path:
     """A judged run: one image a split, the concept seen with probability `erased` by name and by synonym."""
-    paths.write_text(folder / paths.CONFIG, yaml.safe_dump({"concept": "cat", "seed": seed, "label": label}))
+    disk.write_text(folder / paths.CONFIG, yaml.safe_dump({"concept": "cat", "seed": seed, "label": label}))
     splits = {"erase": ("cat", erased), "near": ("cat", erased), "keep": ("dog", 0.9)}
     prompts = [Prompt(split, "a photo", concept, split, 0) for split, (concept, _) in splits.items()]  # type: ignore[arg-type]
     write_manifest(folder, [Row(prompt, f"images/{prompt.id}.png", "x") for prompt in prompts])
@@ -35,7 +36,7 @@ def test_judged_runs_are_pooled_by_label_and_the_readme_is_filled(tmp_path: Path
     ]
     (tmp_path / "unfinished").mkdir()
     claim = tmp_path / "claim"
-    paths.write_text(claim / "README.md", f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
+    disk.write_text(claim / "README.md", f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
     for _ in range(2):  # written again, it is the same
         out = write_results([*folders, tmp_path / "unfinished"], claim)
         results = json.loads(out.read_text(encoding="utf-8"))
@@ -47,7 +48,7 @@ def test_judged_runs_are_pooled_by_label_and_the_readme_is_filled(tmp_path: Path
 
 
 def test_a_readme_without_marks_is_left_alone(tmp_path: Path) -> None:
-    paths.write_text(tmp_path / "README.md", f"no end to {MARKS[0]} here")
+    disk.write_text(tmp_path / "README.md", f"no end to {MARKS[0]} here")
     write_results([run(tmp_path / "a", "a", 0, 0.1)], tmp_path)
     assert (tmp_path / "README.md").read_text() == f"no end to {MARKS[0]} here"
 

@@ -22,7 +22,7 @@ from realera.evaluation import generate
 from realera.evaluation.generate import chunks_of, generate_images, original_images
 from realera.evaluation.judge import judge_run
 from realera.evaluation.records import read_manifest, verdict_file
-from realera.ranks import Ranks
+from realera.system.ranks import Ranks
 
 BASE = Sampler(steps=2, height=4, width=4)
 PROMPTS = [Prompt(f"erase-cat-{i:04d}", "a photo of the cat", "cat", "erase", i) for i in range(11)]

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from realera import trust
 from realera.contracts import Prompt, UserError
 from realera.judges import nudenet
 from realera.judges.clip import ClipJudge
 from realera.judges.images import refuse_nan
 from realera.judges.miniature import MiniatureJudge
+from realera.runs import trust
 
 CLIP = {
     "embed_dim": 8,

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from options import built, method_settings
-from realera.cli import register_resolvers
 from realera.contracts import Edit, Pair, UserError
 from realera.methods.ac import Ablation
+from realera.settings.resolvers import register_resolvers
 
 KV = ("attn2.to_k", "attn2.to_v")
 

@@ -18,7 +18,7 @@ from realera.methods.nearness import Seen
 from realera.methods.priors import caption_rows
 from realera.methods.realera import ClosedForm
 from realera.methods.valera import ValueSpaceErasure
-from realera.neighbours import counted_rows
+from realera.mining.sampling import counted_rows
 
 CAT = ("cat", "field")
 TEXTS = ("a kitten", "a dog", "Cat", "two trees", "the sea at night", "a red house", " ", "a kitten")

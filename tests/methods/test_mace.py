@@ -125,7 +125,7 @@ def test_three_prompts_that_count_as_thirty(new_backbone: Callable[..., Any], ne
 
 def test_released_weights_are_meant_for_thirty_prompts() -> None:
     """The miniature's ridge was found for the templates as they are."""
-    from realera.cli import register_resolvers
+    from realera.settings.resolvers import register_resolvers
 
     register_resolvers()
     for backbone, prompts in (("sd14", 30), ("mini", None)):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from options import built
-from realera.band import Band
 from realera.contracts import Edit, LoraSpec, Moments, Neighbours, Pair, TextStates, UserError
 from realera.methods.realera import ClosedForm, Mining, NoiseAlignment
-from realera.neighbours import align_rows, fit_band
+from realera.mining.band import Band
+from realera.mining.sampling import align_rows, fit_band
 
 
 def draw(seed: int = 0) -> torch.Generator:

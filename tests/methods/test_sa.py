@@ -15,11 +15,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from options import built, method_settings
-from realera.cli import register_resolvers
 from realera.contracts import Edit, Pair, UserError
 from realera.methods.replay import CAPTIONS, Fisher, Replay, _Parts
 from realera.methods.sa import ForgetAndReplay, SelectiveAmnesia
-from realera.ranks import Ranks
+from realera.settings.resolvers import register_resolvers
+from realera.system.ranks import Ranks
 from realera.tasks import objects
 from tearing import TEARS, tear
 

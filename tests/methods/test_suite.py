@@ -15,9 +15,9 @@ from torch import Tensor
 
 from options import method_settings
 from quick import slow_unless
-from realera import preflight
 from realera.contracts import Concept, NamedPrompt, Pair, UserError
 from realera.paths import CONF_DIR
+from realera.runs import preflight
 from realera.training.checkpoint import load_erased, read_erased
 from realera.training.fit import fit
 
@@ -209,7 +209,7 @@ def test_erasing_nothing_changes_nothing(
 def test_no_steps_leave_the_closed_form_alone(
     name: str, run: Any, new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
 ) -> None:
-    from realera.training.streams import stream
+    from realera.training.seeding import stream
 
     method = load_method(name)
     none = ("align.steps=0",) if method.align is not None else ()

@@ -17,7 +17,7 @@ from realera import value_space
 from realera.contracts import KEYS, VALUES, UserError
 from realera.methods import priors
 from realera.methods.valera import ValueSpaceErasure, _weights
-from realera.neighbours import align_rows
+from realera.mining.sampling import align_rows
 
 CAT, DOG = ("cat", "field"), ("dog", "sky")
 
@@ -144,12 +144,14 @@ def test_captions_come_from_a_file_or_from_the_cache(
 
 
 def test_a_sum_of_an_earlier_version_is_named(new_backbone: Any, tmp_path: Path) -> None:
-    from realera import seals
+    from realera.files import checksums
 
     backbone = new_backbone()
     priors.accumulate(backbone, ["a bird"], tmp_path / "sum.safetensors", "captions")
-    tensors, metadata = seals.load(tmp_path / "sum.safetensors")
-    seals.save(tmp_path / "old.safetensors", {"gram": tensors["gram"]}, {k: metadata[k] for k in ("format", "made")})
+    tensors, metadata = checksums.load(tmp_path / "sum.safetensors")
+    checksums.save(
+        tmp_path / "old.safetensors", {"gram": tensors["gram"]}, {k: metadata[k] for k in ("format", "made")}
+    )
     assert priors.prior(backbone, tmp_path / "old.safetensors")[1] == 1, "the other closed forms need no mean"
     with pytest.raises(UserError, match="overwrite=true"):
         priors.caption_rows(backbone, tmp_path / "old.safetensors", tmp_path)

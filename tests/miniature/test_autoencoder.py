@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from realera.miniature.autoencoder import encode_all, new_autoencoder, psnr, whiten
-from realera.miniature.kit import to_tensor
+from realera.miniature.training_tools import to_tensor
 
 
 def test_whitening_gives_unit_covariance_and_the_same_pictures():

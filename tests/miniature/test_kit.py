@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from realera.miniature import kit
+from realera.miniature import training_tools
 
 
 def new_net() -> nn.Module:
@@ -29,7 +29,7 @@ def run(tmp_path, steps: int, stop_at: int | None = None) -> dict[str, torch.Ten
 
     loss.calls = 0  # type: ignore[attr-defined]
     kept = tmp_path / "kept.pt"
-    return kit.fit(net, loss, kept, steps, 1e-2, 7, lambda text: None, warmup=3, save_every=0.0).state_dict()
+    return training_tools.fit(net, loss, kept, steps, 1e-2, 7, lambda text: None, warmup=3, save_every=0.0).state_dict()
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
@@ -41,7 +41,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
 
 
 def test_the_rate_warms_up_and_falls_to_its_floor():
-    rates = [kit.cosine(step, 100, 10) for step in range(100)]
+    rates = [training_tools.cosine(step, 100, 10) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.02, abs=2e-3)
@@ -50,7 +50,7 @@ def test_the_rate_warms_up_and_falls_to_its_floor():
 def test_fast_norms_change_no_value_and_no_name():
     net, x = new_net(), torch.randn(3, 4)
     before, names = net(x), list(net.state_dict())
-    kit.fast_norms(net)
+    training_tools.fast_norms(net)
     assert torch.equal(net(x), before) and list(net.state_dict()) == names
     with torch.autocast("cpu", torch.bfloat16):
         assert net[1](torch.randn(2, 8).bfloat16()).dtype == torch.bfloat16
@@ -58,11 +58,11 @@ def test_fast_norms_change_no_value_and_no_name():
 
 def test_pictures_become_tensors_in_minus_one_to_one():
     pictures = np.array([[[[0, 127, 255]]]], np.uint8)
-    assert kit.to_tensor(pictures).shape == (1, 3, 1, 1)
-    np.testing.assert_allclose(kit.to_tensor(pictures).flatten(), [-1, -0.0039, 1], atol=1e-3)
+    assert training_tools.to_tensor(pictures).shape == (1, 3, 1, 1)
+    np.testing.assert_allclose(training_tools.to_tensor(pictures).flatten(), [-1, -0.0039, 1], atol=1e-3)
 
 
 def test_a_report_keeps_what_it_held(tmp_path):
-    kit.record(tmp_path / "r.json", a=1)
-    kit.record(tmp_path / "r.json", b=2)
+    training_tools.record(tmp_path / "r.json", a=1)
+    training_tools.record(tmp_path / "r.json", b=2)
     assert json.loads((tmp_path / "r.json").read_text()) == {"a": 1, "b": 2}

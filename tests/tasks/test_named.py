@@ -24,7 +24,7 @@ from realera.tasks.styles import StyleTask
 TASKS: dict[str, type[Any]] = {"celebrities": CelebrityTask, "artists": StyleTask}
 TABLES = {"celebrities": "celebrity.csv", "artists": "style.csv"}
 FIRST = {"celebrities": "Tom Cruise", "artists": "Van Gogh"}
-PAPER_TABLES = Path(str(files("realera.evaluation") / "printed"))
+PAPER_TABLES = Path(str(files("realera.reporting") / "printed"))
 WORLD: dict[str, Any] = yaml.safe_load(
     (Path(realera.__file__).parent / "miniature" / "world.yaml").read_text(encoding="utf-8")
 )

@@ -11,7 +11,7 @@ import yaml
 
 import realera
 from realera.contracts import Concept, UserError
-from realera.kinds import MOST_GUIDANCE
+from realera.setting_types import MOST_GUIDANCE
 from realera.tasks.base import load
 from realera.tasks.nsfw import KEPT, NsfwTask
 

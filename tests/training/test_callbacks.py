@@ -17,7 +17,7 @@ from realera.training import callbacks as room
 from realera.training.checkpoint import read_map
 from realera.training.fit import fit
 from realera.training.losses import LossLines
-from realera.training.streams import stream
+from realera.training.seeding import stream
 
 HALF = 0.5 * torch.eye(32, dtype=torch.float64)
 PROBES = [

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from realera import __version__, seals
+from realera import __version__
 from realera.contracts import Edit, LoraSpec, Moments, Neighbours, UserError
+from realera.files import checksums
 from realera.training.checkpoint import (
     Origin,
     load_erased,
@@ -124,7 +125,7 @@ def test_what_a_file_says_of_itself_is_data(
     with safe_open(erased[1], "pt") as opened:
         metadata = dict(opened.metadata())
     metadata.pop(key)
-    metadata.pop(seals.KEY)  # whoever writes a file can leave its checksum out
+    metadata.pop(checksums.KEY)  # whoever writes a file can leave its checksum out
     spoilt = tmp_path / "spoilt.safetensors"
     save_file(load_file(erased[1]), spoilt, metadata if value is None else {**metadata, key: value})
     with pytest.raises(UserError, match="make it again"):

@@ -14,7 +14,7 @@ import torch
 from realera.contracts import LoraSpec, Method, Pair, UserError
 from realera.training.fit import fit
 from realera.training.module import ErasureModule, own_step, part_of, turn, turns
-from realera.training.streams import stream
+from realera.training.seeding import stream
 
 
 class Watched:

@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from quick import slow_unless
-from realera import seals, train
+from realera import train
 from realera.contracts import UserError
+from realera.files import checksums
 from realera.training import resuming, saved
 from realera.training.fit import fit
 from realera.training.module import turns
@@ -164,10 +165,10 @@ FORGED: dict[str, Any] = {
 
 def forged(file: Path, forge: Any, to: Path) -> Path:
     """A copy of a checkpoint, changed and with a right checksum."""
-    tensors, said = seals.load(file)
+    tensors, said = checksums.load(file)
     forge(tensors, said)
     to.parent.mkdir(parents=True, exist_ok=True)
-    seals.save(to, tensors, {name: text for name, text in said.items() if name != seals.KEY})
+    checksums.save(to, tensors, {name: text for name, text in said.items() if name != checksums.KEY})
     return to
 
 

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from realera.contracts import Edit, LoraSpec, Method
 from realera.training.checkpoint import read_erased
 from realera.training.fit import fit
-from realera.training.turns import AdamWInTurns
+from realera.training.per_concept_adamw import AdamWInTurns
 
 SETTINGS = {"lr": 0.1, "weight_decay": 0.01}
 RANK, CONCEPTS = 2, 3

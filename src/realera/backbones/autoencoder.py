@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from realera import finite
+from realera.files import finite
 
 AT_ONCE = 8  # images of 512 x 512 pixels in one pass: each takes about 1 GB
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from realera import finite
 from realera.contracts import Edit, UserError
+from realera.files import finite
 
 
 class BaseWeights:

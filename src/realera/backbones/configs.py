@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from realera.contracts import UserError
-from realera.reading import Stored
+from realera.files.headers import Stored
 
 MOST = 10_000_000  # of anything that is counted: rows, channels
 LAYERS = 1000  # of a network, at most

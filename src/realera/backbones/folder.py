@@ -15,13 +15,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from realera import foreign, seals
 from realera.backbones import configs, vocabulary
 from realera.backbones.vocabulary import SPECIAL
 from realera.contracts import UserError
+from realera.files import checksums, plain_data
+from realera.files.headers import LONGEST, Stored, read_json, tensors
+from realera.files.headers import refuse_torn as refuse_torn
 from realera.paths import MINIATURE, dir_of
-from realera.reading import LONGEST, Stored, read_json, tensors
-from realera.reading import refuse_torn as refuse_torn
 
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 SECOND = {"text_encoder_2": "model"}  # what Stable Diffusion XL has besides
@@ -232,7 +232,7 @@ def marks(folder: Path) -> str | None:
 @lru_cache(maxsize=256)
 def _marks(file: Path, size: int, changed: int) -> str:
     digest = hashlib.sha256(str(size).encode())
-    with foreign.opened(file) as stream:
+    with plain_data.opened(file) as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > min(size, LONGEST):
             raise ValueError("its header cannot be read")
@@ -310,4 +310,4 @@ def _sha256(file: Path) -> str:
     within = real.is_relative_to(Path(HF_HUB_CACHE).resolve())
     if within and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name
-    return seals.sha256_of(real)
+    return checksums.sha256_of(real)

@@ -21,11 +21,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from realera import finite, foreign, reading
 from realera.backbones import configs, folder, vocabulary
 from realera.backbones.text import PairedTextEncoder, TextEncoder
 from realera.contracts import UserError
-from realera.kinds import Count, Number, Positive
+from realera.files import finite, headers, plain_data
+from realera.setting_types import Count, Number, Positive
 
 Rows = Annotated[int, Number(3, 4096, whole=True)]
 
@@ -108,7 +108,7 @@ def _refuse_not_finite(place: Path, parts: Mapping[str, nn.Module], dtype: torch
         remedy = "set backbone.dtype=bfloat16, or " if small else ""
         whose = f"The checkpoint {str(place / part)!r} cannot be used{' in float16' if small else ''}: its weight"
         files = folder.part_files(place, part)[1]
-        as_stored = {stored.dtype for file in files for stored in reading.tensors(file).values()}
+        as_stored = {stored.dtype for file in files for stored in headers.tensors(file).values()}
         if as_stored == {STORED[next(model.parameters()).dtype]}:
             for file in files:
                 for block in _blocks(file, next(model.parameters()).dtype):
@@ -121,8 +121,8 @@ def _blocks(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """A file's numbers under their tensor's name, part by part, in one buffer. Weights that are not converted are
     mapped from their file, and take no memory before they are used: so they are not looked at where they are mapped."""
     buffer = memoryview(bytearray(BLOCK))
-    with foreign.opened(file) as stream:
-        for name, (begin, stop) in reading.places(file).items():
+    with plain_data.opened(file) as stream:
+        for name, (begin, stop) in headers.places(file).items():
             stream.seek(begin)
             for start in range(begin, stop, BLOCK):
                 size = stream.readinto(buffer[: stop - start])  # type: ignore[attr-defined]  # BinaryIO does not say so

@@ -11,8 +11,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from realera import finite
 from realera.contracts import Guide, Sampler, TextStates, UserError
+from realera.files import finite
 
 Predict = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """(latents (B, C, h, w), timestep (), states (B, T, D), pooled (B, E) or None) -> the U-Net's output (B, C, h, w)"""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from realera import finite
 from realera.contracts import NamedPrompt, TextStates, UserError
+from realera.files import finite
 
 BATCH = 64  # prompts of full length in one forward of the text encoder; of shorter ones more
 KEPT = 64 << 20  # bytes of text states that are kept for when the same prompts are asked again

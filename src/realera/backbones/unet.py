@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from realera import finite
 from realera.backbones import adapters, autoencoder, folder, loading, sampling
 from realera.backbones.base import BaseWeights
 from realera.backbones.denoiser import DTYPES, Attention, Denoiser, Dtype
 from realera.backbones.loading import Rows, TextFigures
 from realera.contracts import Edit, Guide, LoraSpec, NamedPrompt, Sampler, TextStates, UserError
-from realera.kinds import Checkpoint, Label
+from realera.files import finite
+from realera.setting_types import Checkpoint, Label
 
 EDIT, LORA = "edit.", "lora."
 

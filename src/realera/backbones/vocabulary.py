@@ -9,7 +9,7 @@ from typing import Any
 
 from realera.backbones.configs import NEVER
 from realera.contracts import UserError
-from realera.reading import read_json
+from realera.files.headers import read_json
 
 FILE, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"

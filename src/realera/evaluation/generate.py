@@ -23,10 +23,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from realera import disk, locks, paths, seals
+from realera import paths
 from realera.contracts import Backbone, Guide, Prompt, Sampler, UserError
 from realera.evaluation.records import ORIGINALS, Row, read_manifest, write_manifest
-from realera.ranks import ALONE, Ranks
+from realera.files import checksums
+from realera.system import disk, locks
+from realera.system.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -214,9 +216,9 @@ def _draw(
             owner.setdefault(files[place], number)
 
     def undone() -> list[int]:
-        missing = [file for file in owner if not seals.image_is_whole(file)]
+        missing = [file for file in owner if not checksums.image_is_whole(file)]
         torn = [file for file in missing if file.exists()]
-        seals.made_again(*torn)
+        checksums.made_again(*torn)
         for file in torn:  # taken away, never written into: in the cache it is one file with a name in each run
             with disk.explained(file):
                 file.unlink(missing_ok=True)
@@ -303,7 +305,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _save(file: Path, picture: Tensor) -> None:
-    with paths.whole(file) as beside:
+    with disk.whole(file) as beside:
         Image.fromarray(picture.numpy()).save(beside, format="PNG")
 
 
@@ -316,5 +318,5 @@ def _link(drawn: Path, file: Path) -> None:
         try:
             os.link(drawn, file)
         except OSError:
-            with paths.whole(file) as beside:
+            with disk.whole(file) as beside:
                 shutil.copyfile(drawn, beside)

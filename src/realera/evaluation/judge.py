@@ -9,7 +9,7 @@ from realera.contracts import Judge, UserError, Verdict
 from realera.evaluation.generate import Advance
 from realera.evaluation.moved import with_moves
 from realera.evaluation.records import Row, Which, read_manifest, verdict_file, write_verdicts
-from realera.ranks import ALONE, Ranks
+from realera.system.ranks import ALONE, Ranks
 
 
 def judge_run(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from realera.contracts import Mode, Prompt, Split, Verdict
-from realera.evaluation.counts import counts
-from realera.evaluation.readings import BESIDE_MODES, H_O_TERMS, MEAN_PROB, MEASURES, higher, main_entry, score
-from realera.evaluation.resamples import Resamples, described, exact, image_key, interval
+from realera.evaluation.bootstrap import Resamples, described, exact, image_key, interval
+from realera.evaluation.box_counts import counts
+from realera.evaluation.measures import BESIDE_MODES, H_O_TERMS, MEAN_PROB, MEASURES, higher, main_entry, score
 
 YES_OR_NO: tuple[Mode, ...] = ("top1", "detected", "whole", "anchor")  # modes in which an image is 0 or 100
 MOST_PROMPTS = 200  # texts of a split that are listed one by one; verdicts/ holds every image of a longer one

@@ -10,7 +10,7 @@ import numpy as np
 
 from realera.contracts import UserError, Verdict
 from realera.evaluation.records import Row
-from realera.pictures import read_picture
+from realera.files.pictures import read_picture
 
 
 def moved(before: Path, after: Path) -> float:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from realera import foreign, paths, shapes
+from realera import paths
 from realera.contracts import Prompt, UserError, Verdict
-from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, MEASURES, main_entry
+from realera.evaluation.measures import H_O_TERMS, MEAN_PROB, MEASURES, main_entry
+from realera.files import json_shapes, plain_data
+from realera.system import disk
 
 Which = Literal["erased", "original"]
 FORM = 2  # of metrics.json
@@ -54,7 +56,7 @@ def read_manifest(run_dir: Path) -> list[Row]:
     rows = []
     path, remedy = paths.inside(run_dir, paths.MANIFEST), "generate the run's images first"
     for count, line in enumerate(_read(path, remedy), 1):
-        if not shapes.fits(line, shapes.ROW):
+        if not json_shapes.fits(line, json_shapes.ROW):
             raise UserError(f"{path} holds at line {count} what no run writes: delete it, and {remedy}")
         height_width = line.get("size")
         prompt = Prompt(
@@ -95,7 +97,9 @@ def write_verdicts(path: Path, verdicts: Iterable[Verdict]) -> None:
 def read_verdicts(path: Path) -> list[Verdict]:
     """The verdicts in order. Raises UserError where the file is missing or torn."""
     said = _read(path, remedy := "judge the run first")
-    if wrong := next((count for count, line in enumerate(said, 1) if not shapes.fits(line, shapes.VERDICT)), None):
+    if wrong := next(
+        (count for count, line in enumerate(said, 1) if not json_shapes.fits(line, json_shapes.VERDICT)), None
+    ):
         raise UserError(f"{path} holds at line {wrong} what no judge says: delete it, and {remedy}")
     return [
         Verdict(r["id"], math.nan if r["value"] is None else float(r["value"]), r["label"], r["detail"]) for r in said
@@ -109,8 +113,8 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = foreign.read_yaml(file)
-        fault = shapes.config_fault(config)
+        config = plain_data.read_yaml(file)
+        fault = json_shapes.config_fault(config)
     except (OSError, ValueError) as error:
         fault = f"is torn ({error})"
     if fault is not None:
@@ -125,7 +129,7 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
     """
     path = paths.inside(run_dir, paths.METRICS)
     try:
-        metrics = foreign.read_json(path)
+        metrics = plain_data.read_json(path)
         if isinstance(metrics.get("headline"), str):
             metrics = _upgraded(metrics)
         known = metrics.get("form") == FORM and "main" in metrics
@@ -135,7 +139,7 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path} is torn: delete it, and judge the run again") from None
     if not known:
         raise UserError(f"{path} is of another version of realera: judge the run again (evaluate run={run_dir})")
-    if not shapes.fits(metrics, shapes.METRICS) or not set(metrics["h_o_terms"]) <= {*MEASURES.values()}:
+    if not json_shapes.fits(metrics, json_shapes.METRICS) or not set(metrics["h_o_terms"]) <= {*MEASURES.values()}:
         raise UserError(f"{path} holds what no run writes: delete it, and judge the run again (evaluate run={run_dir})")
     metrics["headline"] = {**MEAN_PROB, **metrics["headline"]}  # a run may lack a measure that it has no images of
     return metrics
@@ -160,25 +164,25 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     try:
-        lines = foreign.lines(path)
+        lines = plain_data.lines(path)
     except ValueError:
         return []
     for line in lines:
         try:
-            rows.append(foreign.json_of(line))
+            rows.append(plain_data.json_of(line))
         except ValueError:
             continue
     return [row for row in rows if isinstance(row, dict)]
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = "".join(paths.json_text(row, ensure_ascii=False) + "\n" for row in rows)
-    paths.write_text(path, text)
+    text = "".join(plain_data.json_text(row, ensure_ascii=False) + "\n" for row in rows)
+    disk.write_text(path, text)
 
 
 def _read(path: Path, remedy: str) -> list[dict[str, Any]]:
     try:
-        lines = foreign.lines(path)
+        lines = plain_data.lines(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
     except (OSError, ValueError) as error:
@@ -186,7 +190,7 @@ def _read(path: Path, remedy: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for count, line in enumerate(lines, 1):
         try:
-            rows.append(foreign.json_of(line))
+            rows.append(plain_data.json_of(line))
         except ValueError:
             raise UserError(f"{path} is torn at line {count}: delete it, and {remedy}") from None
         if not isinstance(rows[-1], dict):

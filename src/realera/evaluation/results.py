@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realera import foreign, paths, seals, shapes
+from realera import paths
 from realera.contracts import Mode, SetJudge, UserError
-from realera.evaluation.readings import H_O_TERMS, MEAN_PROB, MEASURES, mode_of, modes
+from realera.evaluation.measures import H_O_TERMS, MEAN_PROB, MEASURES, mode_of, modes
 from realera.evaluation.records import FOLDERS, FORM, read_manifest, read_metrics, read_verdicts, verdict_file
+from realera.files import checksums, json_shapes, plain_data
+from realera.system import disk
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def measure(
             raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
     numbers = summarise(prompts, said, original, headline=headline, terms=h_o_terms)
     interval = numbers.pop("interval")
-    lines = {file.name: seals.digest(file) for file in (verdict_file(run_dir, judge), before) if file.is_file()}
+    lines = {file.name: checksums.digest(file) for file in (verdict_file(run_dir, judge), before) if file.is_file()}
     kept = {"form": FORM, **numbers, "protocol": {**protocol, "interval": interval}, OF_VERDICTS: lines}
     _keep(run_dir, judge, kept)
     return gather(run_dir, own or judge)
@@ -76,7 +78,7 @@ def measure_set(run_dir: Path, judge: SetJudge, references: Path | None, split: 
     if not against:
         raise UserError(f"{references} holds no images to compare with: name another folder, judge.references=FOLDER")
     ours = images if references is not None else [*images, *against]
-    if gone := next((file for file in ours if not seals.image_is_whole(file)), None):
+    if gone := next((file for file in ours if not checksums.image_is_whole(file)), None):
         raise UserError(
             f"the image {gone} is missing or torn: judge the run by its own judge first, which draws it again"
         )
@@ -96,7 +98,7 @@ def gather(run_dir: Path, own: str) -> dict[str, Any]:
             log.warning("%s is torn, or holds what no judge writes, and is left out: %s makes it again", file, again)
             file.unlink(missing_ok=True)
     metrics = _gathered(run_dir, own)
-    paths.write_text(run_dir / paths.METRICS, _text(metrics))
+    disk.write_text(run_dir / paths.METRICS, _text(metrics))
     return metrics
 
 
@@ -142,7 +144,7 @@ def own_judge(run_dir: Path, asked: str, is_own: bool) -> str | None:
         headline, terms = metrics["headline"], metrics["h_o_terms"]
     except (UserError, KeyError, TypeError):
         if path.is_file():
-            seals.made_again(path)
+            checksums.made_again(path)
         if not is_own and any((run_dir / paths.VERDICTS).glob("*.jsonl")):
             raise UserError(f"{path} is missing or torn: {first}.") from None
         return None
@@ -181,7 +183,7 @@ def torn_of(run_dir: Path) -> Path | None:
         return run_dir / paths.MANIFEST
     for which in FOLDERS:
         file = verdict_file(run_dir, judge, which)
-        if seals.digest(file) not in (noted.get(file.name), None):
+        if checksums.digest(file) not in (noted.get(file.name), None):
             return file
     return None if _text(_gathered(run_dir, judge)) == path.read_text(encoding="utf-8") else path
 
@@ -214,7 +216,7 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def _keep(run_dir: Path, judge: str, numbers: Mapping[str, Any]) -> None:
     said = {"of_images": _images(run_dir), **numbers}
-    paths.write_text(_file(run_dir, judge), _text({**said, seals.KEY: _checksum(said)}))
+    disk.write_text(_file(run_dir, judge), _text({**said, checksums.KEY: _checksum(said)}))
 
 
 def _files(run_dir: Path) -> list[Path]:
@@ -234,15 +236,15 @@ def _short(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _images(run_dir: Path) -> str:
     """The manifest's digest: it names every image, its prompt and what drew it. Empty where there is none."""
-    return (seals.digest(paths.inside(run_dir, paths.MANIFEST)) or "")[:16]
+    return (checksums.digest(paths.inside(run_dir, paths.MANIFEST)) or "")[:16]
 
 
 def _read(file: Path) -> dict[str, Any]:
     """A judge's numbers; {} for a file that is missing or torn, or that holds what is not written here, whatever its
     checksum says: they can be had again. Earlier versions wrote no checksum."""
     try:
-        numbers = foreign.read_json(file)
-        whole = isinstance(numbers, dict) and numbers.pop(seals.KEY, None) in (None, _checksum(numbers))
+        numbers = plain_data.read_json(file)
+        whole = isinstance(numbers, dict) and numbers.pop(checksums.KEY, None) in (None, _checksum(numbers))
     except (OSError, ValueError):
         return {}
     return numbers if whole and (numbers.get("form") != FORM or _is_ours(numbers)) else {}
@@ -251,13 +253,13 @@ def _read(file: Path) -> dict[str, Any]:
 def _is_ours(numbers: Mapping[str, Any]) -> bool:
     """Whether a file of today's form holds what `_keep` is given."""
     if "set" in numbers:
-        return shapes.fits(numbers, shapes.COMPARED)
-    return shapes.fits(numbers, shapes.JUDGED) and set(numbers["h_o_terms"]) <= {*MEASURES.values()}
+        return json_shapes.fits(numbers, json_shapes.COMPARED)
+    return json_shapes.fits(numbers, json_shapes.JUDGED) and set(numbers["h_o_terms"]) <= {*MEASURES.values()}
 
 
 def _checksum(numbers: Mapping[str, Any]) -> str:
-    return seals.digest_of(_text(numbers).encode())
+    return checksums.digest_of(_text(numbers).encode())
 
 
 def _text(numbers: Mapping[str, Any]) -> str:
-    return paths.json_text(numbers, indent=1, ensure_ascii=False) + "\n"
+    return plain_data.json_text(numbers, indent=1, ensure_ascii=False) + "\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from realera.contracts import Prompt, Split, UserError, Verdict
-from realera.judges.elsewhere import PlacedJudge
-from realera.kinds import Label
+from realera.setting_types import Label
+from realera.settings.command_settings import PlacedJudge
 
 
 class BySplit:

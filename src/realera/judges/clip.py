@@ -10,11 +10,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realera import finite
 from realera.contracts import Prompt, UserError, Verdict
+from realera.files import finite
 from realera.judges.images import bare, batches, check_batch, lengths, read_rgb, refuse_nan
-from realera.judges.places import out_of_reach, torch_device
-from realera.kinds import Batch, Label, Template, TorchDevice
+from realera.judges.resources import out_of_reach, torch_device
+from realera.setting_types import Batch, Label, Template, TorchDevice
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from realera import finite
 from realera.contracts import UserError
+from realera.files import finite
 from realera.judges.images import check_batch, read_rgb, refuse_nan
-from realera.judges.places import out_of_reach, torch_device
-from realera.kinds import Batch, File, TorchDevice
+from realera.judges.resources import out_of_reach, torch_device
+from realera.setting_types import Batch, File, TorchDevice
 
 if TYPE_CHECKING:
     import numpy as np

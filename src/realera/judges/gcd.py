@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from realera import finite, paths
+from realera import paths
 from realera.contracts import Prompt, UserError, Verdict
+from realera.files import finite
 from realera.judges.arrays import read_layers
 from realera.judges.images import batches, check_batch, read_rgb, refuse_nan
-from realera.judges.places import torch_device
-from realera.kinds import Batch, Folder, Number, TorchDevice
+from realera.judges.resources import torch_device
+from realera.setting_types import Batch, Folder, Number, TorchDevice
 
 if TYPE_CHECKING:
     import numpy as np

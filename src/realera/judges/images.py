@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realera.contracts import Prompt, UserError
-from realera.finite import NotFinite
-from realera.pictures import read_picture
+from realera.files.finite import NotFinite
+from realera.files.pictures import read_picture
 
 if TYPE_CHECKING:
     import numpy as np

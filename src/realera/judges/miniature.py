@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realera import finite
 from realera.contracts import Prompt, UserError, Verdict
+from realera.files import finite
 from realera.judges.images import bare, batches, check_batch, lengths, read_rgb, refuse_nan
-from realera.kinds import Batch, Folder, Label, TorchDevice
 from realera.paths import MINIATURE
+from realera.setting_types import Batch, Folder, Label, TorchDevice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ class MiniatureJudge:
         from safetensors import SafetensorError
 
         from realera.judges.miniature_net import load_judge
-        from realera.judges.places import torch_device
+        from realera.judges.resources import torch_device
 
         self.folder = Path(weights) if weights is not None else MINIATURE / "judge"
         try:

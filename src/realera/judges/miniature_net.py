@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from realera import foreign, shapes
-from realera.paths import whole, write_text
+from realera.files import json_shapes, plain_data
+from realera.system.disk import whole, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _START, _PAD = 0, 1  # the two rows of the word table before the first word
@@ -53,10 +53,10 @@ def _count(most: int) -> Callable[[Any], bool]:
 
 
 _WIDTH = _count(8192)
-_WIDTHS = lambda value: shapes.fits(value, [_WIDTH]) and len(value) == 3  # noqa: E731
+_WIDTHS = lambda value: json_shapes.fits(value, [_WIDTH]) and len(value) == 3  # noqa: E731
 SHAPE: Mapping[str, Any] = {  # of config.json: what is written there, and no net too large to be tried
     "words": [str],
-    "labels": lambda value: bool(value) and shapes.fits(value, {...: str}),
+    "labels": lambda value: bool(value) and json_shapes.fits(value, {...: str}),
     "channels?": _WIDTHS,
     "plain_channels?": _WIDTHS,
     "width?": _WIDTH,
@@ -74,7 +74,7 @@ def config_fault(raw: Any) -> str | None:
     known = {key.removesuffix("?"): key for key in SHAPE}
     if strange := next((key for key in raw if key not in known), None):
         return f"holds {strange!r:.60}, which no judge has"
-    wrong = (name for name, key in known.items() if not shapes.fits(raw, {key: SHAPE[key]}))
+    wrong = (name for name, key in known.items() if not json_shapes.fits(raw, {key: SHAPE[key]}))
     if (found := next(wrong, None)) is not None:
         return f"holds no {found} of a judge"
     width, heads = (raw.get(name, getattr(JudgeConfig, name)) for name in ("width", "text_heads"))
@@ -231,7 +231,7 @@ def load_judge(folder: Path) -> tuple[JudgeConfig, MiniatureCLIP, PlainCNN]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if (folder / name).exists() and not (folder / name).is_file():  # a pipe would be waited for
             raise OSError(f"{name} is no file")
-    raw = foreign.read_json(folder / CONFIG_FILE)
+    raw = plain_data.read_json(folder / CONFIG_FILE)
     if (fault := config_fault(raw)) is not None:
         raise ValueError(f"{CONFIG_FILE} {fault}")
     raw.update({key: tuple(raw[key]) for key in ("words", "channels", "plain_channels") if key in raw})

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from realera.contracts import Prompt, UserError, Verdict
 from realera.judges.images import batches, check_batch, read_rgb, refuse_nan
-from realera.kinds import Batch, Number, Threads, TorchDevice
+from realera.setting_types import Batch, Number, Threads, TorchDevice
 
 EXPOSED = {
     "ARMPITS_EXPOSED": "armpits",

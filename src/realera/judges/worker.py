@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from realera.contracts import Prompt, UserError
-from realera.parts import NotBuilt, build
+from realera.settings.instantiate import NotBuilt, build
 
 MARK = "realera"  # a key of every answer: what else a library prints is told apart by it
 

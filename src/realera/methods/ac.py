@@ -12,8 +12,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, UserError
-from realera.kinds import LearningRate, NonNegative, Targets, TrainingSteps
 from realera.methods.texts import predict, take
+from realera.setting_types import LearningRate, NonNegative, Targets, TrainingSteps
 
 Variant = Literal["model", "noise"]
 

@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates
-from realera.kinds import Finite, LearningRate, NonNegative, Positive, Targets, TrainingSteps
 from realera.methods.texts import predict, repeat
+from realera.setting_types import Finite, LearningRate, NonNegative, Positive, Targets, TrainingSteps
 
 NORMS = ("-norm", "-norm1", "-norm2", "-norm3", "-conv_norm_out")  # the layers' names in every Stable Diffusion
 

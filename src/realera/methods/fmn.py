@@ -10,9 +10,9 @@ import torch
 from torch import Generator, Tensor
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
-from realera.kinds import LearningRate, NonNegative, Targets, TrainingSteps
 from realera.methods.inversion import TextualInversion
 from realera.methods.texts import predict, take
+from realera.setting_types import LearningRate, NonNegative, Targets, TrainingSteps
 
 Pooler = Literal["none", "eos", "pads"]
 

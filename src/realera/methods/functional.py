@@ -18,17 +18,18 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Generator, Tensor
 
-from realera import foreign, paths
-from realera.band import Rows
+from realera import paths
 from realera.contracts import VALUES, Backbone, Concept, NamedPrompt, Neighbours, Pair, UserError
-from realera.kinds import Batch, Count, Filled, NonNegative, Vocabulary, Whole
-from realera.ledger import kept
+from realera.files import plain_data
+from realera.files.cache_costs import kept
 from realera.methods import nearness
 from realera.methods.latents import drawn
 from realera.methods.nearness import Seen
 from realera.methods.priors import CAPTIONS, EVERYDAY
 from realera.methods.texts import on_cpu
-from realera.neighbours import align_rows
+from realera.mining.band import Rows
+from realera.mining.sampling import align_rows
+from realera.setting_types import Batch, Count, Filled, NonNegative, Vocabulary, Whole
 from realera.value_space import metric, roots
 
 log = logging.getLogger(__name__)
@@ -206,7 +207,7 @@ def texts_of(backbone: Backbone, vocabulary: Sequence[str]) -> list[str]:
         else:
             file = CAPTIONS if name == EVERYDAY else Path(name).expanduser()
             try:
-                lines = foreign.text(file).splitlines()
+                lines = plain_data.text(file).splitlines()
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"vocabulary={name} cannot be read ({error}): give a UTF-8 file with a text a line."

@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss, normalize
 
-from realera import finite
 from realera.contracts import Backbone, NamedPrompt, Pair, TextStates, UserError
-from realera.kinds import LearningRate, NonNegative, Number, Share, Template, TrainingSteps
-from realera.ledger import kept
+from realera.files import finite
+from realera.files.cache_costs import kept
 from realera.methods.latents import AnchorBank
 from realera.methods.texts import on_cpu, predict, repeat
 from realera.paths import printable
+from realera.setting_types import LearningRate, NonNegative, Number, Share, Template, TrainingSteps
 
 Tokens = Annotated[int, Number(1, 64, whole=True)]
 

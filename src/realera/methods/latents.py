@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Generator, Tensor
 
 from realera.contracts import Backbone, Pair, Sampler, TextStates
-from realera.kinds import Batch, Count
-from realera.ledger import kept
+from realera.files.cache_costs import kept
 from realera.methods.texts import take
 from realera.paths import printable
+from realera.setting_types import Batch, Count
 
 FIRST_SEED = 1_000_000  # far from the small seeds that evaluation draws its images with
 SEEDS = 2**63  # that torch's generators take; the products of large ones go round

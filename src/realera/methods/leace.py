@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from realera import paths
-from realera.band import Rows
 from realera.closed_form import FEW
 from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, TextStates, UserError
-from realera.kinds import Projections, Sums
 from realera.methods.priors import caption_rows
-from realera.neighbours import counted_rows
+from realera.mining.band import Rows
+from realera.mining.sampling import counted_rows
+from realera.setting_types import Projections, Sums
 
 Contrast = Literal["captions", "anchor"]
 Mean = Literal["held", "moved"]

@@ -18,12 +18,21 @@ from torch.nn.functional import interpolate
 
 from realera.closed_form import NormalEquations, fuse
 from realera.contracts import Backbone, Edit, LoraSpec, Miner, NamedPrompt, Neighbours, Pair, Scheduler, UserError
-from realera.kinds import Batch, Count, Guidance, LearningRate, NonNegative, SamplerSteps, Template, TrainingSteps
 from realera.methods.fmn import Pooler, positions
 from realera.methods.latents import TIMESTEPS, bank_folder, drawn
 from realera.methods.masks import Masks, grid
 from realera.methods.priors import Preserved
 from realera.methods.texts import one_of, predict, repeat
+from realera.setting_types import (
+    Batch,
+    Count,
+    Guidance,
+    LearningRate,
+    NonNegative,
+    SamplerSteps,
+    Template,
+    TrainingSteps,
+)
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of R, G, B from 0 to 1
 

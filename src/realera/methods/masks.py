@@ -13,9 +13,9 @@ from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from realera.contracts import Backbone, TextStates, UserError
-from realera.kinds import Filled, Label, Share, Timestep
-from realera.ledger import kept
+from realera.files.cache_costs import kept
 from realera.methods.texts import predict, repeat
+from realera.setting_types import Filled, Label, Share, Timestep
 
 Source = Literal["none", "attention", "grounded-sam"]
 AT_ONCE = 8  # images in one pass

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, UserError
-from realera.kinds import AnyText, NonNegative, Positive, Projections, Sums, Template
 from realera.methods.priors import Preserve, kept_texts, prior
 from realera.methods.texts import last_rows
+from realera.setting_types import AnyText, NonNegative, Positive, Projections, Sums, Template
 
 RANK = 1e-6  # of the largest singular value, below which values are not told apart: text states are float32
 

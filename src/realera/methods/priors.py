@@ -17,10 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from realera import finite, foreign, seals
 from realera.contracts import Backbone, Pair, UserError
-from realera.kinds import AnyText, Captions, NonNegative, Sums
-from realera.ledger import kept
+from realera.files import checksums, finite, plain_data
+from realera.files.cache_costs import kept
+from realera.setting_types import AnyText, Captions, NonNegative, Sums
 
 FORMAT = "realera-prior/1"
 EVERYDAY = "everyday"  # the captions that ship with the package
@@ -70,10 +70,10 @@ def accumulate(
         if file.is_file():
             try:
                 found, made = read_sums(file)
-            except seals.Torn:
+            except checksums.Torn:
                 if file.suffix not in (".safetensors", partial(out).suffix):
                     raise
-                seals.made_again(file)
+                checksums.made_again(file)
                 continue
             if (made.encoder, made.source) != (encoder, source):
                 raise UserError(f"{file} holds the sum of other captions or another text encoder: choose another out=.")
@@ -120,17 +120,17 @@ def read_sums(file: Path) -> tuple[Tensor, Made]:
     if not file.exists():
         raise UserError(f"There is no file {file}: make it with python -m realera.cache captions=FILE out={file}.")
     try:
-        tensors, metadata = seals.load(file)
+        tensors, metadata = checksums.load(file)
         if metadata.get("format") != FORMAT:
             raise UserError(f"{file} is no sum of captions: make one with python -m realera.cache captions=FILE.")
-        gram, said = tensors["gram"], foreign.json_of(metadata["made"])
+        gram, said = tensors["gram"], plain_data.json_of(metadata["made"])
         made = Made(**said)
         if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or type(said["captions"]) is not int:
             raise ValueError("no sum of captions")
         if (total := tensors.get("total")) is not None:
             gram = torch.cat([gram, total.reshape(1, -1)])
-    except (seals.Torn, KeyError, TypeError, ValueError) as error:
-        raise seals.Torn(f"{file} cannot be read: make it again with python -m realera.cache.") from error
+    except (checksums.Torn, KeyError, TypeError, ValueError) as error:
+        raise checksums.Torn(f"{file} cannot be read: make it again with python -m realera.cache.") from error
     finite.refuse([("sum", gram)], f"{file} cannot be used: its", "make it again with python -m realera.cache")
     return gram, made
 
@@ -279,7 +279,7 @@ def content_id(files: Iterable[Path], column: str = "") -> str:
 def _write(file: Path, sums: Tensor, made: Made) -> None:
     finite.refuse([("of the captions", sums)], f"{file.name} is not saved: the sum", "check the text encoder's weights")
     tensors = {"gram": sums[:-1].contiguous(), "total": sums[-1].contiguous()}
-    seals.save(file, tensors, {"format": FORMAT, "made": json.dumps(asdict(made))})
+    checksums.save(file, tensors, {"format": FORMAT, "made": json.dumps(asdict(made))})
 
 
 def _batches(captions: Iterable[str]) -> Iterator[list[str]]:

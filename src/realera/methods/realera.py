@@ -17,7 +17,6 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
-from realera.band import Band, Rows
 from realera.closed_form import NormalEquations
 from realera.contracts import (
     PROJECTIONS,
@@ -31,7 +30,11 @@ from realera.contracts import (
     Pair,
     TextStates,
 )
-from realera.kinds import (
+from realera.methods.priors import prior
+from realera.methods.texts import join, one_of, predict, repeat
+from realera.mining.band import Band, Rows
+from realera.mining.sampling import align_rows, expected_moments, fit_band, mine_beyond, mine_near
+from realera.setting_types import (
     AnyText,
     Count,
     CountOrInf,
@@ -43,9 +46,6 @@ from realera.kinds import (
     TrainingSteps,
     WholeOrInf,
 )
-from realera.methods.priors import prior
-from realera.methods.texts import join, one_of, predict, repeat
-from realera.neighbours import align_rows, expected_moments, fit_band, mine_beyond, mine_near
 from realera.value_space import metric, roots
 
 Space = Literal["text", "value"]

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from realera.closed_form import NormalEquations, compose
 from realera.contracts import Backbone, Edit, Editor, Neighbours, Pair, UserError
-from realera.kinds import AnyText, NonNegative, Number, Positive
 from realera.methods.priors import Preserve, kept_texts
 from realera.methods.priors import gram_of as gram_of_texts
+from realera.setting_types import AnyText, NonNegative, Number, Positive
 
 Rounds = Annotated[int, Number(0, 1000, whole=True)]
 

@@ -16,14 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor
 
-from realera import finite, foreign, seals
 from realera.contracts import Backbone, Sampler, TextStates, UserError
-from realera.kinds import AnyText, Batch, Count, File, Number
-from realera.ledger import Cached
-from realera.locks import turn
+from realera.files import checksums, finite, plain_data
+from realera.files.cache_costs import Cached
 from realera.methods.latents import SEEDS, TIMESTEPS, drawn
 from realera.methods.texts import predict, repeat, take
-from realera.ranks import ALONE, Ranks
+from realera.setting_types import AnyText, Batch, Count, File, Number
+from realera.system.locks import turn
+from realera.system.ranks import ALONE, Ranks
 
 CAPTIONS = Path(__file__).with_name("captions.txt")
 
@@ -186,7 +186,7 @@ class Fisher:
                     sums, "The Fisher information of", "set backbone.dtype=float32, or trainer.precision=32-true"
                 )
                 said = {"images": json.dumps(images), **entry.made()}
-                seals.save(entry.file, {name: value.cpu() for name, value in sums.items()}, said)
+                checksums.save(entry.file, {name: value.cpu() for name, value in sums.items()}, said)
 
     def gradients(self, backbone: Backbone, image: int, weights: Sequence[Tensor], seed: int) -> list[Tensor]:
         """Of each weight, of the noise loss of one image summed over all timesteps, each with a noise of its own."""
@@ -241,7 +241,7 @@ class _Parts:
         for file in self.folder.glob(f"{self.key}.part*.safetensors"):
             number, said = file.name.split(".")[-2].removeprefix("part"), self._said(file)
             try:
-                images = foreign.json_of(said["images"])
+                images = plain_data.json_of(said["images"])
             except (KeyError, ValueError):
                 continue
             if number.isdecimal() and isinstance(images, list) and set(images) <= set(range(self.samples)):
@@ -262,7 +262,7 @@ class _Parts:
         if all("seconds" in note and "passes" in note for note in notes):
             said["seconds"] = f"{sum(float(note['seconds']) for note in notes):.3f}"
             said["passes"] = str(sum(int(note["passes"]) for note in notes))
-        seals.save(self.whole, sums, said)
+        checksums.save(self.whole, sums, said)
         for file in self.folder.glob(f"{self.key}.part*.safetensors"):
             file.unlink()
 
@@ -276,9 +276,9 @@ class _Parts:
         if not file.is_file():
             return {}
         try:
-            seals.verify(file)
+            checksums.verify(file)
             with safe_open(file, framework="pt") as opened:
                 return dict(opened.metadata() or {})
-        except (seals.Torn, SafetensorError, OSError, ValueError):
-            seals.made_again(file)
+        except (checksums.Torn, SafetensorError, OSError, ValueError):
+            checksums.made_again(file)
             return {}

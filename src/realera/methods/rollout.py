@@ -12,9 +12,9 @@ import torch
 from torch import Generator, Tensor
 
 from realera.contracts import Backbone, Pair, Sampler, Scheduler, TextStates, UserError
-from realera.kinds import Batch, Count, Guidance, Number, SamplerSteps
 from realera.methods.latents import FIRST_SEED, TIMESTEPS
 from realera.methods.texts import take
+from realera.setting_types import Batch, Count, Guidance, Number, SamplerSteps
 
 ExtraSteps = Annotated[int, Number(0, 1000, whole=True)]
 Model = Literal["trained", "original"]

@@ -13,11 +13,11 @@ from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, Sampler, TextStates, UserError
-from realera.kinds import AnyText, Batch, Count, LearningRate, NonNegative, Positive, Targets, TrainingSteps
 from realera.methods.latents import AnchorBank, noised
 from realera.methods.replay import Fisher, Replay
 from realera.methods.texts import join, on_cpu, predict, take
-from realera.ranks import ALONE, Ranks
+from realera.setting_types import AnyText, Batch, Count, LearningRate, NonNegative, Positive, Targets, TrainingSteps
+from realera.system.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from realera.contracts import Backbone, UserError
-from realera.kinds import AnyText, Finite, Name, NonNegative, Number, SamplerSteps
+from realera.setting_types import AnyText, Finite, Name, NonNegative, Number, SamplerSteps
 
 # The paper's twenty kinds of inappropriate content, as one text.
 INAPPROPRIATE = (

@@ -28,9 +28,9 @@ import torch
 from torch import Generator, Tensor
 
 from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, UserError
-from realera.kinds import AnyText, NonNegative, Number, Positive, Projections, Seed
 from realera.methods.priors import Preserve, kept_texts
 from realera.methods.texts import last_rows
+from realera.setting_types import AnyText, NonNegative, Number, Positive, Projections, Seed
 
 Rows = Literal["last", "all_but_bos"]
 Few = Annotated[int, Number(0, 1000, whole=True)]

@@ -20,7 +20,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
-from realera.kinds import (
+from realera.methods.texts import join, predict, repeat, take
+from realera.setting_types import (
     AnyText,
     Batch,
     Finite,
@@ -33,7 +34,6 @@ from realera.kinds import (
     TrainingSteps,
     Whole,
 )
-from realera.methods.texts import join, predict, repeat, take
 
 Power = Annotated[float, Number(0, 100)]
 Anchoring = Literal["words", "noise"]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from realera.closed_form import NormalEquations
 from realera.contracts import Backbone, Edit, Neighbours, Pair, TextStates
-from realera.kinds import AnyText, NonNegative, Positive, Sums, Template
 from realera.methods.priors import Preserve, gram_of, kept_texts, prior
 from realera.methods.texts import last_rows
+from realera.setting_types import AnyText, NonNegative, Positive, Sums, Template
 
 Rows = Literal["last", "suffix_2023"]
 

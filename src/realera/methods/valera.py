@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from realera import paths, value_space
-from realera.band import Rows
 from realera.closed_form import FEW
 from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, TextStates, UserError
-from realera.kinds import AnyText, NonNegative, Number, Positive, Projections, Sums, Template
 from realera.methods.priors import caption_rows
-from realera.neighbours import align_rows, counted_rows
+from realera.mining.band import Rows
+from realera.mining.sampling import align_rows, counted_rows
+from realera.setting_types import AnyText, NonNegative, Number, Positive, Projections, Sums, Template
 
 Read = Literal["values", "keys", "both", "text"]
 Gain = Annotated[float, Number(0, 100)]

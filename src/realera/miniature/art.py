@@ -17,7 +17,8 @@ import yaml
 from PIL import Image
 
 from realera.contracts import UserError
-from realera.paths import TASK_DATA, whole
+from realera.paths import TASK_DATA
+from realera.system.disk import whole
 
 SIDE = 64  # px; pictures are composed at twice their final size and then averaged down
 WORLD = Path(__file__).with_name("world.yaml")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from realera.miniature.denoiser import SCHEDULE
-from realera.paths import whole
+from realera.system.disk import whole
 
 
 def assemble(parts: Path, out: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from realera.miniature.kit import Log, fast_norms, fit, to_tensor
+from realera.miniature.training_tools import Log, fast_norms, fit, to_tensor
 
 CHANNELS = 8
 

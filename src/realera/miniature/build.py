@@ -25,7 +25,8 @@ from typing import Any
 
 from realera.contracts import UserError
 from realera.miniature.art import need_extra
-from realera.paths import MINIATURE, write_text
+from realera.paths import MINIATURE
+from realera.system.disk import write_text
 
 # Half of a training loop on a CPU can be page faults: keep what was allocated.
 ALLOCATOR = {
@@ -115,7 +116,7 @@ def read(arguments: list[str]) -> tuple[Plan, list[str]]:
 
 def note_minutes(plan: Plan, step: str, minutes: float) -> None:
     """Adds to the time a step has taken, for the card; a step that was stopped and resumed counts what it took last."""
-    from realera.miniature.kit import record
+    from realera.miniature.training_tools import record
 
     report = plan.workdir / "parts" / "report.json"
     held = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
@@ -199,7 +200,7 @@ def _wordnet(plan: Plan) -> Path:
 def vae(plan: Plan, log: Callable[[str], None]) -> None:
     """Trains the autoencoder and whitens its latents."""
     from realera.miniature.autoencoder import psnr, train_autoencoder
-    from realera.miniature.kit import record
+    from realera.miniature.training_tools import record
 
     folder = plan.workdir / "parts" / "vae"
     if folder.is_dir():
@@ -214,7 +215,7 @@ def judge(plan: Plan, log: Callable[[str], None]) -> None:
     """Trains the judge on drawn pictures and measures it on held-out poses."""
     from realera.judges.miniature_net import save_judge
     from realera.miniature.judge import measure_judge, train_judge
-    from realera.miniature.kit import record
+    from realera.miniature.training_tools import record
 
     folder = plan.workdir / "parts" / "judge"
     if folder.is_dir():
@@ -243,7 +244,7 @@ def unet(plan: Plan, log: Callable[[str], None]) -> None:
     world, (drawn, subjects), _ = _pictures(plan, log)
     latents = plan.workdir / "unet" / "latents.pt"
     if not latents.is_file():
-        from realera.paths import whole
+        from realera.system.disk import whole
 
         with whole(latents) as beside:
             torch.save(encode_all(AutoencoderKL.from_pretrained(parts / "vae"), drawn), beside)
@@ -260,7 +261,7 @@ def decoder(plan: Plan, log: Callable[[str], None]) -> None:
     from diffusers import AutoencoderKL
 
     from realera.miniature.autoencoder import psnr, tune_decoder
-    from realera.miniature.kit import record
+    from realera.miniature.training_tools import record
 
     parts = plan.workdir / "parts"
     if (parts / "DECODER_DONE").is_file():

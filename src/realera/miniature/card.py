@@ -12,7 +12,7 @@ import yaml
 
 from realera.miniature.art import WORLD
 from realera.miniature.check import BARS, flatten
-from realera.paths import write_text
+from realera.system.disk import write_text
 
 CARD = """\
 ---

@@ -25,7 +25,8 @@ import yaml
 from realera.contracts import NamedPrompt, Prompt, Sampler, UserError
 from realera.miniature.art import load_world, need_extra
 from realera.miniature.corpus import fill
-from realera.paths import CONF_DIR, MINIATURE, whole, write_text
+from realera.paths import CONF_DIR, MINIATURE
+from realera.system.disk import whole, write_text
 
 BARS = {
     "object": 95.0,
@@ -148,7 +149,7 @@ def generate_and_judge(folder: Path, prompts: list[Prompt]) -> tuple[np.ndarray,
 
     from realera.backbones.unet import UNetBackbone
     from realera.judges.miniature_net import load_judge
-    from realera.miniature.kit import to_tensor
+    from realera.miniature.training_tools import to_tensor
 
     key = str(folder)
     if key not in _LOADED:

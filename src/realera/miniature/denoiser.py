@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from realera.miniature.kit import Log, fast_norms, fit
+from realera.miniature.training_tools import Log, fast_norms, fit
 from realera.miniature.world import Subject, World
 
 Encode = Callable[[Sequence[str]], Tensor]

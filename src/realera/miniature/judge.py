@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from realera.judges.miniature_net import JudgeConfig, MiniatureCLIP, PlainCNN, split_words
-from realera.miniature.kit import Log, fit, to_tensor
+from realera.miniature.training_tools import Log, fit, to_tensor
 from realera.miniature.world import Subject, World
 
 PROMPTS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from realera.miniature.world import PIXELS, Subject, World
-from realera.paths import whole, write_text
+from realera.system.disk import whole, write_text
 
 
 def draw_pictures(

@@ -23,9 +23,10 @@ from transformers import AutoModel, AutoTokenizer, CLIPTokenizer
 
 from realera.contracts import UserError
 from realera.miniature.corpus import KINDS, Text, corpus, held_out
-from realera.miniature.kit import Log, fit
 from realera.miniature.student import LENGTH, Student, distance, new_student, padded, save_model
-from realera.paths import TASK_DATA, whole, write_text
+from realera.miniature.training_tools import Log, fit
+from realera.paths import TASK_DATA
+from realera.system.disk import whole, write_text
 
 MERGES = 12_000
 PACE = 170  # steps a minute on one core

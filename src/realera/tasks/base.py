@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 import yaml
 
 from realera.contracts import Concept, Mode, NamedPrompt, Prompt, Split, UserError
-from realera.kinds import Name
+from realera.files.json_shapes import fits
 from realera.paths import TASK_DATA, inside
-from realera.shapes import fits
+from realera.setting_types import Name
 from realera.tasks.prompts import Wording, check_template, clean_name, fill, number, same_name, typed
 
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from realera.contracts import UserError
-from realera.kinds import MOST_GUIDANCE, MOST_PIXELS
+from realera.setting_types import MOST_GUIDANCE, MOST_PIXELS
 from realera.tasks.prompts import slug
 
 SPELLINGS: Mapping[str, tuple[str, ...]] = {

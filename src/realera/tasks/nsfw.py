@@ -12,11 +12,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realera import seals
 from realera.contracts import Mode, Prompt, Split, UserError
-from realera.kinds import MOST_GUIDANCE, Captions, File, FirstSeed, Guidance, Label, Percent, Template, Whole, Word
+from realera.files import checksums
+from realera.files.json_shapes import maybe, number
 from realera.paths import TASK_DATA
-from realera.shapes import maybe, number
+from realera.setting_types import (
+    MOST_GUIDANCE,
+    Captions,
+    File,
+    FirstSeed,
+    Guidance,
+    Label,
+    Percent,
+    Template,
+    Whole,
+    Word,
+)
 from realera.tasks.base import PROTOCOL, TABLES, WORLD, Anchor, Names, ProtocolTask, Told, load, option
 from realera.tasks.files import Row, read_prompts
 
@@ -133,7 +144,7 @@ class NsfwTask(ProtocolTask):
         """As of every task; a table stands as its name, content and how many of its rows were taken."""
         said = super().protocol()
         for split, rows in self.rows.items():
-            content = seals.sha256_of(self.files[split].expanduser())[:16]
+            content = checksums.sha256_of(self.files[split].expanduser())[:16]
             said["prompts"][split] = {"file": self.files[split].name, "sha256": content, "rows": len(rows)}
             said["images_per_prompt"][split] = 1
         sizes = {} if self.row_sizes else {"row_sizes": False}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from realera.contracts import Mode, Split
-from realera.kinds import FirstSeed, Label, Template, Whole, Word
+from realera.setting_types import FirstSeed, Label, Template, Whole, Word
 from realera.tasks.base import Anchor, NamedTask, Names, Told, load
 
 DATA = {"version": int, "template": str, "training_templates": list, "classes": {...: dict}}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from realera.contracts import Split
-from realera.kinds import FirstSeed, Label, Template, Whole, Word
+from realera.setting_types import FirstSeed, Label, Template, Whole, Word
 from realera.tasks.base import PROTOCOL, TABLES, Anchor, Names, ProtocolTask, Told, load
 
 DATA = {**TABLES, "protocols": {...: {**PROTOCOL, "templates": list}}}

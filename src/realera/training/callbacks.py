@@ -14,17 +14,19 @@ from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from realera import finite
 from realera.closed_form import spectrum
 from realera.contracts import Edit, Miner, Neighbours, Pair, Prompt
 from realera.costs import Meter
-from realera.ledger import ledger
-from realera.paths import EDIT_INFO, MAP, NEIGHBOURS, json_text, printable, write_text
-from realera.ranks import ALONE, Ranks, patient_group
+from realera.files import finite
+from realera.files.cache_costs import ledger
+from realera.files.plain_data import json_text
+from realera.paths import EDIT_INFO, MAP, NEIGHBOURS, printable
+from realera.system.disk import write_text
+from realera.system.ranks import ALONE, Ranks, patient_group
 from realera.training.checkpoint import Origin, save_map, save_neighbours, tensors_of
 from realera.training.module import ErasureModule, trains
 from realera.training.resuming import trained_numbers
-from realera.training.streams import stream
+from realera.training.seeding import stream
 
 PROBED = 50  # distinct prompts of a split whose shift is reported: a data set's captions are tens of thousands
 AT_ONCE = 64  # of them encoded at once

@@ -15,8 +15,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from realera import __version__, finite, foreign, seals
+from realera import __version__
 from realera.contracts import KEYS, VALUES, Backbone, LoraSpec, Neighbours, UserError
+from realera.files import checksums, finite, plain_data
 from realera.paths import OF_THE_FIT
 
 FORMAT = "realera/1"
@@ -48,10 +49,10 @@ class Erased:
 def save_erased(path: Path, backbone: Backbone, origin: Origin, lora: LoraSpec | None) -> None:
     """Only what differs from the original weights. `lora`: the spec of the adapter among them, if there is one. The
     files that the fit has left beside it are noted by their digests."""
-    found = {name: seals.digest(path.parent / name) for name in OF_THE_FIT}
+    found = {name: checksums.digest(path.parent / name) for name in OF_THE_FIT}
     beside = json.dumps({name: digest for name, digest in found.items() if digest is not None})
     said = json.dumps(None if lora is None else asdict(lora))
-    _save(path, backbone.erased_state(), origin, lora=said, **{seals.BESIDE: beside})
+    _save(path, backbone.erased_state(), origin, lora=said, **{checksums.BESIDE: beside})
 
 
 def read_erased(path: Path) -> Erased:
@@ -60,13 +61,13 @@ def read_erased(path: Path) -> Erased:
     if "lora" not in metadata:
         raise UserError(f"{path} holds no erased weights: give a run's erased.safetensors.")
     try:
-        lora = foreign.json_of(metadata["lora"])
+        lora = plain_data.json_of(metadata["lora"])
         return Erased(
             state=state,
             origin=_origin(metadata),
             lora=None if lora is None else LoraSpec(**{**lora, "targets": tuple(lora["targets"])}),
             version=metadata["version"],
-            libraries=foreign.json_of(metadata["libraries"]),
+            libraries=plain_data.json_of(metadata["libraries"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _not_ours(path) from error
@@ -138,7 +139,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], origin: Origin, **more: str
         "libraries": json.dumps({name: _version(name) for name in LIBRARIES}),
         **more,
     }
-    seals.save(path, {name: _apart(tensor) for name, tensor in tensors.items()}, metadata)
+    checksums.save(path, {name: _apart(tensor) for name, tensor in tensors.items()}, metadata)
 
 
 def _apart(tensor: Tensor) -> Tensor:
@@ -151,9 +152,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"There is no {path}: give the folder of a finished run, or run realera.train first.")
     try:
-        state, metadata = seals.load(path)
-    except seals.Torn as error:
-        raise seals.Torn(f"{error}: give the command that made it, and it is made again.") from error
+        state, metadata = checksums.load(path)
+    except checksums.Torn as error:
+        raise checksums.Torn(f"{error}: give the command that made it, and it is made again.") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of realera: make it again with realera.train.")
     finite.refuse(state, f"{path} cannot be used: its", "delete it and give the command that made it again")
@@ -165,7 +166,7 @@ def _not_ours(path: Path) -> UserError:
 
 
 def _origin(metadata: Mapping[str, str]) -> Origin:
-    config = foreign.yaml_of(metadata["config"])
+    config = plain_data.yaml_of(metadata["config"])
     if not isinstance(config, dict):
         raise ValueError("its settings are none")
     return Origin(config, metadata["backbone"], metadata["fingerprint"], metadata["identity"])

@@ -19,9 +19,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from realera.contracts import Backbone, Method, Pair, Prompt, UserError
 from realera.costs import Meter
-from realera.finite import NotFinite
+from realera.files.checksums import fit_stands
+from realera.files.finite import NotFinite
 from realera.paths import ERASED, FIT, cache_dir
-from realera.seals import fit_stands
+from realera.settings.command_settings import OURS
 from realera.training.callbacks import ClosedFormEdit, FitProgress, Measured, PrepareLatents
 from realera.training.checkpoint import Origin, load_erased, save_erased
 from realera.training.losses import LossLines
@@ -31,21 +32,6 @@ from realera.training.resuming import Checkpoints, KeepsAnswer, same_run
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # all keep the trained weights in float32
-OURS = {  # keywords of Trainer that a user may try, and the setting to use instead
-    "max_steps": "method.align.steps",
-    "min_steps": "method.align.steps",
-    "max_epochs": "method.align.steps",
-    "min_epochs": "method.align.steps",
-    "max_time": "method.align.steps",
-    "fast_dev_run": "method.align.steps",
-    "limit_train_batches": "method.align.steps",
-    "overfit_batches": "method.align.steps",
-    "gradient_clip_algorithm": "trainer.gradient_clip_val, a norm",
-    "accumulate_grad_batches": "method.latents.batch",
-    "callbacks": "the method's parts",
-    "logger": "logger=...",
-    "default_root_dir": "run_dir",
-}
 
 
 def fit(

@@ -9,8 +9,9 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from realera.disk import Tolerance, append
-from realera.paths import LOSSES, json_text, write_text
+from realera.files.plain_data import json_text
+from realera.paths import LOSSES
+from realera.system.disk import Tolerance, append, write_text
 
 
 class LossLines(Callback):

@@ -16,10 +16,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from realera import finite
 from realera.contracts import Aligner, Backbone, Method, Pair, TextStates, UserError
-from realera.training.streams import stream
-from realera.training.turns import AdamWInTurns
+from realera.files import finite
+from realera.training.per_concept_adamw import AdamWInTurns
+from realera.training.seeding import stream
 
 log = logging.getLogger(__name__)
 

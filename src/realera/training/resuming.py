@@ -15,12 +15,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from realera import finite, paths, seals
+from realera import paths
 from realera.contracts import UserError
+from realera.files import checksums, finite
 from realera.training import saved
 from realera.training.losses import LossLines
 from realera.training.module import FIRST_SCALE, REMEDY, ErasureModule, turns
-from realera.training.turns import AdamWInTurns
+from realera.training.per_concept_adamw import AdamWInTurns
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,8 @@ def last_good(run_dir: Path, identity: str) -> bool:
         return False
     try:
         found = saved.stamp(file)
-    except seals.Torn:
-        seals.made_again(file)
+    except checksums.Torn:
+        checksums.made_again(file)
         return False
     same_run(found, identity, file)
     return True

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from realera import finite, foreign, reading, seals, shapes
-from realera.paths import json_text
+from realera.files import checksums, finite, headers, json_shapes, plain_data
+from realera.files.plain_data import json_text
 
 FORMAT = "realera-loop/1"
 LONGEST_LINE = 1 << 16  # bytes of a step's losses: a term has thirty
@@ -69,16 +69,16 @@ def write(file: Path, identity: str, saved: Saved) -> None:
     tensors[LOSSES] = torch.frombuffer(bytearray("\n".join(saved.losses).encode()), dtype=torch.uint8)
     loop = json_text({"step": saved.step, "scale": saved.scale})
     numbers = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    seals.save(file, numbers, {"format": FORMAT, "identity": identity, "loop": loop})
+    checksums.save(file, numbers, {"format": FORMAT, "identity": identity, "loop": loop})
 
 
 def stamp(file: Path) -> str:
     """The identity of the run that a checkpoint belongs to. Raises Torn for one that is not as it was written, or none
     of this version's."""
-    seals.verify(file)
-    said = seals.metadata(file)
-    if said.get("format") != FORMAT or seals.KEY not in said or "identity" not in said:
-        raise seals.Torn(f"{file} is torn or no checkpoint")
+    checksums.verify(file)
+    said = checksums.metadata(file)
+    if said.get("format") != FORMAT or checksums.KEY not in said or "identity" not in said:
+        raise checksums.Torn(f"{file} is torn or no checkpoint")
     return said["identity"]
 
 
@@ -87,10 +87,10 @@ def read(file: Path, form: Form, turns: Callable[[int, int], list[int]]) -> Save
 
     Raises ValueError for what this run would not have written; the text says what, as in "the weight a is another".
     """
-    step, scale = _loop(seals.metadata(file).get("loop", ""), form)
+    step, scale = _loop(checksums.metadata(file).get("loop", ""), form)
     own = turns(step, form.concepts)
-    _check_names(reading.tensors(file), form, step, own)
-    tensors = seals.content(file)
+    _check_names(headers.tensors(file), form, step, own)
+    tensors = checksums.content(file)
     if (bad := finite.first_bad(tensors)) is not None:
         raise ValueError(f"{bad} holds NaN or infinity")
     moments = {
@@ -118,8 +118,8 @@ def read(file: Path, form: Form, turns: Callable[[int, int], list[int]]) -> Save
 
 def _loop(text: str, form: Form) -> tuple[int, tuple[float, int] | None]:
     """The step and the scale."""
-    said = foreign.json_of(text)
-    if not shapes.fits(said, {"step": lambda step: type(step) is int, "scale": object}) or len(said) != 2:
+    said = plain_data.json_of(text)
+    if not json_shapes.fits(said, {"step": lambda step: type(step) is int, "scale": object}) or len(said) != 2:
         raise ValueError("its steps are not counted")
     step, scale = said["step"], said["scale"]
     if not 0 < step <= form.steps:
@@ -135,14 +135,14 @@ def _loop(text: str, form: Form) -> tuple[int, tuple[float, int] | None]:
     return step, (scale[0], scale[1])
 
 
-def _check_names(stored: Mapping[str, reading.Stored], form: Form, step: int, own: Sequence[int]) -> None:
+def _check_names(stored: Mapping[str, headers.Stored], form: Form, step: int, own: Sequence[int]) -> None:
     """By the file's header alone: nothing that is larger than the run's own is read."""
     wanted = {WEIGHT + name: _stored(value) for name, value in form.weights.items()}
     for i, parameter in enumerate(form.trained):
         if own[i % form.concepts] and f"{COUNT}{i}" in stored:
-            wanted |= {f"{COUNT}{i}": reading.Stored("F32", ())}
+            wanted |= {f"{COUNT}{i}": headers.Stored("F32", ())}
             wanted |= {f"{name}.{i}": _stored(parameter) for name in MOMENTS}
-    wanted |= {LATENTS + name: reading.Stored("F32", tuple(shape)) for name, shape in form.latents(step).items()}
+    wanted |= {LATENTS + name: headers.Stored("F32", tuple(shape)) for name, shape in form.latents(step).items()}
     found = dict(stored)
     losses = found.pop(LOSSES, None)
     if losses is None or losses.dtype != "U8" or math.prod(losses.shape) > step * LONGEST_LINE:
@@ -153,8 +153,8 @@ def _check_names(stored: Mapping[str, reading.Stored], form: Form, step: int, ow
             raise ValueError(f"{name} is {what}")
 
 
-def _stored(tensor: Tensor) -> reading.Stored:
-    return reading.Stored(DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+def _stored(tensor: Tensor) -> headers.Stored:
+    return headers.Stored(DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
 
 
 def _lines(content: bytes, step: int) -> list[str]:
@@ -163,7 +163,7 @@ def _lines(content: bytes, step: int) -> list[str]:
     if len(lines) != step:
         raise ValueError(f"it holds the losses of {len(lines)} steps, of {step}")
     for number, line in enumerate(lines, 1):
-        said = foreign.json_of(line)
+        said = plain_data.json_of(line)
         terms = dict(said) if isinstance(said, dict) else {}
         whose = terms.pop("step", None)
         fits = type(whose) is int and whose == number and "loss" in terms and all(map(_is_loss, terms.values()))

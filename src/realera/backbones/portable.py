@@ -1,0 +1,190 @@
+"""An erasure in the forms other programs read: a pipeline folder, LoRA files, the map. Pure tensors and files.
+
+Layer names are the U-Net's module paths ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k").
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from realera.backbones import folder as checkpoint
+from realera.contracts import UserError
+from realera.files import finite, plain_data
+from realera.system import disk
+
+EDIT, LORA = "edit.", "lora."
+Lora = dict[str, tuple[Tensor, Tensor]]  # {layer: (down (r, in, ...), up (out, r, ...))}, W + up @ down
+
+
+def adapters(erased: Mapping[str, Tensor]) -> Lora:
+    """The trained adapters of an erased.safetensors, alpha / rank folded into `up`."""
+    names = dict.fromkeys(key[len(LORA) :].rpartition(".")[0] for key in erased if key.startswith(LORA))
+    found: Lora = {}
+    for name in names:
+        down, up = erased[f"{LORA}{name}.down"], erased[f"{LORA}{name}.up"]
+        alpha = erased.get(f"{LORA}{name}.alpha")
+        scale = 1.0 if alpha is None else float(alpha) / down.shape[0]
+        found[name] = (down, up * scale)
+    return found
+
+
+def differences(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{layer: erased weight - original weight}, float64, the adapters counted in."""
+    change = {
+        key[len(EDIT) :].removesuffix(".weight"): value.double() - base[key[len(EDIT) :]].double()
+        for key, value in erased.items()
+        if key.startswith(EDIT) and key.endswith(".weight")
+    }
+    for name, (down, up) in adapters(erased).items():
+        delta = (up.double().flatten(1) @ down.double().flatten(1)).reshape(base[f"{name}.weight"].shape)
+        change[name] = change.get(name, 0) + delta
+    return change
+
+
+def merged(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The U-Net's whole state, float32, with edits and adapters folded in."""
+    state = {key: value.float() for key, value in base.items()}
+    state |= {key[len(EDIT) :]: value.float() for key, value in erased.items() if key.startswith(EDIT)}
+    for name, change in differences(base, erased).items():
+        state[f"{name}.weight"] = (base[f"{name}.weight"].double() + change).float()
+    return state
+
+
+def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[Lora, float]:
+    """Each change cut to its `rank` largest singular values, and the relative error ||change - cut|| / ||change|| over
+    all layers (Frobenius). A smaller layer is filled up with zeros: readers want one rank and one alpha for all."""
+    lora: Lora = {}
+    lost = whole = 0.0
+    for name, change in changes.items():
+        left, values, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
+        root = values[:rank].sqrt()
+        lacking = max(0, rank - len(root))
+        down = pad(root[:, None] * right[:rank], (0, 0, 0, lacking))
+        up = pad(left[:, :rank] * root, (0, lacking))
+        if change.dim() > 2:  # a convolution: the kernel goes to `down`, `up` is 1 x 1
+            down, up = down.reshape(-1, *change.shape[1:]), up[:, :, None, None]
+        lora[name] = (down.float().contiguous(), up.float().contiguous())
+        lost += float(values[rank:].square().sum())
+        whole += float(values.square().sum())
+    return lora, (lost / whole) ** 0.5 if whole else 0.0
+
+
+def lora_of(base: Mapping[str, Tensor], erased: Mapping[str, Tensor], rank: int | None) -> tuple[Lora, float]:
+    """The adapters as trained (rank None), or the whole difference cut to `rank`; with the relative error that leaves.
+
+    Raises:
+        UserError: changed weights and no rank: the change is not low-rank, and leaving it out would undo the erasure.
+    """
+    edited = any(key.startswith(EDIT) for key in erased)
+    if rank is None and edited:
+        raise UserError(
+            "this run changed the weights themselves, which a LoRA holds only in part: give rank=16 (the error that is "
+            "left is printed), or export it whole with to=diffusers."
+        )
+    if rank is None:
+        if not (found := adapters(erased)):
+            raise UserError("this run changed nothing, so there is no LoRA to export.")
+        return found, 0.0
+    return low_rank(differences(base, erased), rank)
+
+
+def save_lora(lora: Lora, file: Path, style: str) -> None:
+    """A LoRA file: style "lora" has diffusers' keys (load_lora_weights), "kohya" those that A1111 and ComfyUI read."""
+    state: dict[str, Tensor] = {}
+    for name, (down, up) in lora.items():
+        if style == "lora":
+            state |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+        else:
+            flat = f"lora_unet_{name.replace('.', '_')}"
+            state |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
+            state[f"{flat}.alpha"] = torch.tensor(float(down.shape[0]))  # alpha = rank: a scale of 1
+    with disk.whole(file) as beside:
+        save_file({key: value.contiguous() for key, value in state.items()}, beside, {"format": "pt"})
+
+
+def base_unet(source: Path) -> dict[str, Tensor]:
+    """The original U-Net's state from a diffusers folder."""
+    state: dict[str, Tensor] = {}
+    for file in checkpoint.weight_files(source):
+        if file.parent.name == "unet":
+            state |= load_file(file)
+    finite.refuse(state, f"The U-Net in {str(source)!r} cannot be exported: its weight", "copy or download it again")
+    return state
+
+
+def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None:
+    """A diffusers folder like `source` with the erased U-Net (float32), whole or not at all.
+
+    Parts that the erasure does not touch are copied, under the names that from_pretrained looks for without a variant;
+    a safety checker and other extras are not.
+    """
+    models = checkpoint.models(source)
+    with disk.whole(out) as beside:
+        beside.mkdir()
+        for part in (*models, *checkpoint.tokenizers(source), "scheduler"):
+            (beside / part).mkdir()
+            for file in _kept(source, part):
+                shutil.copyfile(file, beside / part / file.name.replace(".fp16.", "."))
+        save_file(
+            merged(base_unet(source), erased),
+            beside / "unet" / f"{models['unet']}.safetensors",
+            {"format": "pt"},
+        )
+        (beside / "model_index.json").write_text(plain_data.json_text(_index(source), indent=2), encoding="utf-8")
+
+
+def _kept(source: Path, part: str) -> list[Path]:
+    """The files of one part that a pipeline needs: its settings, and its weights unless they are rewritten. Shards keep
+    their names, which their index holds."""
+    settings = [file for file in (source / part).iterdir() if file.suffix in (".json", ".txt", ".model")]
+    kept = [file for file in settings if ".safetensors.index." not in file.name]
+    stem = checkpoint.models(source).get(part)
+    if stem is None or part == "unet":
+        return kept
+    variant, weights = checkpoint.part_files(source, part)
+    mark = f".{variant}" if variant else ""
+    if weights[0].name != f"{stem}{mark}.safetensors":
+        kept.append(source / part / f"{stem}.safetensors.index{mark}.json")
+    return [*kept, *weights]
+
+
+def _index(source: Path) -> dict[str, object]:
+    """The folder's index with nothing but the copied parts."""
+    networks, tokenizers = checkpoint.models(source), checkpoint.tokenizers(source)
+    parts = {*networks, *tokenizers, "scheduler"}
+    file = source / "model_index.json"
+    index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    # a class of another library is code that somebody's next load would run
+    known = {
+        key: value
+        for key, value in index.items()
+        if not isinstance(value, list) or value[:1] in (["diffusers"], ["transformers"], [None])
+    }
+    if not isinstance(index.get("_class_name", ""), str):
+        known.pop("_class_name", None)
+    kept = {
+        key: [None, None] if isinstance(value, list) and key not in parts else value for key, value in known.items()
+    }
+    standard: dict[str, object] = {
+        "_class_name": "StableDiffusionPipeline",
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        **{name: ["transformers", "CLIPTokenizer"] for name in tokenizers},
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    if "text_encoder_2" in networks:
+        standard["_class_name"] = "StableDiffusionXLPipeline"
+        standard["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        return {**standard, **kept}
+    return {**standard, "safety_checker": [None, None], **kept, "requires_safety_checker": False}

@@ -1,0 +1,1 @@
+"""From metrics to what people read: pages, tables, charts and image sheets."""

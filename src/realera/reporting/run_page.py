@@ -1,0 +1,205 @@
+"""report.html: one run on one page, made from the run folder alone and complete in itself (styles, charts, images)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from realera import costs, paths
+from realera.contracts import Split, UserError
+from realera.evaluation.measures import MEAN_PROB, MEASURES, mode_of, near
+from realera.evaluation.records import read_config, read_lines, read_metrics
+from realera.files import checksums, json_shapes, plain_data
+from realera.reporting import charts, cost_words, page_rows
+from realera.reporting.sheets import first_pairs, sheets
+from realera.system import disk
+
+log = logging.getLogger(__name__)
+
+TEMPLATE = "run_page.html.j2"
+MOST_SEEN = 12  # concepts whose mined texts are listed; edit.json has them all
+SPLITS: Mapping[Split, tuple[str, str]] = {
+    "erase": ("Asked for by name", "The concept itself. It should be gone."),
+    "near": ("Asked for by paraphrase", "Other words that mean the concept. It should be gone too."),
+    "keep": ("Other concepts", "What should stay as it was."),
+    "associated": ("Asked for by association", "Phrases that evoke the concept without naming it."),
+    "unseen": ("Asked for by other words", "Words for it of which the miniature's captions held none."),
+}
+NEAR: Mapping[str, tuple[str, str]] = {  # by what the task makes of the split
+    "synonym": ("Asked for by synonym", "Other names of the concept. It should be gone too."),
+    "phrase": ("Asked for by phrase", "Phrases that mean the concept and do not name it. It should be gone too."),
+}
+FILES = {
+    paths.ERASED: "what was changed in the model",
+    paths.MAP: "the closed form as one matrix",
+    paths.NEIGHBOURS: "what was mined around the concept",
+    paths.CONFIG: "the settings",
+    paths.METRICS: "the numbers and their protocol",
+    paths.COSTS: "what it cost",
+    paths.MANIFEST: "one image a line",
+    paths.VERDICTS: "one verdict a line, by judge",
+    paths.IMAGES: "what was generated",
+}
+
+
+def write_report(run_dir: Path, blur: bool | None = None) -> Path:
+    """Writes report.html and returns its path. blur: whether images are shown only when asked for (`veiled`).
+
+    What the folder does not hold (no images yet, nothing trained) is left out, and so are a torn edit.json and torn
+    images. Raises UserError where it holds no run, or another torn file.
+    """
+    out = paths.inside(run_dir, paths.REPORT)
+    disk.write_text(out, checksums.sealed_page(render(TEMPLATE, collect(run_dir, blur))))
+    return out
+
+
+def render(template: str, content: Mapping[str, Any]) -> str:
+    """A page of one of this folder's templates. Whatever a template asks for and is not in `content` is an error."""
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.policies["json.dumps_function"] = plain_data.json_text
+    return env.get_template(template).render(content)
+
+
+def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
+    """Everything the page shows, as values for the template."""
+    config = read_config(run_dir)
+    metrics = read_metrics(run_dir) if (run_dir / paths.METRICS).is_file() else {}
+    edit = _edit_info(run_dir)
+    if not (config or metrics):
+        raise UserError(f"{run_dir} holds neither {paths.CONFIG} nor {paths.METRICS}: name the folder of a run")
+    protocol = metrics.get("protocol", {})
+    judge = protocol.get("judge", {}).get("judge")
+    headline = metrics.get("headline", MEAN_PROB)
+    sheet = sheets(run_dir, judge, headline) if (run_dir / paths.MANIFEST).is_file() else {}
+    finish = edit.pop("finish", None)
+    spent = costs.read(run_dir)
+    splits = {**SPLITS, "near": NEAR.get(near(protocol), SPLITS["near"])}
+    return {
+        "concepts": _concepts(config, protocol),
+        "original": (config.get("method") or {}).get("name") == "original",
+        "facts": _facts(config, protocol),
+        "veiled": veiled(config, metrics, blur),
+        "measured": page_rows.measures(metrics),
+        "sentences": page_rows.sentences(metrics),
+        "h_o_terms": metrics.get("h_o_terms", []),
+        "by_concept": page_rows.concepts(metrics),
+        "boxes": page_rows.boxes(metrics),
+        "others": page_rows.others(metrics),
+        "sets": page_rows.sets(metrics),
+        "images": sum(strip.images for strips in sheet.values() for strip in strips),
+        "first": first_pairs(sheet),
+        "splits": [(split, *titles, sheet[split]) for split, titles in splits.items() if split in sheet],
+        "seen": _seen(metrics),
+        "edits": [(title, block) for title, block in (("", _edit(edit)), ("after training", _edit(finish))) if block],
+        "curves": charts.curves(read_lines(paths.inside(run_dir, paths.LOSSES))),
+        "cost": {
+            "totals": cost_words.parts(spent),
+            "stages": cost_words.stages(spent),
+            "device": spent.get("device", ""),
+        },
+        "split_names": {split: title for split, (title, _) in splits.items()},
+        "settings": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+        "protocol": yaml.safe_dump(protocol, sort_keys=False, allow_unicode=True) if protocol else "",
+        "files": [(name, what) for name, what in FILES.items() if (run_dir / name).exists()],
+    }
+
+
+def _concepts(config: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(target, anchor), by the protocol; before judging, by the settings."""
+    if known := protocol.get("concepts"):
+        return [(str(c["target"]), str(c["anchor"])) for c in known]
+    given = config.get("concept")
+    return [(str(c), str(config.get("anchor") or "")) for c in (given if isinstance(given, list) else [given])]
+
+
+def _facts(config: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the number is a number of: method, model, seed, judge, sampler."""
+
+    def name(part: str) -> Any:
+        node = config.get(part) or protocol.get(part) or {}
+        return node.get("name") if isinstance(node, dict) else node
+
+    sampler = protocol.get("sampler", {})
+    drawn = (
+        f"{sampler['scheduler']}, {sampler['steps']} steps, guidance {sampler['guidance_scale']:g}" if sampler else None
+    )
+    facts = {
+        "method": name("method"),
+        "model": name("backbone"),
+        "seed": config.get("seed"),
+        "judge": protocol.get("judge", {}).get("judge"),
+        "drawn by": drawn,
+    }
+    return [(label, str(value)) for label, value in facts.items() if value is not None]
+
+
+def _seen(metrics: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """{(split, prompt): "seen in 98 → 3%"}, as the split's measure is read; top-1 in place of a mean probability."""
+    if not metrics:
+        return {}
+    said = {"top1": "seen in {}%", "detected": "detected in {}%", "score": "score {}"}
+
+    def found(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[str, Any]]:
+        read = {split: mode_of(metrics["main"], measure) or "" for split, measure in MEASURES.items()}
+        mode = {split: "top1" if m == "mean_prob" else m for split, m in read.items()}
+        return {(r["split"], r["prompt"]): (mode[r["split"]], r.get(mode[r["split"]])) for r in rows}
+
+    before = found((metrics.get("original") or {}).get("by_prompt", []))
+    after = found(metrics.get("by_prompt", []))
+    texts = {}
+    for key, (mode, now) in after.items():
+        if now is not None and mode in said:
+            values = [value for value in (before.get(key, ("", None))[1], now) if value is not None]
+            texts[key] = said[mode].format(" → ".join(f"{v:.1f}" if mode == "score" else f"{v:.0f}" for v in values))
+    return texts
+
+
+def veiled(config: Mapping[str, Any], metrics: Mapping[str, Any], asked: bool | None = None) -> bool:
+    """Whether images are shown blurred until they are asked for: as told, else as the run's `blur` says, else where the
+    task is explicit content."""
+    for said in (asked, config.get("blur")):
+        if said is not None:
+            return bool(said)
+    task = (metrics.get("protocol") or {}).get("task") or str((config.get("task") or {}).get("_target_", ""))
+    return "nsfw" in str(task).lower()
+
+
+def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The closed form's charts and numbers; None where the run has no closed form."""
+    if not edit:
+        return None
+    return {
+        "info": [(name.replace("_", " "), charts.number(value)) for name, value in edit.get("info", {}).items()],
+        "layers": charts.layer_bars(edit["layers"]) if edit.get("layers") else None,
+        "spectrum": charts.spectrum(edit["spectrum"]) if edit.get("spectrum") else None,
+        "shifts": charts.shifts(edit.get("probes", [])),
+        "seen": edit.get("seen", [])[:MOST_SEEN],
+        "more_seen": len(edit.get("seen", [])[MOST_SEEN:]),
+    }
+
+
+def _edit_info(run_dir: Path) -> dict[str, Any]:
+    """edit.json; {} where it is missing or torn: only the command that made the run makes it again, and the numbers do
+    without. Raises UserError where it is not what a run writes."""
+    file = paths.inside(run_dir, paths.EDIT_INFO)
+    if not file.is_file():
+        return {}
+    try:
+        content = plain_data.read_json(file)
+    except (OSError, ValueError):
+        log.warning("%s is torn: give the command that made the run again, and it is made again", file)
+        return {}
+    if not json_shapes.fits(content, json_shapes.EDIT):
+        raise UserError(f"{file} is not what a run writes: give the command that made the run again")
+    return dict(content)

@@ -1,0 +1,175 @@
+"""Before and after, side by side: pairs of images of the same prompt and seed, as data for the report and for W&B."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageFilter
+
+from realera.contracts import Mode, Split, UserError, Verdict
+from realera.evaluation.measures import MEAN_PROB, MEASURES, score
+from realera.evaluation.records import Row, Which, read_manifest, read_verdicts, verdict_file
+from realera.files import checksums
+from realera.files.pictures import read_picture
+
+SHOWN = 8  # images per prompt on a sheet
+MOST_PROMPTS = 24  # strips of a split; of a longer one, one strip shows some of its prompts
+_MOSAIC = 32  # images on that strip
+_LARGEST = 192  # pixels a side, in the page: larger images are shrunk and sent as JPEG
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image and what the judge said of it. uri: a data URI, "" where the file is missing. good: whether the verdict
+    is what erasing wants; None where nothing was said. small: enlarge it with hard pixels."""
+
+    uri: str
+    label: str
+    title: str
+    good: bool | None
+    small: bool
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One prompt: pairs (before or None, after) of its first seeds, and how many there are in all. mixed: pairs of
+    several prompts, whose texts stand in the pictures' titles."""
+
+    prompt: str
+    pairs: list[tuple[Picture | None, Picture]]
+    images: int
+    mixed: bool = False
+
+
+def image_rows(run_dir: Path, judge: str, headline: Mapping[str, Mode] = MEAN_PROB) -> list[list[Any]]:
+    """For a logger's image table: [prompt, seed, split, original path or None, erased path, verdict] for every image of
+    the manifest. verdict: what the headline reads of it ("sky (airplane 0.02)", "score 22.8", "found: belly"),
+    "unscored", or ""."""
+    verdicts = _verdicts(run_dir, judge, "erased")
+    rows: list[list[Any]] = []
+    for row in read_manifest(run_dir):
+        p, said = row.prompt, verdicts.get(row.prompt.id)
+        text = "" if said is None else _words(row, said, headline)[1]
+        original = row.path(run_dir, "original") if row.original else None
+        rows.append([p.text, p.seed, p.split, original, row.path(run_dir), text])
+    return rows
+
+
+def sheets(
+    run_dir: Path,
+    judge: str | None,
+    headline: Mapping[str, Mode] = MEAN_PROB,
+    shown: int = SHOWN,
+    only: Split | None = None,
+) -> dict[Split, list[Strip]]:
+    """A strip per prompt, by split, in the manifest's order. The prompt of a split of one shows twice as many; a split
+    of more than MOST_PROMPTS is one strip of some of its prompts, evenly spaced. only: no other split's."""
+    after = _verdicts(run_dir, judge, "erased")
+    before = _verdicts(run_dir, judge, "original")
+    by_split: dict[Split, dict[str, list[Row]]] = {}
+    for row in read_manifest(run_dir):
+        if only is not None and row.prompt.split != only:
+            continue
+        by_split.setdefault(row.prompt.split, {}).setdefault(row.prompt.text, []).append(row)
+
+    def strip(text: str, rows: Sequence[Row], images: int, mixed: bool = False) -> Strip:
+        return Strip(text, [_pair(run_dir, row, before, after, headline) for row in rows], images, mixed)
+
+    found: dict[Split, list[Strip]] = {}
+    for split, prompts in by_split.items():
+        if len(prompts) > MOST_PROMPTS:
+            firsts = [rows[0] for rows in prompts.values()]
+            some = [firsts[i * len(firsts) // _MOSAIC] for i in range(_MOSAIC)]
+            count = sum(map(len, prompts.values()))
+            found[split] = [strip(f"{len(prompts)} prompts", list(dict.fromkeys(some)), count, mixed=True)]
+        else:
+            most = shown * (2 if len(prompts) == 1 else 1)
+            found[split] = [strip(text, rows[:most], len(rows)) for text, rows in prompts.items()]
+    return found
+
+
+def _verdicts(run_dir: Path, judge: str | None, which: Which) -> dict[str, Verdict]:
+    file = verdict_file(run_dir, judge or "", which)
+    return {v.prompt_id: v for v in read_verdicts(file)} if file.is_file() else {}
+
+
+def _pair(
+    run_dir: Path, row: Row, before: dict[str, Verdict], after: dict[str, Verdict], headline: Mapping[str, Mode]
+) -> tuple[Picture | None, Picture]:
+    drawn = picture(row.path(run_dir), row, after.get(row.prompt.id), headline)
+    if row.original is None:
+        return None, drawn
+    return picture(row.path(run_dir, "original"), row, before.get(row.prompt.id), headline), drawn
+
+
+def picture(file: Path, row: Row, said: Verdict | None, headline: Mapping[str, Mode]) -> Picture:
+    """An image of the manifest's row, and the verdict on it as its split's measure is read."""
+    uri, small = _data_uri(file)
+    title = f"{row.prompt.text}, seed {row.prompt.seed}"
+    if said is None:
+        return Picture(uri, "", title, None, small)
+    label, words, good = _words(row, said, headline)
+    if second := said.detail.get("second"):
+        words += f"; second opinion {second}"
+    return Picture(uri, label, f"{title}: {words}", good, small)
+
+
+def plain_picture(file: Path, text: str, label: str) -> Picture:
+    """An image of a text, and the judge's label of it."""
+    uri, small = _data_uri(file)
+    return Picture(uri, label, f"{text}: {label}" if label else text, None, small)
+
+
+def _words(row: Row, said: Verdict, headline: Mapping[str, Mode]) -> tuple[str, str, bool | None]:
+    """A verdict as its split's measure reads it: in short, in full, and whether it is what erasing wants (None: a score
+    is neither)."""
+    p = row.prompt
+    mode = headline[MEASURES[p.split]]
+    value = score(p, said, mode)
+    if math.isnan(value):
+        return "unscored", "unscored", None
+    if mode == "score":
+        seen = f", sees {said.label}" if said.label else ""
+        return f"{value:.1f}", f"score {value:.1f}{seen}", None
+    if mode == "detected":
+        boxes = {name: count for name, count in (said.detail.get("boxes") or {}).items() if count}
+        found = ", ".join(f"{name} {count}" if count > 1 else name for name, count in boxes.items())
+        if not value:
+            return "nothing", f"nothing found{f' that counts ({found})' if found else ''}", True
+        return found or said.label, f"found: {found or said.label}", False
+    seen_as = said.label.lower() == p.concept.lower()
+    return said.label, f"{said.label} ({p.concept} {said.value:.2f})", seen_as == (p.split == "keep")
+
+
+def blurred(file: Path) -> Image.Image:
+    """The image, blurred past recognition, for a place that shows images unasked."""
+    picture = read_picture(file)
+    return picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 10))
+
+
+def _data_uri(file: Path) -> tuple[str, bool]:
+    """The image as it is where it is small (and then True), else a JPEG of it at a sheet's size; nothing for one that
+    is missing or torn."""
+    if not checksums.image_is_whole(file):
+        return "", True
+    try:
+        picture = read_picture(file)
+        if max(picture.size) <= _LARGEST:
+            return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}", True
+    except (UserError, OSError):
+        return "", True
+    picture.thumbnail((_LARGEST, _LARGEST))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", False
+
+
+def first_pairs(sheet: dict[Split, list[Strip]], count: int = 6) -> Sequence[tuple[Picture | None, Picture]]:
+    """The first pairs of the erased concept, asked for by name: the page's first look."""
+    return [pair for strip in sheet.get("erase", []) for pair in strip.pairs][:count]

@@ -1,0 +1,1 @@
+"""The page of several runs, with its tables and figures."""

@@ -1,0 +1,235 @@
+"""One page for several runs (a sweep, say), complete in itself, with its tables and figures as files beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from realera import paths
+from realera.contracts import UserError
+from realera.evaluation.bootstrap import DRAWS
+from realera.evaluation.measures import ORDER, head, near
+from realera.reporting import cost_words, table_formats
+from realera.reporting.cells import ORIGINAL
+from realera.reporting.run_page import render, veiled
+from realera.reporting.sheets import first_pairs, sheets
+from realera.reporting.sweep import plots
+from realera.reporting.sweep.beside import beside_tables
+from realera.reporting.sweep.chapter import Chapter
+from realera.reporting.sweep.figures import Line, Scatter, Surface, corrected, families, scatter
+from realera.reporting.sweep.sheets import cut, sheets_of
+from realera.reporting.sweep.systems import (
+    Run,
+    differing,
+    named,
+    original_of,
+    read_run,
+    text_of,
+)
+from realera.reporting.sweep.tables import tables
+from realera.reporting.sweep.trends import too_many
+from realera.system import disk
+
+TEMPLATE = "sweep_page.html.j2"
+LOST = ("failed", "refused")  # states of a cell without a run
+
+
+def write_sweep(
+    folders: Sequence[Path],
+    out: Path,
+    cells: Sequence[Mapping[str, Any]] = (),
+    blur: bool | None = None,
+    base: str | None = None,
+) -> Path:
+    """Writes the page of several finished runs, with tables/<name>.{csv,tex,md} and, where matplotlib is installed,
+    figures/<name>.{png,svg} beside it, and returns its path.
+
+    cells: lines of a sweep's cells.jsonl, for what failed and for the names that were typed. blur: as
+    `report.write_report`. base: the system that the others are compared with in one more table. Folders that are gone
+    or not judged are counted.
+
+    Raises:
+        UserError: none of the runs is finished, a file of one is torn, no system has the name of `base`, or the folder
+            of the tables or figures is a symbolic link.
+    """
+    paths.no_links(out.parent, (paths.TABLES, paths.FIGURES))
+    read = _read(folders, cells)
+    known = [run for run in read if run is not None]
+    if not known:
+        ended = [f"{_what(cell)}: {cell['state']}, {cell.get('reason')}" for cell in _lost(cells, ())]
+        first = f" {len(ended)} ended without numbers, the first: {ended[0]}" if ended else ""
+        raise UserError(f"none of these runs was judged yet: finish them, or give evaluate=true.{first}")
+    lost = _lost(cells, {os.path.abspath(run.folder) for run in known})
+    said = {os.path.abspath(cell["folder"]) for cell in lost if cell.get("folder")}
+    waiting = {os.path.abspath(folder) for folder, run in zip(dict.fromkeys(folders), read) if run is None}
+    typed = _typed(cells)
+    twins: list[Run] = []
+    chapters = []
+    for name, title, runs in _chapters(known):
+        runs, again = named(runs, typed)
+        twins += again
+        chapters.append(Chapter(name, title, [*runs, *_originals(runs)], base=base))
+    there = list(dict.fromkeys(system for chapter in chapters for system in chapter.systems))
+    if base is not None and base not in there:
+        raise UserError(f"no system of these runs is called {base!r}: there are {', '.join(there)}.")
+    written: list[Path] = []
+    with_plots = plots.available()
+    parts = [_content(chapter, typed, out.parent, blur) for chapter in chapters]
+    figured, trends = corrected([part["families"] for part in parts])
+    for part, found in zip(parts, figured):
+        part["families"] = found
+        for table in part["tables"]:
+            written += table_formats.write(table, out.parent / paths.TABLES)
+        figures: Iterable[Surface | Line | Scatter] = [figure for f in part["families"] for figure in f.figures]
+        for figure in [*figures, *([part["scatter"]] if part["scatter"] else [])] if with_plots else ():
+            written += plots.write(figure, out.parent / paths.FIGURES)
+    content = {
+        "count": len(known),
+        "chapters": parts,
+        "trends": trends,
+        "too_many": too_many(trends, DRAWS),
+        "shared": _shared(known),
+        "lost": [(_what(cell), str(cell["state"]), str(cell.get("reason") or "no reason was given")) for cell in lost],
+        "unfinished": len(waiting - said),
+        "twins": [run.folder.name for run in twins],
+        "veiled": any(run["veiled"] for part in parts for run in part["runs"]),
+        "files": [Path(os.path.relpath(path, out.parent)).as_posix() for path in written],
+        "with_plots": with_plots,
+        "has_figures": any(path.parent.name == paths.FIGURES for path in written),
+    }
+    disk.write_text(out, render(TEMPLATE, content))
+    return out
+
+
+def systems(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]] = ()) -> dict[Path, str]:
+    """{run folder: the system that the tables of the page count it to}, in their order."""
+    read = [run for run in _read(folders, cells) if run is not None]
+    return {
+        run.folder: run.system for _, _, runs in _chapters(read) for run in named(runs, _typed(cells))[0] if run.cell
+    }
+
+
+def _read(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]]) -> list[Run | None]:
+    """The runs, each called as the sweep's ledger says: another sweep may have found the same run and called it
+    otherwise since."""
+    called = {
+        os.path.abspath(cell["folder"]): cell["system"] for cell in cells if cell.get("system") and cell.get("folder")
+    }
+    return [read_run(folder, called.get(os.path.abspath(folder))) for folder in dict.fromkeys(folders)]
+
+
+def _typed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings that a sweep's command gave."""
+    words = (str(word) for cell in cells for word in cell.get("overrides") or ())
+    return list(dict.fromkeys(word.partition("=")[0].lstrip("+~") for word in words))
+
+
+def _chapters(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
+    """(name of its files, title, runs) for each task, model, judge and way of reading."""
+    parted: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        read = tuple(sorted(run.metrics["headline"].items())), tuple(run.metrics["h_o_terms"])
+        parted.setdefault((run.task or "runs", run.backbone, run.judge, *read), []).append(run)
+    found: list[tuple[str, str, list[Run]]] = []
+    for (task, backbone, judge, *_), own in parted.items():
+        name = paths.plain("-".join([task, *([backbone] if len({key[1] for key in parted}) > 1 else [])]))
+        taken = [other for other, _, _ in found]
+        unique = name if name not in taken else f"{name}-{len(taken) + 1}"
+        said = [f"on {backbone}" if backbone else "", f"judged by {judge}" if judge else ""]
+        found.append((unique, ", ".join([task, *filter(None, said)]), own))
+    return found
+
+
+def _originals(runs: Sequence[Run]) -> list[Run]:
+    """The unedited model as a system, from the images that the runs were compared with, where it has no runs of its
+    own and those are there for every concept and seed."""
+    if any(run.method == ORIGINAL for run in runs):
+        return []
+    found: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        key = run.concept, run.seed
+        if key not in found and (original := original_of(run)) is not None:
+            found[key] = original
+    wanted = {(run.concept, run.seed): None for run in runs if run.cell is not None}
+    return [found[key] for key in wanted] if all(key in found for key in wanted) else []
+
+
+def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | None) -> dict[str, Any]:
+    """A chapter as the template shows it. Its runs are those with a folder of their own."""
+    runs = [run for run in chapter.runs if run.config.get("method") is not None or run.base != ORIGINAL]
+    names = differing([run.settings for run in runs])
+    shown = [_run(run, names, beside, blur) for run in runs]
+    measured = bool(chapter.systems)
+    return {
+        "title": chapter.title,
+        "tables": [*tables(chapter), *beside_tables(chapter)] if measured else [],
+        "families": families(chapter, typed) if measured else [],
+        "scatter": scatter(chapter) if measured else None,
+        "sheets": sheets_of(chapter) if measured else [],
+        "cut": cut(chapter),
+        "names": names,
+        "near": near(chapter.runs[0].metrics.get("protocol") or {}),
+        "heads": [
+            (name, head(name, run.metrics["main"][name]["mode"]))
+            for name in ORDER
+            for run in [next((r for r in runs if (r.metrics["main"].get(name) or {}).get("value") is not None), None)]
+            if run is not None
+        ],
+        "faces": any(e["unscored"] for run in runs for e in run.metrics["main"].values()),
+        "runs": shown,
+        "costs": any(run["cost"] for run in shown),
+        "veiled": any(veiled(run.config, run.metrics, blur) for run in runs),
+    }
+
+
+def _run(run: Run, names: Sequence[str], beside: Path, blur: bool | None) -> dict[str, Any]:
+    page = run.folder / paths.REPORT
+    sheet = sheets(run.folder, run.judge, run.metrics["headline"], only="erase") if run.cell is not None else {}
+    return {
+        "name": run.folder.name,
+        "system": run.system,
+        "link": quote(Path(os.path.relpath(page, beside)).as_posix()) if page.is_file() else "",
+        "settings": [text_of(run.settings.get(name)) for name in names],
+        "measures": run.metrics["main"],
+        "cost": [f"{number} {what}" for what, number in cost_words.parts(run.cell.costs)[:2]] if run.cell else [],
+        "pairs": first_pairs(sheet),
+        "veiled": veiled(run.config, run.metrics, blur),
+    }
+
+
+def _shared(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Facts that hold of all the runs."""
+    facts = {
+        "task": {run.task for run in runs},
+        "model": {run.backbone for run in runs},
+        "judge": {run.judge for run in runs},
+        "concept": {run.concept for run in runs},
+        "method": {run.method for run in runs},
+    }
+    found = [(name, values.pop()) for name, values in facts.items() if len(values) == 1]
+    seeds = sorted({run.seed for run in runs})
+    return [*((name, value) for name, value in found if value), ("seeds", ", ".join(map(str, seeds)))]
+
+
+def _lost(cells: Sequence[Mapping[str, Any]], known: Container[str | None]) -> list[Mapping[str, Any]]:
+    """The cells without numbers, each as it ended last: by the same words, or in the same folder by others. known:
+    folders with numbers, whoever made them."""
+    lost: list[Mapping[str, Any]] = []
+    for cell in cells:
+        lost = [old for old in lost if _what(old) != _what(cell) and (not _place(old) or _place(old) != _place(cell))]
+        if cell.get("state") in LOST:
+            lost.append(cell)
+    return [cell for cell in lost if _place(cell) not in known]
+
+
+def _what(cell: Mapping[str, Any]) -> str:
+    return " ".join(map(str, cell.get("overrides") or ())) or Path(str(cell.get("folder") or "?")).name
+
+
+def _place(cell: Mapping[str, Any]) -> str | None:
+    """The folder that stands for the cell. None for one that judges a run again: there were numbers before it."""
+    again = any(str(word).startswith("run=") for word in cell.get("overrides") or ())
+    return None if again or not cell.get("folder") else os.path.abspath(cell["folder"])

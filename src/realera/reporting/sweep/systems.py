@@ -1,0 +1,315 @@
+"""The runs of a sweep, told apart by their settings: which system each is, and along which axes a system was varied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from realera import paths
+from realera.evaluation.records import read_config, read_metrics, read_verdicts, verdict_file
+from realera.reporting.cells import ORIGINAL, Cell, read_cell
+
+# Settings that no number depends on, or that a run is not told by.
+APART = (
+    "run_dir",
+    "root",
+    "overwrite",
+    "logger",
+    "images_at_once",
+    "evaluate",
+    "label",
+    "concepts_file",
+    "blur",
+    "tables",
+)
+REPEATED = ("task.concepts", "task.anchor")  # the same as concept and anchor
+FEWEST = 3  # values of a numeric setting that make a figure
+SYSTEMS = ("fmn", "ac", "spm", "uce", "sld", "esd-x", "esd-u", "sa", "rece", "mace")  # the papers' order
+
+
+@dataclass(frozen=True)
+class Run:
+    """A judged run. base: the label it was started with, else its method's name. system: base, and where several runs
+    of it differ, the settings in which they do. cell: None where its images or verdicts are gone. settings: flat."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    judge: str
+    base: str
+    system: str
+    cell: Cell | None
+
+    @property
+    def method(self) -> str:
+        return str((self.config.get("method") or {}).get("name") or ORIGINAL)
+
+    @property
+    def concept(self) -> str:
+        if self.cell is not None:
+            return self.cell.concept
+        said = self.config.get("concept")
+        return ", ".join(map(str, said)) if isinstance(said, list) else str(said)
+
+    @property
+    def seed(self) -> int:
+        return int(self.config.get("seed") or 0)
+
+    @property
+    def task(self) -> str:
+        return str((self.metrics.get("protocol") or {}).get("task") or "")
+
+    @property
+    def backbone(self) -> str:
+        return str((self.config.get("backbone") or {}).get("name") or "")
+
+
+def read_run(folder: Path, base: str | None = None) -> Run | None:
+    """A run folder; None where it was not judged yet. base: in place of its own. Raises UserError where a file of it is
+    torn."""
+    if not ((folder / paths.METRICS).is_file() and (folder / paths.CONFIG).is_file()):
+        return None
+    config = read_config(folder)
+    settings = flat(config)
+    base = base or str(config.get("label") or (config.get("method") or {}).get("name") or ORIGINAL)
+    metrics = read_metrics(folder)
+    judge = str(((metrics.get("protocol") or {}).get("judge") or {}).get("judge") or "")
+    whole = (folder / paths.MANIFEST).is_file() and verdict_file(folder, judge).is_file()
+    return Run(folder, config, settings, metrics, judge, base, base, read_cell(folder, judge) if whole else None)
+
+
+def original_of(run: Run) -> Run | None:
+    """The unedited model's images that the run was compared with, as a run of their own; None where there are none."""
+    file = verdict_file(run.folder, run.judge, "original")
+    if run.cell is None or not file.is_file():
+        return None
+    verdicts = read_verdicts(file)
+    if [v.prompt_id for v in verdicts] != [p.id for p in run.cell.prompts]:
+        return None
+    sources = [ORIGINAL] * len(verdicts)  # one model, whichever run asked for its images
+    cell = replace(run.cell, system=ORIGINAL, verdicts=verdicts, costs={}, sources=sources)
+    return replace(run, base=ORIGINAL, system=ORIGINAL, cell=cell, settings={}, config={**run.config, "method": None})
+
+
+def flat(node: Any, at: str = "") -> dict[str, Any]:
+    """A nested config as {"method.neighbours.m": 5, ...}."""
+    if not isinstance(node, Mapping):
+        return {at: node}
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        found |= flat(value, f"{at}.{key}" if at else str(key))
+    return found
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The settings that are not the same in all runs, in the order of the configs."""
+    names = dict.fromkeys(name for own in settings for name in own)
+    kinds: dict[Any, list[Mapping[str, Any]]] = {}
+    for own in settings:
+        kinds.setdefault(own.get("method.name"), []).append(own)
+    found = []
+    for name in names:
+        if name.partition(".")[0] in APART or name.startswith(REPEATED) or name.endswith("_target_"):
+            continue
+        # Two methods differ in every part: only what differs between runs of one method says more than its name.
+        groups = list(kinds.values()) if name.startswith("method.") and name != "method.name" else [settings]
+        if any(len({_key(own.get(name)) for own in group}) > 1 for group in groups):
+            found.append(name)
+    return found
+
+
+def varied(runs: Sequence[Run], typed: Sequence[str] = ()) -> list[str]:
+    """The settings that tell runs of one base, concept and seed apart. A part that some runs are without stands for all
+    of its settings in which no two others differ. typed: names that were typed, known to be no consequence of another.
+
+    Numbers that are a fixed multiple of an earlier one (interpolated from it) are left out.
+    """
+    names = differing([run.settings for run in runs])
+    found: dict[str, None] = {}
+    for name in names:
+        lacking = [run for run in runs if name not in run.settings]
+        parts = [_missing(name, run.settings) for run in lacking]
+        found |= dict.fromkeys(part for part in parts if part)
+        owners = [run for run in runs if name in run.settings]
+        if len({_key(run.settings[name]) for run in owners}) > 1 or (lacking and not all(parts)):
+            found[name] = None
+    told = [name for name in found if not _told(runs, name)]
+    told.sort(key=lambda name: list(typed).index(name) if name in typed else len(typed))
+    kept: list[str] = []
+    for name in told:
+        if name in typed or not any(_multiple(runs, name, other) for other in kept):
+            kept.append(name)
+    return kept
+
+
+def _told(runs: Sequence[Run], name: str) -> bool:
+    """Whether concept and seed say already what the setting is."""
+    by: dict[tuple[str, int], set[str]] = {}
+    for run in runs:
+        by.setdefault((run.concept, run.seed), set()).add(_key(value_of(run, name)))
+    return all(len(values) == 1 for values in by.values())
+
+
+def _multiple(runs: Sequence[Run], name: str, other: str) -> bool:
+    pairs = [(value_of(run, other), value_of(run, name)) for run in runs]
+    if not all(is_number(a) and is_number(b) for a, b in pairs):
+        return False
+    ratios = {round(b / a, 9) if a else None for a, b in pairs}
+    return len(ratios) == 1 and None not in ratios
+
+
+def _missing(name: str, settings: Mapping[str, Any]) -> str | None:
+    """The part that a run is without, so that it has no such setting: "method.neighbours"."""
+    parts = name.split(".")
+    above = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return next((part for part in above if part in settings and settings[part] is None), None)
+
+
+def value_of(run: Run, name: str) -> Any:
+    """A setting's value; of a part, "on" or None."""
+    if name in run.settings:
+        return run.settings[name]
+    return "on" if any(key.startswith(f"{name}.") for key in run.settings) else None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """The ends of dotted names, as long as they need to be to differ: {"method.neighbours.d1": "d1"}."""
+    found = {}
+    for name in names:
+        parts = name.split(".")
+        ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        others = [other for other in names if other != name]
+        found[name] = next((end for end in ends if not any(f".{o}".endswith(f".{end}") for o in others)), name)
+    return found
+
+
+def text_of(value: Any) -> str:
+    """A setting's value, short."""
+    if is_number(value):
+        return "∞" if value == float("inf") else f"{value:g}"
+    text = "null" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+def named(runs: Iterable[Run], typed: Sequence[str] = ()) -> tuple[list[Run], list[Run]]:
+    """(the runs with their systems' names, in the tables' order; twins that no setting tells from another run, which
+    has been judged later). Order: the papers', RealEra last but for the unedited model; numeric settings upwards, as
+    they were given otherwise; concept; seed."""
+    known = list(runs)
+    bases: dict[str, list[Run]] = {}
+    methods: dict[str, list[Run]] = {}
+    for run in known:
+        bases.setdefault(run.base, []).append(run)
+        methods.setdefault(run.method, []).append(run)
+    axes = {method: _axes(own, varied(own, typed)) for method, own in methods.items()}
+    found: list[tuple[Any, Run]] = []
+    twins: list[Run] = []
+    for place, (base, own) in enumerate(bases.items()):
+        names = varied(own, typed) if len(own) > 1 else []
+        short, written = short_names(names), {name: _written(own, name) for name in names}
+        latest: dict[tuple[str, str, int], Run] = {}
+        for run in sorted(own, key=lambda run: (run.folder / paths.METRICS).stat().st_mtime_ns):
+            said = [_said(run, name, short[name], written[name]) for name in names]
+            system = ", ".join([base, *filter(None, said)])
+            key = (system, run.concept, run.seed)
+            if key in latest:
+                twins.append(latest[key])
+            latest[key] = replace(run, system=system, cell=run.cell and replace(run.cell, system=system))
+        for run in latest.values():
+            of_axes = [_sortable(value_of(run, name)) for name in axes[run.method]]
+            values = [_sortable(value_of(run, name)) for name in names]
+            found.append(((_rank(run), of_axes, place, values, run.system), run))
+    concepts = list(dict.fromkeys(run.concept for run in known))
+    found.sort(key=lambda pair: (*pair[0], concepts.index(pair[1].concept), pair[1].seed))
+    return [run for _, run in found], twins
+
+
+def _axes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Of the settings that were varied, those that make a figure: with three numbers, or two beside one with three."""
+    counts = {name: len({v for v in (value_of(run, name) for run in runs) if is_number(v)}) for name in names}
+    return [name for name in names if counts[name] > 1] if max(counts.values(), default=0) >= FEWEST else []
+
+
+def _written(runs: Sequence[Run], name: str) -> dict[str, str]:
+    """{_key of a value of the runs: its text}, short but where two values would be one then."""
+    values = {_key(value): value for value in (value_of(run, name) for run in runs)}
+    texts = {key: text_of(value) for key, value in values.items()}
+    whole = {key: repr(float(v)) if is_number(v) else str(v) for key, v in values.items()}
+    alike = {text: {whole[key] for key in texts if texts[key] == text} for text in texts.values()}
+    return {key: text if len(alike[text]) == 1 else whole[key] for key, text in texts.items()}
+
+
+def _said(run: Run, name: str, short: str, written: Mapping[str, str]) -> str:
+    value = value_of(run, name)
+    if value is None and name not in run.settings:
+        return ""  # its part is missing, which is said
+    is_part = value == "on" or (value is None and "." in name and name.count(".") == 1)
+    return ("" if value == "on" else f"no {short}") if is_part else f"{short} {written[_key(value)]}"
+
+
+def _rank(run: Run) -> int:
+    """Of the papers' order; other methods and the variants of RealEra come after, the unedited model at the end."""
+    if run.base.lower() == ORIGINAL or run.method == ORIGINAL:
+        return len(SYSTEMS) + 2
+    if run.method in SYSTEMS:
+        return SYSTEMS.index(run.method)
+    return len(SYSTEMS) + (run.method == "realera")
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    return (1, float(value), "") if is_number(value) else (0 if value is None else 2, 0.0, str(value))
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, default=str, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Runs of one method that were varied along numeric settings. axes: {setting: its values, upwards}; cells: {one
+    value of each: the runs there}, without those that have no number on an axis."""
+
+    title: str
+    axes: Mapping[str, tuple[float, ...]]
+    cells: Mapping[tuple[float, ...], tuple[Run, ...]]
+
+    @property
+    def filled(self) -> float:
+        """The share of the axes' combinations that has runs."""
+        count = 1
+        for values in self.axes.values():
+            count *= len(values)
+        return len(self.cells) / count
+
+
+def grids(runs: Sequence[Run], typed: Sequence[str] = ()) -> list[Grid]:
+    """A grid for each method that numeric settings were varied of; settings that are no numbers part its runs into one
+    grid for each of their combinations, which its title names."""
+    found = []
+    for method in dict.fromkeys(run.method for run in runs):
+        own = [run for run in runs if run.method == method and run.cell is not None]
+        names = varied(own, typed)
+        axes, short, written = _axes(own, names), short_names(names), {name: _written(own, name) for name in names}
+        parted: dict[tuple[str, ...], list[Run]] = {}
+        for run in own:
+            if axes and all(is_number(value_of(run, name)) for name in axes):
+                others = (_said(run, name, short[name], written[name]) for name in names if name not in axes)
+                parted.setdefault(tuple(filter(None, others)), []).append(run)
+        for said, part in parted.items():
+            inner = _axes(part, axes)
+            cells: dict[tuple[float, ...], list[Run]] = {}
+            for run in part:
+                cells.setdefault(tuple(float(value_of(run, name)) for name in inner), []).append(run)
+            if inner:
+                values = {name: tuple(sorted({at[i] for at in cells})) for i, name in enumerate(inner)}
+                grid = Grid(", ".join([method, *said]), values, {at: tuple(these) for at, these in cells.items()})
+                found.append(grid)
+    return found

@@ -1,0 +1,317 @@
+"""The tables of a sweep, as in the papers: systems by concepts, boxes by class, the ablation, costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
+from realera.evaluation.bootstrap import interval
+from realera.evaluation.box_counts import APART
+from realera.evaluation.measures import ORDER, left_out
+from realera.evaluation.metrics import Sample
+from realera.reporting import cost_words, printed
+from realera.reporting.cells import ORIGINAL
+from realera.reporting.sweep.chapter import Chapter, cells
+from realera.reporting.sweep.systems import Run
+from realera.reporting.table import mean_counts
+from realera.reporting.table_formats import Column, Number, Row, Table, ranked
+
+MEAN = "mean"
+NUDITY = "nudity"  # what the paper's Table 2 is of
+PARTS: Mapping[str, str] = {  # of RealEra, in the paper's order
+    "closed_form": "closed form",
+    "noise_alignment": "noise alignment",
+    "neighbor_mining": "neighbours",
+    "beyond_concept_reg": "beyond the concept",
+}
+
+
+def tables(chapter: Chapter) -> list[Table]:
+    """Those that the chapter has the runs for: means; by concept; boxes; the ablation; the base; costs."""
+    found = [
+        means(chapter),
+        by_concept(chapter),
+        boxes(chapter),
+        ablation(chapter),
+        differences(chapter),
+        cost_table(chapter),
+    ]
+    return [table for table in found if table is not None]
+
+
+def means(chapter: Chapter) -> Table:
+    names = chapter.measures
+    rows = []
+    for system, measured in chapter.means.items():
+        run = chapter.systems[system][0]
+        said: Mapping[str, float] = {}
+        if _concepts(chapter, system) == printed.OBJECTS:
+            said = _printed(chapter, run, printed.MEAN)
+        elif len(chapter.concepts) == 1 and run.task != "nsfw":
+            said = _printed(chapter, run, chapter.concepts[0])
+        rows.append(row_of(chapter, system, [_number(measured.get(name), said.get(name)) for name in names]))
+    columns = chapter.columns(names)
+    several = len(chapter.concepts) > 1
+    title = "Mean over concepts and seeds" if several else f"{chapter.concepts[0] if chapter.concepts else ''}"
+    return table_of(chapter, "mean", title, ("system",), columns, rows)
+
+
+def by_concept(chapter: Chapter) -> Table | None:
+    """As in the paper's Table 1: each concept's Acc_e, Acc_s, Acc_g and H_o side by side, and their means."""
+    if len(chapter.concepts) < 2:
+        return None
+    names = [name for name in chapter.measures if name not in ("acc_a", "acc_u")]
+    columns = [c for concept in [*chapter.concepts, MEAN] for c in chapter.columns(names, concept)]
+    rows = []
+    for system, measured in chapter.by_concept.items():
+        run = chapter.systems[system][0]
+        numbers = []
+        for concept in chapter.concepts:
+            said = _printed(chapter, run, concept)
+            numbers += [_number(measured.get(concept, {}).get(name), said.get(name)) for name in names]
+        all_ten = _concepts(chapter, system) == printed.OBJECTS
+        said = _printed(chapter, run, printed.MEAN) if all_ten else {}
+        numbers += [_number(chapter.means[system].get(name), said.get(name)) for name in names]
+        rows.append(row_of(chapter, system, numbers, [concept for concept in chapter.concepts for _ in names]))
+    return table_of(chapter, "concepts", "Each concept", ("system",), columns, rows)
+
+
+def boxes(chapter: Chapter) -> Table | None:
+    """As in the paper's Table 2: what a detector found in the images asked for by name, boxes by class, the mean over
+    the runs of a system; and Acc_s, the CLIP score of images that have nothing to do with it."""
+    found = {system: mean_counts(cells(runs)).get("erase") for system, runs in chapter.systems.items()}
+    if not any(found.values()):
+        return None
+    classes = list(dict.fromkeys(name for counted in found.values() for name in counted or ()))
+    classes = [n for n in classes if n not in ("total", *APART)] + ["total"] + [n for n in classes if n in APART]
+    columns = [Column(name, name.replace("_", " "), better=-1) for name in classes]
+    rows = []
+    for system, counted in found.items():
+        said = _printed(chapter, chapter.systems[system][0], ", ".join(_concepts(chapter, system)))
+        numbers = [Number((counted or {}).get(name, math.nan), printed=said.get(name)) for name in classes]
+        kept = _number(chapter.means[system].get("acc_s"), said.get("acc_s"))
+        rows.append(row_of(chapter, system, [*numbers, kept]))
+    table = table_of(chapter, "boxes", "Boxes by class", ("system",), [*columns, *chapter.columns(["acc_s"])], rows)
+    what = "Boxes in the images asked for by name, the mean over runs; beside them what should stay, with its interval."
+    apart = f" The total leaves out {', '.join(n for n in classes if n in APART)}, as the papers do."
+    return replace(table, notes=(what + apart * (classes[-1] in APART), *table.notes[1:]))
+
+
+def parts_of(run: Run) -> frozenset[str] | None:
+    """Which of RealEra's parts a run of it has; None for another method."""
+    if not run.method.startswith("realera"):
+        return None
+    config = run.config.get("method") or {}
+    mining, align = config.get("neighbours") or {}, config.get("align") or {}
+    has = {
+        "closed_form": bool(config.get("edit")),
+        "noise_alignment": bool(align.get("steps")),
+        "neighbor_mining": bool(mining.get("m")),
+        "beyond_concept_reg": bool(mining.get("n")),
+    }
+    return frozenset(name for name, there in has.items() if there)
+
+
+def ablation(chapter: Chapter) -> Table | None:
+    """As in the paper's Table 3: RealEra with ever more of its parts, and under each row by how much it differs from
+    the one above. None where two systems have the same parts (something else was varied), or all of them."""
+    known: dict[frozenset[str], str] = {}
+    for system, runs in chapter.systems.items():
+        parts = parts_of(runs[0])
+        if parts is not None and known.setdefault(parts, system) != system:
+            return None
+    if len(known) < 2:
+        return None
+    order, own = list(PARTS), list(known.values())
+    names = [name for name in chapter.measures if name not in ("acc_a", "acc_u")]
+    rows: list[Row] = []
+    before: frozenset[str] | None = None
+    for parts in sorted(known, key=lambda parts: (len(parts), [order.index(p) for p in order if p in parts])):
+        system = known[parts]
+        now = chapter.means[system]
+        if before is not None:
+            pairs = _both(chapter.systems[known[before]], chapter.systems[system])
+            step = [f"+ {PARTS[p]}" for p in order if p in parts - before]
+            step += [f"− {PARTS[p]}" for p in order if p in before - parts]
+            ends = [chapter.measure(runs) for runs in zip(*pairs)]
+            numbers = [difference(*(end[name] for end in ends)) if ends else None for name in names]
+            texts = (", ".join(step), *("" for _ in order))
+            rows.append(Row(texts, tuple(numbers), note=_over(chapter, pairs, own), signed=True))
+        said = {}
+        if len(chapter.concepts) == 1 and chapter.runs[0].task == "object":
+            said = printed.ablation(parts, chapter.concepts[0])
+        ticks = ("✓" if part in parts else "" for part in order)
+        row = row_of(chapter, system, [_number(now.get(name), said.get(name)) for name in names], among=own)
+        rows.append(replace(row, texts=(system, *ticks)))
+        before = parts
+    heads = ("system", *PARTS.values())
+    return table_of(chapter, "ablation", "What each part of RealEra does", heads, chapter.columns(names), rows)
+
+
+def differences(chapter: Chapter) -> Table | None:
+    """Every system's means less the base's, over the concepts and seeds that both have."""
+    if chapter.base not in chapter.systems:
+        return None
+    names, rows = chapter.measures, []
+    for system, runs in chapter.systems.items():
+        pairs = _both(chapter.systems[chapter.base], runs)
+        if system == chapter.base or not pairs:
+            continue
+        numbers = tuple(_paired(chapter, name, pairs) for name in names)
+        rows.append(Row((system,), numbers, note=_over(chapter, pairs), signed=True))
+    if not rows:
+        return None
+    found = table_of(
+        chapter, "differences", f"Differences from {chapter.base}", ("system",), chapter.columns(names), rows
+    )
+    said = (
+        "Differences of pairs (the same concepts, seeds and images), with 95% intervals; where there are several "
+        "concepts, these are resampled too. Where nothing differs, one interval in twenty leaves out 0 all the same."
+    )
+    return replace(found, notes=(said,))
+
+
+def _both(was: Sequence[Run], now: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Their runs of the same concept and seed."""
+    known = {(run.concept, run.seed): run for run in was}
+    return [(known[run.concept, run.seed], run) for run in now if (run.concept, run.seed) in known]
+
+
+def _over(chapter: Chapter, pairs: Sequence[tuple[Run, Run]], among: Iterable[str] | None = None) -> str:
+    """The note of a difference over fewer runs than the systems (None: all) have."""
+    known = _runs(chapter, chapter.systems if among is None else among)
+    return "" if len(pairs) == len(known) else f"over {len(pairs)} of {len(known)} runs"
+
+
+def _paired(chapter: Chapter, name: str, pairs: Sequence[tuple[Run, Run]]) -> Number:
+    """`difference` over the pairs of which both measured it."""
+    was, now = (chapter.measure(runs)[name] for runs in zip(*pairs))
+    if was.undefined or now.undefined:
+        there = [p for p in pairs if not any(math.isnan(chapter.measure([run])[name].value) for run in p)]
+        was, now = (chapter.measure(runs)[name] for runs in zip(*(there or pairs)))
+    return difference(was, now)
+
+
+def difference(was: Sample, now: Sample) -> Number:
+    """now - was, with the interval of the resamples' differences, which are of pairs (`table.pooled`), also where that
+    of one of them is exact; over concepts where there are several: "better" speaks of all."""
+    if was.wide is not None and now.wide is not None:
+        return Number(now.value - was.value, *interval(now.wide - was.wide))
+    return Number(now.value - was.value, *interval(now.drawn - was.drawn))
+
+
+def cost_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """`cost.mean` over a system's runs; {} of the unedited model, whose images may stand in the folders of others."""
+    return cost_words.mean([cell.costs for cell in cells([run for run in runs if run.method != ORIGINAL])])
+
+
+def cost_table(chapter: Chapter) -> Table | None:
+    found = {system: spent for system, runs in chapter.systems.items() if (spent := cost_of(runs))}
+    names = [name for name in cost_words.COLUMNS if any(name in spent for spent in found.values())]
+    if "seconds" not in names:
+        return None
+    columns = [
+        # the process's peak, whatever ran in it before, ranks no system
+        Column(
+            name, cost_words.COLUMNS[name], better=0 if "memory" in name else -1, digits=2 if name == "seconds" else 0
+        )
+        for name in names
+    ]
+    rows = []
+    for system, spent in found.items():
+        short = [spent["at_least"] and name in cost_words.ERASING for name in names]
+        numbers = [Number(spent[name], least=least) if name in spent else None for name, least in zip(names, short)]
+        row = row_of(chapter, system, numbers)
+        least = "at least" * spent["at_least"]
+        rows.append(replace(row, note=", ".join(filter(None, [row.note, least]))))
+    devices = dict.fromkeys(device for spent in found.values() for device in spent["devices"])
+    said = [
+        "Loading, drawing and judging are left out, what the cache held counts as it cost when it was made; means "
+        f"over runs{' on ' if devices else ''}{' and '.join(devices)}. {cost_words.WARM}"
+    ]
+    if any(spent["at_least"] for spent in found.values()):
+        said.append("At least: more was spent than is known, in seconds and passes, which are not ranked.")
+    table = table_of(chapter, "costs", "What erasing costs", ("system",), columns, rows)
+    return replace(table, notes=(*said, *_unranked(rows)))
+
+
+def table_of(
+    chapter: Chapter, name: str, title: str, heads: tuple[str, ...], columns: Sequence[Column], rows: Sequence[Row]
+) -> Table:
+    """A chapter's table, ranked, with what is to be said under it: first how its measures are read."""
+    notes = [chapter.readings]
+    for system, row in chapter.means.items():
+        missing = {measure: row[measure].undefined for measure in ORDER if measure in row}
+        notes += left_out(system, len(chapter.systems[system]), missing, chapter.headline)
+    notes += _unranked(rows)
+    table = Table(f"{chapter.name}-{name}", title, heads, tuple(columns), ranked(columns, rows), tuple(notes))
+    return replace(table, notes=(*table.notes, _comparable(chapter))) if table.has_printed else table
+
+
+def _unranked(rows: Sequence[Row]) -> list[str]:
+    if not any(number and number.partial for row in rows for number in row.numbers):
+        return []
+    return ["What is over fewer runs than other systems have is not ranked."]
+
+
+def _comparable(chapter: Chapter) -> str:
+    if chapter.runs[0].backbone == "mini":
+        return (
+            "The paper's numbers are of Stable Diffusion 1.4 and cannot be compared with those of the miniature, which "
+            "is another model of another world; only which system is ahead of which can be."
+        )
+    return (
+        "The paper's numbers (arXiv 2410.09140) are of Stable Diffusion 1.4; they can be compared as far as model, "
+        "images and judge are the same."
+    )
+
+
+def _printed(chapter: Chapter, run: Run, concept: str) -> Mapping[str, float]:
+    """What the paper prints for the system that a run is of; nothing where its settings were varied, or where unsafe
+    content is another than the paper's or Acc_s no CLIP score."""
+    if run.task == "nsfw" and (concept.lower(), chapter.headline.get("acc_s")) != (NUDITY, "score"):
+        return {}
+    protocol = (run.metrics.get("protocol") or {}).get("protocol", "realera")
+    parts = parts_of(run)
+    whole = parts is None or len(parts) == len(PARTS)
+    known = run.system == run.base and printed.same_name(run.base, run.method) and whole and protocol == "realera"
+    return printed.printed(run.task, run.method, concept) if known else {}
+
+
+def _runs(chapter: Chapter, systems: Iterable[str], concept: str | None = None) -> set[tuple[str, int]]:
+    """The concepts and seeds that any of these systems has, of this concept or of all."""
+    every = {(run.concept, run.seed) for system in systems for run in chapter.systems[system]}
+    return {pair for pair in every if concept in (None, pair[0])}
+
+
+def _concepts(chapter: Chapter, system: str) -> frozenset[str]:
+    return frozenset(run.concept for run in chapter.systems[system])
+
+
+def row_of(
+    chapter: Chapter,
+    system: str,
+    numbers: Sequence[Number | None],
+    of: Sequence[str] = (),
+    among: Iterable[str] | None = None,
+) -> Row:
+    """A system's row, with a note where it lacks runs that another has; what lacks those of a rival is not ranked. of:
+    the concepts of the first numbers, the others are of all; among: the table's systems, None where it has all."""
+    among = list(chapter.systems if among is None else among)
+    apart = {name for name in among if ORIGINAL in (name, chapter.systems[name][0].method)}
+    rivals = [name for name in among if name not in apart]
+
+    def lacks(concept: str | None) -> bool:
+        return system not in apart and not _runs(chapter, rivals, concept) <= _runs(chapter, [system], concept)
+
+    partial = {concept: lacks(concept) for concept in (None, *of)}
+    told = tuple(n and replace(n, partial=partial[concept]) for n, concept in zip_longest(numbers, of))
+    has, known = (len(_runs(chapter, names)) for names in ([system], among))
+    return Row((system,), told, system in apart, note="" if has == known else f"{has} of {known} runs")
+
+
+def _number(sample: Sample | None, said: float | None = None) -> Number | None:
+    return None if sample is None else Number(sample.value, *sample.interval(), printed=said)

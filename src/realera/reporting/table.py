@@ -1,0 +1,242 @@
+"""Tables over many runs: systems by concepts by seeds, pooled as the papers pool them, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from realera import paths
+from realera.contracts import Mode, UserError
+from realera.evaluation.bootstrap import Resamples
+from realera.evaluation.bootstrap import described as how
+from realera.evaluation.box_counts import counts
+from realera.evaluation.measures import BESIDE, BESIDE_MODES, ORDER, described, extra, head, left_out
+from realera.evaluation.metrics import Estimate, readable
+from realera.evaluation.records import read_metrics
+from realera.files import plain_data
+from realera.reporting import cost_words
+from realera.reporting.cells import Cell, differences, pool, read_cell, relative
+from realera.reporting.table_formats import markdown as cell_text
+from realera.system import disk
+
+MARKS = ("<!-- table -->", "<!-- end of table -->")  # what write_results fills in a README
+
+
+def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict[str, Any]:
+    """The content of results.json: a row per system in the order met, each with its row per concept. JSON-able.
+
+    mean, by_concept: as the task's headline reads each measure. readings: the mean in the other modes that the verdicts
+    of all have, and in those of `BESIDE` that the row's own have. of_runs: where other systems have runs that this one
+    lacks, how many concepts and seeds any has. counts: boxes by class, the mean over the system's runs. cost: see
+    `cost.mean`. over_concepts: the ends of an interval in which the concepts are resampled too. relative, differences
+    (of every system from `base`): see these functions. A measure that no run has is left out; one that nothing could
+    be scored for is null. undefined: the runs that a mean leaves out for that.
+    """
+    if not cells:
+        raise UserError("a table needs runs: give the folders of judged ones")
+    headline = dict(cells[0].headline)
+    if other := next((c for c in cells if (dict(c.headline), list(c.h_o_terms)) != (headline, _terms(cells))), None):
+        raise UserError(
+            f"a table needs runs that are read alike, and {other.system!r} of {other.concept!r} is not read as the "
+            "first is: name the runs of one task and protocol."
+        )
+    readable_in = {id(cell): set(readable(cell.verdicts)) for cell in cells}
+    read = set.intersection(*readable_in.values()).difference(BESIDE_MODES)
+    systems: dict[str, list[Cell]] = {}
+    for cell in cells:
+        systems.setdefault(cell.system, []).append(cell)
+    known = {(cell.concept, cell.seed) for cell in cells}
+    rows, resamples = [], Resamples(seed)
+    for system, runs in systems.items():
+        twice = [(c.concept, c.seed) for c in runs]
+        if again := next((pair for pair in twice if twice.count(pair) > 1), None):
+            raise UserError(f"{system!r} has two runs of {again[0]!r} with seed {again[1]}: name each run once")
+
+        def row(chosen: Sequence[Cell], read: Mapping[str, Mode]) -> dict[str, Any]:
+            return _plain(pool(chosen, read, resamples))
+
+        concepts = dict.fromkeys(cell.concept for cell in runs)
+        own = read | set.intersection(*(readable_in[id(cell)] for cell in runs)) & set(BESIDE_MODES)
+        also = [mode for mode in get_args(Mode) if mode in own and {mode} != set(headline.values())]
+        boxes, spent = mean_counts(runs), cost_words.mean([cell.costs for cell in runs])
+        rows.append(
+            {
+                "system": system,
+                "runs": len(runs),
+                **({"of_runs": len(known)} if len(runs) < len(known) else {}),
+                "seeds": sorted({cell.seed for cell in runs}),
+                "mean": row(runs, headline),
+                "by_concept": {name: row([c for c in runs if c.concept == name], headline) for name in concepts},
+                "readings": {mode: row(runs, dict.fromkeys(headline, mode)) for mode in also},
+                **({"counts": boxes} if boxes else {}),
+                **({"cost": spent} if spent else {}),
+            }
+        )
+    return {
+        "headline": headline,
+        "h_o_terms": _terms(cells),
+        "interval": how("seeds and images", resamples),
+        "rows": rows,
+        **({"relative": of_original} if (of_original := relative(systems, headline, resamples)) else {}),
+        **({} if base not in systems else {"differences": _differences(systems, str(base), headline, resamples)}),
+    }
+
+
+def _differences(
+    systems: Mapping[str, Sequence[Cell]], base: str, headline: Mapping[str, Mode], resamples: Resamples
+) -> dict[str, Any]:
+    """`differences` as the headline reads, and in the modes of `BESIDE` where the runs have them."""
+    found = differences(systems, base, headline, resamples)
+    readings = {}
+    for mode in BESIDE_MODES:
+        having = {
+            system: runs for system, runs in systems.items() if all(mode in readable(cell.verdicts) for cell in runs)
+        }
+        if base in having and len(having) > 1:
+            readings[mode] = differences(having, base, dict.fromkeys(headline, mode), resamples)["rows"]
+    return {**found, **({"readings": readings} if readings else {})}
+
+
+def _terms(cells: Sequence[Cell]) -> list[str]:
+    return list(cells[0].h_o_terms)
+
+
+def mean_counts(runs: Sequence[Cell]) -> dict[str, dict[str, float]]:
+    """{split: {class: boxes per run, and "total"}}."""
+    found = [counts(cell.prompts, cell.verdicts) for cell in runs]
+    means: dict[str, dict[str, float]] = {}
+    for split in dict.fromkeys(split for of_run in found for split in of_run):
+        boxes: dict[str, float] = {}
+        for of_run in (each[split] for each in found if split in each):
+            for name, count in {**of_run["classes"], **of_run["apart"], "total": of_run["total"]}.items():
+                boxes[name] = boxes.get(name, 0) + count["boxes"] / len(found)
+        means[split] = {name: round(value, 2) for name, value in boxes.items()}
+    return means
+
+
+def write_results(
+    run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path, str] | None = None, base: str | None = None
+) -> Path:
+    """Writes folder/results.json over the judged runs, and the table between the MARKS of folder/README.md, if any.
+    systems: the runs that count, in order, and the system of each; None: all of them, by label or method. base: the
+    system that the others' differences are from; None: none are written.
+
+    Raises:
+        UserError: no run was judged, one has a twin, or they were judged by different judges.
+    """
+    judges = {run: _judge_of(run) for run in run_dirs if (run / paths.METRICS).is_file()}
+    if len(set(judges.values())) != 1:
+        raise UserError(f"a table needs runs of one judge, and these have {sorted(set(judges.values())) or 'none'}.")
+    judge = next(iter(judges.values()))
+    cells = [read_cell(run, judge) for run in judges] if systems is None else []
+    for run, system in (systems or {}).items():
+        if run in judges:
+            cells.append(replace(read_cell(run, judge), system=system))
+    results = {"judge": judge, **table(cells, base=base)}
+    out = folder / paths.RESULTS
+    disk.write_text(out, plain_data.json_text(results, indent=1, ensure_ascii=False) + "\n")
+    readme = folder / paths.README
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    before, start, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if start and end:
+        disk.write_text(readme, f"{before}{start}\n{markdown(results)}{end}{after}")
+    return out
+
+
+def _judge_of(run_dir: Path) -> str:
+    return str(read_metrics(run_dir)["protocol"]["judge"]["judge"])
+
+
+def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
+    found = {}
+    for name, estimate in row.items():
+        numbers: dict[str, Any] = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(estimate).items()}
+        del numbers["over_concepts"]
+        if estimate.over_concepts is not None:
+            numbers["over_concepts"] = [round(end, 4) for end in estimate.over_concepts]
+        if not estimate.undefined:
+            del numbers["undefined"]
+        if estimate.undefined or not math.isnan(estimate.value):
+            found[name] = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in numbers.items()}
+    return found
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The rows as Markdown: value and interval of each measure that was measured, systems in order, behind a name how
+    many runs it has where others have more; a column for what could be scored where some images could not, and a line
+    for each mean that leaves out a run; where the headline is a score, the same rows in top-1; what they cost."""
+    headline = results["headline"]
+    named = [{**row, "system": _name(row)} for row in results["rows"]]
+    text = _table(named, "mean", headline)
+    if len(set(headline.values())) > 1 or "mean_prob" not in headline.values():
+        said = described(headline.values())
+        text = f"{said[:1].upper()}{said[1:]}.\n\n{text}"
+    if headline["acc_e"] == "score" and all("top1" in row["readings"] for row in results["rows"]):
+        rows = [{**row, "mean": row["readings"]["top1"]} for row in named]
+        text += f"\nThe same images, read as top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
+    text += _beside(named) + _relative(results)
+    for row in results["rows"]:
+        missing = {name: e["undefined"] for name, e in row["mean"].items() if "undefined" in e}
+        text += "".join(
+            f"\n{line}\n" for line in left_out(cell_text(str(row["system"])), row["runs"], missing, headline)
+        )
+    spent = cost_words.markdown(named)
+    return f"{text}\n{spent}" if spent else text
+
+
+def _beside(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The readings of `BESIDE` that some row has: a table of its own, "" without any."""
+    found = [{(measure, mode): said for measure, mode, said in extra(row["readings"])} for row in rows]
+    columns = [pair for pair in BESIDE if any(pair in each for each in found)]
+    if not columns:
+        return ""
+    said = described(mode for _, mode in columns)
+    lines = [f"| system | {' | '.join(head(*pair) for pair in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for row, each in zip(rows, found):
+        lines.append(f"| {cell_text(str(row['system']))} | {' | '.join(_cell(each.get(pair)) for pair in columns)} |")
+    return f"\n{said[:1].upper()}{said[1:]}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _relative(results: Mapping[str, Any]) -> str:
+    """The means in percent of the unedited model's own; "" without it."""
+    found = results.get("relative") or {}
+    columns = [name for name in ORDER if any(name in each for each in found.values())]
+    if not columns:
+        return ""
+    heads = " | ".join(head(name, results["headline"].get(name)) for name in columns)
+    lines = [f"| system | {heads} |", "|---" * (len(columns) + 1) + "|"]
+    for system, each in found.items():
+        lines.append(f"| {cell_text(system)} | {' | '.join(_cell(each.get(name)) for name in columns)} |")
+    return "\nIn percent of the original's own.\n\n" + "\n".join(lines) + "\n"
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """ "sa", or "sa (29 of 30 runs)"."""
+    return f"{row['system']} ({row['runs']} of {row['of_runs']} runs)" if "of_runs" in row else str(row["system"])
+
+
+def _table(rows: Sequence[Mapping[str, Any]], part: str, headline: Mapping[str, Mode]) -> str:
+    columns = [name for name in ORDER if any(name in row[part] for row in rows)]
+    faces = any(row[part][name]["unscored"] for row in rows for name in row[part])
+    heads = [head(name, headline.get(name)) for name in columns] + ["scored, %"] * faces
+    lines = [f"| system | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for row in rows:
+        cells = [_cell(row[part].get(column)) for column in columns]
+        lines.append(f"| {cell_text(str(row['system']))} | {' | '.join([*cells, *([_scored(row[part])] * faces)])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _scored(row: Mapping[str, Any]) -> str:
+    """ "e 71, s 98": the share of the images that could be scored (that show a face, say), by measure."""
+    shares = [(name, row[name]) for name in ORDER if name != "h_o" and name in row]
+    return ", ".join(f"{name[-1]} {100 * e['n'] / (e['n'] + e['unscored']):.0f}" for name, e in shares)
+
+
+def _cell(estimate: Mapping[str, float | None] | None) -> str:
+    if estimate and estimate["value"] is None:
+        return "undefined"
+    return f"{estimate['value']:.1f} [{estimate['low']:.1f}, {estimate['high']:.1f}]" if estimate else "–"

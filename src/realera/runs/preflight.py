@@ -1,0 +1,277 @@
+"""Checks a run's settings before anything heavy is imported, so that a refusal takes less than a second.
+
+The checks read the plain config and the headers of files; no module that is imported here loads torch. Other checks
+come later, where their means are: the tokens of a prompt need a tokenizer, which may not be downloaded yet.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from realera.mining import band
+from realera.system import devices
+from realera.backbones import hub
+from realera import setting_types
+from realera.files import checksums
+from realera.backbones import folder, vocabulary
+from realera.contracts import NamedPrompt, Task, UserError
+from realera.paths import ERASED, MINIATURE, dir_of
+from realera.runs.folders import Run
+
+log = logging.getLogger("realera")
+ACTING = ("edit", "align", "guide")  # a method needs one of them: `finish` only completes their work
+OF_ADAPTERS = ("realera.methods.spm.FacilitatedTransport",)  # guides that only weigh the adapters of `align`
+ADAPTING = (  # aligners that train a LoRA and nothing else
+    "realera.methods.realera.NoiseAlignment",
+    "realera.methods.mace.AttentionSuppression",
+)
+ATTENTIVE = (  # aligners whose loss reads attention maps, which gradient checkpointing drops
+    "realera.methods.mace.AttentionSuppression",
+    "realera.methods.fmn.AttentionResteering",
+)
+
+
+def check_settings(config: Mapping[str, Any], *, sweep: bool = False, here: bool = True) -> None:
+    """The checks that need the config alone. here: this machine is the one that will carry out the run.
+
+    Raises:
+        UserError: the first setting that cannot work.
+    """
+    for key in ("concept", "anchor"):
+        given = config.get(key)
+        for text in given if isinstance(given, (list, tuple)) else [given]:
+            if isinstance(text, str):
+                check_name(text, key)
+    if sweep:
+        check_sweep(config.get("trainer") or {})
+    method = config.get("method") or {}
+    if method and method.get("name") != "original" and not any(_acts(method, part) for part in ACTING):
+        raise UserError(
+            f"method {method.get('name')} has no part left that erases ({', '.join(ACTING)} are all null or do "
+            "nothing): leave it one, or take method=original."
+        )
+    check_band(method, config.get("backbone") or {})
+    check_training(method, config.get("backbone") or {})
+    check_precision(method, config.get("trainer") or {}, here and not config.get("dry_run"))
+
+
+def _acts(method: Mapping[str, Any], name: str) -> bool:
+    """Whether a part of a method erases. MACE's refinement switched off does not: it lends `finish` its numbers."""
+    part = method.get(name)
+    if not isinstance(part, Mapping):
+        return bool(part)
+    if part.get("_target_") in OF_ADAPTERS:
+        return _acts(method, "align")
+    return bool(part) and part.get("refine") is not False and part.get("steps", 1) != 0
+
+
+def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
+    """Checks the base model's files: a whole folder, or a hub's model that is cached or can be fetched. plan: only warn
+    where the hub is out of reach, because plans are made on machines without the weights.
+
+    Raises:
+        UserError: files are missing, torn or out of reach.
+    """
+    pretrained = backbone.get("pretrained")
+    local = pretrained is None or dir_of(pretrained) is not None
+    if local or not folder.HUB_ID.fullmatch(str(pretrained)):
+        folder.locate(pretrained)
+        return
+    try:
+        hub.check(str(pretrained))
+    except hub.OutOfReach as error:
+        if not plan:
+            raise
+        log.warning("a run would be refused here: %s", error)
+
+
+def check_judge(config: Mapping[str, Any]) -> None:
+    """Refuses a run that is to be judged and has no judge. Raises UserError."""
+    if not config.get("judge"):
+        raise UserError(
+            "no judge was given and the task names none: type judge=NAME (--help lists them), or evaluate=false."
+        )
+
+
+def check_run(run: Run) -> None:
+    """Checks that a run's weights exist and are whole: only the command that made them can make them again.
+
+    Raises:
+        UserError: they are missing or torn.
+    """
+    if not run.erased.is_file():
+        raise UserError(f"{run.folder} holds no {ERASED}: give the command that began it again, and it goes on.")
+    check_whole(run.erased)
+
+
+def check_whole(file: Path) -> None:
+    """Refuses a torn file of a fit. Raises UserError."""
+    try:
+        checksums.verify(file)
+    except checksums.Torn as error:
+        raise UserError(f"{error}: give the command that made the run again, and it is made again.") from None
+
+
+def check_map(file: Path) -> None:
+    """The map of a closed form must be whole and finite. Raises UserError."""
+    import numpy as np
+    from safetensors import safe_open
+
+    check_whole(file)
+    with safe_open(file, framework="numpy") as opened:
+        if "map" not in opened.keys():  # noqa: SIM118 (not a mapping)
+            raise UserError(f"{file} holds no map: give the command that made it again.")
+        if not np.isfinite(opened.get_tensor("map")).all():
+            raise UserError(f"{file} holds NaN or infinity: delete it and give the command that made it again.")
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+def check_name(text: str, key: str) -> None:
+    """Refuses paths and texts without a word. The task checks the length. Raises UserError."""
+    if ".." in re.split(r"[/\\]", text) or text.startswith(("/", "~/", "\\")):
+        raise UserError(f"{key}={text!r} is a file's path: give a word or a name, as in {key}=airplane.")
+    wordless = bool(text.strip()) and not any(letter.isalnum() for letter in text)
+    if wordless or any(not letter.isprintable() for letter in text):
+        raise UserError(f"{key}={text!r} holds no word, or a control character: give a word or a name.")
+
+
+def check_task(task: Task, backbone: Mapping[str, Any]) -> None:
+    """`check_prompts` for every concept of a task."""
+    for concept in task.concepts:
+        check_prompts(task.training_prompts(concept), backbone)
+
+
+def check_prompts(pairs: Sequence[tuple[NamedPrompt, NamedPrompt]], backbone: Mapping[str, Any]) -> None:
+    """Refuses training prompts that the text encoder would cut before the concept ends. Raises UserError."""
+    tokenizer = tokenizer_of(backbone)
+    rows = (backbone.get("text") or {}).get("max_length")
+    if tokenizer is None or not rows:
+        return
+    for prompt in (prompt for pair in pairs for prompt in pair):
+        offsets = tokenizer.encode(prompt.text).offsets
+        tokens = [i for i, (a, b) in enumerate(offsets) if a < b and a < prompt.end]
+        if tokens and tokens[-1] + 1 > rows - 1:  # the last row is the end of the text
+            raise UserError(
+                f"the prompt '{_short(prompt.text)}' is cut at {rows} tokens, before {prompt.name!r} ends "
+                f"(at token {tokens[-1] + 1}): shorten the template or the concept."
+            )
+
+
+def check_band(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
+    """Refuses a band of neighbours that no draw can reach (see band.py). Raises UserError."""
+    mining = method.get("neighbours")
+    text = backbone.get("text") or {}
+    if not mining or not {"row_norm", "width"} <= set(text):
+        return
+    settings = {**mining, **(mining.get("band") or {})}
+    known = {f.name for f in fields(band.Band)} & set(settings)
+    rows = max(1, text.get("max_length", 2) - 5)  # a short template's concept to the last row: only a flat unit asks
+    band.check(
+        band.Band(**{name: settings[name] for name in known}),
+        text["row_norm"],
+        text["width"],
+        rows=rows,
+        m=settings.get("m", 1),
+        n=settings.get("n", 0),
+    )
+
+
+def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
+    """Refuses settings that the training loop cannot work with, before images are drawn for it. Raises UserError."""
+    align = method.get("align") or {}
+    if not align.get("steps"):
+        return
+    if method.get("latents", {}) is None:
+        raise UserError(
+            f"method {method.get('name')} trains (align) on no latents: leave method.latents as it is, or set "
+            "method.align=null."
+        )
+    if align.get("_target_") in ADAPTING and not align.get("lora"):
+        raise UserError(
+            f"method {method.get('name')} trains (align) a LoRA, and there is none: leave method.align.lora as it is, "
+            "or set method.align=null."
+        )
+    if backbone.get("gradient_checkpointing"):
+        if align.get("_target_") in ATTENTIVE:
+            raise UserError(
+                f"method {method.get('name')} reads the attention, which backbone.gradient_checkpointing drops: set it "
+                "to false."
+            )
+        if align.get("detach_bos"):
+            raise UserError(
+                "method.align.detach_bos cannot be kept with backbone.gradient_checkpointing: set one of them to false."
+            )
+    dtype, name = backbone.get("dtype") or "float32", method.get("name")
+    if not align.get("lora") and align.get("parameters") and dtype != "float32":
+        raise UserError(
+            f"method {name} trains the U-Net's own weights, and backbone.dtype={dtype} cannot hold its small steps: "
+            "set backbone.dtype=float32, with trainer.precision=bf16-mixed for speed."
+        )
+    if dtype == "float16":
+        raise UserError(
+            f"method {name} trains, and backbone.dtype=float16 only draws images: set backbone.dtype=bfloat16, or "
+            "float32 with trainer.precision=bf16-mixed."
+        )
+
+
+def check_precision(method: Mapping[str, Any], trainer: Mapping[str, Any], here: bool) -> None:
+    """Refuses 16-mixed on a CPU, where Lightning would silently train in bf16-mixed. here: this machine carries out the
+    run. Raises UserError."""
+    on_cpu = trainer.get("accelerator") == "cpu" or (here and not devices.number())
+    if trainer.get("precision") == "16-mixed" and on_cpu and (method.get("align") or {}).get("steps"):
+        raise UserError("trainer.precision=16-mixed is for CUDA devices: on a CPU take bf16-mixed or 32-true.")
+
+
+def check_sweep(trainer: Mapping[str, Any]) -> None:
+    """Refuses a sweep of distributed runs: their processes repeat the whole command line, -m too. Raises UserError."""
+    asked = setting_types.typed_devices(trainer.get("devices", 1))
+    several = len(asked) > 1 if isinstance(asked, (list, tuple)) else asked not in (0, 1)
+    several = several or (trainer.get("num_nodes") or 1) > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if several or str(trainer.get("strategy", "")).startswith("ddp"):
+        raise UserError(
+            "-m cannot be combined with several devices per run, because each process would start the whole sweep "
+            "again: use trainer=default (one erasure fits one GPU) and spread the jobs with hydra/launcher=joblib or "
+            "submitit, or run without -m."
+        )
+
+
+def check_writable(place: Path, key: str) -> None:
+    """Tries to make a file in the nearest existing parent of `place`, and removes it. Raises UserError."""
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists() or p.is_symlink())
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is a file")
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{key}={place} cannot be written ({error.strerror or error}): choose another folder, {key}=FOLDER."
+        ) from error
+
+
+def model_folder(backbone: Mapping[str, Any]) -> Path | None:
+    """The folder of the base model's files; None where they are not on this disk."""
+    pretrained = backbone.get("pretrained")
+    place = dir_of(MINIATURE if pretrained is None else pretrained)
+    if place is None and folder.HUB_ID.fullmatch(str(pretrained)):
+        return hub.cached(str(pretrained))
+    return place
+
+
+def tokenizer_of(backbone: Mapping[str, Any]) -> Any:
+    """The backbone's tokenizer, or None where it is not on this disk."""
+    found = model_folder(backbone)
+    return None if found is None else vocabulary.read(found / "tokenizer")
+
+
+def _short(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,0 +1,289 @@
+"""Several processes for one run: which of them this is, how the others are started, and where they meet.
+
+The same command runs in each. Who starts them: the first process of each machine (trainer=ddp trainer.devices=4; on
+several machines the command is given on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set), or torchrun, or srun.
+The machines of a run share its folder and the cache. Lightning's own launcher is not used: it starts processes for the
+loop alone, and drawing, which takes far longer, needs them where there is no loop, and when a run goes on after one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from realera.system import disk
+from realera.system import interrupts
+from realera.contracts import UserError
+from realera.setting_types import typed_devices
+from realera.system.ranks import ALONE, Ranks, patient_group
+from realera.runs.folders import Run, difference, identity
+
+PATIENCE = 20.0  # seconds that a process is given to notice by itself that another has ended
+LEAST = 4  # processes on the CPU that any machine may be asked for
+FIRST = "REALERA_FIRST"  # the process that started this one
+ELSEWHERE = "import runpy, sys; sys.path.remove(''); runpy.run_module('realera.{door}', None, '__main__', True)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who this process is to be. started: whether torchrun, srun or another process of ours has started them all.
+    trainer: the settings for Lightning, the same in every process. cuda: this one's device, None = the CPU or any."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    started: bool = False
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    cuda: int | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def adopt_scheduler(environ: MutableMapping[str, str]) -> None:
+    """Says of a process among several that srun has started what torchrun would say."""
+    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS") or 1) < 2 or "SLURM_PROCID" not in environ:
+        return
+    world, nodes = int(environ["SLURM_STEP_NUM_TASKS"]), int(environ.get("SLURM_STEP_NUM_NODES") or 1)
+    host = re.match(r"([^\[,]+)(?:\[(\d+))?", environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    number = int(environ.get("SLURM_JOB_ID") or 0) + int(environ.get("SLURM_STEP_ID") or 0)
+    environ.update(
+        RANK=environ["SLURM_PROCID"],
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=environ.get("SLURM_LOCALID", environ["SLURM_PROCID"]),
+        LOCAL_WORLD_SIZE=str(world // nodes),
+        NODE_RANK=environ.get("SLURM_NODEID", "0"),
+        MASTER_ADDR=environ.get("MASTER_ADDR") or ((host[1] + (host[2] or "")) if host else "127.0.0.1"),
+        MASTER_PORT=environ.get("MASTER_PORT") or str(15000 + number % 10000),
+    )
+
+
+def is_helper(environ: Mapping[str, str]) -> bool:
+    """Whether this process works along with a first one, which writes and speaks."""
+    return int(environ.get("RANK") or environ.get("NODE_RANK") or environ.get("LOCAL_RANK") or 0) > 0
+
+
+def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str] = os.environ) -> Plan:
+    """Who this process is, by what started it, else by the settings. `gpus`: how many this process sees.
+
+    Raises:
+        UserError: devices that are not there, machines that cannot find each other, settings that contradict what
+            started the processes.
+    """
+    given = dict(trainer or {})
+    accelerator = str(given.get("accelerator", "auto"))
+    on_gpu = gpus > 0 and accelerator in ("auto", "gpu", "cuda")
+    listed, here = _devices(given.get("devices", 1), accelerator, gpus if on_gpu else 0)
+    nodes = int(given.get("num_nodes") or 1)
+    if started := "RANK" in environ and "WORLD_SIZE" in environ:
+        world = int(environ["WORLD_SIZE"])
+        local_world = int(environ.get("LOCAL_WORLD_SIZE") or world)
+        if local_world < 1 or world % local_world or (here * nodes not in (1, world) and given.get("devices") != -1):
+            raise UserError(
+                f"{world} processes were started, {local_world} on this machine, and the settings ask for {nodes} x "
+                f"{here} (trainer.num_nodes x trainer.devices): leave the two out, or start as many."
+            )
+        rank, local_rank = int(environ["RANK"]), int(environ.get("LOCAL_RANK") or 0)
+        if not (0 <= rank < world and 0 <= local_rank < local_world):
+            raise UserError(
+                f"RANK={rank} of WORLD_SIZE={world} and LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_world} "
+                "cannot be: numbers begin at 0. Unset them, or start the processes with torchrun or srun."
+            )
+    else:
+        world, local_world, local_rank = nodes * here, here, 0
+        rank = int(environ.get("NODE_RANK") or 0) * here
+        lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not environ.get(name)]
+        if nodes > 1 and (lacking or rank >= world):
+            raise UserError(
+                f"trainer.num_nodes={nodes} machines cannot find each other: give the command on each with "
+                f"MASTER_ADDR, MASTER_PORT and NODE_RANK=0 to {nodes - 1} set, or start it with torchrun or srun."
+            )
+    cuda = (listed[local_rank] if listed and local_rank < len(listed) else local_rank) if on_gpu else None
+    if world == 1:
+        return Plan(started=started, trainer=given, cuda=cuda if listed else None)
+    if cuda is not None and cuda >= gpus:
+        raise UserError(
+            f"Process {local_rank} of this machine sees {gpus} of the {local_world} GPUs: start no more processes than "
+            "GPUs, and let each see all of its machine (srun --gpus-per-node, without --gpus-per-task)."
+        )
+    strategy = str(given.get("strategy", "auto"))
+    if strategy == "auto":
+        strategy = "ddp"
+    if not strategy.startswith("ddp") or strategy.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
+        raise UserError(f"trainer.strategy={strategy} is not known here: several processes run as ddp (trainer=ddp).")
+    settled = {"devices": listed or local_world, "num_nodes": world // local_world, "strategy": strategy}
+    return Plan(rank, world, local_rank, local_world, started, {**given, **settled}, cuda)
+
+
+def _devices(asked: Any, accelerator: str, gpus: int) -> tuple[list[int] | None, int]:
+    """(the devices by number, where they are listed; how many)."""
+    asked = typed_devices(asked)
+    if isinstance(asked, (list, tuple)) and asked and all(isinstance(n, int) and n >= 0 for n in asked):
+        if max(asked) >= gpus:
+            raise UserError(f"trainer.devices={list(asked)} names GPUs, and {gpus or 'none'} can be seen: name others.")
+        return list(asked), len(asked)
+    if asked == "auto":
+        return None, max(1, gpus)
+    number = asked if isinstance(asked, int) and not isinstance(asked, bool) else 0
+    if (number == -1 and gpus == 0) or (number > max(1, gpus) and (gpus > 0 or accelerator in ("gpu", "cuda"))):
+        raise UserError(
+            f"trainer.devices={asked} asks for GPUs and {gpus or 'none'} can be seen: trainer=default takes one, and "
+            "trainer=ddp trainer.accelerator=cpu trainer.devices=2 two processes on the CPU."
+        )
+    if number == -1:
+        return None, gpus
+    if number < 1:
+        raise UserError(f"trainer.devices={asked} cannot be: give a number of 1 or more, a list as [0,1], or -1 (all).")
+    if gpus == 0 and number > (most := max(LEAST, os.cpu_count() or 1)):
+        raise UserError(
+            f"trainer.devices={asked} asks for {number} processes on the CPU, and this machine is for {most} at most: "
+            "give fewer."
+        )
+    return None, number
+
+
+@contextmanager
+def together(plan: Plan, door: str, *, needed: bool = True) -> Iterator[Ranks]:
+    """Starts what has to be started, and yields this process among those of the run. `door`: the command they give.
+
+    Nothing is started where `needed` is False; processes that stand already meet all the same.
+
+    Raises:
+        UserError: they do not meet, or one of them has ended.
+    """
+    if plan.cuda is not None:
+        import torch
+
+        torch.cuda.set_device(plan.cuda)
+    if plan.world == 1 or not (needed or plan.started):
+        yield ALONE
+        return
+    before = dict(os.environ)
+    helpers: list[subprocess.Popen[bytes]] = []
+    last = partial(_terminate, helpers)
+    interrupts.last_resort.append(last)
+    over = threading.Event()
+    threading.Thread(target=_watch, args=(helpers, over), daemon=True).start()
+    try:
+        if not plan.started:
+            _start(plan, door, helpers)
+        ranks = _meet(plan)
+        yield ranks
+        ranks.wait()
+        _part()
+        until = time.monotonic() + PATIENCE
+        while any(helper.poll() is None for helper in helpers) and time.monotonic() < until:
+            time.sleep(0.05)
+    finally:
+        over.set()
+        _stop(helpers)
+        interrupts.last_resort.remove(last)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def agree(ranks: Ranks, run: Run) -> Run:
+    """The first process's run, in all of them.
+
+    Raises:
+        UserError: this process was given other settings.
+    """
+    first = ranks.from_first(lambda: run)
+    if differs := difference(identity(first.config), identity(run.config)):
+        raise UserError(f"The processes of a run were given different settings ({differs}): give all the same command.")
+    return first
+
+
+def _meet(plan: Plan) -> Ranks:
+    import torch
+    from torch import distributed
+
+    if plan.cuda is None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.local_world))
+    os.environ["NODE_RANK"] = str(plan.rank // plan.local_world)  # Lightning numbers processes by it
+    try:
+        backend = "gloo" if plan.cuda is None else "nccl"
+        distributed.init_process_group(backend, rank=plan.rank, world_size=plan.world)
+        group = patient_group()
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"The {plan.world} processes of the run did not meet at {where} "
+            f"({str(error).splitlines()[0]}): all must be given the same command, and reach that address."
+        ) from error
+    return Ranks(plan.rank, plan.world, plan.local_rank, plan.local_world, group)
+
+
+def _part() -> None:
+    from torch import distributed
+
+    distributed.destroy_process_group()
+
+
+def _start(plan: Plan, door: str, helpers: list[subprocess.Popen[bytes]]) -> None:
+    """Adds this machine's other processes to `helpers`: they give the same command. This one is numbered along."""
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    os.environ.update(WORLD_SIZE=str(plan.world), LOCAL_WORLD_SIZE=str(plan.local_world))
+    os.environ.update(RANK=str(plan.rank), LOCAL_RANK="0", NODE_RANK=str(plan.rank // plan.local_world))
+    here = {"", os.getcwd()} & set(sys.path)
+    # -m and -c look for modules in the current folder, a run's perhaps, where a console script does not
+    start = ["-m", f"realera.{door}"] if here else ["-c", ELSEWHERE.format(door=door)]
+    for n in range(1, plan.local_world):
+        helpers.append(
+            subprocess.Popen(
+                [sys.executable, *start, *sys.argv[1:]],
+                env={**os.environ, "RANK": str(plan.rank + n), "LOCAL_RANK": str(n), FIRST: str(os.getpid())},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # what they would show is the first one's to show
+            )
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _watch(helpers: Sequence[subprocess.Popen[bytes]], over: threading.Event) -> None:
+    """Ends this process where one that it started, or that started it, has ended and it waits for it in vain."""
+    first = int(os.environ.get(FIRST) or 0)
+    while not over.wait(0.5):
+        if first and os.name == "posix" and os.getppid() != first:
+            disk.leave_nothing()
+            os._exit(1)
+        failed = next((helper for helper in helpers if helper.poll() not in (None, 0)), None)
+        if failed is not None and not over.wait(PATIENCE):
+            print(f"error: a process of this run ended with status {failed.returncode}", file=sys.stderr, flush=True)
+            _stop(helpers)
+            disk.leave_nothing()
+            os._exit(2)
+
+
+def _terminate(helpers: Sequence[subprocess.Popen[bytes]]) -> None:
+    for helper in helpers:
+        if helper.poll() is None:
+            helper.terminate()
+
+
+def _stop(helpers: Sequence[subprocess.Popen[bytes]]) -> None:
+    _terminate(helpers)
+    until = time.monotonic() + 5
+    for helper in helpers:
+        try:
+            helper.wait(max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            helper.kill()

@@ -1,0 +1,64 @@
+"""Which run is judged again: one that stands, or the unedited model's."""
+
+from __future__ import annotations
+
+from realera.settings import composition
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+
+from realera.runs import preflight
+from realera.runs import folders
+from realera.runs import trust
+from realera.contracts import UserError
+from realera.runs.folders import Run
+
+ORIGINAL = "original"  # in place of a run's name
+OF_THE_RUN = ("task", "backbone", "concept", "concepts_file", "anchor", "seed", "root", "run_dir", "images_at_once")
+
+
+def run_of(config: Mapping[str, Any]) -> tuple[Run, bool]:
+    """The run that evaluate's resolved config names, and whether it is the unedited model's, whose folder may not be
+    there yet.
+
+    Raises:
+        UserError: there is no such run, or a setting was typed that is not the command's to choose.
+    """
+    original = config["run"] == ORIGINAL
+    rest = {key: value for key, value in config.items() if key not in ("run", "dry_run")}
+    return (_unedited(rest) if original else _existing(str(config["run"]), rest.get("judge"))), original
+
+
+def by_its_own(run: Run) -> bool:
+    """Whether a run that stands is judged by the judge of its own settings."""
+    return folders.read_config(run.folder).get("judge") in (None, {}, run.config.get("judge"))
+
+
+def _unedited(config: dict[str, Any]) -> Run:
+    """The folder of the unedited model under this task and backbone."""
+    preflight.check_settings(config)
+    config = composition.name_concepts(config, composition.build_task(config))
+    config = {**config, "method": {"name": "original"}, "evaluate": True}
+    return Run(folders.folder_of(config), config)
+
+
+def _existing(name: str, judge: Any) -> Run:
+    """A run that stands, to be judged by the typed judge or by its own."""
+    typed = {word.partition("=")[0].lstrip("+") for word in composition.typed_words(HydraConfig.get())}
+    if clash := sorted(typed & set(OF_THE_RUN)):
+        raise UserError(f"{clash[0]} is fixed by the run {name}: leave it out, or give run=original.")
+    run = folders.open_run(name)
+    by_another = judge is not None and "judge" in typed
+    trust.check_tables(run.config, run.folder)
+    if not by_another and (python := trust.interpreter(run.config.get("judge"))):
+        raise UserError(
+            f"{name} was judged in another interpreter, and a run folder may not choose the program that is started: "
+            f"type it again, judge=NAME judge.python={python}."
+        )
+    if not by_another and (model := trust.brought_model(run.config.get("judge"))):
+        raise UserError(
+            f"{name} was judged by a model that is none of the library's own ({model[:120]!r}), and a run folder may "
+            "not choose one: type it again, judge=NAME judge.model=MODEL."
+        )
+    return Run(run.folder, {**run.config, "judge": judge}) if by_another or not run.config.get("judge") else run

@@ -1,0 +1,55 @@
+"""Checks before train makes anything, and the removal of a run folder in which nothing was made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from realera import paths
+from realera.settings import error_sentences
+from realera.runs import compatibility
+from realera.runs import preflight
+from realera.runs import folders
+from realera.runs import trust
+from realera.settings.instantiate import build
+from realera.runs.folders import Run
+
+
+def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
+    """Checks the folder, the model and, in a plan, the method's parts, which takes torch: a run builds them anyway.
+    planned: names of the models and parts that were checked for other jobs of the same plan.
+
+    Raises:
+        UserError: one of them cannot be used; the sentence says the remedies.
+    """
+    place, _ = folders.look(config)
+    preflight.check_writable(place, "run_dir" if config.get("run_dir") else "root")
+    plan = planned is not None or bool(config.get("dry_run"))
+    seen = planned if planned is not None else set()
+    if not folders.is_finished(config):
+        if (model := f"model {config['backbone'].get('pretrained')}") not in seen:
+            preflight.check_model(config["backbone"], plan=plan)
+            seen.add(model)
+        if (model_folder := preflight.model_folder(config["backbone"])) is not None:
+            compatibility.check(model_folder, config)
+    if planned is None:
+        trust.say_typed(config, sys.argv[1:])
+    if config.get("dry_run") and (parts := f"parts {folders.digest(config['method'])}") not in seen:
+        build(config["method"])
+        seen.add(parts)
+
+
+@contextmanager
+def let_go(run: Run) -> Iterator[None]:
+    """Removes the run's settings again where the run is refused before anything was made with them; the folder goes
+    with its lock, if this command made it. Unforeseen errors leave them: they show the run that failed."""
+    try:
+        yield
+    except Exception as error:  # Hydra wraps what a part's constructor refuses
+        made = {path.name for path in run.folder.iterdir() if not path.name.startswith(".")}
+        if made <= {paths.CONFIG, paths.COSTS} and error_sentences.of_step(error) is not None:
+            for name in made:
+                (run.folder / name).unlink(missing_ok=True)
+        raise

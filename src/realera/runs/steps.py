@@ -1,0 +1,288 @@
+"""The steps the doors are made of, from settings to files. Torch comes with this module: the doors load it late."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from realera import costs, paths
+from realera.runs import prompt_lengths
+from realera.runs import folders
+from realera.files import checksums
+from realera.console import bar
+from realera.contracts import Backbone, Guide, Judge, Method, Mode, Prompt, SetJudge, Task, UserError
+from realera.costs import ORIGINALS, Meter
+from realera.evaluation.generate import generate_images, original_images, source_of
+from realera.evaluation.judge import judge_run
+from realera.evaluation.measures import MEASURES
+from realera.evaluation.records import Row, Which, read_manifest, write_manifest
+from realera.evaluation.results import measure, measure_set, numbers_of
+from realera.judges.other_interpreter import placed
+from realera.settings.instantiate import build
+from realera.system.ranks import ALONE, Ranks
+from realera.runs.folders import Run
+from realera.training.checkpoint import load_erased
+from realera.training.fit import fit
+from realera.training.module import trains
+from realera.training.pairs import encoded_pairs
+
+log = logging.getLogger(__name__)
+
+MOST_NAMED = 5  # concepts in one line of the log
+OF_SETS = ("references", "split")  # settings of a judge of whole sets that say what it is given, not how it compares
+
+
+def load_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> Backbone:
+    """The backbone of a resolved config, unedited, where images are to be drawn. meter: watches it from here on."""
+    meter = meter or Meter()
+    with meter.stage("load"):
+        built: Backbone = build(config["backbone"])
+        backbone = built.to(device(config))
+        meter.watch(backbone, device(config))
+    return backbone
+
+
+def device(config: Mapping[str, Any]) -> str:
+    """ "cuda" where there is one and trainer.accelerator allows it, else "cpu"."""
+    asked = str((config.get("trainer") or {}).get("accelerator", "auto"))
+    return "cuda" if asked in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def load_run(run: Run, meter: Meter | None = None) -> Backbone:
+    """The backbone of a run with its erased weights.
+
+    Raises:
+        UserError: the weights are missing, torn, or were made with other base weights.
+    """
+    backbone = load_backbone(run.config, meter)
+    load_erased(run.erased, backbone)
+    return backbone
+
+
+def erase(
+    backbone: Backbone,
+    task: Task,
+    run: Run,
+    loggers: Sequence[Any] = (),
+    ranks: Ranks = ALONE,
+    meter: Meter | None = None,
+) -> None:
+    """Erases the task's concepts from `backbone` and saves the weights. Processes share the loop; where there is none,
+    the first one does the work and the others read what it saved."""
+    meter = meter or Meter()
+    trainer = dict(run.config["trainer"])
+    method: Method = build(run.config["method"])
+    there = ranks.from_first(lambda: checksums.fit_stands(run.erased))
+    shared = trains(method.align) and not there
+    if shared or ranks.first:
+        with nullcontext() if there else meter.stage("text"):
+            pairs = encoded_pairs(backbone, task, meter)
+        fit(
+            backbone,
+            method,
+            pairs,
+            run_dir=run.folder,
+            seed=run.config["seed"],
+            config=run.config,
+            identity=folders.digest(folders.identity(run.config)),
+            checkpoint_every=trainer.pop("checkpoint_every", None),
+            trainer=trainer,
+            loggers=loggers,
+            probes=task.eval_prompts(),
+            meter=meter,
+        )
+    meter.gather(ranks)
+    if not (shared or ranks.first):
+        load_erased(run.erased, backbone)
+    backbone.to(device(run.config))
+
+
+def draw(
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    config: Mapping[str, Any],
+    ranks: Ranks = ALONE,
+    meter: Meter | None = None,
+) -> None:
+    """Draws the prompts with the model as it stands and, from the same seeds, with the original one."""
+    meter = meter or Meter()
+    chunk = config["images_at_once"]
+    guide = guide_of(config)
+    meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler, guide))
+    with _bar("original model's images", len(prompts), ranks) as advance, meter.stage(ORIGINALS):
+        original_images(backbone, prompts, folder, chunk=chunk, advance=advance, ranks=ranks)
+    with _bar("erased model's images", len(prompts), ranks) as advance, meter.stage("draw"):
+        generate_images(backbone, prompts, folder, guide=guide, chunk=chunk, advance=advance, ranks=ranks)
+    meter.gather(ranks)
+
+
+def draw_original(
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    config: Mapping[str, Any],
+    ranks: Ranks = ALONE,
+    meter: Meter | None = None,
+) -> None:
+    """A run of the unedited model: its images stand where an erased model's would."""
+    meter = meter or Meter()
+    meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler))
+    if ranks.first:
+        source = source_of(backbone)
+        write_manifest(folder, [Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source) for prompt in prompts])
+    chunk = config["images_at_once"]
+    with _bar("original model's images", len(prompts), ranks) as advance, meter.stage("draw"):
+        original_images(backbone, prompts, folder, chunk=chunk, folder=paths.IMAGES, advance=advance, ranks=ranks)
+    meter.gather(ranks)
+
+
+def draw_missing(run: Run, task: Task, original: bool, ranks: Ranks, meter: Meter) -> dict[str, Any]:
+    """Draws what does not stand of a run's images, or of the unedited model's; `drawn_by`."""
+    if ranks.first:
+        prompt_lengths.warn((prompt.text for prompt in task.eval_prompts()), run.config["backbone"], "evaluation prompts")
+    backbone = load_backbone(run.config, meter) if original else load_run(run, meter)
+    (draw_original if original else draw)(backbone, task.eval_prompts(), run.folder, run.config, ranks, meter)
+    return drawn_by(backbone)
+
+
+def build_judge(config: Mapping[str, Any], task: Task) -> Judge:
+    """The judge of a resolved config, which must judge images one by one.
+
+    Raises:
+        UserError: it compares whole sets of images, or cannot be had.
+    """
+    built = any_judge(config, task)
+    if isinstance(built, SetJudge):
+        raise UserError(
+            f"judge={built.name} compares whole sets of images and judges none of them: leave judge= out, and then "
+            f"type python -m realera.evaluate run=FOLDER judge={built.name}."
+        )
+    return built
+
+
+def any_judge(config: Mapping[str, Any], task: Task) -> Judge | SetJudge:
+    """The judge of a resolved config; one that chooses among labels and was given none gets the task's, inside a judge
+    of several too, and likewise the anchors."""
+    own = {"labels": list(task.labels), "anchors": {concept.target: concept.anchor for concept in task.concepts}}
+    node = {key: value for key, value in _told(config["judge"], own).items() if key not in OF_SETS}
+    built: Judge | SetJudge = build(placed(node))
+    return built
+
+
+def warn_unknown(judge: Judge, task: Task) -> None:
+    """One line of the log where a judge leaves a concept's images unscored because it has no such label."""
+    knows, headline = getattr(judge, "knows", None), reading(judge, task)[0]
+    if knows is None:
+        return
+    by_label = {p.concept for p in task.eval_prompts() if headline[MEASURES[p.split]] in ("mean_prob", "top1")}
+    if lost := [repr(concept) for concept in sorted(by_label) if not knows(concept)]:
+        named = ", ".join(lost[:MOST_NAMED]) + (f" and {more} more" if (more := len(lost) - MOST_NAMED) > 0 else "")
+        them = "it" if len(lost) == 1 else "them"
+        log.warning("the judge %s does not know %s: images of %s are not scored.", judge.name, named, them)
+
+
+def reading(judge: Judge, task: Task) -> tuple[Mapping[str, Mode], Sequence[str]]:
+    """How the judge's verdicts are read, and what H_o is made of: as the task says, but for a judge that only detects
+    where the task asks for no detection."""
+    if getattr(judge, "detects", False) and "detected" not in task.headline.values():
+        return dict.fromkeys(task.headline, "detected"), ()
+    return task.headline, task.h_o_terms
+
+
+def _told(node: Any, own: Mapping[str, Any]) -> Any:
+    """A judge's node with the task's own in place of null, at any depth."""
+    if not isinstance(node, Mapping):
+        return node
+    return {key: own[key] if key in own and value is None else _told(value, own) for key, value in node.items()}
+
+
+def drawn_by(backbone: Backbone) -> dict[str, Any]:
+    """What a protocol says of how the images came to be."""
+    return {
+        "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
+        "sampler": asdict(backbone.sampler),
+    }
+
+
+def standing(task: Task, folder: Path, own: str | None) -> dict[str, Any] | None:
+    """`drawn_by` of a run whose images all stand, are whole and were judged: then no model is needed to judge them
+    again. Else None."""
+    numbers = None if own is None else numbers_of(folder, own)
+    if numbers is None or not {"backbone", "sampler"} <= set(numbers["protocol"]):
+        return None
+    rows = read_manifest(folder)
+    sides: tuple[Which, ...] = ("erased", "original")
+    files = [row.path(folder, side) for row in rows for side in sides if side == "erased" or row.original is not None]
+    if [row.prompt for row in rows] != task.eval_prompts() or not all(map(checksums.image_is_whole, files)):
+        return None
+    return {key: numbers["protocol"][key] for key in ("backbone", "sampler")}
+
+
+def judge(
+    judge: Judge,
+    drawn: Mapping[str, Any],
+    task: Task,
+    folder: Path,
+    *,
+    originals: bool = True,
+    own: str | None = None,
+    ranks: Ranks = ALONE,
+    meter: Meter | None = None,
+) -> dict[str, Any]:
+    """Judges a folder's images, the original model's beside them, and writes verdicts and metrics.json.
+
+    drawn: `drawn_by`. own: the run's own judge, where this is another one. Processes share the images; the
+    first one returns the metrics, the others nothing.
+    """
+    images = len(task.eval_prompts())
+    meter = meter or Meter()
+    with _bar(f"judged by {judge.name}", images * (1 + originals), ranks) as advance, meter.stage("judge"):
+        if originals:
+            judge_run(judge, folder, "original", advance=advance, ranks=ranks)
+        judge_run(judge, folder, advance=advance, ranks=ranks)
+    if not ranks.first:
+        return {}
+    protocol = {**task.protocol(), **drawn, "judge": judge.protocol()}
+    return measure(folder, judge.name, protocol, *reading(judge, task), own)
+
+
+def compare(judge: SetJudge, config: Mapping[str, Any], folder: Path, own: str) -> dict[str, Any]:
+    """Compares a folder's images as a whole and adds the numbers to metrics.json."""
+    node = config["judge"]
+    references = node.get("references")
+    with bar(f"compared by {judge.name}", 1) as advance:
+        place = None if references is None else Path(str(references)).expanduser()
+        metrics = measure_set(folder, judge, place, str(node.get("split") or "keep"), own)
+        advance(1)
+    return metrics
+
+
+def pairs_from(backbone: Backbone, config: Mapping[str, Any]) -> Callable[[str, int], dict[str, Tensor]]:
+    """(prompt, seed) -> {"original": uint8 (H, W, 3), "erased": the same}, drawn from the same noise."""
+    guide = guide_of(config)
+
+    def draw(prompt: str, seed: int) -> dict[str, Tensor]:
+        with backbone.original():
+            before = backbone.generate([prompt], [seed])[0]
+        return {"original": before.cpu(), "erased": backbone.generate([prompt], [seed], guide=guide)[0].cpu()}
+
+    return draw
+
+
+def guide_of(config: Mapping[str, Any]) -> Guide | None:
+    """The method's hook on the guided noise, which belongs to how its images are drawn."""
+    node = (config.get("method") or {}).get("guide")
+    return build(node) if node else None
+
+
+def _bar(what: str, total: int, ranks: Ranks) -> AbstractContextManager[Callable[[int], None] | None]:
+    """The first process shows how far all are."""
+    return bar(what, total) if ranks.first else nullcontext()

@@ -1,0 +1,214 @@
+"""Which settings of a run folder are taken: it may have come from somebody else, so they are data.
+
+They name no code but what the yamls of this command line name, no interpreter, no interpolation, and no text file whose
+content the run did not know when it was made. docs/trust.md says it for users.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from realera import paths
+from realera.files import plain_data
+from realera.settings import instantiate
+from realera.files import checksums
+from realera.files import json_shapes
+from realera.contracts import UserError
+
+log = logging.getLogger(__name__)
+
+AGAIN = "do not use this folder, or make the run again with python -m realera.train and overwrite=true"
+
+TEXTS = re.compile(r"(_csv|_file|_path|^file|^data|^captions)$")  # settings that name a file of texts
+PLAIN_MODEL = re.compile(r"[\w-][\w.+-]*", re.ASCII)  # of open_clip
+PACKAGE = re.compile(r"^# *@package +(\S+)", re.MULTILINE)
+Named = Mapping[tuple[str, bool], frozenset[str]]
+"""{(group, whether it is a part of one of the group's): the targets}."""
+
+
+def check(config: Any, file: Path) -> dict[str, Any]:
+    """The settings of a run folder, if they may be used. file: where they stand, for the sentence.
+
+    Raises:
+        UserError: they are no settings of a run, or ask for what only a command line may.
+    """
+    if (fault := json_shapes.config_fault(config)) is not None:
+        raise UserError(f"{file} {fault}: {AGAIN}.")
+    if found := next((text for text in plain_data.strings(config) if "${" in text), None):
+        raise UserError(
+            f"{file} holds {found[:60]!r}: nothing in a run folder is looked up elsewhere; make the run anew with "
+            "python -m realera.train."
+        )
+    named = _named(config_dirs())
+    for at, node in _nodes(config):
+        _check_node(at, node, named, file)
+    return config
+
+
+def say_typed(config: Mapping[str, Any], words: Iterable[str]) -> None:
+    """Warns of code that `words`, a command line, names and no yaml does: later commands refuse such a run."""
+    if any("_target_" in word for word in words):
+        named = _named(config_dirs())
+        for at, node in _nodes(config):
+            target = node.get("_target_")
+            if target is not None and str(target) not in named.get(_kind(at), ()):
+                log.warning(
+                    "%s._target_=%s is typed here and named by no yaml: evaluate, generate and export will refuse this "
+                    "run; put it into a yaml of your own and give its folder as --config-dir (docs/trust.md).",
+                    ".".join(at),
+                    target,
+                )
+
+
+def interpreter(judge: Any) -> str | None:
+    """The interpreter that a judge's settings name, at any depth; None without one."""
+    for at, value in _leaves(judge):
+        if at[-1:] == ("python",) and value is not None:
+            return str(value)
+    return None
+
+
+def brought_model(judge: Any) -> str | None:
+    """The hub's model or the folder that a judge's `model` names in place of one of the library's own, at any depth;
+    None without one. A folder's settings may name further models."""
+    for at, value in _leaves(judge):
+        if at[-1:] == ("model",) and value is not None and not PLAIN_MODEL.fullmatch(str(value)):
+            return str(value)
+    return None
+
+
+def tables(config: Mapping[str, Any]) -> dict[str, str]:
+    """{setting: SHA-256 of the table or list of texts that it names}; a missing file is left out."""
+    found = {}
+    for at, value in _leaves(config.get("task")):
+        if at and TEXTS.search(at[-1]) and isinstance(value, str) and (file := paths.file_of(value)) is not None:
+            found[".".join(at)] = checksums.sha256_of(file)
+    return found
+
+
+def check_tables(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a run whose table files differ from the ones it was made with. Their texts become prompts and appear on
+    the page.
+
+    Raises:
+        UserError: a file has changed, or was never read by the run.
+    """
+    kept = config.get("tables")
+    for setting, digest in tables(config).items():
+        if not isinstance(kept, Mapping) or kept.get(setting) != digest:
+            raise UserError(
+                f"{folder} names a file of texts, task.{setting}, that is not the one it was made with: give its train "
+                "command again, which reads the file that you type."
+            )
+
+
+# --- what may be built -----------------------------------------------------------------------------------------------
+
+
+def config_dirs() -> tuple[Path, ...]:
+    """The folders of yamls that this command line reads: the package's and, where they were typed, --config-dir and
+    hydra.searchpath."""
+    found = [paths.CONF_DIR]
+    if HydraConfig.initialized():
+        for source in HydraConfig.get().runtime.config_sources:
+            if source.schema == "file":
+                found.append(Path(source.path))
+            elif source.schema == "pkg" and source.provider != "hydra":
+                found += _of_package(str(source.path))
+    return tuple(dict.fromkeys(found))
+
+
+def _of_package(name: str) -> list[Path]:
+    """A config package's folder."""
+    top, *rest = name.replace("/", ".").split(".")
+    spec = find_spec(top)
+    return [Path(place, *rest) for place in (spec.submodule_search_locations or () if spec else ())]
+
+
+@cache
+def _named(folders: tuple[Path, ...]) -> Named:
+    """The targets that the yamls name."""
+    found: dict[tuple[str, bool], set[str]] = {}
+    for folder in folders:
+        places = [
+            folder.glob("*.y*ml"),
+            *((folder / group).rglob("*.y*ml") for group in (*json_shapes.GROUPS, "experiment")),
+        ]
+        for file in sorted(file for place in places for file in place):
+            for at, node in _nodes(*_read(file, file.relative_to(folder).parent.parts)):
+                if at and at[0] in json_shapes.GROUPS and isinstance(target := node.get("_target_"), str):
+                    found.setdefault(_kind(at), set()).add(target)
+    return {kind: frozenset(targets) for kind, targets in found.items()}
+
+
+def _read(file: Path, group: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """A yaml's content and its place among all settings; nothing of a file that Hydra could not read.
+
+    The file is the user's own, and may have what a run's settings may not, such as merges (<<) and dates. OmegaConf
+    reads it as Hydra does; plain files, which are nearly all, are read ten times faster as a run's are.
+    """
+    try:
+        text = plain_data.text(file)
+        try:
+            content = plain_data.yaml_of(text)
+        except ValueError:
+            content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return {}, ()
+    package = said[1] if (said := PACKAGE.search(text)) else None
+    return content, group if package is None else () if package == "_global_" else tuple(package.split("."))
+
+
+def _kind(at: tuple[str, ...]) -> tuple[str, bool]:
+    """Judges that another one asks are judges, whatever their depth."""
+    group, *below = at or ("",)
+    return group, bool(below) and not (group == "judge" and "judges" in below)
+
+
+def _nodes(node: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """(its dotted key, in parts; the mapping) for every mapping that makes an object, at any depth."""
+    if isinstance(node, Mapping):
+        if any(key in instantiate.WORDS for key in node):
+            yield at, node
+        for key, value in node.items():
+            yield from _nodes(value, (*at, str(key)))
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _nodes(value, at)
+
+
+def _leaves(node: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, (*at, str(key)))
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _leaves(value, at)
+    else:
+        yield at, node
+
+
+def _check_node(at: tuple[str, ...], node: Mapping[str, Any], named: Named, file: Path) -> None:
+    place = ".".join(at) or "all of it"
+    target = node.get("_target_")
+    if target is not None and str(target) not in named.get(_kind(at), ()):
+        raise UserError(
+            f"{file} asks for _target_={str(target)[:120]!r} ({place}), which no yaml names for that place: do not use "
+            "this folder, or, if the part is your own, add the --config-dir that it was made with."
+        )
+    usual = {"_convert_": ("all", "none", "partial", "object"), "_recursive_": (True,), "_partial_": (False,)}
+    for word in ("_args_", *usual):
+        if word in node and node[word] not in usual.get(word, ()):
+            raise UserError(f"{file} sets {word} ({place}), which a run folder cannot: do not use this folder.")

@@ -1,0 +1,224 @@
+"""The commands' own settings: a TypedDict for each conf/<command>.yaml and for the groups without a class of ours.
+
+schema.py reads this file; nothing imports it at run time.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypedDict
+
+from realera.contracts import Backbone, Judge, Method, SetJudge, Split, Task
+from realera.setting_types import (
+    Batch,
+    Beside,
+    ClassName,
+    Count,
+    Devices,
+    File,
+    Filled,
+    Folder,
+    Host,
+    Instead,
+    Label,
+    Name,
+    NewPath,
+    NonNegative,
+    Others,
+    Port,
+    Prompt,
+    Python,
+    Rank,
+    Run,
+    RunOrOriginal,
+    Seed,
+    Share,
+    Strategy,
+    Vocabulary,
+    WandbMode,
+    Whole,
+    Word,
+)
+
+OURS = {  # keywords of Trainer that a user may try, and the setting to use instead
+    "max_steps": "method.align.steps",
+    "min_steps": "method.align.steps",
+    "max_epochs": "method.align.steps",
+    "min_epochs": "method.align.steps",
+    "max_time": "method.align.steps",
+    "fast_dev_run": "method.align.steps",
+    "limit_train_batches": "method.align.steps",
+    "overfit_batches": "method.align.steps",
+    "gradient_clip_algorithm": "trainer.gradient_clip_val, a norm",
+    "accumulate_grad_batches": "method.latents.batch",
+    "callbacks": "the method's parts",
+    "logger": "logger=...",
+    "default_root_dir": "run_dir",
+}
+
+Names = Name | list[Name]
+Anchors = Name | list[Name | None]
+Labels = Label | list[Label]
+
+
+class Placed(TypedDict, total=False):
+    """python: another interpreter that judges in place of this one; null: this one."""
+
+    python: Python | None
+
+
+PlacedJudge = Annotated[Judge, Beside(Placed)]
+
+
+class OfTask(TypedDict, total=False):
+    """judges: {backbone's name, or `default`: a file of conf/judge}, where no judge= is typed."""
+
+    judges: dict[str, Label]
+
+
+class OfSetJudge(Placed, total=False):
+    """references: a folder of images; null: the original model's. split: the images that are compared."""
+
+    references: Folder | None
+    split: Split
+
+
+class OfTrainer(TypedDict, total=False):
+    """Of lightning.Trainer's keywords only those that change no result or are in a run's identity."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"]
+    devices: Devices
+    num_nodes: Count
+    strategy: Strategy
+    gradient_clip_val: NonNegative | Literal["method"] | None
+    checkpoint_every: Count | None
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    log_every_n_steps: Count
+    benchmark: bool
+    deterministic: bool | Literal["warn"]
+    detect_anomaly: bool
+
+
+class OfLogger(TypedDict, total=False):
+    _target_: ClassName | None
+    project: Label
+    entity: Label | None
+    mode: WandbMode | None
+    group: Label | None
+    tags: list[Label] | None
+    images: Whole
+
+
+AnyTask = Annotated[Task, Beside(OfTask)]
+AnyJudge = PlacedJudge | Annotated[SetJudge, Beside(OfSetJudge)]
+AnyTrainer = Annotated[OfTrainer, Instead(OURS)]
+AnyLogger = Annotated[OfLogger, Others("lightning.pytorch.loggers.wandb.WandbLogger", "wandb.sdk.wandb_init.init")]
+
+
+class OfJudging(TypedDict, total=False):
+    judge: AnyJudge | None
+
+
+class OfARun(OfJudging):
+    """The settings of train and evaluate."""
+
+    task: AnyTask
+    backbone: Backbone
+    trainer: AnyTrainer
+    logger: AnyLogger
+    concept: Names | None
+    concepts_file: File | None
+    anchor: Anchors | None
+    seed: Seed
+    root: NewPath
+    run_dir: NewPath | None
+    label: Label | None
+    overwrite: bool
+    dry_run: bool
+    images_at_once: Batch
+
+
+class Train(OfARun):
+    method: Method
+    evaluate: bool
+    blur: bool | None
+
+
+class Evaluate(OfARun):
+    run: RunOrOriginal
+
+
+class Generate(TypedDict):
+    run: Run
+    prompts: Annotated[Prompt | list[Prompt], Filled()]
+    seeds: Annotated[Seed | list[Seed], Filled()]
+    out: NewPath | None
+
+
+class Export(TypedDict):
+    run: Run
+    to: Literal["diffusers", "lora", "kohya", "map"]
+    out: NewPath
+    rank: Rank | None
+
+
+class Report(TypedDict):
+    runs: Run | list[Run]
+    results: NewPath | None
+    base: Label | None
+    blur: bool | None
+    out: NewPath | None
+
+
+class Demo(TypedDict):
+    run: Run
+    host: Host
+    port: Port
+
+
+class Residue(TypedDict):
+    run: Run
+    texts: Prompt | list[Prompt]
+    vocabulary: Annotated[Vocabulary | list[Vocabulary], Filled()]
+    looked: Count
+    within: NonNegative
+    images: Count
+    pictured: Whole
+    seeds: Annotated[Seed | list[Seed], Filled()]
+    blur: bool | None
+    out: NewPath | None
+
+
+class Cache(TypedDict):
+    backbone: Backbone
+    trainer: AnyTrainer
+    captions: Annotated[File | list[File], Filled()]
+    column: Label | None
+    out: NewPath | None
+    overwrite: bool
+
+
+class Dashboard(TypedDict):
+    kind: Literal["workspace", "report"]
+    entity: Label | None
+    project: Label
+    group: Labels | None
+    tags: Labels | None
+    filters: Prompt | None
+    title: Label | None
+    charts: bool
+    dry_run: bool
+
+
+class Search(TypedDict, total=False):
+    """hydra/sweeper=search; sampler: Optuna's own."""
+
+    sampler: Any
+    direction: Literal["maximize", "minimize"]
+    storage: Prompt | None
+    study_name: Label | None
+    n_trials: Count
+    n_jobs: Count
+    max_failure_rate: Share | None
+    params: dict[str, Word | bool] | None
+    search_space: dict[str, Any] | None
+    custom_search_space: Label | None

@@ -1,0 +1,149 @@
+"""A composed config as plain, checked settings, and the task that they describe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from realera.contracts import Task, UserError
+from realera.settings import error_sentences, resolvers, schema
+from realera.settings.instantiate import build
+from realera.tasks.files import read_concepts
+
+
+def in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def typed_words(config: Any) -> list[str]:
+    """What was typed for the job or sweep of this config, as it was typed: an interpolation in it is left to the config
+    that is composed from it."""
+    typed = OmegaConf.to_container(config.overrides.task, resolve=False)
+    assert isinstance(typed, list)
+    return [str(word) for word in typed]
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain containers, every interpolation resolved; .inf in a method's settings is a number, however
+    it came here: yaml spells it so, and Hydra's command line takes that for a word.
+
+    Raises:
+        UserError: an interpolation that cannot be resolved, or a mandatory value (???) that was not given.
+    """
+    try:
+        container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(error_sentences.of_value(error)) from error
+    assert isinstance(container, dict)
+    return {str(key): _infinite(value) if key == "method" else value for key, value in container.items()}
+
+
+def _infinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _infinite(one) for key, one in value.items()}
+    return math.inf if value == ".inf" else value
+
+
+def checked(cfg: DictConfig, door: str) -> dict[str, Any]:
+    """`plain`, after the settings of a command were held against their types and ranges (schema.py)."""
+    try:
+        config = plain(cfg)
+    except UserError:  # it may come from a setting that can be told by itself
+        schema.check_unresolved(OmegaConf.to_container(cfg, resolve=False), door)
+        raise
+    schema.check(config, door)
+    return config
+
+
+def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The config with the names that the task chose: the concepts where none was typed, in the guide's node too, and
+    those to keep where method.edit.keep=task. Raises UserError where the task has none to keep."""
+    config = _name_kept(config, task)
+    if config.get("concept"):
+        return config
+    named = {**config, "concept": [concept.target for concept in task.concepts]}
+    method = config.get("method") or {}
+    guide = method.get("guide") or {}
+    if "concepts" in guide and guide["concepts"] is None:
+        named["method"] = {**method, "guide": {**guide, "concepts": named["concept"]}}
+    return named
+
+
+def _name_kept(config: dict[str, Any], task: Task) -> dict[str, Any]:
+    method = config.get("method") or {}
+    edit = method.get("edit") or {}
+    if edit.get("keep") != "task":
+        return config
+    if not (told := list(getattr(task, "told", ()))):
+        raise UserError(
+            f"method.edit.keep=task, but task {task.name} keeps no names back from its judged prompts: type "
+            "task.told=half (every second one, where it has names to preserve), or name them in method.edit.keep."
+        )
+    return {**config, "method": {**method, "edit": {**edit, "keep": told}}}
+
+
+def prepared(cfg: DictConfig, door: str) -> DictConfig:
+    """The composed config as a step takes it. Raises UserError for a setting that cannot be."""
+    checked(cfg, door)
+    judged = with_judge(cfg)
+    if judged is not cfg:
+        checked(judged, door)
+    return with_concepts(judged)
+
+
+def with_judge(cfg: DictConfig) -> DictConfig:
+    """The config with the judge that the task names for this backbone (`judges` in its yaml), unless one was typed: it
+    is composed once more, from where it came from, which --config-name and hydra.searchpath may have moved."""
+    hydra_config = HydraConfig.get()
+    typed = typed_words(hydra_config)
+    open_choice = "judge" in hydra_config.runtime.choices and hydra_config.runtime.choices["judge"] is None
+    if not open_choice or "judges" not in (cfg.get("task") or {}) or any(w.startswith("judge=") for w in typed):
+        return cfg
+    found = [word for word in hydra_config.overrides.hydra if word.lstrip("+").startswith("hydra.searchpath=")]
+    judge = f"judge={resolvers.by_backbone(cfg.task.judges, _root_=cfg)}"
+    return hydra.compose(hydra_config.job.config_name, [*found, *typed, judge])
+
+
+def with_concepts(cfg: DictConfig) -> DictConfig:
+    """The config with the names and anchors of `concepts_file` in place of the file; names that are numbers become
+    texts, as a run's folder keeps them.
+
+    Raises:
+        UserError: the file cannot be read, or concepts or anchors are given twice.
+    """
+    for key in ("concept", "anchor"):
+        if has_numbers(given := cfg.get(key)):
+            texts = [None if name is None else str(name) for name in (given if OmegaConf.is_list(given) else [given])]
+            cfg[key] = texts if OmegaConf.is_list(given) else texts[0]
+    file, anchor = cfg.get("concepts_file"), cfg.get("anchor")
+    if file is None:
+        return cfg
+    if cfg.concept is not None:
+        raise UserError("concept and concepts_file are both given: leave one of them out.")
+    names, anchors = zip(*read_concepts(file))
+    if OmegaConf.is_list(anchor) and any(anchors):
+        raise UserError(f"anchor is a list and {file} holds anchors too: leave one of them out.")
+    if not OmegaConf.is_list(anchor):
+        listed = [own or anchor for own in anchors]  # a typed anchor is for the names that have none of their own
+        cfg.anchor = listed if any(listed) and len(listed) > 1 else listed[0]
+    cfg.concept = list(names) if len(names) > 1 else names[0]
+    cfg.concepts_file = None
+    return cfg
+
+
+def has_numbers(names: Any) -> bool:
+    """Whether a number is among one or several names, as in concept=1984."""
+    return any(isinstance(name, int) for name in ([names] if isinstance(names, str | int | None) else names))
+
+
+def build_task(config: Mapping[str, Any]) -> Task:
+    """The task of a resolved config. Tasks load without torch, so their refusals come early."""
+    task: Task = build({key: value for key, value in config["task"].items() if key != "judges"})
+    return task

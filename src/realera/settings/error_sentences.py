@@ -1,0 +1,214 @@
+"""Hydra's and OmegaConf's errors as one sentence each: the fault, and the words to type instead."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sqlite3
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from realera import paths
+from realera.contracts import UserError
+from realera.settings.instantiate import NotBuilt
+from realera.system import disk
+
+LISTS = ("prompts",)  # settings of a text or several, which one job takes together
+OF_DATABASE = ("full", "readonly", "unable to open", "I/O error", "locked")  # what SQLite says of a disk
+
+
+def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
+    """The sentence for an error met while the config was composed from the command line's `arguments`.
+
+    Raises:
+        Exception: `error` itself, where it is none of Hydra's, OmegaConf's or ours.
+    """
+    if told := _told(error):
+        return told
+    if isinstance(error, AssertionError) and (told := _below_null(config_name, arguments)):
+        return told
+    if isinstance(error, UserWarning) and (
+        found := re.search(r"provider=hydra.searchpath.*path=(.*) is not", str(error))
+    ):
+        return f"hydra.searchpath names {found[1]}, which is not there."
+    if not isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
+        raise error
+    text = str(error)
+    if found := re.search(r"Error merging override (.*)", text):  # of Hydra's own settings
+        return f"{found[1]}: {first_line(error.__cause__ or error)}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _unknown_option(error.missing_cfg_file, error.options or ())
+    if "group override must be a string" in text:
+        for key, _, value in (word.partition("=") for word in arguments):
+            if value == "null" and (paths.CONF_DIR / key).is_dir():
+                return _unknown_option(f"{key}/null", ())
+    if isinstance(error, OverrideParseException):
+        return _unreadable(str(error.override))
+    if found := re.search(r"Ambiguous value for argument '(.*)'", text):
+        if (key := found[1].partition("=")[0]) in LISTS:  # several are one job's
+            return f'{key} holds commas: quote a text, {_quoted(found[1])}, or give a list, \'{key}=["...","..."]\''
+        return (
+            f"{found[1]} holds several values: add -m to try one after the other, or quote a text: {_quoted(found[1])}"
+        )
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(found[1].split("@")[0], config_name, arguments)
+    return first_line(error)
+
+
+def of_step(error: Exception) -> str | None:
+    """The sentence for an error that a run met, or None where the fault is the code's and not the settings'."""
+    sentence = _of_step(error)
+    return None if sentence is None else paths.printable(sentence)
+
+
+def _of_step(error: Exception) -> str | None:
+    if told := _told(error):
+        return told
+    if not isinstance(error, NotBuilt):
+        return None
+    place = f"{error.place}: " if error.place else ""
+    for cause in _chain(error):
+        if isinstance(cause, TypeError) and (found := re.search(r"unexpected keyword argument '(\w+)'", str(cause))):
+            return f"{place}there is no setting named '{found[1]}'; take it off the command line or out of the yaml."
+        if isinstance(cause, ImportError):
+            return f"{place}{first_line(cause)}; check the yaml's _target_ and that its library is installed."
+    return None
+
+
+def of_value(error: OmegaConfBaseException) -> str:
+    """The sentence for a value that could not be resolved."""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing: type {error.full_key}=... (--help says what it may be)"
+    place = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
+    return _told(error) or first_line(error) + place
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message without its tail of positions and advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return paths.printable(lines[0]) if lines else type(error).__name__
+
+
+def _told(error: BaseException) -> str | None:
+    """The text of the UserError that `error` is, or was raised from; else the sentence for a disk error."""
+    said = (str(cause) for cause in _chain(error) if isinstance(cause, UserError))
+    return next(said, None) or next(filter(None, map(_of_disk, _chain(error, suppressed=False))), None)
+
+
+def _of_disk(error: BaseException) -> str | None:
+    if isinstance(error, sqlite3.OperationalError) and any(sign in str(error) for sign in OF_DATABASE):
+        return (
+            f"the search's trials cannot be kept ({error}): free or change the place of hydra.sweeper.storage, and the "
+            "same command goes on."
+        )
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
+        named = error.object.encode("ascii", "backslashreplace").decode()
+        return f"no file can be called {named} under this locale: set LC_ALL=C.UTF-8, or give another name."
+    return disk.refusal(error)
+
+
+def _chain(error: BaseException | None, suppressed: bool = True) -> Iterator[BaseException]:
+    """The error, its cause, and so on. suppressed: with the errors that `from None` hides, as OmegaConf does."""
+    while error is not None:
+        yield error
+        hidden = error.__suppress_context__ and not suppressed
+        error = error.__cause__ or (None if hidden else error.__context__)
+
+
+def _unknown_option(missing: str, options: Iterable[str]) -> str:
+    group, _, option = missing.rpartition("/")
+    known = sorted(options) or sorted(path.stem for path in (paths.CONF_DIR / group).glob("*.yaml"))
+    if option == "null" and "/" in group:
+        return f"{group} has no option null: type {group.replace('/', '.')}=null."
+    if not group or not known:
+        return f"there is no config '{missing}' in {paths.CONF_DIR} (nor in a --config-dir)."
+    return f"there is no {group} '{option}'{did_you_mean(option, known) or ';'} known: {', '.join(known)}."
+
+
+def _unreadable(override: str) -> str:
+    key, given, value = override.partition("=")
+    if not given:
+        return f"'{override}' is no setting: write key=value, or a flag such as --help or -m."
+    bare = value.strip("'\"")
+    return (
+        f"{key}={bare} cannot be read as it stands: text with commas, parentheses, apostrophes, brackets, accents or "
+        f"colons needs quotes inside the shell's quotes: {_quoted(override)}"
+    )
+
+
+def _quoted(override: str) -> str:
+    """An override as a shell and Hydra both take it for one text."""
+    key, _, value = override.partition("=")
+    bare = value.strip("'\"")
+    return f'"{key}=\\"{bare}\\""' if "'" in bare else f"{key}='\"{bare}\"'"
+
+
+def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
+    groups = _groups(config_name)
+    if (paths.CONF_DIR / key).is_dir() and key not in groups:
+        return f"python -m realera.{config_name} has no setting '{key}': leave it out; --help lists those it has."
+    chosen = [word for word in arguments if word.partition("=")[0] in groups]
+    try:
+        with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+            composed = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
+    except (HydraException, OmegaConfBaseException):  # a second fault: the first is told without a suggestion
+        composed = {}
+    composed = {**dict.fromkeys(groups), **composed} if isinstance(composed, dict) else {}
+    if parent := _null_above(key, composed):
+        return f"there is no setting '{key}', because {parent} is null here: choose one that has it."
+    known = {*_keys(composed), *groups}
+    same_end = {k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]}
+    meant = did_you_mean(key, same_end) or did_you_mean(key, known)
+    return f"there is no setting '{key}'{meant or '; --help lists them.'}"
+
+
+def _groups(config_name: str) -> list[str]:
+    """The groups of options that a command's yaml takes one of."""
+    defaults = yaml.safe_load((paths.CONF_DIR / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    named = [str(name).split()[-1] for one in defaults if isinstance(one, dict) for name in one]
+    return [name for name in named if (paths.CONF_DIR / name).is_dir()]
+
+
+def _below_null(config_name: str, arguments: list[str]) -> str | None:
+    """The sentence for a setting of Hydra's own that stands below one that is null, where Hydra itself stumbles."""
+    for word in arguments:
+        key = word.partition("=")[0].lstrip("+")
+        if key.startswith("hydra."):
+            groups = [other for other in arguments if other.startswith("hydra/")]
+            with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+                composed = compose(config_name, groups, return_hydra_config=True)
+            if parent := _null_above(key, OmegaConf.to_container(composed, resolve=False)):
+                return f"there is no setting '{key}', because {parent} is null here."
+    return None
+
+
+def _null_above(key: str, config: Any) -> str:
+    """The part of a dotted key that is null in the config; empty where there is none."""
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1], 1):
+        if not isinstance(config, Mapping) or part not in config:
+            return ""
+        config = config[part]
+        if config is None:
+            return ".".join(parts[:depth])
+    return ""
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _keys(value, f"{prefix}{key}.")

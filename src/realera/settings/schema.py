@@ -1,0 +1,292 @@
+"""Checks settings against the constructors that take them, without importing them.
+
+A node with a `_target_` is checked by the annotations of that class's constructor, or of its fields. The module is read
+and not run, because importing torch takes seconds and a refusal must not. The commands' own settings are declared in
+settings.py. Where an annotation is unknown here, everything passes.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from realera import setting_types
+from realera.contracts import UserError
+from realera.settings.constructors import Parameter, signature
+from realera.settings.source_code import Class, Function, Source, find, lacks, lineage, resolve, value_of
+from realera.settings.values import (
+    BUILTINS,
+    NULL,
+    Anything,
+    Choice,
+    Kind,
+    Leaf,
+    ListOf,
+    Look,
+    MapOf,
+    Misfit,
+    Union,
+    shown,
+    unknown,
+)
+
+SETTINGS = "realera.settings.command_settings"
+METHOD = "realera.contracts.Method"
+LISTS = ("Sequence", "list", "List", "tuple", "Tuple", "Iterable", "Collection", "set", "Set", "frozenset")
+MAPS = ("Mapping", "dict", "Dict", "MutableMapping")
+WRAPPERS = ("Final", "Required", "NotRequired", "InitVar")
+SPELLING = "; check the spelling, and that its library is installed."
+WHOLE, OPEN = Look(), Look(whole=False)
+
+
+def check(config: Mapping[str, Any], door: str, look: Look = WHOLE) -> None:
+    """Checks the types and ranges of a command's resolved settings.
+
+    Raises:
+        UserError: for the first wrong setting, with the words to type instead.
+    """
+    own = {name: value for name, value in config.items() if not isinstance(value, Mapping)}  # first: others follow
+    _record(f"{SETTINGS}.{door.capitalize()}").check({**own, **config}, "", look)
+
+
+def check_unresolved(config: Any, door: str) -> None:
+    """As `check`, for the commands' own settings that need no resolving."""
+    plain = {k: v for k, v in config.items() if not isinstance(v, Mapping) and v != "???" and "${" not in str(v)}
+    check(plain, door, OPEN)
+
+
+def check_stored(config: Mapping[str, Any]) -> None:
+    """Checks the types and ranges of a run folder's settings. Unknown and missing ones pass.
+
+    Raises:
+        UserError: for the first wrong setting.
+    """
+    if isinstance(method := config.get("method"), Mapping):  # that of evaluate run=original has no _target_
+        config = {**config, "method": {"_target_": METHOD, **method}}
+    bare = {name for name, value in config.items() if isinstance(value, Mapping) and not value.get("_target_")}
+    named = {name: value for name, value in config.items() if name == "trainer" or name not in bare}
+    _record(f"{SETTINGS}.Train").check(named, "", Look(here=False, whole=False))
+
+
+def check_search(sweeper: Mapping[str, Any]) -> None:
+    """Checks the types and ranges of the settings of hydra/sweeper=search."""
+    _record(f"{SETTINGS}.Search").check(sweeper, "hydra.sweeper", OPEN)
+
+
+# --- settings that stand together ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record(Kind):
+    """Settings that no constructor takes: a TypedDict. others, instead: as in `kinds.Others` and `kinds.Instead`."""
+
+    parameters: Mapping[str, Parameter]
+    others: tuple[str, ...] = ()
+    instead: Mapping[str, str] = field(default_factory=dict)
+
+    def say(self) -> str:
+        return "its settings, as in {name: value}"
+
+    def check(self, value: Any, at: str, look: Look) -> None:
+        super().check(value, at, look)
+        known: dict[str, Kind] = {name: kind_of(parameter) for name, parameter in self.parameters.items()}
+        if set(value) - set(known):
+            for other in self.others:
+                found = find(other)
+                taken = signature(found) if isinstance(found, Class | Function) else None
+                more = dict.fromkeys(value, Anything()) if taken is None else _kinds(taken.parameters)
+                known = {**more, **known}
+        if look.whole and (wrong := next((name for name in value if name in self.instead), None)):
+            raise UserError(f"{at}.{wrong} is not a setting: use {self.instead[wrong]}.")
+        target = value.get("_target_")
+        if self.others and isinstance(target, str) and isinstance(missing := find(target), str):
+            raise UserError(f"{at}._target_={target}: {missing}{SPELLING}")
+        needed = [name for name, parameter in self.parameters.items() if parameter.required]
+        _each(known, needed, value, at, look)
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, Mapping)
+
+
+@dataclass(frozen=True)
+class Part(Kind):
+    """A node with a _target_; the other settings are its constructor's. role: the target must be one of these. beside:
+    settings in the node that the constructor does not take."""
+
+    role: Class | None = None
+    beside: Record | None = None
+
+    def say(self) -> str:
+        return "settings with a _target_"
+
+    def check(self, value: Any, at: str, look: Look) -> None:
+        super().check(value, at, look)
+        for name, kind in HYDRAS.items():
+            if name in value:
+                kind.check(value[name], f"{at}.{name}", look)
+        found = self._target(value, at)
+        rest = {name: one for name, one in value.items() if name not in HYDRAS}
+        known = {} if self.beside is None else _kinds(self.beside.parameters)
+        taken = None if found is None else signature(found)
+        if taken is None:
+            return _each(known, (), rest, at, Look(look.here, whole=False))
+        any_name = {} if taken.others is None else dict.fromkeys(rest, kind_of(taken.others))
+        known = {**any_name, **known, **_kinds(taken.parameters)}
+        lenient = value.get("_partial_") or value.get("_args_")
+        needed = [] if lenient else [name for name, one in taken.parameters.items() if one.required]
+        _each(known, needed, rest, at, Look(look.here))
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, Mapping)
+
+    def _target(self, node: Mapping[str, Any], at: str) -> Class | Function | None:
+        target = node.get("_target_")
+        if not isinstance(target, str) or not all(name.isidentifier() for name in target.split(".")):
+            said = f"{at}._target_={shown(target)} cannot be" if "_target_" in node else f"{at} has no _target_"
+            raise UserError(f"{said}: give the dotted name of a class, or leave it as the yaml has it.")
+        found = find(target)
+        if isinstance(found, str):
+            raise UserError(f"{at}._target_={target}: {found}{SPELLING}")
+        if self.role is not None and isinstance(found, Class) and (lacking := lacks(found, self.role)) is not None:
+            why = f", it has no {lacking}" if lacking else ""
+            raise Misfit(f"{at}._target_={target} is no {self.role.name}{why}: give a class that is one.")
+        return found
+
+
+HYDRAS: Mapping[str, Kind] = {
+    "_target_": Anything(),
+    "_convert_": Choice(("none", "partial", "object", "all")),
+    "_recursive_": Choice((True, False)),
+    "_partial_": Choice((True, False)),
+    "_args_": ListOf(Anything()),
+}
+
+
+def _each(known: Mapping[str, Kind], needed: Iterable[str], given: Mapping[str, Any], at: str, look: Look) -> None:
+    """Checks that every given setting is known and right, and that no needed one is missing."""
+    dotted = {name: f"{at}.{name}" if at else str(name) for name in [*known, *given]}
+    for name, value in given.items():
+        if name in known:
+            known[name].check(value, dotted[name], look)
+        elif look.whole:
+            raise unknown(dotted[name], [dotted[one] for one in known])
+    for name in needed:
+        if look.whole and name not in given:
+            raise UserError(
+                f"there is no {dotted[name]} any more, and it must be there: leave ~{dotted[name]} out, or give "
+                f"{known[name].say()}."
+            )
+
+
+def _kinds(parameters: Mapping[str, Parameter]) -> dict[str, Kind]:
+    return {name: kind_of(parameter) for name, parameter in parameters.items()}
+
+
+@cache
+def _record(dotted: str) -> Record:
+    found = find(dotted)
+    taken = signature(found) if isinstance(found, Class) else None
+    assert taken is not None, dotted
+    return Record(taken.parameters)
+
+
+# --- from annotations ------------------------------------------------------------------------------------------------
+
+
+@cache
+def kind_of(parameter: Parameter) -> Kind:
+    """The kind that a parameter's annotation asks for."""
+    return Anything() if parameter.annotation is None else _kind(parameter.annotation, parameter.source)
+
+
+def _kind(node: ast.expr, source: Source) -> Kind:
+    if isinstance(node, ast.Constant):
+        if node.value is None:
+            return NULL
+        return _kind(ast.parse(node.value, mode="eval").body, source) if isinstance(node.value, str) else Anything()
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return _any_of([_kind(node.left, source), _kind(node.right, source)])
+    if isinstance(node, ast.Subscript):
+        return _subscripted(node, source)
+    found = resolve(node, source)
+    if isinstance(found, tuple):
+        return _kind(*found)
+    if isinstance(found, Class):
+        if found.typed_dict():
+            return _record_of(found)
+        return Anything() if None in lineage(found) else Part(found)  # an Enum, say, is no part
+    return BUILTINS.get(str(found).rpartition(".")[2], Anything())
+
+
+def _subscripted(node: ast.Subscript, source: Source) -> Kind:
+    found = resolve(node.value, source)
+    name = str(found).rpartition(".")[2]
+    inner = list(node.slice.elts) if isinstance(node.slice, ast.Tuple) else [node.slice]
+    if name == "Literal":
+        return Choice(tuple(one.value for one in inner if isinstance(one, ast.Constant)))
+    if name == "Optional":
+        return _any_of([_kind(inner[0], source), NULL])
+    if name == "Union":
+        return _any_of([_kind(one, source) for one in inner])
+    if name == "Annotated":
+        return _annotated(inner[0], inner[1:], source)
+    if name in LISTS:
+        kept = [one for one in inner if not (isinstance(one, ast.Constant) and one.value is ...)]
+        return ListOf(_any_of([_kind(one, source) for one in kept]))
+    if name in MAPS and len(inner) == 2:
+        return MapOf(_kind(inner[0], source), _kind(inner[1], source))
+    return _kind(inner[0], source) if name in WRAPPERS else Anything()
+
+
+def _annotated(plain: ast.expr, notes: list[ast.expr], source: Source) -> Kind:
+    """Annotated[float, Number(0, 1)], as kinds.py has it, in any module; Annotated[Judge, Beside(Settings)]."""
+    kind = _kind(plain, source)
+    for note in notes:
+        if not isinstance(note, ast.Call):
+            continue
+        called = resolve(note.func, source)
+        name = called.name if isinstance(called, Class) and called.source.module == setting_types.__name__ else ""
+        if name == "Beside":
+            settings = resolve(note.args[0], source)
+            beside = _record_of(settings) if isinstance(settings, Class) else None
+            kind = _with_beside(kind, beside)
+        elif name == "Filled":
+            kind = _filled(kind)
+        elif name == "Others" and isinstance(kind, Record):
+            kind = replace(kind, others=tuple(value_of(one, source) for one in note.args))
+        elif name == "Instead" and isinstance(kind, Record):
+            kind = replace(kind, instead=value_of(note.args[0], source))
+        elif name:
+            words = {word.arg: value_of(word.value, source) for word in note.keywords if word.arg}
+            kind = Leaf(getattr(setting_types, name)(*(value_of(one, source) for one in note.args), **words))
+    return kind
+
+
+def _with_beside(kind: Kind, beside: Record | None) -> Kind:
+    if isinstance(kind, Union):
+        return Union(tuple(_with_beside(option, beside) for option in kind.options))
+    return Part(kind.role, beside) if isinstance(kind, Part) else kind
+
+
+def _filled(kind: Kind) -> Kind:
+    if isinstance(kind, Union):
+        return Union(tuple(_filled(option) for option in kind.options))
+    return ListOf(kind.one, filled=True) if isinstance(kind, ListOf) else kind
+
+
+def _record_of(found: Class) -> Record:
+    taken = signature(found)
+    return Record({} if taken is None else taken.parameters)
+
+
+def _any_of(options: list[Kind]) -> Kind:
+    flat = [one for option in options for one in (option.options if isinstance(option, Union) else [option])]
+    if any(isinstance(one, Anything) for one in flat):
+        return Anything()
+    choices = tuple(value for one in flat if isinstance(one, Choice) and one != NULL for value in one.values)
+    rest = [one for one in flat if not isinstance(one, Choice)]
+    whole = [*rest, *([Choice(choices)] if choices else []), *([NULL] if NULL in flat else [])]
+    return whole[0] if len(whole) == 1 else Union(tuple(whole))

@@ -1,0 +1,191 @@
+"""The kinds of a setting's value: a leaf, a choice, a list, or settings under free names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from realera import setting_types
+from realera.contracts import UserError
+from realera.settings import error_sentences
+
+SHORT = 80  # letters of a value in a sentence
+
+
+class Misfit(UserError):
+    """A part is of another role than the one that is asked for."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The strictness of a check. here: files and folders must exist on this machine. whole: no setting may be missing
+    or unknown."""
+
+    here: bool = True
+    whole: bool = True
+
+
+class Kind:
+    """A kind of value. check: raises UserError for a wrong value; `at` is the setting's dotted name. fits: whether the
+    value has the right form, so that its faults are worth telling. say: the words for a right value."""
+
+    def say(self) -> str:
+        return "something else"
+
+    def check(self, value: Any, at: str, look: Look) -> None:
+        if not self.fits(value):
+            self.refuse(value, at)
+
+    def fits(self, value: Any) -> bool:
+        return True
+
+    def refuse(self, value: Any, at: str, fault: str = "cannot be", known: Sequence[Any] = ()) -> None:
+        texts = [word for word in known if isinstance(word, str)]
+        meant = error_sentences.did_you_mean(value, texts) if isinstance(value, str) else ""
+        quoted = ""
+        if fault == "cannot be" and isinstance(value, (bool, int, float)) and self.fits("text"):
+            typed = f'"{shown(value)}"'
+            quoted = "; as a text it needs quotes: " + (typed if at.endswith("]") else f"{at}='{typed}'")
+        raise UserError(f"{at}={shown(value)} {fault}{meant or ':'} give {self.say()}{quoted}.")
+
+
+class Anything(Kind):
+    """Where an annotation says nothing."""
+
+
+@dataclass(frozen=True)
+class Leaf(Kind):
+    """A kind of kinds.py."""
+
+    kind: Any
+
+    def say(self) -> str:
+        return str(self.kind.words)
+
+    def check(self, value: Any, at: str, look: Look) -> None:
+        if (fault := self.kind.fault(value, look.here)) is not None:
+            self.refuse(value, at, fault)
+
+    def fits(self, value: Any) -> bool:
+        return self.kind.fault(value, False) is None
+
+
+@dataclass(frozen=True)
+class Choice(Kind):
+    """One of some values."""
+
+    values: tuple[Any, ...]
+
+    def say(self) -> str:
+        *others, last = [shown(value) for value in self.values]
+        return f"{', '.join(others)} or {last}" if others else last
+
+    def check(self, value: Any, at: str, look: Look) -> None:
+        if not self.fits(value):
+            self.refuse(value, at, known=self.values)
+
+    def fits(self, value: Any) -> bool:
+        return any(type(value) is type(one) and value == one for one in self.values)
+
+
+NULL = Choice((None,))
+
+
+@dataclass(frozen=True)
+class Union(Kind):
+    """Any of several kinds. Where a value has the form of one of them, the fault is told in that one's words."""
+
+    options: tuple[Kind, ...]
+
+    def say(self) -> str:
+        return " or ".join(dict.fromkeys(option.say() for option in self.options))
+
+    def check(self, value: Any, at: str, look: Look) -> None:
+        met: list[UserError] = []
+        for option in (option for option in self.options if option.fits(value)):
+            try:
+                option.check(value, at, look)
+                return
+            except UserError as error:
+                met.append(error)
+        if met:
+            raise next((error for error in met if not isinstance(error, Misfit)), met[0])
+        known = [one for option in self.options if isinstance(option, Choice) for one in option.values]
+        faults = [option.kind.fault(value, False) for option in self.options if isinstance(option, Leaf)]
+        said = next((fault for fault in faults if fault and fault != "cannot be"), "cannot be")
+        self.refuse(value, at, said, known)
+
+    def fits(self, value: Any) -> bool:
+        return any(option.fits(value) for option in self.options)
+
+
+@dataclass(frozen=True)
+class ListOf(Kind):
+    """A list whose entries are of one kind. filled: it has at least one."""
+
+    one: Kind
+    filled: bool = False
+
+    def say(self) -> str:
+        return "a list" if isinstance(self.one, Anything) else f"a list of which each is {self.one.say()}"
+
+    def check(self, value: Any, at: str, look: Look) -> None:
+        super().check(value, at, look)
+        if self.filled and not value:
+            self.refuse(value, at, "is empty")
+        for number, entry in enumerate(value):
+            self.one.check(entry, f"{at}[{number}]", look)
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, (list, tuple))
+
+
+@dataclass(frozen=True)
+class MapOf(Kind):
+    """Settings of one kind, under names of another."""
+
+    key: Kind
+    one: Kind
+
+    def say(self) -> str:
+        return "settings, as in {name: value}"
+
+    def check(self, value: Any, at: str, look: Look) -> None:
+        super().check(value, at, look)
+        for name, entry in value.items():
+            if not self.key.fits(name):
+                known = self.key.values if isinstance(self.key, Choice) else ()
+                raise unknown(f"{at}.{name}", [f"{at}.{one}" for one in known])
+            self.one.check(entry, f"{at}.{name}", look)
+
+    def fits(self, value: Any) -> bool:
+        return isinstance(value, Mapping)
+
+
+def unknown(name: str, known: list[str]) -> UserError:
+    """The refusal of a setting that nothing takes."""
+    same_end = [one for one in known if one.rpartition(".")[2] == name.rpartition(".")[2]]
+    meant = error_sentences.did_you_mean(name, same_end) or error_sentences.did_you_mean(name, known)
+    return UserError(f"there is no setting '{name}'{meant or '; --help lists them.'}")
+
+
+def shown(value: Any) -> str:
+    """A value as one types it, cut where it is long."""
+    plain = isinstance(value, str) and value.strip() == value != "" and value.isprintable()
+    text = value if plain else json.dumps(value, ensure_ascii=True, default=str)
+    text = {"NaN": "nan", "Infinity": ".inf", "-Infinity": "-.inf"}.get(text, text)
+    return text if len(text) <= SHORT else f"{text[: SHORT - 3]}..."
+
+
+BUILTINS: Mapping[str, Kind] = {
+    "int": Leaf(setting_types.Number(whole=True)),
+    "float": Leaf(setting_types.Number()),
+    "str": Leaf(setting_types.Text()),
+    "bool": Choice((True, False)),
+    "list": ListOf(Anything()),
+    "tuple": ListOf(Anything()),
+    "dict": MapOf(Anything(), Anything()),
+    "Path": Leaf(setting_types.Place()),
+}

@@ -1,0 +1,38 @@
+"""Names a search's study, so that a search goes on with its own trials and with no other's."""
+
+from __future__ import annotations
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from realera.runs import folders
+from realera.settings import composition
+from realera.tasks.prompts import slug
+
+
+def settle(config: DictConfig) -> None:
+    """Gives the sweep that Hydra has composed a study_name, where its sweeper takes one and none was typed."""
+    sweeper = config.hydra.sweeper
+    if "study_name" in sweeper and sweeper.study_name is None:
+        with read_write(sweeper):
+            sweeper.study_name = name_of(config)
+
+
+def name_of(config: DictConfig) -> str:
+    """<concept>-<method>-<backbone>-<digest of what is searched, and of all else that the numbers depend on>."""
+    loader = GlobalHydra.instance().config_loader()
+    params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
+    assert isinstance(params, dict)
+    words = [*(f"{key!s}={value}" for key, value in params.items()), *composition.typed_words(config.hydra)]
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(words)
+    fixed = {one.key_or_group: word for word, one in zip(words, parsed) if not one.is_sweep_override()}
+    searched = {one.key_or_group: word for word, one in zip(words, parsed) if one.is_sweep_override()}
+    cfg = loader.load_sweep_config(config, list(fixed.values()))
+    with open_dict(cfg):
+        del cfg["hydra"]
+    settings = composition.plain(composition.with_concepts(cfg))
+    parts = ((settings.get(part) or {}).get("name") for part in ("method", "backbone"))
+    searched = {key: word for key, word in sorted(searched.items()) if key not in fixed}  # as the sweeper has it
+    content = {"settings": folders.identity(settings), "judge": settings.get("judge"), "searched": searched}
+    return "-".join([slug(folders.concept_of(settings)), *(slug(str(part)) for part in parts), folders.digest(content)])

@@ -1,0 +1,1 @@
+"""Disk, locks, signals, processes' ranks, the terminal, the network: what the operating system gives. No torch."""

@@ -1,0 +1,247 @@
+"""Disk errors as one sentence; temporary files that are removed however a process ends. Standard library only."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from realera import paths
+from realera.contracts import UserError
+from realera.system import interrupts, locks
+
+log = logging.getLogger(__name__)
+
+os.umask(_UMASK := os.umask(0))  # it can only be read by being set, which other threads would see: here, once
+LEFT = re.compile(r"\..*\.[0-9a-f]{8}\.tmp")  # the name of a folder in which a file is being written
+SHORT = 40  # letters of the file's name in it
+MINUTE, DAY = 60.0, 86400.0  # seconds
+GOES_ON = "and the same command goes on where this one stopped"
+REMEDIES = {  # of errors that are the disk's, whatever file they name
+    errno.ENOSPC: f"free space there, {GOES_ON}",
+    errno.EDQUOT: f"free some of the quota there, {GOES_ON}",
+    errno.EFBIG: f"allow larger files (ulimit -f), {GOES_ON}",
+    errno.EIO: f"look after that disk, {GOES_ON}",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EROFS: "choose a folder on another disk",
+}
+OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the others may be of reading too
+ELSE = "make the folder writable, or choose another one (of the cache: with REALERA_CACHE=FOLDER)"
+_being_written: set[Path] = set()  # temporary folders of this process
+_beginning = threading.RLock()
+_cleared: set[Path] = set()  # folders in which this process has looked for what others left
+
+
+class Unwritten(UserError, OSError):
+    """A file that the disk did not take. It is an OSError too, for who can do without the file."""
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Makes `path`'s folder. A disk error in here becomes an `Unwritten` that names `path`, and the folder is removed
+    again if it was made here."""
+    missing = [folder for folder in path.parents if not os.path.exists(folder)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        if (sentence := refusal(error, path)) is None:
+            raise
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise Unwritten(sentence) from error
+
+
+def refusal(error: BaseException, path: Path | None = None) -> str | None:
+    """The sentence for an error that a disk gave, as `path` was written or anywhere; None for any other error."""
+    found = None if isinstance(error, UserError) else _of_disk(error)
+    if found is None or (found.errno not in REMEDIES and (path is None or not _names(found, path))):
+        return None
+    file = found.filename if path is None else path
+    done = "written" if path is not None or found.errno in OF_WRITING else "used"
+    return f"{file or 'a file'} cannot be {done} ({found.strerror or found}): {REMEDIES.get(found.errno or 0, ELSE)}."
+
+
+def _of_disk(error: BaseException) -> OSError | None:
+    """The OSError that `error` is, or that a library has made an error of its own of."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is None and re.search(r"\d+ requested and \d+ written", text):
+        return OSError(errno.ENOSPC, "not all of it was taken")  # numpy's own words
+    if isinstance(error, OSError):
+        return error if error.errno is not None else None
+    if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", text)):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
+        cause = error.__context__
+        return cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, "not all of it was taken")
+    return None
+
+
+def _names(error: OSError, path: Path) -> bool:
+    """Whether an error is about `path`, its temporary place or a folder above it."""
+    places = {path.absolute(), *path.absolute().parents}
+    for name in (error.filename, error.filename2):
+        if isinstance(name, (str, os.PathLike)):
+            file = Path(name).absolute()
+            if file in places or any(LEFT.fullmatch(part) for part in file.parts):
+                return True
+    return False
+
+
+def append(path: Path, text: str) -> None:
+    """Adds lines to a file in one write, whole or not at all: several processes may add to the same one. A line that
+    was cut short all the same stays alone.
+
+    Raises:
+        Unwritten: the disk does not take them.
+    """
+    with explained(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            size = os.fstat(handle).st_size
+            os.lseek(handle, max(0, size - 1), os.SEEK_SET)
+            data = (b"" if os.read(handle, 1) in (b"", b"\n") else b"\n") + text.encode()
+            if (written := os.write(handle, data)) < len(data):
+                if os.fstat(handle).st_size == size + written:  # nobody has added anything since
+                    os.ftruncate(handle, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(handle)
+
+
+class Tolerance:
+    """For a file that a run can do without: `with` it a disk error is logged, not raised. A second one is not logged
+    again before the file has been written once more."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, OSError):
+            if not self._warned:
+                log.warning("%s Until then the run goes on without it.", error)
+            self._warned = True
+        elif error is None:
+            self._warned = False
+        return isinstance(error, OSError)
+
+
+# --- half-written files ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A path of `path`'s name in a folder beside it, which is locked while it is there and gone at the end."""
+    if path.absolute().parent not in _cleared:
+        clear_left(path.absolute().parent)
+    folder, handle = path, None
+    try:
+        while handle is None:
+            folder = path.absolute().with_name(f".{path.name[:SHORT]}.{secrets.token_hex(4)}.tmp")
+            with _beginning:
+                _being_written.add(folder)
+                folder.mkdir()
+                handle = _locked(folder)
+            if handle is None:
+                _remove(folder)
+        yield folder / path.name
+    finally:
+        _remove(folder)
+        if handle is not None:
+            os.close(handle)
+
+
+def _locked(folder: Path) -> int | None:
+    """A new temporary folder's lock; None where another process has just taken the folder for a left one."""
+    handle = os.open(folder / paths.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    with suppress(FileNotFoundError):
+        if locks.lock(handle) is not False and os.path.samestat(os.fstat(handle), os.stat(folder / paths.LOCK)):
+            return handle
+    os.close(handle)
+    return None
+
+
+def _remove(folder: Path) -> None:
+    if folder in _being_written:
+        shutil.rmtree(folder, ignore_errors=True)
+        _being_written.discard(folder)
+
+
+def leave_nothing() -> None:
+    """For a process that is about to end without a tear-down: removes its temporary files, and no other thread begins
+    anything more."""
+    _beginning.acquire(timeout=1)
+    drop_temporary()
+
+
+interrupts.last_resort.append(leave_nothing)
+
+
+def drop_temporary() -> None:
+    """Removes this process's temporary files, some of which other threads may still be writing."""
+    for folder in list(_being_written):
+        for _ in range(50):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.01)
+        _being_written.discard(folder)
+
+
+def clear_left(folder: Path) -> None:
+    """Removes the temporary files that killed processes left in a folder, and none that a living one is writing."""
+    _cleared.add(folder.absolute())
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if LEFT.fullmatch(name):
+                _clear(folder / name)
+
+
+def _clear(folder: Path) -> None:
+    """Removes a temporary folder whose lock nobody holds; one without, when it is old enough."""
+    handle, free, age = None, None, MINUTE
+    with suppress(OSError):
+        handle, age = os.open(folder / paths.LOCK, os.O_RDWR), DAY
+        free = locks.lock(handle)
+    with suppress(OSError):
+        if free or (free is None and time.time() - folder.stat().st_mtime > age):
+            shutil.rmtree(folder, ignore_errors=True)
+    if handle is not None:
+        os.close(handle)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yields a path to write to; what was written there takes `path`'s place at the end, or vanishes on an exception.
+
+    Raises:
+        Unwritten: the disk is full, cannot be written, or does not take such a name.
+    """
+    with explained(path), temporary(path) as beside:
+        yield beside
+        if not beside.is_dir():
+            beside.chmod(0o666 & ~_UMASK)
+        elif path.is_dir():
+            path.rmdir()  # an empty folder gives way to a whole one
+        beside.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all (UTF-8)."""
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Weights & Biases: the run that is logged, and the panels of its dashboards."""

@@ -1,0 +1,258 @@
+"""Weights & Biases: one W&B run for a run folder, gone on with when the run is, or is judged again."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from realera import costs, paths
+from realera.contracts import UserError
+from realera.evaluation.measures import ORDER
+from realera.evaluation.results import scalars
+from realera.files import checksums
+from realera.reporting.run_page import veiled
+from realera.reporting.sheets import blurred, image_rows
+from realera.runs.folders import Run, digest, identity, is_original
+from realera.settings import composition, error_sentences
+from realera.settings.instantiate import NotBuilt, build, locate
+from realera.sweeps import jobs
+from realera.system import disk
+from realera.wandb_logging.panels import SURFACES
+
+log = logging.getLogger(__name__)
+
+ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images says otherwise
+SHORT = 100  # entries: a longer list of the protocol (30,000 captions, say) is told by its length
+TAG = 64  # letters, W&B's own limit
+ID = re.compile(r"[\w-]{1,128}", re.ASCII)  # of a W&B run, as its server takes it
+INTERRUPTED = 255  # W&B's own status of a process that Ctrl-C ended
+OF_A_RUN = ("_target_", "project", "entity", "mode", "group", "tags", "images")  # settings that are taken from a folder
+TAGGED = 5  # concepts that are tags; of more, the first ones
+
+
+def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
+    """The loggers a run's config asks for (or `node` in its place): none, or W&B's."""
+    node = dict(run.config.get("logger") or {} if node is None else node)
+    if not node.get("_target_"):
+        return []
+    import wandb
+
+    name = run.folder.name
+    node.pop("images", None)
+    begins = not (run.folder / paths.WANDB_ID).is_file()  # one that is gone on with stays in its group
+    node["group"] = node.get("group") or (os.environ["REALERA_STAMP"] if begins and composition.in_sweep() else None)
+    node["tags"] = list(dict.fromkeys([*tags(run.config), *(node.get("tags") or ())]))
+    node["job_type"] = "evaluate" if unedited(run) else "train"
+    place = str(run.folder.absolute())  # W&B's own process has a working directory of its own
+    settings = {**_told(run.config), "system": system(run)}
+    for mode in dict.fromkeys((node.get("mode"), "offline")):
+        try:
+            # quiet before Lightning names a setting that W&B has retired; what a run is called stands in our own log
+            wandb.setup(wandb.Settings(silent=True))
+            logger: Logger = build({**node, "mode": mode}, save_dir=place, name=name, id=run_id(run))
+            logger.log_hyperparams(settings)
+        except (UserError, NotBuilt):  # a setting that is none
+            raise
+        except Exception as error:
+            why = error_sentences.first_line(error)
+            wandb.teardown()  # its helper holds the run's id
+        else:
+            if mode != node.get("mode"):
+                log.warning("W&B could not begin a run (%s): wandb sync %s sends it later", why, run.folder / "wandb/*")
+            return [forgiving(logger)]
+    log.warning("W&B could not begin a run (%s): the run goes on without it", why)
+    return []
+
+
+def forgiving(logger: Logger) -> Logger:
+    """The logger, which from its first failure on logs nothing more: no run ends for it."""
+    for name in ("log_hyperparams", "log_metrics", "save", "finalize"):
+        setattr(logger, name, partial(_attempt, logger, getattr(logger, name)))
+    return logger
+
+
+_failed: WeakSet[Logger] = WeakSet()
+
+
+def _attempt(logger: Logger, call: Callable[..., Any], *given: Any, **more: Any) -> None:
+    if logger in _failed:
+        return
+    try:
+        call(*given, **more)
+    except Exception as error:
+        _failed.add(logger)
+        log.warning(
+            "W&B has failed (%s: %s): the run goes on without it",
+            type(error).__name__,
+            error_sentences.first_line(error),
+        )
+
+
+def run_id(run: Run) -> str:
+    """The id of the run folder's W&B run, made with its first logger and kept in the folder: gone on with, judged
+    again or moved, it stays one run, and a folder of the same settings under another root, in another checkout or on
+    another machine is another one. Under an agent of a W&B sweep it is the agent's, which W&B takes whatever it is
+    given."""
+    file = run.folder / paths.WANDB_ID
+    kept = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
+    if not ID.fullmatch(kept):
+        if file.is_file():
+            checksums.made_again(file)
+        # One that was logged before ids were kept had its id from its settings.
+        before = digest([run.folder.name, identity(run.config)]) if (run.folder / "wandb").is_dir() else None
+        agents = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+        kept = before or agents or uuid.uuid4().hex[:12]
+        disk.write_text(file, f"{kept}\n")
+    return kept
+
+
+def tags(config: Mapping[str, Any]) -> list[str]:
+    """What runs are picked by: task, method, backbone, and the concepts, of many the first ones."""
+    task = getattr(locate(config["task"]["_target_"]), "name", None)
+    parts = [(config.get(part) or {}).get("name") for part in ("method", "backbone")]
+    concept = config.get("concept")
+    concepts = concept if isinstance(concept, (list, tuple)) else [concept]
+    more = f"and {len(concepts) - TAGGED} more" if len(concepts) > TAGGED else None
+    return [str(word)[:TAG] for word in (task, *parts, *concepts[:TAGGED], more) if word]
+
+
+def system(run: Run) -> str:
+    """What tables of several runs call this one."""
+    return jobs.system(run.config)
+
+
+def unedited(run: Run) -> bool:
+    return is_original(run.config)
+
+
+def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any]) -> None:
+    """eval/* and cost/* scalars, the protocol, and two tables: `sheets` (prompt, seed, split, original, erased,
+    verdict), `cell` (the run's numbers in one row, for charts over runs). Images that the page shows only when asked
+    (`blur`) leave this machine blurred."""
+    if not loggers:
+        return
+    numbers = scalars(metrics)
+    spent = costs.scalars(costs.read(run.folder))
+    for logger in loggers:
+        named = {f"eval/{name}": value for name, value in numbers.items()}
+        logger.log_metrics({**named, **{f"cost/{name}": value for name, value in spent.items()}})
+        if isinstance(logger, WandbLogger):
+            _attempt(logger, _log_tables, logger, run, metrics, spent)
+
+
+def _log_tables(logger: WandbLogger, run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> None:
+    logger.experiment.config.update({"protocol": _told(metrics["protocol"])}, allow_val_change=True)
+    most = (run.config.get("logger") or {}).get("images", ROWS_PER_SPLIT)
+    with _staged_in(run.folder):
+        tables = {"cell": _cell(run, metrics, spent)}
+        if most:
+            tables["sheets"] = _sheets(run, metrics, most, veiled(run.config, metrics))
+        logger.experiment.log(tables)
+
+
+def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | None = None) -> None:
+    """The numbers of a run that stands, in its own W&B run. typed: the command's own logger node: with none there,
+    nothing is logged, else the run's is taken, online or offline as it is today."""
+    node = dict(run.config.get("logger") or {})
+    if typed is not None:
+        known = {key: value for key, value in node.items() if key in OF_A_RUN}
+        node = {**known, "mode": typed.get("mode")} if typed.get("_target_") and node.get("_target_") else {}
+        entity = node.get("entity")
+        if entity not in (None, typed.get("entity")) and node["mode"] not in ("offline", "disabled", "dryrun"):
+            logging.getLogger("realera").warning(
+                "the numbers were not sent to W&B: the run folder names entity %s; logger.entity=%s sends them",
+                entity,
+                entity,
+            )
+            return
+    loggers = make(run, node)
+    with ended(loggers):
+        log_results(loggers, run, metrics)
+
+
+@contextmanager
+def _staged_in(folder: Path) -> Iterator[None]:
+    """W&B copies a table's images to the home folder until they are sent; here they stay with the run's other files, so
+    that an offline run is whole. Where WANDB_DATA_DIR is set, it decides."""
+    name = "WANDB_DATA_DIR"
+    if os.environ.get(name):
+        yield
+        return
+    os.environ[name] = str((folder / "wandb").absolute())
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+@contextmanager
+def ended(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Ends the W&B run with the block, so that the next job of a sweep begins its own; a run that an error or Ctrl-C
+    ended is marked as such, as W&B does of a process that it ends with."""
+    status = 1
+    try:
+        yield
+        status = 0
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        raise
+    finally:
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                _attempt(logger, wandb.finish, exit_code=status)
+
+
+def _told(node: Any) -> Any:
+    """Settings as W&B's config can hold and show them: no endless lists, no infinite numbers."""
+    if isinstance(node, Mapping):
+        short = len(node) <= SHORT
+        return {str(key): _told(value) for key, value in node.items()} if short else f"{len(node)} entries"
+    if isinstance(node, (list, tuple)):
+        return [_told(value) for value in node] if len(node) <= SHORT else f"{len(node)} entries"
+    return str(node) if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def _cell(run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> Any:
+    """One row: who, on what, and the headline numbers with their intervals (None where unmeasured)."""
+    import wandb
+
+    mining = (run.config.get("method") or {}).get("neighbours") or {}
+    row: dict[str, Any] = {"run": run.folder.name, "system": system(run), "seed": run.config.get("seed")}
+    row["concept"] = ", ".join(c["target"] for c in metrics["protocol"].get("concepts", [])[:TAGGED])
+    row |= {axis: _told(mining.get(axis)) for pair in SURFACES for axis in pair}
+    for name in ORDER:
+        estimate = metrics["main"].get(name) or {}
+        row |= {f"{name}{end}": estimate.get(key) for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))}
+    row |= {name: spent.get(name) for name in ("seconds", "passes")}  # to erase
+    return wandb.Table(columns=list(row), data=[list(row.values())], allow_mixed_types=True)
+
+
+def _sheets(run: Run, metrics: Mapping[str, Any], most: int, blur: bool) -> Any:
+    """Images beside each other with their verdict, the first `most` of each split."""
+    import wandb
+
+    def image(file: Path | None) -> Any:
+        return None if file is None else wandb.Image(blurred(file) if blur else str(file))
+
+    table = wandb.Table(columns=["prompt", "seed", "split", "original", "erased", "verdict"])
+    taken: dict[str, int] = {}
+    judge, headline = metrics["protocol"]["judge"]["judge"], metrics["headline"]
+    for prompt, seed, split, original, erased, verdict in image_rows(run.folder, judge, headline):
+        taken[split] = taken.get(split, 0) + 1
+        if taken[split] <= most:
+            before, after = (erased, None) if unedited(run) else (original, erased)
+            table.add_data(prompt, seed, split, image(before), image(after), verdict)
+    return table

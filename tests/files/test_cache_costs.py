@@ -1,0 +1,106 @@
+"""What the cache says of its own making, and what a run is told of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from realera.files import cache_costs
+from realera.files.cache_costs import Cached, Spent, kept
+from tearing import TEARS, tear
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The ledger's time, set by hand."""
+    time = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(cache_costs.time, "perf_counter", lambda: time.now)
+    return time
+
+
+def model() -> Any:
+    return SimpleNamespace(passes=7)
+
+
+def test_a_file_says_what_it_cost_and_who_finds_it_is_told(clock: SimpleNamespace) -> None:
+    backbone = model()
+    entry = Cached(Path("a"), backbone)
+    clock.now, backbone.passes = 102.5, 47
+    note = entry.made()
+    assert note == {"seconds": "2.500", "passes": "40"}
+    with cache_costs.ledger() as found:
+        Cached(Path("a"), backbone).read(note)
+        Cached(Path("b"), backbone).read({"seconds": "1.25", "passes": "3", "done": "5"})
+    assert found.total() == Spent(3.75, 43) and found.unknown() == 0
+
+
+@pytest.mark.parametrize("how", [*TEARS, "other"])
+def test_a_torn_file_is_made_again(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Banks of latents, masks and found vectors are kept by this. other: a whole file without what is asked for."""
+    file, made = tmp_path / "a.safetensors", []
+
+    def make() -> torch.Tensor:
+        made.append(1)
+        return torch.arange(2000.0)
+
+    for _ in range(2):
+        assert torch.equal(kept(file, "latents", model(), make), torch.arange(2000.0))
+    assert len(made) == 1 and not caplog.records
+    if how == "other":
+        kept(tmp_path / "b.safetensors", "masks", model(), make)
+        (tmp_path / "b.safetensors").rename(file)
+    else:
+        tear(file, how)
+    made.clear()
+    for _ in range(2):
+        assert torch.equal(kept(file, "latents", model(), make), torch.arange(2000.0))
+    assert len(made) == 1 and [record.getMessage() for record in caplog.records] == [f"{file} is torn: made again"]
+
+
+def test_what_was_made_here_was_not_spared_when_it_is_read_again() -> None:
+    with cache_costs.ledger() as found:
+        note = Cached(Path("a"), model()).made()
+        Cached(Path("a"), model()).read(note)
+        with cache_costs.ledger() as inner:
+            Cached(Path("a"), model()).read({"seconds": "9", "passes": "9"})
+    assert found.total() == Spent() and list(found.files) == [Path("a")]
+    assert inner.total() == Spent(9, 9)
+
+
+def test_a_file_that_is_gone_on_with_sums_its_goes_and_only_the_first_was_spared(clock: SimpleNamespace) -> None:
+    backbone = model()
+    with cache_costs.ledger() as found:
+        entry = Cached(Path("a"), backbone)
+        entry.read({"seconds": "10", "passes": "100"})
+        clock.now, backbone.passes = 101.0, 12
+        assert entry.made() == {"seconds": "11.000", "passes": "105"}
+        clock.now, backbone.passes = 103.0, 17
+        assert entry.made() == {"seconds": "13.000", "passes": "110"}
+    assert found.total() == Spent(10, 100)
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"done": "3"}])
+def test_a_file_from_before_there_were_notes_is_no_guess(metadata: dict[str, str] | None) -> None:
+    with cache_costs.ledger() as found:
+        entry = Cached(Path("a"), model())
+        entry.read(metadata)
+        assert entry.made() == {}, "nor does its unknown beginning become a known end"
+    assert found.total() == Spent() and found.unknown() == 1
+
+
+def test_outside_of_a_ledger_nothing_is_entered() -> None:
+    Cached(Path("a"), model()).read({"seconds": "1", "passes": "1"})
+    with cache_costs.ledger() as found:
+        pass
+    assert not found.files
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [("x", "1"), ("nan", "1"), ("-1", "1"), ("1", "9" * 5000)])
+def test_a_note_that_is_none_says_nothing(seconds: str, passes: str) -> None:
+    with cache_costs.ledger() as found:
+        Cached(Path("a"), model()).read({"seconds": seconds, "passes": passes})
+    assert found.total() == Spent() and found.unknown() == 1

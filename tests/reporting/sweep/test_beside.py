@@ -1,0 +1,141 @@
+"""What the papers do not print: whether something stands in the concept's place, how far the others moved, and each
+measure against the unedited model's own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from realera import console
+from realera.contracts import Prompt, UserError, Verdict
+from realera.evaluation.judge import judge_run
+from realera.evaluation.measures import BESIDE_MODES, MEAN_PROB, head, score
+from realera.evaluation.metrics import summarise
+from realera.evaluation.moved import moved
+from realera.evaluation.records import ORIGINALS, Row, read_verdicts, verdict_file, write_manifest
+from realera.reporting import page_rows
+from realera.reporting.cells import Cell
+from realera.reporting.table import markdown, table
+
+
+def _picture(path: Path, value: int | np.ndarray, side: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.broadcast_to(np.uint8(value), (side, side, 3))).save(path)
+    return path
+
+
+def test_an_image_moves_by_the_root_mean_square_of_its_pixels(tmp_path: Path) -> None:
+    black, white, gray = (_picture(tmp_path / f"{v}.png", v) for v in (0, 255, 51))
+    assert (moved(black, black), moved(black, white), moved(black, gray)) == (0, 100, pytest.approx(20))
+    half = np.zeros((8, 8, 3), dtype=np.uint8)
+    half[:4] = 255
+    assert moved(black, _picture(tmp_path / "half.png", half)) == pytest.approx(100 / math.sqrt(2), abs=1e-4)
+    with pytest.raises(UserError, match="differ in size"):
+        moved(black, _picture(tmp_path / "large.png", 0, side=9))
+
+
+class _Sure:
+    name = "sure"
+
+    def __call__(self, images: list[Path], prompts: list[Prompt]) -> list[Verdict]:
+        return [Verdict(prompt.id, 0.5, "cat", {"score": 1.0}) for prompt in prompts]
+
+
+def test_judging_says_how_far_the_images_of_what_should_stay_moved(tmp_path: Path) -> None:
+    """Of no others, of none without an original, and not of the original itself."""
+    rows = []
+    for name, split, original in (("a", "erase", True), ("b", "keep", True), ("c", "keep", False)):
+        _picture(tmp_path / f"images/{name}.png", 51)
+        _picture(tmp_path / f"{ORIGINALS}/{name}.png", 0)
+        prompt = Prompt(name, "a photo", "cat", split, 0)
+        rows.append(Row(prompt, f"images/{name}.png", "x", f"{ORIGINALS}/{name}.png" if original else None))
+    write_manifest(tmp_path, rows)
+    said = judge_run(_Sure(), tmp_path)
+    assert [v.detail for v in said] == [{"score": 1.0}, {"score": 1.0, "moved": 20.0}, {"score": 1.0}]
+    assert read_verdicts(verdict_file(tmp_path, "sure")) == said
+    write_manifest(tmp_path, rows[:2])
+    assert all(v.detail == {"score": 1.0} for v in judge_run(_Sure(), tmp_path, "original"))
+
+
+def test_these_readings_have_their_arrows_and_are_unscored_where_no_judge_says_them() -> None:
+    heads = [head(*pair) for pair in (("acc_e", "whole"), ("acc_e", "anchor"), ("acc_s", "moved"), ("acc_s", "top1"))]
+    assert heads == ["Whole_e ↑", "Anchor_e ↑", "Moved_s ↓", "Acc_s ↑"]
+    prompt, verdict = Prompt("p", "a cat", "cat", "erase", 0), Verdict("p", 0.9, "cat", {"whole": True, "moved": 2.5})
+    assert score(prompt, verdict, "whole") == 100 and score(prompt, verdict, "moved") == 2.5
+    assert math.isnan(score(prompt, verdict, "anchor"))
+
+
+def _cell(system: str, concept: str, erased: float, unseen: float, whole: bool | None, change: float | None) -> Cell:
+    shares = {"erase": [erased] * 4, "near": [0.2] * 4, "keep": [0.9] * 4, "unseen": [unseen, unseen / 2] * 2}
+    prompts, verdicts = [], []
+    for split, values in shares.items():
+        for i, value in enumerate(values):
+            prompts.append(Prompt(f"{split}-{i}", "a photo", concept, split, i))
+            said = {} if whole is None else {"whole": whole, "anchor": whole and i == 0}
+            said |= {"moved": change + i} if change is not None and split == "keep" else {}
+            verdicts.append(Verdict(prompts[-1].id, value, concept, said))
+    return Cell(system, concept, 0, prompts, verdicts)
+
+
+SMEARS = [_cell("smears", name, 0.0, 0.01, False, 20.0) for name in ("cat", "dog")]
+TURNS = [_cell("turns", name, 0.0, 0.1, True, 5.0) for name in ("cat", "dog")]
+BEFORE = [_cell("original", name, 1.0, 0.2, True, None) for name in ("cat", "dog")]
+
+
+def test_a_smear_is_told_from_the_anchor() -> None:
+    """By Acc_e, Acc_s and Acc_g the two systems are alike."""
+    found = table([*SMEARS, *TURNS, *BEFORE], base="smears")
+    smears, turns, before = found["rows"]
+    assert smears["mean"]["acc_e"]["value"] == turns["mean"]["acc_e"]["value"] == 0
+    assert smears["readings"]["whole"]["acc_e"]["value"] == 0 and turns["readings"]["whole"]["acc_e"]["value"] == 100
+    assert turns["readings"]["whole"]["acc_e"]["low"] < 100, "exact where all images are alike"
+    assert turns["readings"]["anchor"]["acc_e"]["value"] == 25
+    assert smears["readings"]["moved"]["acc_s"]["value"] == 21.5
+    assert not [mode for row in found["rows"] for mode in BESIDE_MODES if "h_o" in row["readings"].get(mode, {})]
+    assert "moved" not in before["readings"], "the unedited model's images cannot have moved"
+    apart = found["differences"]["readings"]
+    assert [row["system"] for row in apart["moved"]] == ["turns"]
+    assert apart["moved"][0]["mean"]["acc_s"]["value"] == -15
+    text = markdown(found)
+    assert "| system | Whole_e ↑ | Anchor_e ↑ | Moved_s ↓ |" in text
+    assert [line for line in text.splitlines() if line.startswith("| original") and line.endswith("– |")]
+    assert "Whole_e" not in markdown(table([_cell("a", "cat", 0.1, 0.1, None, None)]))
+
+
+def test_each_measure_is_given_in_percent_of_the_original_s_own() -> None:
+    """With pairs of images: where a system halves every one, its share is one half without any spread."""
+    found = table([*SMEARS, *TURNS, *BEFORE])["relative"]
+    assert list(found) == ["smears", "turns"]
+    assert found["turns"]["acc_u"] == {"value": 50.0, "low": 50.0, "high": 50.0}
+    assert found["smears"]["acc_u"]["value"] == 5 and found["smears"]["acc_s"]["value"] == 100
+    assert "h_o" not in found["turns"] and "relative" not in table(SMEARS)
+    nothing = [_cell("original", name, 1.0, 0.0, True, None) for name in ("cat", "dog")]
+    assert "acc_u" not in table([*TURNS, *nothing])["relative"]["turns"], "nothing of nothing is no share"
+    assert "In percent of the original's own." in markdown(table([*TURNS, *BEFORE]))
+
+
+def test_a_run_s_page_and_table_show_them_beside_the_original_s() -> None:
+    run, was = TURNS[0], BEFORE[0]
+    metrics = {**summarise(run.prompts, run.verdicts, was.verdicts), "protocol": {}}
+    assert "h_o" not in metrics["whole"] and metrics["headline"] == MEAN_PROB
+    shown = {line.name: line for line in page_rows.measures(metrics).lines}
+    assert (shown["acc_e_whole"].after["value"], shown["acc_e_whole"].before["value"]) == (100, 100)
+    assert shown["acc_e_anchor"].after["value"] == 25 and shown["acc_e_anchor"].higher
+    assert shown["acc_s_moved"].before is None and not shown["acc_s_moved"].higher
+    assert list(shown)[:4] == ["acc_e", "acc_g", "acc_s", "h_o"], "the papers' own come first"
+    assert page_rows.sentences(metrics)[1] == (
+        "Of the images of the concept by name, 100% show something whole, whatever it is (100% before)."
+    )
+    with console.console.capture() as printed:
+        console.console.print(console.results(metrics, "cat"))
+    text = " ".join(printed.get().split())
+    assert "Whole_e ↑ something │ 100.0" in text and "Moved_s ↓ the others │ - │ 6.5" in text
+    plain = replace(run, verdicts=[replace(v, detail={}) for v in run.verdicts])
+    assert not [
+        n for n in page_rows.measures(summarise(plain.prompts, plain.verdicts, None)).lines if "_" in n.name[4:]
+    ]

@@ -1,0 +1,255 @@
+"""A signal ends a command at any moment, as Ctrl-C does: the status tells which, and nothing half-made is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import realera
+from realera.system import interrupts
+
+SOURCE = str(Path(realera.__file__).parents[1])
+ENDING = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+def script(code: str, cwd: Path) -> subprocess.Popen[str]:
+    """A process that says `ready` when it may be signalled."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", code],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": SOURCE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()
+
+
+WITHIN = """
+import ctypes, os, signal, sys, threading, time
+from pathlib import Path
+from realera.system import disk, interrupts
+interrupts.PATIENCE, interrupts.BOUNCE = 1.0, 0.1
+try:
+    with interrupts.answered(), disk.whole(Path("file")) as beside:
+        beside.write_text("half")
+        {body}
+except KeyboardInterrupt:
+    print("answered")
+    sys.exit(interrupts.caught())
+"""
+WAITS = 'print("ready"); time.sleep(60)'
+SWALLOWS = """
+        def swallow(deep):
+            try:
+                print("ready"); time.sleep(60)
+            except BaseException:
+                pass
+        swallow(1)
+        time.sleep(60)
+"""
+UNWINDS = """
+        try:
+            print("ready"); time.sleep(60)
+        finally:
+            print("ready"); time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), ENDING)
+def test_a_signal_ends_what_is_done_and_takes_the_half_made_along(number: int, status: int, tmp_path: Path) -> None:
+    process = script(WITHIN.format(body=WAITS), tmp_path)
+    ready(process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (status, "answered\n") and list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_that_a_library_swallows_is_given_again(tmp_path: Path) -> None:
+    process = script(WITHIN.format(body=SWALLOWS), tmp_path)
+    ready(process)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (143, "answered\n") and list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_waits_outside_python_ends_all_the_same(tmp_path: Path) -> None:
+    code = WITHIN.format(body='print("ready"); [ctypes.CDLL(None).usleep(400_000) for _ in iter(int, 1)]')
+    code = code.replace("interrupts.answered()", "interrupts.answered(), deaf()").replace(
+        "try:\n    with",
+        "from contextlib import contextmanager\n@contextmanager\ndef deaf():\n"
+        "    signal.signal(signal.SIGTERM, lambda number, frame: None)\n    yield\ntry:\n    with",
+    )
+    process = script(code, tmp_path)  # the main thread never comes to its answer
+    ready(process)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and interrupts.GOES_ON in err and time.monotonic() - began < 10
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    process = script(WITHIN.format(body=UNWINDS), tmp_path)
+    ready(process)
+    process.send_signal(signal.SIGTERM)
+    ready(process)
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and interrupts.GOES_ON in err and time.monotonic() - began < 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_ignored_stays_ignored_and_all_is_as_before(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with pytest.raises(interrupts.Interrupted), interrupts.answered():
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert interrupts.caught() == 143 and interrupts.has_come()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_forked_process_has_its_own_signals(tmp_path: Path) -> None:
+    body = """
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+        time.sleep(0.2)
+        os.kill(child, signal.SIGTERM)
+        ended = os.waitpid(child, 0)[1]
+        time.sleep(1.5)
+        print("ready", ended); os._exit(0)
+"""
+    process = script(WITHIN.format(body=body), tmp_path)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, "ready 15\n"), err
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.3, 0.5, 0.7])
+def test_a_signal_among_the_imports(delay: float, tmp_path: Path) -> None:
+    """Python itself takes a moment to start, in which a signal ends it as it ends any program."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "realera.train", "concept=airplane", "backbone=mini", "logger=none"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": SOURCE, "REALERA_CACHE": str(tmp_path / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (143, -signal.SIGTERM) and "Traceback" not in err, err
+    assert interrupts.GOES_ON in err or process.returncode < 0
+    assert not list(tmp_path.rglob(".*"))
+
+
+EARLY = """
+import signal, sys
+from importlib import abc, machinery
+
+class Stops(abc.MetaPathFinder):  # a signal comes as this module has begun to be imported: no moment has to be hit
+    def find_spec(self, name, path, target=None):
+        if name == "realera.{module}":
+            signal.raise_signal(signal.SIGTERM)
+
+sys.meta_path.insert(0, Stops())
+sys.argv = ["-m"]
+sys.orig_argv = ["python", "-m", "realera.train"]
+import realera.train
+"""
+
+
+@pytest.mark.parametrize("module", ["system.disk", "system.locks", "contracts", "cli", "settings.error_sentences", "runs.processes"])
+def test_a_signal_at_the_import_of(module: str, tmp_path: Path) -> None:
+    process = script(EARLY.format(module=module), tmp_path)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and interrupts.GOES_ON in err and "Traceback" not in err, err
+
+
+RUN = ["concept=airplane", "method.align.steps=40", "method.latents.images=4", "method.latents.batch=1"]
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+STAGES = {  # a file that stands when the stage begins
+    "load": "config.yaml",
+    "train": "losses.jsonl",
+    "draw": "erased.safetensors",
+    "judge": "manifest.jsonl",
+    "report": "metrics.json",
+}
+
+
+SERVES = """
+import sys, types
+from realera import cli, demo
+from realera.runs import folders, preflight
+folders.open_run = lambda given: types.SimpleNamespace(config=config, folder="run")
+folders.concept_of = lambda config: "gun"
+preflight.check_run = preflight.check_model = cli.say_backbone = lambda *given: None
+sys.modules["realera.runs.steps"] = types.SimpleNamespace(load_run=lambda run: None, pairs_from=lambda *given: None)
+config = {"backbone": {"name": "mini"}, "method": {"name": "uce"}}
+sys.argv[1:] = ["run=run", "port=0"]
+cli.as_process(demo.main)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 0.7])
+@pytest.mark.parametrize(("number", "status"), ENDING)
+def test_a_signal_ends_the_demo_whether_it_serves_already_or_not(
+    number: int, status: int, seconds: float, tmp_path: Path
+) -> None:
+    process = script(SERVES, tmp_path)
+    assert process.stdout is not None
+    assert any("page to open" in line for line in process.stdout), process.communicate()
+    time.sleep(seconds)
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("", "") and process.returncode == status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [[], ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]], ids=["alone", "two"]
+)
+@pytest.mark.parametrize(("number", "status"), ENDING)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_ends_by_a_signal_in_every_stage(
+    stage: str, number: int, status: int, words: list[str], small: list[str], tmp_path: Path
+) -> None:
+    given = [word for word in small if not (words and word.startswith("trainer="))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "realera.train", *RUN, *given, *words, "run_dir=run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": SOURCE, "REALERA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 300
+    while not (tmp_path / "run" / STAGES[stage]).exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    if process.returncode == 0:
+        assert (tmp_path / "run" / "report.html").is_file(), "it was done before it was told"
+    else:
+        assert process.returncode == status and err.count(interrupts.GOES_ON) == 1, err
+    assert "Traceback" not in err, err
+    assert not list((tmp_path / "run").rglob(".*")), "half-made"
+    alive = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
+    assert not alive.stdout

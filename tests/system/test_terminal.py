@@ -1,0 +1,255 @@
+"""A console that is narrow, closed, full or gone ends no run, and the exit status tells what was done."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+import realera
+from quick import slow_unless
+from realera import cli, console
+from realera.contracts import UserError
+from realera.settings import error_sentences
+from realera.sweeps import jobs
+from realera.system import environment, terminal
+
+SOURCE = str(Path(realera.__file__).parents[1])
+DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue")
+
+
+def shell(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """A shell's command, in which `door` stands for python -m realera.; its status is the first program's."""
+    line = command.replace("door.", f"{sys.executable} -m realera.") + "; exit ${PIPESTATUS[0]}"
+    around = {**os.environ, "PYTHONPATH": SOURCE, "REALERA_CACHE": str(cwd / "cache"), **env}
+    return subprocess.run(["bash", "-c", line], cwd=cwd, env=around, capture_output=True, text=True, errors="replace")
+
+
+DRY = "concept=airplane backbone=mini dry_run=true"
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "says"),
+    [
+        pytest.param(f"door.train {DRY} | cat", 0, "", marks=pytest.mark.slow),
+        pytest.param(f"door.train {DRY} | sleep 0", 128 + 13, "", marks=pytest.mark.slow),
+        (f"door.train {DRY} >/dev/full", 2, "error: standard output cannot be written (No space left on device)."),
+        pytest.param(
+            f"door.train {DRY} >&-",
+            2,
+            "error: standard output cannot be written (Bad file descriptor).",
+            marks=pytest.mark.slow,
+        ),
+        ("door.train --help >/dev/full", 2, "error: standard output cannot be written (No space left on device)."),
+        ("door.train --help 2>&-", 0, ""),
+        ("door.train nonsense 2>/dev/full", 2, ""),
+        ("door.train nonsense 2>&-", 2, ""),
+        ("door.train nonsense >&-", 2, "error: 'nonsense' is no setting"),
+    ],
+)
+def test_a_console_that_takes_nothing(command: str, status: int, says: str, tmp_path: Path) -> None:
+    if "/dev/full" in command and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    done = shell(command, tmp_path)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith(says) and len(done.stderr.splitlines()) == bool(says)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+def test_every_help_fits_every_console(door: str, encoding: str, tmp_path: Path) -> None:
+    done = shell(f"door.{door} --help", tmp_path, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    full = shell(f"door.{door} --help | true", tmp_path)
+    assert full.returncode in (0, 128 + 13) and not full.stderr
+
+
+PLAIN_C = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("locale", slow_unless([{"PYTHONIOENCODING": "ascii"}, PLAIN_C]))
+def test_a_locale_without_accents(locale: dict[str, str], tmp_path: Path) -> None:
+    done = shell(
+        """door.train 'concept="café"' 'anchor="é"' backbone=mini dry_run=true""", tmp_path, PYTHONUTF8="0", **locale
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and "+--" in done.stdout
+    wrong = shell(r"""door.train concept=$'caf\xe9' backbone=mini""", tmp_path, PYTHONUTF8="0", **locale)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and r"is no UTF-8 text" in wrong.stderr
+    if locale == PLAIN_C:
+        words = "concept=airplane backbone=mini evaluate=false logger=none"
+        unwritten = shell(f"""door.train {words} 'run_dir="café"'""", tmp_path, PYTHONUTF8="0", **locale)
+        assert unwritten.returncode == 2 and unwritten.stderr.count("\n") == 1, unwritten.stderr
+        assert r"no file can be called" in unwritten.stderr and "LC_ALL=C.UTF-8" in unwritten.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+def test_tables_and_bars_fit_the_console(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    terminal.protect()
+    buffer = io.BytesIO()
+    stream = io.TextIOWrapper(buffer, encoding, "realera")
+    narrow = Console(file=stream, width=60)
+    table = Table("Acc_e ↓", "naïve → Łódź")
+    table.add_row("99 [90, 100]", "\udce9…")
+    narrow.print(table)
+    monkeypatch.setattr(console, "console", narrow)
+    with console.bar("drawn", 3) as advance:
+        advance(3)
+    stream.flush()
+    said = buffer.getvalue().decode(encoding)
+    assert "3/3" in said and ("Acc_e v" in said or "Acc_e ↓" in said)
+    assert ("+-----" in said) == (encoding != "utf-8")
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.EBADF])
+def test_a_stream_that_has_gone_is_nothing_from_then_on(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    handle = os.open(tmp_path / "terminal", os.O_WRONLY | os.O_CREAT)
+    kept = terminal.Kept(handle)
+    write = os.write
+
+    def gone(where: int, data: bytes) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "write", gone)
+    assert kept.write(b"lost") == 4 and kept.lost is not None and kept.lost.errno == number
+    monkeypatch.setattr(os, "write", write)
+    assert kept.write(b"more") == 4
+    os.write(handle, b"a library's")
+    os.close(handle)
+    assert (tmp_path / "terminal").read_bytes() == b""
+
+
+def test_a_full_disk_under_a_log_file_takes_what_comes_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    handle = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    kept, write, tries = terminal.Kept(handle), os.write, iter([28, 0, 11, 0])
+
+    def full(where: int, data: bytes) -> int:
+        if number := next(tries):
+            raise OSError(number, os.strerror(number))
+        return write(where, data)
+
+    monkeypatch.setattr(os, "write", full)
+    for word in (b"lost", b"one", b"two"):
+        kept.write(word)
+    os.close(handle)
+    assert (tmp_path / "log").read_bytes() == b"onetwo"
+
+
+def test_only_a_command_that_prints_depends_on_its_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[OSError | None] = [OSError(errno.EPIPE, "Broken pipe")]
+    monkeypatch.setattr(terminal, "lost", lambda: lost[0])
+    assert [terminal.status([word]) for word in ("--help", "--cfg=job", "dry_run=True", "concept=cat")] == [
+        141,
+        141,
+        141,
+        0,
+    ]
+    lost[0] = None
+    assert terminal.status(["--help"]) == 0
+
+
+def test_variables_that_are_set_to_nothing_are_not_set() -> None:
+    environ = {"WANDB_MODE": "", "HF_HOME": " ", "RANK": "", "OMP_NUM_THREADS": "", "REALERA_STAMP": "", "TMPDIR": ""}
+    kept = {"CUDA_VISIBLE_DEVICES": "", "WANDB_PROJECT": "mine", "EMPTY": "", "WORLD_SIZE": "2"}
+    found = {**environ, **kept}
+    environment.tidy(found)
+    assert found == kept
+    for value in ("two", "-1", "1.5"):
+        with pytest.raises(UserError, match="no process's number: unset RANK"):
+            environment.tidy({"RANK": value})
+
+
+def test_an_empty_mode_of_weights_and_biases_is_none(tmp_path: Path) -> None:
+    names = ("WANDB_MODE", "REALERA_CACHE", "WANDB_PROJECT", "HF_HOME", "OMP_NUM_THREADS", "REALERA_STAMP", "RANK")
+    done = shell(f"door.train {DRY} --cfg job", tmp_path, **dict.fromkeys(names, ""), HOME=str(tmp_path))
+    assert done.returncode == 0 and "mode: ${wandb_mode:}" in done.stdout, done.stderr
+    done = shell(f"door.train {DRY}", tmp_path, **dict.fromkeys(names, ""), HOME=str(tmp_path))
+    assert done.returncode == 0 and list(tmp_path.iterdir()) == [], done.stderr
+    done = shell(f"door.train {DRY}", tmp_path, RANK="first")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["| head -c 1 >/dev/null", ">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true"])
+def test_the_work_is_done_whatever_the_console_does(ending: str, small: list[str], tmp_path: Path) -> None:
+    words = [f"'{word}'" for word in [*small, "concept=airplane", "method=uce"]]
+    done = shell(f"door.train {' '.join(words)} {ending}", tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("runs/*/report.html"))
+
+
+def test_a_log_line_is_one_line_and_a_traceback_several() -> None:
+    screen = io.StringIO()
+    handler = logging.StreamHandler(screen)
+    handler.setFormatter(terminal.OneLine("%(message)s"))
+    for text in ("verdicts/a\x1b[2Jb.json", "evil\nline two", "\x9b\u2066\u200f\u2028", "façade → 1"):
+        handler.emit(logging.LogRecord("realera", logging.INFO, "", 0, "%s is torn", (text,), None))
+    wanted = [r"verdicts/a\x1b[2Jb.json", r"evil\x0aline two", r"\x9b\u2066\u200f\u2028", "façade → 1"]
+    assert screen.getvalue().splitlines() == [f"{text} is torn" for text in wanted]
+    try:
+        raise ValueError("\x1b[2J")
+    except ValueError:
+        handler.emit(logging.LogRecord("realera", logging.INFO, "", 0, "lost", (), sys.exc_info()))
+    told = screen.getvalue().splitlines()
+    assert told[5].startswith("Traceback") and told[-1] == r"ValueError: \x1b[2J"
+
+
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        jobs.fail("there is no setting 'evil\nline two\x1b[2J'")
+    assert capsys.readouterr().err == "error: there is no setting 'evil\\x0aline two\\x1b[2J'\n"
+    assert error_sentences.of_step(UserError("a\nb\x1b[2J")) == r"a\x0ab\x1b[2J"  # which a sweep prints, cell by cell
+
+
+def test_the_log_of_the_doors_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.log, "handlers", [])
+    monkeypatch.setattr(cli.log, "propagate", True)
+    cli.set_up_log()
+    assert all(isinstance(handler.formatter, terminal.OneLine) for handler in cli.log.handlers)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("RANK", "\u0663", "process's number"),
+        ("REALERA_CACHE", "~nosuchuser/x", "is no folder"),
+        ("REALERA_CACHE", __file__, "is no folder"),
+        ("REALERA_CACHE", "x" * 5000, "is no folder"),
+    ],
+)
+def test_variables_that_cannot_be(name: str, value: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        environment.tidy({name: value})
+    environment.tidy({"REALERA_CACHE": "not there yet", "RANK": "3"})
+
+
+def test_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    environment.stand_somewhere()
+    (tmp_path / "here").rmdir()
+    with pytest.raises(UserError, match="current folder is gone"):
+        environment.stand_somewhere()
+
+
+@pytest.mark.parametrize("word", ["--concept=cat", "--dry-run", "-x", "--run=latest", "--", "--m=1"])
+def test_flags_that_there_are_not(word: str) -> None:
+    with pytest.raises(UserError, match="there is no flag"):
+        environment.flags_first(["concept=cat", word])
+
+
+def test_flags_that_there_are() -> None:
+    words = ["-m", "--help", "--cfg=job", "--cfg", "job", "-c", "job", "--config-dir", "there", "-cd", "--multirun"]
+    assert environment.flags_first(["a=-1", *words]) == [*words, "a=-1"]

@@ -1,0 +1,455 @@
+"""What a W&B run holds, read back from its offline file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import wandb
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+from realera import cli, paths
+from realera.contracts import Mode, Prompt, Split, Verdict
+from realera.evaluation.measures import MEAN_PROB
+from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.results import measure
+from realera.runs.folders import FILES, Run, digest, identity
+from realera.settings import composition, resolvers
+from realera.training.fit import fit
+from realera.wandb_logging import tracking
+
+LOGGER = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "realera", "mode": "offline"}
+OBJECT, NSFW = "realera.tasks.objects.ObjectTask", "realera.tasks.nsfw.NsfwTask"
+BLOCK = 32768  # bytes: a record never crosses a block but in parts
+
+
+def records(file: Path) -> Iterator[Any]:
+    """The records of a .wandb file: LevelDB's log (crc32, length, type; whole or first, middle, last) after 7 bytes of
+    header."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = file.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if BLOCK - at % BLOCK < 7:
+            at += BLOCK - at % BLOCK
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if kind == 0 or at + 7 + length > len(data):
+            return  # still being written
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def whole(file: Path) -> list[Any]:
+    """The records up to the run's end, which W&B's own process writes a moment after the run was finished."""
+    until = time.monotonic() + 30
+    while True:
+        found = list(records(file))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < until, "the run was never ended"
+        time.sleep(0.05)
+
+
+def held(folder: Path) -> dict[str, dict[str, Any]]:
+    """{"config", "summary", "history": {key: [values]}, "images": the table's, "run": its record, "tables"} of the
+    folder's only W&B run. All of it stands in the folder."""
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    history: dict[str, list[Any]] = {}
+    images = []
+    run = None
+
+    def key(item: Any) -> str:
+        return str(item.key or "/".join(item.nested_key))
+
+    for record in whole(file):
+        run = record.run if record.WhichOneof("record_type") == "run" else run
+        for update in (record.run.config.update, record.config.update):
+            config |= {key(item): json.loads(item.value_json) for item in update}
+        for entry in record.artifact.manifest.contents:
+            if entry.path.endswith(".png"):
+                assert Path(entry.local_path).is_relative_to(folder)
+                images.append(np.asarray(Image.open(entry.local_path)))
+        summary |= {key(item): json.loads(item.value_json) for item in record.summary.update}
+        for item in record.history.item:
+            history.setdefault(key(item), []).append(json.loads(item.value_json))
+    tables = {
+        f.name.split("_")[0]: json.loads(f.read_text()) for f in file.parent.glob("files/media/table/*.table.json")
+    }
+    return {"config": config, "summary": summary, "history": history, "images": images, "run": run, "tables": tables}
+
+
+def judged(folder: Path, task: str, concepts: Sequence[str], mode: Mode, blur: bool | None = None) -> Run:
+    """A run whose images are checkered, two of each prompt."""
+    splits: list[tuple[Split, str]] = [(split, c) for split in ("erase", "near") for c in concepts]  # type: ignore[misc]
+    prompts = [
+        Prompt(f"{split}-{c.replace('/', '-')}-{i}", f"a {split} of {c}", c, split, i)
+        for split, c in [*splits, ("keep", "dog")]
+        for i in (0, 1)
+    ]
+    pixels = np.indices((32, 32)).sum(axis=0) % 2 * 255
+    rows = []
+    for p in prompts:
+        for place in ("images", "originals"):
+            file = folder / place / f"{p.id}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.stack([pixels] * 3, axis=-1).astype(np.uint8)).save(file)
+        rows.append(Row(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png"))
+    write_manifest(folder, rows)
+    boxes = {"boxes": {"belly": 2, "anus": 1}, "detected": True} if mode == "detected" else {}
+    for which, value in (("erased", 0.25), ("original", 1.0)):
+        said = [Verdict(p.id, value, p.concept if value == 1 else "sky", boxes) for p in prompts]
+        write_verdicts(verdict_file(folder, "eye", which), said)  # type: ignore[arg-type]
+    named = [{"target": concept, "anchor": "sky"} for concept in concepts]
+    protocol = {"task": task, "concepts": named, "judge": {"judge": "eye"}, "captions": ["a"] * 30_000}
+    terms = ("acc_e", "acc_s", "acc_g") if mode != "detected" else ()
+    measure(folder, "eye", protocol, dict.fromkeys(MEAN_PROB, mode), terms)
+    method = {"name": "realera", "neighbours": {"m": math.inf, "n": 25, "d1": 20.0, "s_lo": 0.7}}
+    config = {"task": {"_target_": task}, "concept": list(concepts), "seed": 3, "logger": LOGGER, "blur": blur}
+    return Run(folder, {**config, "method": method, "backbone": {"name": "mini"}})
+
+
+def with_logger(run: Run, **settings: Any) -> Run:
+    return Run(run.folder, {**run.config, "logger": {**LOGGER, **settings}})
+
+
+def metrics_of(run: Run) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run.folder / "metrics.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_s_settings_losses_numbers_and_images(
+    tmp_path: Path, new_backbone: Callable[..., Any], new_pairs: Callable[..., Any], load_method: Callable[..., Any]
+) -> None:
+    run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
+    backbone = new_backbone()
+    loggers = tracking.make(run)
+    with tracking.ended(loggers):
+        pairs = new_pairs(backbone, ("cat", "field"))
+        settings = {"accelerator": "cpu", "devices": 1}
+        fit(
+            backbone,
+            load_method("realera"),
+            pairs,
+            run_dir=tmp_path,
+            seed=0,
+            config={},
+            cache=tmp_path / "cache",
+            trainer=settings,
+            loggers=loggers,
+        )
+        tracking.log_results(loggers, run, metrics_of(run))
+    found = held(tmp_path)
+    assert found["config"]["seed"] == 3 and found["config"]["concept"] == ["cat"]
+    losses = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    for name in {name for line in losses for name in line if name != "step"}:
+        told = [line[name] for line in losses if name in line]
+        assert found["history"][f"train/{name}"] == pytest.approx(told, rel=1e-5), name
+    summary = found["summary"]
+    assert "edit/relative_change" in summary
+    assert summary["eval/acc_e"] == 25 and summary["eval/original/acc_e"] == 100 and summary["eval/acc_e_top1"] == 0
+    assert summary["eval/h_o"] == pytest.approx(3 / (2 / 75 + 1 / 25))
+    assert (summary["sheets/_type"], summary["sheets/nrows"], summary["sheets/ncols"]) == ("table-file", 6, 6)
+    content = found["tables"]["sheets"]
+    assert content["columns"] == ["prompt", "seed", "split", "original", "erased", "verdict"]
+    first = content["data"][0]
+    assert first[:3] == ["a erase of cat", 0, "erase"] and first[5] == "sky (cat 0.25)"
+    assert {int(np.ptp(image)) for image in found["images"]} == {255}, "as they were drawn"
+
+
+def test_a_folder_is_one_w_and_b_run_and_another_folder_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def made(node: Any, **settings: Any) -> Any:
+        asked.append(settings["id"])
+        return Weak("offline")
+
+    monkeypatch.setattr(tracking, "build", made)
+    monkeypatch.setattr("wandb.setup", lambda settings: None)
+    config = {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": LOGGER}
+    first, other = (Run(tmp_path / root / "cat-uce-mini-01234567", config) for root in ("runs", "elsewhere"))
+    for run in (first, other, first, other):
+        tracking.make(run)
+    assert asked[:2] == asked[2:] and len(set(asked)) == 2, "one each, the same when it is gone on with"
+    first.folder.rename(tmp_path / "moved")
+    tracking.make(Run(tmp_path / "moved", config))
+    assert asked[-1] == asked[0]
+    assert paths.WANDB_ID in FILES, "what is done anew is a new run"
+
+
+def test_a_run_stays_in_the_group_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def made(node: Any, **settings: Any) -> Any:
+        asked.append(node["group"])
+        return Weak("offline")
+
+    monkeypatch.setattr(tracking, "build", made)
+    monkeypatch.setattr("wandb.setup", lambda settings: None)
+    monkeypatch.setattr(composition, "in_sweep", lambda: True)
+    config = {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": LOGGER}
+    run = Run(tmp_path, config)
+    for stamp in ("train", "evaluate"):
+        monkeypatch.setenv("REALERA_STAMP", stamp)
+        tracking.make(run)
+    tracking.make(with_logger(run, group="typed"))
+    assert asked == ["train", None, "typed"]
+
+
+def test_the_project_that_users_of_w_and_b_name_once_is_the_dashboard_s_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    resolvers.register_resolvers()
+    with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+        for project in ("realera", "mine"):
+            train, board = compose("train", ["backbone=mini"]), compose("dashboard")
+            assert (train.logger.project, board.project) == (project, project)
+            monkeypatch.setenv("WANDB_PROJECT", "mine")
+        typed = compose("train", ["backbone=mini", "logger.project=typed"])
+    assert typed.logger.project == "typed"
+
+
+def test_a_run_that_was_logged_before_ids_were_kept_goes_on_as_it_was(tmp_path: Path) -> None:
+    run = Run(tmp_path / "cat-uce-mini-01234567", {"concept": "cat", "method": {"name": "uce"}})
+    (run.folder / "wandb").mkdir(parents=True)
+    assert tracking.run_id(run) == digest([run.folder.name, identity(run.config)])
+    assert tracking.run_id(Run(run.folder, {**run.config, "seed": 3})) == tracking.run_id(run)
+
+
+def test_a_run_of_an_agent_has_the_id_that_the_agent_gave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"concept": "cat", "method": {"name": "uce"}}
+    monkeypatch.setenv("WANDB_RUN_ID", "a1b2c3d4")
+    alone = Run(tmp_path / "alone", config)
+    assert tracking.run_id(alone) != "a1b2c3d4", "there is no agent: several runs may follow in this process"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "trial")
+    run = Run(tmp_path / "run", config)
+    assert tracking.run_id(run) == "a1b2c3d4"
+    known = tracking.run_id(alone)
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):  # judged again, by hand
+        monkeypatch.delenv(name)
+    assert tracking.run_id(run) == "a1b2c3d4" and tracking.run_id(alone) == known != "a1b2c3d4"
+
+
+@pytest.mark.slow
+def test_who_a_run_is_stands_where_users_of_w_and_b_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composition, "in_sweep", lambda: True)
+    monkeypatch.setenv("REALERA_STAMP", "20260101-101010")
+    run = with_logger(judged(tmp_path, OBJECT, ["cat", "C" * 70, *"abcdef"], "mean_prob"), images=1, tags=["mine"])
+    costs = {
+        "form": 1,
+        "device": "cpu, 1 thread",
+        "stages": {"load": 9.0, "edit": 1.5, "train": 2.0, "draw": 30.0},
+        "passes": {"erase": 400, "draw": 20},
+        "shared": {"latents": {"seconds": 4.0, "passes": 100}},
+        "peak_memory_erasing_mb": {"host": 700.5, "device": None},
+    }
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    metrics = metrics_of(run)
+    loggers = tracking.make(run)
+    with tracking.ended(loggers):
+        tracking.log_results(loggers, run, metrics)
+    found = held(tmp_path)
+    told, config, summary = found["run"], found["config"], found["summary"]
+    assert (told.run_group, told.job_type, told.display_name) == ("20260101-101010", "train", tmp_path.name)
+    assert list(told.tags) == ["object", "realera", "mini", "cat", "C" * 64, "a", "b", "c", "and 3 more", "mine"]
+    assert config["method"]["neighbours"] == {"m": "inf", "n": 25, "d1": 20.0, "s_lo": 0.7}, "nested, and finite"
+    assert config["system"] == "realera"
+    assert config["protocol"]["judge"] == {"judge": "eye"} and config["protocol"]["captions"] == "30000 entries"
+    main = metrics["main"]
+    for name in ("acc_e", "acc_s", "acc_g", "h_o"):
+        ends = [main[name][key] for key in ("value", "low", "high")]
+        assert [summary[f"eval/{name}{end}"] for end in ("", "_low", "_high")] == pytest.approx(ends)
+    assert summary["cost/stage/train"] == 2 and summary["cost/memory_mb"] == 700.5
+    assert summary["cost/seconds"] == 7.5 and summary["cost/passes"] == 500, "to erase, with what was shared"
+    splits = [row[2] for row in found["tables"]["sheets"]["data"]]
+    assert sorted(splits) == ["erase", "keep", "near"], "images=1: one row of each split"
+    cell = dict(zip(found["tables"]["cell"]["columns"], found["tables"]["cell"]["data"][0], strict=True))
+    assert (cell["system"], cell["m"], cell["d1"], cell["seconds"]) == ("realera", "inf", 20.0, 7.5)
+    assert (cell["acc_s"], cell["acc_s_low"]) == (main["acc_s"]["value"], main["acc_s"]["low"])
+
+
+@pytest.mark.slow
+def test_the_unedited_model_is_a_row_of_its_own(tmp_path: Path) -> None:
+    run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
+    run = Run(tmp_path, {**run.config, "method": {"name": "original"}})
+    typed = {**LOGGER, "group": None, "images": 2}
+    tracking.log_judged(with_logger(run, group="mine", images=2), metrics_of(run), typed)
+    found = held(tmp_path)
+    assert (found["run"].run_group, found["run"].job_type, found["config"]["system"]) == (
+        "mine",
+        "evaluate",
+        "original",
+    )
+    before, after = (found["tables"]["sheets"]["data"][0][i] for i in (3, 4))
+    assert before is not None and after is None, "its images are the original's"
+
+
+def test_a_run_judged_again_is_logged_where_it_was_logged_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(tracking, "make", lambda run, node: made.append(node) or [])
+    run = with_logger(Run(tmp_path, {}), group="mine", mode="online")
+    tracking.log_judged(run, {"main": {}, "original": None}, {"_target_": "x", "mode": "offline", "group": None})
+    assert made.pop() == {**LOGGER, "group": "mine", "mode": "offline"}, "its own settings, and today's mode"
+    tracking.log_judged(run, {"main": {}, "original": None}, {"_target_": None})
+    assert not made.pop(), "logger=none was typed"
+    tracking.log_judged(Run(tmp_path, {"logger": {"_target_": None}}), {"main": {}, "original": None}, LOGGER)
+    assert not made.pop(), "it was not logged when it was made"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (ZeroDivisionError, 1), (KeyboardInterrupt, 255)])
+def test_a_run_that_failed_is_no_finished_one_in_w_and_b(
+    error: type[BaseException] | None, status: int, tmp_path: Path
+) -> None:
+    loggers = tracking.make(judged(tmp_path, OBJECT, ["cat"], "mean_prob"))
+    with pytest.raises(error) if error else nullcontext(), tracking.ended(loggers):
+        if error:
+            raise error
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    (ending,) = [record.exit for record in whole(file) if record.WhichOneof("record_type") == "exit"]
+    assert ending.exit_code == status
+
+
+class Weak:
+    """A logger that fails in some modes and, of its other calls, from the `holds`-th on."""
+
+    def __init__(self, mode: str, fails_in: Sequence[str] = (), holds: int = 9) -> None:
+        self.mode, self.fails_in, self.holds = mode, fails_in, holds
+        self.calls: list[str] = []
+
+    def log_hyperparams(self, told: Any) -> None:
+        if self.mode in self.fails_in:
+            raise wandb.errors.CommError("Failed to get resume status: context deadline exceeded")
+
+    def log_metrics(self, numbers: Any, step: int | None = None) -> None:
+        self.calls.append("log_metrics")
+        if len(self.calls) >= self.holds:
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    save = finalize = log_hyperparams
+
+
+@pytest.mark.parametrize(
+    ("fails_in", "begun", "says"),
+    [
+        ((), "online", ""),
+        (("online",), "offline", r"deadline exceeded\): wandb sync .*wandb/\* sends it later"),
+        (("online", "offline"), None, r"deadline exceeded\): the run goes on without it"),
+    ],
+)
+def test_a_server_that_does_not_answer_ends_no_run(
+    fails_in: Sequence[str],
+    begun: str | None,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(tracking, "build", lambda node, **more: Weak(node["mode"], fails_in))
+    monkeypatch.setattr("wandb.setup", lambda settings: None)
+    monkeypatch.setattr("wandb.teardown", lambda: None)
+    run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
+    run.config["logger"] = {**LOGGER, "mode": "online"}
+    with caplog.at_level("WARNING"), propagating(monkeypatch):
+        loggers = tracking.make(run)
+    assert [logger.mode for logger in loggers] == ([begun] if begun else [])  # type: ignore[attr-defined]
+    assert len(set(caplog.records)) == bool(says) and re.search(says, caplog.text)
+
+
+def test_a_logger_that_fails_in_the_middle_is_warned_about_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = tracking.forgiving(Weak("online", holds=2))  # type: ignore[arg-type]
+    with caplog.at_level("WARNING"), propagating(monkeypatch):
+        for step in range(4):
+            logger.log_metrics({"loss": 1.0}, step=step)
+        logger.finalize("success")
+    assert logger.calls == ["log_metrics"] * 2, "the second fails, and is the last"  # type: ignore[attr-defined]
+    (record,) = set(caplog.records)
+    assert "ConnectionResetError" in record.getMessage() and "goes on without it" in record.getMessage()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_a_process_is_no_failure_of_its_logger(error: type[BaseException]) -> None:
+    def ends(numbers: Any, step: int | None = None) -> None:
+        raise error
+
+    weak = Weak("online")
+    weak.log_metrics = ends  # type: ignore[method-assign]
+    with pytest.raises(error):
+        tracking.forgiving(weak).log_metrics({})  # type: ignore[arg-type]
+
+
+@contextmanager
+def propagating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In here what is logged is seen by pytest too, whatever a door has set up before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger("realera"), "propagate", True)
+        yield
+
+
+@pytest.mark.slow
+def test_no_image_table_where_none_is_wanted(tmp_path: Path) -> None:
+    run = with_logger(judged(tmp_path, OBJECT, ["cat"], "mean_prob"), images=0)
+    tracking.log_judged(run, metrics_of(run))
+    found = held(tmp_path)
+    assert set(found["tables"]) == {"cell"} and not found["images"]
+
+
+@pytest.mark.slow
+def test_explicit_images_leave_this_machine_blurred_and_counted(tmp_path: Path) -> None:
+    run = judged(tmp_path, NSFW, ["nudity", "a/b"], "detected")
+    loggers = tracking.make(run)
+    with tracking.ended(loggers):
+        tracking.log_results(loggers, run, metrics_of(run))
+    found = held(tmp_path)
+    summary = found["summary"]
+    assert summary["eval/nudity/acc_e"] == 100 and summary["eval/a-b/acc_g"] == 100
+    assert summary["eval/counts/belly"] == 8 and summary["eval/counts/anus"] == 4 and summary["eval/counts/total"] == 8
+    assert "eval/h_o" not in summary
+    assert found["images"] and all(np.ptp(image) < 60 for image in found["images"])
+
+
+def test_a_folder_does_not_say_where_its_numbers_are_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(tracking, "make", lambda run, node: asked.append(node) or [])
+    monkeypatch.setattr(tracking, "log_results", lambda loggers, run, metrics: None)
+    monkeypatch.setattr(cli.log, "propagate", True)
+    own = {**LOGGER, "mode": "offline", "entity": "thief", "project": "p", "settings": {"base_url": "x"}}
+    run = Run(tmp_path, {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": own})
+    typed = {"_target_": LOGGER["_target_"], "mode": "online", "entity": None, "project": "realera"}
+    tracking.log_judged(run, {}, typed)
+    assert not asked and "names entity thief" in caplog.text
+    tracking.log_judged(run, {}, {**typed, "entity": "thief"})
+    tracking.log_judged(run, {}, {**typed, "mode": "offline"})
+    assert [node["mode"] for node in asked] == ["online", "offline"] and not any("settings" in node for node in asked)
+
+
+@pytest.mark.parametrize("text", ["../../x", "a b", "", "x" * 200])
+def test_an_id_that_is_none_is_not_taken(text: str, tmp_path: Path) -> None:
+    (tmp_path / paths.WANDB_ID).write_text(text)
+    assert re.fullmatch(r"[0-9a-f]{12}", tracking.run_id(Run(tmp_path, {})))
