@@ -183,7 +183,8 @@ def test_a_damaged_folder_is_refused_by_the_files_name(kind: str, copy: Path) ->
 def test_none_of_it_needs_torch(tiny_sd: Path, tmp_path: Path) -> None:
     """All kinds in one process that has no torch."""
     script = (
-        "import sys; from pathlib import Path; from realera.runs import preflight; from realera.contracts import UserError\n"
+        "import sys; from pathlib import Path; from realera.runs import preflight\n"
+        "from realera.contracts import UserError\n"
         "for copy in sys.argv[1:]:\n"
         "    try: preflight.check_model({'pretrained': copy})\n"
         "    except UserError: continue\n"

@@ -177,7 +177,10 @@ import realera.train
 """
 
 
-@pytest.mark.parametrize("module", ["system.disk", "system.locks", "contracts", "cli", "settings.error_sentences", "runs.processes"])
+EARLY_MODULES = ["system.disk", "system.locks", "contracts", "cli", "settings.error_sentences", "runs.processes"]
+
+
+@pytest.mark.parametrize("module", EARLY_MODULES)
 def test_a_signal_at_the_import_of(module: str, tmp_path: Path) -> None:
     process = script(EARLY.format(module=module), tmp_path)
     _, err = process.communicate(timeout=30)
