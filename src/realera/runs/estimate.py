@@ -7,8 +7,6 @@ else passes of the U-Net are counted and multiplied by what a pass takes (`PASS`
 
 from __future__ import annotations
 
-from realera.files import plain_data
-from realera.system import disk
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from realera import console, costs, paths
-from realera.system import devices
-from realera.runs import folders
 from realera.contracts import Concept, Sampler, Task, UserError
-from realera.settings.instantiate import build, locate
+from realera.files import plain_data
+from realera.runs import folders
 from realera.runs.folders import Run, digest
+from realera.settings.instantiate import build, locate
+from realera.system import devices, disk
 
 # Seconds of one pass (one image, one timestep) of a U-Net in float32, and where the figure comes from.
 PASS: Mapping[tuple[str, str], tuple[float, str]] = {

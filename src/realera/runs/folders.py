@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from realera.system import disk
 import hashlib
 import json
 import os
@@ -16,16 +15,12 @@ from typing import Any
 import yaml
 
 from realera import __version__, costs, paths
-from realera.system import disk
-from realera.files import plain_data
-from realera.system import locks
-from realera.runs import repairs
-from realera.settings import schema
-from realera.files import checksums
-from realera.files import json_shapes
-from realera.runs import trust
 from realera.backbones import folder as checkpoint
 from realera.contracts import UserError
+from realera.files import checksums, json_shapes, plain_data
+from realera.runs import repairs, trust
+from realera.settings import schema
+from realera.system import disk, locks
 from realera.tasks.prompts import slug
 
 ROOT = Path("runs")  # unless `root` says otherwise

@@ -15,15 +15,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from realera.mining import band
-from realera.system import devices
-from realera.backbones import hub
 from realera import setting_types
-from realera.files import checksums
-from realera.backbones import folder, vocabulary
+from realera.backbones import folder, hub, vocabulary
 from realera.contracts import NamedPrompt, Task, UserError
+from realera.files import checksums
+from realera.mining import band
 from realera.paths import ERASED, MINIATURE, dir_of
 from realera.runs.folders import Run
+from realera.system import devices
 
 log = logging.getLogger("realera")
 ACTING = ("edit", "align", "guide")  # a method needs one of them: `finish` only completes their work

@@ -21,12 +21,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from realera.system import disk
-from realera.system import interrupts
 from realera.contracts import UserError
-from realera.setting_types import typed_devices
-from realera.system.ranks import ALONE, Ranks, patient_group
 from realera.runs.folders import Run, difference, identity
+from realera.setting_types import typed_devices
+from realera.system import disk, interrupts
+from realera.system.ranks import ALONE, Ranks, patient_group
 
 PATIENCE = 20.0  # seconds that a process is given to notice by itself that another has ended
 LEAST = 4  # processes on the CPU that any machine may be asked for

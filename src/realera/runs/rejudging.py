@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from realera.settings import composition
 from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from realera.runs import preflight
-from realera.runs import folders
-from realera.runs import trust
 from realera.contracts import UserError
+from realera.runs import folders, preflight, trust
 from realera.runs.folders import Run
+from realera.settings import composition
 
 ORIGINAL = "original"  # in place of a run's name
 OF_THE_RUN = ("task", "backbone", "concept", "concepts_file", "anchor", "seed", "root", "run_dir", "images_at_once")

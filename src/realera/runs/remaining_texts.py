@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from realera.files import plain_data
-from realera.system import disk
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from realera import console, paths
-from realera.runs import steps
 from realera.contracts import Backbone, Guide, Judge, Pair, Prompt, Task
 from realera.evaluation.records import Which, read_manifest
+from realera.files import plain_data
 from realera.methods import nearness
 from realera.methods.functional import FunctionalMining, measured
+from realera.runs import steps
 from realera.runs.folders import Run
+from realera.system import disk
 from realera.tasks.prompts import slug
 from realera.training.pairs import encoded_pairs
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from realera import paths
-from realera.files import checksums
 from realera.contracts import UserError
 from realera.evaluation import results
+from realera.files import checksums
 
 
 def is_whole(folder: Path, evaluated: bool) -> bool:

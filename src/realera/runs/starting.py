@@ -8,13 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from realera import paths
-from realera.settings import error_sentences
-from realera.runs import compatibility
-from realera.runs import preflight
-from realera.runs import folders
-from realera.runs import trust
-from realera.settings.instantiate import build
+from realera.runs import compatibility, folders, preflight, trust
 from realera.runs.folders import Run
+from realera.settings import error_sentences
+from realera.settings.instantiate import build
 
 
 def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:

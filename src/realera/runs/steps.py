@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from realera import costs, paths
-from realera.runs import prompt_lengths
-from realera.runs import folders
-from realera.files import checksums
 from realera.console import bar
 from realera.contracts import Backbone, Guide, Judge, Method, Mode, Prompt, SetJudge, Task, UserError
 from realera.costs import ORIGINALS, Meter
@@ -24,10 +21,12 @@ from realera.evaluation.judge import judge_run
 from realera.evaluation.measures import MEASURES
 from realera.evaluation.records import Row, Which, read_manifest, write_manifest
 from realera.evaluation.results import measure, measure_set, numbers_of
+from realera.files import checksums
 from realera.judges.other_interpreter import placed
+from realera.runs import folders, prompt_lengths
+from realera.runs.folders import Run
 from realera.settings.instantiate import build
 from realera.system.ranks import ALONE, Ranks
-from realera.runs.folders import Run
 from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
 from realera.training.module import trains
@@ -147,7 +146,9 @@ def draw_original(
 def draw_missing(run: Run, task: Task, original: bool, ranks: Ranks, meter: Meter) -> dict[str, Any]:
     """Draws what does not stand of a run's images, or of the unedited model's; `drawn_by`."""
     if ranks.first:
-        prompt_lengths.warn((prompt.text for prompt in task.eval_prompts()), run.config["backbone"], "evaluation prompts")
+        prompt_lengths.warn(
+            (prompt.text for prompt in task.eval_prompts()), run.config["backbone"], "evaluation prompts"
+        )
     backbone = load_backbone(run.config, meter) if original else load_run(run, meter)
     (draw_original if original else draw)(backbone, task.eval_prompts(), run.folder, run.config, ranks, meter)
     return drawn_by(backbone)

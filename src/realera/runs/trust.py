@@ -21,11 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from realera import paths
-from realera.files import plain_data
-from realera.settings import instantiate
-from realera.files import checksums
-from realera.files import json_shapes
 from realera.contracts import UserError
+from realera.files import checksums, json_shapes, plain_data
+from realera.settings import instantiate
 
 log = logging.getLogger(__name__)
 
