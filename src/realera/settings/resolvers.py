@@ -72,8 +72,10 @@ def by_task(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
 
 
 def by_space(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
-    """`${by_space:{default:25,value:100}}`: the entry of the space in which neighbours are mined, else `default`."""
-    return table.get(str(OmegaConf.select(_root_, "method.neighbours.space")), table["default"])
+    """`${by_space:{default:25,value:100}}`: the entry of the space in which neighbours are mined, else `default`. Where
+    none are mined it is the closed form's space."""
+    spaces = (OmegaConf.select(_root_, f"method.{part}.space") for part in ("neighbours", "edit"))
+    return table.get(str(next((space for space in spaces if space), None)), table["default"])
 
 
 def wandb_mode() -> str:
