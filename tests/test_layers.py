@@ -17,7 +17,8 @@ MATHEMATICS = {"closed_form", "value_space", "mining"}
 FOUNDATION = BASE | {"system", "files"}
 # What each part of realera may import besides itself: a part comes after all that it may import, so there is no circle.
 MAY = {
-    "__init__": {"system"},
+    "__init__": {"system", "contracts", "api"},  # the last two when they are asked for
+    "callable_module": set[str](),
     "__main__": set[str](),
     "setting_types": set[str](),
     "contracts": {"setting_types"},
@@ -25,11 +26,11 @@ MAY = {
     "system": BASE,
     "files": BASE | {"system"},
     **dict.fromkeys(MATHEMATICS, BASE),
-    "tasks": FOUNDATION,
+    "tasks": FOUNDATION | {"callable_module"},
     "settings": FOUNDATION | {"tasks"},
     "costs": FOUNDATION,
     "backbones": FOUNDATION,
-    "methods": FOUNDATION | MATHEMATICS,  # not judges: a method cannot see its judge
+    "methods": FOUNDATION | MATHEMATICS | {"callable_module"},  # not judges: a method cannot see its judge
     "judges": FOUNDATION | {"settings"},
     "training": FOUNDATION | {"closed_form", "costs", "settings"},
     "evaluation": FOUNDATION,  # not methods: ours and a rival's images are judged alike
@@ -41,6 +42,7 @@ MAY["runs"] = set(MAY) - {"__init__", "__main__", "miniature", "reporting"}
 MAY["sweeps"] = MAY["runs"] | {"runs", "reporting"}
 MAY["wandb_logging"] = MAY["sweeps"] | {"sweeps"}
 MAY["cli"] = MAY["sweeps"] | {"sweeps"}
+MAY["api"] = MAY["runs"] | {"runs", "reporting"}
 MAY |= dict.fromkeys(COMMANDS, MAY["wandb_logging"] | {"wandb_logging", "cli"})
 WORKSHOP = "miniature"
 HYDRA = {"settings", "runs", "sweeps", "wandb_logging", "cli"} | COMMANDS
@@ -50,7 +52,7 @@ LIBRARIES = {  # where a library may be imported; what makes the miniature is fr
     "lightning": {"training", "wandb_logging"},
     "wandb": {"training", "wandb_logging", "dashboard"},
     "wandb_workspaces": {"dashboard", "wandb_logging"},
-    "diffusers": {"backbones"},
+    "diffusers": {"backbones", "api"},  # there for its types alone
     "peft": {"backbones"},
     "open_clip": {"judges"},
     "nudenet": {"judges"},

@@ -1,14 +1,49 @@
-"""Concept erasure for text-to-image diffusion models. Read contracts.py first; the commands are its doors."""
+"""Concept erasure for text-to-image diffusion models, from Python (`erase`) and as commands (python -m realera)."""
+
+from __future__ import annotations
 
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from realera.api import Erased as Erased
+    from realera.api import Evaluation as Evaluation
+    from realera.api import erase as erase
+    from realera.api import load as load
+    from realera.api import methods as methods
+    from realera.api import miniature_pipeline as miniature_pipeline
+    from realera.api import tasks as tasks
+    from realera.contracts import UserError as UserError
 
 __version__ = "0.1.0"
-DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue")
+COMMANDS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue")
+CALLED = ("evaluate", "methods", "tasks")
+PUBLIC = ("Erased", "Evaluation", "erase", "load", "miniature_pipeline")
+__all__ = ["Erased", "Evaluation", "UserError", "erase", "evaluate", "load", "methods", "miniature_pipeline", "tasks"]
 
 # `python -m realera.train` imports this package first, when argv says -m and no more; realera-train is a script.
-if (sys.argv[:1] == ["-m"] and any(word in sys.orig_argv[1:] for word in (f"realera.{door}" for door in DOORS))) or any(
-    sys.argv[:1] and sys.argv[0].endswith(f"realera-{door}") for door in DOORS
-):
+_by_module = sys.argv[:1] == ["-m"] and any(f"realera.{name}" in sys.orig_argv[1:] for name in COMMANDS)
+if _by_module or any(sys.argv[:1] and sys.argv[0].endswith(f"realera-{name}") for name in COMMANDS):
     from realera.system import interrupts
 
     interrupts.begin()
+
+
+def __getattr__(name: str) -> Any:
+    """The public names are imported when they are first used: `import realera` takes no time."""
+    if name in CALLED:  # a module that can be called, whether it was imported before or not
+        return import_module(f"realera.{name}")
+    if name in PUBLIC:
+        from realera import api
+
+        return getattr(api, name)
+    if name == "UserError":
+        from realera.contracts import UserError
+
+        return UserError
+    raise AttributeError(f"module 'realera' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -38,6 +38,7 @@ from realera.evaluation.measures import (
 )
 from realera.paths import printable
 from realera.reporting import cost_words, residue_words
+from realera.system.terminal import bars_hidden
 
 console = Console()
 STATES = {"done": "done", "found": "found finished", "refused": "refused", "failed": "failed"}  # of a sweep's cells
@@ -59,7 +60,7 @@ def bar(what: str, total: int, rate: str | None = None) -> Iterator[Callable[[in
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=bars_hidden()) as progress:
         task = progress.add_task(_plain(what), total=total)
         yield lambda done: progress.advance(task, done)
 

@@ -7,12 +7,16 @@ from typing import Any
 from omegaconf import DictConfig
 
 from realera import cli, console, costs, paths
+from realera.callable_module import make_callable
 from realera.contracts import Judge, SetJudge, Task, UserError
 from realera.runs import estimate, folders, preflight, processes, rejudging
 from realera.runs.folders import Run
 from realera.settings import composition, resolvers
 from realera.sweeps import jobs
 from realera.system.ranks import Ranks
+
+if __name__ != "__main__":
+    make_callable(__name__)
 
 
 def evaluate(cfg: DictConfig) -> None:

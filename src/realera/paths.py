@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -51,8 +53,23 @@ RESULTS, README = "results.json", "README.md"  # of results=FOLDER
 OF_A_SWEEP = (LISTED, CELLS, PLAN, FAILED, REPORT, TABLES, FIGURES, RESULTS, "multirun.yaml")  # the last is Hydra's
 
 
+_cache: ContextVar[Path | None] = ContextVar("cache", default=None)
+
+
+@contextmanager
+def cache_at(folder: Path) -> Iterator[None]:
+    """In here `folder` is the cache."""
+    token = _cache.set(folder)
+    try:
+        yield
+    finally:
+        _cache.reset(token)
+
+
 def cache_dir() -> Path:
-    """$REALERA_CACHE, else $XDG_CACHE_HOME/realera, else ~/.cache/realera. Not created here."""
+    """`cache_at`'s, else $REALERA_CACHE, else $XDG_CACHE_HOME/realera, else ~/.cache/realera. Not created here."""
+    if (chosen := _cache.get()) is not None:
+        return chosen
     if given := os.environ.get("REALERA_CACHE"):
         return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

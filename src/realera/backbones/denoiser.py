@@ -127,6 +127,10 @@ class Denoiser:
         sizes = [float(height), float(width), 0.0, 0.0, float(height), float(width)]
         return torch.tensor(sizes).expand(len(latents), -1)
 
+    def forget_attention(self) -> None:
+        """The attention is chosen anew: somebody else may have put other processors into the U-Net."""
+        self._attends_on = ""
+
     def _choose_attention(self, device: torch.device) -> None:
         if device.type == self._attends_on:
             return

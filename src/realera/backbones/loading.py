@@ -70,7 +70,7 @@ def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
     if xl:
         kinds["text_encoder_2"] = CLIPTextModelWithProjection
     try:
-        with _quiet():
+        with quiet():
             tokenizers = [_tokenizer(place / part) for part in folder.tokenizers(place)]
             text_models = [
                 _whole(kind, place, part, config=_settings(kind, place / part)) for part, kind in kinds.items()
@@ -187,7 +187,7 @@ def _whole(kind: Any, place: Path, part: str, **options: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bar over a second of loading."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

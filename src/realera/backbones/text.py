@@ -112,6 +112,10 @@ class TextEncoder:
             yield order[start:end]
             start = end
 
+    def forget(self) -> None:
+        """Drops the text states that are kept."""
+        self._kept.clear()
+
     def vectors(self, text: str) -> Tensor:
         """(n, D) float32, a copy: the rows of the token table that the text's n sub-tokens stand for."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -234,6 +238,10 @@ class PairedTextEncoder:
     def __call__(self, texts: Sequence[str | NamedPrompt], to_end: bool = False) -> TextStates:
         """As `TextEncoder`. Raises UserError too where the two tokenizers part a text differently."""
         return self._joined(texts, self.first(texts, to_end), self.second(texts, to_end))
+
+    def forget(self) -> None:
+        self.first.forget()
+        self.second.forget()
 
     def vectors(self, text: str) -> Tensor:
         """As `TextEncoder.vectors`, of both tables."""

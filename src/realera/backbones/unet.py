@@ -51,18 +51,31 @@ class UNetBackbone:
     ) -> None:
         if dtype not in DTYPES:
             raise UserError(f"backbone.dtype={dtype!r} is not known; choose among {', '.join(DTYPES)}.")
-        self.name = name
-        self.sampler = sampler
-        self.vae_slicing = vae_slicing
         self.folder = folder.locate(pretrained)
         parts = loading.load(self.folder, DTYPES[dtype], channels_last)
-        self.text = loading.text_encoder(parts, text_length)
-        self.unet: nn.Module = parts.unet
         if gradient_checkpointing:
             parts.unet.enable_gradient_checkpointing()
-        self.vae = parts.vae
         if vae_tiling:
-            self.vae.enable_tiling()
+            parts.vae.enable_tiling()
+        self.vae_slicing = vae_slicing
+        self._take(parts, name, sampler, text, text_length, attention, compile)
+
+    def _take(
+        self,
+        parts: loading.Parts,
+        name: str,
+        sampler: Sampler,
+        text: TextFigures | None,
+        text_length: int | None = None,
+        attention: Attention = "auto",
+        compile: bool | str = False,
+    ) -> None:
+        """Makes the backbone of a checkpoint's components; the arguments are the constructor's."""
+        self.name = name
+        self.sampler = sampler
+        self.text = loading.text_encoder(parts, text_length)
+        self.unet: nn.Module = parts.unet
+        self.vae = parts.vae
         self.scheduler_config = parts.scheduler_config
         self.width, self.max_length = self.text.width, self.text.length
         loading.refuse_other_text(name, dict(text or {}), self.text, parts.unet.config)
@@ -71,9 +84,7 @@ class UNetBackbone:
         sampling.refuse_bad(sampler, self.pixels_per_latent)
         self._base = BaseWeights(self.unet, name)
         if not self._base.cross_attention:
-            raise UserError(
-                f"The U-Net of {str(pretrained)!r} has no attn2.to_k / attn2.to_v; give a text-to-image U-Net."
-            )
+            raise UserError(f"The U-Net of backbone {name} has no attn2.to_k / attn2.to_v; give a text-to-image U-Net.")
         self._denoise = Denoiser(parts.unet, attention, compile, self.pixels_per_latent, name)
         self._schedule = sampling.NoiseSchedule(self.scheduler_config)
         self._zeros = parts.xl and parts.zeros_for_no_prompt

@@ -30,6 +30,7 @@ from realera.methods.texts import on_cpu
 from realera.mining.band import Rows
 from realera.mining.sampling import align_rows
 from realera.setting_types import Batch, Count, Filled, NonNegative, Vocabulary, Whole
+from realera.system.terminal import bars_hidden
 from realera.value_space import metric, roots
 
 log = logging.getLogger(__name__)
@@ -266,6 +267,6 @@ def _digest(*content: Any) -> str:
 @contextmanager
 def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=bars_hidden()) as progress:
         task = progress.add_task(paths.printable(what), total=total)
         yield lambda done: progress.advance(task, done)

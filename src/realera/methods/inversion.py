@@ -22,6 +22,7 @@ from realera.methods.latents import AnchorBank
 from realera.methods.texts import on_cpu, predict, repeat
 from realera.paths import printable
 from realera.setting_types import LearningRate, NonNegative, Number, Share, Template, TrainingSteps
+from realera.system.terminal import bars_hidden
 
 Tokens = Annotated[int, Number(1, 64, whole=True)]
 
@@ -84,7 +85,11 @@ class TextualInversion:
             MofNCompleteColumn(),
             TextColumn("steps"),
         )
-        with Progress(*columns, TimeRemainingColumn()) as bar, backbone.original(), torch.enable_grad():
+        with (
+            Progress(*columns, TimeRemainingColumn(), disable=bars_hidden()) as bar,
+            backbone.original(),
+            torch.enable_grad(),
+        ):
             task = bar.add_task(printable(f"Inverting '{name}'"), total=self.steps)
             for step in range(1, self.steps + 1):
                 z_t, timesteps, *more = self.images(backbone, concept, generator)

@@ -18,6 +18,7 @@ from realera.files.cache_costs import kept
 from realera.methods.texts import take
 from realera.paths import printable
 from realera.setting_types import Batch, Count
+from realera.system.terminal import bars_hidden
 
 FIRST_SEED = 1_000_000  # far from the small seeds that evaluation draws its images with
 SEEDS = 2**63  # that torch's generators take; the products of large ones go round
@@ -111,7 +112,7 @@ def drawn(
     folder = bank_folder(backbone, states, images, chunk, sampler, cache, seed)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
     chunks = []
-    with Progress(*columns, TimeRemainingColumn()) as bar, torch.no_grad(), backbone.original():
+    with Progress(*columns, TimeRemainingColumn(), disable=bars_hidden()) as bar, torch.no_grad(), backbone.original():
         task = bar.add_task(printable(title), total=images)
         for start in range(0, images, chunk):
             numbers = range(start, min(start + chunk, images))

@@ -24,6 +24,7 @@ from realera.methods.texts import predict, repeat, take
 from realera.setting_types import AnyText, Batch, Count, File, Number
 from realera.system.locks import turn
 from realera.system.ranks import ALONE, Ranks
+from realera.system.terminal import bars_hidden
 
 CAPTIONS = Path(__file__).with_name("captions.txt")
 
@@ -174,7 +175,10 @@ class Fisher:
             MofNCompleteColumn(),
             TextColumn("images"),
         )
-        with Progress(*columns, TimeRemainingColumn(), disable=not ranks.first) as bar, backbone.original():
+        with (
+            Progress(*columns, TimeRemainingColumn(), disable=not ranks.first or bars_hidden()) as bar,
+            backbone.original(),
+        ):
             task = bar.add_task("Fisher information", total=len(images) + len(share), completed=len(images))
             for start in range(0, len(share), self.chunk):
                 for image in share[start : start + self.chunk]:

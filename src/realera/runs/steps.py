@@ -49,9 +49,13 @@ def load_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> Back
 
 
 def device(config: Mapping[str, Any]) -> str:
-    """ "cuda" where there is one and trainer.accelerator allows it, else "cpu"."""
-    asked = str((config.get("trainer") or {}).get("accelerator", "auto"))
-    return "cuda" if asked in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+    """ "cuda" where there is one and trainer.accelerator allows it, else "cpu"; "cuda:1" where trainer.devices names it
+    alone."""
+    trainer = config.get("trainer") or {}
+    if str(trainer.get("accelerator", "auto")) not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "cpu"
+    devices = trainer.get("devices")
+    return f"cuda:{devices[0]}" if isinstance(devices, list | tuple) and len(devices) == 1 else "cuda"
 
 
 def load_run(run: Run, meter: Meter | None = None) -> Backbone:

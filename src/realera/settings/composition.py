@@ -3,19 +3,64 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hydra
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from realera import paths
 from realera.contracts import Task, UserError
 from realera.settings import error_sentences, resolvers, schema
 from realera.settings.instantiate import build
 from realera.tasks.files import read_concepts
+
+
+def settings_of(command: str, words: Sequence[str]) -> dict[str, Any]:
+    """The checked settings of `python -m realera.<command> <words>`, inside of another program, whose own Hydra, if it
+    has one, stays as it is. Raises UserError for words that cannot be composed, and for settings that cannot be."""
+    state, own = Singleton.get_state(), GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    resolvers.register_resolvers()
+    try:
+        with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+            cfg = hydra.compose(command, list(words))
+            if cfg.get("judge") is None and "judges" in (cfg.get("task") or {}):
+                chosen = resolvers.by_backbone(cfg.task.judges, _root_=cfg)
+                cfg = hydra.compose(command, [*words, f"judge={chosen}"])
+            return checked(with_concepts(cfg), command)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(error_sentences.of_config(error, command, list(words))) from error
+    finally:
+        Singleton.set_state(state)  # a copy of all that Hydra and OmegaConf keep
+        GlobalHydra.instance().hydra = own
+
+
+def word(key: str, value: Any) -> str:
+    """A setting as it would be typed: key=value, with the value in Hydra's grammar."""
+    return f"{key}={_spelt(value)}"
+
+
+def _spelt(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_spelt(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_spelt, value)) + "]"
+    if isinstance(value, float) and math.isinf(value):
+        return ".inf"
+    if isinstance(value, int | float):
+        return repr(value)
+    text = str(value).replace('"', '\\"')
+    return f'"{text}"'
 
 
 def in_sweep() -> bool:

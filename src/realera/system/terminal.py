@@ -12,8 +12,9 @@ import logging
 import os
 import select
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 from realera.paths import printable
@@ -22,6 +23,22 @@ PLAIN = {"→": "->", "↓": "v", "↑": "^", "…": "...", "–": "-", "—": "
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)  # a reader or terminal that is no more
 PRINTING = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 SIGPIPE = 13
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+
+
+def bars_hidden() -> bool:
+    """Whether progress bars are switched off here."""
+    return _hidden.get()
+
+
+@contextmanager
+def without_bars(hidden: bool = True) -> Iterator[None]:
+    """No progress bar is shown in here, if `hidden`."""
+    token = _hidden.set(hidden)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 def protect() -> None:

@@ -23,6 +23,7 @@ from realera.files.plain_data import json_text
 from realera.paths import EDIT_INFO, MAP, NEIGHBOURS, printable
 from realera.system.disk import write_text
 from realera.system.ranks import ALONE, Ranks, patient_group
+from realera.system.terminal import bars_hidden
 from realera.training.checkpoint import Origin, save_map, save_neighbours, tensors_of
 from realera.training.module import ErasureModule, trains
 from realera.training.resuming import trained_numbers
@@ -262,6 +263,7 @@ class FitProgress(Callback):
                 MofNCompleteColumn(),
                 TextColumn("steps  loss {task.fields[loss]}"),
                 TimeRemainingColumn(),
+                disable=bars_hidden(),
             )
             self.bar.start()
             self.task = self.bar.add_task(

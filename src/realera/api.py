@@ -1,0 +1,429 @@
+"""realera from Python: erase, evaluate and load on a diffusers pipeline in memory. Names are exported by `realera`.
+
+    import realera
+    erased = realera.erase(pipe, "Van Gogh", anchor="art", method="uce", task="style")
+    erased.pipe("a painting of a village").images[0]
+
+Settings are those of the commands, composed from the same yaml files and checked by the same code, and the work is done
+by the same steps (`runs.steps`). Nothing is written but temporary files, unless asked for: `Erased.save`, `cache`,
+`folder`. Gradient mode, logging, environment and random state stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from realera import paths
+from realera.contracts import UserError
+from realera.evaluation.summary import Evaluation
+from realera.settings import composition
+from realera.system import terminal
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
+    from realera.backbones.pipelines import PipelineBackbone
+
+log = logging.getLogger("realera")
+PARTS = ("neighbours", "edit", "latents", "align", "guide", "finish")  # of a method
+# The erasures on each U-Net, the latest last.
+_stacks: weakref.WeakKeyDictionary[Any, list[weakref.ref[Erased]]] = weakref.WeakKeyDictionary()
+
+
+class Erased:
+    """An erasure on a pipeline, which is edited in place.
+
+    concept, anchor: what was erased, and what it was mapped to, a list each. config: the resolved settings. folder: a
+    temporary folder with the files of a run; it goes with the object.
+    """
+
+    def __init__(self, backbone: PipelineBackbone, config: dict[str, Any], folder: Path, cache: Path | None) -> None:
+        self.config = config
+        self.folder = folder
+        self._backbone = backbone
+        self._cache = cache
+        self._undone = False
+        self._state: Mapping[str, Any] = {}  # as the fit left it, adapters apart
+
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        """The pipeline. SLD and SPM act while images are drawn, which only `draw` does. Raises UserError where that is
+        all that the method does."""
+        if self._guided and not self._state:
+            raise UserError(
+                f"method {self.method} changes no weights, it steers the drawing: draw with erased.draw(prompts)."
+            )
+        return self._backbone.pipe
+
+    @property
+    def method(self) -> str:
+        return str(self.config["method"]["name"])
+
+    @property
+    def concept(self) -> list[str]:
+        return _listed(self.config["concept"])
+
+    @property
+    def anchor(self) -> list[str]:
+        return [concept.anchor for concept in composition.build_task(self.config).concepts]
+
+    @property
+    def _guided(self) -> bool:
+        return bool(self.config["method"].get("guide"))
+
+    def draw(
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        *,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        original: bool = False,
+    ) -> list[Image]:
+        """One image for each prompt and seed (a single seed serves all prompts), drawn as the commands draw: by this
+        project's sampler, with what the method does while images are drawn. original: by the model before the erasure,
+        from the same noise."""
+        from dataclasses import replace
+
+        from PIL import Image as images
+
+        from realera.runs import steps as run_steps
+
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        numbers = [seeds] * len(texts) if isinstance(seeds, int) else list(seeds)
+        if len(numbers) != len(texts):
+            if len(texts) != 1:
+                raise UserError(f"{len(texts)} prompts and {len(numbers)} seeds were given: give one seed a prompt.")
+            texts = texts * len(numbers)
+        sampler = self._backbone.sampler
+        sampler = replace(
+            sampler,
+            steps=steps or sampler.steps,
+            guidance_scale=sampler.guidance_scale if guidance_scale is None else guidance_scale,
+        )
+        size = int(self.config["images_at_once"])
+        made: list[Image] = []
+        with self._apart() as backbone, ExitStack() as stack:
+            if original:
+                stack.enter_context(backbone.original())
+            guide = None if original else run_steps.guide_of(self.config)
+            for start in range(0, len(texts), size):
+                pixels = backbone.generate(texts[start : start + size], numbers[start : start + size], sampler, guide)
+                made += [images.fromarray(one.numpy()) for one in pixels.cpu()]
+        return made
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the run folder that the commands read: erased.safetensors, config.yaml and what was measured. The
+        commands find the base model again if the pipeline was loaded from a folder or a hub and was not changed
+        since; else `realera.load` puts the folder back onto the same pipeline. Raises UserError for a folder that holds
+        files."""
+        import yaml
+
+        from realera.files import checksums
+        from realera.system import disk
+
+        self._refuse_undone()
+        place = Path(folder).expanduser()
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise UserError(f"{place} holds files: give a new or an empty folder.")
+        config = dict(self.config)
+        known = self._backbone.checkpoint()
+        if known is None:
+            from realera.backbones.pipelines import IN_MEMORY
+
+            config["backbone"] = {**config["backbone"], "pretrained": IN_MEMORY}
+        else:
+            config["backbone"] = {**config["backbone"], "pretrained": known[0]}
+        config.pop("run_dir", None)
+        with disk.whole(place) as beside:
+            shutil.copytree(self.folder, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(paths.LOCK))
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            (beside / paths.CONFIG).write_text(text, encoding="utf-8")
+            if known is not None:
+                for file in beside.glob("*.safetensors"):
+                    tensors, metadata = checksums.load(file)
+                    metadata = {**metadata, "fingerprint": known[1], "config": text}
+                    checksums.save(file, tensors, metadata)
+        return place
+
+    def undo(self) -> DiffusionPipeline:
+        """The pipeline as it was before, bit for bit. Raises UserError where a later erasure is still on it."""
+        self._refuse_undone()
+        self._refuse_covered()
+        with self._backbone.borrowed():
+            self._backbone.load_erased({})
+        _stacks[self._backbone.unet].pop()
+        self._undone = True
+        return self._backbone.pipe
+
+    @contextmanager
+    def _apart(self) -> Iterator[PipelineBackbone]:
+        """The backbone with its adapter beside the weights, as the commands draw with it."""
+        self._refuse_undone()
+        self._refuse_covered()
+        with self._backbone.borrowed(), paths.cache_at(self._cache or self.folder / "cache"):
+            self._backbone.load_erased(self._state)
+            try:
+                yield self._backbone
+            finally:
+                self._settle()
+
+    def _settle(self) -> None:
+        """Leaves plain layers in the pipeline: an adapter is folded in."""
+        if any(name.startswith("lora.") for name in self._state):
+            self._backbone.merge_adapter()
+
+    def _begin(self) -> None:
+        self._state = self._backbone.erased_state()
+        if self._guided and self._state:
+            log.warning(
+                "method %s also steers the drawing: erased.draw does, and erased.pipe has its weights alone",
+                self.method,
+            )
+        self._settle()
+        stack = _stacks.setdefault(self._backbone.unet, [])
+        stack[:] = [one for one in stack if one() is not None]
+        stack.append(weakref.ref(self))
+
+    def _refuse_undone(self) -> None:
+        if self._undone:
+            raise UserError("this erasure was undone: erase again.")
+
+    def _refuse_covered(self) -> None:
+        stack = _stacks.get(self._backbone.unet, [])
+        if stack and stack[-1]() not in (self, None):
+            raise UserError("a later erasure is on this pipeline: undo that one first.")
+
+    def __repr__(self) -> str:
+        undone = ", undone" if self._undone else ""
+        return f"<Erased {', '.join(self.concept)} -> {', '.join(self.anchor)} by {self.method}{undone}>"
+
+
+def erase(
+    pipe: DiffusionPipeline | str | Path,
+    concept: str | Sequence[str],
+    *,
+    anchor: str | Sequence[str | None] | None = None,
+    method: str = "realera",
+    task: str = "object",
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+    progress: bool = True,
+    cache: bool | str | Path = False,
+    **settings: Any,
+) -> Erased:
+    """Takes a concept, or several at once, out of a pipeline, in place.
+
+    pipe: any Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, or a folder or hub id that is loaded. Its device,
+    dtype, scheduler and safety checker stay. anchor: what the concept becomes; None = the task's choice, where it has
+    one. task: "object", "celebrity", "style" or "nsfw": its prompts. seed: of everything drawn at random.
+    overrides: words as typed on the command line; settings: the same as keywords, **{"edit.ridge": 1} or
+    **{"method.edit.ridge": 1}. cache: where images that the method draws to train on are kept: False = nowhere, True =
+    the commands' own cache, or a folder.
+
+    Raises:
+        UserError: one sentence on what cannot be done, and what to give instead. The pipeline is then as before.
+    """
+    from realera.backbones import pipelines
+    from realera.contracts import Sampler
+    from realera.runs import preflight
+    from realera.runs.folders import Run
+
+    pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
+    parts = pipelines.parts_of(pipe)
+    figures, kind = pipelines.figures_of(pipe, parts), pipelines.kind_of(parts)
+    words = [
+        composition.word("concept", concept if isinstance(concept, str) else list(concept)),
+        composition.word("anchor", anchor if isinstance(anchor, str) or anchor is None else list(anchor)),
+        f"method={method}",
+        f"task={task}",
+        f"backbone={kind}",
+        composition.word("seed", seed),
+        "logger=none",
+        *(composition.word(f"backbone.{key}", figures[key]) for key in ("pretrained", "dtype")),
+        *(composition.word(f"backbone.text.{key}", value) for key, value in figures["text"].items()),
+        *(composition.word(f"backbone.sampler.{key}", value) for key, value in figures["sampler"].items()),
+        *_device_words(pipe),
+        *_words(settings),
+        *overrides,
+    ]
+    config = composition.settings_of("train", words)
+    judged = composition.build_task(config)
+    config = composition.name_concepts(config, judged)
+    preflight.check_settings(config)
+
+    sampler = Sampler(**{key: value for key, value in config["backbone"]["sampler"].items() if key != "_target_"})
+    backbone = pipelines.PipelineBackbone(pipe, kind, sampler, config["backbone"].get("text"))
+    folder = Path(tempfile.mkdtemp(prefix="realera-"))
+    erased = Erased(backbone, config, folder, _cache_of(cache))
+    weakref.finalize(erased, shutil.rmtree, folder, ignore_errors=True)
+    with _working(erased, progress):
+        from realera.runs import steps
+
+        try:
+            steps.erase(backbone, judged, Run(folder, config))
+        except BaseException:
+            backbone.load_erased({})
+            raise
+        erased._begin()
+    return erased
+
+
+def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
+    """Puts a run's erasure, of `Erased.save` or of a command, onto the pipeline that it was made with, in place. Raises
+    UserError where the folder holds no run, or one of another model."""
+    from realera.backbones import pipelines
+    from realera.contracts import Sampler
+    from realera.runs import folders
+    from realera.training.checkpoint import read_erased
+
+    run = folders.open_run(str(folder))
+    file = run.erased
+    content = read_erased(file)
+    pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
+    sampler = Sampler(**{key: value for key, value in run.config["backbone"]["sampler"].items() if key != "_target_"})
+    backbone = pipelines.PipelineBackbone(pipe, str(run.config["backbone"]["name"]), sampler)
+    if content.origin.fingerprint != backbone.fingerprint:
+        known = backbone.checkpoint()
+        if known is None or known[1] != content.origin.fingerprint:
+            raise UserError(
+                f"{folder} was made with another model ({content.origin.backbone}, {content.origin.fingerprint}): give "
+                "the pipeline that it was made with, as it was before."
+            )
+    own = Path(tempfile.mkdtemp(prefix="realera-"))
+    for name in (paths.CONFIG, paths.ERASED, paths.MAP, paths.NEIGHBOURS, paths.EDIT_INFO, paths.LOSSES, paths.COSTS):
+        if (run.folder / name).is_file():
+            shutil.copyfile(run.folder / name, own / name)
+    erased = Erased(backbone, run.config, own, None)
+    weakref.finalize(erased, shutil.rmtree, own, ignore_errors=True)
+    with backbone.borrowed():
+        backbone.load_erased(content.state)
+        erased._begin()
+    return erased
+
+
+def evaluate(
+    erased: Erased,
+    task: str | None = None,
+    *,
+    folder: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: bool = True,
+    **settings: Any,
+) -> Evaluation:
+    """Draws a task's prompts with the erased and the unedited model and lets the task's judge look at them: the numbers
+    of the command line.
+
+    task: another one than the concept was erased under. folder: where images, verdicts and the page report.html are
+    kept; None = they are temporary. settings, overrides: as of `erase`, such as **{"task.images": {"erase": 8}}.
+    Raises UserError.
+    """
+    from realera.reporting.run_page import write_report
+    from realera.runs import preflight, steps
+
+    own = erased.config
+    words = [
+        composition.word("concept", own["concept"]),
+        composition.word("anchor", own.get("anchor")),
+        f"task={task or composition.build_task(own).name}",
+        f"backbone={own['backbone']['name']}",
+        composition.word("seed", own["seed"]),
+        "logger=none",
+        *_words(settings),
+        *overrides,
+    ]
+    composed = composition.settings_of("train", words)
+    config = {**composed, "method": own["method"], "backbone": own["backbone"], "trainer": own["trainer"]}
+    judged = composition.build_task(config)
+    config = composition.name_concepts(config, judged)
+    preflight.check_judge(config)
+    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else Path(folder).expanduser()
+    if folder is not None and place.exists() and any(place.iterdir()):
+        raise UserError(f"{place} holds files: give a new or an empty folder.")
+    try:
+        with _working(erased, progress), erased._apart() as backbone:
+            judge = steps.build_judge(config, judged)
+            steps.draw(backbone, judged.eval_prompts(), place, config)
+            metrics = steps.judge(judge, steps.drawn_by(backbone), judged, place)
+        if folder is not None:
+            import yaml
+
+            from realera.system import disk
+
+            disk.write_text(place / paths.CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            write_report(place)
+    finally:
+        if folder is None:
+            shutil.rmtree(place, ignore_errors=True)
+    return Evaluation(metrics, None if folder is None else place)
+
+
+def methods() -> dict[str, str]:
+    """Every method of this package: its name and one line."""
+    return _described("method")
+
+
+def tasks() -> dict[str, str]:
+    """Every task: its name and one line."""
+    return _described("task")
+
+
+def miniature_pipeline() -> DiffusionPipeline:
+    """The small model that ships with the package, as a pipeline of diffusers: 32 x 32 pixels, on the CPU."""
+    from realera.backbones import pipelines
+
+    return pipelines.miniature()
+
+
+def _described(group: str) -> dict[str, str]:
+    """The first sentence of every yaml of a group."""
+    found = {}
+    for file in sorted((paths.CONF_DIR / group).glob("*.yaml")):
+        lines = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("# "):
+                break
+            lines.append(line.removeprefix("# "))
+        found[file.stem] = " ".join(lines).partition(". ")[0].rstrip(".") + "."
+    return found
+
+
+@contextmanager
+def _working(erased: Erased, progress: bool) -> Iterator[None]:
+    """Around the long work: what other code of this process would notice is put back at the end."""
+    from realera.training.isolation import isolated
+
+    cache = erased._cache or erased.folder / "cache"
+    with isolated(), terminal.without_bars(not progress), paths.cache_at(cache), erased._backbone.borrowed():
+        yield
+
+
+def _cache_of(cache: bool | str | Path) -> Path | None:
+    if cache is True:
+        return paths.cache_dir()
+    return None if cache is False else Path(cache).expanduser()
+
+
+def _device_words(pipe: DiffusionPipeline) -> list[str]:
+    device = pipe.unet.device
+    if device.type != "cuda":
+        return ["trainer.accelerator=cpu"]
+    return ["trainer.accelerator=gpu", f"trainer.devices=[{device.index or 0}]"]
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    """Keywords as typed words: "edit.ridge" is the method's."""
+    named = {f"method.{key}" if key.partition(".")[0] in PARTS else key: value for key, value in settings.items()}
+    return [composition.word(key, value) for key, value in named.items()]
+
+
+def _listed(value: Any) -> list[str]:
+    return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]

@@ -1,0 +1,281 @@
+"""A diffusers pipeline in memory as a backbone: its own U-Net is edited in place, and nothing is read from a disk."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from realera import paths
+from realera.backbones import adapters, folder, hub
+from realera.backbones.denoiser import DTYPES
+from realera.backbones.loading import Parts, TextFigures, quiet
+from realera.backbones.unet import UNetBackbone
+from realera.contracts import Sampler, UserError
+
+IN_MEMORY = "in-memory/pipeline"  # in place of a hub id, for weights that are those of no checkpoint
+# What of a scheduler belongs to the weights; a sampler that draws in fewer steps changes none of it.
+SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+PEEK = 16  # numbers at both ends of a tensor that tell one state of training from another
+
+
+class PipelineBackbone(UNetBackbone):
+    """`contracts.Backbone` over a pipeline's own components.
+
+    The U-Net keeps its dtype. Text encoders and autoencoder are in float32 within `borrowed`, where all work is done,
+    and come back in their own dtype, bit for bit. Raises UserError for a pipeline that is no Stable Diffusion 1.x, 2.x
+    or XL, or whose parts are not at hand.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, name: str, sampler: Sampler, text: TextFigures | None = None) -> None:
+        self.pipe = pipe
+        self.vae_slicing = False
+        self.parts = parts_of(pipe)
+        self._small = [*self.parts.text_models, self.parts.vae]
+        self._take(self.parts, name, sampler, text)
+        self._marks = {only: _marks_of(self.parts, self.max_length, only) for only in (False, True)}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the pipeline's first weights, by both ends of every tensor: no training leaves those as they were."""
+        return self._marks[False]
+
+    @property
+    def text_fingerprint(self) -> str:
+        return self._marks[True]
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Work is done in here. At the end every module is on its device, in its dtype and mode, and draws by its own
+        attention again; gradients are asked of those parameters that had them asked for."""
+        modules: list[nn.Module] = [self.unet, *self._small]
+        kept = [(m, next(m.parameters()).device, {n: c.training for n, c in m.named_modules()}) for m in modules]
+        graded = {id(p): (p, p.requires_grad) for m in modules for p in m.parameters()}
+        dtypes = [{n: t.dtype for n, t in _tensors(m)} for m in self._small]
+        unet: Any = self.unet
+        processors = dict(unet.attn_processors)
+        for module in modules:
+            module.eval().requires_grad_(False)
+        for module in self._small:
+            module.float()
+        self._denoise.forget_attention()
+        self.text.forget()
+        try:
+            yield
+        finally:
+            for module, own in zip(self._small, dtypes):
+                for name, tensor in _tensors(module):
+                    tensor.data = tensor.data.to(own[name])
+            for module, device, modes in kept:
+                module.to(device)
+                for name, child in module.named_modules():
+                    child.training = modes.get(name, False)
+            for parameter, asked in graded.values():
+                parameter.requires_grad_(asked)
+            if set(unet.attn_processors) == set(processors):
+                unet.set_attn_processor(processors)
+            self.text.forget()
+            self._empty = None
+
+    def checkpoint(self) -> tuple[str, str] | None:
+        """(hub id or folder, its fingerprint) of the files that hold the pipeline's first weights; None where there are
+        none on this disk, or other ones."""
+        place = _files_of(self.pipe)
+        if place is None or not self._equals(place[1]):
+            return None
+        return place[0], folder.fingerprint(place[1], text_length=self.max_length)
+
+    def _equals(self, place: Path) -> bool:
+        first = self._base.first
+        for part, module in _modules(self.parts).items():
+            held = {_plain(n): first.get(n, p) if part == "unet" else p for n, p in module.state_dict().items()}
+            seen = set()
+            for file in folder.part_files(place, part)[1]:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                        mine = held.get(_plain(name))
+                        seen.add(_plain(name))
+                        if mine is not None and not torch.equal(opened.get_tensor(name).to(mine.dtype), mine.cpu()):
+                            return False
+            if {name for name in held if not name.endswith("position_ids")} - seen:
+                return False
+        return True
+
+
+def miniature() -> StableDiffusionPipeline:
+    """The model that ships with the package, as a pipeline: 32 x 32 pixels, float32, on the CPU."""
+    bare = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return _loaded(StableDiffusionPipeline, paths.MINIATURE, **bare)
+
+
+def opened(pretrained: str | Path) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id, in float32 on the CPU. Raises UserError as `folder.locate`."""
+    return _loaded(DiffusionPipeline, folder.locate(str(pretrained)))
+
+
+def _loaded(kind: type[DiffusionPipeline], place: Path, **more: Any) -> Any:
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the keyword's new name in diffusers 0.42
+            return kind.from_pretrained(place, torch_dtype=torch.float32, local_files_only=True, **more)
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()
+
+
+def kind_of(parts: Parts) -> str:
+    """The yaml of conf/backbone whose settings are taken for a pipeline: mini, sd14, sd21 or sdxl."""
+    if parts.xl:
+        return "sdxl"
+    width = int(parts.unet.config.cross_attention_dim)
+    if width == _width(paths.MINIATURE) and _same_text(parts.text_models[0]):
+        return "mini"
+    return "sd21" if width == 1024 else "sd14"
+
+
+def figures_of(pipe: DiffusionPipeline, parts: Parts) -> dict[str, Any]:
+    """Settings of backbone=... that the pipeline itself decides: pretrained, dtype, the text's figures, image size."""
+    place = _files_of(pipe)
+    width = int(parts.unet.config.cross_attention_dim)
+    length = min(tokenizer.model_max_length for tokenizer in parts.tokenizers)
+    length = min(length, *(int(model.config.max_position_embeddings) for model in parts.text_models))
+    side = parts.unet.config.sample_size or 64
+    height, width_of_image = side if isinstance(side, list | tuple) else (side, side)
+    scale = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+    return {
+        "pretrained": place[0] if place else IN_MEMORY,
+        "dtype": str(next(parts.unet.parameters()).dtype).removeprefix("torch."),
+        "text": {"width": width, "max_length": length},
+        "sampler": {"height": height * scale, "width": width_of_image * scale},
+    }
+
+
+def parts_of(pipe: Any) -> Parts:
+    """A pipeline's components as `loading.load` gives those of a folder. Raises UserError."""
+    names = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
+    found: dict[str, Any] = {name: getattr(pipe, name, None) for name in names}
+    found["unet"] = getattr(found["unet"], "_orig_mod", found["unet"])  # of torch.compile
+    if lacking := [name for name, part in found.items() if part is None]:
+        raise UserError(
+            f"The pipeline {type(pipe).__name__} has no {lacking[0]}: give a Stable Diffusion 1.x, 2.x or XL with all "
+            "its components."
+        )
+    unet, vae = found["unet"], found["vae"]
+    if not isinstance(unet, UNet2DConditionModel) or not isinstance(vae, AutoencoderKL):
+        raise UserError(f"The pipeline {type(pipe).__name__} is not supported: give a Stable Diffusion 1.x, 2.x or XL.")
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise UserError(
+            f"The pipeline's U-Net takes {unet.config.in_channels} channels, which inpainting and editing models do: "
+            "give a text-to-image pipeline."
+        )
+    if any(hasattr(part, "_hf_hook") for part in (unet, found["text_encoder"], vae)):
+        raise UserError("The pipeline is offloaded: erase first, and call enable_model_cpu_offload() after it.")
+    if getattr(unet, "hf_quantizer", None) is not None or next(unet.parameters()).dtype not in DTYPES.values():
+        raise UserError("The pipeline's U-Net is quantised: give one in float32, bfloat16 or float16.")
+    if adapters.layers(unet):
+        raise UserError(
+            "The pipeline's U-Net has LoRA layers: call pipe.fuse_lora() and pipe.unload_lora_weights() first."
+        )
+    second = getattr(pipe, "text_encoder_2", None)
+    xl = second is not None
+    tokenizers = [found["tokenizer"], *([pipe.tokenizer_2] if xl else [])]
+    return Parts(
+        tokenizers=[_tokenizer(one) for one in tokenizers],
+        text_models=[found["text_encoder"], *([second] if xl else [])],
+        unet=unet,
+        vae=vae,
+        scheduler_config=dict(found["scheduler"].config),
+        xl=xl,
+        zeros_for_no_prompt=bool(pipe.config.get("force_zeros_for_empty_prompt", True)),
+    )
+
+
+def _tokenizer(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """One of our own: a tokenizer keeps how it last cut and padded, and the pipeline's must not notice."""
+    if given.is_fast:
+        own = copy.deepcopy(given.backend_tokenizer)
+    else:  # before transformers 5
+        from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+
+        own = convert_slow_tokenizer(given)
+    own.no_truncation()
+    own.no_padding()
+    special = {role: str(token) for role, token in given.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own,
+        model_max_length=given.model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        **special,
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _modules(parts: Parts) -> dict[str, nn.Module]:
+    texts = dict(zip(("text_encoder", "text_encoder_2"), parts.text_models))
+    return {**texts, "unet": parts.unet, "vae": parts.vae}
+
+
+def _marks_of(parts: Parts, length: int, only_text: bool) -> str:
+    """16 hex digits of names, shapes and both ends of all tensors, of the words, and of the noise schedule."""
+    digest = hashlib.sha256(f"{length}".encode())
+    for part, module in _modules(parts).items():
+        if only_text and not part.startswith("text_encoder"):
+            continue
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            ends = torch.cat([tensor.flatten()[:PEEK], tensor.flatten()[-PEEK:]]).detach().cpu()
+            digest.update(ends.contiguous().view(torch.uint8).numpy().tobytes())
+    for tokenizer in parts.tokenizers:
+        digest.update(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).digest())
+    if not only_text:
+        digest.update(repr([(key, parts.scheduler_config.get(key)) for key in SCHEDULE]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _files_of(pipe: DiffusionPipeline) -> tuple[str, Path] | None:
+    """(hub id or folder, folder on this disk) that the pipeline says it was loaded from. Asks no server."""
+    said = str(getattr(pipe, "name_or_path", "") or "")
+    if not said or said == IN_MEMORY:
+        return None
+    local = paths.dir_of(said)
+    place = local or (hub.cached(said) if folder.HUB_ID.fullmatch(said) else None)
+    if place is None or not (place / "unet").is_dir():
+        return None
+    return (str(local.resolve()) if local else said), place
+
+
+def _width(place: Path) -> int:
+    return int(folder.read_json(place / "unet" / "config.json")["cross_attention_dim"])
+
+
+def _same_text(model: nn.Module) -> bool:
+    """Whether it is the miniature's text encoder."""
+    weights: Mapping[str, Tensor] = {_plain(n): tensor for n, tensor in model.state_dict().items()}
+    with safe_open(folder.part_files(paths.MINIATURE, "text_encoder")[1][0], framework="pt") as file:
+        names = {_plain(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        table = next(name for name in names if name.endswith("token_embedding.weight"))
+        mine = weights.get(table)
+        found = file.get_tensor(names[table])
+    return mine is not None and mine.shape == found.shape and torch.equal(found.to(mine.dtype), mine.cpu())
+
+
+def _plain(name: str) -> str:
+    """A weight's name as transformers 5 has it: before, a text encoder's began with "text_model."."""
+    return name.removeprefix("text_model.")
