@@ -388,9 +388,36 @@ class Aligner(Protocol):
     ) -> dict[str, Tensor]: ...
 
 
+PASSES_OF_A_GRADIENT = 3  # of the U-Net: a forward and its backward
+PASSES_OF_A_STEP = 7  # a training step's, for each latent: two of them, and the teacher's
+
+
+class Planned(Protocol):
+    """What a part says before it is built, for plans. It may have either, at any depth of a method's settings.
+    settings: its own node. steps: of the backbone's sampler."""
+
+    @staticmethod
+    def passes(settings: Mapping[str, Any], steps: int) -> float:
+        """Passes of the U-Net in a training step: of an aligner, for each latent (without it: `PASSES_OF_A_STEP`); of a
+        latent source, for all (without it: 0)."""
+        ...
+
+    @staticmethod
+    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> Mapping[str, float]:
+        """{what: passes} of what it makes and caches before the first step. What begins with the kind ("images field");
+        equal settings and equal `what` are made once."""
+        ...
+
+
 @dataclass
 class Method:
-    """A method is up to six parts, each its own node in the yaml and each nullable."""
+    """A method is up to six parts, each its own node in the yaml and each nullable.
+
+    A part's class states what is checked before it is imported, as class attributes of constants (`source_code.fact`
+    reads them): trains_lora = an aligner that trains a LoRA and nothing else; reads_attention = its loss reads
+    attention maps, which gradient checkpointing drops; weighs_adapters = a guide that does nothing without the adapters
+    of `align`; idle_where = settings with which it erases nothing, {"refine": False}.
+    """
 
     name: Label
     neighbours: Miner | None = None

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import save_file
 
 from realera import console, costs, evaluate, paths, train
+from realera.contracts import PASSES_OF_A_STEP
 from realera.runs import estimate, folders
 from realera.runs.estimate import Work
 from realera.settings import composition, resolvers
@@ -158,7 +159,7 @@ def test_a_step_of_spm_is_counted_as_it_is_taken(
         planned = estimate.work(
             {**config, "method": {**rest, "latents": images}}, composition.build_task(config)
         ).passes_per_step
-        assert planned - passes.count == 2 * 2, "LEARNT is of two terms: 7 where SPM's own is 5"
+        assert planned - passes.count == 2 * 2, "OF_A_STEP is of two terms: 7 where SPM's own is 5"
 
 
 def test_half_drawn_images_are_counted_as_they_are_drawn(
@@ -176,7 +177,7 @@ def test_half_drawn_images_are_counted_as_they_are_drawn(
         before = backbone.passes
         for step in range(steps):
             source(backbone, 0, torch.Generator().manual_seed(step))
-        planned = estimate.work(config, composition.build_task(config)).passes_per_step - estimate.LEARNT
+        planned = estimate.work(config, composition.build_task(config)).passes_per_step - PASSES_OF_A_STEP
         assert (backbone.passes - before) / steps == pytest.approx(planned, rel=0.3 if renew == 1 else 0)
 
 

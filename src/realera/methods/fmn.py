@@ -28,6 +28,7 @@ class AttentionResteering:
     """
 
     lora: LoraSpec | None = None
+    reads_attention = True
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from realera.contracts import VALUES, Backbone, Concept, NamedPrompt, Neighbours
 from realera.files import plain_data
 from realera.files.cache_costs import kept
 from realera.methods import nearness
-from realera.methods.latents import drawn
+from realera.methods.latents import drawn, images_of
 from realera.methods.nearness import Seen
 from realera.methods.priors import CAPTIONS, EVERYDAY
 from realera.methods.texts import on_cpu
@@ -97,6 +97,13 @@ class FunctionalMining:
         self.seen: dict[Concept, Sight] = {}
         self.encoded: dict[Concept, tuple[Pair, Pair]] = {}  # of the first concepts, as many as `KEPT` bytes hold
         self.room = KEPT
+
+    @staticmethod
+    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
+        texts = int(settings.get("looked") or 0) + int(settings.get("beside") or 0)
+        compared = float(texts * int(settings.get("images") or 0) * len(nearness.LEVELS))
+        names = [concept.target for concept in concepts]
+        return {**images_of(settings, names, steps), **{f"comparisons {name}": compared for name in names}}
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair] = ()) -> None:
         """The model that looks: its original weights do, whatever is done to it later. pairs: all that is erased

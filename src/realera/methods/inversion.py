@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss, normalize
 
-from realera.contracts import Backbone, NamedPrompt, Pair, TextStates, UserError
+from realera.contracts import PASSES_OF_A_GRADIENT, Backbone, Concept, NamedPrompt, Pair, TextStates, UserError
 from realera.files import finite
 from realera.files.cache_costs import kept
 from realera.methods.latents import AnchorBank
@@ -55,6 +55,14 @@ class TextualInversion:
         self.lr = lr
         self.weight_decay = weight_decay
         self.pull = pull
+
+    @staticmethod
+    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
+        if not (own := int(settings.get("steps") or 0)):
+            return {}
+        batch = int((settings.get("images") or {}).get("batch") or 1)
+        names = ", ".join(concept.target for concept in concepts)
+        return {f"inversion {names}": float(PASSES_OF_A_GRADIENT * own * batch * len(concepts))}
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> list[TextStates]:
         """The prompt (1 text) of each concept with the vectors that were found for it, on the CPU. They are kept under

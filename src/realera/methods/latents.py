@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Generator, Tensor
 
-from realera.contracts import Backbone, Pair, Sampler, TextStates
+from realera.contracts import Backbone, Concept, Pair, Sampler, TextStates
 from realera.files.cache_costs import kept
 from realera.methods.texts import take
 from realera.paths import printable
@@ -57,6 +57,11 @@ class AnchorBank:
         self.banks: list[Tensor] = []  # one (images, C, h, w) per concept; with `flip` their mirror images after them
         self.prompts: list[int] = []  # P of each concept
 
+    @staticmethod
+    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
+        side = "target" if settings.get("of") == "target" else "anchor"
+        return images_of(settings, [getattr(concept, side) for concept in concepts], steps)
+
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
         """Loads the bank of every pair, drawing what is not in the cache."""
         self.banks, self.prompts = [], []
@@ -78,6 +83,14 @@ class AnchorBank:
         z_t, timesteps, noise = noised(backbone, bank, chosen, generator)
         known = {"noise": noise, "prompts": chosen % self.images % self.prompts[concept]}
         return (z_t, timesteps, {name: known[name] for name in self.give}) if self.give else (z_t, timesteps)
+
+
+def images_of(settings: Mapping[str, Any], names: Sequence[str], steps: int) -> dict[str, float]:
+    """{"images <name>": passes} of images that are drawn with guidance for each of the names. settings: of the part
+    that draws them. steps: of the backbone's sampler, where the part has none of its own."""
+    own = settings.get("sampler") or {}
+    each = 2.0 * int(own.get("steps") or settings.get("steps") or steps)
+    return {f"images {name}": int(settings.get("images") or 0) * each for name in names}
 
 
 def noised(backbone: Backbone, bank: Tensor, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,16 +10,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from realera.closed_form import NormalEquations, fuse
-from realera.contracts import Backbone, Edit, LoraSpec, Miner, NamedPrompt, Neighbours, Pair, Scheduler, UserError
+from realera.contracts import (
+    Backbone,
+    Concept,
+    Edit,
+    LoraSpec,
+    Miner,
+    NamedPrompt,
+    Neighbours,
+    Pair,
+    Scheduler,
+    UserError,
+)
 from realera.methods.fmn import Pooler, positions
-from realera.methods.latents import TIMESTEPS, bank_folder, drawn
+from realera.methods.latents import TIMESTEPS, bank_folder, drawn, images_of
 from realera.methods.masks import Masks, grid
 from realera.methods.priors import Preserved
 from realera.methods.texts import one_of, predict, repeat
@@ -50,6 +61,8 @@ class Refinement:
     scale_squared: their scale counts twice, as in the official code. refine: False leaves this stage out. prompts: how
     many prompts of a concept those two weights are meant for; the P that there are count as so many. None = as P.
     """
+
+    idle_where: ClassVar = {"refine": False}  # it then lends `Fusion` its numbers, and erases nothing
 
     def __init__(
         self,
@@ -125,6 +138,10 @@ class ConceptImages:
         self.imagenet_norm = imagenet_norm
         self.banks: list[tuple[Tensor, Tensor | None]] = []  # (images, C, h, w) and (images, H, W) bool per concept
 
+    @staticmethod
+    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
+        return images_of(settings, [concept.target for concept in concepts], steps)
+
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
         """Loads every concept's images and their masks, making what is not in the cache.
 
@@ -190,6 +207,7 @@ class AttentionSuppression:
     """
 
     parameters = ()  # nothing but the LoRA
+    trains_lora = reads_attention = True
 
     def __init__(
         self,

@@ -235,6 +235,7 @@ class NoiseAlignment:
     """
 
     parameters = ()  # nothing but the LoRA
+    trains_lora = True
 
     def __init__(
         self,

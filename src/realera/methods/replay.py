@@ -9,17 +9,17 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor
 
-from realera.contracts import Backbone, Sampler, TextStates, UserError
+from realera.contracts import PASSES_OF_A_GRADIENT, Backbone, Concept, Sampler, TextStates, UserError
 from realera.files import checksums, finite, plain_data
 from realera.files.cache_costs import Cached
-from realera.methods.latents import SEEDS, TIMESTEPS, drawn
+from realera.methods.latents import SEEDS, TIMESTEPS, drawn, images_of
 from realera.methods.texts import predict, repeat, take
 from realera.setting_types import AnyText, Batch, Count, File, Number
 from realera.system.locks import turn
@@ -66,6 +66,11 @@ class Replay:
         self.sampler = sampler
         self.bank = torch.zeros(0)  # (images, C, h, w)
         self.texts: TextStates | None = None  # of the captions
+
+    @staticmethod
+    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
+        """The same whatever is erased."""
+        return images_of(settings, [""], steps)
 
     def prepare(self, backbone: Backbone, cache: Path, seed: int) -> None:
         with torch.no_grad():
@@ -123,6 +128,12 @@ class Fisher:
         self.timesteps = (torch.arange(timesteps) + 0.5).mul(TIMESTEPS / timesteps).long()
         self.at_once = at_once
         self.chunk = chunk
+
+    @staticmethod
+    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
+        """The same whatever is erased."""
+        samples, timesteps = (int(settings.get(key) or 0) for key in ("samples", "timesteps"))
+        return {"sums": float(PASSES_OF_A_GRADIENT * samples * timesteps)}
 
     def __call__(self, backbone: Backbone, cache: Path, seed: int, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """{name: (shape of the weight) float32 on its device} of every weight that is trained, at its first value. All

@@ -70,6 +70,14 @@ class Rollout:
         self.uses: dict[int, int] = {}
         self.size: tuple[int, ...] = ()  # (C, h, w)
 
+    @staticmethod
+    def passes(settings: Mapping[str, Any], steps: int) -> float:
+        """Images that are drawn half-way, on average, or now and then to the end with guidance."""
+        own, renew = int(settings.get("steps") or steps), int(settings.get("renew") or 0)
+        if renew > 1:
+            return 2.0 * own * int(settings.get("chains") or 1) / renew
+        return float(own) * int(settings.get("batch") or 1) if renew else 0.0
+
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
         name, _, prompts = self.text.partition("_")
         self.stages, self.uses = {}, {}

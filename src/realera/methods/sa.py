@@ -4,16 +4,17 @@ rehearsed, and elastic weight consolidation holds the weights that matter to the
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
-from realera.contracts import Backbone, LoraSpec, Miner, Pair, Sampler, TextStates, UserError
-from realera.methods.latents import AnchorBank, noised
+from realera.contracts import Backbone, Concept, LoraSpec, Miner, Pair, Sampler, TextStates, UserError
+from realera.methods.latents import AnchorBank, images_of, noised
 from realera.methods.replay import Fisher, Replay
 from realera.methods.texts import join, on_cpu, predict, take
 from realera.setting_types import AnyText, Batch, Count, LearningRate, NonNegative, Positive, Targets, TrainingSteps
@@ -52,6 +53,10 @@ class ForgetAndReplay:
         self.kept = torch.zeros(0, dtype=torch.int64)  # images that are replayed
         self.texts = {"anchor": surrogate, "target": forget}
         self.forget: list[TextStates] = []  # of each concept, on the CPU
+
+    @staticmethod
+    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
+        return images_of(settings, [concept.anchor for concept in concepts], steps)
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
         """Draws both banks, or reads them. Warns first where a pass of training will want more than a large GPU has."""

@@ -9,17 +9,26 @@ text states of p. B latents, K anchors a step, T token rows, D text width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
-from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
+from realera.contracts import (
+    PASSES_OF_A_GRADIENT,
+    PASSES_OF_A_STEP,
+    Backbone,
+    LoraSpec,
+    Miner,
+    Pair,
+    TextStates,
+    UserError,
+)
 from realera.methods.texts import join, predict, repeat, take
 from realera.setting_types import (
     AnyText,
@@ -58,6 +67,12 @@ class SemiPermeableMembrane:
     """
 
     parameters = ()  # nothing but the membranes
+
+    @staticmethod
+    def passes(settings: Mapping[str, Any], steps: int) -> float:
+        """Beside the usual ones the teacher sees the anchors, and they are learnt from."""
+        anchors = int(settings.get("anchors") or 0) if settings.get("anchor_weight", 1) else 0
+        return PASSES_OF_A_STEP + anchors * (1 + PASSES_OF_A_GRADIENT)
 
     def __init__(
         self,
@@ -175,6 +190,7 @@ class FacilitatedTransport:
     Raises UserError without concepts, unless transport is "none".
     """
 
+    weighs_adapters: ClassVar[bool] = True
     concepts: Name | Sequence[Name] | None = ()
     transport: Transport = "per_module"
     prompts: Sequence[str] = field(default=(), init=False)

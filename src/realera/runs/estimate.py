@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from realera import console, costs, paths
-from realera.contracts import Concept, Sampler, Task, UserError
+from realera.contracts import PASSES_OF_A_STEP, Concept, Sampler, Task, UserError
 from realera.files import plain_data
 from realera.runs import folders
 from realera.runs.folders import Run, digest
@@ -38,9 +38,6 @@ PASS: Mapping[tuple[str, str], tuple[float, str]] = {
     ("sdxl", "gpu"): (0.12, "an A100: 7.36 s for 30 steps in float32 (Hugging Face's figures for diffusers)"),
 }
 SMALL = "mini"  # the backbone that is at home on a CPU
-LEARNT = 7  # passes that a training step takes for each latent: forward, backward (2), and the teacher's
-SLOPE = 3  # passes of a forward with its backward
-EVERYBODYS = ("replay", "fisher")  # parts of methods that are the same whatever is erased
 AROUND = 20.0  # seconds of a cell besides: loading, encoding, judging, the page
 AGAIN = ("load", "judge")  # stages of a run that is judged again, besides drawing
 RECENT = 20  # finished runs that are looked at
@@ -110,7 +107,11 @@ def work(
     missing = originals.keys() - _pictures(folder / (paths.IMAGES if unedited else "originals"), anew)
     erased = (folder / paths.ERASED).is_file() and not anew
     steps = 0 if erased else _steps(method, len(task.concepts))
-    latents = method.get("latents") or {}
+    latents, of_sampler = method.get("latents") or {}, int(sampler.get("steps") or 50)
+    of_latent = _passes(method.get("align") or {}, of_sampler, PASSES_OF_A_STEP)
+    of_step = of_latent * float(latents.get("batch") or 1) + _passes(latents, of_sampler, 0.0)
+    preparing = ("neighbours", "edit", "latents", "align") if steps else ("neighbours", "edit")
+    made = {} if erased else dict(_made({p: method.get(p) for p in preparing}, config, of_sampler, task.concepts))
     if (guided := digest([what, guide := method.get("guide")])) not in known:
         known[guided] = costs.passes_per_image(prompts, _sampler(sampler), build(guide)) if guide else per_original
     device = _device(config)
@@ -123,10 +124,9 @@ def work(
         steps=steps,
         passes_per_image=known[guided],
         passes_per_original=per_original,
-        passes_per_step=_learnt(method.get("align") or {}) * float(latents.get("batch") or 1)
-        + _rollout(latents, sampler),
+        passes_per_step=0.0 if not steps else of_step,
         originals=frozenset(originals[name] for name in missing),
-        made={} if erased or not steps else dict(_made(method, config, sampler, task.concepts)),
+        made=made,
         pace=known[paced],
         rate=PASS.get((str(backbone["name"]), device)),
     )
@@ -214,44 +214,26 @@ def _device(config: Mapping[str, Any]) -> str:
     return "gpu" if asked in ("auto", "gpu", "cuda") and there else "cpu"
 
 
-def _learnt(align: Mapping[str, Any]) -> float:
-    """Passes of a training step for each latent. The teacher sees SPM's anchors, and they are learnt from, besides."""
-    held = int(align.get("anchors") or 0) if align.get("anchor_weight", 1) else 0
-    return LEARNT + held * (1 + SLOPE)
+def _passes(part: Mapping[str, Any], steps: int, otherwise: float) -> float:
+    """Passes of a training step, as the part's class says (`contracts.Planned`). steps: of the backbone's sampler."""
+    said = getattr(_class_of(part), "passes", None)
+    return otherwise if said is None else float(said(part, steps))
 
 
-def _rollout(latents: Mapping[str, Any], sampler: Mapping[str, Any]) -> float:
-    """Passes a step of a source that draws half-way images anew every `renew` steps."""
-    if not latents.get("renew"):
-        return 0.0
-    renew, steps = int(latents["renew"]), int(latents.get("steps") or sampler.get("steps") or 50)
-    if renew > 1:
-        return 2.0 * steps * int(latents.get("chains") or 1) / renew  # drawn to the end, guided
-    return float(steps) * int(latents.get("batch") or 1)  # half-way on average
-
-
-def _made(
-    node: Any, config: Mapping[str, Any], sampler: Mapping[str, Any], concepts: Sequence[Concept]
-) -> Iterator[tuple[str, float]]:
-    """(key, passes) of images and sums over images that a method makes before it trains, at any depth of its settings.
-    concepts: what is erased; none where what is made does not depend on it."""
+def _made(node: Any, config: Mapping[str, Any], steps: int, concepts: Sequence[Concept]) -> Iterator[tuple[str, float]]:
+    """(key, passes) of what a method's parts make before it trains, at any depth of its settings, as their classes say
+    (`contracts.Planned`). What two runs would both make has one key."""
     if not isinstance(node, Mapping):
         return
-    run = [config.get("seed"), config["backbone"]]
-    given = [[[one.target, one.anchor] for one in concepts], *run]
-    if isinstance(images := node.get("images"), int):
-        own = node.get("sampler") or {}
-        steps = int(own.get("steps") or node.get("steps") or sampler.get("steps") or 50)
-        of_names = node.get("of") == "target" or "prompt" in node
-        for name in {one.target if of_names else one.anchor for one in concepts} or {""}:
-            yield f"images {digest([node, name, *run])}", images * 2.0 * steps
-    if isinstance(samples := node.get("samples"), int) and isinstance(timesteps := node.get("timesteps"), int):
-        yield f"sums {digest([node, *given])}", float(SLOPE * samples * timesteps)
-    for name, value in node.items():
-        if name == "inversion" and isinstance(value, Mapping) and (learnt := int(value.get("steps") or 0)):
-            batch = (value.get("images") or {}).get("batch") or 1
-            yield f"inversion {digest([value, *given])}", float(SLOPE * learnt * batch * len(concepts))
-        yield from _made(value, config, sampler, () if name in EVERYBODYS else concepts)
+    if (makes := getattr(_class_of(node), "makes", None)) is not None:
+        for what, passes in makes(node, concepts, steps).items():
+            yield f"{what.split()[0]} {digest([node, what, config.get('seed'), config['backbone']])}", passes
+    for value in node.values():
+        yield from _made(value, config, steps, concepts)
+
+
+def _class_of(part: Mapping[str, Any]) -> Any:
+    return locate(str(part["_target_"])) if part.get("_target_") else None
 
 
 def _pace(

@@ -38,16 +38,6 @@ FILES = (
     paths.COSTS,
     paths.WANDB_ID,
 )
-# Settings of a method's parts that came later, and what was done before: runs that still do that keep their name.
-LATER = {
-    "align.clip": 1.0,
-    "latents.imagenet_norm": False,
-    "latents.flip": False,
-    "edit.prompts": None,
-    "edit.directions": 1,
-    "finish.prompts": None,
-    "edit.mined_price": 1.0,  # where nothing is mined it says nothing
-}
 FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, "wandb")
 
 
@@ -68,15 +58,6 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that an erasure's weights and numbers depend on; its hardware and its logger do not count."""
     kept = {key: config.get(key) for key in ("task", "method", "backbone", "concept", "anchor", "seed")}
     method = config.get("method") or {}
-    edit = method.get("edit") or {}
-    if (
-        edit.get("prior_cache", "") is None
-    ):  # nothing is kept: runs from before there was such a setting keep their name
-        said = {key: value for key, value in edit.items() if key not in ("prior_cache", "prior_weight")}
-        kept["method"] = {**method, "edit": said}
-    kept["method"] = _without_later(kept["method"])
-    if isinstance(task := kept["task"], Mapping) and not task.get("told"):  # as `LATER`
-        kept["task"] = {key: value for key, value in task.items() if key != "told"}
     trainer = config.get("trainer") or {}
     if (clip := trainer.get("gradient_clip_val", "method")) != "method":
         kept["gradient_clip_val"] = clip
@@ -89,19 +70,6 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     if (weights := config.get("weights") or weights_of(config)) is not None:  # other weights may come into a folder
         kept["weights"] = weights
     return {**kept, "precision": trainer.get("precision"), "version": __version__}
-
-
-def _without_later(method: Any) -> Any:
-    """A method's settings without those in `LATER` that say what was done before there was such a setting."""
-    if not isinstance(method, Mapping):
-        return method
-    method = dict(method)
-    for name, before in LATER.items():
-        part, key = name.split(".")
-        settings = method.get(part)
-        if isinstance(settings, Mapping) and settings.get(key, before) == before:
-            method[part] = {own: value for own, value in settings.items() if own != key}
-    return method
 
 
 def weights_of(config: Mapping[str, Any]) -> str | None:

@@ -22,19 +22,11 @@ from realera.files import checksums
 from realera.mining import band
 from realera.paths import ERASED, MINIATURE, dir_of
 from realera.runs.folders import Run
+from realera.settings.source_code import fact
 from realera.system import devices
 
 log = logging.getLogger("realera")
 ACTING = ("edit", "align", "guide")  # a method needs one of them: `finish` only completes their work
-OF_ADAPTERS = ("realera.methods.spm.FacilitatedTransport",)  # guides that only weigh the adapters of `align`
-ADAPTING = (  # aligners that train a LoRA and nothing else
-    "realera.methods.realera.NoiseAlignment",
-    "realera.methods.mace.AttentionSuppression",
-)
-ATTENTIVE = (  # aligners whose loss reads attention maps, which gradient checkpointing drops
-    "realera.methods.mace.AttentionSuppression",
-    "realera.methods.fmn.AttentionResteering",
-)
 
 
 def check_settings(config: Mapping[str, Any], *, sweep: bool = False, here: bool = True) -> None:
@@ -62,13 +54,15 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False, here: bool
 
 
 def _acts(method: Mapping[str, Any], name: str) -> bool:
-    """Whether a part of a method erases. MACE's refinement switched off does not: it lends `finish` its numbers."""
+    """Whether a part of a method erases, by what it says of itself (`contracts.Method`)."""
     part = method.get(name)
     if not isinstance(part, Mapping):
         return bool(part)
-    if part.get("_target_") in OF_ADAPTERS:
+    target = str(part.get("_target_"))
+    if fact(target, "weighs_adapters"):
         return _acts(method, "align")
-    return bool(part) and part.get("refine") is not False and part.get("steps", 1) != 0
+    idle = {"steps": 0, **fact(target, "idle_where", {})}
+    return bool(part) and not any(key in part and part[key] == value for key, value in idle.items())
 
 
 def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
@@ -194,13 +188,13 @@ def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> No
             f"method {method.get('name')} trains (align) on no latents: leave method.latents as it is, or set "
             "method.align=null."
         )
-    if align.get("_target_") in ADAPTING and not align.get("lora"):
+    if fact(target := str(align.get("_target_")), "trains_lora") and not align.get("lora"):
         raise UserError(
             f"method {method.get('name')} trains (align) a LoRA, and there is none: leave method.align.lora as it is, "
             "or set method.align=null."
         )
     if backbone.get("gradient_checkpointing"):
-        if align.get("_target_") in ATTENTIVE:
+        if fact(target, "reads_attention"):
             raise UserError(
                 f"method {method.get('name')} reads the attention, which backbone.gradient_checkpointing drops: set it "
                 "to false."

@@ -223,6 +223,20 @@ def bases(cls: Class) -> list[Class | None]:
     return [one if isinstance(one, Class) else None for one, name in zip(found, named) if name not in TRANSPARENT]
 
 
+def fact(target: str, name: str, otherwise: Any = None) -> Any:
+    """A class attribute that a part states about itself, of constants, read from its source; `otherwise` where neither
+    the class nor one that it inherits from states it, and where it cannot be read."""
+    found = find(target)
+    for cls in resolution(found) if isinstance(found, Class) else ():
+        for line in cls.node.body if cls is not None else ():
+            if cls is None or not isinstance(line, ast.Assign | ast.AnnAssign) or line.value is None:
+                continue
+            targets = line.targets if isinstance(line, ast.Assign) else [line.target]
+            if any(name in _bound(target) for target in targets):
+                return value_of(line.value, cls.source)
+    return otherwise
+
+
 def mark_of(decorator: ast.expr) -> str:
     """A decorator's name, without its module and its arguments."""
     return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator).rpartition(".")[2]

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 TASKS = ("object", "celebrity", "style", "nsfw")
 MEAN = "mean"  # the row over all ten classes of objects, the only mean that is printed
 OBJECTS = frozenset(["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
+ORDER = ("fmn", "ac", "spm", "uce", "sld", "esd-x", "esd-u", "sa", "rece", "mace")  # of the rows, by our names
 NAMES: Mapping[
     str, tuple[str, ...]
 ] = {  # by our methods' names; the paper's celebrities and styles have "SLD" and "ESD"

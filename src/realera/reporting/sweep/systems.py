@@ -11,6 +11,7 @@ from typing import Any
 from realera import paths
 from realera.evaluation.records import read_config, read_metrics, read_verdicts, verdict_file
 from realera.reporting.cells import ORIGINAL, Cell, read_cell
+from realera.reporting.printed import ORDER
 
 # Settings that no number depends on, or that a run is not told by.
 APART = (
@@ -27,7 +28,6 @@ APART = (
 )
 REPEATED = ("task.concepts", "task.anchor")  # the same as concept and anchor
 FEWEST = 3  # values of a numeric setting that make a figure
-SYSTEMS = ("fmn", "ac", "spm", "uce", "sld", "esd-x", "esd-u", "sa", "rece", "mace")  # the papers' order
 
 
 @dataclass(frozen=True)
@@ -258,10 +258,10 @@ def _said(run: Run, name: str, short: str, written: Mapping[str, str]) -> str:
 def _rank(run: Run) -> int:
     """Of the papers' order; other methods and the variants of RealEra come after, the unedited model at the end."""
     if run.base.lower() == ORIGINAL or run.method == ORIGINAL:
-        return len(SYSTEMS) + 2
-    if run.method in SYSTEMS:
-        return SYSTEMS.index(run.method)
-    return len(SYSTEMS) + (run.method == "realera")
+        return len(ORDER) + 2
+    if run.method in ORDER:
+        return ORDER.index(run.method)
+    return len(ORDER) + (run.method == "realera")
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:
