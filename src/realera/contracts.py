@@ -194,6 +194,17 @@ class Verdict:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What one training step is given: z_t (B, C, h, w), timesteps (B,), and the step's number, from 1. known: what the
+    latent source knows of each z_t besides, tensors (B, ...) by name ("mask", "noise")."""
+
+    latents: Tensor
+    timesteps: Tensor
+    step: int
+    known: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 # --- roles -----------------------------------------------------------------------------------------------------------
 
 
@@ -325,8 +336,8 @@ class Backbone(Protocol):
 
 
 class Miner(Protocol):
-    """Method part `neighbours`. `m`, `n` override the configured counts; `prompts` picks rows of the pair. A method
-    `prepare(backbone, pairs)`, if there is one, sees the model before it is edited, and all that is erased."""
+    """Method part `neighbours`. `m`, `n` override the configured counts; `prompts` picks rows of the pair. It may also
+    be `LooksFirst`."""
 
     def __call__(
         self,
@@ -346,28 +357,21 @@ class Editor(Protocol):
 
 
 class LatentSource(Protocol):
-    """Method part `latents`: where z_t comes from. `prepare` runs once, on the device, before the first step; what it
-    keeps in the cache says there what it cost (`ledger.Cached`).
-    A call gives z_t (B, C, h, w), timesteps (B,) and, where the source knows more of them, tensors (B, ...) by name
-    ("mask"), which the aligner's loss is given as keywords. One that keeps float32 tensors from step to step gives them
-    as `state_dict()`, by name, says with `state_form(calls)` which shapes they have after so many calls for each
-    concept, and takes them back by `load_state_dict(state, calls)`."""
-
-    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None: ...
+    """Method part `latents`: where z_t comes from. It may also be `Prepares` and `Resumes`."""
 
     def __call__(
         self, backbone: Backbone, concept: int, generator: Generator
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Tensor]]: ...
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        """z_t (B, C, h, w), timesteps (B,), and where the source knows more of them, `TrainingBatch.known`."""
+        ...
 
 
 class Aligner(Protocol):
-    """Method part `align`: the gradient part. The sum of the returned terms is minimised; each is logged as
-    train/<term>. A term without a gradient (detached) is logged only. `step` counts from 1; the pair's tensors are on
-    the CPU. With one adapter per concept, `steps` are of each concept, and while a loss is computed the other concepts'
-    adapters count nothing, nor while its latents are made. An aligner with a method `prepare` like a latent source's
-    is made ready with it; where `together` is true, by all processes at once, of which it is told (`ranks`). One that
-    has `rate(step)`, counted by concept too, has lr multiplied by it; `clip`, where it has one, is the norm that the
-    gradient is held under (None = unbounded) in place of 1."""
+    """Method part `align`: the gradient part. It may also be `Prepares`, `Scheduled` and `Clipped`.
+
+    With one adapter per concept, `steps` are of each concept, and the other concepts' adapters count nothing while its
+    latents are made and its loss is computed.
+    """
 
     steps: int
     lr: float
@@ -380,12 +384,66 @@ class Aligner(Protocol):
         backbone: Backbone,
         pair: Pair,
         mine: Miner | None,
-        latents: Tensor,
-        timesteps: Tensor,
-        step: int,
+        batch: TrainingBatch,
         generator: Generator,
-        **known: Tensor,
-    ) -> dict[str, Tensor]: ...
+    ) -> dict[str, Tensor]:
+        """Terms by name; their sum is minimised and each is logged as train/<term>. A term without a gradient
+        (detached) is logged only. The pair's tensors are on the CPU."""
+        ...
+
+
+# --- what a part may be besides ---
+
+
+@runtime_checkable
+class LooksFirst(Protocol):
+    """A miner that sees the model before it is edited, and all that is erased together."""
+
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair]) -> None: ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A latent source or aligner that is made ready once, on the device, before the first step. What it keeps in the
+    cache says there what it cost (`cache_costs.Cached`)."""
+
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None: ...
+
+
+@runtime_checkable
+class PreparesTogether(Protocol):
+    """One that all processes make ready at once and share the work of."""
+
+    together: bool
+
+    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int, ranks: Any) -> None: ...
+
+
+@runtime_checkable
+class Resumes(Protocol):
+    """A latent source that keeps float32 tensors from step to step. state_form: their shapes after so many calls for
+    each concept, which a checkpoint must have."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def state_form(self, calls: Sequence[int]) -> Mapping[str, Sequence[int]]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor], calls: Sequence[int]) -> None: ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """An aligner whose lr is multiplied by a factor of the step, which counts from 1, by concept where each has its own
+    adapter."""
+
+    def rate(self, step: int) -> float: ...
+
+
+@runtime_checkable
+class Clipped(Protocol):
+    """An aligner that says the norm its gradient is held under, in place of 1; None = unbounded."""
+
+    clip: float | None
 
 
 PASSES_OF_A_GRADIENT = 3  # of the U-Net: a forward and its backward

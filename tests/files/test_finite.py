@@ -147,7 +147,7 @@ class Going:
         self.wrong, self.lr = wrong, lr
 
     def loss(self, backbone: Any, *given: Any) -> dict[str, torch.Tensor]:
-        step = given[4]
+        step = given[2].step
         up = next(p for name, p in backbone.unet.named_parameters() if "lora_B" in name)
         first = up.square().sum()
         if step == 3 and self.wrong == "term":

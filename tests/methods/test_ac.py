@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from options import built, method_settings
-from realera.contracts import Edit, Pair, UserError
+from realera.contracts import Edit, Pair, TrainingBatch, UserError
 from realera.methods.ac import Ablation
 from realera.settings.resolvers import register_resolvers
 
@@ -45,8 +45,13 @@ def batch() -> dict[str, Tensor]:
     }
 
 
+def step_of(made: dict[str, Tensor]) -> TrainingBatch:
+    known = {name: value for name, value in made.items() if name not in ("latents", "timesteps")}
+    return TrainingBatch(made["latents"], made["timesteps"], 1, known)
+
+
 def given(align: Ablation, student: Any, pair: Pair) -> dict[str, Tensor]:
-    return align.loss(student, pair, None, step=1, generator=draw(), **batch())
+    return align.loss(student, pair, None, step_of(batch()), draw())
 
 
 def gradients(backbone: Any, loss: Tensor) -> Tensor:
@@ -127,7 +132,7 @@ def test_it_says_what_it_has_to_know(student: Any, pair: Pair) -> None:
     made = batch()
     del made["prompts"]
     with pytest.raises(UserError, match=r"prompts.*method\.latents\.give"):
-        Ablation(KV).loss(student, pair, None, step=1, generator=draw(), **made)
+        Ablation(KV).loss(student, pair, None, step_of(made), draw())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from options import built
-from realera.contracts import Edit, Pair, UserError
+from realera.contracts import Edit, Pair, TrainingBatch, UserError
 from realera.methods.esd import NegativeGuidance
 from realera.training.checkpoint import load_erased, read_erased
 from realera.training.fit import fit
@@ -42,7 +42,7 @@ def test_the_loss_and_its_gradient(eta: float, student: Any, new_backbone: Calla
     z_t, t = torch.randn(4, 4, 8, 8, generator=draw(4)), torch.tensor([3, 250, 600, 999])
     align = NegativeGuidance(["attn2"], negative_guidance=eta)
     align.prepare(student, [pair], Path(), 0)
-    terms = align.loss(student, pair, None, z_t, t, 1, draw())
+    terms = align.loss(student, pair, None, TrainingBatch(z_t, t, 1), draw())
     assert set(terms) == {"erase"}
     slow = torch.zeros(())
     for b in range(4):
@@ -119,7 +119,9 @@ def test_the_name_nothing_is_no_change(student: Any, new_backbone: Any, new_pair
     align = NegativeGuidance(["attn2"])
     align.prepare(backbone, [nothing], Path(), 0)
     z_t = torch.randn(3, 4, 8, 8, generator=draw())
-    loss: Tensor = align.loss(backbone, nothing, None, z_t, torch.tensor([5, 500, 900]), 1, draw())["erase"]
+    loss: Tensor = align.loss(backbone, nothing, None, TrainingBatch(z_t, torch.tensor([5, 500, 900]), 1), draw())[
+        "erase"
+    ]
     assert float(loss.detach()) == 0
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from options import built
-from realera.contracts import NamedPrompt, Pair, UserError
+from realera.contracts import NamedPrompt, Pair, TrainingBatch, UserError
 from realera.methods.fmn import AttentionResteering, Pooler, positions
 from realera.methods.inversion import TextualInversion
 from realera.methods.latents import AnchorBank
@@ -70,7 +70,9 @@ def slow_probabilities(backbone: Any, b: int, states: Tensor) -> list[Tensor]:
 def test_the_norm_over_all_layers(pooler: Pooler, backbone: Any, pair: Pair) -> None:
     """One latent at a time, one number at a time over positions and layers."""
     backbone.unfreeze(["all"])
-    terms = AttentionResteering(pooler=pooler).loss(backbone, pair, None, Z_T, T, 1, draw(), prompts=PROMPTS)
+    terms = AttentionResteering(pooler=pooler).loss(
+        backbone, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), draw()
+    )
     slow = torch.zeros(())
     for b, p in enumerate(PROMPTS.tolist()):
         first, last, end = (int(rows[p]) for rows in (pair.target.first, pair.target.last, pair.target.length))
@@ -100,7 +102,7 @@ def test_training_takes_the_attention_away(backbone: Any, pair: Pair) -> None:
     optimizer = torch.optim.AdamW(backbone.unfreeze(["attn2"]), lr=1e-2)
     losses = []
     for _ in range(8):
-        loss = align.loss(backbone, pair, None, Z_T, T, 1, draw(), prompts=PROMPTS)["attention"]
+        loss = align.loss(backbone, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), draw())["attention"]
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
@@ -161,8 +163,10 @@ def test_inverted_once_and_put_where_the_name_stands(backbone: Any, pair: Pair, 
     other = AttentionResteering(inversion=inversion(steps=4))
     other.prepare(backbone, [pair], tmp_path, 0)
     assert not torch.equal(other.found["mona lisa"].states, found.states)
-    loss = align.loss(backbone, pair, None, Z_T, T, 1, draw())["attention"]
-    named = AttentionResteering().loss(backbone, pair, None, Z_T, T, 1, draw(), prompts=PROMPTS)["attention"]
+    loss = align.loss(backbone, pair, None, TrainingBatch(Z_T, T, 1), draw())["attention"]
+    named = AttentionResteering().loss(backbone, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), draw())[
+        "attention"
+    ]
     assert float(loss) > 0 and not torch.allclose(loss, named)
 
 
@@ -207,7 +211,7 @@ def test_bad_inversions_are_refused(settings: dict[str, Any]) -> None:
 
 def test_unknown_prompts_and_kept_activations_are_refused(backbone: Any, new_backbone: Any, pair: Pair) -> None:
     with pytest.raises(UserError, match="give="):
-        AttentionResteering().loss(backbone, pair, None, Z_T, T, 1, draw())
+        AttentionResteering().loss(backbone, pair, None, TrainingBatch(Z_T, T, 1), draw())
     checkpointed = new_backbone(gradient_checkpointing=True)
     with pytest.raises(UserError, match="gradient_checkpointing"):
-        AttentionResteering().loss(checkpointed, pair, None, Z_T, T, 1, draw(), prompts=PROMPTS)
+        AttentionResteering().loss(checkpointed, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), draw())

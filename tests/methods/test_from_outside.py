@@ -52,10 +52,10 @@ class Forget:
     def passes(settings, steps):
         return 4.0
 
-    def loss(self, backbone, pair, mine, latents, timesteps, step, generator, **known):
+    def loss(self, backbone, pair, mine, batch, generator):
         with backbone.original():
-            target = backbone.predict_noise(latents, timesteps, pair.anchor.states[:1])
-        made = backbone.predict_noise(latents, timesteps, pair.target.states[:1])
+            target = backbone.predict_noise(batch.latents, batch.timesteps, pair.anchor.states[:1])
+        made = backbone.predict_noise(batch.latents, batch.timesteps, pair.target.states[:1])
         return {"forget": (made - target).square().mean()}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from options import built, method_settings
 from quick import slow_unless
-from realera.contracts import Concept, LoraSpec, NamedPrompt, Pair, Sampler, UserError
+from realera.contracts import Concept, LoraSpec, NamedPrompt, Pair, Sampler, TrainingBatch, UserError
 from realera.methods.mace import AttentionSuppression, ConceptImages, Fusion, Refinement, importance_law
 from realera.methods.masks import Masks, attended
 from realera.methods.priors import Preserved
@@ -206,7 +206,7 @@ def test_the_loss_and_its_gradient(pooler: Any, masked: bool, new_backbone: Any,
                     squares = sum(found[b, :, pixel, token].square().sum() for pixel in kept for token in tokens)
                     loss = loss + torch.as_tensor(squares).sqrt() / 2
         else:
-            terms = align.loss(backbone, pair, None, latents, t, 1, draw(5), **known)
+            terms = align.loss(backbone, pair, None, TrainingBatch(latents, t, 1, known), draw(5))
             assert list(terms) == ["attention"]
             loss = terms["attention"]
         loss.backward()
@@ -225,7 +225,7 @@ def test_an_empty_mask_has_no_gradient_that_is_not_a_number(new_backbone: Any, n
     latents, t = torch.randn(1, 4, 8, 8, generator=draw(1)), torch.tensor([250])
     known = {"mask": torch.zeros(1, 8, 8, dtype=torch.bool)}
     pair = new_pairs(backbone, CAT)[0]
-    loss = AttentionSuppression().loss(backbone, pair, None, latents, t, 1, draw(5), **known)["attention"]
+    loss = AttentionSuppression().loss(backbone, pair, None, TrainingBatch(latents, t, 1, known), draw(5))["attention"]
     assert loss.item() == 0
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in trained)
@@ -448,7 +448,11 @@ def test_attention_cannot_be_read_where_it_is_dropped(new_backbone: Any, new_pai
     backbone = new_backbone(gradient_checkpointing=True)
     with pytest.raises(UserError, match="gradient_checkpointing"):
         AttentionSuppression().loss(
-            backbone, new_pairs(backbone, CAT)[0], None, torch.zeros(1, 4, 8, 8), torch.tensor([1]), 1, draw(0)
+            backbone,
+            new_pairs(backbone, CAT)[0],
+            None,
+            TrainingBatch(torch.zeros(1, 4, 8, 8), torch.tensor([1]), 1),
+            draw(0),
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from options import built
-from realera.contracts import Edit, LoraSpec, Moments, Neighbours, Pair, TextStates, UserError
+from realera.contracts import Edit, LoraSpec, Moments, Neighbours, Pair, TextStates, TrainingBatch, UserError
 from realera.methods.realera import ClosedForm, Mining, NoiseAlignment
 from realera.mining.band import Band
 from realera.mining.sampling import align_rows, fit_band
@@ -230,7 +230,7 @@ def test_equations_8_and_9(
     if settings.get("teacher") == "closed_form":
         teacher.apply(edit_of_the_student())
     align, mining = NoiseAlignment(**settings, m_step=2, n_step=3), Mining()
-    terms = align.loss(student, pair, mining, z_t, t, step, draw(5))
+    terms = align.loss(student, pair, mining, TrainingBatch(z_t, t, step), draw(5))
     loss = sum(term for term in terms.values() if term.requires_grad)
 
     generator = draw(5)
@@ -263,14 +263,14 @@ def test_equations_8_and_9(
 
 @pytest.mark.parametrize(("mining", "names"), [(None, {"align"}), (Mining(n=0), {"near", "near_unweighted"})])
 def test_even_steps_without_what_they_need(mining: Mining | None, names: set[str], student: Any, pair: Pair) -> None:
-    terms = NoiseAlignment().loss(student, pair, mining, *batch(), 2, draw(5))
+    terms = NoiseAlignment().loss(student, pair, mining, TrainingBatch(*batch(), 2), draw(5))
     assert set(terms) == names
     assert all(term > 0 for term in terms.values())
 
 
 def test_a_step_takes_a_random_prompt(student: Any, pair: Pair) -> None:
     losses = {
-        float(NoiseAlignment().loss(student, pair, None, *batch(), 1, draw(seed))["align"].detach())
+        float(NoiseAlignment().loss(student, pair, None, TrainingBatch(*batch(), 1), draw(seed))["align"].detach())
         for seed in range(8)
     }
     assert len(losses) == len(pair.target.states)

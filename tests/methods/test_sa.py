@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from options import built, method_settings
-from realera.contracts import Edit, Pair, UserError
+from realera.contracts import Edit, Pair, TrainingBatch, UserError
 from realera.methods.replay import CAPTIONS, Fisher, Replay, _Parts
 from realera.methods.sa import ForgetAndReplay, SelectiveAmnesia
 from realera.settings.resolvers import register_resolvers
@@ -294,7 +294,7 @@ def test_equation_8(backbone: Any, new_backbone: Any, pair: Pair, tmp_path: Path
         for i, weight in enumerate(trained(backbone).values()):
             weight += 1e-3 * torch.randn(weight.shape, generator=draw(i))
     z_t, t, known = source(backbone, 0, draw(9))
-    terms = align.loss(backbone, pair, None, z_t, t, 1, draw(), **known)
+    terms = align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, known), draw())
 
     information, first = fisher()(backbone, tmp_path, 0), dict(new_backbone().unet.named_parameters())
     forget = replayed = held = torch.zeros(())
@@ -336,9 +336,9 @@ def test_without_consolidation(backbone: Any, pair: Pair, tmp_path: Path) -> Non
     source.prepare(backbone, [pair], tmp_path, 0)
     align.prepare(backbone, [pair], tmp_path, 0)
     z_t, t, known = source(backbone, 0, draw(9))
-    assert set(align.loss(backbone, pair, None, z_t, t, 1, draw(), **known)) == {"forget", "replay"}
+    assert set(align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, known), draw())) == {"forget", "replay"}
     with pytest.raises(UserError, match="ForgetAndReplay"):
-        align.loss(backbone, pair, None, z_t, t, 1, draw(), noise=known["noise"])
+        align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, {"noise": known["noise"]}), draw())
 
 
 @pytest.mark.parametrize(

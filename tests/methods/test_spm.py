@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from options import built
-from realera.contracts import LoraSpec, Pair, UserError
+from realera.contracts import LoraSpec, Pair, TrainingBatch, UserError
 from realera.evaluation.generate import source_of
 from realera.methods.spm import FacilitatedTransport, SemiPermeableMembrane, permeability
 from realera.training.checkpoint import load_erased
@@ -67,7 +67,7 @@ def test_the_loss_is_the_papers(
     pairs = new_pairs(student, ("cat", "field"))
     align = aligner(student, pairs, anchoring=anchoring, neutral=neutral, negative_guidance=eta)
     z_t, t = torch.randn(2, 4, 8, 8, generator=draw(4)), torch.tensor([250, 900])
-    terms = align.loss(student, pairs[0], None, z_t, t, 1, draw(5))
+    terms = align.loss(student, pairs[0], None, TrainingBatch(z_t, t, 1), draw(5))
     loss = terms["erase"] + terms["anchor"]
     assert float(terms["anchor"].detach()) == pytest.approx(7 * float(terms["anchor_unweighted"]))
     assert not terms["anchor_unweighted"].requires_grad
@@ -135,7 +135,9 @@ def test_without_latent_anchoring(trained: Any, new_pairs: Any) -> None:
     student = trained(1)
     pairs = new_pairs(student, ("cat", "field"))
     z_t, t = torch.randn(2, 4, 8, 8, generator=draw(4)), torch.tensor([250, 900])
-    terms = aligner(student, pairs, anchor_weight=0, words=()).loss(student, pairs[0], None, z_t, t, 1, draw(5))
+    terms = aligner(student, pairs, anchor_weight=0, words=()).loss(
+        student, pairs[0], None, TrainingBatch(z_t, t, 1), draw(5)
+    )
     assert set(terms) == {"erase"}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from options import method_settings
 from quick import slow_unless
-from realera.contracts import Concept, NamedPrompt, Pair, UserError
+from realera.contracts import Concept, NamedPrompt, Pair, TrainingBatch, UserError
 from realera.paths import CONF_DIR
 from realera.runs import preflight
 from realera.training.checkpoint import load_erased, read_erased
@@ -287,7 +287,7 @@ def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, 
             z_t, t, *more = method.latents(backbone, i, draw)
             known = {key: value for one in more for key, value in one.items()}
             with torch.no_grad():
-                terms = method.align.loss(backbone, pair, None, z_t, t, 1, draw, **known)
+                terms = method.align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, known), draw)
             losses[-1].append(float(sum(term for key, term in terms.items() if key != "ewc")))  # which begins at 0
     assert all(after < before for before, after in zip(*losses, strict=True)), losses
 

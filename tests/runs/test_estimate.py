@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import save_file
 
 from realera import console, costs, evaluate, paths, train
-from realera.contracts import PASSES_OF_A_STEP
+from realera.contracts import PASSES_OF_A_STEP, TrainingBatch
 from realera.runs import estimate, folders
 from realera.runs.estimate import Work
 from realera.settings import composition, resolvers
@@ -153,7 +153,7 @@ def test_a_step_of_spm_is_counted_as_it_is_taken(
         align = instantiate(config["method"]["align"])
         align.prepare(backbone, [pair], Path(), 0)
         passes = Passes(backbone, monkeypatch)
-        align.loss(backbone, pair, None, z_t, t, 1, torch.Generator().manual_seed(0))
+        align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1), torch.Generator().manual_seed(0))
         rest = {key: value for key, value in config["method"].items() if key != "latents"}
         images = {"batch": 2, "renew": 0}  # z_t as they are
         planned = estimate.work(

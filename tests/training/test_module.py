@@ -29,19 +29,9 @@ class Watched:
         self.seen = []
         self.factor = factor
 
-    def loss(
-        self,
-        backbone: Any,
-        pair: Pair,
-        mine: Any,
-        latents: Any,
-        timesteps: Any,
-        step: int,
-        generator: Any,
-        **known: Any,
-    ) -> Any:
+    def loss(self, backbone: Any, pair: Pair, mine: Any, batch: Any, generator: Any) -> Any:
         drawn = float(torch.rand((), generator=generator))
-        self.seen.append((pair.concept.target, step, float(latents[0, 0, 0, 0]), drawn))
+        self.seen.append((pair.concept.target, batch.step, float(batch.latents[0, 0, 0, 0]), drawn))
         up = next(p for name, p in backbone.unet.named_parameters() if "lora_B" in name)
         return {"one": self.factor * ((up - 1) ** 2).sum(), "two": up.sum(), "noted": up.sum().detach() + 7}
 

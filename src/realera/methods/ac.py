@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 
-from realera.contracts import Backbone, LoraSpec, Miner, Pair, UserError
+from realera.contracts import Backbone, LoraSpec, Miner, Pair, TrainingBatch, UserError
 from realera.methods.texts import predict, take
 from realera.setting_types import LearningRate, NonNegative, Targets, TrainingSteps
 
@@ -55,14 +55,12 @@ class Ablation:
         backbone: Backbone,
         pair: Pair,
         mine: Miner | None,
-        latents: Tensor,
-        timesteps: Tensor,
-        step: int,
+        batch: TrainingBatch,
         generator: Generator,
-        **known: Tensor,
     ) -> dict[str, Tensor]:
         """{"ablate"}, with `prior` {"prior"} too; known: the noise (B, C, h, w) in z_t, the numbers (B,) of its
         prompts."""
+        latents, timesteps, known = batch.latents, batch.timesteps, batch.known
         if lacking := [name for name in ("noise", "prompts") if name not in known]:
             raise UserError(
                 f"method ac has to know the {lacking[0]} of its latents: set method.latents.give='[noise,prompts]'."

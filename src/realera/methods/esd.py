@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
-from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates
+from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, TrainingBatch
 from realera.methods.texts import predict, repeat
 from realera.setting_types import Finite, LearningRate, NonNegative, Positive, Targets, TrainingSteps
 
@@ -55,13 +55,11 @@ class NegativeGuidance:
         backbone: Backbone,
         pair: Pair,
         mine: Miner | None,
-        latents: Tensor,
-        timesteps: Tensor,
-        step: int,
+        batch: TrainingBatch,
         generator: Generator,
-        **known: Tensor,
     ) -> dict[str, Tensor]:
         """{"erase"}"""
+        latents, timesteps = batch.latents, batch.timesteps
         c, nothing = (repeat(self.texts[text], 0, len(latents)) for text in (pair.concept.target, ""))
         # Not in one pass of two texts: another batch rounds otherwise, and where c is '' all three must be the same.
         with torch.no_grad(), backbone.original():

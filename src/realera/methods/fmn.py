@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, UserError
+from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, TrainingBatch, UserError
 from realera.methods.inversion import TextualInversion
 from realera.methods.texts import predict, take
 from realera.setting_types import LearningRate, NonNegative, Targets, TrainingSteps
@@ -58,13 +58,11 @@ class AttentionResteering:
         backbone: Backbone,
         pair: Pair,
         mine: Miner | None,
-        latents: Tensor,
-        timesteps: Tensor,
-        step: int,
+        batch: TrainingBatch,
         generator: Generator,
-        **known: Tensor,
     ) -> dict[str, Tensor]:
         """{"attention"}; known: the numbers (B,) of the prompts that the images of the concept were drawn from."""
+        latents, timesteps, known = batch.latents, batch.timesteps, batch.known
         if getattr(backbone.unet, "is_gradient_checkpointing", False):  # it would compute again what is not kept then
             raise UserError(
                 "method fmn reads the attention, which backbone.gradient_checkpointing drops: set it to false."

@@ -27,6 +27,7 @@ from realera.contracts import (
     Neighbours,
     Pair,
     Scheduler,
+    TrainingBatch,
     UserError,
 )
 from realera.methods.fmn import Pooler, positions
@@ -230,13 +231,11 @@ class AttentionSuppression:
         backbone: Backbone,
         pair: Pair,
         mine: Miner | None,
-        latents: Tensor,
-        timesteps: Tensor,
-        step: int,
+        batch: TrainingBatch,
         generator: Generator,
-        **known: Tensor,
     ) -> dict[str, Tensor]:
         """{"attention"}; known: "mask" (B, H, W) bool, whatever its size."""
+        latents, timesteps, known = batch.latents, batch.timesteps, batch.known
         if getattr(backbone.unet, "is_gradient_checkpointing", False):  # it would compute again what is not kept then
             raise UserError(
                 "method mace reads the attention, which backbone.gradient_checkpointing drops: set it to false."

@@ -29,6 +29,7 @@ from realera.contracts import (
     Neighbours,
     Pair,
     TextStates,
+    TrainingBatch,
 )
 from realera.methods.priors import prior
 from realera.methods.texts import join, one_of, predict, repeat
@@ -272,13 +273,12 @@ class NoiseAlignment:
         backbone: Backbone,
         pair: Pair,
         mine: Miner | None,
-        latents: Tensor,
-        timesteps: Tensor,
-        step: int,
+        batch: TrainingBatch,
         generator: Generator,
     ) -> dict[str, Tensor]:
         """{"align"} on odd steps, {"near", "beyond"} on even ones, and without gradient, unweighted, what was
         weighted."""
+        latents, timesteps, step = batch.latents, batch.timesteps, batch.step
         count = len(latents)
         prompt = one_of(pair.target, generator)
         p_c, p_a = (repeat(texts, prompt, count) for texts in (pair.target, pair.anchor))

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
-from realera.contracts import Backbone, Concept, LoraSpec, Miner, Pair, Sampler, TextStates, UserError
+from realera.contracts import Backbone, Concept, LoraSpec, Miner, Pair, Sampler, TextStates, TrainingBatch, UserError
 from realera.methods.latents import AnchorBank, images_of, noised
 from realera.methods.replay import Fisher, Replay
 from realera.methods.texts import join, on_cpu, predict, take
@@ -159,13 +159,11 @@ class SelectiveAmnesia:
         backbone: Backbone,
         pair: Pair,
         mine: Miner | None,
-        latents: Tensor,
-        timesteps: Tensor,
-        step: int,
+        batch: TrainingBatch,
         generator: Generator,
-        **known: Tensor,
     ) -> dict[str, Tensor]:
         """{"forget", "replay", "ewc"}, weighted; known: as `ForgetAndReplay` gives it."""
+        latents, timesteps, known = batch.latents, batch.timesteps, batch.known
         if "replay_latents" not in known:
             raise UserError("method sa rehearses other captions: give it method.latents of sa.ForgetAndReplay.")
         p_c, p_r = (

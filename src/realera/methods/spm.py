@@ -27,6 +27,7 @@ from realera.contracts import (
     Miner,
     Pair,
     TextStates,
+    TrainingBatch,
     UserError,
 )
 from realera.methods.texts import join, predict, repeat, take
@@ -126,13 +127,11 @@ class SemiPermeableMembrane:
         backbone: Backbone,
         pair: Pair,
         mine: Miner | None,
-        latents: Tensor,
-        timesteps: Tensor,
-        step: int,
+        batch: TrainingBatch,
         generator: Generator,
-        **known: Tensor,
     ) -> dict[str, Tensor]:
         """{"erase", "anchor"}, and "anchor_unweighted" without its gradient."""
+        latents, timesteps = batch.latents, batch.timesteps
         count = len(latents)
         c, n = (repeat(self.texts[text], 0, count) for text in (pair.concept.target, self._neutral(pair)))
         with torch.no_grad(), backbone.original():

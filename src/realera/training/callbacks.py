@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from realera.closed_form import spectrum
-from realera.contracts import Edit, Miner, Neighbours, Pair, Prompt
+from realera.contracts import Edit, LooksFirst, Miner, Neighbours, Pair, Prepares, PreparesTogether, Prompt
 from realera.costs import Meter
 from realera.files import finite
 from realera.files.cache_costs import ledger
@@ -101,8 +101,9 @@ class ClosedFormEdit(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         module = _erasure(pl_module)
         method, backbone = module.method, module.backbone
-        if (prepare := getattr(method.neighbours, "prepare", None)) is not None:
-            prepare(backbone, module.pairs)
+        miner: object = method.neighbours
+        if isinstance(miner, LooksFirst):
+            miner.prepare(backbone, module.pairs)
         if method.edit is not None:
             with self.meter.stage("edit"), ledger() as found:
                 if method.neighbours is not None:
@@ -213,19 +214,18 @@ class PrepareLatents(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _erasure(pl_module)
-        parts = (module.method.latents, module.method.align)
-        asking = [part for part in parts if hasattr(part, "prepare")]
-        if asking and trains(module.method.align):
+        parts: tuple[object, ...] = (module.method.latents, module.method.align)
+        together = [part for part in parts if isinstance(part, PreparesTogether)]
+        alone = [part for part in parts if not isinstance(part, PreparesTogether) and isinstance(part, Prepares)]
+        if (alone or together) and trains(module.method.align):
             given = (module.backbone, module.pairs, self.cache, module.seed)
             with self.meter.stage("latents"), ledger() as found, _patient(trainer) as ranks:
                 for first in (True, False):
-                    for part in asking if ranks.first == first else ():
-                        if not getattr(part, "together", False):
-                            part.prepare(*given)  # type: ignore[union-attr]
+                    for part in alone if ranks.first == first else ():
+                        part.prepare(*given)
                     ranks.wait()
-                for part in asking:
-                    if getattr(part, "together", False):
-                        part.prepare(*given, ranks=ranks)  # type: ignore[call-arg, union-attr]
+                for shared in together:
+                    shared.prepare(*given, ranks=ranks)
                 self.meter.spared("latents", found)
         module.backbone.park()
 

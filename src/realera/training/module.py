@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from realera.contracts import Aligner, Backbone, Method, Pair, TextStates, UserError
+from realera.contracts import Aligner, Backbone, Clipped, Method, Pair, Scheduled, TextStates, TrainingBatch, UserError
 from realera.files import finite
 from realera.training.per_concept_adamw import AdamWInTurns
 from realera.training.seeding import stream
@@ -67,11 +67,13 @@ class ErasureModule(LightningModule):
                 self.backbone,
                 self.pairs[concept],
                 self.method.neighbours,
-                z_t[part],
-                timesteps[part],
-                step,
+                TrainingBatch(
+                    z_t[part],
+                    timesteps[part],
+                    step,
+                    {name: value[part] for known in more for name, value in known.items()},
+                ),
                 stream(self.seed, "align", step, 0),
-                **{name: value[part] for known in more for name, value in known.items()},
             )
         loss = torch.stack([term for term in terms.values() if term.requires_grad]).sum()
         values = {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
@@ -133,9 +135,9 @@ class ErasureModule(LightningModule):
         settings: dict[str, Any] = {"lr": align.lr, "betas": BETAS, "weight_decay": align.weight_decay}
         concepts = len(self.pairs) if one_each(align) else 1
         optimizer = AdamW(trained, **settings) if concepts == 1 else AdamWInTurns(trained, concepts, **settings)
-        if (rate := getattr(align, "rate", None)) is None:
+        if not isinstance(align, Scheduled):
             return [optimizer]
-        follow = LambdaLR(optimizer, lambda done: rate(own_step(done + 1, concepts)))
+        follow = LambdaLR(optimizer, lambda done: align.rate(own_step(done + 1, concepts)))
         return [optimizer], [{"scheduler": follow, "interval": "step"}]
 
     def train_dataloader(self) -> DataLoader[int]:
@@ -166,7 +168,8 @@ def clip_of(align: Aligner | None) -> float | None:
 
     Raises UserError for a norm that cannot be.
     """
-    clip: float | None = getattr(align, "clip", CLIP)
+    part: object = align
+    clip = part.clip if isinstance(part, Clipped) else CLIP
     if clip is not None and not 0 < clip < math.inf:
         raise UserError(f"method.align.clip={clip} cannot be: give a finite number above 0, or null for no clipping.")
     return clip

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from realera import paths
-from realera.contracts import UserError
+from realera.contracts import Resumes, UserError
 from realera.files import checksums, finite
 from realera.training import saved
 from realera.training.losses import LossLines
@@ -167,7 +167,7 @@ def _restore(found: saved.Saved, trainer: Trainer, module: ErasureModule) -> Non
 
 def keeps(latents: Any) -> bool:
     """Whether a latent source keeps anything from step to step."""
-    return hasattr(latents, "state_dict")
+    return isinstance(latents, Resumes)
 
 
 def _scaler(trainer: Trainer) -> Any:

@@ -67,10 +67,10 @@ class Grow:
     def prepare(self, backbone: Any, pairs: Any, cache: Path, seed: int) -> None:
         self.prepared.append(len(pairs))
 
-    def loss(self, backbone: Any, pair: Any, mine: Any, latents: Tensor, t: Tensor, *_: Any, **known: Tensor) -> Any:
+    def loss(self, backbone: Any, pair: Any, mine: Any, batch: Any, generator: Any) -> Any:
         self.concepts.append(pair.concept.target)
-        self.known.append(known["mask"])
-        return {"away": backbone.predict_noise(latents, t, pair.target.states[:1]).square().sum()}
+        self.known.append(batch.known["mask"])
+        return {"away": backbone.predict_noise(batch.latents, batch.timesteps, pair.target.states[:1]).square().sum()}
 
 
 class Masked:
