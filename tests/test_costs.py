@@ -261,7 +261,7 @@ LOOP = 2 * BATCH * (1 + 2 + 1 + 2)  # four steps, the even ones on near and beyo
 
 def test_realera_costs_its_bank_its_loop_and_the_size_of_its_lora(erase: Any, new_backbone: Any) -> None:
     first = erase("realera-text")
-    layers = list(new_backbone().cross_attention().values())
+    layers = list(new_backbone().text_projections().values())
     assert first["trained_parameters"] == sum(layer.in_features + layer.out_features for layer in layers)  # rank 1
     assert first["edited_parameters"] == sum(layer.weight.numel() for layer in layers)
     assert first["passes"] == {"erase": BANK + LOOP}
@@ -283,7 +283,7 @@ def test_a_closed_form_costs_no_pass_and_trains_nothing(erase: Any, new_backbone
 
 def test_a_fusion_is_an_edit_too_and_counts_each_weight_once(erase: Any, new_backbone: Any) -> None:
     record = erase("mace-ablation")
-    edited = sum(layer.weight.numel() for layer in new_backbone().cross_attention().values())
+    edited = sum(layer.weight.numel() for layer in new_backbone().text_projections().values())
     assert record["edited_parameters"] == edited and record["trained_parameters"] > 0
     assert "finish" in record["stages"]
 

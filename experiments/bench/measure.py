@@ -44,7 +44,7 @@ def plain_loop(backbone: Any, names: list[str], file: Path) -> dict[str, torch.T
     keys = {name: last_row(name) for name in names}
     anchors = {name: last_row(ANCHOR) for name in names}  # the code encodes the guide once for every name
     edited = {}
-    for layer, linear in backbone.cross_attention().items():
+    for layer, linear in backbone.text_projections().items():
         weight = linear.weight
         values, grams = RIDGE * weight, RIDGE * torch.eye(weight.shape[1])
         for name in names:
@@ -61,7 +61,7 @@ def ours(backbone: Any, names: list[str], file: Path) -> dict[str, torch.Tensor]
     edit: Edit = UnifiedConceptEdit(rows="last", ridge=RIDGE)(backbone, pairs, [])
     backbone.apply(edit)
     save_erased(file, backbone, Origin({}, backbone.name, "bench"), None)
-    return {f"{name}.weight": linear.weight for name, linear in backbone.cross_attention().items()}
+    return {f"{name}.weight": linear.weight for name, linear in backbone.text_projections().items()}
 
 
 def fresh(backbone: Any, file: Path) -> None:

@@ -72,7 +72,7 @@ def similarities(backbone: Backbone) -> dict[str, Similarity]:
     rows = caption_rows(backbone, "everyday", paths.cache_dir())
     eye = torch.eye(backbone.width, dtype=torch.float64)
     covariance = value_space.covariance(rows.gram, rows.mean, rows.count)
-    layers = {name: layer.weight for name, layer in backbone.cross_attention().items()}
+    layers = {name: layer.weight for name, layer in backbone.text_projections().items()}
     found: dict[str, Similarity] = {
         "text states, cosine": in_metric(eye, torch.zeros(backbone.width, dtype=torch.float64)),
         "text states, centred": in_metric(eye, rows.mean),

@@ -160,7 +160,7 @@ class Erased:
         self._refuse_covered()
         with self._backbone.borrowed():
             self._backbone.load_erased({})
-        _stacks[self._backbone.unet].pop()
+        _stacks[self._backbone.denoiser].pop()
         self._undone = True
         return self._backbone.pipe
 
@@ -189,7 +189,7 @@ class Erased:
                 self.method,
             )
         self._settle()
-        stack = _stacks.setdefault(self._backbone.unet, [])
+        stack = _stacks.setdefault(self._backbone.denoiser, [])
         stack[:] = [one for one in stack if one() is not None]
         stack.append(weakref.ref(self))
 
@@ -198,7 +198,7 @@ class Erased:
             raise UserError("this erasure was undone: erase again.")
 
     def _refuse_covered(self) -> None:
-        stack = _stacks.get(self._backbone.unet, [])
+        stack = _stacks.get(self._backbone.denoiser, [])
         if stack and stack[-1]() not in (self, None):
             raise UserError("a later erasure is on this pipeline: undo that one first.")
 

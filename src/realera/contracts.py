@@ -245,12 +245,14 @@ class Backbone(Protocol):
     """The only window on diffusers. Weights are frozen; what changes them goes through `apply` and `add_adapter`."""
 
     name: str
-    unet: nn.Module
     width: int  # D
     max_length: int  # T
     sampler: Sampler  # how this backbone draws images unless told otherwise
     latent_channels: int  # C
     pixels_per_latent: int  # H / h, W / w
+
+    @property
+    def denoiser(self) -> nn.Module: ...  # what predicts: a U-Net, or another kind of network
 
     @property
     def passes(self) -> int: ...  # images that went through the U-Net so far
@@ -276,8 +278,9 @@ class Backbone(Protocol):
 
     def words(self) -> list[str]: ...  # the words that are one token each, the most frequent first
 
-    def cross_attention(self) -> dict[str, nn.Linear]:
-        """{layer name: base Linear} of every attn2.to_k / attn2.to_v, in U-Net order, adapters looked through."""
+    def text_projections(self) -> dict[str, nn.Linear]:
+        """{layer name: base Linear} of what reads the text, which a closed form may edit, in the network's order,
+        adapters looked through. In Stable Diffusion: every attn2.to_k and attn2.to_v."""
         ...
 
     def apply(self, edit: Edit) -> None: ...  # onto the *current* base weights; the first values are kept

@@ -29,7 +29,7 @@ def test_official_uce_as_one_map(backbone: UNetBackbone) -> None:
     key, anchor = states.states[torch.arange(2), states.last].double()
     ridge = 0.5 * torch.eye(32, dtype=torch.float64)
     backbone.apply(Edit(map=torch.linalg.solve(key.outer(key) + ridge, anchor.outer(key) + ridge, left=False)))
-    assert {f"{name}.weight" for name in backbone.cross_attention()} == set(wanted)
+    assert {f"{name}.weight" for name in backbone.text_projections()} == set(wanted)
     for name, value in backbone.erased_state().items():
         torch.testing.assert_close(value, wanted[name.removeprefix("edit.")], atol=1e-5, rtol=0)
 

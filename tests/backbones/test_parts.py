@@ -96,7 +96,7 @@ def test_attention_maps(new_backbone: Callable[..., Any]) -> None:
     with backbone.attention() as maps:
         found = predict(backbone, ["a cat", "a dog"])
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
-    assert len(maps) == len(backbone.cross_attention()) // 2
+    assert len(maps) == len(backbone.text_projections()) // 2
     for name, probabilities in maps.items():
         attention = backbone.unet.get_submodule(name)
         assert probabilities.shape[:2] == (2, attention.heads) and probabilities.shape[3] == backbone.max_length

@@ -197,7 +197,7 @@ def test_the_text_is_read_once_and_the_images_are_the_same(
     if drawn in ("adapted", "scaled"):
         for parameter in backbone.add_adapter(LoraSpec(rank=2, per_concept=True), torch.Generator(), concepts=2):
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
-    first = next(iter(backbone.cross_attention().values()))
+    first = next(iter(backbone.text_projections().values()))
     applied, plainly = [], first.forward
     first.forward = lambda states: (applied.append(1), plainly(states))[1]
 

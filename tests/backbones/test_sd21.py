@@ -151,7 +151,7 @@ def test_an_edit_reaches_every_layer_and_the_images(tiny_sd21: Path) -> None:
     images = backbone.generate(TEXTS, SEEDS)
     noise = torch.randn(32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     backbone.apply(Edit(map=torch.eye(32, dtype=torch.float64) + 0.3 * noise))
-    assert len(backbone.erased_state()) == len(backbone.cross_attention()) == 32  # as in the real one
+    assert len(backbone.erased_state()) == len(backbone.text_projections()) == 32  # as in the real one
     assert (backbone.generate(TEXTS, SEEDS).int() - images.int()).abs().max() > 2
     with backbone.original():
         assert torch.equal(backbone.generate(TEXTS, SEEDS), images)

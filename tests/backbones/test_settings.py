@@ -200,7 +200,7 @@ def hooked(backbone: UNetBackbone) -> Iterator[Tensor]:
     with backbone.adapter_scale(torch.zeros(1, 1)):
         yield noise(backbone)
     yield noise(backbone)
-    layer = next(iter(backbone.cross_attention().values()))  # behind an adapter's wrapper, as AC's hooks are on it
+    layer = next(iter(backbone.text_projections().values()))  # behind an adapter's wrapper, as AC's hooks are on it
     hook = layer.register_forward_hook(lambda layer, inputs, out: 2 * out)
     yield noise(backbone)
     hook.remove()

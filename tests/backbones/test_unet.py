@@ -45,7 +45,7 @@ def trained_adapter(backbone: UNetBackbone, spec: LoraSpec = LORA) -> list[torch
 
 
 def weights(backbone: UNetBackbone) -> dict[str, Tensor]:
-    return {name: layer.weight.detach().clone() for name, layer in backbone.cross_attention().items()}
+    return {name: layer.weight.detach().clone() for name, layer in backbone.text_projections().items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -133,11 +133,11 @@ def test_no_pooled_state(backbone: UNetBackbone, inputs: tuple[Tensor, Tensor, T
 
 
 def test_cross_attention_is_every_key_and_value_in_order(backbone: UNetBackbone) -> None:
-    layers = backbone.cross_attention()
+    layers = backbone.text_projections()
     wanted = [n for n, _ in backbone.unet.named_modules() if n.endswith(("attn2.to_k", "attn2.to_v"))]
     assert list(layers) == wanted and len(wanted) == 14
     trained_adapter(backbone)
-    assert all(backbone.cross_attention()[name] is layer for name, layer in layers.items())
+    assert all(backbone.text_projections()[name] is layer for name, layer in layers.items())
     assert all(type(layer) is torch.nn.Linear for layer in layers.values())
 
 
@@ -297,7 +297,7 @@ def test_adapter_adds_alpha_over_rank_b_a(backbone: UNetBackbone) -> None:
     trained_adapter(backbone)
     state = backbone.erased_state()
     states = torch.randn(3, 32)
-    for name, base in backbone.cross_attention().items():
+    for name, base in backbone.text_projections().items():
         down, up = state[f"lora.{name}.down"], state[f"lora.{name}.up"]
         expected = states @ base.weight.T + 3.0 / 2 * states @ down.T @ up.T
         torch.testing.assert_close(backbone.unet.get_submodule(name)(states), expected, atol=1e-5, rtol=1e-4)
@@ -354,7 +354,7 @@ def test_bfloat16_base_keeps_float32_adapters(tiny_sd: Path, inputs: tuple[Tenso
     assert {p.dtype for p in parameters} == {torch.float32}
     assert {
         p.dtype
-        for p in backbone.cross_attention()["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"].parameters()
+        for p in backbone.text_projections()["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"].parameters()
     } == {torch.bfloat16}
     out, wanted = backbone.predict_noise(*inputs), exact.predict_noise(*inputs)
     assert out.dtype == torch.float32
@@ -421,7 +421,7 @@ def test_what_is_made_in_inference_mode_can_be_trained(
 
 def test_round_trip_bit_for_bit(changed: UNetBackbone, tiny_sd: Path, tmp_path: Path) -> None:
     state = changed.erased_state()
-    layer = next(iter(changed.cross_attention()))
+    layer = next(iter(changed.text_projections()))
     for key in (
         f"edit.{layer}.weight",
         f"lora.{layer}.down",
@@ -467,7 +467,7 @@ def test_erased_state_is_a_copy(changed: UNetBackbone) -> None:
 
 def test_states_of_another_model(changed: UNetBackbone) -> None:
     state = changed.erased_state()
-    layer = next(iter(changed.cross_attention()))
+    layer = next(iter(changed.text_projections()))
     down = state[f"lora.{layer}.down"]
     bad: list[tuple[dict[str, Tensor], str]] = [
         (state | {"weights": down}, "no edit and no LoRA"),

@@ -209,12 +209,12 @@ def test_an_edit_reaches_every_layer_and_the_images(backbone: UNetBackbone) -> N
     role: Backbone = backbone
     assert isinstance(role, Backbone) and backbone.width == 80
     before, images = outputs(backbone, "a photo of a cat"), backbone.generate(TEXTS, SEEDS)
-    weights = {name: layer.weight.clone() for name, layer in backbone.cross_attention().items()}
+    weights = {name: layer.weight.clone() for name, layer in backbone.text_projections().items()}
     # 2 + 2 blocks down with 2 and 3 layers each, 3 in the middle, 3 + 3 up with 3 and 2; keys and values.
     assert len(weights) == 2 * (2 * 2 + 2 * 3 + 3 + 3 * 3 + 3 * 2) == 2 * len(before)
     assert all(weight.shape[1] == 80 for weight in weights.values())
     backbone.apply(erasing(backbone, "cat", "field"))
-    for name, layer in backbone.cross_attention().items():
+    for name, layer in backbone.text_projections().items():
         moved = (layer.weight - weights[name]).norm(dim=0) / weights[name].norm(dim=0)
         assert moved[:32].max() > 0.05 and moved[32:].max() > 0.05, name  # in both encoders' columns
     after = outputs(backbone, "a photo of a cat")
@@ -228,9 +228,9 @@ def test_an_edit_reaches_every_layer_and_the_images(backbone: UNetBackbone) -> N
 def test_the_edit_does_what_was_asked(backbone: UNetBackbone) -> None:
     """Keys and values of the concept's rows become the anchor's; those of kept prompts stay."""
     read = backbone.encode(["a photo of a cat", "a photo of a field", "a photo of a ship"]).states
-    before = {name: layer.weight.clone() for name, layer in backbone.cross_attention().items()}
+    before = {name: layer.weight.clone() for name, layer in backbone.text_projections().items()}
     backbone.apply(erasing(backbone, "cat", "field"))
-    for name, layer in backbone.cross_attention().items():
+    for name, layer in backbone.text_projections().items():
         gap = (read[0, 5:] - read[1, 5:]) @ before[name].T
         left = read[0, 5:] @ layer.weight.T - read[1, 5:] @ before[name].T
         assert left.norm() < 0.2 * gap.norm(), name
@@ -240,7 +240,7 @@ def test_the_edit_does_what_was_asked(backbone: UNetBackbone) -> None:
 
 def test_a_lora_on_cross_attention_trains(backbone: UNetBackbone) -> None:
     parameters = backbone.add_adapter(LoraSpec(rank=2), torch.Generator().manual_seed(0))
-    assert len(parameters) == 2 * len(backbone.cross_attention())
+    assert len(parameters) == 2 * len(backbone.text_projections())
     assert all(p.shape == (2, 80) for p in parameters[::2])
     states, x, t = backbone.encode(TEXTS), torch.randn(2, 4, 8, 8), torch.tensor([10, 700])
     with backbone.original():

@@ -24,7 +24,7 @@ class Painter:
     name, fingerprint, sampler = "painter", "f00d", Sampler(steps=2, height=4, width=4)
 
     def __init__(self, edit: float = 9.0, fits: int = 99) -> None:
-        self.unet = nn.Linear(1, 1)
+        self.denoiser = nn.Linear(1, 1)
         self.edit, self.fits, self.calls = edit, fits, []  # type: ignore[var-annotated]
         self.inside = False
 

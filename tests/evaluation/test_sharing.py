@@ -38,7 +38,7 @@ class Painter:
     name, fingerprint, sampler = "painter", "f00d", BASE
 
     def __init__(self, fits: int = 99) -> None:
-        self.unet = nn.Linear(1, 1)
+        self.denoiser = nn.Linear(1, 1)
         self.fits, self.calls = fits, []  # type: ignore[var-annotated]
 
     @contextmanager

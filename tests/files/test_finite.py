@@ -98,10 +98,10 @@ def test_weights_are_looked_at_in_their_file(tiny_sd: Path, tmp_path: Path, monk
 
 def test_what_float16_cannot_hold_is_refused(new_backbone: Callable[..., Any]) -> None:
     backbone = new_backbone(dtype="float16")
-    before = {name: layer.weight.clone() for name, layer in backbone.cross_attention().items()}
+    before = {name: layer.weight.clone() for name, layer in backbone.text_projections().items()}
     with pytest.raises(UserError, match=r"attn2\.to_k\.weight is too large for backbone\.dtype=float16.*bfloat16"):
         backbone.apply(Edit(map=torch.eye(32).double() * 1e7))
-    assert all(torch.equal(layer.weight, before[name]) for name, layer in backbone.cross_attention().items())
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in backbone.text_projections().items())
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -112,8 +112,8 @@ def test_an_edit_that_is_not_finite_is_refused(bad: float, new_backbone: Callabl
     with pytest.raises(UserError, match=r"edited weight .*attn2\.to_k\.weight holds NaN or infinity.*ridge"):
         backbone.apply(Edit(map=map))
     assert not backbone.erased_state()
-    layer = next(iter(backbone.cross_attention()))
-    state = {f"edit.{layer}.weight": torch.full_like(backbone.cross_attention()[layer].weight, bad)}
+    layer = next(iter(backbone.text_projections()))
+    state = {f"edit.{layer}.weight": torch.full_like(backbone.text_projections()[layer].weight, bad)}
     with pytest.raises(UserError, match=rf"erased weight edit\.{layer}\.weight holds NaN"):
         backbone.load_erased(state)
     assert not backbone.erased_state()

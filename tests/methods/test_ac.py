@@ -99,8 +99,8 @@ def test_bos_gives_no_gradient(student: Any, new_backbone: Callable[..., Any], p
     assert not torch.allclose(found, gradients(student, free), rtol=1e-2)
     twin = new_backbone()
     twin.load_erased(student.erased_state())
-    frozen = twin.cross_attention()
-    for name, layer in student.cross_attention().items():
+    frozen = twin.text_projections()
+    for name, layer in student.text_projections().items():
         layer.register_forward_hook(split(frozen[name]))
     other = gradients(student, given(Ablation(KV, detach_bos=False), student, pair)["ablate"])
     assert (found - other).norm() < 1e-5 * other.norm()

@@ -50,7 +50,7 @@ def test_the_refinement_equals_the_official_code() -> None:
     ]
     backbone.apply(Refinement(ridge=0.1)(backbone, [Pair(Concept("airplane", "sky"), *sides)], []))
     reference = load_file(folder / "mace_cfr_airplane_sky.safetensors")
-    edited = {f"{name}.weight": layer.weight for name, layer in backbone.cross_attention().items()}
+    edited = {f"{name}.weight": layer.weight for name, layer in backbone.text_projections().items()}
     assert {key.removeprefix("unet.") for key in reference} == edited.keys()
     for name, weight in reference.items():
         difference = edited[name.removeprefix("unet.")].detach() - weight
@@ -83,7 +83,7 @@ def test_the_refinement_row_by_row(
     prior = cached(backbone, ["a photo of a dog"], tmp_path / "prior.safetensors")
     preserved = Preserved(str(prior), scale=0.3, captions=5, domain_cache=str(domain), domain_weight=2.0)
     scale = 0.3**2 if squared else 0.3
-    for layer in list(backbone.cross_attention().values())[:2]:
+    for layer in list(backbone.text_projections().values())[:2]:
         w0 = layer.weight.detach().double()
         left, right = 0.2 * w0, 0.2 * torch.eye(32, dtype=torch.float64)
 
@@ -374,7 +374,7 @@ def test_the_fusion_row_by_row(new_backbone: Any, new_pairs: Any, tmp_path: Path
     """Two concepts' adapters, of two ranks and a scale, over edited weights, beside captions that keep W0."""
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT, SHIP)
-    original = {name: layer.weight.detach().clone().double() for name, layer in backbone.cross_attention().items()}
+    original = {name: layer.weight.detach().clone().double() for name, layer in backbone.text_projections().items()}
     backbone.apply(Refinement(ridge=1.0)(backbone, pairs, []))
     for parameter in backbone.add_adapter(LoraSpec(rank=2, alpha=3.0, per_concept=True), draw(1), 2):
         nn.init.normal_(parameter, std=0.2, generator=draw(parameter.numel()))
@@ -383,7 +383,7 @@ def test_the_fusion_row_by_row(new_backbone: Any, new_pairs: Any, tmp_path: Path
     kept = backbone.encode(["a photo of a dog"]).states[0].double()
     state = backbone.erased_state()
     for name in list(original)[:3]:
-        w1 = backbone.cross_attention()[name].weight.detach().double()
+        w1 = backbone.text_projections()[name].weight.detach().double()
         down, up = state[f"lora.{name}.down"].double(), state[f"lora.{name}.up"].double()
         left, right = 0.2 * w1, 0.2 * torch.eye(32, dtype=torch.float64)
         for i, pair in enumerate(pairs):

@@ -134,7 +134,7 @@ def test_a_concept_that_is_its_own_guide_stays(world: dict[str, Tensor]) -> None
 
 
 def test_values_alone_are_rotated_away_from_the_concept(new_backbone: Any) -> None:
-    backbone, before = new_backbone(), new_backbone().cross_attention()
+    backbone, before = new_backbone(), new_backbone().text_projections()
     edit = OrthogonalErasure(erase_scale=1e4)(backbone, [named("cat", "field")], [])
     assert set(edit.weights) == {name for name in before if name.endswith(VALUES)} and edit.map is None
     assert 0 < edit.info["captions_cosine"] < 1
@@ -161,7 +161,7 @@ def test_two_concepts_at_once(new_backbone: Any) -> None:
         edit = OrthogonalErasure(erase_scale=1e5)(backbone, pairs, [])
         found = []
         for row in (states.states[i, states.length[i] - 1].double() for i in range(2)):
-            layers = [(backbone.cross_attention()[name].weight.double(), new) for name, new in edit.weights.items()]
+            layers = [(backbone.text_projections()[name].weight.double(), new) for name, new in edit.weights.items()]
             found.append(sum(float((old @ row) @ (new @ row) / (old @ row).square().sum()) for old, new in layers))
         return [total / len(layers) for total in found]
 
@@ -176,7 +176,7 @@ def test_what_is_kept_moves_less(new_backbone: Any, tmp_path: Path) -> None:
 
     def moved(**settings: Any) -> float:
         edit = OrthogonalErasure(**settings)(backbone, pairs, [])
-        layers = backbone.cross_attention()
+        layers = backbone.text_projections()
         return sum(float(((w - layers[name].weight.double()) @ bird).norm()) for name, w in edit.weights.items())
 
     plain = moved()

@@ -48,7 +48,7 @@ def test_two_rounds_are_the_papers_algorithm(guide: str | None, new_backbone: An
     backbone = new_backbone()
     start = UnifiedConceptEdit("suffix_2023", guide=guide)
     edit = RobustErasure(start, rounds=2, guide=guide, lambda_norm=0.3, preserve=[" ", "bird"], preserve_scale=0.2)
-    first = {name: layer.weight.detach().double() for name, layer in backbone.cross_attention().items()}
+    first = {name: layer.weight.detach().double() for name, layer in backbone.text_projections().items()}
     uce = start(backbone, named(*NAMES), []).map
     assert uce is not None
     now = {name: weight @ uce for name, weight in first.items()}
@@ -72,7 +72,7 @@ def test_two_rounds_are_the_papers_algorithm(guide: str | None, new_backbone: An
 def test_the_attack_finds_what_comes_nearest(new_backbone: Any) -> None:
     """Its norm's weight aside, no other state brings the concept back better; a round leaves it farther away."""
     backbone = new_backbone()
-    first = {name: layer.weight.detach().double() for name, layer in backbone.cross_attention().items()}
+    first = {name: layer.weight.detach().double() for name, layer in backbone.text_projections().items()}
     uce = UnifiedConceptEdit("suffix_2023", guide=" ")(backbone, named(NAMES[0]), []).map
     assert uce is not None
     now = {name: weight @ uce for name, weight in first.items()}

@@ -102,7 +102,7 @@ def test_k_means_ends_at_means_of_their_nearest_rows() -> None:
 
 
 def test_values_alone_are_changed_and_the_name_is_read_as_its_anchor(new_backbone: Any) -> None:
-    backbone, before = new_backbone(), new_backbone().cross_attention()
+    backbone, before = new_backbone(), new_backbone().text_projections()
     edit = NullSpaceErasure(retain=BIRDS, ridge=1e-6)(backbone, [named("cat", "field")], [])
     assert set(edit.weights) == {name for name in before if name.endswith(VALUES)} and edit.map is None
     assert edit.info["directions_free"] > 10
@@ -126,7 +126,7 @@ def test_what_is_retained_and_what_every_image_holds_stay(new_backbone: Any) -> 
     held = torch.cat([rows, speed.invariants(empty, 3).T])
     assert edit.info["rows_retained"] == len(BIRDS), "a retained name that holds the erased one is left out"
     for name, weight in edit.weights.items():
-        moved = (weight - backbone.cross_attention()[name].weight.double()) @ held.T
+        moved = (weight - backbone.text_projections()[name].weight.double()) @ held.T
         assert float(moved.abs().max()) < 1e-6  # the texts are encoded in float32
     wide = NullSpaceErasure(threshold=10.0, **settings)(backbone, [named("cat", "field")], [])
     assert wide.info["directions_free"] > edit.info["directions_free"]

@@ -249,7 +249,7 @@ def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_metho
         def of(template: str) -> float:
             read = original.encode([NamedPrompt.of(template, name) for name in (word, anchor)])
             h, a = read.states[torch.arange(2), read.length if name in FUSED else read.last]
-            layers, first = backbone.cross_attention(), original.cross_attention()
+            layers, first = backbone.text_projections(), original.text_projections()
             gap = sum(float((first[n].weight @ (h - a)).norm()) for n in first)
             goal = layers if name in TOGETHER else first
             return sum(float((layers[n].weight @ h - goal[n].weight @ a).norm()) for n in first) / gap

@@ -30,7 +30,7 @@ def test_it_equals_the_official_code(load_method: Callable[..., Any]) -> None:
     method = load_method("uce", "edit.rows=last")
     backbone.apply(method.edit(backbone, [named("airplane", "sky")], []))
     reference = load_file(folder / "uce_airplane_sky.safetensors")
-    edited = {f"{name}.weight": layer.weight for name, layer in backbone.cross_attention().items()}
+    edited = {f"{name}.weight": layer.weight for name, layer in backbone.text_projections().items()}
     assert reference.keys() == edited.keys()
     for name, weight in reference.items():
         assert (edited[name] - weight).abs().max() < 1e-5
@@ -57,7 +57,7 @@ def check(
 ) -> None:
     solution = edit(backbone, pairs, []).map
     assert solution is not None
-    for layer in backbone.cross_attention().values():
+    for layer in backbone.text_projections().values():
         wanted = slow_edit(layer.weight, terms, edit.ridge)
         # Rows of a text are the same but for rounding (1e-6) whatever it is encoded together with.
         assert torch.allclose(layer.weight.double() @ solution, wanted, atol=3e-6)

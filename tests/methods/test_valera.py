@@ -34,12 +34,12 @@ def suffix_mean(states: Any) -> Tensor:
 
 def test_values_alone_are_changed_and_read_the_concept_as_its_anchor(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
-    before = {name: layer.weight.clone() for name, layer in backbone.cross_attention().items()}
+    before = {name: layer.weight.clone() for name, layer in backbone.text_projections().items()}
     pairs = new_pairs(backbone, CAT, DOG)
     edit = ValueSpaceErasure(gain=1)(backbone, pairs, [])
     assert edit.projections == (VALUES,) and edit.map is not None
     backbone.apply(edit)
-    for name, layer in backbone.cross_attention().items():
+    for name, layer in backbone.text_projections().items():
         assert torch.equal(layer.weight, before[name]) == name.endswith(KEYS)
         expected = before[name].double() @ edit.map
         if name.endswith(VALUES):
@@ -162,7 +162,7 @@ def test_readings_of_the_text_states_alone_know_no_weights(new_backbone: Any, ne
     pairs = new_pairs(backbone, CAT)
     first, values = (ValueSpaceErasure(read=read)(backbone, pairs, []).map for read in ("text", "values"))
     assert not torch.allclose(first, values, atol=1e-3)
-    for layer in backbone.cross_attention().values():
+    for layer in backbone.text_projections().values():
         layer.weight.data.normal_()
     assert torch.equal(ValueSpaceErasure(read="text")(backbone, pairs, []).map, first)
 
@@ -171,7 +171,7 @@ def test_scaled_weights_get_the_same_map(new_backbone: Any, new_pairs: Any) -> N
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT)
     first = ValueSpaceErasure()(backbone, pairs, []).map
-    for layer in backbone.cross_attention().values():
+    for layer in backbone.text_projections().values():
         layer.weight.data.mul_(8)
     assert torch.allclose(ValueSpaceErasure()(backbone, pairs, []).map, first, atol=1e-9)
 

@@ -77,7 +77,7 @@ def test_what_the_edit_did_is_written_down(go: Callable[..., Any], tmp_path: Pat
     report = json.loads((tmp_path / "run" / "edit.json").read_text())
     assert report["info"] == pytest.approx({"condition": 3.0, "relative_change": 0.5})
     assert logger.logged == {f"edit/{name}": value for name, value in report["info"].items()}
-    assert list(report["layers"]) == list(backbone.cross_attention())
+    assert list(report["layers"]) == list(backbone.text_projections())
     assert all(change == pytest.approx(0.5) for change in report["layers"].values())
     assert report["spectrum"] == pytest.approx([0.5] * 32)
     assert torch.equal(read_map(tmp_path / "run" / "map.safetensors")[0], HALF.float())
@@ -125,8 +125,8 @@ def test_a_method_without_parts_writes_no_edit(go: Callable[..., Any], tmp_path:
 
 def test_the_finishing_edit_follows(go: Callable[..., Any], new_backbone: Callable[..., Any], tmp_path: Path) -> None:
     backbone = go(Method("twice", edit=Halve(), finish=Halve()))
-    plain = new_backbone().cross_attention()
-    for name, layer in backbone.cross_attention().items():
+    plain = new_backbone().text_projections()
+    for name, layer in backbone.text_projections().items():
         assert torch.allclose(layer.weight, plain[name].weight / 4)
     report = json.loads((tmp_path / "run" / "edit.json").read_text())
     assert report["info"]["relative_change"] == report["finish"]["info"]["relative_change"] == pytest.approx(0.5)
@@ -150,8 +150,8 @@ def test_the_edit_is_made_once_whether_resumed_or_not(go: Callable[..., Any], lo
     backbone = go(method, checkpoint_every=1)
     assert method.edit.calls == [1, 1]
     with backbone.original():
-        first = {name: layer.weight.clone() for name, layer in backbone.cross_attention().items()}
-    for name, layer in backbone.cross_attention().items():
+        first = {name: layer.weight.clone() for name, layer in backbone.text_projections().items()}
+    for name, layer in backbone.text_projections().items():
         assert torch.allclose(layer.weight, first[name] / 2)
 
 

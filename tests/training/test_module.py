@@ -114,7 +114,7 @@ def test_what_is_trained_is_the_adapter(new_backbone: Callable[..., Any], new_pa
     assert module.trained() == {}
     added = backbone.add_adapter(LoraSpec(), stream(0, "adapter"))
     found = module.trained()
-    assert len(found) == len(added) == 2 * len(backbone.cross_attention())
+    assert len(found) == len(added) == 2 * len(backbone.text_projections())
     assert all(".lora_" in name for name in found)
 
 

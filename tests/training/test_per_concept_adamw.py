@@ -88,7 +88,7 @@ class Fuse:
 
     def __call__(self, backbone: Any, pairs: Any, neighbours: Any) -> Edit:
         self.seen = backbone.erased_state()
-        return Edit(weights={name: layer.weight + 1 for name, layer in backbone.cross_attention().items()})
+        return Edit(weights={name: layer.weight + 1 for name, layer in backbone.text_projections().items()})
 
 
 @pytest.mark.parametrize("concepts", [1, 2])
@@ -108,7 +108,7 @@ def test_steps_are_each_concepts_and_a_finishing_edit_takes_the_adapters_place(
     saved = read_erased(path)
     assert saved.lora is None
     assert {key.split(".")[0] for key in saved.state} == {"edit"}
-    assert len(saved.state) == len(backbone.cross_attention())
+    assert len(saved.state) == len(backbone.text_projections())
 
 
 def test_what_is_computed_again_for_the_gradient_is_the_same_concepts(

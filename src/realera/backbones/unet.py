@@ -91,6 +91,10 @@ class UNetBackbone:
         self._depth = 0  # of nested original()
         self._empty: TextStates | None = None
 
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.unet
+
     @cached_property
     def fingerprint(self) -> str:
         """Content id of weights, configuration, tokenizer and text length; reads all weights on first use."""
@@ -135,7 +139,7 @@ class UNetBackbone:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def cross_attention(self) -> dict[str, nn.Linear]:
+    def text_projections(self) -> dict[str, nn.Linear]:
         return dict(self._base.cross_attention)
 
     @torch.inference_mode(False)  # weights made in inference mode could never be trained

@@ -165,7 +165,7 @@ def chunks_of(prompts: Sequence[Prompt], base: Sampler, size: int) -> list[Chunk
 
 def _settings(backbone: Backbone, sampler: Sampler | None) -> str:
     """The weights' id, their precision, and the sampler, as one line."""
-    dtype = next((str(p.dtype) for p in backbone.unet.parameters()), "")
+    dtype = next((str(p.dtype) for p in backbone.denoiser.parameters()), "")
     return json.dumps([backbone.fingerprint, dtype, asdict(sampler or backbone.sampler)], sort_keys=True)
 
 

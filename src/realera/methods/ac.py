@@ -84,7 +84,9 @@ class Ablation:
 @contextmanager
 def _detached_bos(backbone: Backbone) -> Iterator[None]:
     """Row 0 of keys and values without gradient, in what is computed within."""
-    if getattr(backbone.unet, "is_gradient_checkpointing", False):  # computes again where nothing is detached any more
+    if getattr(
+        backbone.denoiser, "is_gradient_checkpointing", False
+    ):  # computes again where nothing is detached any more
         raise UserError(
             "method.align.detach_bos cannot be kept with backbone.gradient_checkpointing: set one of them to false."
         )
@@ -92,7 +94,7 @@ def _detached_bos(backbone: Backbone) -> Iterator[None]:
     def detach(layer: nn.Module, inputs: object, out: Tensor) -> Tensor:
         return torch.cat([out[:, :1].detach(), out[:, 1:]], dim=1)
 
-    hooks = [layer.register_forward_hook(detach) for layer in backbone.cross_attention().values()]
+    hooks = [layer.register_forward_hook(detach) for layer in backbone.text_projections().values()]
     try:
         yield
     finally:

@@ -63,7 +63,9 @@ class AttentionResteering:
     ) -> dict[str, Tensor]:
         """{"attention"}; known: the numbers (B,) of the prompts that the images of the concept were drawn from."""
         latents, timesteps, known = batch.latents, batch.timesteps, batch.known
-        if getattr(backbone.unet, "is_gradient_checkpointing", False):  # it would compute again what is not kept then
+        if getattr(
+            backbone.denoiser, "is_gradient_checkpointing", False
+        ):  # it would compute again what is not kept then
             raise UserError(
                 "method fmn reads the attention, which backbone.gradient_checkpointing drops: set it to false."
             )

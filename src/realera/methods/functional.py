@@ -196,7 +196,7 @@ class FunctionalMining:
         texts = [*also, *found]
         own = nearness.ends(backbone, [name])[0]
         mean = ends_of(backbone, texts_of(backbone, [EVERYDAY]), cache).double().mean(dim=0)
-        weights = [layer.weight for key, layer in backbone.cross_attention().items() if key.endswith(VALUES)]
+        weights = [layer.weight for key, layer in backbone.text_projections().items() if key.endswith(VALUES)]
         values = nearness.closeness(rows, own, mean, roots(metric(weights))[0])
         given = {name.casefold(), *(text.casefold() for text in also)}
         others = [i for i, text in enumerate(texts) if text.casefold() not in given]
@@ -247,7 +247,7 @@ def measured(
             return nearness.apart(backbone, images, name, texts, advance=advance, at_once=at_once)
 
     pixels = hashlib.sha256(images.float().cpu().contiguous().numpy().tobytes()).hexdigest()
-    dtype = str(next(backbone.unet.parameters()).dtype)
+    dtype = str(next(backbone.denoiser.parameters()).dtype)
     content = _digest(backbone.fingerprint, dtype, pixels, nearness.LEVELS, name, list(texts))
     return kept(cache / "apart" / f"{content}.safetensors", "apart", backbone, measure)
 

@@ -132,7 +132,7 @@ def drawn(
             file = folder / f"{start:05d}.safetensors"
             chunks.append(_chunk(backbone, states, numbers, sampler, file, seed))
             bar.update(task, completed=numbers.stop)
-    return torch.cat(chunks).to(next(backbone.unet.parameters()).device)
+    return torch.cat(chunks).to(next(backbone.denoiser.parameters()).device)
 
 
 def _chunk(
@@ -153,7 +153,7 @@ def bank_folder(
     seed: int,
 ) -> Path:
     """Where `drawn` keeps such images, whether they stand there or not."""
-    parameter = next(backbone.unet.parameters())
+    parameter = next(backbone.denoiser.parameters())
     settings = {
         "backbone": backbone.fingerprint,
         "weights": [str(parameter.dtype), parameter.device.type],

@@ -236,7 +236,9 @@ class AttentionSuppression:
     ) -> dict[str, Tensor]:
         """{"attention"}; known: "mask" (B, H, W) bool, whatever its size."""
         latents, timesteps, known = batch.latents, batch.timesteps, batch.known
-        if getattr(backbone.unet, "is_gradient_checkpointing", False):  # it would compute again what is not kept then
+        if getattr(
+            backbone.denoiser, "is_gradient_checkpointing", False
+        ):  # it would compute again what is not kept then
             raise UserError(
                 "method mace reads the attention, which backbone.gradient_checkpointing drops: set it to false."
             )
@@ -286,7 +288,7 @@ class Fusion:
         learnt = changes(backbone.erased_state(), len(pairs))
         if not learnt:
             return Edit()
-        layers = backbone.cross_attention()
+        layers = backbone.text_projections()
         if other := [name for name in learnt if name not in layers]:
             raise UserError(
                 f"The LoRA is on {other[0]}, but what is fused are cross-attention's keys and values: set "

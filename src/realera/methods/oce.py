@@ -86,7 +86,7 @@ class OrthogonalErasure:
             kept += self.preserve_scale * rows.T @ rows
         weights: dict[str, Tensor] = {}
         cosines = []
-        for name, layer in backbone.cross_attention().items():
+        for name, layer in backbone.text_projections().items():
             if not name.endswith(PROJECTIONS[self.projections]):
                 continue
             weight = _double(layer.weight)

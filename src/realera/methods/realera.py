@@ -124,7 +124,7 @@ class Mining:
 
 def value_roots(backbone: Backbone) -> tuple[Tensor, Tensor]:
     """`value_space.roots` of a backbone's cross-attention."""
-    weights = [layer.weight for name, layer in backbone.cross_attention().items() if name.endswith(VALUES)]
+    weights = [layer.weight for name, layer in backbone.text_projections().items() if name.endswith(VALUES)]
     return roots(metric(weights))
 
 

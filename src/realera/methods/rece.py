@@ -67,7 +67,7 @@ class RobustErasure:
         if first.map is None:
             raise UserError("method.edit.start gives no map: let it be UCE.")
         solution, info = first.map.double(), {f"start_{name}": value for name, value in first.info.items()}
-        gram = gram_of(layer.weight for layer in backbone.cross_attention().values())
+        gram = gram_of(layer.weight for layer in backbone.text_projections().values())
         concepts = _rows(backbone, [pair.concept.target for pair in pairs])
         guides = _rows(backbone, [pair.concept.anchor if self.guide is None else self.guide for pair in pairs])
         texts = kept_texts(self.preserve, pairs)

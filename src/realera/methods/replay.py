@@ -138,7 +138,7 @@ class Fisher:
     def __call__(self, backbone: Backbone, cache: Path, seed: int, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """{name: (shape of the weight) float32 on its device} of every weight that is trained, at its first value. All
         processes call it, and each takes its share of the images."""
-        trained = {name: weight for name, weight in backbone.unet.named_parameters() if weight.requires_grad}
+        trained = {name: weight for name, weight in backbone.denoiser.named_parameters() if weight.requires_grad}
         for first in (True, False):  # which draws the images; the others find them
             if ranks.first == first:
                 self.replay.prepare(backbone, cache, seed)

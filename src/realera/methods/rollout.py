@@ -105,7 +105,7 @@ class Rollout:
             self.uses[concept] = self.uses.get(concept, 0) + 1
             chains = torch.randint(self.chains, (self.batch,), generator=generator)
             latents = self.stages[concept][stops, chains]
-        device = next(backbone.unet.parameters()).device
+        device = next(backbone.denoiser.parameters()).device
         return latents.to(device), timesteps.to(device)
 
     def state_dict(self) -> dict[str, Tensor]:

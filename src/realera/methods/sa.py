@@ -61,7 +61,9 @@ class ForgetAndReplay:
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
         """Draws both banks, or reads them. Warns first where a pass of training will want more than a large GPU has."""
         size, count = backbone.sampler, 2 * self.surrogate.batch
-        if count * size.height * size.width > MANY and not getattr(backbone.unet, "is_gradient_checkpointing", False):
+        if count * size.height * size.width > MANY and not getattr(
+            backbone.denoiser, "is_gradient_checkpointing", False
+        ):
             log.warning(
                 "a pass of training is of %d images of %d x %d pixels (processes share them): for one GPU of 80 GB set "
                 "backbone.gradient_checkpointing=true, or fewer by method.latents.batch",
@@ -152,7 +154,7 @@ class SelectiveAmnesia:
             return
         self.information = self.fisher(backbone, cache, seed, ranks)
         with backbone.original():  # no copies: the backbone keeps them itself
-            self.first = {n: w.detach() for n, w in backbone.unet.named_parameters() if n in self.information}
+            self.first = {n: w.detach() for n, w in backbone.denoiser.named_parameters() if n in self.information}
 
     def loss(
         self,
@@ -178,7 +180,7 @@ class SelectiveAmnesia:
             "replay": self.gamma * mse_loss(replay, known["replay_noise"].float()),
         }
         if self.information:
-            weights = dict(backbone.unet.named_parameters())
+            weights = dict(backbone.denoiser.named_parameters())
             moved = [(f * (weights[n] - self.first[n]).square()).sum() for n, f in self.information.items()]
             terms["ewc"] = self.lambda_ewc * torch.stack(moved).sum()
         return terms

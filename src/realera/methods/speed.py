@@ -88,7 +88,7 @@ class NullSpaceErasure:
         generator = Generator().manual_seed(self.seed)
         weights: dict[str, Tensor] = {}
         counted, free = [], []
-        for name, layer in backbone.cross_attention().items():
+        for name, layer in backbone.text_projections().items():
             if not name.endswith(PROJECTIONS[self.projections]):
                 continue
             weight = _double(layer.weight)

@@ -172,4 +172,4 @@ def _means(states: Tensor, rows: Tensor) -> Tensor:
 
 def _weights(backbone: Backbone, endings: Sequence[str]) -> list[Tensor]:
     """Of the cross-attention's projections, as they now are."""
-    return [layer.weight for name, layer in backbone.cross_attention().items() if name.endswith(tuple(endings))]
+    return [layer.weight for name, layer in backbone.text_projections().items() if name.endswith(tuple(endings))]

@@ -81,7 +81,7 @@ def state_of(backbone: Backbone) -> tuple[Any, ...]:
 
 def _networks(backbone: Backbone) -> list[nn.Module]:
     """The U-Net and whatever else of torch the backbone holds."""
-    found: dict[int, nn.Module] = {id(backbone.unet): backbone.unet}
+    found: dict[int, nn.Module] = {id(backbone.denoiser): backbone.denoiser}
     waiting: list[Any] = [backbone]
     met: set[int] = set()
     while waiting:

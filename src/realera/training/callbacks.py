@@ -138,13 +138,13 @@ class ClosedFormEdit(Callback):
                 write_text(self.run_dir / EDIT_INFO, json_text(self.report, indent=1))
 
     def _count_edited(self, module: ErasureModule) -> None:
-        layers = module.backbone.cross_attention()
+        layers = module.backbone.text_projections()
         self.meter.note(edited_parameters=sum(layers[name].weight.numel() for name in self.edited))
 
     def _apply(self, module: ErasureModule, edit: Edit, stage: str) -> dict[str, Any]:
         """Applies the edit and measures it: relative change per layer, shift per probe, singular values of the map."""
         backbone = module.backbone
-        layers = backbone.cross_attention()
+        layers = backbone.text_projections()
         before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
         with self.meter.stage(stage):  # the measuring is none of the method's work
             backbone.apply(edit)

@@ -40,7 +40,7 @@ class ErasureModule(LightningModule):
 
     def __init__(self, backbone: Backbone, method: Method, pairs: Sequence[Pair], seed: int) -> None:
         super().__init__()
-        self.unet = backbone.unet
+        self.denoiser = backbone.denoiser
         self.backbone = backbone
         self.method = method
         self.pairs = [
