@@ -45,7 +45,7 @@ OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # what it leaves beside the e
 # The files of a sweep.
 SWEEPS = "sweeps"  # the folder of all sweeps, in that of the runs
 LISTED = "runs.txt"  # the run folders of a sweep, one a line
-CELLS = "cells.jsonl"  # how each job ended: see `sweep`
+CELLS = "cells.jsonl"  # how each job ended: see `sweeps.jobs`
 PLAN = "plan.json"
 FAILED = "failed"  # tracebacks
 TABLES, FIGURES = "tables", "figures"  # beside the page

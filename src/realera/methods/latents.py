@@ -120,7 +120,7 @@ def drawn(
     """Latents (images, C, h, w) on the U-Net's device, drawn by the original model; image i takes prompt i mod P.
 
     They are kept under <cache>/latents/<hash of all they depend on>/, one file a chunk, so that a killed run goes on
-    with the next chunk; each says what it cost (`ledger`).
+    with the next chunk; each says what it cost (`cache_costs`).
     """
     folder = bank_folder(backbone, states, images, chunk, sampler, cache, seed)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("images"))

@@ -1,4 +1,4 @@
-"""The exact expectation over one accepted draw of `neighbours.py`, in the plane of the vector it perturbs.
+"""The exact expectation over one accepted draw of `sampling.py`, in the plane of the vector it perturbs.
 
 A vector e of norm rho and length L is moved to e + r v_hat, v_hat = c e_hat + s u: phi is the angle between e and
 v_hat, c = cos phi, s = sin phi, and u is a unit vector across e. Everything that the band asks depends on (phi, r)

@@ -81,7 +81,7 @@ def check_search(sweeper: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Record(Kind):
-    """Settings that no constructor takes: a TypedDict. others, instead: as in `kinds.Others` and `kinds.Instead`."""
+    """Settings that no constructor takes: a TypedDict. others, instead: as in `setting_types.Others` and `setting_types.Instead`."""
 
     parameters: Mapping[str, Parameter]
     others: tuple[str, ...] = ()
@@ -242,7 +242,7 @@ def _subscripted(node: ast.Subscript, source: Source) -> Kind:
 
 
 def _annotated(plain: ast.expr, notes: list[ast.expr], source: Source) -> Kind:
-    """Annotated[float, Number(0, 1)], as kinds.py has it, in any module; Annotated[Judge, Beside(Settings)]."""
+    """Annotated[float, Number(0, 1)], as setting_types.py has it, in any module; Annotated[Judge, Beside(Settings)]."""
     kind = _kind(plain, source)
     for note in notes:
         if not isinstance(note, ast.Call):

@@ -57,7 +57,7 @@ class Anything(Kind):
 
 @dataclass(frozen=True)
 class Leaf(Kind):
-    """A kind of kinds.py."""
+    """A kind of setting_types.py."""
 
     kind: Any
 
