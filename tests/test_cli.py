@@ -15,8 +15,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+import realera
 from quick import slow_unless
 from realera import cli
+from realera.__main__ import LINES
 from realera.contracts import UserError
 from realera.settings import composition, error_sentences, resolvers
 from realera.system import environment
@@ -202,6 +204,20 @@ def test_help_comes_fast_and_names_what_there_is(typed: Callable[..., Typed], tm
         assert "Hydra" not in done.stdout
 
 
+def test_one_command_for_all(tmp_path: Path) -> None:
+    def said(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "realera", *words], cwd=tmp_path, capture_output=True, text=True)
+
+    assert set(LINES) == set(realera.COMMANDS) and said("--version").stdout == f"realera {realera.__version__}\n"
+    assert all(f"realera {name}" in said("--help").stdout for name in LINES)
+    wrong = said("tran")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: 'tran' is no command") and not wrong.stdout
+    refused = said("train", "concept=airplane", "method=ucee", "backbone=mini")
+    assert refused.returncode == 2 and "uce" in refused.stderr and "Traceback" not in refused.stderr
+    planned = said("train", "concept=airplane", "dry_run=true", "backbone=mini")
+    assert planned.returncode == 0 and "training steps" in planned.stdout
+
+
 def test_nothing_heavy_is_imported_before_the_settings_are_good(tmp_path: Path) -> None:
     watch = (
         "import sys\nfrom realera.train import main\n"
@@ -292,7 +308,9 @@ def test_a_process_ends_with_its_status_its_handlers_run_and_all_said(end: str, 
     code = f"""
 import atexit, sys, time
 from concurrent.futures import ThreadPoolExecutor
+import realera
 from realera import cli
+from realera.__main__ import LINES
 class Sticky:
     def __del__(self): print("torn down", flush=True)
 def main():

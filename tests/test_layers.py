@@ -19,7 +19,6 @@ FOUNDATION = BASE | {"system", "files"}
 MAY = {
     "__init__": {"system", "contracts", "api"},  # the last two when they are asked for
     "callable_module": set[str](),
-    "__main__": set[str](),
     "setting_types": set[str](),
     "contracts": {"setting_types"},
     "paths": {"contracts"},
@@ -42,6 +41,7 @@ MAY["runs"] = set(MAY) - {"__init__", "__main__", "miniature", "reporting"}
 MAY["sweeps"] = MAY["runs"] | {"runs", "reporting"}
 MAY["wandb_logging"] = MAY["sweeps"] | {"sweeps"}
 MAY["cli"] = MAY["sweeps"] | {"sweeps"}
+MAY["__main__"] = {"system", "cli"} | COMMANDS
 MAY["api"] = MAY["runs"] | {"runs", "reporting"}
 MAY |= dict.fromkeys(COMMANDS, MAY["wandb_logging"] | {"wandb_logging", "cli"})
 WORKSHOP = "miniature"

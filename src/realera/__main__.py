@@ -1,9 +1,47 @@
-"""python -m realera: what the commands are called."""
+"""One command for all: `realera train concept=airplane`, the same as `python -m realera.train concept=airplane`."""
+
+from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import realera
 
+LINES = {
+    "train": "erase a concept, then draw, judge and report",
+    "evaluate": "judge a run again, or the unedited model",
+    "generate": "draw prompts with a run's erased model",
+    "export": "write a run's erasure for other programs",
+    "report": "make the page of a run or of several",
+    "residue": "look for texts that still draw the concept",
+    "demo": "a page on this machine: the original beside the erased model",
+    "cache": "sum captions that a closed form is to keep",
+    "dashboard": "a workspace or report in Weights & Biases",
+}
+
+
+def main() -> None:
+    """Runs the command that is named first, with the words behind it."""
+    name, words = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if name in realera.COMMANDS:
+        from realera.system import interrupts
+
+        interrupts.begin()
+        sys.argv = [f"realera-{name}", *words]
+        command = import_module(f"realera.{name}")
+        from realera import cli
+
+        cli.as_process(command.main)
+    if name in ("--version", "-V"):
+        print(f"realera {realera.__version__}")
+        return
+    known = "\n".join(f"  realera {command:10} {LINES[command]}" for command in realera.COMMANDS)
+    if name in ("--help", "-h", "help"):
+        print(f"realera COMMAND [key=value ...]\n\n{known}\n\nrealera COMMAND --help lists a command's settings.")
+        return
+    print(f"error: {name!r} is no command. There are:\n{known}", file=sys.stderr)
+    sys.exit(2)
+
+
 if __name__ == "__main__":
-    print("The commands, each with --help:", *(f"  python -m realera.{name}" for name in realera.COMMANDS), sep="\n")
-    sys.exit(0 if sys.argv[1:] in ([], ["--help"], ["-h"]) else 2)
+    main()

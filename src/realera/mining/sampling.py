@@ -185,7 +185,7 @@ def expected_moments(
     e, e_star (P, T, D), mask (P, T) as for the mining functions. m_weight, n_weight: how many samples' weight the
     expectation carries (None: that side is not asked for).
 
-    With v_hat = c e_hat + s u as in `expectation.py`, u is uniform on the unit sphere across e and independent of (c, r), so
+    With v_hat = c e_hat + s u as in `expectation`, u is uniform on the unit sphere across e and independent of (c, r):
     E[u] = 0, E[u u^T] = (I - e_hat e_hat^T)/(L - 1), and for a key k = e + r v_hat and its target a = e* + r' v_hat of
     norm rho = ||e||
 

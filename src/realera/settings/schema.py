@@ -81,7 +81,7 @@ def check_search(sweeper: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Record(Kind):
-    """Settings that no constructor takes: a TypedDict. others, instead: as in `setting_types.Others` and `setting_types.Instead`."""
+    """Settings that no constructor takes: a TypedDict. others, instead: as in `setting_types.Others` and `Instead`."""
 
     parameters: Mapping[str, Parameter]
     others: tuple[str, ...] = ()
