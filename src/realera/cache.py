@@ -48,7 +48,7 @@ def cache(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    cli.door("cache", cache)
+    cli.run_command("cache", cache)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the doors share: Hydra and its resolvers, one sentence and exit status 2 for bad input, and the log.
+"""What the commands share: Hydra and its resolvers, one sentence and exit status 2 for bad input, and the log.
 
 Nothing here imports torch: `--help` and the answer to a bad config come before anything heavy is loaded.
 """
@@ -32,7 +32,7 @@ log = logging.getLogger("realera")
 Step = Callable[[DictConfig], float | None]
 
 
-def door(config_name: str, step: Step, positional: str | None = None) -> None:
+def run_command(config_name: str, step: Step, positional: str | None = None) -> None:
     """Runs `step` on the composed conf/<config_name>.yaml. `positional`: the list key that bare words fill.
 
     Exit status: 0 done, 2 bad input (one sentence on stderr), 128 + a signal's number where one ended it. The
@@ -58,12 +58,12 @@ def door(config_name: str, step: Step, positional: str | None = None) -> None:
 
 
 def opened(config_name: str, step: Step, positional: str | None) -> int:
-    """What `door` does, where signals are answered; the exit status."""
+    """What `run_command` does, where signals are answered; the exit status."""
     processes.adopt_scheduler(os.environ)
     arguments = sys.argv[1:]
     get_ready()
     sys.argv[1:] = gather(arguments, positional) if positional else arguments
-    job = jobs.Job(step, partial(composition.prepared, door=config_name), get_ready)
+    job = jobs.Job(step, partial(composition.prepared, command=config_name), get_ready)
     status = 0
     warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a folder of yamls that is not there
     try:

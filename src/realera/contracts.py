@@ -1,4 +1,4 @@
-"""The records and roles that the rooms of realera share. Read this file first.
+"""The records and roles that the parts of realera share. Read this file first.
 
 Shapes: B prompts, P prompt pairs, T token rows (77 in SD 1.x, 32 in the miniature), D text width (768 in SD 1.x),
 S sampled points, C x h x w latents, H x W pixels. Records are frozen; roles are protocols and carry no code.
@@ -35,7 +35,7 @@ PROJECTIONS: Mapping[str, tuple[str, ...]] = {"values": (VALUES,), "keys": (KEYS
 
 
 class UserError(Exception):
-    """Input that cannot be run. Its text is one sentence, what is wrong and what to do; the doors exit with 2."""
+    """Input that cannot be run. Its text is one sentence, what is wrong and what to do; the commands exit with 2."""
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

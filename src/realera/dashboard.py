@@ -85,7 +85,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def main() -> None:
-    cli.door("dashboard", dashboard)
+    cli.run_command("dashboard", dashboard)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def demo(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    cli.door("demo", demo)
+    cli.run_command("demo", demo)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def shown(metrics: dict[str, Any], judge: Judge | SetJudge) -> dict[str, Any]:
 
 
 def main() -> None:
-    cli.door("evaluate", evaluate)
+    cli.run_command("evaluate", evaluate)
 
 
 if __name__ == "__main__":

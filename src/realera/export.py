@@ -87,7 +87,7 @@ def _guide(run: Run) -> str | None:
 
 
 def main() -> None:
-    cli.door("export", export)
+    cli.run_command("export", export)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def prompts_of(texts: Any, seeds: Any) -> list[Prompt]:
 
 
 def main() -> None:
-    cli.door("generate", generate)
+    cli.run_command("generate", generate)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where things stand: the config folder, the shipped data, the caches, and the names of a run's files.
 
-Standard library only: the doors import it before anything heavy.
+Standard library only: the commands import it before anything heavy.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def _runs_in(name: str) -> list[Path]:
 
 
 def main() -> None:
-    cli.door("report", report, positional="runs")
+    cli.run_command("report", report, positional="runs")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def folder_of(config: dict[str, Any], run: folders.Run, asked: dict[str, Any]) -
 
 
 def main() -> None:
-    cli.door("residue", residue)
+    cli.run_command("residue", residue)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def show(run: Run) -> float | None:
 
 
 def main() -> None:
-    cli.door("train", train)
+    cli.run_command("train", train)
 
 
 if __name__ == "__main__":

@@ -652,7 +652,7 @@ def test_config_dirs_are_those_of_the_command_line(tmp_path: Path, monkeypatch: 
     step = lambda cfg: found.append(trust.config_dirs())  # noqa: E731
     for words in (["--config-dir", str(tmp_path)], [f"hydra.searchpath=[file://{tmp_path}]"], []):
         monkeypatch.setattr(sys, "argv", ["generate", "run=x", "prompts=[a]", *words])
-        cli.door("generate", step)
+        cli.run_command("generate", step)
     assert [tmp_path in dirs for dirs in found] == [True, True, False]
     assert all(dirs[0] == paths.CONF_DIR for dirs in found)
 

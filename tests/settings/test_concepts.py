@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 from importlib import import_module
@@ -155,14 +154,11 @@ def test_a_method_is_told_the_names_that_the_task_does_not_judge() -> None:
             composition.name_concepts(config, composition.build_task(config))
 
 
-def test_runs_from_before_names_were_told_and_directions_counted_keep_their_folder() -> None:
-    config = settings("task=celebrity", "backbone=mini", "concept=Tom Cruise", "method=valera")
-    before = copy.deepcopy(config)
-    del before["task"]["told"], before["method"]["edit"]["directions"]
-    assert folders.identity(before) == folders.identity(config)
-    for words in ("task.told=half", "method.edit.directions=2"):
-        other = settings("task=celebrity", "backbone=mini", "concept=Tom Cruise", "method=valera", words)
-        assert folders.folder_of(other) != folders.folder_of(config)
+def test_names_that_are_told_and_directions_name_the_folder() -> None:
+    words = ("task=celebrity", "backbone=mini", "concept=Tom Cruise", "method=valera")
+    config = settings(*words)
+    for more in ("task.told=half", "method.edit.directions=2"):
+        assert folders.folder_of(settings(*words, more)) != folders.folder_of(config)
 
 
 def test_a_number_is_a_name(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

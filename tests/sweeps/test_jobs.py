@@ -309,7 +309,7 @@ def test_settings_of_one_s_own_stay_where_the_task_names_the_judge(
 
     for flag in ([], ["-m"]):
         monkeypatch.setattr(sys, "argv", ["train", *flag, *words, "concept=airplane", "backbone=mini", "method=uce"])
-        cli.door("train", step)
+        cli.run_command("train", step)
     assert seen == [(5, "mine", "realera.judges.miniature.MiniatureJudge")] * 2, capsys.readouterr().err
 
 

@@ -33,7 +33,7 @@ from realera.system.ranks import ALONE, Ranks
 log = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
-"""Told how many more images are done; a door's progress bar."""
+"""Told how many more images are done; a command's progress bar."""
 
 
 def generate_images(

@@ -2,7 +2,7 @@
 file is made again rather than believed.
 
 A safetensors file carries a SHA-256 of all its bytes in its metadata, a PNG image a CRC-32 of each of its parts. Torch
-comes only where tensors are read or written: the doors check files before it is loaded.
+comes only where tensors are read or written: the commands check files before it is loaded.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def flatten(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def generate_and_judge(folder: Path, prompts: list[Prompt]) -> tuple[np.ndarray, list[str]]:
-    """Pictures (n, 32, 32, 3) uint8 and the judge's first choices, by the same rooms that every experiment uses."""
+    """Pictures (n, 32, 32, 3) uint8 and the judge's first choices, by the same code that every experiment uses."""
     import torch
 
     from realera.backbones.unet import UNetBackbone

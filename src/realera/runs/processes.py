@@ -30,7 +30,7 @@ from realera.system.ranks import ALONE, Ranks, patient_group
 PATIENCE = 20.0  # seconds that a process is given to notice by itself that another has ended
 LEAST = 4  # processes on the CPU that any machine may be asked for
 FIRST = "REALERA_FIRST"  # the process that started this one
-ELSEWHERE = "import runpy, sys; sys.path.remove(''); runpy.run_module('realera.{door}', None, '__main__', True)"
+ELSEWHERE = "import runpy, sys; sys.path.remove(''); runpy.run_module('realera.{command}', None, '__main__', True)"
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ def _devices(asked: Any, accelerator: str, gpus: int) -> tuple[list[int] | None,
 
 
 @contextmanager
-def together(plan: Plan, door: str, *, needed: bool = True) -> Iterator[Ranks]:
-    """Starts what has to be started, and yields this process among those of the run. `door`: the command they give.
+def together(plan: Plan, command: str, *, needed: bool = True) -> Iterator[Ranks]:
+    """Starts what has to be started, and yields this process among those of the run. `command`: the command they give.
 
     Nothing is started where `needed` is False; processes that stand already meet all the same.
 
@@ -177,7 +177,7 @@ def together(plan: Plan, door: str, *, needed: bool = True) -> Iterator[Ranks]:
     threading.Thread(target=_watch, args=(helpers, over), daemon=True).start()
     try:
         if not plan.started:
-            _start(plan, door, helpers)
+            _start(plan, command, helpers)
         ranks = _meet(plan)
         yield ranks
         ranks.wait()
@@ -231,7 +231,7 @@ def _part() -> None:
     distributed.destroy_process_group()
 
 
-def _start(plan: Plan, door: str, helpers: list[subprocess.Popen[bytes]]) -> None:
+def _start(plan: Plan, command: str, helpers: list[subprocess.Popen[bytes]]) -> None:
     """Adds this machine's other processes to `helpers`: they give the same command. This one is numbered along."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -239,7 +239,7 @@ def _start(plan: Plan, door: str, helpers: list[subprocess.Popen[bytes]]) -> Non
     os.environ.update(RANK=str(plan.rank), LOCAL_RANK="0", NODE_RANK=str(plan.rank // plan.local_world))
     here = {"", os.getcwd()} & set(sys.path)
     # -m and -c look for modules in the current folder, a run's perhaps, where a console script does not
-    start = ["-m", f"realera.{door}"] if here else ["-c", ELSEWHERE.format(door=door)]
+    start = ["-m", f"realera.{command}"] if here else ["-c", ELSEWHERE.format(command=command)]
     for n in range(1, plan.local_world):
         helpers.append(
             subprocess.Popen(

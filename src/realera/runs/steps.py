@@ -1,4 +1,4 @@
-"""The steps the doors are made of, from settings to files. Torch comes with this module: the doors load it late."""
+"""The steps that commands are made of, from settings to files. Torch comes with this module: commands load it late."""
 
 from __future__ import annotations
 

@@ -96,14 +96,14 @@ def _infinite(value: Any) -> Any:
     return math.inf if value == ".inf" else value
 
 
-def checked(cfg: DictConfig, door: str) -> dict[str, Any]:
+def checked(cfg: DictConfig, command: str) -> dict[str, Any]:
     """`plain`, after the settings of a command were held against their types and ranges (schema.py)."""
     try:
         config = plain(cfg)
     except UserError:  # it may come from a setting that can be told by itself
-        schema.check_unresolved(OmegaConf.to_container(cfg, resolve=False), door)
+        schema.check_unresolved(OmegaConf.to_container(cfg, resolve=False), command)
         raise
-    schema.check(config, door)
+    schema.check(config, command)
     return config
 
 
@@ -134,12 +134,12 @@ def _name_kept(config: dict[str, Any], task: Task) -> dict[str, Any]:
     return {**config, "method": {**method, "edit": {**edit, "keep": told}}}
 
 
-def prepared(cfg: DictConfig, door: str) -> DictConfig:
+def prepared(cfg: DictConfig, command: str) -> DictConfig:
     """The composed config as a step takes it. Raises UserError for a setting that cannot be."""
-    checked(cfg, door)
+    checked(cfg, command)
     judged = with_judge(cfg)
     if judged is not cfg:
-        checked(judged, door)
+        checked(judged, command)
     return with_concepts(judged)
 
 

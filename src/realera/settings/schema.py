@@ -42,20 +42,20 @@ SPELLING = "; check the spelling, and that its library is installed."
 WHOLE, OPEN = Look(), Look(whole=False)
 
 
-def check(config: Mapping[str, Any], door: str, look: Look = WHOLE) -> None:
+def check(config: Mapping[str, Any], command: str, look: Look = WHOLE) -> None:
     """Checks the types and ranges of a command's resolved settings.
 
     Raises:
         UserError: for the first wrong setting, with the words to type instead.
     """
     own = {name: value for name, value in config.items() if not isinstance(value, Mapping)}  # first: others follow
-    _record(f"{SETTINGS}.{door.capitalize()}").check({**own, **config}, "", look)
+    _record(f"{SETTINGS}.{command.capitalize()}").check({**own, **config}, "", look)
 
 
-def check_unresolved(config: Any, door: str) -> None:
+def check_unresolved(config: Any, command: str) -> None:
     """As `check`, for the commands' own settings that need no resolving."""
     plain = {k: v for k, v in config.items() if not isinstance(v, Mapping) and v != "???" and "${" not in str(v)}
-    check(plain, door, OPEN)
+    check(plain, command, OPEN)
 
 
 def check_stored(config: Mapping[str, Any]) -> None:

@@ -151,7 +151,7 @@ class Job:
     another process or on another machine, and then nothing it meets stops the other jobs; it returns the step's number
     (what a search maximises) or None. Outside a sweep bad input ends the process with exit status 2.
 
-    arrive: makes another process as ready as the door has made this one. met: errors of the step, which are not the
+    arrive: makes another process as ready as the command has made this one. met: errors of the step, which are not the
     config's, whatever their class.
     """
 

@@ -32,7 +32,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Case:
-    """The state of one command. number: the first signal. error: the exception it raised. over: the door caught it."""
+    """The state of one command. number: the first signal. error: the exception it raised. over: it was caught."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -54,7 +54,7 @@ _case = _Case()
 
 
 def caught() -> int:
-    """Said by the door that has caught the interruption: the exit status."""
+    """Said by the command that has caught the interruption: the exit status."""
     _case.over = True
     return 128 + (_case.number or signal.SIGINT)
 

@@ -1,7 +1,7 @@
-"""The processes of one run, as the rooms see them: which one this is, and how they agree.
+"""The processes of one run, as all parts see them: which one this is, and how they agree.
 
 A run alone (`ALONE`) is the process of rank 0 in a world of 1, and nothing here then costs anything. Starting and
-joining several is the doors' work (`processes`). Torch is imported where processes talk, and not before.
+joining several is the commands' work (`processes`). Torch is imported where processes talk, and not before.
 """
 
 from __future__ import annotations
