@@ -264,9 +264,9 @@ def test_a_full_disk_does_not_hide_what_happened(
 
     monkeypatch.setattr(steps, "erase", lambda *all: 1 / 0)
     monkeypatch.setattr(
-        sweep.paths,
+        sweep.disk,
         "write_text",
-        lambda path, text, write=sweep.paths.write_text: full() if path.parent.name == "failed" else write(path, text),
+        lambda path, text, write=sweep.disk.write_text: full() if path.parent.name == "failed" else write(path, text),
     )
     assert type_in(*UCE, "concept=airplane", "seed=0,1") == 1
     assert [cell["reason"] for cell in ledger()] == ["ZeroDivisionError: division by zero."] * 2

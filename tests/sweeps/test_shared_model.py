@@ -81,6 +81,7 @@ def test_cells_that_share_a_process_get_the_numbers_of_separate_runs(
         return load(config, meter)
 
     monkeypatch.setattr(steps, "load_backbone", counted)
+    shared_model._shelf.clear()  # of other tests in this process
 
     def type_in(place: str, *words: str) -> None:
         (tmp_path / place).mkdir(exist_ok=True)
