@@ -25,6 +25,7 @@ import realera
 from quick import slow_unless
 from realera import paths
 from realera.contracts import UserError
+from realera.runs import folders
 
 FEW: dict[str, Any] = {  # settings of methods that train: two steps on two images
     "align.steps": 2,
@@ -179,7 +180,7 @@ def test_a_saved_run_is_read_by_the_commands_and_put_back(pipe: Any, tiny_sd: Pa
     assert back.concept == ["cat"] and back.anchor == ["dog"] and back.method == "realera"
     back.undo()
 
-    from realera.runs import folders, steps
+    from realera.runs import steps
 
     run = folders.open_run(str(place))
     assert run.config["backbone"]["pretrained"] == str(tiny_sd)
@@ -283,6 +284,52 @@ def test_a_cache_is_kept_where_it_is_asked_for(pipe: Any, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
     realera.erase(pipe, "cat", anchor="dog", method="realera", progress=False, cache=tmp_path, **MORE["realera"]).undo()
     assert list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_commands_cache_is_taken_where_it_is_asked_for(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REALERA_CACHE", str(tmp_path))
+    realera.erase(pipe, "cat", anchor="dog", method="realera", progress=False, cache=True, **MORE["realera"])
+    assert list((tmp_path / "latents").rglob("*.safetensors"))
+
+
+def test_a_saved_run_has_a_run_s_files_alone(pipe: Any, tmp_path: Path) -> None:
+    erased = erase(pipe, "realera")
+    assert (erased.folder / "cache").is_dir()
+    names = {file.name for file in erased.save(tmp_path / "saved").iterdir()}
+    assert names <= {*folders.FILES, paths.CONFIG} and {paths.CONFIG, paths.ERASED, paths.MAP} <= names
+
+
+def test_drawing_takes_steps_guidance_and_seeds(pipe: Any) -> None:
+    erased = erase(pipe)
+    one, two = erased.draw("a photo of a cat", [1, 2])
+    assert not np.array_equal(one, two) and np.array_equal(two, erased.draw("a photo of a cat", 2)[0])
+    for more in ({"steps": 3}, {"guidance_scale": 1.0}):
+        assert not np.array_equal(one, erased.draw("a photo of a cat", 1, **more)[0]), more
+    assert erased.draw([]) == []
+    for wrong, said in (({"seeds": [1, 2, 3]}, "one seed a prompt"), ({"steps": 0}, "0 steps")):
+        with pytest.raises(UserError, match=said):
+            erased.draw(["a cat", "a dog"], **wrong)
+
+
+def test_an_erasure_is_judged_under_another_task(pipe: Any) -> None:
+    erased = erase(pipe)
+    evaluation = realera.evaluate(erased, "celebrity", progress=False, **SMALL)
+    assert evaluation.metrics["protocol"]["task"] == "celebrity" and evaluation.folder is None
+
+
+def test_a_folder_several_names_numbers_and_seeds(tiny_sd: Path) -> None:
+    both = realera.erase(tiny_sd, ["cat", "ship"], anchor=["dog", "sea"], method="uce", progress=False, **CLOSED)
+    assert (both.concept, both.anchor) == (["cat", "ship"], ["dog", "sea"]) and both.pipe is both.undo()
+    number = realera.erase(str(tiny_sd), 1984, anchor="dog", method="uce", progress=False, **CLOSED)  # type: ignore[arg-type]
+    assert number.concept == ["1984"]
+    seeded = [
+        realera.erase(tiny_sd, "cat", anchor="dog", method="realera", progress=False, seed=seed, **MORE["realera"])
+        for seed in (1, 2)
+    ]
+    assert [one.config["seed"] for one in seeded] == [1, 2]
+    assert not same(weights(seeded[0].pipe), weights(seeded[1].pipe))
 
 
 def test_methods_and_tasks_are_named_in_a_line() -> None:

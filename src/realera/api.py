@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from realera.backbones.pipelines import PipelineBackbone
 
 log = logging.getLogger("realera")
+CACHE = "cache"  # in an erasure's temporary folder: what was drawn to train on
 PARTS = ("neighbours", "edit", "latents", "align", "guide", "finish")  # of a method
 # The erasures on each U-Net, the latest last.
 _stacks: weakref.WeakKeyDictionary[Any, list[weakref.ref[Erased]]] = weakref.WeakKeyDictionary()
@@ -106,7 +107,7 @@ class Erased:
         sampler = self._backbone.sampler
         sampler = replace(
             sampler,
-            steps=steps or sampler.steps,
+            steps=sampler.steps if steps is None else steps,
             guidance_scale=sampler.guidance_scale if guidance_scale is None else guidance_scale,
         )
         size = int(self.config["images_at_once"])
@@ -144,7 +145,7 @@ class Erased:
             config["backbone"] = {**config["backbone"], "pretrained": known[0]}
         config.pop("run_dir", None)
         with disk.whole(place) as beside:
-            shutil.copytree(self.folder, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(paths.LOCK))
+            shutil.copytree(self.folder, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(paths.LOCK, CACHE))
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             (beside / paths.CONFIG).write_text(text, encoding="utf-8")
             if known is not None:
@@ -169,7 +170,7 @@ class Erased:
         """The backbone with its adapter beside the weights, as the commands draw with it."""
         self._refuse_undone()
         self._refuse_covered()
-        with self._backbone.borrowed(), paths.cache_at(self._cache or self.folder / "cache"):
+        with self._backbone.borrowed(), paths.cache_at(self._cache or self.folder / CACHE):
             self._backbone.load_erased(self._state)
             try:
                 yield self._backbone
@@ -241,8 +242,8 @@ def erase(
     parts = pipelines.parts_of(pipe)
     figures, kind = pipelines.figures_of(pipe, parts), pipelines.kind_of(parts)
     words = [
-        composition.word("concept", concept if isinstance(concept, str) else list(concept)),
-        composition.word("anchor", anchor if isinstance(anchor, str) or anchor is None else list(anchor)),
+        composition.word("concept", _name_or_names(concept)),
+        composition.word("anchor", _name_or_names(anchor)),
         f"method={method}",
         f"task={task}",
         f"backbone={kind}",
@@ -332,7 +333,7 @@ def evaluate(
     own = erased.config
     words = [
         composition.word("concept", own["concept"]),
-        composition.word("anchor", own.get("anchor")),
+        composition.word("anchor", erased.anchor[0] if len(erased.anchor) == 1 else erased.anchor),
         f"task={task or composition.build_task(own).name}",
         f"backbone={own['backbone']['name']}",
         composition.word("seed", own["seed"]),
@@ -401,7 +402,7 @@ def _working(erased: Erased, progress: bool) -> Iterator[None]:
     """Around the long work: what other code of this process would notice is put back at the end."""
     from realera.training.isolation import isolated
 
-    cache = erased._cache or erased.folder / "cache"
+    cache = erased._cache or erased.folder / CACHE
     with isolated(), terminal.without_bars(not progress), paths.cache_at(cache), erased._backbone.borrowed():
         yield
 
@@ -423,6 +424,13 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
     """Keywords as typed words: "edit.ridge" is the method's."""
     named = {f"method.{key}" if key.partition(".")[0] in PARTS else key: value for key, value in settings.items()}
     return [composition.word(key, value) for key, value in named.items()]
+
+
+def _name_or_names(given: Any) -> Any:
+    """A name as text, and several as a list; None stays, alone and among several."""
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return [None if one is None else str(one) for one in given]
+    return None if given is None else str(given)
 
 
 def _listed(value: Any) -> list[str]:

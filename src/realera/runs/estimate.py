@@ -1,5 +1,5 @@
-"""What a run or a sweep will take, said before it is spent: cells, images, steps, hours. No model is loaded for it. A
-dry run imports torch, because it builds the method's parts; the plan of a sweep does so only for a method that guides.
+"""What a run or a sweep will take, said before it is spent: cells, images, steps, hours. No model is loaded for it, but
+torch is imported: the classes of a method's parts say what they take.
 
 Hours are an estimate. Where finished runs of the same backbone and method are at hand they are scaled (costs.json),
 else passes of the U-Net are counted and multiplied by what a pass takes (`PASS`).
