@@ -211,8 +211,18 @@ def test_erasures_lie_on_one_another(pipe: Any) -> None:
             wrong()
     second.undo()
     assert same(weights(pipe), between)
-    first.undo()
-    assert same(weights(pipe), before)
+    realera.erase(pipe, "ship", anchor="dog", method="uce", progress=False, **CLOSED)  # and its object is lost
+    with pytest.raises(UserError, match="later erasure"):
+        first.undo()
+    assert not same(weights(pipe), between) and not same(weights(pipe), before)
+
+
+def test_a_cell_that_is_run_again_erases_again(pipe: Any) -> None:
+    erased = erase(pipe)
+    between = weights(pipe)
+    erased = realera.erase(pipe, "horse", anchor="dog", method="uce", progress=False, **CLOSED)
+    erased.undo()
+    assert same(weights(pipe), between)
 
 
 def test_a_refusal_leaves_the_pipeline_alone(pipe: Any) -> None:

@@ -17,6 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("realera")
 CACHE = "cache"  # in an erasure's temporary folder: what was drawn to train on
 PARTS = ("neighbours", "edit", "latents", "align", "guide", "finish")  # of a method
-# The erasures on each U-Net, the latest last.
-_stacks: weakref.WeakKeyDictionary[Any, list[weakref.ref[Erased]]] = weakref.WeakKeyDictionary()
+# Numbers of the erasures on each denoiser, the latest last. One whose object is gone is still on it.
+_stacks: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+_numbers = count()
 
 
 class Erased:
@@ -52,6 +54,7 @@ class Erased:
         self._backbone = backbone
         self._cache = cache
         self._undone = False
+        self._number = -1
         self._state: Mapping[str, Any] = {}  # as the fit left it, adapters apart
 
     @property
@@ -190,18 +193,18 @@ class Erased:
                 self.method,
             )
         self._settle()
-        stack = _stacks.setdefault(self._backbone.denoiser, [])
-        stack[:] = [one for one in stack if one() is not None]
-        stack.append(weakref.ref(self))
+        self._number = next(_numbers)
+        _stacks.setdefault(self._backbone.denoiser, []).append(self._number)
 
     def _refuse_undone(self) -> None:
         if self._undone:
             raise UserError("this erasure was undone: erase again.")
 
     def _refuse_covered(self) -> None:
-        stack = _stacks.get(self._backbone.denoiser, [])
-        if stack and stack[-1]() not in (self, None):
-            raise UserError("a later erasure is on this pipeline: undo that one first.")
+        if _stacks[self._backbone.denoiser][-1] != self._number:
+            raise UserError(
+                "a later erasure is on this pipeline: undo that one first, or load the pipeline again if it is lost."
+            )
 
     def __repr__(self) -> str:
         undone = ", undone" if self._undone else ""
