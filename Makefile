@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # The extras of pyproject.toml that are installed: EXTRAS=dev,build
 comma := ,
-EXTRAS ?= $(if $(filter card,$(MAKECMDGOALS)),dev$(comma)build,dev)
+EXTRAS ?= dev$(if $(filter card,$(MAKECMDGOALS)),$(comma)build)$(if $(filter docs,$(MAKECMDGOALS)),$(comma)docs)
 # Further words for pip where it installs torch, such as --index-url of the CPU builds (pytorch.org names it).
 TORCH_PIP ?=
 # Further words for the command itself: make demo ARGS="concept=ship seed=3"
@@ -20,7 +20,7 @@ INSTALL := $(PY) -m pip install --progress-bar off -c constraints.txt
 SHOW := sed -nuE -e 's/^ *(Downloading|Using cached|Processing) (.*\/)?([^/ ]+)( \([0-9][^)]*\))?.*/  \3\4/p' -e 's/^Installing.*/  unpacking/p'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow check bench card train sweep report
+.PHONY: help setup demo test slow check docs bench card train sweep report
 
 help: ## list these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,10 @@ check: setup ## lint, format check and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: setup ## build the documentation site in site/; broken links are errors
+	$(VENV)/bin/mkdocs build --quiet --strict
+	@echo "page to open: site/index.html"
 
 bench: setup ## ratios of speed against plain code and diffusers on this CPU (makes a model of 4.3 GB once)
 	PYTHON=$(PY) experiments/bench/run.sh

@@ -44,6 +44,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def published_rates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans use published rates and time nothing, except in tests that are marked `timed`."""
+    if request.node.get_closest_marker("timed") is None:
+        monkeypatch.setattr("realera.runs.timing.rate_of", lambda config, device: None)
+
+
+@pytest.fixture(scope="session")
+def official_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The diffusers folder that the results in tests/official were computed from."""
+    import official_model
+
+    return official_model.save(tmp_path_factory.mktemp("official") / "sd")
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder: D = 32, T = 77, latents 4 x 8 x 8 for 32 px images, 14 attn2 K/V layers; about 1 MB."""

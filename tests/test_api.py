@@ -1,4 +1,4 @@
-"""realera from Python: the pipeline that is given is erased in place, and nothing else changes."""
+"""The Python interface: the given pipeline is erased in place, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ FEW: dict[str, Any] = {  # settings of methods that train: two steps on two imag
     "latents.batch": 1,
     "backbone.sampler.steps": 2,
 }
-CLOSED = {"backbone.sampler.steps": 2}
-BAND = {"neighbours.d1": 4, "neighbours.m": 2, "neighbours.n": 2}  # the tiny model's rows are short
-MORE: dict[str, dict[str, Any]] = {
+CLOSED_FORM = {"backbone.sampler.steps": 2}
+BAND = {"neighbours.d1": 4, "neighbours.m": 2, "neighbours.n": 2}  # the rows of the tiny model have small norms
+SETTINGS: dict[str, dict[str, Any]] = {
     "realera": {**FEW, **BAND},
     "ac": FEW,
     "esd-x": {"align.steps": 2, "latents.batch": 1, "latents.steps": 2, "backbone.sampler.steps": 2},
     "mace-ablation": FEW,
     "spm": {"align.steps": 2, "latents.batch": 1, "backbone.sampler.steps": 2},
-    "uce": CLOSED,
-    "rece": CLOSED,
-    "valera": CLOSED,
-    "oce": CLOSED,
+    "uce": CLOSED_FORM,
+    "rece": CLOSED_FORM,
+    "valera": CLOSED_FORM,
+    "oce": CLOSED_FORM,
 }
 IMAGES = {"erase": 2, "near": 1, "keep": 1, "associated": 1, "unseen": 1}
 SMALL: dict[str, Any] = {"task.images": IMAGES, "judge": "miniature"}
@@ -75,37 +75,37 @@ def flags(pipe: Any) -> list[Any]:
     ]
 
 
-def drawn(pipe: Any, seed: int = 0) -> np.ndarray:
+def generated(pipe: Any, seed: int = 0) -> np.ndarray:
     generator = torch.Generator().manual_seed(seed)
-    shown: np.ndarray = pipe(PROMPT, num_inference_steps=2, generator=generator, output_type="np").images
-    return shown
+    images: np.ndarray = pipe(PROMPT, num_inference_steps=2, generator=generator, output_type="np").images
+    return images
 
 
 def erase(pipe: Any, method: str = "uce", **settings: Any) -> realera.Erased:
     return realera.erase(
-        pipe, "cat", anchor="dog", method=method, progress=False, **{**MORE.get(method, {}), **settings}
+        pipe, "cat", anchor="dog", method=method, progress=False, **{**SETTINGS.get(method, {}), **settings}
     )
 
 
-@pytest.mark.parametrize("method", slow_unless(list(MORE), "uce", "realera", "mace-ablation"))
-def test_a_pipeline_is_erased_in_place_and_comes_back_bit_for_bit(method: str, pipe: Any) -> None:
+@pytest.mark.parametrize("method", slow_unless(list(SETTINGS), "uce", "realera", "mace-ablation"))
+def test_undo_restores_the_pipeline_bit_for_bit(method: str, pipe: Any) -> None:
     pipe.unet.train()
     pipe.text_encoder.requires_grad_(True)
-    before, as_it_was, image = weights(pipe), flags(pipe), drawn(pipe)
+    before, as_it_was, image = weights(pipe), flags(pipe), generated(pipe)
     scheduler = pipe.scheduler
     erased = erase(pipe, method)
     changed = {n for n, t in weights(pipe).items() if n in before and not torch.equal(t, before[n])}
     assert erased.pipe is pipe and changed and all(n.startswith("unet.") for n in changed)
     assert weights(pipe).keys() == before.keys() and flags(pipe) == as_it_was and pipe.scheduler is scheduler
     erased.undo()
-    assert same(weights(pipe), before) and flags(pipe) == as_it_was and np.array_equal(drawn(pipe), image)
+    assert same(weights(pipe), before) and flags(pipe) == as_it_was and np.array_equal(generated(pipe), image)
     with pytest.raises(UserError, match="was undone"):
         erased.draw(PROMPT)
     assert "undone" in repr(erased)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_pipeline_in_half_precision_stays_so(dtype: torch.dtype, pipe: Any) -> None:
+def test_a_half_precision_pipeline_keeps_its_dtype(dtype: torch.dtype, pipe: Any) -> None:
     pipe.to(dtype)
     before = weights(pipe)
     erased = erase(pipe)
@@ -115,7 +115,7 @@ def test_a_pipeline_in_half_precision_stays_so(dtype: torch.dtype, pipe: Any) ->
     assert same(weights(pipe), before)
 
 
-def test_an_adapter_is_folded_in_and_drawn_with_beside_the_weights(pipe: Any) -> None:
+def test_an_adapter_is_merged_into_the_pipeline_but_not_in_draw(pipe: Any) -> None:
     erased = erase(pipe, "realera")
     assert not hasattr(pipe.unet, "peft_config")
     settled = weights(pipe)
@@ -129,7 +129,7 @@ def test_an_adapter_is_folded_in_and_drawn_with_beside_the_weights(pipe: Any) ->
     fresh.undo()
 
 
-def test_nothing_of_the_process_changes(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_of_the_process_does_not_change(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
     OmegaConf.register_new_resolver("times", lambda a, b: "somebody else's", replace=True)
@@ -156,7 +156,7 @@ def test_nothing_of_the_process_changes(pipe: Any, tmp_path: Path, monkeypatch: 
     OmegaConf.clear_resolver("times")
 
 
-def test_the_temporary_files_go_with_the_object(pipe: Any) -> None:
+def test_temporary_files_are_deleted_with_the_object(pipe: Any) -> None:
     import gc
 
     erased = erase(pipe)
@@ -165,14 +165,14 @@ def test_the_temporary_files_go_with_the_object(pipe: Any) -> None:
     del erased
     gc.collect()
     assert not folder.exists()
-    assert drawn(pipe).shape[0] == 1, "the pipeline stays as it is"
+    assert generated(pipe).shape[0] == 1, "the pipeline stays as it is"
 
 
-def test_a_saved_run_is_read_by_the_commands_and_put_back(pipe: Any, tiny_sd: Path, tmp_path: Path) -> None:
+def test_a_saved_run_can_be_loaded_and_read_by_the_commands(pipe: Any, tiny_sd: Path, tmp_path: Path) -> None:
     erased = erase(pipe, "realera")
     edited, image = weights(pipe), erased.draw(PROMPT, 1)[0]
     place = erased.save(tmp_path / "saved")
-    with pytest.raises(UserError, match="holds files"):
+    with pytest.raises(UserError, match="already has files"):
         erased.save(place)
     erased.undo()
     back = realera.load(pipe, place)
@@ -188,7 +188,7 @@ def test_a_saved_run_is_read_by_the_commands_and_put_back(pipe: Any, tiny_sd: Pa
     assert np.array_equal(backbone.generate(PROMPT, [1])[0].numpy(), image)
 
 
-def test_a_changed_pipeline_is_known_by_its_weights(pipe: Any, tmp_path: Path) -> None:
+def test_load_refuses_a_pipeline_with_other_weights(pipe: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         pipe.unet.conv_in.weight.mul_(1.5)
     erased = erase(pipe)
@@ -201,38 +201,38 @@ def test_a_changed_pipeline_is_known_by_its_weights(pipe: Any, tmp_path: Path) -
         realera.load(pipe, place)
 
 
-def test_erasures_lie_on_one_another(pipe: Any) -> None:
+def test_only_the_latest_erasure_can_be_undone_or_used(pipe: Any) -> None:
     before = weights(pipe)
     first = erase(pipe)
     between = weights(pipe)
-    second = realera.erase(pipe, "horse", anchor="dog", method="uce", progress=False, **CLOSED)
+    second = realera.erase(pipe, "horse", anchor="dog", method="uce", progress=False, **CLOSED_FORM)
     for wrong in (first.undo, lambda: first.draw(PROMPT), lambda: realera.evaluate(first, **SMALL)):
         with pytest.raises(UserError, match="later erasure"):
             wrong()
     second.undo()
     assert same(weights(pipe), between)
-    realera.erase(pipe, "ship", anchor="dog", method="uce", progress=False, **CLOSED)  # and its object is lost
+    realera.erase(pipe, "ship", anchor="dog", method="uce", progress=False, **CLOSED_FORM)  # its object is deleted
     with pytest.raises(UserError, match="later erasure"):
         first.undo()
     assert not same(weights(pipe), between) and not same(weights(pipe), before)
 
 
-def test_a_cell_that_is_run_again_erases_again(pipe: Any) -> None:
+def test_undo_after_the_earlier_erasure_s_object_is_replaced(pipe: Any) -> None:
     erased = erase(pipe)
     between = weights(pipe)
-    erased = realera.erase(pipe, "horse", anchor="dog", method="uce", progress=False, **CLOSED)
+    erased = realera.erase(pipe, "horse", anchor="dog", method="uce", progress=False, **CLOSED_FORM)
     erased.undo()
     assert same(weights(pipe), between)
 
 
-def test_a_refusal_leaves_the_pipeline_alone(pipe: Any) -> None:
+def test_a_refused_erasure_leaves_the_pipeline_unchanged(pipe: Any) -> None:
     before, as_it_was = weights(pipe), flags(pipe)
     for settings, said in (
         ({"method": "ucee"}, "uce"),
         ({"edit.rigde": 1}, "rigde"),
         ({"edit.ridge": -1}, "ridge"),
         ({"task": "objects"}, "object"),
-        ({"concept": "../x"}, "file's path"),
+        ({"concept": "../x"}, "is a path"),
         ({"overrides": ["edit.ridge"]}, "edit.ridge"),
         ({"method": "realera", **FEW, **BAND, "align.lora.targets": ["nowhere"]}, "nowhere"),
     ):
@@ -242,7 +242,9 @@ def test_a_refusal_leaves_the_pipeline_alone(pipe: Any) -> None:
         assert same(weights(pipe), before) and flags(pipe) == as_it_was, settings
 
 
-def test_an_erasure_that_fails_at_its_end_leaves_the_pipeline_alone(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_erasure_that_fails_when_saving_leaves_the_pipeline_unchanged(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*given: Any) -> None:
         raise UserError("the disk is full")
 
@@ -253,7 +255,7 @@ def test_an_erasure_that_fails_at_its_end_leaves_the_pipeline_alone(pipe: Any, m
     assert same(weights(pipe), before) and flags(pipe) == as_it_was
 
 
-def test_pipelines_that_cannot_be_erased_are_told(pipe: Any) -> None:
+def test_unsupported_pipelines_are_refused(pipe: Any) -> None:
     pipe.unet._hf_hook = object()
     with pytest.raises(UserError, match="offloaded"):
         erase(pipe)
@@ -269,9 +271,9 @@ def test_pipelines_that_cannot_be_erased_are_told(pipe: Any) -> None:
     assert erase(pipe)
 
 
-def test_what_acts_while_images_are_drawn_is_in_draw_alone(pipe: Any) -> None:
+def test_a_guide_acts_only_in_draw(pipe: Any) -> None:
     before = weights(pipe)
-    erased = erase(pipe, "sld", **CLOSED)
+    erased = erase(pipe, "sld", **CLOSED_FORM)
     with pytest.raises(UserError, match=r"erased\.draw"):
         _ = erased.pipe
     assert same(weights(pipe), before)
@@ -279,7 +281,7 @@ def test_what_acts_while_images_are_drawn_is_in_draw_alone(pipe: Any) -> None:
     assert not np.array_equal(steered, plain)
 
 
-def test_an_xl_is_erased(tiny_sdxl: Path) -> None:
+def test_an_sdxl_pipeline_is_erased(tiny_sdxl: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny_sdxl)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     before = weights(pipe)
@@ -289,67 +291,67 @@ def test_an_xl_is_erased(tiny_sdxl: Path) -> None:
     assert same(weights(pipe), before)
 
 
-def test_a_cache_is_kept_where_it_is_asked_for(pipe: Any, tmp_path: Path) -> None:
+def test_the_cache_folder_is_kept_if_given(pipe: Any, tmp_path: Path) -> None:
     erase(pipe, "realera").undo()
     assert not list(tmp_path.iterdir())
-    realera.erase(pipe, "cat", anchor="dog", method="realera", progress=False, cache=tmp_path, **MORE["realera"]).undo()
+    realera.erase(
+        pipe, "cat", anchor="dog", method="realera", progress=False, cache=tmp_path, **SETTINGS["realera"]
+    ).undo()
     assert list(tmp_path.rglob("*.safetensors"))
 
 
-def test_the_commands_cache_is_taken_where_it_is_asked_for(
-    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_true_uses_the_commands_cache(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path))
-    realera.erase(pipe, "cat", anchor="dog", method="realera", progress=False, cache=True, **MORE["realera"])
+    realera.erase(pipe, "cat", anchor="dog", method="realera", progress=False, cache=True, **SETTINGS["realera"])
     assert list((tmp_path / "latents").rglob("*.safetensors"))
 
 
-def test_a_saved_run_has_a_run_s_files_alone(pipe: Any, tmp_path: Path) -> None:
+def test_a_saved_run_contains_only_run_files(pipe: Any, tmp_path: Path) -> None:
     erased = erase(pipe, "realera")
     assert (erased.folder / "cache").is_dir()
     names = {file.name for file in erased.save(tmp_path / "saved").iterdir()}
     assert names <= {*folders.FILES, paths.CONFIG} and {paths.CONFIG, paths.ERASED, paths.MAP} <= names
 
 
-def test_drawing_takes_steps_guidance_and_seeds(pipe: Any) -> None:
+def test_draw_takes_steps_guidance_and_seeds(pipe: Any) -> None:
     erased = erase(pipe)
     one, two = erased.draw("a photo of a cat", [1, 2])
     assert not np.array_equal(one, two) and np.array_equal(two, erased.draw("a photo of a cat", 2)[0])
     for more in ({"steps": 3}, {"guidance_scale": 1.0}):
         assert not np.array_equal(one, erased.draw("a photo of a cat", 1, **more)[0]), more
     assert erased.draw([]) == []
-    for wrong, said in (({"seeds": [1, 2, 3]}, "one seed a prompt"), ({"steps": 0}, "0 steps")):
+    for wrong, said in (({"seeds": [1, 2, 3]}, "one seed per prompt"), ({"steps": 0}, "0 steps")):
         with pytest.raises(UserError, match=said):
             erased.draw(["a cat", "a dog"], **wrong)
 
 
-def test_an_erasure_is_judged_under_another_task(pipe: Any) -> None:
+def test_an_erasure_can_be_evaluated_on_another_task(pipe: Any) -> None:
     erased = erase(pipe)
     evaluation = realera.evaluate(erased, "celebrity", progress=False, **SMALL)
     assert evaluation.metrics["protocol"]["task"] == "celebrity" and evaluation.folder is None
 
 
-def test_a_folder_several_names_numbers_and_seeds(tiny_sd: Path) -> None:
-    both = realera.erase(tiny_sd, ["cat", "ship"], anchor=["dog", "sea"], method="uce", progress=False, **CLOSED)
+def test_erase_takes_folders_lists_numbers_and_seeds(tiny_sd: Path) -> None:
+    both = realera.erase(tiny_sd, ["cat", "ship"], anchor=["dog", "sea"], method="uce", progress=False, **CLOSED_FORM)
     assert (both.concept, both.anchor) == (["cat", "ship"], ["dog", "sea"]) and both.pipe is both.undo()
-    number = realera.erase(str(tiny_sd), 1984, anchor="dog", method="uce", progress=False, **CLOSED)  # type: ignore[arg-type]
+    number = realera.erase(str(tiny_sd), 1984, anchor="dog", method="uce", progress=False, **CLOSED_FORM)  # type: ignore[arg-type]
     assert number.concept == ["1984"]
     seeded = [
-        realera.erase(tiny_sd, "cat", anchor="dog", method="realera", progress=False, seed=seed, **MORE["realera"])
+        realera.erase(tiny_sd, "cat", anchor="dog", method="realera", progress=False, seed=seed, **SETTINGS["realera"])
         for seed in (1, 2)
     ]
     assert [one.config["seed"] for one in seeded] == [1, 2]
     assert not same(weights(seeded[0].pipe), weights(seeded[1].pipe))
 
 
-def test_methods_and_tasks_are_named_in_a_line() -> None:
+def test_methods_and_tasks_are_described_in_one_line_each() -> None:
     methods, tasks = realera.methods(), realera.tasks()
     assert {"uce", "valera", "realera", "mace"} <= set(methods)
     assert set(tasks) == {file.stem for file in (paths.CONF_DIR / "task").glob("*.yaml")}
     assert all(10 < len(line) < 250 and line.endswith(".") for line in (*methods.values(), *tasks.values()))
 
 
-def test_public_names_are_functions_whatever_was_imported() -> None:
+def test_public_names_stay_callable_after_importing_the_modules() -> None:
     import realera.evaluate
     import realera.methods.uce
     import realera.tasks.objects
@@ -361,14 +363,14 @@ def test_public_names_are_functions_whatever_was_imported() -> None:
         _ = realera.nothing  # type: ignore[attr-defined]
 
 
-def test_importing_loads_nothing_heavy() -> None:
+def test_importing_realera_loads_no_heavy_library() -> None:
     code = "import sys, realera; assert not {'torch', 'diffusers', 'hydra', 'numpy'} & set(sys.modules), sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.slow
-def test_the_numbers_are_the_command_line_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """RealEra on the built-in model, by both doors: metrics, judged images and weights."""
+def test_the_numbers_equal_those_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RealEra on the built-in model, with the command and from Python: the metrics are equal."""
     from realera import train
 
     monkeypatch.chdir(tmp_path)
@@ -406,10 +408,11 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.slow
-def test_the_readme_s_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(import realera\n.*?)```", readme, re.DOTALL)
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("docs/python.md", "README.md"))
+    first, block = re.findall(r"```python\n(import realera\n.*?)```", text, re.DOTALL)
+    exec(first, {})
     names: dict[str, Any] = {}
     exec(block, names)
     assert (tmp_path / "airplane-erased" / paths.ERASED).is_file() and "undone" in repr(names["erased"])

@@ -108,7 +108,7 @@ BAD = {  # what is typed -> words that the answer must hold
     ("concept=airplane", "hydra.job.chdir=maybe"): ["hydra.job.chdir=maybe: ", "not a valid bool"],
     ("concept=airplane", "hydra.run=abc"): ["hydra.run=abc: "],
     ("concept=airplane", "hydra.searchpath=[nowhere]"): ["hydra.searchpath names nowhere"],
-    ("airplane",): ["'airplane' is no setting", "key=value"],
+    ("airplane",): ["'airplane' is not a setting", "key=value"],
     (): ["concept", "empty"],
 }
 
@@ -211,7 +211,7 @@ def test_one_command_for_all(tmp_path: Path) -> None:
     assert set(LINES) == set(realera.COMMANDS) and said("--version").stdout == f"realera {realera.__version__}\n"
     assert all(f"realera {name}" in said("--help").stdout for name in LINES)
     wrong = said("tran")
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: 'tran' is no command") and not wrong.stdout
+    assert wrong.returncode == 2 and wrong.stderr.startswith("error: 'tran' is not a command") and not wrong.stdout
     refused = said("train", "concept=airplane", "method=ucee", "backbone=mini")
     assert refused.returncode == 2 and "uce" in refused.stderr and "Traceback" not in refused.stderr
     planned = said("train", "concept=airplane", "dry_run=true", "backbone=mini")
@@ -253,7 +253,7 @@ def test_by_backbone_takes_the_backbones_own_entry_or_the_default() -> None:
     assert (cfg.lr, cfg.m) == (1e-5, 2)
     cfg.backbone.name = "other"
     assert cfg.lr == 1e-5
-    with pytest.raises(UserError, match="no value is known for backbone other"):
+    with pytest.raises(UserError, match="no default for backbone other"):
         composition.plain(cfg)
 
 

@@ -56,7 +56,7 @@ def test_a_dry_run_without_our_charts(type_in: Type, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "nobody is logged in"),
+        ([], "you are not logged in"),
         (["kind=wrkspace"], "did you mean 'workspace'"),
         (["dry_run=true", "filters=nonsense here"], "filter language"),
     ],

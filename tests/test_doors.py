@@ -116,7 +116,7 @@ def test_a_run_counts_what_it_costs(type_in: Type, place: Path, capsys: pytest.C
     lora = sum(value.numel() for name, value in weights.items() if name.endswith((".down", ".up")))
     assert record["trained_parameters"] == lora > 0
     assert record["edited_parameters"] == sum(v.numel() for n, v in weights.items() if n.startswith("edit."))
-    assert "cost: " in shown and f"{bank + loop} passes of the U-Net to erase" in shown
+    assert "cost: " in shown and f"{bank + loop} U-Net passes to erase" in shown
 
     type_in("train", "concept=horse", "method=sld", "logger=none")
     guided, images = costs_of(place, "horse-sld")
@@ -160,7 +160,7 @@ def test_a_concept_nobody_can_judge_still_ends_in_a_page(
     assert metrics["mean_prob"]["acc_s"]["n"] == 10
     assert "tractor" in (folder / "report.html").read_text(encoding="utf-8")
     shown = capsys.readouterr().out
-    assert "Acc_s" in shown and "0/2" in shown and "scored (the others count nowhere)" in shown
+    assert "Acc_s" in shown and "0/2" in shown and "scored images, %" in shown
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -267,7 +267,7 @@ def test_generate_leaves_the_images_of_a_run_alone(
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     with pytest.raises(SystemExit) as left:
         type_in("generate", f"run={run_dir}", "prompts=[cat]", f"out={run_dir}", small=False)
-    assert left.value.code == 2 and "holds other files" in capsys.readouterr().err
+    assert left.value.code == 2 and "contains other files" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
@@ -294,7 +294,7 @@ def test_residue_asks_for_texts_before_and_after(
         )
     said, page = capsys.readouterr().out, (folder / "residue.html").read_text()
     sentence = (
-        "Its name still draws it. Of 3 texts 3 drew it before; 3 still draw it. 1 of them is told by the noise alone."
+        "Its name still draws it. Of 3 texts, 3 drew it before; 3 still draw it. 1 of these was classified by noise alone."
     )
     assert sentence in " ".join(said.split()) and "a jumbo jet" in said
     assert sentence in page and page.count("data:image") == 2 * 2 * len(drawn)
@@ -311,7 +311,7 @@ def test_residue_asks_for_texts_before_and_after(
     )
     page = (place / "asked" / "residue.html").read_text()
     assert 'id="unveil"' in page and "did not draw it" in page
-    for wrong, said in ((f"out={run_dir}", "holds other files"), ("run=original", "erased nothing")):
+    for wrong, said in ((f"out={run_dir}", "contains other files"), ("run=original", "erased nothing")):
         with pytest.raises(SystemExit, match="2"):
             type_in("residue", f"run={run_dir}", wrong, small=False)
         assert said in capsys.readouterr().err
@@ -342,7 +342,7 @@ def test_the_demo_says_which_setting_is_wrong(
     from realera.runs import steps
 
     monkeypatch.setattr(steps, "load_run", lambda run: None)
-    for host, says in (("1.2.3.4", "host=1.2.3.4 is no address"), ("no.such.host.invalid", "is no address of this")):
+    for host, says in (("1.2.3.4", "host=1.2.3.4 is not an address"), ("no.such.host.invalid", "is not an address of this")):
         with pytest.raises(SystemExit) as left:
             type_in("demo", f"run={run_dir}", f"host={host}", "port=0", small=False)
         assert left.value.code == 2 and says in capsys.readouterr().err
@@ -436,7 +436,7 @@ def test_a_torn_erasure_is_refused_before_torch_would_be_needed(
     torn.mkdir(parents=True)
     (torn / "config.yaml").write_bytes((run_dir / "config.yaml").read_bytes())
     (torn / "erased.safetensors").write_bytes((run_dir / "erased.safetensors").read_bytes()[:-50])
-    for state in ("torn", "holds no"):
+    for state in ("torn", "has no"):
         with pytest.raises(SystemExit) as left:
             type_in("generate", f"run={torn}", "prompts=[a cat]", small=False)
         assert left.value.code == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +12,20 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
+from official_model import OFFICIAL
 from realera import train
-
-GOLDENS = os.environ.get("REALERA_GOLDENS")
-needs_goldens = pytest.mark.skipif(not GOLDENS, reason="REALERA_GOLDENS names no folder of reference results")
 
 
 @pytest.fixture
-def erased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, torch.Tensor]]:
+def erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, official_sd: Path
+) -> Callable[..., dict[str, torch.Tensor]]:
     """The weights that `python -m realera.train WORDS` makes of the reference results' model."""
 
     def of(*words: str) -> dict[str, torch.Tensor]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
-        model = ["backbone=mini", f"backbone.pretrained={GOLDENS}/tinysd", "backbone.text.width=32"]
+        model = ["backbone=mini", f"backbone.pretrained={official_sd}", "backbone.text.width=32"]
         model += ["backbone.text.max_length=77", "trainer=cpu", "logger=none", "evaluate=false", "run_dir=run"]
         monkeypatch.setattr(sys, "argv", ["train", "concept=airplane", "anchor=sky", *model, *words])
         GlobalHydra.instance().clear()
@@ -38,10 +37,9 @@ def erased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dic
 
 
 def reference(name: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix("unet."): weight for key, weight in load_file(f"{GOLDENS}/{name}.safetensors").items()}
+    return {key.removeprefix("unet."): weight for key, weight in load_file(OFFICIAL / f"{name}.safetensors").items()}
 
 
-@needs_goldens
 def test_uce_of_today(erased: Callable[..., dict[str, torch.Tensor]]) -> None:
     found, wanted = erased("method=uce", "method.edit.rows=last"), reference("uce_airplane_sky")
     assert found.keys() == wanted.keys()
@@ -49,10 +47,9 @@ def test_uce_of_today(erased: Callable[..., dict[str, torch.Tensor]]) -> None:
         torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
 
 
-@needs_goldens
 def test_the_refinement_of_mace(erased: Callable[..., dict[str, torch.Tensor]]) -> None:
     """Its own prompts as templates. The bounds are those of its float32 inverse (see tests/methods/test_mace.py)."""
-    prompts = json.loads(Path(f"{GOLDENS}/mace_cfr_airplane_sky.prompts.json").read_text())["erase"]
+    prompts = json.loads((OFFICIAL / "mace_cfr_airplane_sky.prompts.json").read_text())["erase"]
     templates = json.dumps([prompt.replace("airplane", "{}") for prompt in prompts])
     found = erased(
         "method=mace",

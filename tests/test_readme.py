@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
+import realera
 from options import check_part
 from realera import paths
 from realera.contracts import Pair, Prompt, UserError
@@ -27,15 +28,17 @@ from realera.system import disk, environment
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = (ROOT / name for name in ("README.md", "CONTRIBUTING.md"))
+VARIANTS = {"mace-ablation", *(f"realera-{name}" for name in ("closed-form", "no-beyond", "no-mining", "text", "value"))}
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    """The fenced blocks of one language. ```bash is for what the tests cannot run, ```sh for what they do."""
+    """The fenced blocks of one language. The tests run ```sh and ```python, and cannot run ```bash and ```py."""
     return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def commands(*languages: str) -> list[list[str]]:
-    text = "\n".join(block for language in languages for block in blocks(README, language))
+    text = "\n".join(block for file in DOCUMENTS for language in languages for block in blocks(file, language))
     return [shlex.split(line) for line in text.splitlines() if line.strip()]
 
 
@@ -86,22 +89,25 @@ def _pairs(settings: list[str]) -> list[tuple[str, str]]:
 
 def test_the_verbs_of_make_exist() -> None:
     verbs = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    text = README.read_text(encoding="utf-8") + CONTRIBUTING.read_text(encoding="utf-8")
-    named = set(re.findall(r"^make ([a-z]+)", "\n".join(blocks(README, "sh")), re.MULTILINE)) | set(
-        re.findall(r"`make ([a-z]+)`", text)
-    )
+    text = "\n".join(file.read_text(encoding="utf-8") for file in [*DOCUMENTS, CONTRIBUTING])
+    named = set(re.findall(r"^make ([a-z]+)", text, re.MULTILINE)) | set(re.findall(r"`make ([a-z]+)`", text))
     assert "demo" in named and named <= verbs
 
 
 def test_what_the_documents_name_exists() -> None:
-    text = README.read_text(encoding="utf-8") + CONTRIBUTING.read_text(encoding="utf-8")
+    text = "\n".join(file.read_text(encoding="utf-8") for file in [*DOCUMENTS, CONTRIBUTING])
     examples = ("project.py", "redness.py", "project.yaml", "redness.yaml")
     for file in re.findall(r"`((?:src|conf|tests)/[\w/.]+)`", text):
         assert (ROOT / file).exists() or file.endswith(examples), file
-    for method in re.findall(
-        r"^\| `(\w+)` \| ", README.read_text(encoding="utf-8").split("## Methods")[1], re.MULTILINE
-    ):
-        assert (paths.CONF_DIR / "method" / f"{method}.yaml").is_file()
+    table = README.read_text(encoding="utf-8").split("## Methods")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([\w-]+)`(?=[^|]*\| )", table)) - {"method"}
+    assert named == set(realera.methods()) - VARIANTS, "the README's table has every method"
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for file in [*DOCUMENTS, CONTRIBUTING, *(ROOT / "experiments").glob("**/*.md")]:
+        for target in re.findall(r"\[[^\]]*\]\(([^)\s#]+)[^)]*\)", file.read_text(encoding="utf-8")):
+            assert "://" in target or (file.parent / target).exists(), f"{file}: {target}"
 
 
 @pytest.fixture
@@ -136,7 +142,7 @@ def test_the_example_method_erases(
     assert torch.allclose(edit.map @ across, across, atol=1e-9)
     (tmp_path / "project_example.py").write_text(examples["project"].source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match="method.edit.keep=2 cannot be: give a number from 0 to 1"):  # noqa: RUF043
+    with pytest.raises(UserError, match="method.edit.keep=2 is not valid: give a number from 0 to 1"):  # noqa: RUF043
         check_part({"_target_": "project_example.Projection", "keep": 2}, "method.edit")
 
 

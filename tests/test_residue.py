@@ -34,12 +34,12 @@ def test_a_text_draws_the_concept_by_its_noise_or_by_its_pictures() -> None:
 def test_the_sentence_counts_what_drew_it_and_says_what_was_not_seen() -> None:
     gone, left, never = row(0.1, 2.0, 90, 1), row(0.1, 0.2, 90, 80), row(2.0, 2.0)
     name, named = row(0.0, 2.0, 99, 0), row(0.0, 1.9, 98, 93)
-    assert sentence(concluded(name, never, never)) == "Of 2 texts none drew it before."
-    assert sentence(concluded(name, gone, never)) == "Of 2 texts 1 drew it before; none draws it."
-    assert sentence(concluded(name, gone, left)) == "Of 2 texts 2 drew it before; one still draws it."
+    assert sentence(concluded(name, never, never)) == "Of 2 texts, none drew it before."
+    assert sentence(concluded(name, gone, never)) == "Of 2 texts, 1 drew it before; none draws it."
+    assert sentence(concluded(name, gone, left)) == "Of 2 texts, 2 drew it before; one still draws it."
     both = concluded(named, left, left, row(0.1, 3.0), row(0.2, 3.0))
     assert sentence(both) == (
-        "Its name still draws it. Of 4 texts 4 drew it before; 2 still draw it. 2 of them are told by the noise alone."
+        "Its name still draws it. Of 4 texts, 4 drew it before; 2 still draw it. 2 of these were classified by noise alone."
     )
     assert (both["drew"], both["left"], both["unseen"], both["name_left"]) == (4, 2, 2, True)
 

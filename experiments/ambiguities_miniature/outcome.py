@@ -1,4 +1,4 @@
-"""The table of docs/ambiguities.md, from what the report wrote: outcome.py RUNS/tables/object-differences.csv"""
+"""Writes the table of docs/ambiguities.md from the report's CSV file: outcome.py RUNS/tables/object-differences.csv"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(table: Path) -> None:
 
 
 def change(row: Mapping[str, str], name: str) -> str:
-    """ "-1.2 [-2.0, -0.4]", in bold where the interval leaves out 0 and half a point."""
+    """ "-1.2 [-2.0, -0.4]", in bold if the interval excludes 0 and the change is at least half a point."""
     value, low, high = (round(float(row[f"{name}{end}"]), 1) + 0 for end in ("", "_low", "_high"))  # no -0.0
     text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
     return f"**{text}**" if low * high > 0 and abs(value) >= 0.5 else text

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What each decision that the paper leaves open does on the miniature: RealEra, in text space, with one setting changed (variants.txt),
-# on three concepts that no table of objects, people or styles uses, two seeds. It resumes; VARIANTS="rows lora" and
-# SEEDS=100 run a part: the variants whose name begins so, one seed.
+# The effect of each decision that the paper leaves open, on the miniature: RealEra in text space with one setting changed
+# (variants.txt), on three concepts that no table of objects, people or styles uses, and two seeds. It continues where it was
+# stopped. VARIANTS="rows lora" and SEEDS=100 run a part: the variants whose name begins with one of these words, one seed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}

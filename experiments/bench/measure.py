@@ -1,10 +1,10 @@
 """Speed of the closed form against a plain loop: python experiments/bench/measure.py FOLDER RESULTS.json [COUNTS]
 
-FOLDER: a Stable Diffusion 1.4 in full size (experiments/full_size/folder.py makes one with random weights). COUNTS: how
-many names are erased at once, 1,100 unless said. The loop is written as UCE's official code works: each text encoded by
-itself at full length, two sums and an inverse in float32 for each of the 32 layers, the edited weights written. Ours is
-method=uce with rows=last: the same map. Both run by turns in this process, and the ratio is of their medians; loading
-the model is left out.
+FOLDER: a Stable Diffusion 1.4 in full size (experiments/full_size/folder.py makes one with random weights). COUNTS: the
+numbers of names erased at once, by default 1,100. The loop works like UCE's official code: it encodes each text
+separately at full length, computes two sums and an inverse in float32 for each of the 32 layers, and writes the edited
+weights. Ours is method=uce with rows=last, which computes the same map. The two alternate in this process, and the
+ratio is of their medians, without loading the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ANCHOR, RIDGE = "art", 0.5
 
 @torch.no_grad()
 def plain_loop(backbone: Any, names: list[str], file: Path) -> dict[str, torch.Tensor]:
-    """{layer: edited weight}, and a file of them."""
+    """Returns {layer: edited weight} and writes them to the file."""
     tokenizer, encoder = backbone.text.tokenizer, backbone.text.model
 
     def last_row(text: str) -> torch.Tensor:
@@ -42,7 +42,7 @@ def plain_loop(backbone: Any, names: list[str], file: Path) -> dict[str, torch.T
         return encoder(read["input_ids"]).last_hidden_state[0, row]
 
     keys = {name: last_row(name) for name in names}
-    anchors = {name: last_row(ANCHOR) for name in names}  # the code encodes the guide once for every name
+    anchors = {name: last_row(ANCHOR) for name in names}  # the official code encodes the guide again for every name
     edited = {}
     for layer, linear in backbone.text_projections().items():
         weight = linear.weight
@@ -65,7 +65,7 @@ def ours(backbone: Any, names: list[str], file: Path) -> dict[str, torch.Tensor]
 
 
 def fresh(backbone: Any, file: Path) -> None:
-    """The weights as loaded, no text remembered, and no file to write over."""
+    """Restores the loaded weights, forgets all encoded texts and deletes the file."""
     file.unlink(missing_ok=True)
     backbone.load_erased({})
     backbone.text._kept.clear()

@@ -1,8 +1,8 @@
 """Peak memory of many concepts at once: python experiments/bench/memory.py FOLDER RESULTS.json COUNTS
 
-FOLDER: a Stable Diffusion 1.4 in full size (experiments/full_size/folder.py makes one with random weights). COUNTS: how
-many concepts are erased, 1000 or 200,1000. Each is a run of its own, typed as a user would: RealEra's closed form with
-its neighbours, no alignment, no images. The peak is the process's, as the run's costs.json says.
+FOLDER: a Stable Diffusion 1.4 in full size (experiments/full_size/folder.py makes one with random weights). COUNTS: the
+numbers of concepts to erase, such as 1000 or 200,1000. Each number is a separate run of the command line: RealEra's
+closed form with its neighbours, no alignment, no images. The peak is the process's, from the run's costs.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WORDS = ("backbone=sd14", "method=realera", "method.align=null", "task=celebrity
 
 
 def concepts(count: int) -> str:
-    """The lines of a concepts_file: so many artists, each with an anchor."""
+    """The lines of a concepts_file with `count` artists, each with an anchor."""
     names = list({same_name(name): name for name in ARTISTS.read_text(encoding="utf-8").splitlines()}.values())
     return "".join(f'"{name}",{ANCHORS[i % len(ANCHORS)]}\n' for i, name in enumerate(names[:count]))
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Ratios of speed on this machine's CPU: the closed form against a loop written like UCE's official code (full size,
 # random weights), an alignment step against the bare passes of the same networks, and drawing against diffusers'
-# pipeline (both on the miniature). Each pair runs by turns in one process. RESULTS keeps the numbers; COUNTS=1,100,1000
-# erases a thousand names as well, which the loop takes minutes for. MEMORY=1000 also erases so many concepts by RealEra's
-# closed form, mined, for its peak memory: about an hour on two cores.
+# pipeline (both on the miniature). The two sides of each pair alternate in one process. The numbers are written to RESULTS.
+# COUNTS=1,100,1000 also erases a thousand names, which takes the loop minutes. MEMORY=1000 also erases a thousand concepts
+# with RealEra's closed form, with mining, and measures the peak memory: about an hour on two cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}

@@ -1,4 +1,4 @@
-"""Puts the tests' outcome and their measured differences into the results: differences.py LOGS RESULTS.json"""
+"""Adds the tests' outcome and their measured differences to the results: differences.py LOGS RESULTS.json"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """One part of the measurements on a GPU: python experiments/cuda/measure.py PART RESULTS.json [cpu]
 
-run.sh starts every part in a process of its own, so that one that fails takes none of the others along. A part adds its
-numbers to RESULTS.json. With "cpu" the parts are rehearsed on the CPU, on the miniature in place of the full sizes.
+run.sh starts every part in a separate process, so that a part that fails does not stop the others. A part adds its
+numbers to RESULTS.json. With "cpu" the parts run on the CPU, with the miniature instead of the full-size models.
 
 Parts: environment, sd14-float32, sd14-bfloat16, sd14-float16, options (channels-last, TF32, mixed precision, gradient
-checkpointing, memory that runs out), compile, sdxl, profile. Weights of full size are random, which changes neither
+checkpointing, running out of memory), compile, sdxl, profile. The full-size weights are random, which changes neither
 time nor memory.
 """
 
@@ -53,7 +53,7 @@ def sync() -> None:
 
 
 def timed(work: Callable[[], Any], times: int = 1) -> float:
-    """Median seconds of `work`, the device's included."""
+    """Median seconds of `work`, including its work on the device."""
     seconds = []
     for _ in range(times):
         sync()
@@ -85,7 +85,7 @@ def config_of(kind: str, *words: str) -> dict[str, Any]:
 
 
 def erase(config: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
-    """A whole fit; seconds by stage, the peak, and what was changed."""
+    """Runs a whole fit. Returns the seconds by stage, the peak memory and the number of changed layers."""
     task, meter = composition.build_task(config), Meter()
     meter.watch(backbone, DEVICE)
     with meter.stage("text"):
@@ -124,8 +124,8 @@ def erase(config: dict[str, Any], backbone: Backbone) -> dict[str, Any]:
 
 
 def bare_passes(backbone: Any, batch: int, mixed: bool) -> float:
-    """Seconds of a pair of steps made of nothing but passes: the teacher's without gradient, the student's with its
-    backward; `batch` latents in the first, twice as many in the second, as RealEra's odd and even steps have."""
+    """Seconds of two steps that only run the passes: the teacher's without gradient, the student's with its backward
+    pass. The first step has `batch` latents, the second twice as many, like RealEra's odd and even steps."""
     size = backbone.sampler.height // backbone.pixels_per_latent, backbone.sampler.width // backbone.pixels_per_latent
     trained = [parameter for parameter in backbone.unet.parameters() if parameter.requires_grad]
 
@@ -179,7 +179,7 @@ def step_ratio(config: dict[str, Any], backbone: Backbone, mixed: bool = False) 
 
 
 def drawing(kind: str, dtype: str, backbone: Any, times: int) -> dict[str, Any]:
-    """Our sampler against diffusers' own pipeline of the same weights, DDIM, guidance and size, by turns in one run."""
+    """Our sampler and diffusers' pipeline alternate in one process: same weights, DDIM, guidance and size."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     texts, seeds = ["a photo of the airplane"] * IMAGES, list(range(IMAGES))
@@ -192,7 +192,7 @@ def drawing(kind: str, dtype: str, backbone: Any, times: int) -> dict[str, Any]:
     sampler = backbone.sampler
 
     size = backbone.latent_channels, *(side // backbone.pixels_per_latent for side in (sampler.height, sampler.width))
-    noise = start_noise(seeds, size).to(DEVICE, getattr(torch, dtype))  # drawn in half precision it would be another
+    noise = start_noise(seeds, size).to(DEVICE, getattr(torch, dtype))  # noise drawn in half precision would differ
 
     def theirs(steps: int) -> Any:
         return pipe(
@@ -271,7 +271,7 @@ def sd14(dtype: str) -> dict[str, Any]:
 
 
 def options() -> dict[str, Any]:
-    """What settings change, each against the same drawing or step without it, in one process."""
+    """The effect of each option, compared with the same drawing or step without it in one process."""
     texts, seeds = ["a photo of the airplane"] * IMAGES, list(range(IMAGES))
     found: dict[str, Any] = {}
 
@@ -300,7 +300,7 @@ def options() -> dict[str, Any]:
     words = ["method.latents.images=4", "method.latents.batch=4", f"method.align.steps={STEPS}"]
     words += ["trainer.precision=bf16-mixed", "backbone.sampler.steps=4"]
     checkpointing = [] if CPU else [("recomputed", ["backbone.gradient_checkpointing=true"])]
-    for name, more in [("kept", []), *checkpointing]:  # the activations of a block
+    for name, more in [("kept", []), *checkpointing]:  # whether a block's activations are kept or recomputed
         config = config_of("sd14", *words, *more)
         found[f"bf16_mixed_{name}"] = step_ratio(config, steps.load_backbone(config), mixed=True)
     return found
@@ -312,7 +312,7 @@ def compiled() -> dict[str, Any]:
     words = ["backbone.dtype=bfloat16", "backbone.sampler.steps=20"]
 
     def drawn(*more: str) -> tuple[float, float]:
-        """Seconds of a first drawing of two steps, and of a whole one after it."""
+        """Seconds of a first drawing of two steps, and of a complete drawing after it."""
         backbone = steps.load_backbone(config_of("sd14", *words, *more))
         first = timed(lambda: backbone.generate(texts, seeds, replace(backbone.sampler, steps=2)))
         return first, timed(lambda: backbone.generate(texts, seeds), 2)
@@ -322,7 +322,7 @@ def compiled() -> dict[str, Any]:
 
 
 def memory_runs_out() -> dict[str, Any]:
-    """Images that do not fit together are drawn in halves."""
+    """A chunk of images that does not fit into memory is drawn in halves."""
     from realera.contracts import Prompt
     from realera.evaluation.generate import generate_images
 
@@ -357,7 +357,7 @@ def sdxl() -> dict[str, Any]:
 
 
 def profile() -> dict[str, Any]:
-    """Where the host spends an alignment step: functions by their own time, in the part's log."""
+    """Profiles the host during alignment; the functions by own and cumulative time go to the part's log."""
     import cProfile
     import pstats
 
@@ -369,7 +369,7 @@ def profile() -> dict[str, Any]:
     ]
     config = config_of("sd14", *words, "backbone.sampler.steps=4")
     backbone = steps.load_backbone(config)
-    erase(config, backbone)  # libraries and kernels are loaded by then
+    erase(config, backbone)  # loads libraries and kernels before the profile
     backbone.load_erased({})
     with cProfile.Profile() as found:
         outcome = erase(config, backbone)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Tests and measurements on one CUDA device: experiments/cuda/run.sh [PART ...], from the top of the checkout.
-#   PYTHON=python3     the interpreter, where it is not .venv/bin/python
-#   FOLDERS=DIR        where folders of random weights are made (15 GB; default runs/cuda, not kept in git)
+#   PYTHON=python3     the interpreter; default .venv/bin/python
+#   FOLDERS=DIR        where the folders with random weights are made (15 GB; default runs/cuda, ignored by git)
 #   RESULTS=FILE       default experiments/cuda/results.json; LOGS=DIR for the parts' output, default $FOLDERS
-#   REHEARSE=1         the same on the CPU, on the miniature in place of the full sizes
-# Every part is a process of its own with a time limit; a part that fails is said at the end, and the status is then 1.
+#   REHEARSE=1         the same on the CPU, with the miniature instead of the full-size models
+# Every part is a separate process with a time limit. Failed parts are listed at the end, and the exit status is then 1.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 HERE=experiments/cuda

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Figure 5 on the miniature: 5 x 5 settings x two classes x three seeds, the closed form. It resumes; SEEDS=0 runs a third, so that
-# several can run side by side with one thread each.
+# Figure 5 on the miniature: 5 x 5 settings x two classes x three seeds, the closed form. It continues where it was stopped.
+# SEEDS=0 runs a third, so that several parts can run side by side with one thread each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}

@@ -3,8 +3,8 @@
 python experiments/full_size/folder.py FOLDER [sd14 | sdxl] [float32 | float16] [cpu | cuda]
 
 Every component is built from the config values of CompVis/stable-diffusion-v1-4 or of
-stabilityai/stable-diffusion-xl-base-1.0, the tokenizer from the word list that open_clip carries, which is CLIP's.
-SD 1.4 in float32 takes 4.3 GB on disk and 4 GB of memory while it is made, SDXL in float16 7 GB and 14 GB.
+stabilityai/stable-diffusion-xl-base-1.0. The tokenizer is built from the word list in open_clip, which is CLIP's.
+SD 1.4 in float32 takes 4.3 GB on disk and 4 GB of memory while it is made; SDXL in float16 takes 7 GB and 14 GB.
 """
 
 from __future__ import annotations
@@ -112,11 +112,11 @@ def sdxl() -> dict[str, torch.nn.Module]:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """CLIP's: 256 bytes, the same ending a word, 48,894 merges, two special tokens."""
+    """CLIP's: 256 bytes, the same bytes at the end of a word, 48,894 merges, two special tokens."""
     packed = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-    # CLIP's order of the bytes: those that print first, then the rest, which stand at U+0100 and after.
+    # CLIP's order of the bytes: printable bytes first, then the rest, which are mapped to U+0100 and after.
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]

@@ -2,8 +2,8 @@
 
 python experiments/full_size/measure.py FOLDER RESULTS.json [setting ...]
 
-It writes the file itself, whole: bars are drawn on standard output. Settings are those of realera.train, such as
-backbone.gradient_checkpointing=true.
+The results are written to the file and not to standard output, which has the progress bars. Settings are those of
+realera.train, such as backbone.gradient_checkpointing=true.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Clock(Callback):
         self.start()
 
     def start(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         self.since = time.perf_counter()
 
     def close(self, name: str) -> None:
@@ -98,7 +98,7 @@ def main(folder: str, results: str, *settings: str) -> None:
     task = composition.build_task(config)
     with stage(clock, "encode"):
         pairs = encoded_pairs(backbone, task)
-        for pair in pairs:  # the states are made when they are read
+        for pair in pairs:  # the states are computed when they are read
             _ = pair.target, pair.anchor
     text = f"a photo of the {task.concepts[0].target}"
     with stage(clock, "image, original"):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the folder once (4.3 GB, not kept in git), then measures; one thread unless OMP_NUM_THREADS says otherwise.
+# Builds the folder once (4.3 GB, ignored by git), then measures, with OMP_NUM_THREADS threads (default 1).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}

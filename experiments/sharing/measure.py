@@ -1,4 +1,4 @@
-"""Times a sweep of the miniature and the same cells as separate runs, and compares what they measured."""
+"""Times a sweep of the miniature and the same cells as separate runs, and compares their metrics and images."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def main() -> None:
     distances = list(dict.fromkeys(d1 for d1, _ in grid))
     cosines = list(dict.fromkeys(s_lo for _, s_lo in grid))
     if len(distances) * len(cosines) != len(grid):
-        sys.exit(f"error: {given.cells} cells are no grid: give a multiple of {len(DISTANCES)}, or fewer than that.")
+        sys.exit(f"error: {given.cells} cells do not form a grid: give a multiple of {len(DISTANCES)}, or fewer.")
     place = given.place.resolve()
     if place.exists():
-        sys.exit(f"error: {place} is there already: delete it to measure again, or give another --place.")
+        sys.exit(f"error: {place} already exists: delete it to measure again, or give another --place.")
 
     axes = [f"method.neighbours.d1={','.join(distances)}", f"method.neighbours.s_lo={','.join(cosines)}"]
     sweep = run(place / "sweep", "-m", *axes)
@@ -61,11 +61,11 @@ def main() -> None:
         shutil.copy(place / "results.json", Path(__file__).with_name("results.json"))
     print(json.dumps(result, indent=1))
     if differs:
-        sys.exit("error: a sweep's cell measured something else than its separate run.")
+        sys.exit("error: a cell of the sweep differs from its separate run.")
 
 
 def run(place: Path, *words: str) -> tuple[float, float]:
-    """One command in a folder and with a cache of its own; seconds on the clock and of the processor."""
+    """Runs one command in its own folder, with its own cache. Returns wall-clock seconds and processor seconds."""
     place.mkdir(parents=True)
     env = {**os.environ, "REALERA_CACHE": str(place / "cache"), "REALERA_STAMP": "sharing"}
     before, began = children(), time.perf_counter()

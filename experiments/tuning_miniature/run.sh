@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Chooses RealEra's settings in text space on the miniature: five concepts (the unsafe stand-ins) that no table of objects, people
-# or styles uses, and seeds that none uses.
-# Two rounds: the closed form alone decides the band, then the LoRA's rate follows on the best of it.
-# Round 3 asks for the band and the points beyond that people and artists need: on the tables' own (no others have
-# phrases), by other phrases than the tables' Acc_g and other seeds.
-# Round 4 asks for the ridge, relative to what is summed, of the closed form alone, with neighbours, and with both kinds
+# Chooses RealEra's settings in text space on the miniature, with five concepts (the unsafe stand-ins) that no table of
+# objects, people or styles uses, and seeds that no table uses.
+# Round 1 searches the band and the ridge with the closed form alone. Round 2 searches the LoRA's learning rate on the best
+# result of round 1.
+# Round 3 searches the band and the points beyond for people and artists. It uses the tables' own concepts, because no others
+# have phrases, but other phrases than the tables' Acc_g and other seeds.
+# Round 4 searches the ridge, relative to the summed matrix, for the closed form alone, with neighbours, and with both kinds
 # of points: one number must serve all three.
-# It resumes. ROUND=1 (or 2, 3, 4) runs one of them; ONLY="gun bomb" some concepts, so that several can run side by side.
+# It continues where it was stopped. ROUND=1 (or 2, 3, 4) runs one round; ONLY="gun bomb" runs some concepts, so that several
+# parts can run side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}

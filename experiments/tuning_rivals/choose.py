@@ -1,9 +1,10 @@
-"""The best setting of every method that was searched, task by task, into README.md: choose.py (run.sh calls it).
+"""Writes the best setting of every searched method into README.md, by task: choose.py (run.sh calls it).
 
-Highest mean H_o. On people and unsafe things several settings reach the ceiling: of those within WITHIN points of the
-best, the ones that leave most whole in the concept's place; of these the ones within WITHIN points of the fewest
-phrases left of the objects, because only those have phrases here that no table uses; of these the one whose kept images
-moved least. (The runs of objects are older than Whole_e and Moved_s.)
+For objects, the setting with the highest mean H_o. On people and unsafe things several settings reach the ceiling, so
+the choice has four steps: keep the settings within WITHIN points of the best H_o; of these, those that leave the most
+images whole in the concept's place; of these, those within WITHIN points of the fewest object phrases left, because
+only objects have phrases here that no table uses; of these, the setting whose preserved images moved least. (The runs
+of objects are older than Whole_e and Moved_s.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def beside(row: dict[str, Any]) -> list[float | None]:
 
 
 def phrases(method: str, ending: str, row: dict[str, Any]) -> float:
-    """Acc_a of the objects with the same setting; 0 where there is none. Unsafe things have twice the steps."""
+    """Acc_a of the objects with the same setting; 0 if there is none. Unsafe things have twice the steps."""
     file = HERE / method / "results.json"
     if not file.is_file():
         return 0.0
@@ -41,7 +42,7 @@ def phrases(method: str, ending: str, row: dict[str, Any]) -> float:
 
 
 def best(rows: list[dict[str, Any]], method: str, ending: str) -> dict[str, Any]:
-    """Of rows, which it puts in order of their H_o."""
+    """The chosen row. Sorts `rows` by H_o in place."""
     rows.sort(key=lambda row: row["mean"]["h_o"]["value"])
     level = [row for row in rows if row["mean"]["h_o"]["value"] >= rows[-1]["mean"]["h_o"]["value"] - WITHIN]
     if not ending or any(None in beside(row) for row in level):

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Every method's settings on the miniature, by one budget: eight settings each, on concepts that no table erases and from
-# seeds that none uses: three objects, two people, and five everyday things erased together as the unsafe ones are.
-# It resumes; METHODS="ac fmn" runs some methods, TASKS="celebrity" some tasks, so that several can run side by side.
+# Searches every method's settings on the miniature with one budget, eight settings each. No table erases the concepts or
+# uses the seeds: three objects, two people, and five everyday things, erased together as the unsafe ones are.
+# It continues where it was stopped. METHODS="ac fmn" runs some methods and TASKS="celebrity" some tasks, so that several
+# parts can run side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
@@ -26,7 +27,7 @@ knife|field|blade,dagger,cutter|a stabbing in the dark alley,the butcher sharpen
 bomb|ground|explosive,grenade,dynamite|a terrorist attack,the fuse is burning,ten seconds before the explosion
 WORDS
     ;;
-  celebrity) # parts of their names and a title: the world has phrases for the tables' people alone
+  celebrity) # parts of their names and a title: the miniature's world has phrases for the tables' people only
     while IFS='|' read -r concept words; do
       $PY -m realera.train -m "${common[@]}" task.images.erase=8 task.images.near=4 task.images.keep=1 \
         task.images.associated=0 task.images.unseen=0 "concept=$concept" "task.near=[$words]" "root=$RUNS/$name-$task" "$@"
@@ -45,15 +46,15 @@ WORDS
 steps() { echo "method.align.steps=$(($1 * twice)),$(($2 * twice))"; }
 
 for task in $TASKS; do
-  if [[ $task == nsfw ]]; then twice=2; else twice=1; fi # its five share the steps, but for MACE, which counts each one's
+  if [[ $task == nsfw ]]; then twice=2; else twice=1; fi # its five concepts share the steps, except with MACE, whose steps are counted per concept
   for name in $METHODS; do
     method=$name fixed=()
     case $name in
-    realera-value-teacher) # searched last, at the rates found before
+    realera-value-teacher) # searched last, at the learning rates found before
       method=realera-value
       search method.neighbours.s_lo=0.2,0.7 method.neighbours.n=25,100 method.align.teacher=original,closed_form
       ;;
-    realera-value) # before there was a choice of the teacher
+    realera-value) # searched before the teacher was a setting
       fixed=(method.align.teacher=original)
       search method.neighbours.s_lo=0.2,0.7 method.neighbours.n=25,100 method.align.lr=3e-4,1e-3
       ;;

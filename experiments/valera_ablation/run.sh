@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every setting of VALERA, one at a time (variants.txt), on the validation concepts of experiments/tuning_rivals with its
-# prompts, seeds and image counts (half of them of the five things): three objects, two people, five everyday things
-# together. It resumes; TASKS="celebrity" and VARIANTS="base price-1" run a part.
+# Changes the settings of VALERA one at a time (variants.txt), on the validation concepts of experiments/tuning_rivals with
+# its prompts, seeds and image counts (half of them for the five things): three objects, two people, five everyday things
+# together. It continues where it was stopped. TASKS="celebrity" and VARIANTS="base price-1" run a part.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
@@ -9,12 +9,12 @@ HERE=experiments/valera_ablation
 RUNS=$(realpath -m "${RUNS:-runs/valera_ablation}")
 TASKS=${TASKS:-object nsfw celebrity}
 
-# Every second of the names that are judged as to be kept is told to the variants that keep names.
+# The variants that keep names are given every second name that Acc_s judges.
 PEOPLE="[Tom Cruise, Jennifer Lawrence, Leonardo DiCaprio, Patrick Stewart, Gordon Ramsey, Clint Eastwood, Heath Ledger, Judy Garland, Betty White, Liv Tyler, Bill Nye]"
 THINGS="[apple, pizza, cactus, mushroom, key, laptop, soccer ball, crown, cupcake, alarm clock, watermelon, bell, drum, teddy bear, traffic light]"
 TOLD="'\${by_task:{default: [airplane, bird, deer, frog, ship], celebrity: $PEOPLE, nsfw: $THINGS}}'"
 mkdir -p "$RUNS/conf/experiment"
-if [[ ! -f $RUNS/quarter.safetensors ]]; then # every fourth of the captions that stand for all that is to stay
+if [[ ! -f $RUNS/quarter.safetensors ]]; then # every fourth of the captions that represent the preserved concepts
   awk 'NR % 4 == 1' src/realera/methods/data/captions.txt >"$RUNS/quarter.txt"
   $PY -m realera.cache "captions=$RUNS/quarter.txt" backbone=mini "out=$RUNS/quarter.safetensors"
 fi

@@ -1,4 +1,4 @@
-"""The tables of README.md, from what the report wrote of each task: table.py (run.sh calls it)."""
+"""Writes the tables of README.md from the report's results of each task: table.py (run.sh calls it)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def number(said: dict[str, Any] | None) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]], labels: list[str], symbol: str, phrases: bool) -> list[str]:
-    """rows: by their label."""
+    """rows: {label: row}."""
     heads = ["", "H_o", f"{symbol}_e", f"{symbol}_g", *(["Acc_a"] if phrases else []), "Acc_s", "Whole_e", "Moved_s"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for label in labels:

@@ -1,8 +1,8 @@
-"""What is left of erased people against what is kept, by how many are erased at once: frontier.py RUNS RESULTS.json
+"""Residue of erased people against preservation of the others, by number erased: frontier.py RUNS RESULTS.json
 
-On the miniature: its first 1, 5, 10 and 24 people erased together by VALERA, other people kept by name not at all,
-exactly or at a price, and three pairs of price and gain. It resumes: every cell has a folder of images in RUNS, and one
-that is finished has its numbers there.
+VALERA erases the miniature's first 1, 5, 10 and 24 people together. Other people are not kept by name, kept exactly or
+kept at a price, with three pairs of price and gain. It continues where it was stopped: every cell has a folder of
+images in RUNS, and a finished cell has its numbers there.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from realera.training.pairs import encoded_pairs
 
 SIZES = (1, 5, 10, 24)  # people erased at once, of 24
 KEEPS: Mapping[str, float | None] = {"none": None, "exactly": float("inf"), "price 10": 10.0, "price 1": 1.0}
-READ = ((10.0, 1.0), (10.0, 1.1), (1.0, 1.05))  # price of reading and gain; the last is the default of several together
+READ = ((10.0, 1.0), (10.0, 1.1), (1.0, 1.05))  # price of reading, gain; the last is the default for several concepts
 BY_NAME = {1: 4, 5: 2, 10: 1, 24: 1}  # images of each erased person, by name
 BY_PHRASE = {1: 3, 5: 1, 10: 1, 24: 1}  # of each phrase
 OF_FAR = {1: 1, 5: 1, 10: 1, 24: 2}  # of each far thing
-FIRST_SEED = 60_000  # no table's, and not the search's
+FIRST_SEED = 60_000  # used by no table and no search
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One model: how many people are erased, which names are kept and how, and the price of reading and the gain."""
+    """One model: the number of erased people, the way names are kept, the price of reading and the gain."""
 
     erased: int
     keep: str
@@ -64,7 +64,7 @@ class World:
         return self.people[erased:]
 
     def told(self, erased: int) -> Sequence[str]:
-        """Every second of the other people; where none is left, of the far things."""
+        """Every second of the other people, or of the far things if no other person is left."""
         return (self.others(erased) or self.far)[::2]
 
 
@@ -102,8 +102,8 @@ def prompts(world: World, erased: int) -> dict[str, list[Prompt]]:
 
 
 def measured(groups: Mapping[str, list[Prompt]], judge: Judge, folder: Path) -> dict[str, Any]:
-    """{group: {"mean": mean probability of the prompt's concept, "top1": its share as the first choice, both percent,
-    "moved", "images"}}."""
+    """{group: {"mean": mean probability of the prompt's concept, "top1": share of images with it as the first choice,
+    both in percent, "moved", "images"}}."""
     said = {}
     for name, group in groups.items():
         files = [folder / paths.IMAGES / f"{prompt.id}.png" for prompt in group]

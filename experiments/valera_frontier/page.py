@@ -1,4 +1,4 @@
-"""The table of frontier.py's numbers into README.md, and the figure frontier.svg beside it: page.py RESULTS.json
+"""Writes frontier.py's numbers as the table in README.md and as the figure frontier.svg: page.py RESULTS.json
 
 The figure needs matplotlib: pip install -e '.[report]'.
 """
@@ -47,7 +47,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def figure(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """A panel for each number of people: what is left of phrases, from left to right, against what is kept, upwards."""
+    """One panel for each number of people: remaining phrases (x) against preserved concepts (y)."""
     sizes = sorted({row["erased"] for row in rows})
     with matplotlib.rc_context({"svg.hashsalt": "frontier", "svg.fonttype": "none", "font.size": 9}):
         drawn = Figure(figsize=(2.6 * len(sizes), 3.4), layout="constrained")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# 1, 5, 10 and 24 people erased at once by VALERA, other people kept not at all, exactly or at a price, with two gains:
-# what is left of the ones against what is kept of the others. On the miniature about 15 minutes of one core; it resumes.
+# VALERA erases 1, 5, 10 and 24 people at once; other people are not kept by name, kept exactly or kept at a price, with
+# three pairs of price and gain. Measures the residue of the erased people against the preservation of the others. On the
+# miniature about 20 minutes of one core. It continues where it was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}

@@ -1,8 +1,8 @@
-"""Erasures that ask for trouble, by VALERA and UCE on the miniature: limits.py RUNS RESULTS.json
+"""Difficult erasures with VALERA and UCE on the miniature: limits.py RUNS RESULTS.json
 
-An anchor that is another thing, kept names that lie close to the concept, a concept that holds others or lies inside
-another, and the name in unusual company. Every group of prompts is judged before and after: top-1, percent. It resumes:
-every cell has a folder of images in RUNS, and one that is finished has its numbers there.
+An anchor that is another thing, kept names close to the concept, a concept that includes others or is part of another,
+and the name in unusual prompts. Every group of prompts is judged before and after: top-1, percent. It continues where
+it was stopped: every cell has a folder of images in RUNS, and a finished cell has its numbers there.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from realera.tasks.prompts import Wording, number, slug
 from realera.training.pairs import encoded_pairs
 
 METHODS = ("valera", "uce")
-IMAGES = 4  # of a prompt
-FIRST_SEED = 70_000  # no table's
-Group = Sequence[tuple[str, str]]  # (prompt, the label that is looked for in its images)
+IMAGES = 4  # per prompt
+FIRST_SEED = 70_000  # used by no table
+Group = Sequence[tuple[str, str]]  # (prompt, the label expected in its images)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One erasure. groups: prompts by what they are to the concept; keep: names that VALERA is told to keep."""
+    """One erasure. groups: prompts by their relation to the concept; keep: names that VALERA is given to keep."""
 
     question: str
     task: str
@@ -134,7 +134,7 @@ def cases() -> list[Case]:
 
 
 def prompts(groups: Mapping[str, Group]) -> dict[str, list[Prompt]]:
-    """By group; a text that is judged for two labels is drawn once."""
+    """The prompts of each group. A text with two expected labels has one id, so it is drawn once."""
     return {
         name: number([Wording(text, text, label) for text, label in group], "keep", IMAGES, FIRST_SEED)
         for name, group in groups.items()
@@ -142,7 +142,7 @@ def prompts(groups: Mapping[str, Group]) -> dict[str, list[Prompt]]:
 
 
 def measured(groups: Mapping[str, list[Prompt]], judge: Judge, folder: Path) -> dict[str, float]:
-    """{group: percent of its images whose first choice is the label that is looked for}."""
+    """{group: percent of its images in which the judge's first choice is the expected label}."""
     said = {}
     for name, group in groups.items():
         verdicts = judge([folder / f"{prompt.id}.png" for prompt in group], group)
@@ -152,7 +152,7 @@ def measured(groups: Mapping[str, list[Prompt]], judge: Judge, folder: Path) -> 
 
 
 def erased(case: Case, method: str, folder: Path) -> dict[str, Any]:
-    """{"original", "erased": as `measured`} of one erasure, whose images are kept in the folder."""
+    """{"original", "erased": as `measured`} for one erasure. Its images are written to the folder."""
     given = [f"task={case.task}", "backbone=mini", "judge=miniature", "logger=none", f"method={method}"]
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         config = composition.plain(compose("train", given))
@@ -185,7 +185,7 @@ def main(runs: str, results: str) -> None:
         }
         for method in METHODS:
             if method == "uce" and case.keep:
-                continue  # its kept names are told apart in another way
+                continue  # UCE takes its kept names in another way
             folder = Path(runs) / f"{method}-{case.folder}"
             file = folder / "numbers.json"
             if not file.is_file():

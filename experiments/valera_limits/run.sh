@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Where VALERA fails, and UCE beside it: erasures that ask for trouble (limits.py). On the miniature about ten minutes of
-# one core; it resumes.
+# Where VALERA fails, compared with UCE: difficult erasures (limits.py). On the miniature about ten minutes of one core. It
+# continues where it was stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}

@@ -1,4 +1,4 @@
-"""The tables of README.md: table.py RESULTS.json (run.sh calls it)."""
+"""Writes the tables of README.md: table.py RESULTS.json (run.sh calls it)."""
 
 from __future__ import annotations
 

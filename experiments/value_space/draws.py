@@ -1,8 +1,8 @@
-"""Whether predicted noise tells which texts draw a concept: draws.py RESULTS.json
+"""Tests whether predicted noise tells which texts draw a concept: draws.py RESULTS.json
 
-For concepts that no table erases: the words of the tokenizer that are nearest in values, how far apart their noise lies
-from the name's (`nearness.apart`), and what the judge sees in images of each word. The table in README.md is
-made of it.
+For each concept, none of which a table erases: the tokenizer's words that are nearest in values, the distance of their
+predicted noise from the name's (`nearness.apart`), and the judge's verdicts on images of each word. Writes the table in
+README.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from realera.system import disk
 from realera.training.pairs import encoded_pairs
 
 HERE = Path(__file__).parent
-CONCEPTS = {  # and the task whose judge and prompts they have
+CONCEPTS = {  # concept: the task that has its judge and prompts
     "gun": "object",
     "knife": "object",
     "bomb": "object",

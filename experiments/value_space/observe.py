@@ -1,9 +1,10 @@
-"""In which space what draws a concept lies near its name: observe.py RESULTS.json [setting ...]
+"""In which space a concept's name is near the texts that draw the concept: observe.py RESULTS.json [setting ...]
 
-Settings are those of realera.train (backbone=sd14 backbone.pretrained=FOLDER). For every known concept that has
-synonyms or phrases: how well a similarity with its name separates these from the names of all else, as the area under
-the curve (1: perfectly, 0.5: not at all), in the text states, in the keys and in the values, all layers together and
-each by itself, and with noise=N in the predicted noise, on N images of the concept drawn by the model.
+Settings are those of realera.train (backbone=sd14 backbone.pretrained=FOLDER). For every known concept with synonyms or
+phrases, this measures how well the similarity with its name separates them from the names of all other concepts: the
+area under the curve (1: perfectly, 0.5: not at all). The spaces are the text states, the keys and the values, with all
+layers together and each separately, and with noise=N also the predicted noise, on N images of the concept drawn by the
+model.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TASKS = {
     "style": "an artwork by {}",
     "nsfw": "a photo of the {}",
 }
-FIRST = {  # a concept that the task knows: all that it knows are looked at
+FIRST = {  # a concept to compose the task with; all concepts that the task knows are measured
     "object": ["concept=airplane"],
     "celebrity": ["concept='Tom Cruise'"],
     "style": ["concept='Van Gogh'"],
@@ -46,7 +47,7 @@ Similarity = Callable[[Tensor, Tensor], Tensor]
 
 
 def auc(near: Tensor, far: Tensor) -> float:
-    """The share of pairs of which the near one is more similar; ties count half."""
+    """The share of (near, far) pairs in which the near text is more similar; ties count half."""
     return float(((near[:, None] > far).double() + 0.5 * (near[:, None] == far).double()).mean())
 
 
@@ -58,7 +59,7 @@ def state(backbone: Backbone, texts: list[str]) -> Tensor:
 
 
 def in_metric(metric: Tensor, mean: Tensor) -> Similarity:
-    """The cosine of what lies beyond the captions' mean, in a metric."""
+    """The cosine of states minus the captions' mean, in a metric."""
     values, vectors = torch.linalg.eigh(metric)
     root = vectors * values.clamp(min=0).sqrt()
 
@@ -87,7 +88,7 @@ def similarities(backbone: Backbone) -> dict[str, Similarity]:
 
 
 def words(entry: Mapping[str, Any], template: str) -> dict[str, list[str]]:
-    """{kind: texts} that must go with the name."""
+    """{kind: texts} that draw the concept."""
     named = [fill(template, word).text for word in entry.get("synonyms", ())]
     return {"synonyms": named, "phrases": [*entry.get("near", ()), *entry.get("associated", ())]}
 

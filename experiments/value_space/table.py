@@ -1,4 +1,4 @@
-"""The table of observe.py's numbers, into a README between its marks: table.py RESULTS.json README.md"""
+"""Writes observe.py's numbers as a table into a README, between its marks: table.py RESULTS.json README.md"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ CALLED = ("evaluate", "methods", "tasks")
 PUBLIC = ("Erased", "Evaluation", "erase", "load", "miniature_pipeline")
 __all__ = ["Erased", "Evaluation", "UserError", "erase", "evaluate", "load", "methods", "miniature_pipeline", "tasks"]
 
-# `python -m realera.train` imports this package first, when argv says -m and no more; realera-train is a script.
+# `python -m realera.train` imports this package first, while sys.argv is still ["-m"]; realera-train is a script.
 _by_module = sys.argv[:1] == ["-m"] and any(f"realera.{name}" in sys.orig_argv[1:] for name in COMMANDS)
 if _by_module or any(sys.argv[:1] and sys.argv[0].endswith(f"realera-{name}") for name in COMMANDS):
     from realera.system import interrupts
@@ -31,8 +31,8 @@ if _by_module or any(sys.argv[:1] and sys.argv[0].endswith(f"realera-{name}") fo
 
 
 def __getattr__(name: str) -> Any:
-    """The public names are imported when they are first used: `import realera` takes no time."""
-    if name in CALLED:  # a module that can be called, whether it was imported before or not
+    """Imports a public name when it is first used, so that `import realera` is fast."""
+    if name in CALLED:  # a callable module, imported already or not
         return import_module(f"realera.{name}")
     if name in PUBLIC:
         from realera import api

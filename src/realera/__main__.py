@@ -1,4 +1,4 @@
-"""One command for all: `realera train concept=airplane`, the same as `python -m realera.train concept=airplane`."""
+"""The `realera` command: `realera train concept=airplane` is the same as `python -m realera.train concept=airplane`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ LINES = {
     "train": "erase a concept, then draw, judge and report",
     "evaluate": "judge a run again, or the unedited model",
     "generate": "draw prompts with a run's erased model",
-    "export": "write a run's erasure for other programs",
-    "report": "make the page of a run or of several",
-    "residue": "look for texts that still draw the concept",
-    "demo": "a page on this machine: the original beside the erased model",
-    "cache": "sum captions that a closed form is to keep",
-    "dashboard": "a workspace or report in Weights & Biases",
+    "export": "write a run's erasure in a format of other programs",
+    "report": "write the page of one run or of several",
+    "residue": "search for texts that still draw the concept",
+    "demo": "serve a page on this machine: the original and the erased model side by side",
+    "cache": "sum captions that a closed form must preserve",
+    "dashboard": "build a workspace or a report in Weights & Biases",
 }
 
 
 def main() -> None:
-    """Runs the command that is named first, with the words behind it."""
+    """Runs the command named by the first word, with the other words as its arguments."""
     name, words = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if name in realera.COMMANDS:
         from realera.system import interrupts
@@ -39,7 +39,7 @@ def main() -> None:
     if name in ("--help", "-h", "help"):
         print(f"realera COMMAND [key=value ...]\n\n{known}\n\nrealera COMMAND --help lists a command's settings.")
         return
-    print(f"error: {name!r} is no command. There are:\n{known}", file=sys.stderr)
+    print(f"error: {name!r} is not a command. The commands are:\n{known}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -1,12 +1,12 @@
-"""realera from Python: erase, evaluate and load on a diffusers pipeline in memory. Names are exported by `realera`.
+"""The Python interface: erase, evaluate and load on a diffusers pipeline in memory. `realera` exports these names.
 
     import realera
     erased = realera.erase(pipe, "Van Gogh", anchor="art", method="uce", task="style")
     erased.pipe("a painting of a village").images[0]
 
-Settings are those of the commands, composed from the same yaml files and checked by the same code, and the work is done
-by the same steps (`runs.steps`). Nothing is written but temporary files, unless asked for: `Erased.save`, `cache`,
-`folder`. Gradient mode, logging, environment and random state stay as they are.
+The settings are those of the commands: the same yaml files, the same checks, the same steps (`runs.steps`). Only
+temporary files are written, unless you ask for more: `Erased.save`, `cache`, `folder`. Gradient mode, logging,
+environment variables and random states are the same after a call as before it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from realera.backbones.pipelines import PipelineBackbone
 
 log = logging.getLogger("realera")
-CACHE = "cache"  # in an erasure's temporary folder: what was drawn to train on
+CACHE = "cache"  # folder for generated training images, in an erasure's temporary folder
 PARTS = ("neighbours", "edit", "latents", "align", "guide", "finish")  # of a method
-# Numbers of the erasures on each denoiser, the latest last. One whose object is gone is still on it.
+# The numbers of the erasures on each denoiser, the latest last. An erasure stays on it after its object is deleted.
 _stacks: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 _numbers = count()
 
@@ -44,8 +44,8 @@ _numbers = count()
 class Erased:
     """An erasure on a pipeline, which is edited in place.
 
-    concept, anchor: what was erased, and what it was mapped to, a list each. config: the resolved settings. folder: a
-    temporary folder with the files of a run; it goes with the object.
+    concept, anchor: lists of the erased concepts and their anchors. config: the resolved settings. folder: a temporary
+    folder with the files of a run; it is deleted with the object.
     """
 
     def __init__(self, backbone: PipelineBackbone, config: dict[str, Any], folder: Path, cache: Path | None) -> None:
@@ -55,15 +55,16 @@ class Erased:
         self._cache = cache
         self._undone = False
         self._number = -1
-        self._state: Mapping[str, Any] = {}  # as the fit left it, adapters apart
+        self._state: Mapping[str, Any] = {}  # the erased weights after the fit, adapters not merged
 
     @property
     def pipe(self) -> DiffusionPipeline:
-        """The pipeline. SLD and SPM act while images are drawn, which only `draw` does. Raises UserError where that is
-        all that the method does."""
+        """The pipeline. The guides of SLD and SPM act only in `draw`, not in the pipeline. Raises UserError if the
+        method has only a guide and changes no weights."""
         if self._guided and not self._state:
             raise UserError(
-                f"method {self.method} changes no weights, it steers the drawing: draw with erased.draw(prompts)."
+                f"method {self.method} changes no weights: it acts while images are generated, so call "
+                "erased.draw(prompts)."
             )
         return self._backbone.pipe
 
@@ -73,7 +74,7 @@ class Erased:
 
     @property
     def concept(self) -> list[str]:
-        return _listed(self.config["concept"])
+        return _as_list(self.config["concept"])
 
     @property
     def anchor(self) -> list[str]:
@@ -92,9 +93,9 @@ class Erased:
         guidance_scale: float | None = None,
         original: bool = False,
     ) -> list[Image]:
-        """One image for each prompt and seed (a single seed serves all prompts), drawn as the commands draw: by this
-        project's sampler, with what the method does while images are drawn. original: by the model before the erasure,
-        from the same noise."""
+        """One image for each prompt and seed; a single seed is used for all prompts. Images are generated as by the
+        commands: with this project's sampler and the method's guide. original: use the model before the erasure, with
+        the same noise."""
         from dataclasses import replace
 
         from PIL import Image as images
@@ -105,7 +106,7 @@ class Erased:
         numbers = [seeds] * len(texts) if isinstance(seeds, int) else list(seeds)
         if len(numbers) != len(texts):
             if len(texts) != 1:
-                raise UserError(f"{len(texts)} prompts and {len(numbers)} seeds were given: give one seed a prompt.")
+                raise UserError(f"{len(texts)} prompts and {len(numbers)} seeds were given: give one seed per prompt.")
             texts = texts * len(numbers)
         sampler = self._backbone.sampler
         sampler = replace(
@@ -115,7 +116,7 @@ class Erased:
         )
         size = int(self.config["images_at_once"])
         made: list[Image] = []
-        with self._apart() as backbone, ExitStack() as stack:
+        with self._unmerged() as backbone, ExitStack() as stack:
             if original:
                 stack.enter_context(backbone.original())
             guide = None if original else run_steps.guide_of(self.config)
@@ -125,10 +126,11 @@ class Erased:
         return made
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the run folder that the commands read: erased.safetensors, config.yaml and what was measured. The
-        commands find the base model again if the pipeline was loaded from a folder or a hub and was not changed
-        since; else `realera.load` puts the folder back onto the same pipeline. Raises UserError for a folder that holds
-        files."""
+        """Writes a run folder: erased.safetensors, config.yaml and the measurements of the erasure.
+
+        The commands can read it if the pipeline was loaded from a folder or a hub and was not changed since. Otherwise
+        only `realera.load` can, with the same pipeline. Raises UserError for a folder that has files in it.
+        """
         import yaml
 
         from realera.files import checksums
@@ -137,7 +139,7 @@ class Erased:
         self._refuse_undone()
         place = Path(folder).expanduser()
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise UserError(f"{place} holds files: give a new or an empty folder.")
+            raise UserError(f"{place} already has files in it: give a new or an empty folder.")
         config = dict(self.config)
         known = self._backbone.checkpoint()
         if known is None:
@@ -159,9 +161,9 @@ class Erased:
         return place
 
     def undo(self) -> DiffusionPipeline:
-        """The pipeline as it was before, bit for bit. Raises UserError where a later erasure is still on it."""
+        """Restores the pipeline as it was before, bit for bit. Raises UserError if a later erasure is still on it."""
         self._refuse_undone()
-        self._refuse_covered()
+        self._refuse_under_later()
         with self._backbone.borrowed():
             self._backbone.load_erased({})
         _stacks[self._backbone.denoiser].pop()
@@ -169,30 +171,30 @@ class Erased:
         return self._backbone.pipe
 
     @contextmanager
-    def _apart(self) -> Iterator[PipelineBackbone]:
-        """The backbone with its adapter beside the weights, as the commands draw with it."""
+    def _unmerged(self) -> Iterator[PipelineBackbone]:
+        """The backbone with its adapter not merged, as in the commands."""
         self._refuse_undone()
-        self._refuse_covered()
+        self._refuse_under_later()
         with self._backbone.borrowed(), paths.cache_at(self._cache or self.folder / CACHE):
             self._backbone.load_erased(self._state)
             try:
                 yield self._backbone
             finally:
-                self._settle()
+                self._merge_adapter()
 
-    def _settle(self) -> None:
-        """Leaves plain layers in the pipeline: an adapter is folded in."""
+    def _merge_adapter(self) -> None:
+        """Merges an adapter, so that the pipeline has only plain layers."""
         if any(name.startswith("lora.") for name in self._state):
             self._backbone.merge_adapter()
 
-    def _begin(self) -> None:
+    def _register(self) -> None:
         self._state = self._backbone.erased_state()
         if self._guided and self._state:
             log.warning(
-                "method %s also steers the drawing: erased.draw does, and erased.pipe has its weights alone",
+                "method %s also has a guide, which acts only in erased.draw: erased.pipe has the changed weights alone",
                 self.method,
             )
-        self._settle()
+        self._merge_adapter()
         self._number = next(_numbers)
         _stacks.setdefault(self._backbone.denoiser, []).append(self._number)
 
@@ -200,10 +202,11 @@ class Erased:
         if self._undone:
             raise UserError("this erasure was undone: erase again.")
 
-    def _refuse_covered(self) -> None:
+    def _refuse_under_later(self) -> None:
         if _stacks[self._backbone.denoiser][-1] != self._number:
             raise UserError(
-                "a later erasure is on this pipeline: undo that one first, or load the pipeline again if it is lost."
+                "a later erasure is on this pipeline: undo that one first, or load the pipeline again if you no longer "
+                "have its object."
             )
 
     def __repr__(self) -> str:
@@ -224,17 +227,17 @@ def erase(
     cache: bool | str | Path = False,
     **settings: Any,
 ) -> Erased:
-    """Takes a concept, or several at once, out of a pipeline, in place.
+    """Erases one or several concepts from a pipeline, in place.
 
-    pipe: any Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, or a folder or hub id that is loaded. Its device,
-    dtype, scheduler and safety checker stay. anchor: what the concept becomes; None = the task's choice, where it has
-    one. task: "object", "celebrity", "style" or "nsfw": its prompts. seed: of everything drawn at random.
-    overrides: words as typed on the command line; settings: the same as keywords, **{"edit.ridge": 1} or
-    **{"method.edit.ridge": 1}. cache: where images that the method draws to train on are kept: False = nowhere, True =
-    the commands' own cache, or a folder.
+    pipe: a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, or a folder or hub id to load one from. Its device,
+    dtype, scheduler and safety checker do not change. anchor: the concept that replaces the erased one; None = the
+    task's own anchor, if it has one. task: "object", "celebrity", "style" or "nsfw"; it sets the prompts. seed: for all
+    random numbers. overrides: settings as typed on the command line. settings: the same as keywords, **{"edit.ridge":
+    1} or **{"method.edit.ridge": 1}. cache: a folder for the images that the method generates to train on; False = do
+    not keep them, True = the commands' cache.
 
     Raises:
-        UserError: one sentence on what cannot be done, and what to give instead. The pipeline is then as before.
+        UserError: one sentence that says what is wrong and what to give instead. The pipeline is unchanged.
     """
     from realera.backbones import pipelines
     from realera.contracts import Sampler
@@ -245,8 +248,8 @@ def erase(
     parts = pipelines.parts_of(pipe)
     figures, kind = pipelines.figures_of(pipe, parts), pipelines.kind_of(parts)
     words = [
-        composition.word("concept", _name_or_names(concept)),
-        composition.word("anchor", _name_or_names(anchor)),
+        composition.word("concept", _names_as_text(concept)),
+        composition.word("anchor", _names_as_text(anchor)),
         f"method={method}",
         f"task={task}",
         f"backbone={kind}",
@@ -255,8 +258,8 @@ def erase(
         *(composition.word(f"backbone.{key}", figures[key]) for key in ("pretrained", "dtype")),
         *(composition.word(f"backbone.text.{key}", value) for key, value in figures["text"].items()),
         *(composition.word(f"backbone.sampler.{key}", value) for key, value in figures["sampler"].items()),
-        *_device_words(pipe),
-        *_words(settings),
+        *_device_overrides(pipe),
+        *_keyword_overrides(settings),
         *overrides,
     ]
     config = composition.settings_of("train", words)
@@ -269,7 +272,7 @@ def erase(
     folder = Path(tempfile.mkdtemp(prefix="realera-"))
     erased = Erased(backbone, config, folder, _cache_of(cache))
     weakref.finalize(erased, shutil.rmtree, folder, ignore_errors=True)
-    with _working(erased, progress):
+    with _isolated(erased, progress):
         from realera.runs import steps
 
         try:
@@ -277,13 +280,13 @@ def erase(
         except BaseException:
             backbone.load_erased({})
             raise
-        erased._begin()
+        erased._register()
     return erased
 
 
 def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
-    """Puts a run's erasure, of `Erased.save` or of a command, onto the pipeline that it was made with, in place. Raises
-    UserError where the folder holds no run, or one of another model."""
+    """Applies the erasure in a run folder, made by `Erased.save` or by a command, to the pipeline it was made with, in
+    place. Raises UserError if the folder is not a run, or a run of another model."""
     from realera.backbones import pipelines
     from realera.contracts import Sampler
     from realera.runs import folders
@@ -300,7 +303,7 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
         if known is None or known[1] != content.origin.fingerprint:
             raise UserError(
                 f"{folder} was made with another model ({content.origin.backbone}, {content.origin.fingerprint}): give "
-                "the pipeline that it was made with, as it was before."
+                "the pipeline that it was made with, unchanged."
             )
     own = Path(tempfile.mkdtemp(prefix="realera-"))
     for name in (paths.CONFIG, paths.ERASED, paths.MAP, paths.NEIGHBOURS, paths.EDIT_INFO, paths.LOSSES, paths.COSTS):
@@ -310,7 +313,7 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     weakref.finalize(erased, shutil.rmtree, own, ignore_errors=True)
     with backbone.borrowed():
         backbone.load_erased(content.state)
-        erased._begin()
+        erased._register()
     return erased
 
 
@@ -323,12 +326,14 @@ def evaluate(
     progress: bool = True,
     **settings: Any,
 ) -> Evaluation:
-    """Draws a task's prompts with the erased and the unedited model and lets the task's judge look at them: the numbers
-    of the command line.
+    """Generates a task's images with the erased and the unedited model, and measures them with the task's judge. The
+    numbers equal those of the command.
 
-    task: another one than the concept was erased under. folder: where images, verdicts and the page report.html are
-    kept; None = they are temporary. settings, overrides: as of `erase`, such as **{"task.images": {"erase": 8}}.
-    Raises UserError.
+    task: None = the task the concept was erased under. folder: keeps images, verdicts and the page report.html there;
+    None = they are temporary. settings, overrides: as in `erase`, such as **{"task.images": {"erase": 8}}.
+
+    Raises:
+        UserError: one sentence that says what is wrong and what to give instead.
     """
     from realera.reporting.run_page import write_report
     from realera.runs import preflight, steps
@@ -341,7 +346,7 @@ def evaluate(
         f"backbone={own['backbone']['name']}",
         composition.word("seed", own["seed"]),
         "logger=none",
-        *_words(settings),
+        *_keyword_overrides(settings),
         *overrides,
     ]
     composed = composition.settings_of("train", words)
@@ -351,9 +356,9 @@ def evaluate(
     preflight.check_judge(config)
     place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else Path(folder).expanduser()
     if folder is not None and place.exists() and any(place.iterdir()):
-        raise UserError(f"{place} holds files: give a new or an empty folder.")
+        raise UserError(f"{place} already has files in it: give a new or an empty folder.")
     try:
-        with _working(erased, progress), erased._apart() as backbone:
+        with _isolated(erased, progress), erased._unmerged() as backbone:
             judge = steps.build_judge(config, judged)
             steps.draw(backbone, judged.eval_prompts(), place, config)
             metrics = steps.judge(judge, steps.drawn_by(backbone), judged, place)
@@ -371,24 +376,24 @@ def evaluate(
 
 
 def methods() -> dict[str, str]:
-    """Every method of this package: its name and one line."""
-    return _described("method")
+    """{name: one line about it} of every method."""
+    return _first_sentences("method")
 
 
 def tasks() -> dict[str, str]:
-    """Every task: its name and one line."""
-    return _described("task")
+    """{name: one line about it} of every task."""
+    return _first_sentences("task")
 
 
 def miniature_pipeline() -> DiffusionPipeline:
-    """The small model that ships with the package, as a pipeline of diffusers: 32 x 32 pixels, on the CPU."""
+    """The small model that ships with the package, as a diffusers pipeline: 32 x 32 pixels, on the CPU."""
     from realera.backbones import pipelines
 
     return pipelines.miniature()
 
 
-def _described(group: str) -> dict[str, str]:
-    """The first sentence of every yaml of a group."""
+def _first_sentences(group: str) -> dict[str, str]:
+    """{file stem: first sentence of its comment} of every yaml in a config group."""
     found = {}
     for file in sorted((paths.CONF_DIR / group).glob("*.yaml")):
         lines = []
@@ -401,8 +406,8 @@ def _described(group: str) -> dict[str, str]:
 
 
 @contextmanager
-def _working(erased: Erased, progress: bool) -> Iterator[None]:
-    """Around the long work: what other code of this process would notice is put back at the end."""
+def _isolated(erased: Erased, progress: bool) -> Iterator[None]:
+    """Restores the state of the process and of the pipeline's modules at the end."""
     from realera.training.isolation import isolated
 
     cache = erased._cache or erased.folder / CACHE
@@ -416,25 +421,26 @@ def _cache_of(cache: bool | str | Path) -> Path | None:
     return None if cache is False else Path(cache).expanduser()
 
 
-def _device_words(pipe: DiffusionPipeline) -> list[str]:
+def _device_overrides(pipe: DiffusionPipeline) -> list[str]:
     device = pipe.unet.device
     if device.type != "cuda":
         return ["trainer.accelerator=cpu"]
     return ["trainer.accelerator=gpu", f"trainer.devices=[{device.index or 0}]"]
 
 
-def _words(settings: Mapping[str, Any]) -> list[str]:
-    """Keywords as typed words: "edit.ridge" is the method's."""
+def _keyword_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """Keywords as command-line overrides. A key that begins with a method's part, "edit.ridge", gets the prefix
+    "method."."""
     named = {f"method.{key}" if key.partition(".")[0] in PARTS else key: value for key, value in settings.items()}
     return [composition.word(key, value) for key, value in named.items()]
 
 
-def _name_or_names(given: Any) -> Any:
-    """A name as text, and several as a list; None stays, alone and among several."""
+def _names_as_text(given: Any) -> Any:
+    """One name as a str, several as a list of str. None stays None, also inside a list."""
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [None if one is None else str(one) for one in given]
     return None if given is None else str(given)
 
 
-def _listed(value: Any) -> list[str]:
+def _as_list(value: Any) -> list[str]:
     return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]

@@ -1,4 +1,4 @@
-"""Sums what a closed form is to keep over a list of captions: python -m realera.cache captions=FILE"""
+"""Sums the captions that a closed form must preserve: python -m realera.cache captions=FILE"""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def cache(cfg: DictConfig) -> None:
     for text in captions.captions_in(files, column):
         counted.add(text)
     if not (total := counted.texts):
-        raise UserError(f"captions={', '.join(map(str, files))} holds no caption: give a file that holds some.")
+        raise UserError(f"captions={', '.join(map(str, files))} contains no caption: give another file.")
 
     from realera.methods import priors
-    from realera.runs import steps  # torch and diffusers: loaded when nothing is left to refuse but the place
+    from realera.runs import steps  # torch and diffusers: slow, so imported after all checks but that of out=
 
     source = priors.content_id(files, str(column))
     name = f"{slug(files[0].stem)}-{config['backbone']['name']}-{source[:8]}.safetensors"
@@ -44,7 +44,7 @@ def cache(cfg: DictConfig) -> None:
                 with disk.explained(old):
                     old.unlink(missing_ok=True)
         priors.accumulate(backbone, captions.captions_in(files, column), out, source, advance=advance)
-    console.show_path(f"sum over {total:,} captions, as in method.edit.preserved.prior_cache=FILE", out)
+    console.show_path(f"sum of {total:,} captions, for method.edit.preserved.prior_cache=FILE", out)
 
 
 def main() -> None:

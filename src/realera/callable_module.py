@@ -1,6 +1,6 @@
-"""Modules that are called like the public function of the same name: `realera.evaluate` is a command's module and a
-function, `realera.methods` and `realera.tasks` are packages and functions. Python puts a module in the place of the
-function as soon as somebody imports it, so the module itself can be called."""
+"""Modules that can be called like a function. `realera.evaluate`, `realera.methods` and `realera.tasks` are modules and
+also public functions. Importing such a module replaces the function of the same name in the package, so the module
+itself must be callable."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 class CallableModule(ModuleType):
-    """Called, it calls the function of its name in `realera.api`."""
+    """A call is passed on to the function of the same name in `realera.api`."""
 
     def __call__(self, *given: Any, **named: Any) -> Any:
-        api = import_module("realera.api")  # which imports these modules
+        api = import_module("realera.api")  # imported here because it imports these modules
         return getattr(api, self.__name__.rpartition(".")[2])(*given, **named)
 
 
 def make_callable(name: str) -> None:
-    """name: of a module of this package, which calls this when it is imported."""
+    """Called by the module `name` of this package while it is being imported."""
     sys.modules[name].__class__ = CallableModule

@@ -1,6 +1,6 @@
-"""What the commands share: Hydra and its resolvers, one sentence and exit status 2 for bad input, and the log.
+"""Shared by all commands: starting Hydra, one sentence and exit status 2 for bad input, and the log.
 
-Nothing here imports torch: `--help` and the answer to a bad config come before anything heavy is loaded.
+This module does not import torch, so that `--help` and errors in the settings are fast.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ Step = Callable[[DictConfig], float | None]
 
 
 def run_command(config_name: str, step: Step, positional: str | None = None) -> None:
-    """Runs `step` on the composed conf/<config_name>.yaml. `positional`: the list key that bare words fill.
+    """Runs `step` on the composed conf/<config_name>.yaml. `positional`: the list setting that words without a key
+    fill.
 
-    Exit status: 0 done, 2 bad input (one sentence on stderr), 128 + a signal's number where one ended it. The
-    unforeseen keeps its traceback. Of a sweep: 1 where a job failed, else 2 where one was refused.
+    Exit status: 0 done; 2 bad input (one sentence on stderr); 128 + the number of the signal that ended the command.
+    Other errors show their traceback. A sweep: 1 if a job failed, otherwise 2 if a job was refused.
     """
     terminal.protect()
     try:
@@ -45,67 +46,68 @@ def run_command(config_name: str, step: Step, positional: str | None = None) -> 
         sys.argv[1:] = flags_first(environment.as_text(sys.argv[1:]))
     except UserError as error:
         fail(str(error))
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: one translation, here
-    os.environ.setdefault(jobs.STAMP, jobs.new_stamp())  # a sweep's runs, and processes, agree on it
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of print: its errors become sentences here
+    os.environ.setdefault(jobs.STAMP, jobs.new_stamp())  # the same for all runs and processes of a sweep
     jobs.begin_launch()
     with interrupts.answered():
         try:
-            status = opened(config_name, step, positional)
+            status = _run(config_name, step, positional)
         except KeyboardInterrupt:
-            status = interrupted()
+            status = _status_of_signal()
     if status:
         sys.exit(status)
 
 
-def opened(config_name: str, step: Step, positional: str | None) -> int:
-    """What `run_command` does, where signals are answered; the exit status."""
+def _run(config_name: str, step: Step, positional: str | None) -> int:
+    """The part of `run_command` during which signals are handled. Returns the exit status."""
     processes.adopt_scheduler(os.environ)
     arguments = sys.argv[1:]
     get_ready()
     sys.argv[1:] = gather(arguments, positional) if positional else arguments
     job = jobs.Job(step, partial(composition.prepared, command=config_name), get_ready)
     status = 0
-    warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a folder of yamls that is not there
+    warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a config folder that does not exist
     try:
         hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(job)()
     except BaseException as error:
-        if interrupts.has_come() or isinstance(error, KeyboardInterrupt):  # libraries make other errors of it
-            status = interrupted()
-        elif isinstance(error, SystemExit) and not error.code and (unread := terminal.status(arguments)):  # of --help
+        if interrupts.has_come() or isinstance(error, KeyboardInterrupt):  # libraries turn it into other errors
+            status = _status_of_signal()
+        elif isinstance(error, SystemExit) and not error.code and (unread := terminal.status(arguments)):  # --help
             status = unread
         elif not isinstance(error, Exception) or error in job.met:
             raise
         else:
-            status = met_outside(error, config_name, arguments)
+            status = _status_outside_jobs(error, config_name, arguments)
     if cells := jobs.own_cells():
         try:
             ended = jobs.close(cells)
         except KeyboardInterrupt:  # a page of many runs takes a while
-            print(f"\ninterrupted: python -m realera.report {jobs.folder()} makes the page", file=sys.stderr)
+            print(f"\ninterrupted: python -m realera.report {jobs.folder()} writes the page", file=sys.stderr)
             ended = interrupts.caught()
         status = status or ended
     return status or terminal.status(arguments)
 
 
-def interrupted() -> int:
-    """The exit status after a signal, as it is told."""
+def _status_of_signal() -> int:
+    """The exit status after a signal, which the first process reports on stderr."""
     told, status = interrupts.was_caught(), interrupts.caught()
     if not (told or is_helper()):
         print(f"\n{interrupts.GOES_ON}", file=sys.stderr)
     return status
 
 
-def met_outside(error: Exception, config_name: str, arguments: list[str]) -> int:
-    """The exit status after an error that no job met: the config's, which ends the process, or a sweep's launcher's.
+def _status_outside_jobs(error: Exception, config_name: str, arguments: list[str]) -> int:
+    """The exit status after an error outside of any job. An error in the settings ends the process with its sentence;
+    an error of a sweep's launcher is reported.
 
     Raises:
-        Exception: `error` itself, where it is neither.
+        Exception: `error` itself, if it is neither.
     """
     if not jobs.own_cells():
         try:
             sentence = error_sentences.of_config(error, config_name, arguments)
         except Exception:
-            if not jobs.folder().is_dir():  # no sweep had begun
+            if not jobs.folder().is_dir():  # no sweep had started
                 raise
         else:
             fail(sentence)
@@ -113,10 +115,10 @@ def met_outside(error: Exception, config_name: str, arguments: list[str]) -> int
 
 
 def as_process(main: Callable[[], None]) -> NoReturn:
-    """Runs `main` and ends the process with its status once the exit handlers are through.
+    """Runs `main`, then the exit handlers, and ends the process with main's status.
 
-    The tear-down of interpreter and native libraries is left out: it takes a second or two, and an abort in it would
-    make a failure of a run whose files all stand. A crash in native code shows where Python stood.
+    The tear-down of the interpreter and of native libraries is skipped: it takes a second or two, and an abort in it
+    would report a failure although all files of the run are written. A crash in native code prints the Python stack.
     """
     terminal.protect()
     faulthandler.enable()
@@ -128,24 +130,24 @@ def as_process(main: Callable[[], None]) -> NoReturn:
             raise
         status = error.code or 0
     interrupts.done(status)
-    sys.unraisablehook = lambda lost: None  # exit handlers of libraries whose helpers have ended before
-    # as the interpreter does first: a launcher's pool of processes ends by it
+    sys.unraisablehook = lambda lost: None  # libraries' exit handlers fail if their helper processes ended earlier
+    # the interpreter does this first as well: it ends a launcher's pool of processes
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    disk.leave_nothing()  # a thread may be writing still
+    disk.leave_nothing()  # a thread may still be writing
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)
 
 
 def get_ready() -> None:
-    """What a process needs before a config is composed in it."""
+    """Prepares a process for composing a config."""
     resolvers.register_resolvers()
     set_up_log()
 
 
 def is_helper() -> bool:
-    """Whether this process works along with a first one, which writes and speaks."""
+    """Whether this is not the first process of a run. Only the first one writes files and log lines."""
     return processes.is_helper(os.environ)
 
 
@@ -153,7 +155,7 @@ def is_helper() -> bool:
 
 
 def set_up_log() -> None:
-    """A line per milestone of ours on stderr, warnings and worse of everybody else's."""
+    """Logs our own milestones to stderr, and only warnings and errors of libraries."""
     log.setLevel(logging.WARNING if is_helper() else logging.INFO)
     if not log.handlers:
         handler = logging.StreamHandler()
@@ -165,10 +167,10 @@ def set_up_log() -> None:
 
 
 def say_backbone(config: Mapping[str, Any], run: str | None = None) -> None:
-    """The one log line on which backbone was taken and why; `run`: the existing run whose own it is."""
+    """Logs which backbone is used and why, in one line. run: the existing run that it comes from, if any."""
     name, why = resolvers.default_backbone()
     taken = config["backbone"]["name"]
     asked = taken != name or any(word.startswith("backbone=") for word in sys.argv[1:])
     pretrained = config["backbone"].get("pretrained")
-    named = f"{taken} from {pretrained}" if run and pretrained else taken  # a folder may name any checkpoint
-    log.info("backbone %s (%s)", named, f"of {run}" if run else "as asked" if asked else why)
+    named = f"{taken} from {pretrained}" if run and pretrained else taken  # a run folder may name any checkpoint
+    log.info("backbone %s (%s)", named, f"of {run}" if run else "as typed" if asked else why)

@@ -1,13 +1,12 @@
 """Closed-form edits of linear layers: normal equations, accumulated and solved in float64.
 
-An edit asks a layer W0 (out, D) to answer the key k_i with W0 a_i, the original answer to an anchor state a_i (a
-preserved state is its own anchor). It minimises sum_i w_i ||W k_i - W0 a_i||^2 + mu ||W - W0||^2 (UCE, arXiv
-2308.14761, equation 7; RealEra, arXiv 2410.09140, equation 7), and since every target is an original projection, the
-solution is
+An edit makes a layer W0 (out, D) map the key k_i to W0 a_i, the original output for an anchor state a_i (a preserved
+state is its own anchor). It minimises sum_i w_i ||W k_i - W0 a_i||^2 + mu ||W - W0||^2 (UCE, arXiv 2308.14761, equation
+7; RealEra, arXiv 2410.09140, equation 7). Since every target is an original projection, the solution is
 
     W = W0 M,    M = (sum_i w_i a_i k_i^T + mu I) (sum_i w_i k_i k_i^T + mu I)^-1,
 
-one D x D matrix for all layers. D is the width of the text states; rows of (n, D) tensors are states.
+one D x D matrix for all layers. D is the width of the text states; the rows of (n, D) tensors are states.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from realera.contracts import UserError
 
-FEW = 4  # rows that are fewer than the width by this factor are solved by themselves
-RESIDUAL = 1e-8  # largest relative residual of a solve that is believed; in float64 it is usually below 1e-12
+FEW = 4  # up to width / FEW rows are solved by a system of their own size
+RESIDUAL = 1e-8  # largest accepted relative residual of a solve; in float64 it is usually below 1e-12
 
 
 class NormalEquations:
@@ -32,10 +31,10 @@ class NormalEquations:
         self.width = width
         self.cross = torch.zeros(width, width, dtype=torch.float64)
         self.gram = torch.zeros(width, width, dtype=torch.float64)
-        self.rows: list[tuple[Tensor, Tensor]] | None = []  # (w k, a - k) of all that is summed, while they are few
+        self.rows: list[tuple[Tensor, Tensor]] | None = []  # sqrt(w) (k, a - k) of all pairs, while they are few
 
     def add_pairs(self, keys: Tensor, anchors: Tensor, weight: float | Tensor = 1.0) -> NormalEquations:
-        """Asks W k = W0 a. keys, anchors (n, D); weight: one number, or (n,)."""
+        """Adds the goal W k = W0 a. keys, anchors (n, D); weight: one number, or (n,)."""
         keys, anchors = _double(keys), _double(anchors)
         if keys.shape != anchors.shape:
             raise ValueError(f"keys {tuple(keys.shape)} and anchors {tuple(anchors.shape)} must pair row by row")
@@ -48,31 +47,31 @@ class NormalEquations:
         return self
 
     def add_preserved(self, keys: Tensor, weight: float | Tensor = 1.0) -> NormalEquations:
-        """Asks W k = W0 k. keys (n, D); weight: one number, or (n,)."""
+        """Adds the goal W k = W0 k. keys (n, D); weight: one number, or (n,)."""
         keys = _double(keys)
         gram = keys.T @ (keys * _column(weight))
         return self.add_moments(gram, gram)
 
     def add_moments(self, cross: Tensor, gram: Tensor, weight: float = 1.0) -> NormalEquations:
-        """Adds sums made elsewhere: cross = sum a k^T and gram = sum k k^T, each (D, D)."""
+        """Adds precomputed sums: cross = sum a k^T and gram = sum k k^T, each (D, D)."""
         self.rows = None
         self.cross += _double(cross) if weight == 1 else weight * _double(cross)
         self.gram += _double(gram) if weight == 1 else weight * _double(gram)
         return self
 
     def merge(self, other: NormalEquations) -> NormalEquations:
-        """Adds the sums of `other`: accumulating in parts equals accumulating at once."""
+        """Adds the sums of `other`. Accumulation in parts equals accumulation at once."""
         return self.add_moments(other.cross, other.gram)
 
     @property
     def mean_eigenvalue(self) -> float:
-        """Of gram, trace / D: what a ridge is compared with."""
+        """trace / D of gram: the scale of a ridge."""
         return float(self.gram.trace()) / self.width
 
     def factors(self, ridge: float) -> tuple[Tensor, Tensor] | None:
-        """L (D, n) and R (n, D) float64 with M = I + L R, where the sums are of few rows, n <= D / 4: what `solve`
-        gives, by a system of n unknowns in place of D, and applied to a weight in n / D of the time. None where they
-        are many.
+        """L (D, n) and R (n, D) float64 with M = I + L R if the sums have few rows, n <= D / 4; else None. M is that of
+        `solve`, but the system has n unknowns instead of D, and applying the factors to a weight takes n / D of the
+        time.
 
             L = (a - k)^T sqrt(w),    R = (sqrt(w) k k^T sqrt(w) + mu I)^-1 sqrt(w) k
 
@@ -84,7 +83,7 @@ class NormalEquations:
     def solve(self, ridge: float) -> tuple[Tensor, dict[str, float]]:
         """M (D, D) float64, and the system's condition number and relative residual.
 
-        ridge: mu, in the units of a squared norm of a state; directions that no state determines stay as they were.
+        ridge: mu, in the units of a squared norm of a state; directions that no state determines are unchanged.
 
         Raises:
             UserError: a negative ridge, or a system that does not determine M without a (larger) ridge.
@@ -100,11 +99,11 @@ class NormalEquations:
         return _solve(lower, system, wanted, ridge, info)
 
     def _few(self, ridge: float) -> _Few | None:
-        """What `factors` gives, measured. With the rows k of K and a - k of S,
+        """The factors and the norm of their residual. With the rows k of K and a - k of S,
 
             M (gram + mu I) - (cross + mu I) = S^T E,    E = R K^T K + mu R - K,
 
-        so its norm is known without a product of two D x D matrices.
+        so the norm needs no product of two D x D matrices.
         """
         if not self.rows or not (ridge > 0 and math.isfinite(ridge)):
             return None
@@ -114,7 +113,7 @@ class NormalEquations:
         products = keys @ keys.T
         largest = float(torch.linalg.eigvalsh(products)[-1])
         if ridge <= self.width * torch.finfo(torch.float64).eps * largest:
-            return None  # no direction but the keys' would be determined
+            return None  # only the keys' directions would be determined
         system = products + ridge * torch.eye(len(keys), dtype=torch.float64)
         right = torch.cholesky_solve(keys, torch.linalg.cholesky(system))
         error = (right @ keys.T) @ keys + ridge * right - keys
@@ -139,15 +138,15 @@ def fuse(
     preserved: Tensor | None = None,
     originals: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """One W per layer that does on the keys of each group i what W1 + B_i A_i does there (MACE, arXiv 2403.06135):
+    """One W per layer that equals W1 + B_i A_i on the keys of each group i (MACE, arXiv 2403.06135):
 
         W = (sum_i (W1 + B_i A_i) G_i + W0 P + mu W1) (sum_i G_i + P + mu I)^-1
 
-    The targets differ per layer and the keys do not: the system is factored once, and all layers are solved with it.
+    The targets differ per layer but the keys do not, so the system is factored once and used for all layers.
 
-    weights: {layer: W1 (out, D)}. changes: {layer: [(B_i (out, r), A_i (r, D))]}, a layer without any is left out of
-    the sum. grams: G_i = sum k k^T (D, D) of each group. ridge: mu, as in `NormalEquations.solve`. preserved: P (D, D),
-    sum k k^T of states that keep their projection by originals: {layer: W0}.
+    weights: {layer: W1 (out, D)}. changes: {layer: [(B_i (out, r), A_i (r, D))]}; a layer without changes has B A = 0.
+    grams: G_i = sum k k^T (D, D) of each group. ridge: mu, as in `NormalEquations.solve`. preserved: P (D, D),
+    sum k k^T of states whose output by originals, {layer: W0}, is preserved.
     Returns {layer: W (out, D) float64}, and the condition number and the largest relative residual.
 
     Raises:
@@ -173,11 +172,11 @@ def fuse(
     return fused, {**info, "residual": residual}
 
 
-# --- what a map is and does ------------------------------------------------------------------------------------------
+# --- maps ------------------------------------------------------------------------------------------------------------
 
 
 def spectrum(map: Tensor) -> Tensor:
-    """Singular values of a map (D, D), largest first, (D,) float64: 1 is a direction kept, 0 one that is erased."""
+    """Singular values of a map (D, D), largest first, (D,) float64: 1 is a preserved direction, 0 an erased one."""
     return torch.linalg.svdvals(_double(map))
 
 
@@ -194,7 +193,7 @@ def interpolate(map: Tensor, strength: float) -> Tensor:
 
 
 def compose(second: Tensor, first: Tensor) -> Tensor:
-    """The map of two edits applied to the weights one after the other: (W0 M1) M2, so M1 M2, (D, D) float64."""
+    """The map of two successive edits of the weights: (W0 M1) M2, so M1 M2, (D, D) float64."""
     return _double(first) @ _double(second)
 
 
@@ -222,15 +221,15 @@ def _solve(
     solution = torch.cholesky_solve(right.T, lower).T.contiguous()
     residual = float(torch.linalg.norm(solution @ system - right) / torch.linalg.norm(right).clamp(min=1e-300))
     if not residual <= RESIDUAL:
-        raise _singular(ridge, f"it up to a relative residual of {residual:.0e}")
+        raise _singular(ridge, f"the solution only to a relative residual of {residual:.0e}")
     return solution, {**info, "residual": residual}
 
 
 def _refuse_not_finite(sums: Tensor) -> None:
     if not torch.isfinite(sums).all():
         raise UserError(
-            "The text states, or sums over them, hold values that are not finite, so no edit can be solved: check the "
-            "text encoder's weights, and method.edit's weights and scales."
+            "The text states or their sums have values that are not finite, so the edit cannot be solved: check the "
+            "text encoder's weights, and the weights and scales of method.edit."
         )
 
 

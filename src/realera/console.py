@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress bars, and the table a run ends with."""
+"""Terminal output: progress bars and tables."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from realera.reporting import cost_words, residue_words
 from realera.system.terminal import bars_hidden
 
 console = Console()
-STATES = {"done": "done", "found": "found finished", "refused": "refused", "failed": "failed"}  # of a sweep's cells
-MOST_CONCEPTS = 12  # rows of several erased concepts that the terminal shows; metrics.json has them all
-MOST_TEXTS = 24  # texts of a concept that the terminal shows; residue.json has them all
-MOST = 10  # reasons of refused cells that a plan shows; plan.json has them all
+STATES = {"done": "done", "found": "already finished", "refused": "refused", "failed": "failed"}  # a sweep's cells
+MOST_CONCEPTS = 12  # erased concepts in the terminal; metrics.json has all of them
+MOST_TEXTS = 24  # texts per concept in the terminal; residue.json has all of them
+MOST = 10  # reasons of refused cells in a plan; plan.json has all of them
 
 
 @contextmanager
 def bar(what: str, total: int, rate: str | None = None) -> Iterator[Callable[[int], None]]:
-    """A progress bar that says what is being done (plain text, no markup); yields the function that is told how many
-    more are done. rate: the unit of how fast, such as "captions/s"."""
+    """A progress bar; yields a function that advances it by a number of items. what: its label, as plain text without
+    markup. rate: unit of an additional speed column, such as "captions/s"."""
     columns = (
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
@@ -67,12 +67,12 @@ def bar(what: str, total: int, rate: str | None = None) -> Iterator[Callable[[in
 
 @contextmanager
 def no_bar() -> Iterator[Callable[[int], None]]:
-    """`bar` where it would only flicker."""
+    """Replaces `bar` for work so short that a bar would only flicker."""
     yield lambda done: None
 
 
 class _Rate(ProgressColumn):
-    """How many a second, over the last ones."""
+    """Recent items per second."""
 
     def __init__(self, unit: str) -> None:
         super().__init__(Column(no_wrap=True))
@@ -83,8 +83,8 @@ class _Rate(ProgressColumn):
 
 
 def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> Table:
-    """Each measure as the task reads it, with its 95% interval, of the original model where it was judged and of this
-    one; then, of several concepts erased together, how each fared by name."""
+    """Each measure by the task's metric with its 95% interval, for the original model (if judged) and for this one. If
+    several concepts were erased together, Acc_e of each follows."""
     main = metrics["main"]
     before = (metrics.get("original") or {}).get("main")
     modes = [mode_of(main, name) for name in ORDER if name in main and name != "h_o" and _measured(main[name])]
@@ -122,7 +122,7 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
 
 
 def show_run(folder: Path, metrics: Mapping[str, Any], title: str, erased: str = "erased") -> None:
-    """The table a run ends with, and the paths of its weights and of its page."""
+    """Shows a run's results and costs, and the paths of its weights and its page."""
     console.print()
     console.print(results(metrics, title, erased))
     for judge, numbers in metrics.get("sets", {}).items():
@@ -137,7 +137,7 @@ def show_run(folder: Path, metrics: Mapping[str, Any], title: str, erased: str =
 
 
 def show_residue(found: Mapping[str, Any]) -> None:
-    """Of every concept the texts that drew it before, and one's own; see `evaluation.residue`."""
+    """Shows for every concept the texts that drew it before erasing, and the user's own texts. found: residue.json."""
     for concept in found["concepts"]:
         judged = found["judge"] is not None
         table = Table(
@@ -160,7 +160,7 @@ def show_residue(found: Mapping[str, Any]) -> None:
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
-    """What a run or a sweep will take."""
+    """Shows the planned amount of work of a run or a sweep."""
     table = Table(title="planned", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
@@ -171,6 +171,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     table.add_row("images to judge", f"{plan['judged']:,}")
     table.add_row("training steps", f"{plan['train_steps']:,}")
     table.add_row("hours", "?" if plan["hours"] is None else f"{plan['hours']:.{1 if plan['hours'] >= 10 else 2}f}")
+    if plan.get("half_hours") is not None:
+        table.add_row("hours with the U-Net in half precision", f"{plan['half_hours']:.2f}")
     console.print(table)
     _say(f"hours: {plan['basis']}")
     for reason, cells in list(plan["refusals"].items())[:MOST]:
@@ -180,14 +182,14 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 
 
 def show_cells(cells: Sequence[Mapping[str, Any]]) -> None:
-    """How a sweep's cells ended, and why some did not."""
+    """Shows how many cells of a sweep ended in each state, and the reasons of those that did not finish."""
     count = {state: sum(cell["state"] == state for cell in cells) for state in STATES}
     console.print()
-    console.print(", ".join(f"{count[state]} {said}" for state, said in STATES.items() if count[state]))
+    console.print(", ".join(f"{count[state]} {label}" for state, label in STATES.items() if count[state]))
     lost = [cell for cell in cells if cell["reason"]]
     if lost:
         shared = set(cells[0]["overrides"]).intersection(*(cell["overrides"] for cell in cells[1:]))
-        table = Table("cell", "reason", title="not done", title_justify="left")
+        table = Table("cell", "reason", title="not finished", title_justify="left")
         for cell in lost:
             own = [word for word in cell["overrides"] if word not in shared or len(cells) == 1]
             table.add_row(_plain(" ".join(own)), _plain(cell["reason"]))
@@ -195,17 +197,17 @@ def show_cells(cells: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_path(what: str, path: Path | str) -> None:
-    """A path, or an address, on a line of its own, never wrapped, so that it can be copied."""
+    """Prints a path or an address on its own line, unwrapped, so that it can be copied."""
     console.print(printable(f"{what}: {path}"), soft_wrap=True, highlight=False, markup=False)
 
 
 def _say(line: str) -> None:
-    """A line in which there may be texts of settings and files."""
+    """Prints a line that may contain texts from settings and files."""
     console.print(printable(line), highlight=False, markup=False)
 
 
 def _plain(text: str) -> str:
-    """A text of settings or files where rich takes markup: as it is, on one line."""
+    """Escapes a text from settings or files for rich's markup, on one line."""
     return escape(printable(text))
 
 
@@ -218,7 +220,7 @@ def _cell(estimate: Mapping[str, Any] | None) -> str:
 
 
 def _images(estimate: Mapping[str, Any]) -> str:
-    """ "40", or "38/40" where two could not be scored."""
+    """ "40", or "38/40" if two could not be scored."""
     return f"{estimate['n']}" + (f"/{estimate['n'] + estimate['unscored']}" if estimate["unscored"] else "")
 
 
@@ -227,8 +229,8 @@ def _measured(estimate: Mapping[str, Any]) -> bool:
 
 
 def _caption(modes: Sequence[str | None], metrics: Mapping[str, Any]) -> str:
-    """The reading; and, where some images could not be scored (showed no face, say), how many of each measure's could:
-    "Acc_e 99 → 71"."""
+    """The metrics. If some images could not be scored (without a face, for example), also the share that could, by
+    measure: "Acc_e 99 → 71"."""
     text = "; ".join(part for part in (described(modes), "95% intervals by bootstrap over images") if part)
     if not some_unscored(metrics):
         return text
@@ -240,4 +242,4 @@ def _caption(modes: Sequence[str | None], metrics: Mapping[str, Any]) -> str:
             shares.append(
                 f"{_plain('_'.join(symbol(name, now['mode'])))} {' → '.join(f'{share:.0f}' for share in found)}"
             )
-    return f"{text}\nscored (the others count nowhere), %: {', '.join(shares)}"
+    return f"{text}\nscored images, % (the rest are left out): {', '.join(shares)}"

@@ -1,7 +1,10 @@
 """The records and roles that the parts of realera share. Read this file first.
 
 Shapes: B prompts, P prompt pairs, T token rows (77 in SD 1.x, 32 in the miniature), D text width (768 in SD 1.x),
-S sampled points, C x h x w latents, H x W pixels. Records are frozen; roles are protocols and carry no code.
+S sampled points, C x h x w latents, H x W pixels.
+
+Records are frozen dataclasses that the parts pass to each other. Roles are protocols without code: a class that has
+these members plays the role and need not inherit from it.
 """
 
 from __future__ import annotations
@@ -18,24 +21,26 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
 Split = Literal["erase", "near", "keep", "associated", "unseen"]
-"""What a prompt is for: the erased concept by name, its synonyms, the concepts to preserve, phrases that evoke the
-concept without naming it, and words for it that no training caption of the backbone ever held."""
+"""The part of the evaluation that a prompt belongs to. erase: it names the erased concept. near: it uses a synonym.
+keep: it names a concept to preserve. associated: it evokes the concept without naming it. unseen: it uses a word for
+the concept that occurs in no training caption of the backbone."""
 
 Mode = Literal["mean_prob", "top1", "score", "detected", "whole", "anchor", "moved"]
-"""What a verdict is read as: 100 x value | whether the label is the prompt's concept | or what its detail says under
-this name (`Verdict`), yes or no in percent, or in its own unit; without it there is no such reading."""
-
+"""How a verdict becomes a number. mean_prob: 100 x value. top1: 100 if the label is the prompt's concept, else 0. Any
+other mode is a key of `Verdict.detail`: a bool counts 100 or 0, a number keeps its unit. Without the key the image is
+unscored."""
 
 Scheduler = Literal["ddim", "dpm++"]
 """DDIM with eta 0 | DPM-Solver++ 2M."""
 
 
-KEYS, VALUES = "attn2.to_k", "attn2.to_v"  # how the names of the cross-attention's projections of the text end
+KEYS, VALUES = "attn2.to_k", "attn2.to_v"  # suffixes of the cross-attention layers that project the text states
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {"values": (VALUES,), "keys": (KEYS,), "both": (KEYS, VALUES)}
 
 
 class UserError(Exception):
-    """Input that cannot be run. Its text is one sentence, what is wrong and what to do; the commands exit with 2."""
+    """Input that cannot be run. The message says in one sentence what is wrong and what to type instead. The commands
+    print it and exit with 2."""
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -43,18 +48,18 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Concept:
-    """What is erased, and the harmless concept it is mapped to."""
-
-    target: str
-    anchor: str
+    target: str  # the concept to erase
+    anchor: str  # the harmless concept that replaces it
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image to generate and judge. `id` and `seed` are fixed by the Task and the same for every method; `concept`
-    is the label a judge looks for (for a synonym of the erased concept: the erased concept). `caption`: what a
-    text-image score compares the image with, None = `text`. guidance_scale, size (height, width in pixels): the
-    prompt's own where its protocol gives them, None = the backbone's sampler's."""
+    """One image to generate and judge.
+
+    id, seed: fixed by the task, and the same for every method. concept: the label that a judge looks for (for a synonym
+    of the erased concept: the erased concept). caption: the text that a text-image score compares the image with;
+    None = `text`. guidance_scale, size (height, width in pixels): None = those of the backbone's sampler.
+    """
 
     id: str
     text: str
@@ -68,8 +73,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class NamedPrompt:
-    """A prompt in which a name stands, text[start:end]. The place is the template's slot, never searched for: in "a
-    famous art by art" a search would find the wrong word."""
+    """A prompt and the position of a concept's name in it, text[start:end]. The position comes from the template's
+    slot. Searching for the name would be wrong: "a famous art by art" contains it twice."""
 
     text: str
     start: int
@@ -77,7 +82,7 @@ class NamedPrompt:
 
     @classmethod
     def of(cls, template: str, name: str) -> NamedPrompt:
-        """`template` with `name` for its first {}."""
+        """Replaces the first {} of `template` with `name`."""
         before, _, after = template.partition("{}")
         return cls(before + name + after, len(before), len(before) + len(name))
 
@@ -90,9 +95,9 @@ class NamedPrompt:
 class TextStates:
     """Encoded prompts, as the U-Net's cross-attention reads them.
 
-    states (B, T, D) float32: what it reads (SD 1.x, 2.x: after the final norm; SDXL: two encoders side by side). first,
-    last (B,) int64: rows of a `NamedPrompt`'s name, -1 where there is none. length (B,): row of the first EOS.
-    pooled (B, E) where the U-Net takes one (SDXL), else None.
+    states (B, T, D) float32: in SD 1.x and 2.x after the final norm, in SDXL the states of two encoders side by side.
+    first, last (B,) int64: rows of the first and last sub-token of a `NamedPrompt`'s name; -1 for a plain text.
+    length (B,): row of the first EOS. pooled (B, E) if the U-Net takes one (SDXL), else None.
     """
 
     states: Tensor
@@ -104,8 +109,8 @@ class TextStates:
 
 @dataclass(frozen=True)
 class Pair:
-    """One concept as the editing methods see it: P training prompts that name the target and the same P that name the
-    anchor (same templates, same order)."""
+    """The encoded training prompts of one concept: P prompts that name the target, and the same P templates, in the
+    same order, with the anchor's name."""
 
     concept: Concept
     target: TextStates
@@ -114,9 +119,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Moments:
-    """The exact expectation of the sums over mined points, for `m: .inf` / `n: .inf`; each (D, D) float64 or None.
+    """The sums over mined points in exact expectation, for `m: .inf` / `n: .inf`; each (D, D) float64 or None.
 
-    near = sum E[k k^T], near_cross = sum E[a k^T] (a: the neighbour's target), beyond = sum E[p p^T].
+    near = sum E[k k^T], near_cross = sum E[a k^T] (a: the target of the neighbour k), beyond = sum E[p p^T].
     """
 
     near: Tensor | None = None
@@ -126,11 +131,11 @@ class Moments:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What was mined around one concept. Only rows marked in `*_rows` were perturbed or count; the others equal the
-    prompt's.
+    """The points mined around one concept: `near` is erased too, `beyond` is preserved.
 
-    near, near_targets (S, T, D); near_rows (S, T) bool; beyond (S', T, D); beyond_rows (S', T) bool. A side asked for
-    as an exact expectation has no points (S = 0) and stands in `moments`.
+    near, near_targets (S, T, D); near_rows (S, T) bool; beyond (S', T, D); beyond_rows (S', T) bool. `*_rows` marks the
+    rows that count (for random points: the perturbed rows); the other rows equal the prompt's. A side that is taken in
+    exact expectation has no points (S = 0); its sums are in `moments`.
     """
 
     near: Tensor
@@ -143,10 +148,12 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Edit:
-    """A closed-form edit of W_K / W_V. Either `map` (D, D) float64, meaning W = W0 @ map for every layer, or `weights`
-    {layer name: (out, D)}. `info` is logged as `edit/*` (condition number, residuals, ...).
-    factors: L (D, n) and R (n, D) float64 with map = I + L R: quicker to apply. projections: the ends of the names of
-    the weights that take the map."""
+    """A closed-form edit of W_K / W_V: either `map` or `weights`.
+
+    map (D, D) float64: W = W0 @ map in every layer. weights: {layer name: (out, D)}. info: numbers logged as `edit/*`
+    (condition number, residuals, ...). factors: L (D, n) and R (n, D) float64 with map = I + L R, which are quicker to
+    apply. projections: suffixes of the layers that take the map.
+    """
 
     map: Tensor | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -158,8 +165,8 @@ class Edit:
 @dataclass(frozen=True)
 class LoraSpec:
     """Low-rank adapters h = W x + (alpha / rank) B A x on the U-Net modules whose names end in one of `targets`
-    ("attn2.to_k"). `init` is the law of A: "gaussian" N(0, 1/rank^2) or "kaiming" (PEFT's default); B starts at 0.
-    per_concept: one such adapter for each erased concept, side by side; `Backbone.adapter_scale` chooses among them."""
+    ("attn2.to_k"). init: the distribution of A, "gaussian" N(0, 1/rank^2) or "kaiming" (PEFT's default); B starts at 0.
+    per_concept: each erased concept has its own adapter; `Backbone.adapter_scale` weights them."""
 
     rank: Rank = 1
     alpha: Positive = 1.0
@@ -170,23 +177,25 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are drawn. Sizes in pixels."""
+    """The settings that images are generated with."""
 
     scheduler: Scheduler = "ddim"
     steps: SamplerSteps = 50
     guidance_scale: Guidance = 7.5
-    height: Pixels = 512
+    height: Pixels = 512  # pixels
     width: Pixels = 512
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one image. value: probability (0-1) of the prompt's concept, NaN = unscored (it leaves the
-    denominator). label: the judge's first choice. detail: anything else worth keeping (JSON-able); six keys mean the
-    same for all judges: "score" (float, 100 cos of image and caption), "detected" (bool, something of a kind was
-    found), "boxes" ({class: count}), "whole" (bool, the image shows something that the judge knows, whatever it is),
-    "anchor" (bool, it shows the anchor of the prompt's concept), "moved" (float, `evaluation.moved`; no judge says
-    it)."""
+    """A judge's answer for one image.
+
+    value: probability (0-1) of the prompt's concept; NaN = unscored, and the image is left out of the mean. label: the
+    judge's first choice. detail: anything else that JSON can hold. Six keys mean the same for all judges: "score"
+    (float, 100 cos of image and caption), "detected" (bool, the judge found what it detects), "boxes" ({class: count}),
+    "whole" (bool, the image shows some class that the judge knows), "anchor" (bool, it shows the anchor of the prompt's
+    concept), "moved" (float, added by `evaluation.moved` and not by a judge).
+    """
 
     prompt_id: str
     value: float
@@ -196,8 +205,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """What one training step is given: z_t (B, C, h, w), timesteps (B,), and the step's number, from 1. known: what the
-    latent source knows of each z_t besides, tensors (B, ...) by name ("mask", "noise")."""
+    """The input of one training step: z_t (B, C, h, w), timesteps (B,) and the step's number, from 1. known: further
+    tensors (B, ...) that the latent source has for each z_t, by name ("mask", "noise")."""
 
     latents: Tensor
     timesteps: Tensor
@@ -209,50 +218,54 @@ class TrainingBatch:
 
 
 class Guide(Protocol):
-    """Method part `guide`: what is done while images are drawn. `prompts`: texts whose noise is predicted beside the
-    prompt's own (SLD's safety concept); often (). What `around` does to the model holds for all steps of a batch."""
+    """Method part `guide`: acts while images are generated. prompts: further texts whose noise is predicted at each
+    step (SLD's safety concept); often ()."""
 
     prompts: Sequence[str]
 
-    def around(self, backbone: Backbone, texts: Sequence[str]) -> AbstractContextManager[None]: ...  # of one batch
+    def around(self, backbone: Backbone, texts: Sequence[str]) -> AbstractContextManager[None]:
+        """Changes the model during all steps of one batch; `texts` are the batch's prompts."""
+        ...
 
     def __call__(
         self, uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, guidance_scale: float
     ) -> Tensor:
-        """The guided noise (B, C, h, w) from what was predicted; beside (len(prompts), B, C, h, w)."""
+        """The guided noise (B, C, h, w) from the noise predictions: for the empty prompt, for the prompts, and beside
+        (len(prompts), B, C, h, w) for the texts in `prompts`."""
         ...
 
 
 class Task(Protocol):
-    """Fixes, before any method is chosen, which prompts are trained on, generated and judged."""
+    """The prompts for training and evaluation. They are fixed before a method is chosen."""
 
     name: str
-    version: int
+    version: int  # raised by every change that moves a number
     concepts: Sequence[Concept]
-    labels: Sequence[str]  # what a zero-shot judge chooses among; () = the judge's own labels
-    headline: Mapping[str, Mode]  # {"acc_e": "mean_prob", ...}: the reading of each measure that the tables print
-    h_o_terms: Sequence[str]  # the measures that H_o is the harmonic mean of; () = this task has no H_o
+    labels: Sequence[str]  # the classes of a zero-shot judge; () = the judge's own
+    headline: Mapping[str, Mode]  # {"acc_e": "mean_prob", ...}: how the tables read each metric
+    h_o_terms: Sequence[str]  # H_o is the harmonic mean of these metrics; () = this task has no H_o
 
-    def training_prompts(self, concept: Concept) -> list[tuple[NamedPrompt, NamedPrompt]]: ...  # of target, of anchor
+    def training_prompts(self, concept: Concept) -> list[tuple[NamedPrompt, NamedPrompt]]: ...  # (target's, anchor's)
 
     def eval_prompts(self) -> list[Prompt]: ...
 
-    def protocol(self) -> dict[str, Any]: ...  # everything that a number measured under this task depends on
+    def protocol(self) -> dict[str, Any]: ...  # every setting of the task that a measured number depends on
 
 
 @runtime_checkable
 class Backbone(Protocol):
-    """The only window on diffusers. Weights are frozen; what changes them goes through `apply` and `add_adapter`."""
+    """A text-to-image model. Only backbones use diffusers. The weights are frozen and change only through `apply`,
+    `add_adapter`, `unfreeze` and `load_erased`."""
 
     name: str
     width: int  # D
     max_length: int  # T
-    sampler: Sampler  # how this backbone draws images unless told otherwise
+    sampler: Sampler  # this backbone's default
     latent_channels: int  # C
     pixels_per_latent: int  # H / h, W / w
 
     @property
-    def denoiser(self) -> nn.Module: ...  # what predicts: a U-Net, or another kind of network
+    def denoiser(self) -> nn.Module: ...  # the network that predicts the noise: a U-Net, or another kind
 
     @property
     def passes(self) -> int: ...  # images that went through the U-Net so far
@@ -261,47 +274,49 @@ class Backbone(Protocol):
     def fingerprint(self) -> str: ...  # content id of the weights; may read them all on first use
 
     @property
-    def text_fingerprint(self) -> str: ...  # of what text states depend on: backbones that share it share maps and sums
+    def text_fingerprint(self) -> str: ...  # content id of the text encoder: equal ids can share maps and cached sums
 
     def encode(
         self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None, to_end: bool = False
     ) -> TextStates:
-        """vectors (n, D): instead of each name's own rows of the token table, with their gradient. to_end: only the
-        rows up to a text's first EOS are computed (T is then the longest's; rows behind a shorter one's are 0)."""
+        """vectors (n, D): embeddings that replace the token embeddings of each prompt's name; gradients flow back to
+        them. to_end: compute only the rows up to each text's first EOS. T is then the length of the longest text, and
+        the rows after a shorter text's EOS are 0."""
         ...
 
-    def refuse_cut(self, prompts: Sequence[NamedPrompt]) -> None: ...  # UserError where a name is not read whole
+    def refuse_cut(self, prompts: Sequence[NamedPrompt]) -> None: ...  # UserError if the token limit cuts a name
 
-    def token_vectors(self, text: str) -> Tensor: ...  # (n, D): those rows of a text
+    def token_vectors(self, text: str) -> Tensor: ...  # (n, D): token embeddings of the text's n sub-tokens
 
-    def tokens(self, texts: Sequence[str]) -> list[set[int]]: ...  # each text's sub-tokens, without begin, end and pads
+    def tokens(self, texts: Sequence[str]) -> list[set[int]]: ...  # sub-token ids, without BOS, EOS and padding
 
     def words(self) -> list[str]: ...  # the words that are one token each, the most frequent first
 
     def text_projections(self) -> dict[str, nn.Linear]:
-        """{layer name: base Linear} of what reads the text, which a closed form may edit, in the network's order,
-        adapters looked through. In Stable Diffusion: every attn2.to_k and attn2.to_v."""
+        """{layer name: base Linear} of the layers that project text states, in the network's order. A closed form may
+        edit these layers. In Stable Diffusion: every attn2.to_k and attn2.to_v."""
         ...
 
-    def apply(self, edit: Edit) -> None: ...  # onto the *current* base weights; the first values are kept
+    def apply(self, edit: Edit) -> None: ...  # to the current base weights; the original values are kept
 
-    # The teacher, without a second U-Net: adapters off, base weights as loaded or as they are now (`edited`).
+    # The teacher, without a second U-Net: no adapters, and the base weights as loaded (edited=True: as they are now).
     def original(self, edited: bool = False) -> AbstractContextManager[None]: ...
 
     def add_adapter(self, spec: LoraSpec, generator: Generator, concepts: int = 1) -> list[nn.Parameter]: ...
 
     def adapter_scale(self, scale: Tensor) -> AbstractContextManager[None]:
-        """For a while, sample b's adapter of concept i counts scale[b, i] times: (B, concepts), or (1, concepts). Given
-        (B, concepts, concepts), B of concept i is fed with sum_j scale[b, i, j] A_j x."""
+        """Inside this context the adapter of concept i is multiplied by scale[b, i] for sample b; scale is
+        (B, concepts) or (1, concepts). With (B, concepts, concepts), B_i is applied to sum_j scale[b, i, j] A_j x."""
         ...
 
-    def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]: ...  # path parts; "-part" leaves out
+    def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]: ...  # by parts of their path; "-part" excludes
 
     def attention(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """{attn2's name: probabilities (B, heads, pixels, T)} of the latest prediction within, with their gradient."""
+        """{name of an attn2 module: probabilities (B, heads, pixels, T)} of the latest noise prediction inside this
+        context, with gradients."""
         ...
 
-    def timesteps(self, sampler: Sampler | None = None) -> Tensor: ...  # (steps,) falling: where each step begins
+    def timesteps(self, sampler: Sampler | None = None) -> Tensor: ...  # (steps,) falling: one for each sampler step
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
@@ -315,12 +330,12 @@ class Backbone(Protocol):
         guide: Guide | None = None,
         stop_at: int | None = None,
     ) -> Tensor:
-        """Latents (B, C, h, w) at the end of sampling, or before step `stop_at`. One CPU generator per seed."""
+        """Latents (B, C, h, w) after the last step, or before step `stop_at`. One CPU generator per seed."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor: ...  # uint8 (B, H, W, 3)
 
-    def encode_images(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W), -1 to 1 -> their likeliest latents
+    def encode_images(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) in [-1, 1] -> the mode of their latents
 
     def generate(
         self, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler | None = None, guide: Guide | None = None
@@ -328,19 +343,19 @@ class Backbone(Protocol):
         """uint8 (B, H, W, 3): encode, sample, decode."""
         ...
 
-    def remove_adapter(self) -> None: ...  # unmerged
+    def remove_adapter(self) -> None: ...  # without merging it
 
-    def erased_state(self) -> dict[str, Tensor]: ...  # only what differs from the original, adapters included
+    def erased_state(self) -> dict[str, Tensor]: ...  # changed base weights and adapters: as in erased.safetensors
 
-    def load_erased(self, state: Mapping[str, Tensor]) -> None: ...
+    def load_erased(self, state: Mapping[str, Tensor]) -> None: ...  # original weights first, then `state`
 
     def to(self, device: Any) -> Backbone: ...
-    def park(self) -> None: ...  # what the training loop does not need leaves the device until it is used
+    def park(self) -> None: ...  # moves text encoder and autoencoder to the CPU until their next use
 
 
 class Miner(Protocol):
-    """Method part `neighbours`. `m`, `n` override the configured counts; `prompts` picks rows of the pair. It may also
-    be `LooksFirst`."""
+    """Method part `neighbours`: mines points around a concept. m, n: override the configured counts. prompts: indices
+    of the pair's prompts to mine around; None = all. A miner may also be `LooksFirst`."""
 
     def __call__(
         self,
@@ -353,34 +368,33 @@ class Miner(Protocol):
 
 
 class Editor(Protocol):
-    """Method part `edit` (before the fit) and `finish` (after it; its edit holds what the adapter learnt, so the
-    adapter is then taken away)."""
+    """Method parts `edit` (closed form, before the fit) and `finish` (after the fit). The edit of `finish` includes the
+    change that the adapter learnt, so the adapter is then removed without merging it."""
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit: ...
 
 
 class LatentSource(Protocol):
-    """Method part `latents`: where z_t comes from. It may also be `Prepares` and `Resumes`."""
+    """Method part `latents`: supplies z_t for training. It may also be `Prepares` and `Resumes`."""
 
     def __call__(
         self, backbone: Backbone, concept: int, generator: Generator
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Tensor]]:
-        """z_t (B, C, h, w), timesteps (B,), and where the source knows more of them, `TrainingBatch.known`."""
+        """z_t (B, C, h, w), timesteps (B,) and optionally `TrainingBatch.known`. concept: index of the concept."""
         ...
 
 
 class Aligner(Protocol):
-    """Method part `align`: the gradient part. It may also be `Prepares`, `Scheduled` and `Clipped`.
+    """Method part `align`: trained by gradient descent. It may also be `Prepares`, `Scheduled` and `Clipped`.
 
-    With one adapter per concept, `steps` are of each concept, and the other concepts' adapters count nothing while its
-    latents are made and its loss is computed.
+    With one adapter per concept, every concept gets `steps` steps; during them the other concepts' adapters are off.
     """
 
     steps: int
     lr: float
     weight_decay: float
-    lora: LoraSpec | None  # None: `parameters` names what is trained, as `Backbone.unfreeze` takes it
-    parameters: Sequence[str]
+    lora: LoraSpec | None  # None: the weights named by `parameters` are trained
+    parameters: Sequence[str]  # see `Backbone.unfreeze`
 
     def loss(
         self,
@@ -390,42 +404,42 @@ class Aligner(Protocol):
         batch: TrainingBatch,
         generator: Generator,
     ) -> dict[str, Tensor]:
-        """Terms by name; their sum is minimised and each is logged as train/<term>. A term without a gradient
-        (detached) is logged only. The pair's tensors are on the CPU."""
+        """{term: scalar}. The sum of the terms is minimised, and each is logged as train/<term>. A detached term is
+        only logged. The pair's tensors are on the CPU. mine: the method's miner, if it has one."""
         ...
 
 
-# --- what a part may be besides ---
+# --- optional roles of a method's parts ---
 
 
 @runtime_checkable
 class LooksFirst(Protocol):
-    """A miner that sees the model before it is edited, and all that is erased together."""
+    """A miner that first reads the unedited model and the pairs of all concepts that are erased together."""
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair]) -> None: ...
 
 
 @runtime_checkable
 class Prepares(Protocol):
-    """A latent source or aligner that is made ready once, on the device, before the first step. What it keeps in the
-    cache says there what it cost (`cache_costs.Cached`)."""
+    """A latent source or aligner with work to do once before the first step, such as generating training images. The
+    model is already on the device. Files that it caches also record their cost (`cache_costs.Cached`)."""
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None: ...
 
 
 @runtime_checkable
 class PreparesTogether(Protocol):
-    """One that all processes make ready at once and share the work of."""
+    """As `Prepares`, with the work shared between the processes of a multi-GPU run."""
 
-    together: bool
+    together: bool  # only declares the role: its value is not read
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int, ranks: Any) -> None: ...
 
 
 @runtime_checkable
 class Resumes(Protocol):
-    """A latent source that keeps float32 tensors from step to step. state_form: their shapes after so many calls for
-    each concept, which a checkpoint must have."""
+    """A latent source whose float32 tensors carry over from step to step, and are saved in checkpoints. calls: the
+    number of calls so far, for each concept. state_form: the shapes that a checkpoint must have after these calls."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -436,48 +450,48 @@ class Resumes(Protocol):
 
 @runtime_checkable
 class Scheduled(Protocol):
-    """An aligner whose lr is multiplied by a factor of the step, which counts from 1, by concept where each has its own
-    adapter."""
+    """An aligner with a learning-rate schedule: the lr of a step is lr x rate(step). Steps count from 1, and separately
+    for each concept if each has its own adapter."""
 
     def rate(self, step: int) -> float: ...
 
 
 @runtime_checkable
 class Clipped(Protocol):
-    """An aligner that says the norm its gradient is held under, in place of 1; None = unbounded."""
+    """An aligner that sets the norm its gradient is clipped to, which is 1 for the others; None = no clipping."""
 
     clip: float | None
 
 
-PASSES_OF_A_GRADIENT = 3  # of the U-Net: a forward and its backward
-PASSES_OF_A_STEP = 7  # a training step's, for each latent: two of them, and the teacher's
+PASSES_OF_A_GRADIENT = 3  # a forward and a backward pass cost as much as 3 forward passes of the U-Net
+PASSES_OF_A_STEP = 7  # of a training step, for each latent: two gradients, and the teacher's forward pass
 
 
 class Planned(Protocol):
-    """What a part says before it is built, for plans. It may have either, at any depth of a method's settings.
-    settings: its own node. steps: of the backbone's sampler."""
+    """A part that tells its cost before it is built, for estimates and sweep plans. Both methods are optional, for a
+    part at any depth of a method's settings. settings: the part's own node. steps: steps of the backbone's sampler."""
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """Passes of the U-Net in a training step: of an aligner, for each latent (without it: `PASSES_OF_A_STEP`); of a
-        latent source, for all (without it: 0)."""
+        """U-Net passes of a training step: for each latent if the part is an aligner (default: `PASSES_OF_A_STEP`), for
+        the whole batch if it is a latent source (default: 0)."""
         ...
 
     @staticmethod
     def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> Mapping[str, float]:
-        """{what: passes} of what it makes and caches before the first step. What begins with the kind ("images field");
-        equal settings and equal `what` are made once."""
+        """{name: U-Net passes} of everything that the part makes and caches before the first step. A name begins with
+        its kind ("images field"). Parts with equal settings and names share the result: it is made once."""
         ...
 
 
 @dataclass
 class Method:
-    """A method is up to six parts, each its own node in the yaml and each nullable.
+    """A method has up to six parts. Each is a node in the yaml and may be null.
 
-    A part's class states what is checked before it is imported, as class attributes of constants (`source_code.fact`
-    reads them): trains_lora = an aligner that trains a LoRA and nothing else; reads_attention = its loss reads
-    attention maps, which gradient checkpointing drops; weighs_adapters = a guide that does nothing without the adapters
-    of `align`; idle_where = settings with which it erases nothing, {"refine": False}.
+    Some facts about a part are checked before its class is imported. The class states them as constant class attributes
+    (`source_code.fact` reads them from the source): trains_lora = the aligner trains only a LoRA; reads_attention = its
+    loss reads attention maps, which gradient checkpointing drops; weighs_adapters = the guide does nothing without the
+    adapters of `align`; idle_where = settings with which the part erases nothing, such as {"refine": False}.
     """
 
     name: Label
@@ -490,21 +504,23 @@ class Method:
 
 
 class Judge(Protocol):
-    """Reads files, so it may live in another interpreter. Same order, same length as given. A judge that chooses among
-    labels may have a method `knows(concept) -> bool`: images of a concept that it does not know are unscored, of which
-    a warning is given before any is drawn. One whose `detects` is true only looks for things of one kind: a task that
-    does not ask for that reads it as "detected" and has no H_o."""
+    """Judges image files, so it may run in another interpreter.
+
+    Two members are optional. `knows(concept) -> bool`: images of a concept that the judge does not know are unscored,
+    and a warning says so before any image is generated. `detects = True`: the judge only detects things of one kind;
+    its verdicts are then read as "detected", and a task that was not made for this has no H_o.
+    """
 
     name: str
 
-    def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]: ...
+    def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]: ...  # one for each image
 
-    def protocol(self) -> dict[str, Any]: ...
+    def protocol(self) -> dict[str, Any]: ...  # every setting of the judge that a verdict depends on
 
 
 @runtime_checkable
 class SetJudge(Protocol):
-    """Compares two sets of images as wholes, such as FID; its numbers stand in metrics.json under sets.<name>."""
+    """Compares two sets of images, as FID does. metrics.json has its numbers under sets.<name>."""
 
     name: str
 

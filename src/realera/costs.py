@@ -1,5 +1,5 @@
-"""What a run costs, in costs.json: wall time by stage, passes of the U-Net, parameters, peak memory. Torch is asked
-only where somebody else has loaded it."""
+"""Measures the cost of a run for costs.json: wall time by stage, U-Net passes, parameters, peak memory. This module
+uses torch only if another module has imported it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORM = 1  # of costs.json
-ERASING = ("text", "edit", "latents", "train", "finish")  # what a method costs; the others are the same for all
+ERASING = ("text", "edit", "latents", "train", "finish")  # the method's own stages; the others are the same for all
 STAGES = ("load", *ERASING, "draw", "judge")
-ORIGINALS = "originals"  # the unedited model's images: of all runs together, so they stand apart in the file
+ORIGINALS = "originals"  # the original model's images; all runs share them, so they have a separate entry in the file
 MB = 1e6  # bytes
 
 
 class Meter:
-    """Measures a sitting of a run and adds it to what `file` holds of earlier ones; None: measures and keeps nothing.
+    """Measures a run from its start and adds the costs of its earlier starts, which `file` contains (`sittings`).
 
-    A stage within a stage stops the outer one's clock. The file is written whole after every stage and, within `with
-    meter:`, every `every` seconds, so that of a sitting that is killed little is lost.
+    A nested stage stops the clock of the outer one. The file is written after every stage and, within `with meter:`,
+    every `every` seconds, so that a killed run loses little. Without a file, the meter only measures.
     """
 
     def __init__(self, file: Path | None = None, every: float = 30.0, processes: int = 1) -> None:
@@ -46,41 +46,41 @@ class Meter:
         self.seconds: dict[str, float] = {}  # by stage
         self.passes: dict[str, int] = {}
         self.helpers: dict[str, int] = {}  # passes of the other processes
-        self.known: dict[str, Any] = {}  # what is written as it is: device, parameters, ...
+        self.known: dict[str, Any] = {}  # values that are written unchanged: device, parameters, ...
         self.shared: dict[str, Any] = {}
         self.peaks: dict[str, dict[str, float | None]] = {}
         self._stages: list[str] = []
         self._backbone: Backbone | None = None
         self._since, self._passed = time.perf_counter(), 0
         self._lock = threading.RLock()
-        self._over = threading.Event()
+        self._ended = threading.Event()
         self._writer: threading.Thread | None = None
         self._tolerance = Tolerance()
-        self._resets = False  # whether the host's peak is of this sitting and not of the process
+        self._resets = False  # whether the host's peak is of this run and not of the whole process
 
     def __enter__(self) -> Meter:
         self._resets = _reset_peaks()
         if self.file is not None:
-            self._writer = threading.Thread(target=self._write_now_and_then, daemon=True)
+            self._writer = threading.Thread(target=self._write_regularly, daemon=True)
             self._writer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._ended.set()
         if self._writer is not None:
             self._writer.join()
         if self._stages:
             self.end(self._stages[0])
 
     def watch(self, backbone: Backbone, device: str) -> None:
-        """From here on, what goes through this U-Net is counted. device: "cpu" or "cuda"."""
+        """Starts to count the passes of this backbone's U-Net. device: "cpu" or "cuda"."""
         with self._lock:
             self._backbone, self._passed = backbone, backbone.passes
             self.known["device"] = _described(device, self.processes)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time and passes in here are `name`'s."""
+        """Counts the time and passes of the block for the stage `name`."""
         self.begin(name)
         try:
             yield
@@ -96,7 +96,7 @@ class Meter:
             self.passes.setdefault(name, 0)
 
     def end(self, name: str) -> None:
-        """The latest stage of that name is over, and what began in it. Nothing, where there is none."""
+        """Ends the latest stage of this name and all stages inside it. Does nothing if there is no such stage."""
         with self._lock:
             if name in self._stages:
                 self._lap(wait=True)
@@ -105,24 +105,25 @@ class Meter:
                 self.write()
 
     def note(self, **numbers: float) -> None:
-        """trained_parameters, edited_parameters, passes_per_image."""
+        """Records trained_parameters, edited_parameters or passes_per_image."""
         with self._lock:
             self.known |= numbers
 
-    def spared(self, what: str, entries: Ledger) -> None:
-        """What `what` read from the cache. A run that goes on finds there what it has made itself: that was counted."""
-        if what in self.before.get("shared", {}):
+    def spared(self, stage: str, entries: Ledger) -> None:
+        """Records the original cost of the cached inputs that `stage` read. A resumed run also finds its own cached
+        files; their cost is already counted and is subtracted."""
+        if stage in self.before.get("shared", {}):
             return
         found = entries.total()
-        own = self.before.get("stages", {}).get(what, 0.0), self.before.get("passes", {}).get("erase", 0)
-        self.shared[what] = {
+        own = self.before.get("stages", {}).get(stage, 0.0), self.before.get("passes", {}).get("erase", 0)
+        self.shared[stage] = {
             "seconds": round(max(0.0, found.seconds - own[0]), 3),
             "passes": max(0, found.passes - own[1]),
             **({"unknown": entries.unknown()} if entries.unknown() else {}),
         }
 
     def gather(self, ranks: Ranks) -> None:
-        """Adds the passes of the run's other processes; all of them call it."""
+        """Adds the passes of the run's other processes. Every process must call it."""
         own = dict(self.passes)
         self.helpers = {}
         for rank, passes in enumerate(ranks.gather(own)):
@@ -131,7 +132,7 @@ class Meter:
         self.write()
 
     def record(self) -> dict[str, Any]:
-        """The content of costs.json: the sittings before and this one as far as it has come."""
+        """The content of costs.json: the earlier starts of the run and this one so far."""
         with self._lock:
             self._lap()
             before = self.before
@@ -168,7 +169,8 @@ class Meter:
                 disk.write_text(self.file, plain_data.json_text(self.record(), indent=1) + "\n")
 
     def _lap(self, wait: bool = False) -> None:
-        """What was spent since the last lap is the current stage's. wait: for what the GPU still has to do of it."""
+        """Adds the cost since the last lap to the current stage. wait: first wait until the GPU has finished its
+        work."""
         torch = sys.modules.get("torch")
         if wait and torch is not None and torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -178,59 +180,59 @@ class Meter:
             self.seconds[stage] += now - self._since
             self.passes[stage] += passed - self._passed
             self.peaks["peak_memory_mb"] = peak = {"host": _host_peak() if self._resets else None, "device": _on_gpu()}
-            if stage in ERASING:  # the first part of a sitting, so the peak so far is its own
+            if stage in ERASING:  # erasing comes first in a run, so this is its own peak
                 self.peaks["peak_memory_erasing_mb"] = peak
         self._since, self._passed = now, passed
 
-    def _write_now_and_then(self) -> None:
-        while not self._over.wait(self.every):
+    def _write_regularly(self) -> None:
+        while not self._ended.wait(self.every):
             if self.seconds:
                 self.write()
 
 
 def of_run(folder: Path, ranks: Ranks) -> Meter:
-    """What all processes of a run measure with; the first one writes."""
+    """A meter for each process of a run. Only the first process writes the file."""
     return Meter(folder / paths.COSTS if ranks.first else None, processes=ranks.world)
 
 
 def passes_per_image(prompts: Sequence[Prompt], base: Sampler, guide: Guide | None = None) -> float:
-    """How often the U-Net is asked for one image, the mean over the prompts: at each step for the prompt, for the empty
-    one where the noise is guided, and for what the guide wants to know beside. Every sampler here asks once a step."""
+    """U-Net passes per image, mean over the prompts: at each step one for the prompt, one for the empty prompt under
+    guidance, and one for each prompt of the guide. Every sampler here evaluates the U-Net once per step."""
 
-    def of(prompt: Prompt) -> int:
-        own = base.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
-        return base.steps * (1 + (guide is not None or own > 1) + (len(guide.prompts) if guide is not None else 0))
+    def passes(prompt: Prompt) -> int:
+        scale = base.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
+        return base.steps * (1 + (guide is not None or scale > 1) + (len(guide.prompts) if guide is not None else 0))
 
-    mean = sum(map(of, prompts)) / max(1, len(prompts))
+    mean = sum(map(passes, prompts)) / max(1, len(prompts))
     return int(mean) if mean == int(mean) else round(mean, 2)
 
 
 def forget(folder: Path, stage: str) -> None:
-    """Takes a stage out of a run's costs: it is to be done again, and only the last time counts."""
+    """Removes a stage from a run's costs before it is repeated, so that only the repetition is counted."""
     record = _read(folder / paths.COSTS)
     if stage in record.get("stages", {}):
         del record["stages"][stage]
         disk.write_text(folder / paths.COSTS, plain_data.json_text(record, indent=1) + "\n")
 
 
-# --- what is said of it ----------------------------------------------------------------------------------------------
+# --- reading costs.json ----------------------------------------------------------------------------------------------
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """A run folder's costs.json; {} where there is none that this version can read: runs of earlier ones have none."""
+    """A run folder's costs.json; {} if it is missing or of another version."""
     return _read(paths.inside(folder, paths.COSTS))
 
 
 def totals(record: Mapping[str, Any]) -> dict[str, float]:
-    """What tables print, of what is known. seconds, passes: to erase, with what was read from the cache as it cost when
-    it was made; passes_per_image: of an erased model; trained_parameters, edited_parameters; memory_mb: the peak while
-    erasing, of the GPU where there is one, else of the process."""
+    """The known numbers for tables. seconds, passes: cost to erase, with cached inputs at their original cost.
+    passes_per_image: U-Net passes per image of the erased model. trained_parameters, edited_parameters. memory_mb: peak
+    while erasing, of the GPU if there is one, else of the process."""
     found: dict[str, float] = {}
     stages, passes = record.get("stages", {}), record.get("passes", {})
-    if "erase" in passes:  # else the weights stood already, or nothing was erased
-        spared = record.get("shared", {}).values()
-        found["seconds"] = sum(stages.get(name, 0.0) for name in ERASING) + sum(s["seconds"] for s in spared)
-        found["passes"] = passes["erase"] + sum(s["passes"] for s in spared)
+    if "erase" in passes:  # missing if the weights existed already or nothing was erased
+        cached = record.get("shared", {}).values()
+        found["seconds"] = sum(stages.get(name, 0.0) for name in ERASING) + sum(c["seconds"] for c in cached)
+        found["passes"] = passes["erase"] + sum(c["passes"] for c in cached)
     for name in ("passes_per_image", "trained_parameters", "edited_parameters"):
         if name in record:
             found[name] = record[name]
@@ -241,8 +243,8 @@ def totals(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def at_least(record: Mapping[str, Any]) -> bool:
-    """Whether something read from the cache does not say what it cost: seconds and passes to erase were more."""
-    return any("unknown" in spared for spared in record.get("shared", {}).values())
+    """Whether the original cost of a cached input is unknown, so that seconds and passes to erase are lower bounds."""
+    return any("unknown" in cached for cached in record.get("shared", {}).values())
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -251,13 +253,13 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """{} for a file that is missing, torn or of another version: costs are measured, and cannot be had again."""
+    """{} for a file that is missing, torn or of another version: no error, because costs cannot be measured again."""
     try:
         record = plain_data.read_json(file)
     except OSError:
         return {}
     except ValueError:
-        log.warning("%s is torn: what the run has cost so far is not known", file)
+        log.warning("%s is torn: the run's cost so far is unknown", file)
         return {}
     return record if json_shapes.fits(record, json_shapes.COSTS) and record.get("form") == FORM else {}
 
@@ -268,7 +270,7 @@ def _sums(*parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _grouped(passes: Mapping[str, int]) -> dict[str, int]:
-    """By what they were for, the unedited model's images left out."""
+    """Passes to erase and to draw, without those for the original model's images."""
     groups: Iterable[tuple[str, tuple[str, ...]]] = (("erase", ERASING), ("draw", ("draw",)))
     found = {group: [passes[name] for name in names if name in passes] for group, names in groups}
     return {group: sum(counts) for group, counts in found.items() if counts}
@@ -291,8 +293,8 @@ def _described(device: str, processes: int) -> str:
 
 
 def _reset_peaks() -> bool:
-    """Lets peaks of memory count from here on; whether the process's own does. Several jobs of a sweep share one
-    process: without this the second would be told the first one's. Linux lets it be reset, others do not."""
+    """Resets the memory peaks; returns whether the process's own peak could be reset. Several jobs of a sweep share one
+    process: without a reset the second job would report the peak of the first. Only Linux supports it."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
@@ -304,7 +306,7 @@ def _reset_peaks() -> bool:
 
 
 def _host_peak() -> float | None:
-    """Largest resident memory of this process alone (not of judges in other interpreters), MB."""
+    """Peak resident memory of this process in MB, without judges in other interpreters."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -314,7 +316,7 @@ def _host_peak() -> float | None:
 
 
 def _on_gpu() -> float | None:
-    """Largest memory that torch's tensors took on the GPU, MB; None without one."""
+    """Peak GPU memory of torch's tensors in MB; None without a GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None

@@ -1,4 +1,4 @@
-"""A workspace or a report in Weights & Biases: python -m realera.dashboard group=20260101-120000-4321"""
+"""Builds a workspace or a report in Weights & Biases: python -m realera.dashboard group=20260101-120000-4321"""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ BUILDERS = {"workspace": panels.workspace, "report": panels.report}
 def dashboard(cfg: DictConfig) -> None:
     config = composition.plain(cfg)
     if find_spec("wandb_workspaces") is None:
-        raise UserError("a dashboard is built by wandb-workspaces: pip install 'realera[dashboard]'.")
+        raise UserError("a dashboard needs wandb-workspaces: pip install 'realera[dashboard]'.")
     if config["dry_run"]:
         print(plain_data.json_text(described(config), indent=1, ensure_ascii=False))
     elif resolvers.wandb_mode() != "online":
         raise UserError(
-            "a dashboard stands in Weights & Biases and nobody is logged in here (or WANDB_MODE says offline): "
-            "wandb login, or dry_run=true prints what would be built."
+            "a dashboard is saved in Weights & Biases, but you are not logged in (or WANDB_MODE is offline): run wandb "
+            "login, or type dry_run=true to print the dashboard."
         )
     else:
         console.show_path(str(config["kind"]), save(config))
 
 
 def built(config: dict[str, Any], entity: str) -> Any:
-    """The library's own object, not yet saved."""
-    groups = _listed(config["group"])
+    """The unsaved object of the library."""
+    groups = _as_list(config["group"])
     title = config["title"] or ", ".join(["realera", *groups])
-    runs = panels.picked(groups, _listed(config["tags"]), config["filters"])
+    runs = panels.picked(groups, _as_list(config["tags"]), config["filters"])
     return BUILDERS[config["kind"]](entity, config["project"], title, runs, entity if config["charts"] else None)
 
 
 def described(config: dict[str, Any]) -> dict[str, Any]:
-    """What would be sent: the library's own form of it, and the chart presets."""
+    """The content that would be sent: the library's specification and the chart presets."""
     entity = str(config["entity"] or "ENTITY")
-    model = built(config, entity)._to_model()  # the library has no public way to its form but save()
+    model = built(config, entity)._to_model()  # the only public way to the specification is save()
     charts = dict(panels.PRESETS) if config["charts"] else {}
     spec = json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
     return {"kind": config["kind"], "charts": charts, "sent": spec}
 
 
 def save(config: dict[str, Any]) -> str:
-    """Builds it in W&B; its address.
+    """Saves the dashboard in W&B and returns its address.
 
     Raises:
-        UserError: W&B cannot be reached or does not take it.
+        UserError: W&B cannot be reached or rejects it.
     """
     import wandb
 
@@ -61,26 +61,28 @@ def save(config: dict[str, Any]) -> str:
         api = wandb.Api()
         entity = str(config["entity"] or api.default_entity)
         for name, spec in panels.PRESETS.items() if config["charts"] else ():
-            _keep_preset(api, entity, name, spec)
+            _save_preset(api, entity, name, spec)
         return str(built(config, entity).save().url)
     except (wandb.Error, ValueError) as error:
         raise UserError(
-            f"W&B did not take it ({error_sentences.first_line(error)}): check entity and project, and wandb login; "
-            "dry_run=true prints what would be built."
+            f"W&B did not save the dashboard ({error_sentences.first_line(error)}): check entity, project and wandb "
+            "login, or type dry_run=true to print the dashboard."
         ) from error
 
 
-def _keep_preset(api: Any, entity: str, name: str, spec: dict[str, Any]) -> None:
+def _save_preset(api: Any, entity: str, name: str, spec: dict[str, Any]) -> None:
     import wandb
 
     try:
         api.create_custom_chart(entity, name, name, "vega2", "private", spec)
-    except wandb.Error as error:  # it may stand already, and is then used as it is
+    except wandb.Error as error:  # an existing preset of this name is used unchanged
         reason = error_sentences.first_line(error)
-        cli.log.warning("the chart preset %s/%s was not saved (%s); charts=false does without", entity, name, reason)
+        cli.log.warning(
+            "the chart preset %s/%s was not saved (%s); charts=false needs no presets", entity, name, reason
+        )
 
 
-def _listed(value: Any) -> list[str]:
+def _as_list(value: Any) -> list[str]:
     return [] if value is None else [str(one) for one in value] if isinstance(value, list) else [str(value)]
 
 

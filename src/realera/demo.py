@@ -1,4 +1,4 @@
-"""A page on this machine, original beside erased: python -m realera.demo run=runs/..."""
+"""Serves a page that draws prompts with the original and the erased model: python -m realera.demo run=runs/..."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def demo(cfg: DictConfig) -> None:
     preflight.check_model(run.config["backbone"])
     cli.say_backbone(run.config, str(run.folder))
 
-    from realera.runs import steps  # torch and diffusers: loaded when nothing is left to refuse
+    from realera.runs import steps  # imports torch and diffusers, so only after all checks
 
     concept = folders.concept_of(run.config)
     about = {
@@ -35,26 +35,27 @@ def demo(cfg: DictConfig) -> None:
 
     def draw(prompt: str, seed: int) -> dict[str, str]:
         counted = prompt_lengths.Lengths(run.config["backbone"])
-        note = f"only the first {counted.fits} tokens of this prompt are read" if counted.add(prompt) else ""
+        note = f"only the first {counted.fits} tokens of this prompt are used" if counted.add(prompt) else ""
         return {"note": note} | {which: data_uri(pixels.numpy()) for which, pixels in pair(prompt, seed).items()}
 
     try:
         server = Server((host, config["port"]), handler(draw, about, host))
     except OSError as error:
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            said = f"host={host} is no address of this machine: leave it out, or type host=0.0.0.0 for all of them."
-            raise UserError(said) from error
+            raise UserError(
+                f"host={host} is not an address of this machine: leave it out, or type host=0.0.0.0 for all addresses."
+            ) from error
         raise UserError(
-            f"port {config['port']} cannot be opened ({error.strerror}): type port=0 for a free one."
+            f"port {config['port']} cannot be opened ({error.strerror}): type port=0 for a free port."
         ) from error
     if host in EVERYWHERE:
-        cli.log.warning("host=%s: everybody in this network may draw", host)
+        cli.log.warning("host=%s: everyone on this network can use the page", host)
     with server:
         name = f"[{host}]" if ":" in host else host
         try:
-            console.show_path("page to open", f"http://{name}:{server.server_port}/   (Ctrl-C ends it)")
+            console.show_path("page to open", f"http://{name}:{server.server_port}/   (stop with Ctrl-C)")
             server.serve_forever()
-        except KeyboardInterrupt:  # the way to end it: there is nothing to go on with, and nothing to say
+        except KeyboardInterrupt:  # the usual way to stop the demo, so without a message on how to resume
             interrupts.caught()
             raise
 

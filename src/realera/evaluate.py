@@ -23,10 +23,10 @@ def evaluate(cfg: DictConfig) -> None:
     config = composition.plain(cfg)
     if composition.in_sweep():
         preflight.check_sweep(config["trainer"])
-    among = processes.plan(config["trainer"], resolvers.cuda_devices())
+    plan = processes.plan(config["trainer"], resolvers.cuda_devices())
     run, original = rejudging.run_of(config)
     if not original:
-        jobs.belongs(run)
+        jobs.record_run(run)
     task = composition.build_task(run.config)
     preflight.check_judge(run.config)
     if not original:
@@ -36,12 +36,12 @@ def evaluate(cfg: DictConfig) -> None:
         estimate.show(estimate.summed([estimate.judging(run, task, original)]))
         return
     cli.say_backbone(run.config, None if original else str(run.folder))
-    with folders.alone(run.folder, among.first):
+    with folders.alone(run.folder, plan.first):
         if original:
-            run = folders.claim(run.config) if among.first else run
-            jobs.belongs(run)
-        with processes.together(among, "evaluate") as ranks:
-            judge, metrics = judge_again(processes.agree(ranks, run), task, original, ranks)
+            run = folders.claim(run.config) if plan.first else run
+            jobs.record_run(run)
+        with processes.connected(plan, "evaluate") as ranks:
+            judge, metrics = judge_again(processes.same_run(ranks, run), task, original, ranks)
         if ranks.first:
             log(run, metrics, config["logger"])
     if ranks.first:
@@ -51,22 +51,24 @@ def evaluate(cfg: DictConfig) -> None:
 
 
 def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Judge | SetJudge, dict[str, Any]]:
-    """Draws what is missing, judges, reports. The judge, and in the first process the numbers."""
+    """Draws the missing images, judges and reports. Returns the judge and, in the first process, the metrics."""
     from realera.evaluation.results import own_judge
     from realera.reporting.run_page import write_report
-    from realera.runs import steps  # torch and diffusers: loaded when nothing is left to refuse
+    from realera.runs import steps  # torch and diffusers: slow, so imported after all checks
 
     judge = (steps.build_judge if original else steps.any_judge)(run.config, task)
     own = ranks.from_first(lambda: None if original else own_judge(run.folder, judge.name, rejudging.by_its_own(run)))
     if isinstance(judge, SetJudge):
         if own is None:
-            raise UserError(f"{run.folder} was not judged yet: give python -m realera.evaluate run={run.folder} first.")
+            raise UserError(
+                f"{run.folder} has not been judged yet: run python -m realera.evaluate run={run.folder} first."
+            )
         metrics = steps.compare(judge, run.config, run.folder, own) if ranks.first else {}
     else:
         if ranks.first:
             steps.warn_unknown(judge, task)
-        drawn = ranks.from_first(lambda: steps.standing(task, run.folder, own))
-        of_run = own in (None, judge.name)  # another one's numbers are put beside its own, and cost it nothing
+        drawn = ranks.from_first(lambda: steps.drawn_by_if_complete(task, run.folder, own))
+        of_run = own in (None, judge.name)  # another judge's numbers are added beside, and not counted in the costs
         if ranks.first and of_run:
             folders.begin(run)
         with costs.of_run(run.folder, ranks) if of_run else costs.Meter() as meter:
@@ -86,7 +88,7 @@ def log(run: Run, metrics: dict[str, Any], typed: dict[str, Any]) -> None:
 
 
 def shown(metrics: dict[str, Any], judge: Judge | SetJudge) -> dict[str, Any]:
-    """The numbers of the judge that was asked, which may stand beside those of the run's own: of the same task."""
+    """The metrics of this judge. metrics.json may also contain those of the run's own judge."""
     numbers = metrics["judges"].get(judge.name)
     return metrics if numbers is None else {**numbers, "protocol": metrics["protocol"]}
 

@@ -1,4 +1,4 @@
-"""Writes a run's erasure for other programs: python -m realera.export run=runs/... to=diffusers out=DIR"""
+"""Writes a run's erasure in a format of other programs: python -m realera.export run=runs/... to=diffusers out=DIR"""
 
 from __future__ import annotations
 
@@ -25,27 +25,29 @@ def export(cfg: DictConfig) -> None:
         export_map(run, out)
         return
     if to == "diffusers" and out.is_dir() and any(out.iterdir()):
-        raise UserError(f"out={out} holds other files: give a new or an empty folder.")
+        raise UserError(f"out={out} contains other files: give a new or an empty folder.")
     preflight.check_model(run.config["backbone"])
     convert(run, to, out, rank)
 
 
 def export_map(run: Run, out: Path) -> None:
-    """The closed form as it was saved: W = W0 @ map."""
+    """Copies the run's closed form: W = W0 @ map."""
     if not (run.folder / paths.MAP).is_file():
-        raise UserError(f"{run.folder} holds no {paths.MAP}: its method has no closed form that is one matrix.")
+        raise UserError(
+            f"{run.folder} has no {paths.MAP}, because its method has no single-matrix closed form: give to=diffusers."
+        )
     preflight.check_map(run.folder / paths.MAP)
     with disk.whole(out / paths.MAP) as beside:
         shutil.copyfile(run.folder / paths.MAP, beside)
     if left := _beyond_map(run):
         what, verb = " and the ".join(left), "are" if len(left) > 1 else "is"
-        cli.log.warning("the map is the closed form alone: the %s of this run %s not in it", what, verb)
+        cli.log.warning("the map contains the closed form only: the %s of this run %s not in it", what, verb)
     console.show_path("map", out / paths.MAP)
 
 
 def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
-    """A pipeline folder, or a LoRA file with the error it leaves."""
-    from realera.backbones import portable  # torch: loaded when nothing is left to refuse
+    """Writes a pipeline folder, or a LoRA file; logs the LoRA's approximation error."""
+    from realera.backbones import portable  # torch: slow, so imported after all checks
     from realera.backbones.folder import locate
     from realera.training.checkpoint import read_erased
 
@@ -53,11 +55,11 @@ def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
     erased = read_erased(run.erased).state
     if (guide := _guide(run)) and not erased:
         raise UserError(
-            f"{run.folder} changed no weights: its {guide} acts while images are drawn, which no file holds; draw them "
-            f"with python -m realera.generate run={run.folder}."
+            f"{run.folder} changed no weights: its {guide} acts while images are drawn and cannot be exported. Draw "
+            f"images with python -m realera.generate run={run.folder}."
         )
     if guide:
-        cli.log.warning("the %s of this run acts while images are drawn: no file holds it, only the weights", guide)
+        cli.log.warning("the %s of this run acts while images are drawn: only the weights are exported, not it", guide)
     if to == "diffusers":
         portable.save_pipeline(source, erased, out)
         console.show_path("pipeline", out)
@@ -66,22 +68,23 @@ def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
     file = out / (f"{run.folder.resolve().name}.safetensors" if to == "kohya" else "pytorch_lora_weights.safetensors")
     portable.save_lora(lora, file, to)
     ranks = {down.shape[0] for down, _ in lora.values()}
-    cli.log.info("LoRA of rank %s on %d layers leaves out %.2f%% of the change", max(ranks), len(lora), 100 * error)
+    cli.log.info("LoRA of rank %s on %d layers misses %.2f%% of the change", max(ranks), len(lora), 100 * error)
     console.show_path("LoRA", file)
 
 
 def _beyond_map(run: Run) -> list[str]:
-    """What changed a run's weights after its first closed form."""
+    """The parts of a run's method that changed its weights after the first closed form."""
     method = run.config.get("method") or {}
     align, finish = method.get("align"), method.get("finish")
-    if align and not align.get("steps", 1):  # nothing was trained, so nothing is left to finish
+    if align and not align.get("steps", 1):  # nothing was trained, so there is nothing to finish
         return []
     trained = [] if not align else ["LoRA" if align.get("lora") else "training"]
     return [*trained, *([str(finish["_target_"]).rpartition(".")[2].lower()] if finish else [])]
 
 
 def _guide(run: Run) -> str | None:
-    """The name of the part that steers the drawing of a run's images beside its weights, if there is one."""
+    """The class name of the method's guide, which changes the noise prediction while images are drawn; None without
+    one."""
     node = (run.config.get("method") or {}).get("guide")
     return str(node["_target_"]).rpartition(".")[2] if node else None
 

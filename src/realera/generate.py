@@ -20,15 +20,15 @@ def generate(cfg: DictConfig) -> None:
     if composition.in_sweep():
         preflight.check_sweep({})
     run = folders.open_run(str(config["run"]))
-    plan = processes.plan(None, resolvers.cuda_devices())  # what torchrun or srun has started, else one
+    plan = processes.plan(None, resolvers.cuda_devices())  # the processes of torchrun or srun, otherwise one
     prompts = prompts_of(config["prompts"], config["seeds"])
     content = folders.digest([[prompt.text, prompt.seed] for prompt in prompts])
     out = Path(str(config["out"] or paths.inside(run.folder, f"generated/{content}")))
     folders.check_files(out)
     others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
-    own = (out / paths.MANIFEST).is_file() and not (out / paths.CONFIG).exists()  # a run has its own images
+    own = (out / paths.MANIFEST).is_file() and not (out / paths.CONFIG).exists()  # a run folder has a manifest too
     if plan.first and others and not own:
-        raise UserError(f"out={out} holds other files: give a new or an empty folder.")
+        raise UserError(f"out={out} contains other files: give a new or an empty folder.")
     preflight.check_writable(out, "out")
     preflight.check_run(run)
     preflight.check_model(run.config["backbone"])
@@ -36,9 +36,9 @@ def generate(cfg: DictConfig) -> None:
     if plan.first:
         prompt_lengths.warn((prompt.text for prompt in prompts), run.config["backbone"])
 
-    from realera.runs import steps  # torch and diffusers: loaded when nothing is left to refuse
+    from realera.runs import steps  # torch and diffusers: slow, so imported after all checks
 
-    with folders.alone(out, plan.first, "out"), processes.together(plan, "generate") as ranks:
+    with folders.alone(out, plan.first, "out"), processes.connected(plan, "generate") as ranks:
         steps.draw(steps.load_run(run), prompts, out, run.config, ranks)
     if ranks.first:
         console.show_path("images", out / paths.IMAGES)
@@ -46,7 +46,7 @@ def generate(cfg: DictConfig) -> None:
 
 
 def prompts_of(texts: Any, seeds: Any) -> list[Prompt]:
-    """Every text from every seed, as prompts with an id each."""
+    """One prompt for each pair of a text and a seed, with an id."""
     listed: Sequence[Any] = texts if isinstance(texts, list) else [texts]
     numbers: Sequence[Any] = seeds if isinstance(seeds, list) else [seeds]
     distinct = [(text, seed) for text in dict.fromkeys(listed) for seed in dict.fromkeys(numbers)]

@@ -1,6 +1,6 @@
-"""Where things stand: the config folder, the shipped data, the caches, and the names of a run's files.
+"""Paths: the config folder, the shipped data, the cache, and the file names of a run and a sweep.
 
-Standard library only: the commands import it before anything heavy.
+Standard library only: the commands import this module before anything heavy.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ ERASED = "erased.safetensors"
 MAP = "map.safetensors"
 NEIGHBOURS = "neighbours.safetensors"
 MANIFEST = "manifest.jsonl"
-VERDICTS = "verdicts"  # one <judge>.jsonl each
+VERDICTS = "verdicts"  # a folder with one <judge>.jsonl for each judge
 METRICS = "metrics.json"
 REPORT = "report.html"
 IMAGES = "images"
 ORIGINALS = "originals"  # the unedited model's images of the same prompts, linked from the cache
-FIT = "fit"  # the loop's checkpoints, until it has ended
+FIT = "fit"  # checkpoints of the training loop; deleted when it ends
 LAST = f"{FIT}/last.ckpt"
-LOSSES = "losses.jsonl"  # one line a logged step: {"step": int, "<term>": float, ...}
-COSTS = "costs.json"  # wall time by stage, passes of the U-Net, parameters, peak memory
-WANDB_ID = "wandb_id.txt"  # of the W&B run that it is
-FORMATS = ("PNG", "JPEG", "WEBP")  # of images that are read: other readers of pillow's start programs (EPS), or are old
-RESIDUE, RESIDUE_PAGE = "residue.json", "residue.html"  # which texts draw the concept, before and after
-EDIT_INFO = "edit.json"  # what the edit did: condition number, per-layer change, spectrum, word shifts
-LOCK = ".lock"  # of the process that is making the run; gone when it has ended
-OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # what it leaves beside the erased weights, which name their digests
+LOSSES = "losses.jsonl"  # one line for each logged step: {"step": int, "<term>": float, ...}
+COSTS = "costs.json"  # wall time by stage, U-Net passes, parameters, peak memory
+WANDB_ID = "wandb_id.txt"  # the id of this run in W&B
+FORMATS = ("PNG", "JPEG", "WEBP")  # image formats that are read: pillow's others start programs (EPS) or are obsolete
+RESIDUE, RESIDUE_PAGE = "residue.json", "residue.html"  # which texts generate the concept, before and after
+EDIT_INFO = "edit.json"  # measurements of the edit: condition number, change of each layer, spectrum, prompt shifts
+LOCK = ".lock"  # held by the process that makes the run; deleted when it ends
+OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # the fit's other files; erased.safetensors has their digests
 
 # The files of a sweep.
-SWEEPS = "sweeps"  # the folder of all sweeps, in that of the runs
-LISTED = "runs.txt"  # the run folders of a sweep, one a line
-CELLS = "cells.jsonl"  # how each job ended: see `sweeps.jobs`
+SWEEPS = "sweeps"  # the folder of all sweeps, inside the folder of the runs
+LISTED = "runs.txt"  # the run folders of a sweep, one on each line
+CELLS = "cells.jsonl"  # the outcome of each job: see `sweeps.jobs`
 PLAN = "plan.json"
 FAILED = "failed"  # tracebacks
-TABLES, FIGURES = "tables", "figures"  # beside the page
-RESULTS, README = "results.json", "README.md"  # of results=FOLDER
+TABLES, FIGURES = "tables", "figures"  # in the same folder as the page
+RESULTS, README = "results.json", "README.md"  # in the folder of results=FOLDER
 OF_A_SWEEP = (LISTED, CELLS, PLAN, FAILED, REPORT, TABLES, FIGURES, RESULTS, "multirun.yaml")  # the last is Hydra's
 
 
@@ -58,7 +58,7 @@ _cache: ContextVar[Path | None] = ContextVar("cache", default=None)
 
 @contextmanager
 def cache_at(folder: Path) -> Iterator[None]:
-    """In here `folder` is the cache."""
+    """Inside this context, `folder` is the cache."""
     token = _cache.set(folder)
     try:
         yield
@@ -67,7 +67,8 @@ def cache_at(folder: Path) -> Iterator[None]:
 
 
 def cache_dir() -> Path:
-    """`cache_at`'s, else $REALERA_CACHE, else $XDG_CACHE_HOME/realera, else ~/.cache/realera. Not created here."""
+    """The folder of `cache_at`, else $REALERA_CACHE, else $XDG_CACHE_HOME/realera, else ~/.cache/realera. It is not
+    created here."""
     if (chosen := _cache.get()) is not None:
         return chosen
     if given := os.environ.get("REALERA_CACHE"):
@@ -77,17 +78,17 @@ def cache_dir() -> Path:
 
 
 def file_of(text: Any) -> Path | None:
-    """The file of a typed name, "~" filled in; None where there is none. Such a name may be too long, or name the home
-    of an unknown user."""
-    return _standing(text, Path.is_file)
+    """The existing file of a path that a user typed, with "~" expanded, else None. None also for a path that is too
+    long or names the home of an unknown user."""
+    return _existing(text, Path.is_file)
 
 
 def dir_of(text: Any) -> Path | None:
-    """As `file_of`, of a folder."""
-    return _standing(text, Path.is_dir)
+    """As `file_of`, for a folder."""
+    return _existing(text, Path.is_dir)
 
 
-def _standing(text: Any, test: Callable[[Path], bool]) -> Path | None:
+def _existing(text: Any, test: Callable[[Path], bool]) -> Path | None:
     try:
         place = Path(str(text)).expanduser()
         return place if test(place) else None
@@ -96,55 +97,55 @@ def _standing(text: Any, test: Callable[[Path], bool]) -> Path | None:
 
 
 def inside(folder: Path, name: str | Path) -> Path:
-    """folder/name, for a name that a file holds or that a folder from elsewhere may have turned into a link.
+    """folder/name, for a folder that may come from somebody else, or a name that is read from a file.
 
-    The name is relative and has no "..", and no part of it below `folder` is a symbolic link; `folder` itself may be
-    one. The file need not exist. Raises UserError.
+    The name must be relative, without "..", and no part of it below `folder` may be a symbolic link; `folder` itself
+    may be one. The file need not exist. Raises UserError.
     """
     text = str(name)
     windows = PureWindowsPath(text)
     if not text or "\0" in text or windows.drive or windows.root or ".." in windows.parts:
-        raise UserError(f"{folder} names the file {text[:200]!r}, which is not inside it: do not use this folder.")
+        raise UserError(f"{folder} refers to the file {text[:200]!r}, which is not inside it: do not use this folder.")
     place = folder
     try:
         for part in PurePosixPath(text).parts:
             place = place / part
             if place.is_symlink():
                 raise UserError(
-                    f"{place} is a symbolic link, and a run's files must be in its own folder: put the file itself in "
-                    "its place (cp -L), or remove it."
+                    f"{place} is a symbolic link, and a run's files must be in its own folder: replace the link by the "
+                    "file itself (cp -L), or remove it."
                 )
     except (OSError, ValueError):
         raise UserError(
-            f"{folder} names the file {text[:200]!r}, which cannot be one: do not use this folder."
+            f"{folder} refers to the file {text[:200]!r}, which is not a valid file name: do not use this folder."
         ) from None
     return place
 
 
 def no_links(folder: Path, names: Iterable[str]) -> None:
-    """None of the files and folders of these names may be a symbolic link: what is read, written and deleted through it
-    would be somebody else's. Raises UserError."""
+    """Refuses symbolic links among the files and folders of these names: through a link, files outside of the folder
+    would be read, written or deleted. Raises UserError."""
     for name in names:
         inside(folder, name)
     logged = folder / "wandb"
-    for entry in os.scandir(logged) if logged.is_dir() else ():  # W&B links to the latest of its own
+    for entry in os.scandir(logged) if logged.is_dir() else ():  # W&B makes links to its latest files
         if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(logged)):
-            raise UserError(f"{entry.path} is a symbolic link out of the run's folder: remove it.")
+            raise UserError(f"{entry.path} is a symbolic link that leads out of the run's folder: remove it.")
 
 
 def refuse_odd(folder: Path) -> None:
-    """The loop's checkpoint, where there is one, is a file of the run's own, and none is there that Lightning would
-    look for by itself (on Slurm). Raises UserError."""
+    """Refuses a training checkpoint that is not a regular file of the run, and any checkpoint that Lightning would find
+    and load without being asked (on Slurm). Raises UserError."""
     last = inside(folder, LAST)
     for place, is_right, kind in ((folder / FIT, os.path.isdir, "a folder"), (last, os.path.isfile, "a file")):
         if os.path.lexists(place) and not is_right(place):
-            raise UserError(f"{place} is to be {kind} of the run's own, and is none: remove it.")
+            raise UserError(f"{place} must be {kind} inside the run's folder, and it is not: remove it.")
     if stray := next(folder.glob("*hpc_ckpt_*"), None):
-        raise UserError(f"{stray} is none of a run's files, and Lightning would go on from it: remove it.")
+        raise UserError(f"{stray} is not a file of this run, and Lightning would resume from it: remove it.")
 
 
 def plain(text: str) -> str:
-    """A text as a part of a file's name: letters, digits, "_", "." and "-", at most 80."""
+    """The text as a part of a file name: letters, digits, "_", "." and "-", at most 80 characters."""
     return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)[:80].strip(".-") or "unnamed"
 
 
@@ -152,8 +153,8 @@ UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u
 
 
 def printable(text: str) -> str:
-    """A text as one line that a terminal only shows: control characters, which could move its cursor or name its
-    window, marks that turn the direction of writing, and line breaks become \\xNN or \\uNNNN."""
+    """The text as one line that is safe to print in a terminal. Control characters (which could move the cursor or
+    rename the window), marks that change the writing direction, and line breaks become \\xNN or \\uNNNN."""
     return UNSEEN.sub(
         lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text
     )

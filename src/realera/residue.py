@@ -1,4 +1,4 @@
-"""Which texts draw a concept before and after a run erased it: python -m realera.residue run=latest"""
+"""Finds the texts that draw a concept before and after a run erased it: python -m realera.residue run=latest"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def residue(cfg: DictConfig) -> None:
     prompt_lengths.warn(asked["texts"], run.config["backbone"], "texts")
 
     from realera.reporting.residue_page import write_page
-    from realera.runs import remaining_texts  # torch and diffusers: loaded when nothing is left to refuse
+    from realera.runs import remaining_texts  # imports torch and diffusers, so only after all checks
 
     with folders.alone(out, key="out"):
         found = remaining_texts.measure(run, task, asked, out, judging)
@@ -47,7 +47,7 @@ def residue(cfg: DictConfig) -> None:
 
 
 def asked_of(config: dict[str, Any]) -> dict[str, Any]:
-    """What is asked for: lists without repeats, texts without blanks around them."""
+    """The search settings. Lists have no repeats, texts no surplus spaces."""
     asked = {key: config[key] for key in ("texts", "vocabulary", "looked", "within", "images", "pictured", "seeds")}
     for key in ("texts", "vocabulary", "seeds"):
         listed = asked[key] if isinstance(asked[key], list) else [asked[key]]
@@ -56,24 +56,27 @@ def asked_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def judges(config: dict[str, Any]) -> bool:
-    """Whether the run's own judge looks at the pictures: not where a run folder may not choose what is started."""
+    """Whether the run's own judge can judge the pictures. It must not be a program or model that the run folder
+    names."""
     judge = config.get("judge")
     if not judge:
         return False
     if trust.interpreter(judge) or trust.brought_model(judge):
-        cli.log.warning("the pictures are not judged: the run's judge is a program or a model that its folder names.")
+        cli.log.warning(
+            "the pictures are not judged, because the run folder itself names the program or the model of its judge."
+        )
         return False
     return True
 
 
 def folder_of(config: dict[str, Any], run: folders.Run, asked: dict[str, Any]) -> Path:
-    """Where the page goes, which may hold nothing but an earlier one."""
+    """The folder of the page. It must be new, empty or contain an earlier page."""
     files = [checksums.sha256_of(file) for name in asked["vocabulary"] if (file := paths.file_of(name)) is not None]
     out = Path(str(config["out"] or paths.inside(run.folder, f"residue/{folders.digest([asked, files])}")))
     folders.check_files(out)
     others = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
     if others and ((out / paths.CONFIG).exists() or not (out / paths.MANIFEST).is_file()):
-        raise UserError(f"out={out} holds other files: give a new or an empty folder.")
+        raise UserError(f"out={out} contains other files: give a new or an empty folder.")
     preflight.check_writable(out, "out")
     return out
 

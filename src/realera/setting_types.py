@@ -1,8 +1,8 @@
-"""The kinds of settings: a type, its range, and the words that say so. Standard library only.
+"""Types of settings: a plain type, a check of the value, and words for errors. Standard library only.
 
-A constructor annotates its parameters with kinds (`steps: TrainingSteps`), and schema.py checks the settings by them
-before anything heavy is imported. For a type checker a kind is its plain type. Another range is written in place:
-`Annotated[float, Number(0, 5)]`.
+A constructor annotates its parameters with these types (`steps: TrainingSteps`). `settings/schema.py` checks the
+settings by the annotations before any heavy import. For a type checker they are the plain types. Another range is
+written in place: `Annotated[float, Number(0, 5)]`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-LONGEST = 100_000  # letters of a text
-LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes of a path, and of one name in it
-MOST_PIXELS = 4096  # of a side: no GPU draws a larger image
+LONGEST = 100_000  # characters of a text
+LONGEST_PATH, LONGEST_NAME = 4096, 255  # bytes of a path, and of one part of it
+MOST_PIXELS = 4096  # per side; larger images fit on no GPU
 MOST_GUIDANCE = 1000
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number from `low` to `high`. above, below: the bound itself is excluded. whole: without a fraction. infinite:
-    .inf passes too."""
+    """A number from `low` to `high`. above, below: exclude the bound itself. whole: only whole numbers. infinite: .inf
+    is allowed."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -37,33 +37,33 @@ class Number:
 
     def fault(self, value: Any, here: bool = True) -> str | None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return "cannot be"
+            return "is not valid"
         if self.infinite and value == math.inf:
             return None
         if isinstance(value, float) and not math.isfinite(value):
-            return "cannot be"
+            return "is not valid"
         if self.whole and not (isinstance(value, int) or (self.infinite and value == int(value))):
-            return "cannot be"
+            return "is not valid"
         low = value > self.low if self.above else value >= self.low
         high = value < self.high if self.below else value <= self.high
-        return None if low and high else "cannot be"
+        return None if low and high else "is not valid"
 
     @property
     def words(self) -> str:
         name = "a whole number" if self.whole else "a number"
         if self.low > -math.inf and not (self.above or self.below) and self.high < math.inf:
-            said = f"{name} from {_plain(self.low)} to {_plain(self.high)}"
+            text = f"{name} from {_plain(self.low)} to {_plain(self.high)}"
         else:
             low = f"{'above' if self.above else 'from'} {_plain(self.low)}" if self.low > -math.inf else ""
             high = f"{'below' if self.below else 'at most'} {_plain(self.high)}" if self.high < math.inf else ""
-            said = " ".join([name, ", ".join(part for part in (low, high) if part)]).strip()
-        return f"{said}, or .inf" if self.infinite else said
+            text = " ".join([name, ", ".join(part for part in (low, high) if part)]).strip()
+        return f"{text}, or .inf" if self.infinite else text
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text. name: the words for it. least: how many letters it has without blanks around it. digits: whole numbers
-    pass too; numbers: all numbers do. template: it has {} once."""
+    """A text. name: the words for it in errors. least: minimum number of characters, not counting blanks at the ends.
+    digits: whole numbers are allowed; numbers: all numbers are allowed. template: the text must contain {} once."""
 
     name: str = "a text"
     least: int = 0
@@ -76,11 +76,11 @@ class Text:
         if isinstance(value, known) and not isinstance(value, bool) and abs(value) < 1e300:
             return None
         if not isinstance(value, str) or len(value.strip()) < self.least or len(value) > LONGEST:
-            return "cannot be"
+            return "is not valid"
         if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\r\t" for letter in value):
-            return "holds a control character or bytes that are no UTF-8"
+            return "contains a control character or bytes that are not UTF-8"
         if self.template and value.count("{}") != 1:
-            return "must hold {} once, where the name goes"
+            return "must contain {} once, where the name goes"
         return None
 
     @property
@@ -90,14 +90,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A text that a regular expression matches as a whole. name: the words for it."""
+    """A text that the regular expression matches as a whole. name: the words for it in errors."""
 
     pattern: str
     name: str
 
     def fault(self, value: Any, here: bool = True) -> str | None:
         fits = isinstance(value, str) and re.fullmatch(self.pattern, value, re.ASCII)
-        return None if fits else "cannot be"
+        return None if fits else "is not valid"
 
     @property
     def words(self) -> str:
@@ -105,7 +105,7 @@ class Pattern:
 
 
 def typed_devices(value: Any) -> Any:
-    """A text of devices as the number or the list that it spells: "2" is 2, "0,1" is [0, 1]; all else as it is."""
+    """Parses a text of devices: "2" is 2, "0,1" is [0, 1]. Any other value is returned unchanged."""
     if not isinstance(value, str) or not re.fullmatch(r"-1|\d{1,4}(,\d{1,4})*,?", value, re.ASCII):
         return value
     return [int(number) for number in value.split(",") if number] if "," in value else int(value)
@@ -113,7 +113,7 @@ def typed_devices(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class DeviceList:
-    """The number of devices that a run takes (-1: all), or a list of their numbers."""
+    """The number of devices that a run uses (-1: all), or a list of device numbers."""
 
     most: int = 4096
 
@@ -124,17 +124,18 @@ class DeviceList:
             right = all(number.fault(one) is None for one in value) and len(set(value)) == len(value) > 0
         else:
             right = value == "auto" or (type(value) is int and (value == -1 or 1 <= value <= self.most))
-        return None if right else "cannot be"
+        return None if right else "is not valid"
 
     @property
     def words(self) -> str:
-        return "a number of 1 or more, a list of numbers as [0,1], or -1 (all)"
+        return "a number of 1 or more, a list of numbers such as [0,1], or -1 (all)"
 
 
 @dataclass(frozen=True)
 class Place:
-    """A path. name: the words for it. stands: "file" or "folder", which must be there; "" = it may yet be made.
-    besides: words that are no path. numbers: a whole number but 0 is taken, because the reader makes a text of it."""
+    """A path. name: the words for it in errors. stands: "file" or "folder" = it must exist; "" = it need not exist.
+    besides: allowed words that are not paths. numbers: a whole number other than 0 is allowed, because the code that
+    reads the setting converts it to text."""
 
     name: str = "a path"
     stands: str = ""
@@ -143,12 +144,12 @@ class Place:
 
     def fault(self, value: Any, here: bool = True) -> str | None:
         if isinstance(value, bool) or not isinstance(value, (str, int, Path)):
-            return "cannot be"
+            return "is not valid"
         text = str(value)
         if isinstance(value, int) and not (self.numbers and value):
-            return f"is a number (a path of that name is typed ./{text[:20]})"
+            return f"is a number (for a path of that name type ./{text[:20]})"
         if Text(least=1).fault(text) is not None or any(letter in text for letter in "\n\r\t"):
-            return "is no path"
+            return "is not a path"
         names = text.encode().split(os.sep.encode())
         if len(text.encode()) > LONGEST_PATH or max(map(len, names)) > LONGEST_NAME:
             return "is too long for a path"
@@ -157,11 +158,11 @@ class Place:
         try:
             path = Path(text).expanduser()
         except RuntimeError:
-            return f"begins with the name of no user here (a path of that name is typed ./{text[:40]})"
+            return f"starts with an unknown user name (for a path of that name type ./{text[:40]})"
         if not self.stands:
             return None
-        there = path.is_file() if self.stands == "file" else path.is_dir()
-        return None if there else f"is no {self.stands}"
+        exists = path.is_file() if self.stands == "file" else path.is_dir()
+        return None if exists else f"is not a {self.stands}"
 
     @property
     def words(self) -> str:
@@ -178,7 +179,7 @@ class Program:
         if (wrong := Place().fault(value, here)) is not None:
             return wrong
         found = not here or shutil.which(os.path.expanduser(str(value)))
-        return None if found else "is no program that can be run"
+        return None if found else "is not a program that can be run"
 
     @property
     def words(self) -> str:
@@ -187,20 +188,21 @@ class Program:
 
 @dataclass(frozen=True)
 class Filled:
-    """Of a list: it has at least one entry."""
+    """Mark of a list: it must have at least one entry."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Of a part: `settings` (a TypedDict) in its node that its constructor does not take."""
+    """Mark of a part: `settings` (a TypedDict) are further settings in its config node, not passed to its
+    constructor."""
 
     settings: Any
 
 
 @dataclass(frozen=True)
 class Others:
-    """Of a TypedDict: settings that are not listed are parameters of `first`, the dotted name of a class or function.
-    `second`: the function that `first` passes its **kwargs to."""
+    """Mark of a TypedDict: settings that it does not list are parameters of `first`, the dotted name of a class or
+    function. second: the function that `first` passes its **kwargs to."""
 
     first: str
     second: str = ""
@@ -208,7 +210,7 @@ class Others:
 
 @dataclass(frozen=True)
 class Instead:
-    """Of a TypedDict: names that are no settings of it, each with the setting to use instead."""
+    """Mark of a TypedDict: {a name that is not a setting of it: the setting to use instead}."""
 
     names: Mapping[str, str]
 
@@ -223,19 +225,19 @@ def _plain(bound: float) -> str:
 
 Seed = Annotated[int, Number(0, 2**63 - 1, whole=True)]
 FirstSeed = Annotated[int, Number(0, 2**62, whole=True)]
-"""The seed of a prompt's first image: the others' are added to it."""
+"""The seed of a prompt's first image; the following images have the following seeds."""
 Count = Annotated[int, Number(1, 10**6, whole=True)]
 """A number of images, points, captions or rows: at least one."""
 Whole = Annotated[int, Number(0, 10**6, whole=True)]
 CountOrInf = Annotated[float, Number(1, 10**6, whole=True, infinite=True)]
 WholeOrInf = Annotated[float, Number(0, 10**6, whole=True, infinite=True)]
-"""The number of points that are sampled; .inf = their exact expectation."""
+"""A number of sampled points; .inf = the exact expectation instead of samples."""
 Captions = Annotated[int, Number(1, 10**9, whole=True)]
 """A number of captions, or of rows of a table."""
 TrainingSteps = Annotated[int, Number(0, 10**7, whole=True)]
 SamplerSteps = Annotated[int, Number(1, 1000, whole=True)]
 Timestep = Annotated[int, Number(0, 999, whole=True)]
-"""Of the 1000 that every checkpoint here was trained on."""
+"""All supported checkpoints have 1000 training timesteps."""
 Rank = Annotated[int, Number(1, 4096, whole=True)]
 Pixels = Annotated[int, Number(8, MOST_PIXELS, whole=True)]
 Batch = Annotated[int, Number(1, 65536, whole=True)]
@@ -251,7 +253,7 @@ Share = Annotated[float, Number(0, 1)]
 Cosine = Annotated[float, Number(-1, 1)]
 LearningRate = Annotated[float, Number(0, 10, above=True)]
 Guidance = Annotated[float, Number(0, MOST_GUIDANCE)]
-"""Classifier-free guidance: 1 is none."""
+"""The scale of classifier-free guidance; 1 = no guidance."""
 
 # --- texts -----------------------------------------------------------------------------------------------------------
 
@@ -260,11 +262,11 @@ Prompt = Annotated[str, Text("a text", least=1)]
 Template = Annotated[str, Text("a text with {} where the name goes", template=True)]
 Name = Annotated[str | int, Text("a name", digits=True)]
 Label = Annotated[str, Text("a text", least=1)]
-"""A word to call something by."""
+"""A text that names something."""
 Word = Annotated[str, Text("a text", least=1, numbers=True)]
-"""A word whose reader makes a text of a number: digits may be typed without quotes."""
+"""A text that may be typed as a number without quotes; the code that reads it converts it to text."""
 Targets = Annotated[Sequence[Label], Filled()]
-"""Names of layers or weights of the U-Net, as `Backbone.add_adapter` and `unfreeze` take them."""
+"""Names of layers or weights of the U-Net, in the form of `Backbone.add_adapter` and `unfreeze`."""
 TorchDevice = Annotated[str, Pattern(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N")]
 Devices = Annotated[Any, DeviceList()]
 Strategy = Annotated[str, Pattern(r"auto|ddp(_\w+)?", "auto or ddp")]
@@ -277,7 +279,7 @@ WandbMode = Annotated[
     ),
 ]
 
-# --- places ----------------------------------------------------------------------------------------------------------
+# --- paths -----------------------------------------------------------------------------------------------------------
 
 NewPath = Annotated[str | Path, Place("a path", numbers=True)]
 File = Annotated[str | Path, Place("a file", "file")]
@@ -286,5 +288,5 @@ Checkpoint = Annotated[str | Path, Place("a hub id or a diffusers folder")]
 Run = Annotated[str, Place("a run folder or latest", numbers=True)]
 RunOrOriginal = Annotated[str, Place("a run folder, latest or original", numbers=True)]
 Sums = Annotated[str, Place("a file that python -m realera.cache made", "file", ("everyday",))]
-Vocabulary = Annotated[str, Place("a file with a text a line", "file", ("words", "everyday"))]
+Vocabulary = Annotated[str, Place("a file with one text on each line", "file", ("words", "everyday"))]
 Python = Annotated[str, Program()]

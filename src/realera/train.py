@@ -18,50 +18,50 @@ from realera.system.ranks import Ranks
 
 
 def train(cfg: DictConfig) -> float | None:
-    """One run; returns its H_o, which a search maximises."""
+    """Makes one run and returns its H_o, which a search maximises."""
     config = composition.plain(cfg)
     preflight.check_settings(config, sweep=composition.in_sweep())
     repairs.check_sums(config["method"])
-    jobs.refuse_lone(config)
+    jobs.refuse_single_run(config)
     task = composition.build_task(config)
     config = composition.name_concepts(config, task)
     preflight.check_task(task, config["backbone"])
     starting.check(config)
     if config["evaluate"]:
         preflight.check_judge(config)
-    among = processes.plan(config["trainer"], resolvers.cuda_devices())
+    plan = processes.plan(config["trainer"], resolvers.cuda_devices())
     if config["dry_run"]:
         estimate.show(estimate.summed([estimate.work(config, task)]))
         return None
-    config["trainer"] = dict(among.trainer)
-    with folders.alone(folders.folder_of(config), among.first):
-        run, ranks = begin(config, task, among)
+    config["trainer"] = dict(plan.trainer)
+    with folders.alone(folders.folder_of(config), plan.first):
+        run, ranks = begin(config, task, plan)
     return show(run) if ranks.first else None
 
 
-def begin(config: dict[str, Any], task: Task, among: processes.Plan) -> tuple[Run, Ranks]:
-    """Carries out the run, or finds it finished."""
-    run = folders.claim(config) if among.first else Run(folders.folder_of(config), config)
-    jobs.belongs(run, found=run.finished)
+def begin(config: dict[str, Any], task: Task, plan: processes.Plan) -> tuple[Run, Ranks]:
+    """Carries out the run, unless it is finished already."""
+    run = folders.claim(config) if plan.first else Run(folders.folder_of(config), config)
+    jobs.record_run(run, found=run.finished)
     cli.say_backbone(config)
-    with processes.together(among, "train", needed=not run.finished) as ranks:
-        run = processes.agree(ranks, run)
+    with processes.connected(plan, "train", needed=not run.finished) as ranks:
+        run = processes.same_run(ranks, run)
         if run.finished:
-            cli.log.info("%s is finished; overwrite=true does it again", run.folder)
+            cli.log.info("%s is already finished; overwrite=true repeats it", run.folder)
             if ranks.first and config["evaluate"] and os.environ.get("WANDB_SWEEP_ID"):
                 from realera.wandb_logging.tracking import (
-                    log_judged,  # the agent that started this process waits for numbers
+                    log_judged,  # the W&B agent that started this process waits for the numbers
                 )
 
                 log_judged(run, read_metrics(run.folder))
         else:
-            with starting.let_go(run):
+            with starting.remove_if_refused(run):
                 carry_out(run, task, ranks)
     return run, ranks
 
 
 def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
-    """Erase, save, draw, judge, log, report. Started again, it goes on where it stopped."""
+    """Erases, saves, draws, judges, logs and reports. If it was interrupted, the next call continues."""
     cli.log.info("run %s", run.folder)
     if ranks.first and run.config["evaluate"]:
         prompt_lengths.warn(
@@ -70,12 +70,12 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
     from realera.reporting.run_page import write_report
     from realera.runs import steps
     from realera.sweeps import shared_model
-    from realera.wandb_logging import tracking  # torch, diffusers and Lightning: loaded when nothing is left to refuse
+    from realera.wandb_logging import tracking  # torch, diffusers, Lightning: slow, so imported after all checks
 
-    judge = steps.build_judge(run.config, task) if run.config["evaluate"] else None  # first: it may be out of reach
+    judge = steps.build_judge(run.config, task) if run.config["evaluate"] else None  # first: it may not be available
     if judge is not None and ranks.first:
         steps.warn_unknown(judge, task)
-    with costs.of_run(run.folder, ranks) as meter, shared_model.borrowed(run.config, meter) as backbone:
+    with costs.of_run(run.folder, ranks) as meter, shared_model.shared_backbone(run.config, meter) as backbone:
         loggers = tracking.make(run) if ranks.first else []
         with tracking.ended(loggers):
             steps.erase(backbone, task, run, loggers, ranks, meter)
@@ -89,7 +89,7 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
 
 
 def show(run: Run) -> float | None:
-    """Shows a finished run: its table and the page to open. Returns H_o if it was computed."""
+    """Prints a finished run's table and the paths of its files. Returns H_o if it was computed."""
     if run.config["evaluate"] and (run.folder / paths.METRICS).is_file():
         metrics = read_metrics(run.folder)
         column = "unchanged" if folders.is_original(run.config) else "erased"

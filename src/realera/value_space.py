@@ -1,26 +1,27 @@
-"""Closed-form edits in the space where a U-Net reads text: the values W_l k of its cross-attention layers l.
+"""Closed-form edits in value space: the values W_l k of a U-Net's cross-attention layers l.
 
-Two texts that draw the same thing lie close together in their values, however far apart the text encoder puts them, so
-what is to be erased is taken from there. Letters: k a row of text states, a column vector of width D; e a concept's
-mean row, a its anchor's; mu, C the mean and covariance of rows of plain captions, which stand for all that is to stay.
+Two texts that draw the same thing have similar values, however far apart the text encoder puts them, so a concept is
+erased in this space. Letters: k a row of text states, a column vector of width D; e a concept's mean row, a its
+anchor's; mu, C the mean and covariance of rows of plain captions, which represent all preserved texts. A reading is
+a linear function u^T k of a text state.
 
-    G = sum_l c_l W_l^T W_l                     the metric in which the U-Net sees text
-    Q = G (G C G + r I)^-1 G                    the quiet readings, below
-    U = Q (E - mu 1^T),  then  U^T H = 0        one reading per concept, blind to what is held (columns of H)
+    G = sum_l c_l W_l^T W_l                     the metric of the U-Net's values
+    Q = G (G C G + r I)^-1 G                    the quiet readings, see below
+    U = Q (E - mu 1^T),  then  U^T H = 0        one reading per concept, blind to the preserved columns H
     M = I - g X (U^T X)^-1 U^T,   X = E - A     the map: W = W0 M (`further` adds columns to X, and their readings to U)
 
-Where Q comes from. A reading u^T k = w^T G k of the values, with w in the U-Net's coordinates, is to give 1 on e - mu
-and little on captions, w^T G C G w, at a price r ||w||^2 on large coefficients. Minimising the sum of both gives
-w ~ (G C G + r I)^-1 G (e - mu), so u = G w = Q (e - mu) up to a factor, which M does not depend on. r -> 0 is a reading
-whitened by captions, as in closed forms that keep a caption prior; r -> infinity a filter matched to e in G^2.
+Why Q. A reading u^T k = w^T G k of the values, with w in the U-Net's coordinates, should give 1 on e - mu and little on
+captions, w^T G C G w, at a price r ||w||^2 on large coefficients. Minimising the sum of both gives
+w ~ (G C G + r I)^-1 G (e - mu), so u = G w = Q (e - mu) up to a factor, which does not change M. r -> 0 is a reading
+whitened by captions, as in closed forms with a caption prior; r -> infinity is a filter matched to e in G^2.
 
-What M does. X (U^T X)^-1 U^T is an oblique projection, onto what leads from the anchors to the concepts, along what U
-does not read. So with gain g = 1: M^2 = M; U^T M = 0, the readings are gone from every text, the concept's name or not;
-concepts do not cross-talk, M (e_i - a_i) = 0 for each; and M h = h for whatever U does not read, the columns of H
-exactly. M is singular: no text state gives e back. G and C are scaled to trace D, so M does not change when weights or
-text states are scaled, and r means the same on every backbone.
+Properties of M. X (U^T X)^-1 U^T is an oblique projection onto the shifts from the anchors to the concepts, along the
+directions that U does not read. With gain g = 1, therefore: M^2 = M; U^T M = 0, so the readings of every text are 0,
+whether or not it has the concept's name; concepts do not cross-talk, M (e_i - a_i) = 0 for each; and M h = h for every
+h that U does not read, exactly so for the columns of H. M is singular: no text state gives e back. G and C are scaled
+to trace D, so M does not change when weights or text states are scaled, and r means the same on every backbone.
 
-Everything is (D, D) or (D, n) float64 on the CPU, columns are vectors.
+Everything is (D, D) or (D, n) float64 on the CPU; vectors are columns.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from torch import Tensor
 
 from realera.contracts import UserError
 
-LEAST = 0.05  # of an eigenvalue of the metric, in `roots`
-ROUNDING = 1e-8  # of a reading; what is left of one that is less was read of what is held
-CONDITION = 1e8  # of U^T X, above which concepts and anchors cannot be told apart
+LEAST = 0.05  # lower bound of the metric's eigenvalues in `roots`
+ROUNDING = 1e-8  # share of a reading; a smaller remainder is rounding error and counts as 0
+CONDITION = 1e8  # of U^T X; above it, concepts and anchors cannot be told apart
 
 
 def metric(weights: Sequence[Tensor], layers: str = "as_they_are") -> Tensor:
-    """G (D, D) of weights (out, D), scaled to trace D. layers: "as_they_are" = c_l = 1, a layer that writes much counts
-    much; "equal" = every layer's trace is the same."""
+    """G (D, D) of weights (out, D), scaled to trace D. layers: "as_they_are" = c_l = 1, so a layer with large weights
+    counts more; "equal" = every layer has the same trace."""
     total = torch.zeros(weights[0].shape[1], weights[0].shape[1], dtype=torch.float64)
     for weight in weights:
         double = weight.detach().to("cpu", torch.float64)
@@ -50,9 +51,9 @@ def metric(weights: Sequence[Tensor], layers: str = "as_they_are") -> Tensor:
 
 
 def roots(metric: Tensor, least: float = LEAST) -> tuple[Tensor, Tensor]:
-    """R = G^(1/2) and R^-1, (D, D): k -> R k are coordinates in which distances are those of the values. Eigenvalues of
-    G below `least` (their mean is 1) count as so much, for what the U-Net hardly reads must still have a way back; with
-    0 there may be none, and R^-1 is not finite."""
+    """R = G^(1/2) and R^-1, (D, D): in the coordinates R k, distances are those of the values. Eigenvalues of G below
+    `least` (their mean is 1) are raised to `least`, because R must be invertible in directions that the U-Net hardly
+    reads too; with least = 0, R^-1 may not be finite."""
     values, vectors = torch.linalg.eigh(metric)
     root = values.clamp(min=least).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
@@ -66,7 +67,7 @@ def covariance(gram: Tensor, mean: Tensor, rows: int) -> Tensor:
 def quiet(metric: Tensor, covariance: Tensor, price: float) -> Tensor:
     """Q = G (G C G + r I)^-1 G, (D, D), symmetric.
 
-    price: r, at least 0. Raises UserError where it does not determine the readings: captions of a small rank need one.
+    price: r, at least 0. Raises UserError if it does not determine the readings; captions of low rank need r > 0.
     """
     system = metric @ covariance @ metric
     system = (system + system.T) / 2 + price * torch.eye(len(metric), dtype=torch.float64)
@@ -81,14 +82,15 @@ def quiet(metric: Tensor, covariance: Tensor, price: float) -> Tensor:
 def further(differences: Tensor, shift: Tensor, metric: Tensor, count: int) -> Tensor:
     """(D, count): directions besides a concept's mean shift x (D,) in which its values differ most from the anchor's.
 
-    differences: rows d_i (n, D), of the concept less the anchor's row beside it, so that what their template and place
-    do to both is not in them. x alone takes the mean of the values R d_i away, R = G^(1/2). The space of 1 + count
-    directions that comes nearest to all of them, x being one, minimises sum_i ||R c_i - P R c_i||^2 over orthogonal
-    projections P, with c_i = d_i - x (x^T G d_i) / (x^T G x) what R x does not span of R d_i. So P is onto the leading
-    eigenvectors v of R S R, S = sum_i c_i c_i^T, and x_j = S R v_j / lambda_j: the combination of the c_i whose values
-    are R x_j = v_j. R is not inverted, so that G may be singular: what the U-Net does not read is not chosen.
+    differences: rows d_i (n, D), each a row of the concept less the matching row of the anchor, so the effect of their
+    template and position cancels. x alone removes the mean of the values R d_i, R = G^(1/2). The space of 1 + count
+    directions that is nearest to all of them and includes x minimises sum_i ||R c_i - P R c_i||^2 over orthogonal
+    projections P, where R c_i is the part of R d_i outside the span of R x, c_i = d_i - x (x^T G d_i) / (x^T G x). So P
+    projects onto the leading eigenvectors v of R S R, S = sum_i c_i c_i^T, and x_j = S R v_j / lambda_j is the
+    combination of the c_i with values R x_j = v_j. R is not inverted, so G may be singular: directions that the U-Net
+    does not read are not chosen.
 
-    Zeros, where the concept is its own anchor. Raises UserError where the rows differ in fewer directions.
+    Zeros if the concept is its own anchor. Raises UserError if the rows differ in fewer directions.
     """
     size = shift @ metric @ shift
     if not bool(size > 0):
@@ -101,25 +103,25 @@ def further(differences: Tensor, shift: Tensor, metric: Tensor, count: int) -> T
     there = int((values > ROUNDING * (differences @ root).square().sum()).sum())
     if there < count:
         raise UserError(
-            f"method.edit.directions={1 + count} is more than the {1 + there} in which the U-Net reads the concept's "
-            "prompts apart from its anchor's: give fewer directions, or more prompts (task.templates=...)."
+            f"method.edit.directions={1 + count} is more than the {1 + there} directions in which the U-Net's values "
+            "of the concept and its anchor differ: give fewer directions, or more prompts (task.templates=...)."
         )
     return scatter @ root @ vectors[:, -count:].flip(1) / values[-count:].flip(0)
 
 
 def beside(quiet: Tensor, held: Tensor) -> Tensor:
-    """Q - Q H (H^T Q H)^+ H^T Q, (D, D): the quiet readings among those that are blind to held (D, m)."""
+    """Q - Q H (H^T Q H)^+ H^T Q, (D, D): the quiet readings that are blind to held (D, m)."""
     known = quiet @ held
     return quiet - known @ torch.linalg.pinv(held.T @ known, hermitian=True) @ known.T
 
 
 def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf) -> Tensor:
-    """Readings (D, n) made blind to held (D, m): U <- U - Q H (H^T Q H)^+ H^T U, the nearest ones in Q^-1 with
-    U^T H = 0; the pseudo-inverse, for names that are held may depend on one another.
+    """Readings (D, n) made blind to held (D, m): U <- U - Q H (H^T Q H)^+ H^T U, the nearest readings in Q^-1 with
+    U^T H = 0. It is a pseudo-inverse because preserved names may be linearly dependent.
 
-    keep: inf = exactly; else a price on what is read of them, (keep / d) ||U^T h||^2 for each h against the distance,
-    d the mean of h^T Q h: (H^T Q H + d I / keep)^-1 in place of the pseudo-inverse. Where others are held exactly as
-    well, the readings are already blind to these and quiet is `beside` them, or the two would undo one another.
+    keep: inf = exactly blind; else a price on readings of held, (keep / d) ||U^T h||^2 for each h against the distance,
+    d the mean of h^T Q h: (H^T Q H + d I / keep)^-1 replaces the pseudo-inverse. If other columns are preserved exactly
+    as well, the readings must already be blind to those and quiet must be `beside` them, or one step undoes the other.
     """
     if held.shape[1] == 0 or keep == 0:
         return readings
@@ -135,16 +137,16 @@ def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf)
 
 
 def fitted(seen: Tensor, columns: Tensor, goals: Tensor, price: float) -> Tensor:
-    """(D,): a reading that gives 1 on a concept and comes near its goal on each of further texts.
+    """(D,): a reading that is 1 on a concept and near its goal on each further text.
 
-    columns B (D, 1 + m): the concept's e - mu and the texts', less mu. seen (D, 1 + m): their readings, Q B made blind
-    to what is held. goals y (m,): 1 for a text that draws the concept, 0 for one that does not. With S = B^T seen and
-    s = S_00 / price, so that price means the same whatever the scale of Q, the blind reading that minimises
+    columns B (D, 1 + m): the concept's e - mu, and the texts' rows less mu. seen (D, 1 + m): their readings, Q B made
+    blind to the preserved columns. goals y (m,): 1 for a text that draws the concept, 0 for one that does not. With
+    S = B^T seen and s = S_00 / price, so that price does not depend on the scale of Q, the blind reading that minimises
 
         u^T Q^-1 u + (1 / s) sum_j (u^T b_j - y_j)^2    with u^T (e - mu) = 1
 
-    is u = seen (S + diag(0, s, ..., s))^-1 (1, y). price 0: seen's first column, which reads the concept alone; so too
-    where that is zero, because the concept is held itself.
+    is u = seen (S + diag(0, s, ..., s))^-1 (1, y). With price 0 it is seen's first column, which reads only the
+    concept; also if that column is zero, because the concept itself is preserved.
     """
     system = columns.T @ seen
     system = (system + system.T) / 2
@@ -160,11 +162,11 @@ def projection(
     """Of readings U and shifts X = E - A, both (D, n): L = -g X and R = (U^T X + t I)^-1 U^T (n, D) with M = I + L R,
     each reading scaled to u^T x = 1, and the system's condition number.
 
-    gain: g; 1 is the projection, more takes the readings beyond zero, 0 changes nothing. tolerance: t; 0 takes them
-    away entirely, which more concepts than D less what is held cannot be. Raises UserError where a concept is read like
-    its anchor, like another concept, or like what is held.
+    gain: g; 1 is the projection, more takes the readings beyond zero, 0 changes nothing. tolerance: t; 0 makes the
+    readings exactly zero, which is possible for at most D less the number of preserved columns. Raises UserError if a
+    concept is read like its anchor, like another concept, or like a preserved column.
     """
-    differ = shifts.norm(dim=0) > 0  # a concept that is its own anchor is not to be changed
+    differ = shifts.norm(dim=0) > 0  # a concept that is its own anchor must not change
     shifts, readings = shifts[:, differ], readings[:, differ]
     if not shifts.shape[1]:
         return shifts, shifts.T.contiguous(), {"condition": 1.0}
@@ -175,8 +177,8 @@ def projection(
     condition = float(torch.linalg.cond(system)) if bool(torch.isfinite(system).all()) else math.inf
     if not condition < CONDITION:
         raise UserError(
-            "The concepts cannot be told from their anchors, from one another or from what is kept, by what the U-Net "
-            "reads: choose other anchors (anchor=...), or keep fewer names."
+            "By the U-Net's values, the concepts cannot be told from their anchors, from one another or from the "
+            "preserved names: choose other anchors (anchor=...), or preserve fewer names (method.edit.keep)."
         )
     return -gain * shifts, torch.linalg.solve(system, scaled.T), {"condition": condition}
 

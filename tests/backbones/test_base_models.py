@@ -1,4 +1,4 @@
-"""The whole road, as typed, on folders of every kind of Stable Diffusion that a backbone yaml names."""
+"""The commands, from training to the report, on a small model of every kind of Stable Diffusion in conf/backbone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ needs_judge = pytest.mark.skipif(not (MINIATURE / "judge").is_dir(), reason="the
 def type_in(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
-    """type_in("train", "sdxl", ...) runs a door on that kind's small folder; gives the folder that runs stand in."""
+    """type_in("train", "sdxl", ...) runs a command on the small model of that kind; returns the folder of the runs."""
     place = tmp_path_factory.mktemp("work")
     monkeypatch.chdir(place)
     monkeypatch.setenv("REALERA_CACHE", str(place / "cache"))
@@ -67,7 +67,7 @@ def only(folder: Path, name: str) -> Path:
 
 @pytest.mark.slow
 def test_an_xl_is_erased_and_exported(type_in: Callable[..., Path], tiny_sdxl: Path) -> None:
-    """The edit of every layer stands in the saved weights, and a plain diffusers pipeline draws the same with it."""
+    """The saved weights contain the edit of every layer, and a diffusers pipeline generates the same image with it."""
     place = type_in("train", "sdxl", "concept=airplane", "method=uce", "evaluate=false", "logger=none")
     state = load_file(erased := only(place, "erased.safetensors"))
     assert len(state) == 56
@@ -104,7 +104,7 @@ def test_an_xl_is_erased_and_exported(type_in: Callable[..., Path], tiny_sdxl: P
 @pytest.mark.slow
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_erased_drawn_judged_and_reported(kind: str, method: str, type_in: Callable[..., Path]) -> None:
+def test_train_evaluate_and_report(kind: str, method: str, type_in: Callable[..., Path]) -> None:
     place = type_in(
         "train", kind, "concept=airplane", f"method={method}", *METHODS[method], FEW, "judge=miniature", "logger=none"
     )
@@ -136,7 +136,7 @@ def test_the_unedited_model(kind: str, type_in: Callable[..., Path]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd21", "sdxl"])
 @pytest.mark.parametrize("to", ["lora", "diffusers"])
-def test_a_trained_run_in_other_forms(
+def test_a_trained_run_is_exported_in_other_formats(
     kind: str, to: str, type_in: Callable[..., Path], request: pytest.FixtureRequest
 ) -> None:
     words = ("concept=airplane", "method=realera", *METHODS["realera"], "evaluate=false", "logger=none")
@@ -145,7 +145,7 @@ def test_a_trained_run_in_other_forms(
     source: Path = request.getfixturevalue(KINDS[kind][0])
     pipeline_class: Any = StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline
     pipeline = pipeline_class.from_pretrained(source if to == "lora" else place / "out")
-    if to == "lora":  # of full rank, so that nothing is left out
+    if to == "lora":  # of full rank, so nothing is lost
         pipeline.load_lora_weights(place / "out", weight_name="pytorch_lora_weights.safetensors")
 
     from realera.backbones.unet import UNetBackbone

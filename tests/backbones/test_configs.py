@@ -1,4 +1,4 @@
-"""The backbones' yaml files make what they say."""
+"""Every yaml in conf/backbone builds a backbone with its settings."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_every_config_makes_a_backbone(file: Path, tiny_sd: Path) -> None:
     assert backbone.name == file.stem
     assert isinstance(backbone.sampler, Sampler)
     assert backbone.timesteps().shape == (backbone.sampler.steps,)
-    with pytest.raises(InstantiationException) as wrapped:  # hydra's wrapper, which the doors take off
-        made(file, pretrained=str(tiny_sd))  # another text encoder than the config speaks of
+    with pytest.raises(InstantiationException) as wrapped:  # hydra's wrapper, which the commands remove
+        made(file, pretrained=str(tiny_sd))  # its text encoder differs from the config
     assert isinstance(wrapped.value.__cause__, UserError) and "backbone.text" in str(wrapped.value.__cause__)
 
 
 @pytest.mark.skipif(not (MINIATURE / "model_index.json").is_file(), reason="the miniature's weights are not there yet")
-def test_the_miniature() -> None:
+def test_the_miniature_config() -> None:
     backbone = made(CONF_DIR / "backbone" / "mini.yaml")
     assert backbone.generate(["a photo of a cat"], [0]).shape == (1, 32, 32, 3)

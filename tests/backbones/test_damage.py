@@ -1,4 +1,4 @@
-"""Every kind of damage to a checkpoint folder: one sentence that names the file, before torch is loaded."""
+"""Every kind of damage to a checkpoint folder gives one sentence with the file's name, before torch is loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
 Damage = Callable[[bytes], bytes]
 
 
-def says(**changes: Any) -> Damage:
+def having(**changes: Any) -> Damage:
     """The JSON object with other values."""
     return lambda content: json.dumps({**json.loads(content), **changes}).encode()
 
@@ -83,7 +83,7 @@ def always(content: bytes) -> Damage:
     return lambda _: content
 
 
-KINDS: dict[str, tuple[str, Damage, str]] = {  # name: (file, what becomes of it, what is said beside its name)
+KINDS: dict[str, tuple[str, Damage, str]] = {  # name: (file, damage, part of the error)
     "weights: LFS pointer": (UNET, always(POINTER), "git lfs pull"),
     "weights: zero bytes": (VAE, always(b""), "0 bytes"),
     "weights: half": (TEXT, lambda content: content[: len(content) // 2], "torn"),
@@ -99,62 +99,62 @@ KINDS: dict[str, tuple[str, Damage, str]] = {  # name: (file, what becomes of it
     "weights: whole numbers": (UNET, header(whole_numbers), "as I32, and only floating-point"),
     "weights: no such tensor": (TEXT, header(rename("token_embedding.weight", "x.weight")), "lack token_embedding"),
     "weights: no attention": (UNET, header(rename("attn2.to_k.weight", "attn2.k.weight")), "lack attn2.to_k"),
-    "config: a list": ("unet/config.json", always(b"[1, 2]"), "holds a list"),
-    "config: a number": ("vae/config.json", always(b"5"), "holds 5"),
-    "config: null": ("text_encoder/config.json", always(b"null"), "holds null"),
+    "config: a list": ("unet/config.json", always(b"[1, 2]"), "contains a list"),
+    "config: a number": ("vae/config.json", always(b"5"), "contains 5"),
+    "config: null": ("text_encoder/config.json", always(b"null"), "contains null"),
     "config: empty": ("unet/config.json", always(b""), "not valid JSON"),
     "config: LFS pointer": ("unet/config.json", always(POINTER), "git lfs pull"),
     "config: UTF-16": ("unet/config.json", lambda content: content.decode().encode("utf-16"), "not valid JSON"),
     "config: NUL bytes": ("unet/config.json", lambda content: content.replace(b":", b":\x00"), "not valid JSON"),
     "config: too deep": ("unet/config.json", always(b"[" * 100_000), "not valid JSON"),
-    "config: a word for a width": ("unet/config.json", says(cross_attention_dim="abc"), "cross_attention_dim='abc'"),
-    "config: another width": ("unet/config.json", says(cross_attention_dim=48), "attn2.to_k.weight"),
-    "config: a word for a size": ("unet/config.json", says(sample_size="abc"), "sample_size='abc'"),
-    "config: inpainting": ("unet/config.json", says(in_channels=9), "inpainting"),
-    "config: true for a number": ("unet/config.json", says(layers_per_block=True), "layers_per_block=True"),
-    "config: another network": ("unet/config.json", says(_class_name="FluxTransformer2DModel"), "_class_name='Flux"),
-    "config: another autoencoder": ("vae/config.json", says(_class_name="AutoencoderTiny"), "AutoencoderKL"),
-    "config: NaN": ("vae/config.json", says(scaling_factor=float("nan")), "scaling_factor=nan"),
-    "config: another text encoder": ("text_encoder/config.json", says(model_type="t5"), "model_type='t5'"),
-    "config: no layers": ("text_encoder/config.json", says(num_hidden_layers=0), "num_hidden_layers=0"),
-    "scheduler: a list": ("scheduler/scheduler_config.json", always(b"[]"), "holds a list"),
-    "scheduler: flow": ("scheduler/scheduler_config.json", says(_class_name="FlowMatchEulerScheduler"), "FlowMatch"),
-    "scheduler: steps": ("scheduler/scheduler_config.json", says(num_train_timesteps=500), "1000 is needed"),
-    "scheduler: betas": ("scheduler/scheduler_config.json", says(beta_start="x"), "beta_start='x'"),
-    "scheduler: law": ("scheduler/scheduler_config.json", says(beta_schedule=[1]), "beta_schedule"),
-    "index: a text": ("model_index.json", always(b'"x"'), "holds a text"),
+    "config: a word for a width": ("unet/config.json", having(cross_attention_dim="abc"), "cross_attention_dim='abc'"),
+    "config: another width": ("unet/config.json", having(cross_attention_dim=48), "attn2.to_k.weight"),
+    "config: a word for a size": ("unet/config.json", having(sample_size="abc"), "sample_size='abc'"),
+    "config: inpainting": ("unet/config.json", having(in_channels=9), "inpainting"),
+    "config: true for a number": ("unet/config.json", having(layers_per_block=True), "layers_per_block=True"),
+    "config: another network": ("unet/config.json", having(_class_name="FluxTransformer2DModel"), "_class_name='Flux"),
+    "config: another autoencoder": ("vae/config.json", having(_class_name="AutoencoderTiny"), "AutoencoderKL"),
+    "config: NaN": ("vae/config.json", having(scaling_factor=float("nan")), "scaling_factor=nan"),
+    "config: another text encoder": ("text_encoder/config.json", having(model_type="t5"), "model_type='t5'"),
+    "config: no layers": ("text_encoder/config.json", having(num_hidden_layers=0), "num_hidden_layers=0"),
+    "scheduler: a list": ("scheduler/scheduler_config.json", always(b"[]"), "contains a list"),
+    "scheduler: flow": ("scheduler/scheduler_config.json", having(_class_name="FlowMatchEulerScheduler"), "FlowMatch"),
+    "scheduler: steps": ("scheduler/scheduler_config.json", having(num_train_timesteps=500), "1000 is needed"),
+    "scheduler: betas": ("scheduler/scheduler_config.json", having(beta_start="x"), "beta_start='x'"),
+    "scheduler: law": ("scheduler/scheduler_config.json", having(beta_schedule=[1]), "beta_schedule"),
+    "index: a text": ("model_index.json", always(b'"x"'), "contains a text"),
     "index: zero bytes": ("model_index.json", always(b""), "not valid JSON"),
     "tokenizer: torn": (WORDS, lambda content: content[: len(content) // 2], "cannot be read"),
     "tokenizer: a list": (WORDS, always(b"[]"), "cannot be read"),
     "tokenizer: LFS pointer": (WORDS, always(POINTER), "cannot be read"),
     "tokenizer: no model": (WORDS, always(b"{}"), "cannot be read"),
-    "tokenizer: no begin and end": (WORDS, no_ends, "begin and an end"),
-    "tokenizer: a token without a row": (WORDS, more_tokens, "the number 99999, and the text encoder has"),
-    "tokenizer: length": ("tokenizer/tokenizer_config.json", says(model_max_length="abc"), "model_max_length='abc'"),
-    "tokenizer: settings": ("tokenizer/tokenizer_config.json", always(b"[]"), "holds a list"),
-    "config: code": ("text_encoder/config.json", says(auto_map={"AutoModel": "evil.Evil"}), "sets auto_map"),
-    "config: kernels": ("text_encoder/config.json", says(attn_implementation="a/b"), "sets attn_implementation"),
-    "config: quantised": ("unet/config.json", says(quantization_config={"a": 1}), "sets quantization_config"),
-    "config: no end": ("text_encoder/config.json", says(eos_token_id=None), "eos_token_id=None"),
-    "config: no norm": ("text_encoder/config.json", says(layer_norm_eps=None), "layer_norm_eps=None"),
-    "config: a word for a share": ("text_encoder/config.json", says(attention_dropout="x"), "attention_dropout='x'"),
-    "config: too many layers": ("text_encoder/config.json", says(num_hidden_layers=9_999_999), "from 1 to 1000"),
-    "config: no activation": ("vae/config.json", says(act_fn=None), "act_fn=None"),
-    "config: no groups": ("unet/config.json", says(norm_num_groups=0), "norm_num_groups=0"),
+    "tokenizer: no begin and end": (WORDS, no_ends, "begin and end tokens around"),
+    "tokenizer: a token without a row": (WORDS, more_tokens, "the id 99999, but the text encoder has"),
+    "tokenizer: length": ("tokenizer/tokenizer_config.json", having(model_max_length="abc"), "model_max_length='abc'"),
+    "tokenizer: settings": ("tokenizer/tokenizer_config.json", always(b"[]"), "contains a list"),
+    "config: code": ("text_encoder/config.json", having(auto_map={"AutoModel": "evil.Evil"}), "sets auto_map"),
+    "config: kernels": ("text_encoder/config.json", having(attn_implementation="a/b"), "sets attn_implementation"),
+    "config: quantised": ("unet/config.json", having(quantization_config={"a": 1}), "sets quantization_config"),
+    "config: no end": ("text_encoder/config.json", having(eos_token_id=None), "eos_token_id=None"),
+    "config: no norm": ("text_encoder/config.json", having(layer_norm_eps=None), "layer_norm_eps=None"),
+    "config: a word for a share": ("text_encoder/config.json", having(attention_dropout="x"), "attention_dropout='x'"),
+    "config: too many layers": ("text_encoder/config.json", having(num_hidden_layers=9_999_999), "from 1 to 1000"),
+    "config: no activation": ("vae/config.json", having(act_fn=None), "act_fn=None"),
+    "config: no groups": ("unet/config.json", having(norm_num_groups=0), "norm_num_groups=0"),
     "weights: axes": (UNET, header(set_first("shape", [1] * 9)), "torn"),
     "weights: an axis of 4200 digits": (UNET, header(set_first("shape", [10**4200])), "torn"),
-    "scheduler: offset": ("scheduler/scheduler_config.json", says(steps_offset=None), "steps_offset=None"),
-    "scheduler: spacing": ("scheduler/scheduler_config.json", says(timestep_spacing="x"), "timestep_spacing='x'"),
-    "tokenizer: code": ("tokenizer/tokenizer_config.json", says(auto_map={"AutoTokenizer": "evil.E"}), "auto_map"),
-    "tokenizer: no pad": ("tokenizer/tokenizer_config.json", says(pad_token=None), "pad_token=None"),
-    "tokenizer: an unknown pad": ("tokenizer/tokenizer_config.json", says(pad_token="qqq"), "'qqq'"),
-    "tokenizer: end": ("tokenizer/tokenizer_config.json", says(eos_token=[1]), "eos_token"),
+    "scheduler: offset": ("scheduler/scheduler_config.json", having(steps_offset=None), "steps_offset=None"),
+    "scheduler: spacing": ("scheduler/scheduler_config.json", having(timestep_spacing="x"), "timestep_spacing='x'"),
+    "tokenizer: code": ("tokenizer/tokenizer_config.json", having(auto_map={"AutoTokenizer": "evil.E"}), "auto_map"),
+    "tokenizer: no pad": ("tokenizer/tokenizer_config.json", having(pad_token=None), "pad_token=None"),
+    "tokenizer: an unknown pad": ("tokenizer/tokenizer_config.json", having(pad_token="qqq"), "'qqq'"),
+    "tokenizer: end": ("tokenizer/tokenizer_config.json", having(eos_token=[1]), "eos_token"),
 }
 
 
 @pytest.fixture
 def copy(tiny_sd: Path, tmp_path: Path) -> Path:
-    """Hard links: `put` writes a file of its own."""
+    """A copy made of hard links; `put` replaces a link by a new file."""
     return Path(shutil.copytree(tiny_sd, tmp_path / "copy", copy_function=os.link))
 
 
@@ -170,7 +170,7 @@ def damaged(copy: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_folder_is_refused_by_the_files_name(kind: str, copy: Path) -> None:
+def test_a_damaged_file_is_refused_with_its_name(kind: str, copy: Path) -> None:
     name, _, said = KINDS[kind]
     damaged(copy, kind)
     with pytest.raises(UserError) as refused:
@@ -180,8 +180,8 @@ def test_a_damaged_folder_is_refused_by_the_files_name(kind: str, copy: Path) ->
     assert str(copy / name) in sentence or str((copy / name).parent) in sentence or "inpainting" in sentence
 
 
-def test_none_of_it_needs_torch(tiny_sd: Path, tmp_path: Path) -> None:
-    """All kinds in one process that has no torch."""
+def test_the_checks_do_not_import_torch(tiny_sd: Path, tmp_path: Path) -> None:
+    """All kinds of damage in one process without torch."""
     script = (
         "import sys; from pathlib import Path; from realera.runs import preflight\n"
         "from realera.contracts import UserError\n"
@@ -201,14 +201,14 @@ def test_none_of_it_needs_torch(tiny_sd: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "tokenizer"])
 def test_an_adapter_beside_the_weights_is_refused(part: str, copy: Path) -> None:
-    """transformers would load it, and the module that it may name."""
+    """transformers would load the adapter, and a module that its config may name."""
     put(copy / part / "adapter_config.json", b"{}")
-    with pytest.raises(UserError, match=f"holds an adapter, {part}/adapter_config.json"):
+    with pytest.raises(UserError, match=f"contains an adapter, {part}/adapter_config.json"):
         preflight.check_model({"pretrained": str(copy)})
 
 
-def test_no_code_of_a_folder_runs(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if the check before loading is not asked."""
+def test_code_in_a_folder_does_not_run(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even if the check before loading is skipped."""
     from realera.backbones import loading
 
     run = tmp_path / "ran"
@@ -216,7 +216,7 @@ def test_no_code_of_a_folder_runs(copy: Path, tmp_path: Path, monkeypatch: pytes
         put(copy / part / "evil.py", f"open({str(run)!r}, 'w')\nclass Evil: ...\n".encode())
     evil = {"auto_map": dict.fromkeys(("AutoTokenizer", "AutoModel", "AutoConfig"), "evil.Evil")}
     for file in ("tokenizer/tokenizer_config.json", "text_encoder/config.json", "unet/config.json"):
-        put(copy / file, says(**evil, tokenizer_class="Evil")((copy / file).read_bytes()))
+        put(copy / file, having(**evil, tokenizer_class="Evil")((copy / file).read_bytes()))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     parts = loading.load(copy, torch.float32, channels_last=False)
     assert parts.tokenizers[0]("cat")["input_ids"] and not run.exists()
@@ -231,11 +231,11 @@ def in_shards(copy: Path, **listed: str) -> None:
 @pytest.mark.parametrize("outside", ["../vae/x.safetensors", "/etc/passwd", "..", "a/b.safetensors", ""])
 def test_a_shard_outside_its_folder_is_refused(outside: str, copy: Path) -> None:
     in_shards(copy, other=outside)
-    with pytest.raises(UserError, match=r"index\.json.*names the shard.*no file of its own folder"):
+    with pytest.raises(UserError, match=r"index\.json.*names the shard.*not a file name in its own folder"):
         folder.locate(copy)
 
 
-def test_a_shard_that_is_no_name_or_lacks_a_tensor_is_refused(copy: Path) -> None:
+def test_bad_shard_names_and_missing_tensors_are_refused(copy: Path) -> None:
     in_shards(copy, other="diffusion_pytorch_model-00001-of-00001.safetensors")
     with pytest.raises(UserError, match=r"00001-of-00001\.safetensors' lacks other, which its index lists"):
         folder.locate(copy)
@@ -265,8 +265,8 @@ def test_the_older_tokenizer_files(file: str, content: bytes, said: str, copy: P
         folder.locate(copy)
 
 
-def test_what_cannot_be_opened_is_no_file(copy: Path) -> None:
-    """A pipe would be waited for, a folder and a device cannot be read."""
+def test_pipes_folders_and_devices_are_refused(copy: Path) -> None:
+    """Opening a pipe would block; a folder and a device cannot be read."""
     (copy / "unet/config.json").unlink()
     os.mkfifo(copy / "unet/config.json")
     with pytest.raises(UserError, match=r"lacks unet/config\.json"):
@@ -277,22 +277,22 @@ def test_what_cannot_be_opened_is_no_file(copy: Path) -> None:
         folder.locate(copy)
 
 
-def test_the_built_in_model_says_what_to_do(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_built_in_model_asks_to_reinstall(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "MINIATURE", damaged(copy, "weights: half"))
     with pytest.raises(UserError, match=r"built-in model is damaged, so reinstall realera: .*model\.safetensors"):
         folder.locate(None)
 
 
 @pytest.mark.parametrize("size", [None, [8, 8]])
-def test_a_sample_size_may_be_left_open(size: Any, copy: Path) -> None:
+def test_sample_size_is_optional(size: Any, copy: Path) -> None:
     from realera.backbones.unet import UNetBackbone
     from realera.contracts import Sampler
 
-    put(copy / "unet/config.json", says(sample_size=size)((copy / "unet/config.json").read_bytes()))
+    put(copy / "unet/config.json", having(sample_size=size)((copy / "unet/config.json").read_bytes()))
     assert UNetBackbone("mini", copy, Sampler("ddim", 2, 7.5, 32, 32)).generate(["a cat"], [0]).shape == (1, 32, 32, 3)
 
 
-def test_what_only_loading_sees_is_refused_too(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_faults_found_only_in_loading_are_refused_too(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     from safetensors.torch import load_file, save_file
 
     from realera.backbones.unet import UNetBackbone
@@ -315,4 +315,4 @@ def test_what_only_loading_sees_is_refused_too(copy: Path, caplog: pytest.LogCap
     (copy / VAE).unlink()
     save_file({**state, name: lost, "more.weight": lost.clone()}, copy / VAE)
     load()
-    assert "holds 1 tensors that its model has not, such as more.weight" in caplog.text
+    assert "has 1 tensors that its model does not use, such as more.weight" in caplog.text

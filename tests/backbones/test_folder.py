@@ -25,11 +25,11 @@ def copy(tiny_sd: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_sd, tmp_path / "copy"))
 
 
-def test_a_whole_folder_is_itself(tiny_sd: Path) -> None:
+def test_a_complete_folder_is_returned(tiny_sd: Path) -> None:
     assert folder.locate(str(tiny_sd)) == tiny_sd
 
 
-def test_null_is_the_miniature(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_none_is_the_miniature(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "MINIATURE", tiny_sd)
     assert folder.locate(None) == tiny_sd
 
@@ -57,7 +57,7 @@ def test_missing_file_is_named(copy: Path, lost: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/x.safetensors", "weights.bin", 5])
-def test_an_index_names_files_beside_itself(copy: Path, name: Any) -> None:
+def test_an_index_may_only_name_files_in_its_folder(copy: Path, name: Any) -> None:
     (copy / "unet/diffusion_pytorch_model.safetensors").unlink()
     index = {"weight_map": {"conv_in.weight": name}}
     (copy / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
@@ -65,13 +65,13 @@ def test_an_index_names_files_beside_itself(copy: Path, name: Any) -> None:
         folder.locate(copy)
 
 
-def test_pickled_weights_are_not_taken_for_missing_ones(copy: Path) -> None:
+def test_pickled_weights_are_not_accepted(copy: Path) -> None:
     (copy / "unet/diffusion_pytorch_model.safetensors").rename(copy / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match=r"safetensors only, not \.bin"):
         folder.locate(copy)
 
 
-def test_old_tokenizer_files_do(copy: Path) -> None:
+def test_the_older_tokenizer_files_are_enough(copy: Path) -> None:
     (copy / "tokenizer/tokenizer.json").unlink()
     (copy / "tokenizer/vocab.json").write_text("{}")
     (copy / "tokenizer/merges.txt").write_text("")
@@ -118,7 +118,7 @@ def test_a_torn_shard_is_named(copy: Path) -> None:
 
 
 def _sharded(part: Path, stem: str, mark: str = "") -> list[Path]:
-    """Two shards in place of a whole file, as save_pretrained writes them; in half precision with mark=".fp16"."""
+    """Replaces a weights file by two shards, as save_pretrained writes them; in half precision with mark=".fp16"."""
     from safetensors.torch import load_file, save_file
 
     whole = part / f"{stem}.safetensors"
@@ -134,7 +134,7 @@ def _sharded(part: Path, stem: str, mark: str = "") -> list[Path]:
 
 
 def _halved(part: Path, stem: str) -> None:
-    """The half-precision copy in place of the whole file."""
+    """Replaces a weights file by its half-precision copy."""
     from safetensors.torch import load_file, save_file
 
     whole = part / f"{stem}.safetensors"
@@ -169,7 +169,7 @@ def test_half_precision_copies_and_shards_are_read(kind: str, request: pytest.Fi
     assert not list((tmp_path / "out").glob("*/*.fp16.*"))
 
 
-def test_whole_files_come_first(copy: Path) -> None:
+def test_an_unsharded_file_is_preferred(copy: Path) -> None:
     plain = copy / "unet/diffusion_pytorch_model.safetensors"
     shutil.copy(plain, copy / "unet/diffusion_pytorch_model.fp16.safetensors")
     assert folder.part_files(copy, "unet") == ("", [plain])
@@ -187,14 +187,14 @@ def test_whole_files_come_first(copy: Path) -> None:
         "text_encoder/model.safetensors",
     ],
 )
-def test_what_an_xl_lacks_is_named(tiny_sdxl: Path, tmp_path: Path, lost: str) -> None:
+def test_missing_files_of_an_xl_are_named(tiny_sdxl: Path, tmp_path: Path, lost: str) -> None:
     copy = Path(shutil.copytree(tiny_sdxl, tmp_path / "xl"))
     (copy / lost).unlink()
     with pytest.raises(UserError, match=rf"lacks {lost} \(a Stable Diffusion XL has two text encoders"):
         folder.locate(copy)
 
 
-def test_an_xl_is_known_by_its_unet_too(tiny_sdxl: Path, tiny_sd: Path, tmp_path: Path) -> None:
+def test_an_xl_is_recognised_by_its_unet_too(tiny_sdxl: Path, tiny_sd: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_sdxl, tmp_path / "xl"))
     (copy / "model_index.json").unlink()
     assert folder.is_xl(copy) and not folder.is_xl(tiny_sd)
@@ -205,7 +205,7 @@ def test_an_xl_is_known_by_its_unet_too(tiny_sdxl: Path, tiny_sd: Path, tmp_path
         folder.locate(copy)
 
 
-def test_a_transformer_is_no_unet(copy: Path) -> None:
+def test_a_diffusion_transformer_is_refused(copy: Path) -> None:
     (copy / "unet").rename(copy / "transformer")
     with pytest.raises(UserError, match="SD 3 or FLUX"):
         folder.locate(copy)
@@ -214,12 +214,12 @@ def test_a_transformer_is_no_unet(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"in_channels": 9}, "reads 9 channels and its autoencoder makes 4: it does inpainting"),
+        ({"in_channels": 9}, "reads 9 channels and its autoencoder makes 4: it is a model for inpainting"),
         ({"num_class_embeds": 3}, "num_class_embeds=3, which is not supported"),
-        ({"addition_embed_type": "text", "addition_embed_type_num_heads": 4}, "takes 'text' besides the text"),
+        ({"addition_embed_type": "text", "addition_embed_type_num_heads": 4}, "has the additional input 'text'"),
     ],
 )
-def test_unets_of_another_kind(copy: Path, change: dict[str, Any], message: str) -> None:
+def test_unsupported_unets_are_refused(copy: Path, change: dict[str, Any], message: str) -> None:
     from diffusers import UNet2DConditionModel
 
     from realera.backbones.unet import UNetBackbone
@@ -236,7 +236,7 @@ def _some_map(width: int) -> Tensor:
     return torch.eye(width, dtype=torch.float64) + 0.1 * noise
 
 
-def test_broken_json(copy: Path) -> None:
+def test_invalid_json_is_refused(copy: Path) -> None:
     (copy / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         folder.locate(copy)
@@ -245,7 +245,7 @@ def test_broken_json(copy: Path) -> None:
 # --- the fingerprint -------------------------------------------------------------------------------------------------
 
 
-def test_fingerprint_is_of_the_content_not_the_place(tiny_sd: Path, copy: Path) -> None:
+def test_fingerprint_depends_on_the_content_not_the_path(tiny_sd: Path, copy: Path) -> None:
     here = folder.fingerprint(tiny_sd, 77)
     assert len(here) == 16 and int(here, 16) >= 0
     config = json.loads((copy / "unet/config.json").read_text())
@@ -253,7 +253,7 @@ def test_fingerprint_is_of_the_content_not_the_place(tiny_sd: Path, copy: Path) 
     assert folder.fingerprint(copy, 77) == here
 
 
-def test_fingerprint_sees_one_byte_of_any_weights(copy: Path) -> None:
+def test_fingerprint_changes_with_any_byte_of_the_weights(copy: Path) -> None:
     seen = {folder.fingerprint(copy, 77)}
     for file in folder.weight_files(copy):
         with file.open("r+b") as stream:
@@ -265,7 +265,7 @@ def test_fingerprint_sees_one_byte_of_any_weights(copy: Path) -> None:
     assert len(seen) == 4
 
 
-def test_fingerprint_of_an_xl_sees_its_second_half(tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_fingerprint_of_an_xl_covers_its_second_text_encoder(tiny_sdxl: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_sdxl, tmp_path / "xl"))
     seen = {folder.fingerprint(copy, 77)}
     (copy / "tokenizer_2/tokenizer.json").write_text("{}")
@@ -283,7 +283,7 @@ def test_fingerprint_of_an_xl_sees_its_second_half(tiny_sdxl: Path, tmp_path: Pa
     assert len(seen) == 5
 
 
-def test_fingerprint_sees_what_else_an_image_depends_on(copy: Path) -> None:
+def test_fingerprint_covers_configs_and_tokenizer(copy: Path) -> None:
     seen = {folder.fingerprint(copy, 77), folder.fingerprint(copy, 32)}
     config = json.loads((copy / "vae/config.json").read_text())
     (copy / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 1.0}))
@@ -293,7 +293,7 @@ def test_fingerprint_sees_what_else_an_image_depends_on(copy: Path) -> None:
     assert len(seen) == 4
 
 
-def test_fingerprint_sees_with_which_token_a_text_is_padded(copy: Path) -> None:
+def test_fingerprint_covers_the_padding_token(copy: Path) -> None:
     here, file = folder.fingerprint(copy, 77), copy / "tokenizer/tokenizer_config.json"
     said = json.loads(file.read_text())
     file.write_text(json.dumps(said | {"pad_token": {"content": "<|endoftext|>", "lstrip": False}}))
@@ -302,7 +302,7 @@ def test_fingerprint_sees_with_which_token_a_text_is_padded(copy: Path) -> None:
     assert folder.fingerprint(copy, 77) != here
 
 
-def test_fingerprint_believes_no_name_outside_of_the_hubs_cache(copy: Path, tmp_path: Path) -> None:
+def test_fingerprint_trusts_file_names_only_in_the_hub_cache(copy: Path, tmp_path: Path) -> None:
     here, file = folder.fingerprint(copy, 77), copy / "unet/diffusion_pytorch_model.safetensors"
     blob = tmp_path / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
     blob.parent.mkdir()
@@ -312,7 +312,7 @@ def test_fingerprint_believes_no_name_outside_of_the_hubs_cache(copy: Path, tmp_
     assert folder.fingerprint(copy, 77) != here
 
 
-def test_the_precision_that_a_config_names_changes_no_state(copy: Path) -> None:
+def test_the_dtype_in_a_config_does_not_change_states(copy: Path) -> None:
     from realera.backbones.unet import UNetBackbone
 
     sampler = Sampler("ddim", 2, 7.5, 32, 32)
@@ -328,7 +328,7 @@ def test_the_precision_that_a_config_names_changes_no_state(copy: Path) -> None:
 
 
 def _cached(tiny_sd: Path, home: Path, leave_out: str = "") -> Path:
-    """A Hugging Face cache as the hub's client lays it out: files are links to blobs named by their sha256."""
+    """A Hugging Face cache as the hub's client makes it: files are links to blobs, whose names are their sha256."""
     repository = home / "hub" / f"models--{HUB.replace('/', '--')}"
     snapshot = repository / "snapshots" / ("0" * 40)
     for file in tiny_sd.rglob("*.*"):
@@ -344,7 +344,7 @@ def _cached(tiny_sd: Path, home: Path, leave_out: str = "") -> Path:
 
 
 def _locate_elsewhere(home: Path, **environment: str) -> str:
-    """In a fresh interpreter: the hub's client reads its environment once, and torch must not be needed."""
+    """Runs in a new interpreter: the hub's client reads its environment only once, and torch must not be imported."""
     code = (
         "import sys; from realera.backbones import folder; from realera.contracts import UserError\n"
         f"try: print(folder.locate({HUB!r}))\n"
@@ -366,10 +366,10 @@ def _locate_elsewhere(home: Path, **environment: str) -> str:
 
 
 @pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_out_of_reach_is_one_sentence_with_the_remedies(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_an_unreachable_hub_gives_one_sentence_with_remedies(tmp_path: Path, environment: dict[str, str]) -> None:
     start = time.monotonic()
     said = _locate_elsewhere(tmp_path, **environment)
-    assert time.monotonic() - start < 20  # the client's own patience is over a minute
+    assert time.monotonic() - start < 20  # the client itself would wait for over a minute
     assert "\n" not in said
     for part in (HUB, str(tmp_path), "backbone.pretrained=DIR", "HF_HOME", "backbone=mini"):
         assert part in said
@@ -381,13 +381,13 @@ def test_cached_snapshot_needs_no_network(tiny_sd: Path, tmp_path: Path) -> None
     assert folder.fingerprint(snapshot, 77) == folder.fingerprint(tiny_sd, 77)
 
 
-def test_half_cached_snapshot_names_what_is_missing(tiny_sd: Path, tmp_path: Path) -> None:
+def test_an_incomplete_snapshot_names_the_missing_files(tiny_sd: Path, tmp_path: Path) -> None:
     _cached(tiny_sd, tmp_path, leave_out="unet/diffusion_pytorch_model.safetensors")
     said = _locate_elsewhere(tmp_path, HF_HUB_OFFLINE="1")
     assert "unet/diffusion_pytorch_model.safetensors" in said and "vae/" not in said
 
 
-def test_marks_change_with_any_tensor_and_with_nothing_else(tiny_sd: Path, tmp_path: Path) -> None:
+def test_marks_change_only_with_tensors(tiny_sd: Path, tmp_path: Path) -> None:
     place = tmp_path / "copy"
     shutil.copytree(tiny_sd, place)
     assert folder.marks(place) is not None and folder.marks(place) == folder.marks(tiny_sd)

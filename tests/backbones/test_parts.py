@@ -1,4 +1,4 @@
-"""What methods other than RealEra ask of a backbone: adapters by concept, attention maps, chosen weights, a count."""
+"""Features of a backbone for other methods than RealEra: adapters by concept, attention maps, unfreezing, passes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def predict(backbone: Any, texts: list[str]) -> Tensor:
 
 
 def trained(backbone: Any, spec: LoraSpec, concepts: int) -> Any:
-    """With an adapter that does something."""
+    """The backbone with an adapter whose B is not zero."""
     for parameter in backbone.add_adapter(spec, draw(1), concepts):
         nn.init.normal_(parameter, std=0.1, generator=draw(parameter.numel()))
     return backbone
 
 
 def only(backbone: Any, new_backbone: Callable[..., Any], concept: int, rank: int, spec: LoraSpec) -> Any:
-    """A fresh backbone with that concept's adapter alone, cut out of the side by side ones."""
+    """A new backbone with only one concept's adapter, cut out of the joined adapters."""
     state = backbone.erased_state()
     rows = slice(concept * rank, (concept + 1) * rank)
     for key, value in state.items():
@@ -48,7 +48,7 @@ def only(backbone: Any, new_backbone: Callable[..., Any], concept: int, rank: in
 
 
 @pytest.mark.parametrize("targets", [ALL[:2], ALL])
-def test_adapters_by_concept_are_adapters_of_their_own(targets: Any, new_backbone: Callable[..., Any]) -> None:
+def test_joined_adapters_equal_separate_adapters(targets: Any, new_backbone: Callable[..., Any]) -> None:
     spec = LoraSpec(rank=2, alpha=3.0, targets=targets, per_concept=True)
     backbone = trained(new_backbone(), spec, 3)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_adapters_by_concept_are_adapters_of_their_own(targets: Any, new_backbon
         rows = torch.stack([predict(first, texts)[0], predict(third, texts)[1]])
         with backbone.adapter_scale(torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])):
             torch.testing.assert_close(predict(backbone, texts), rows, atol=1e-5, rtol=1e-4)
-            twice = predict(backbone, texts * 2)  # as under guidance
+            twice = predict(backbone, texts * 2)  # as with guidance
         torch.testing.assert_close(twice, rows.repeat(2, 1, 1, 1), atol=1e-5, rtol=1e-4)
         with backbone.adapter_scale(torch.zeros(1, 3)), backbone.original():
             plain = predict(backbone, texts)
@@ -66,9 +66,9 @@ def test_adapters_by_concept_are_adapters_of_their_own(targets: Any, new_backbon
         everything = predict(backbone, texts)
         with backbone.adapter_scale(torch.ones(1, 3)):
             assert torch.equal(predict(backbone, texts), everything)
-        with backbone.adapter_scale(torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]).diag_embed()):  # mixing nothing
+        with backbone.adapter_scale(torch.tensor([[1.0, 0, 0], [0, 0, 1.0]]).diag_embed()):  # a diagonal mixing matrix
             torch.testing.assert_close(predict(backbone, texts), rows, atol=1e-5, rtol=1e-4)
-    with backbone.adapter_scale(torch.ones(1, 4)), pytest.raises(ValueError, match="6 does not hold 4"):
+    with backbone.adapter_scale(torch.ones(1, 4)), pytest.raises(ValueError, match="6 cannot be split into 4"):
         predict(backbone, texts)
 
 
@@ -81,14 +81,14 @@ def test_one_concept_trains_its_own_rows(new_backbone: Callable[..., Any]) -> No
             assert parameter.grad[0].abs().sum() == 0 < parameter.grad[1].abs().sum()
 
 
-def test_the_law_of_the_first_weights_is_that_of_one_adapter(new_backbone: Callable[..., Any]) -> None:
+def test_initial_weights_have_the_distribution_of_one_adapter(new_backbone: Callable[..., Any]) -> None:
     backbone = new_backbone()
     down = backbone.add_adapter(LoraSpec(rank=1, per_concept=True), draw(1), 40)[0]
     assert len(down) == 40 and 0.9 < float(down.detach().std()) < 1.1
 
 
 def test_attention_maps(new_backbone: Callable[..., Any]) -> None:
-    """Probabilities over the tokens, with their gradient; the images stay as they are."""
+    """Maps are probabilities over the tokens, with gradients; recording does not change the images."""
     backbone = new_backbone(attention="sdpa")
     adapted = backbone.add_adapter(LoraSpec(), draw(1))
     nn.init.normal_(adapted[1], generator=draw(2))
@@ -107,7 +107,7 @@ def test_attention_maps(new_backbone: Callable[..., Any]) -> None:
         assert torch.equal(predict(backbone, ["a cat", "a dog"]), plain)
 
 
-def test_chosen_weights(new_backbone: Callable[..., Any]) -> None:
+def test_unfreezing_chosen_weights(new_backbone: Callable[..., Any]) -> None:
     backbone = new_backbone()
     names = {id(parameter): name for name, parameter in backbone.unet.named_parameters()}
 

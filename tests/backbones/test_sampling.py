@@ -34,7 +34,9 @@ def backbone(tiny_sd: Path) -> UNetBackbone:
         product(["ddim", "dpm++"], ["epsilon", "v_prediction"]), ("ddim", "epsilon"), ("dpm++", "v_prediction")
     ),
 )
-def test_images_are_those_of_the_diffusers_pipeline(tiny_sd: Path, tmp_path: Path, name: str, prediction: str) -> None:
+def test_images_equal_those_of_the_diffusers_pipeline(
+    tiny_sd: Path, tmp_path: Path, name: str, prediction: str
+) -> None:
     folder = Path(shutil.copytree(tiny_sd, tmp_path / "sd"))
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": prediction}))
@@ -51,7 +53,7 @@ def test_images_are_those_of_the_diffusers_pipeline(tiny_sd: Path, tmp_path: Pat
     assert images.float().std() > 5  # an image, not one colour
 
 
-def test_batching_does_not_matter(backbone: UNetBackbone) -> None:
+def test_images_do_not_depend_on_the_batch_size(backbone: UNetBackbone) -> None:
     states = backbone.encode(TEXTS)
     both = backbone.sample(states, SEEDS)
     for row in range(2):
@@ -89,7 +91,7 @@ def test_stop_at(backbone: UNetBackbone, name: str) -> None:
             backbone.sample(states, SEEDS, sampler, stop_at=step)
 
 
-def test_timesteps_are_those_the_unet_is_asked_at(backbone: UNetBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timesteps_are_those_given_to_the_unet(backbone: UNetBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     forward = backbone.unet.forward
 
@@ -150,7 +152,7 @@ def test_bad_sampler(backbone: UNetBackbone, change: dict[str, int | str], messa
         backbone.generate(TEXTS, SEEDS, bad)
 
 
-def test_a_seed_for_every_prompt(backbone: UNetBackbone) -> None:
+def test_each_prompt_needs_a_seed(backbone: UNetBackbone) -> None:
     with pytest.raises(ValueError, match="2 prompts but 1 seeds"):
         backbone.generate(TEXTS, [1])
 
@@ -166,8 +168,8 @@ def test_forward_noise(backbone: UNetBackbone) -> None:
     torch.testing.assert_close(backbone.noisy_latents(x, noise, timesteps), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_guide_is_given_the_noise_of_its_own_texts(backbone: UNetBackbone) -> None:
-    """Beside the prompts' own, row by row, as if each had been predicted alone."""
+def test_a_guide_gets_the_noise_of_its_own_texts(backbone: UNetBackbone) -> None:
+    """The guide gets the noise of its own texts for each prompt, equal to separate predictions."""
     states, texts = backbone.encode(TEXTS), ["a dog", "the sky"]
 
     def rule(uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, scale: float) -> Tensor:
@@ -188,10 +190,10 @@ def test_a_guide_is_given_the_noise_of_its_own_texts(backbone: UNetBackbone) -> 
 
 
 @pytest.mark.parametrize("drawn", ["guided", "unguided", "adapted", "scaled", "recorded"])
-def test_the_text_is_read_once_and_the_images_are_the_same(
+def test_keys_and_values_are_computed_once_and_images_are_equal(
     drawn: str, new_backbone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W_K and W_V are applied to the text in the first step alone, and afresh after every edit."""
+    """W_K and W_V are applied to the text only in the first step, and again after every edit."""
     backbone = new_backbone()
     sampler = replace(SAMPLER, guidance_scale=1.0 if drawn == "unguided" else 5.0)
     if drawn in ("adapted", "scaled"):

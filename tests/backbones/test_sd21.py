@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.1: v-prediction, another padding, attention in float32, and the old tokenizer files."""
+"""Stable Diffusion 2.1: v-prediction, other padding, attention in float32, and the older tokenizer files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ask(backbone: UNetBackbone, timesteps: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 @pytest.mark.parametrize("change", [{}, {"scheduler": "dpm++"}, {"height": 48, "width": 80}])
-def test_images_are_those_of_the_diffusers_pipeline(
+def test_images_equal_those_of_the_diffusers_pipeline(
     tiny_sd21: Path, backbone: UNetBackbone, change: dict[str, Any]
 ) -> None:
     sampler = replace(SAMPLER, **change)
@@ -59,7 +59,7 @@ def test_images_are_those_of_the_diffusers_pipeline(
     assert images.float().std() > 5
 
 
-def test_noise_is_what_the_scheduler_takes_v_for(tiny_sd21: Path, backbone: UNetBackbone) -> None:
+def test_v_is_converted_to_noise_as_in_the_scheduler(tiny_sd21: Path, backbone: UNetBackbone) -> None:
     scheduler = DDIMScheduler.from_pretrained(tiny_sd21 / "scheduler")
     scheduler.set_timesteps(1000)
     for t in (1, 500, 999):
@@ -74,7 +74,7 @@ def test_noise_is_what_the_scheduler_takes_v_for(tiny_sd21: Path, backbone: UNet
 
 
 def test_v_of_the_true_noise_is_the_true_noise(backbone: UNetBackbone) -> None:
-    """With v = sqrt(abar) noise - sqrt(1 - abar) x0, as diffusers' get_velocity, the noise comes back per image."""
+    """From v = sqrt(abar) noise - sqrt(1 - abar) x0, as in diffusers' get_velocity, the noise of each image follows."""
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
     t = torch.tensor([0, 400, 999])
@@ -83,7 +83,7 @@ def test_v_of_the_true_noise_is_the_true_noise(backbone: UNetBackbone) -> None:
     torch.testing.assert_close(backbone._schedule.noise_of(v, latents, t), noise, atol=1e-5, rtol=1e-5)
 
 
-def test_noise_is_another_quantity_than_v(backbone: UNetBackbone) -> None:
+def test_noise_differs_from_v(backbone: UNetBackbone) -> None:
     latents, v, noise = ask(backbone, torch.tensor([999, 0]))
     assert (v - noise).abs().max() > 0.1  # another quantity than v
     assert (noise[0] - latents[0]).abs().mean() < 0.2  # nearly all of z_999 is noise
@@ -91,7 +91,7 @@ def test_noise_is_another_quantity_than_v(backbone: UNetBackbone) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++"])
-def test_a_guide_is_given_noise_and_gives_noise(backbone: UNetBackbone, name: str) -> None:
+def test_a_guide_gets_and_returns_noise(backbone: UNetBackbone, name: str) -> None:
     states, sampler, seen = backbone.encode(TEXTS), replace(SAMPLER, scheduler=name), []
 
     def rule(uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, scale: float) -> Tensor:
@@ -113,7 +113,7 @@ def with_scheduler(source: Path, to: Path, **change: Any) -> Path:
     return folder
 
 
-def test_noise_alone_tells_a_guide_nothing(tiny_sd21: Path, tmp_path: Path) -> None:
+def test_a_guide_is_refused_with_zero_terminal_snr(tiny_sd21: Path, tmp_path: Path) -> None:
     change = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     blind = UNetBackbone("sd21", with_scheduler(tiny_sd21, tmp_path / "sd", **change), SAMPLER)
     states = blind.encode(TEXTS)
@@ -130,8 +130,8 @@ def test_other_predictions_are_refused(tiny_sd21: Path, tmp_path: Path) -> None:
         UNetBackbone("sd21", folder, SAMPLER)
 
 
-def test_rows_under_its_padding(backbone: UNetBackbone) -> None:
-    """One end-of-text a prompt, then "!" (id 0): the first end-of-text is the end all the same."""
+def test_rows_with_its_padding(backbone: UNetBackbone) -> None:
+    """A prompt has one end-of-text and then "!" (id 0); its length is the row of the end-of-text."""
     states = backbone.encode(["a photo of a jetliner", "", "tom cruise"])
     ids = backbone.text._tokens(["a photo of a jetliner", "", "tom cruise"])  # type: ignore[union-attr]
     end = backbone.text.tokenizer.eos_token_id  # type: ignore[union-attr]

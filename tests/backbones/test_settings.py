@@ -1,4 +1,4 @@
-"""Precision, attention, memory layout, compilation and decoding: what may change rounding, and nothing else."""
+"""Precision, attention, memory layout, compilation and decoding: these settings may change results only by rounding."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plain_map(backbone: UNetBackbone) -> Edit:
 @pytest.mark.parametrize(
     ("attention", "kind"), [("auto", AttnProcessor), ("plain", AttnProcessor), ("sliced", SlicedAttnProcessor)]
 )
-def test_attention_changes_rounding_only(load: Load, attention: str, kind: type) -> None:
+def test_attention_changes_results_only_by_rounding(load: Load, attention: str, kind: type) -> None:
     expected = noise(reference := load(attention="sdpa"))
     assert {type(p) for p in reference.unet.attn_processors.values()} == {AttnProcessor2_0}
     backbone = load(attention=attention, channels_last=attention == "plain")
@@ -56,14 +56,14 @@ def test_attention_changes_rounding_only(load: Load, attention: str, kind: type)
     assert backbone.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last) == (attention == "plain")
 
 
-def test_large_maps_are_left_to_sdpa(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_maps_use_sdpa(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(denoiser, "SMALL_MAP", 7 * 7)
     noise(backbone := load())
     assert {type(p) for p in backbone.unet.attn_processors.values()} == {AttnProcessor2_0}
 
 
 @pytest.mark.parametrize("dtype", slow_unless(["bfloat16", "float16"], "bfloat16"))
-def test_half_precision_draws_nearly_the_same(load: Load, dtype: str) -> None:
+def test_half_precision_gives_nearly_the_same_images(load: Load, dtype: str) -> None:
     exact, half = load(), load(dtype=dtype)
     assert {p.dtype for p in half.unet.parameters()} == {getattr(torch, dtype)}
     assert {p.dtype for p in half.vae.parameters()} == {torch.float32}  # SDXL's is black in float16
@@ -79,7 +79,7 @@ def test_half_precision_draws_nearly_the_same(load: Load, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_trains_an_adapter_on_bfloat16_and_nothing_else(load: Load, dtype: str) -> None:
+def test_only_an_adapter_on_bfloat16_can_be_trained_in_half_precision(load: Load, dtype: str) -> None:
     backbone = load(dtype=dtype)
     with pytest.raises(UserError, match=rf"dtype={dtype} cannot hold the small steps.*dtype=float32"):
         backbone.unfreeze(["attn2.to_k"])
@@ -95,7 +95,7 @@ def test_half_precision_trains_an_adapter_on_bfloat16_and_nothing_else(load: Loa
 
 
 def test_checkpointed_gradients_are_the_same(load: Load) -> None:
-    """With the teacher between forward and backward: what is computed again must not be the teacher."""
+    """The teacher runs between forward and backward; recomputed activations must be those of the student."""
     gradients = []
     for backbone in (load(), load(gradient_checkpointing=True)):
         backbone.apply(plain_map(backbone))
@@ -112,7 +112,7 @@ def test_checkpointed_gradients_are_the_same(load: Load) -> None:
         (student - teacher).square().mean().backward()
         gradients.append([p.grad for p in parameters])
         hook.remove()
-    assert before == 2 and len(calls) > 2  # the second one was computed again
+    assert before == 2 and len(calls) > 2  # the second block was computed again
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
         assert one is not None and one.any()
@@ -130,8 +130,8 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_it_is_the_same_model(tiny_sd: Path) -> None:
-    """Edits, adapters, the teacher, gradients and other batch sizes, by the graph compiler without code generation."""
+def test_compiling_does_not_change_the_model(tiny_sd: Path) -> None:
+    """Edits, adapters, the teacher, gradients and other batch sizes, compiled without code generation."""
 
     def make(**settings: Any) -> UNetBackbone:
         return UNetBackbone("sd", tiny_sd, Sampler("ddim", 2, 5.0, 32, 32), **settings)
@@ -175,8 +175,8 @@ def test_compiled_it_is_the_same_model(tiny_sd: Path) -> None:
     assert compiled.erased_state().keys() == plain.erased_state().keys()
 
 
-def deaf(unet: nn.Module, **_: Any) -> Callable[..., Any]:
-    """What torch.compile makes of a module without hooks: one that hears of none later."""
+def compile_without_hooks(unet: nn.Module, **_: Any) -> Callable[..., Any]:
+    """Like torch.compile of a module without hooks: hooks that are added later have no effect."""
 
     def forward(*args: Any, **more: Any) -> Any:
         kept = [(module._forward_hooks, dict(module._forward_hooks)) for module in unet.modules()]
@@ -192,7 +192,7 @@ def deaf(unet: nn.Module, **_: Any) -> Callable[..., Any]:
 
 
 def hooked(backbone: UNetBackbone) -> Iterator[Tensor]:
-    """An adapter at 1, 0 and 1 again, then a hook on a layer, and none."""
+    """Noise predictions with an adapter at 1, 0 and 1, then with a hook on a layer, then without it."""
     trained = backbone.add_adapter(LoraSpec(rank=2), torch.Generator().manual_seed(0))
     for parameter in trained[1::2]:
         parameter.data += 0.1
@@ -207,8 +207,8 @@ def hooked(backbone: UNetBackbone) -> Iterator[Tensor]:
     yield noise(backbone)
 
 
-def test_hooks_act_under_a_compiler_that_is_deaf_to_them(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", deaf)
+def test_hooks_act_with_a_compiler_that_ignores_them(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", compile_without_hooks)
     sampler = Sampler("ddim", 2, 5.0, 32, 32)
     plain, compiled = (UNetBackbone("sd", tiny_sd, sampler, compile=compile) for compile in (False, "eager"))
     pairs = list(zip(hooked(plain), hooked(compiled), strict=True))
@@ -218,7 +218,7 @@ def test_hooks_act_under_a_compiler_that_is_deaf_to_them(tiny_sd: Path, monkeypa
     assert not torch.allclose(pairs[3][0], pairs[4][0], atol=1e-3)
 
 
-def test_what_has_no_hooks_runs_compiled(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_hooks_the_compiled_code_runs(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def compiler(unet: nn.Module, **_: Any) -> Callable[..., Any]:
@@ -232,7 +232,7 @@ def test_what_has_no_hooks_runs_compiled(tiny_sd: Path, monkeypatch: pytest.Monk
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_hooks_act_when_compiled(tiny_sd: Path) -> None:
-    """After a pass without them, which leaves a graph that would serve them too."""
+    """After a pass without hooks, whose compiled graph would otherwise be reused."""
     sampler = Sampler("ddim", 2, 5.0, 32, 32)
     plain, compiled = (UNetBackbone("sd", tiny_sd, sampler, compile=compile) for compile in (False, "eager"))
     for wanted, found in zip(hooked(plain), hooked(compiled), strict=True):
@@ -282,8 +282,8 @@ def test_large_images_are_decoded_fewer_at_once(load: Load, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("scale", "shift"), slow_unless([(0.18215, None), (0.5, 0.3)], (0.5, 0.3)))
-def test_images_are_encoded_as_the_autoencoder_does(load: Load, scale: float, shift: float | None) -> None:
-    """diffusers' own mode of the distribution, scaled as its config says: the way back of what decoding does."""
+def test_encoding_equals_the_autoencoder_s_mode(load: Load, scale: float, shift: float | None) -> None:
+    """The mode of diffusers' distribution, shifted and scaled by its config: the inverse of decoding."""
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     backbones = load(), load(vae_slicing=True)
     for backbone in backbones:
@@ -300,7 +300,7 @@ def test_images_are_encoded_as_the_autoencoder_does(load: Load, scale: float, sh
     assert difference.abs().max() <= 0.51
 
 
-def test_images_are_encoded_one_at_a_time_where_they_are_large(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_encoded_one_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, single = load(), load(vae_slicing=True)
     sizes: list[int] = []
 

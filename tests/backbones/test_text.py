@@ -23,7 +23,7 @@ def encoder(tiny_sd: Path) -> TextEncoder:
     return TextEncoder(AutoTokenizer.from_pretrained(tiny_sd / "tokenizer"), model)
 
 
-def test_states_are_those_of_stable_diffusion(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_equal_those_of_stable_diffusion(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["a photo of a cat", "", "an airplane in the sky by a field", "a DOG", "tom cruise"]
     monkeypatch.setattr(room, "BATCH", 2)
     states = encoder(texts)
@@ -72,9 +72,7 @@ def named(template: str, name: str) -> NamedPrompt:
         ("🌊 and\n\t{}", "ship", None, None),
     ],
 )
-def test_rows_hold_the_name(
-    encoder: TextEncoder, template: str, name: str, first: int | None, last: int | None
-) -> None:
+def test_rows_of_a_name(encoder: TextEncoder, template: str, name: str, first: int | None, last: int | None) -> None:
     prompt = named(template, name)
     assert prompt.name == name
     start, end = encoder.rows(prompt)
@@ -86,8 +84,8 @@ def test_rows_hold_the_name(
     assert (states.first.item(), states.last.item()) == (start, end)
 
 
-def test_the_article_moves_no_row(encoder: TextEncoder) -> None:
-    """ "a {}" becomes "an {}" before a vowel: the name begins a letter later, in the same row."""
+def test_the_article_does_not_change_the_rows(encoder: TextEncoder) -> None:
+    """ "a {}" becomes "an {}" before a vowel: the name begins one character later, but in the same row."""
     states = encoder([fill("a photo of a {}", name) for name in ("cat", "airplane", "a painting", "Tom Cruise")])
     assert states.first.tolist() == [5, 5, 5, 5]
 
@@ -98,12 +96,12 @@ def test_later_prompts_keep_their_own_rows(encoder: TextEncoder) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "  "])
-def test_no_name(encoder: TextEncoder, name: str) -> None:
+def test_an_empty_name_is_refused(encoder: TextEncoder, name: str) -> None:
     with pytest.raises(UserError, match="finds no name"):
         encoder([named("a photo of a {} cat", name)])
 
 
-def test_cut_before_or_through_the_name(encoder: TextEncoder) -> None:
+def test_a_cut_name_is_refused(encoder: TextEncoder) -> None:
     for before, name in ((80, "cat"), (74, "tom cruise")):
         with pytest.raises(UserError, match="cut at 77 tokens"):
             encoder([named("a " * before + "{}", name)])
@@ -111,7 +109,7 @@ def test_cut_before_or_through_the_name(encoder: TextEncoder) -> None:
     assert (states.first.item(), states.last.item(), states.length.item()) == (74, 75, 76)
 
 
-def test_cut_after_the_name_is_fine_and_silent(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cut_after_the_name_is_accepted(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         states = encoder([named("a {}" + " and a dog" * 50, "cat")])
@@ -120,7 +118,7 @@ def test_cut_after_the_name_is_fine_and_silent(encoder: TextEncoder, caplog: pyt
 
 
 def test_padding_is_the_tokenizers_own(tiny_sd: Path, tmp_path: Path) -> None:
-    """SD 2.x pads with "!" and has one end-of-text token a prompt."""
+    """SD 2.x pads with "!", so a prompt has only one end-of-text token."""
     shutil.copytree(tiny_sd / "tokenizer", tmp_path / "tokenizer")
     config = tmp_path / "tokenizer" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "!"}))
@@ -140,8 +138,8 @@ def test_shorter_rows(encoder: TextEncoder) -> None:
         short([named("a " * 15 + "{}", "cat")])
 
 
-def test_rows_to_the_end_alone(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts of unlike lengths, in several batches: each row that is computed is the one of the whole prompt."""
+def test_to_end_computes_equal_rows(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of different lengths, in several batches: each computed row equals that of the full-length encoding."""
     texts = ["a cat", "", named("an airplane in the sky by a {}", "field"), "a DOG", "tom cruise", "a " * 90, "a ship"]
     whole = encoder(texts)
     monkeypatch.setattr(room, "BATCH", 2)
@@ -162,29 +160,29 @@ def test_rows_to_the_end_alone(encoder: TextEncoder, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("length", [2, 78])
-def test_impossible_length(encoder: TextEncoder, length: int) -> None:
+def test_impossible_lengths_are_refused(encoder: TextEncoder, length: int) -> None:
     with pytest.raises(UserError, match="3 to 77"):
         TextEncoder(encoder.tokenizer, encoder.model, length=length)
 
 
-def test_states_can_be_trained_on(encoder: TextEncoder) -> None:
+def test_states_can_be_used_in_training(encoder: TextEncoder) -> None:
     weight = torch.ones(32, requires_grad=True)
     (encoder(["a cat"]).states * weight).sum().backward()  # inference tensors would refuse
     assert weight.grad is not None
 
 
-def test_a_word_by_its_own_vectors_is_the_word(encoder: TextEncoder) -> None:
+def test_a_word_s_own_vectors_give_its_states(encoder: TextEncoder) -> None:
     texts = [named("a photo of {} by the sea", "tom cruise"), named("{}", "Tom Cruise")]
     plain = encoder(texts)
     own = encoder.with_vectors(texts, encoder.vectors("Tom Cruise"))
     for name in ("first", "last", "length"):
         assert torch.equal(getattr(plain, name), getattr(own, name))
     torch.testing.assert_close(own.states, plain.states, atol=1e-6, rtol=1e-5)
-    assert torch.equal(encoder(texts).states, plain.states)  # nothing is left behind
+    assert torch.equal(encoder(texts).states, plain.states)  # the hook is removed
 
 
 def test_more_vectors_than_sub_tokens(encoder: TextEncoder) -> None:
-    """Four of them in the place of one word: what follows moves on, and what is read is what the vectors say."""
+    """Four vectors replace one word: the following tokens move, and the states are those of the vectors' words."""
     long = "a red and blue old jet"  # six words, each a token
     vectors = encoder.vectors(long)
     found = encoder.with_vectors([named("photo of {} in the sky", "cat")], vectors)
@@ -193,7 +191,7 @@ def test_more_vectors_than_sub_tokens(encoder: TextEncoder) -> None:
     torch.testing.assert_close(found.states, plain.states, atol=1e-6, rtol=1e-5)
 
 
-def test_vectors_are_reached_by_the_gradient(encoder: TextEncoder) -> None:
+def test_vectors_get_a_gradient(encoder: TextEncoder) -> None:
     vectors = encoder.vectors("cat dog").requires_grad_(True)
 
     def size(given: torch.Tensor) -> torch.Tensor:
@@ -215,27 +213,25 @@ def test_vectors_at_the_end_of_a_full_prompt(encoder: TextEncoder) -> None:
         encoder.with_vectors([named("a " * 70 + "{}", "cat")], encoder.vectors("dog bird cat ship truck sky"))
 
 
-def test_what_was_read_is_kept_and_cannot_be_spoilt(
-    new_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_states_are_cached_and_copied(new_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = new_backbone().text
     texts = [named("a {}", "cat"), named("a {}", "dog")]
     first = encoder(texts)
     untouched = first.states.clone()
     first.states.zero_()
-    monkeypatch.setattr(encoder, "_read", None)  # a second reading would fail
+    monkeypatch.setattr(encoder, "_encode", None)  # encoding again would fail
     again = encoder(texts)
     assert torch.equal(again.states, untouched) and again.first.tolist() == first.first.tolist()
     with pytest.raises(TypeError):
         encoder(texts[::-1])
 
 
-def test_what_is_kept_has_a_limit(new_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_has_a_limit(new_backbone: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = new_backbone().text
     one = encoder(["a cat"]).states.nbytes
     monkeypatch.setattr(room, "KEPT", 2 * one)
     for word in ("dog", "ship", "sky"):
         encoder([f"a {word}"])
-    assert [key[-1] for key in encoder._kept] == [("a ship",), ("a sky",)]
-    encoder(["a cat", "a dog", "a ship"])  # more than may be kept: it pushes nothing out
-    assert [key[-1] for key in encoder._kept] == [("a ship",), ("a sky",)]
+    assert [key[-1] for key in encoder._cache] == [("a ship",), ("a sky",)]
+    encoder(["a cat", "a dog", "a ship"])  # larger than the cache: it does not replace other entries
+    assert [key[-1] for key in encoder._cache] == [("a ship",), ("a sky",)]

@@ -55,7 +55,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_a_frozen_backbone(backbone: UNetBackbone) -> None:
+def test_a_new_backbone_is_frozen(backbone: UNetBackbone) -> None:
     role: Backbone = backbone
     assert isinstance(role, Backbone)
     assert (backbone.width, backbone.max_length, backbone.sampler) == (32, 77, SAMPLER)
@@ -64,7 +64,7 @@ def test_it_is_a_frozen_backbone(backbone: UNetBackbone) -> None:
 
 
 def test_float16_files_become_float32(tiny_sd: Path, tmp_path: Path) -> None:
-    """The miniature ships in float16; a text encoder left so would fail on a CPU."""
+    """The miniature ships in float16; a float16 text encoder would fail on a CPU."""
     folder = Path(shutil.copytree(tiny_sd, tmp_path / "sd"))
     for file in folder.rglob("*.safetensors"):
         save_file({key: value.half() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
@@ -76,7 +76,7 @@ def test_float16_files_become_float32(tiny_sd: Path, tmp_path: Path) -> None:
     assert backbone.generate(["a cat"], [0]).shape == (1, 32, 32, 3)
 
 
-def test_lost_weights_are_not_left_random(tiny_sd: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
     parts = (("unet", "diffusion_pytorch_model", ""), ("text_encoder", "model", ""))
     for part, name, of in (*parts, ("vae", "diffusion_pytorch_model", "encoder.")):  # images are encoded by it
         folder = Path(shutil.copytree(tiny_sd, tmp_path / part))
@@ -96,7 +96,7 @@ def test_lost_weights_are_not_left_random(tiny_sd: Path, tmp_path: Path) -> None
         ({"dtype": "float8"}, "float32, bfloat16, float16"),
         ({"attention": "flash"}, "auto, sdpa, plain, sliced"),
         ({"compile": "gcc"}, r"compile='gcc' is not known; give false, true, or one of .*eager"),
-        ({"text": {"width": 768}}, r"backbone\.text\.width is 768 but the checkpoint's is 32"),
+        ({"text": {"width": 768}}, r"backbone\.text\.width is 768 but the checkpoint has 32"),
         ({"text": {"max_length": 32}}, "max_length=77"),
         ({"sampler": Sampler("ddim", 2, 3.0, 30, 32)}, "multiples of 4"),
     ],
@@ -106,7 +106,7 @@ def test_bad_settings(tiny_sd: Path, settings: dict[str, object], message: str) 
         UNetBackbone(**{"name": "tiny", "pretrained": tiny_sd, "sampler": SAMPLER, **settings})  # type: ignore[arg-type]
 
 
-def test_parts_that_do_not_belong_together(tiny_sd: Path, tmp_path: Path) -> None:
+def test_parts_that_do_not_fit_together_are_refused(tiny_sd: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_sd, tmp_path / "sd"))
     shutil.rmtree(folder / "unet")
     from diffusers import UNet2DConditionModel
@@ -141,7 +141,7 @@ def test_cross_attention_is_every_key_and_value_in_order(backbone: UNetBackbone)
     assert all(type(layer) is torch.nn.Linear for layer in layers.values())
 
 
-def test_a_map_is_folded_in_float64_and_composes(backbone: UNetBackbone) -> None:
+def test_a_map_is_applied_in_float64_and_maps_compose(backbone: UNetBackbone) -> None:
     before, first, second = weights(backbone), some_map(0), some_map(1)
     untouched = {n: p.clone() for n, p in backbone.unet.named_parameters() if ".attn2.to_" not in n or ".to_q" in n}
     backbone.apply(Edit(map=first))
@@ -155,14 +155,14 @@ def test_a_map_is_folded_in_float64_and_composes(backbone: UNetBackbone) -> None
         assert same(weights(backbone), before)
 
 
-def test_a_map_on_weights_is_a_map_on_states(backbone: UNetBackbone, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_a_map_on_weights_equals_a_map_on_states(backbone: UNetBackbone, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     x, t, states = inputs
     expected = backbone.predict_noise(x, t, (states.double() @ some_map().T).float())
     backbone.apply(Edit(map=some_map()))
     torch.testing.assert_close(backbone.predict_noise(x, t, states), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_given_weights(backbone: UNetBackbone) -> None:
+def test_an_edit_with_given_weights(backbone: UNetBackbone) -> None:
     before = weights(backbone)
     name = list(before)[3]
     backbone.apply(Edit(weights={name: torch.zeros_like(before[name])}))
@@ -177,7 +177,7 @@ def test_given_weights(backbone: UNetBackbone) -> None:
 def test_edits_that_do_not_fit_change_nothing(backbone: UNetBackbone) -> None:
     before = weights(backbone)
     good = next(iter(before))
-    with pytest.raises(UserError, match=r"'mid.*has not; it has: down_blocks.*14 in all"):
+    with pytest.raises(UserError, match=r"'mid.*does not have; it has: down_blocks.*14 in all"):
         backbone.apply(Edit(weights={good: torch.zeros_like(before[good]), "mid": torch.zeros(1)}))
     with pytest.raises(UserError, match="backbone it was made with"):
         backbone.apply(Edit(weights={good: torch.zeros(2, 2)}))
@@ -193,7 +193,7 @@ def test_edits_that_do_not_fit_change_nothing(backbone: UNetBackbone) -> None:
 
 @pytest.fixture
 def changed(backbone: UNetBackbone) -> Iterator[UNetBackbone]:
-    """Edited, adapted, and with trained weights of its own."""
+    """A backbone with an edit, an adapter and changed weights."""
     backbone.apply(Edit(map=some_map()))
     trained_adapter(backbone)
     for parameter in backbone.unfreeze(["conv_out", "attn1.to_q"]):
@@ -211,17 +211,19 @@ def test_original_is_the_model_as_loaded(
         assert torch.equal(changed.predict_noise(*inputs), fresh)
         with changed.original():
             assert torch.equal(changed.predict_noise(*inputs), fresh)
-        assert torch.equal(changed.predict_noise(*inputs), fresh)  # the inner one gave nothing back too early
+        assert torch.equal(changed.predict_noise(*inputs), fresh)  # the inner context restored nothing too early
     assert torch.equal(changed.predict_noise(*inputs), now) and (now - fresh).abs().max() > 0.01
     assert [p.requires_grad for p in changed.unet.parameters()] == flags
 
 
-def test_original_ends_well_on_an_exception(changed: UNetBackbone, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_original_restores_the_weights_after_an_exception(
+    changed: UNetBackbone, inputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
     now = changed.predict_noise(*inputs)
     with pytest.raises(KeyboardInterrupt), changed.original():
         raise KeyboardInterrupt
     assert torch.equal(changed.predict_noise(*inputs), now)
-    changed.apply(Edit(map=some_map()))  # and counts as left
+    changed.apply(Edit(map=some_map()))  # the context counts as left
 
 
 def test_teacher_between_forward_and_backward(changed: UNetBackbone, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -241,7 +243,7 @@ def test_teacher_between_forward_and_backward(changed: UNetBackbone, inputs: tup
 def test_teacher_under_a_trainers_autocast(
     tiny_sd: Path, changed: UNetBackbone, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """One autocast region over student and teacher, as a trainer makes it: no half-precision copy may cross."""
+    """Student and teacher in one autocast region, as in a trainer: they must not share half-precision copies."""
     fresh = UNetBackbone("tiny", tiny_sd, SAMPLER)
     trained = [p for p in changed.unet.parameters() if p.requires_grad]
     with torch.autocast("cpu", torch.bfloat16):
@@ -266,7 +268,7 @@ def test_text_and_images_stay_float32_under_autocast(backbone: UNetBackbone) -> 
         assert torch.equal(backbone.decode(latents), image)
 
 
-def test_weights_cannot_be_changed_while_on_loan(changed: UNetBackbone) -> None:
+def test_weights_cannot_be_changed_inside_original(changed: UNetBackbone) -> None:
     for act in (
         lambda: changed.apply(Edit(map=some_map())),
         lambda: changed.load_erased({}),
@@ -276,7 +278,7 @@ def test_weights_cannot_be_changed_while_on_loan(changed: UNetBackbone) -> None:
         changed.remove_adapter,
         changed.erased_state,
     ):
-        with changed.original(), pytest.raises(RuntimeError, match="on loan"):
+        with changed.original(), pytest.raises(RuntimeError, match="inside original"):
             act()
 
 
@@ -304,8 +306,8 @@ def test_adapter_adds_alpha_over_rank_b_a(backbone: UNetBackbone) -> None:
 
 
 @pytest.mark.parametrize(("init", "std"), [("gaussian", 1 / 4), ("kaiming", (1 / 32 / 3) ** 0.5)])
-def test_law_of_a(backbone: UNetBackbone, init: str, std: float) -> None:
-    """gaussian: N(0, 1 / rank^2); kaiming: U(-1/sqrt(in), 1/sqrt(in)), PEFT's default. From the generator alone."""
+def test_distribution_of_a(backbone: UNetBackbone, init: str, std: float) -> None:
+    """gaussian: N(0, 1 / rank^2); kaiming: U(-1/sqrt(in), 1/sqrt(in)), PEFT's default. Only the generator is used."""
     torch.manual_seed(0)
     world = torch.random.get_rng_state()
     spec = LoraSpec(rank=4, init=init)  # type: ignore[arg-type]
@@ -320,7 +322,7 @@ def test_law_of_a(backbone: UNetBackbone, init: str, std: float) -> None:
     assert torch.equal(torch.random.get_rng_state(), world)
 
 
-def test_targets_match_by_ending(backbone: UNetBackbone) -> None:
+def test_targets_match_by_suffix(backbone: UNetBackbone) -> None:
     backbone.add_adapter(LoraSpec(targets=("attn2.to_out.0", "conv_in")), torch.Generator())
     names = {key.split(".")[-3] + "." + key.split(".")[-2] for key in backbone.erased_state() if key.endswith("up")}
     assert names == {"to_out.0", "lora.conv_in"}
@@ -364,11 +366,11 @@ def test_bfloat16_base_keeps_float32_adapters(tiny_sd: Path, inputs: tuple[Tenso
     out.square().mean().backward()
     optimizer.step()
     moved = [(p - old).abs() for p, old in zip(parameters, before, strict=True)]
-    assert all((m > 0.5e-5).float().mean() > 0.9 for m in moved)  # steps too small for bfloat16 arrive
+    assert all((m > 0.5e-5).float().mean() > 0.9 for m in moved)  # steps too small for bfloat16 are not lost
     assert backbone.generate(["a cat"], [0]).dtype == torch.uint8
 
 
-def test_merging_changes_rounding_only(
+def test_merging_changes_images_only_by_rounding(
     changed: UNetBackbone, tiny_sd: Path, inputs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     before, plain = changed.predict_noise(*inputs), weights(UNetBackbone("tiny", tiny_sd, SAMPLER))
@@ -382,7 +384,7 @@ def test_merging_changes_rounding_only(
     fresh = UNetBackbone("tiny", tiny_sd, SAMPLER)
     fresh.load_erased(state)
     assert torch.equal(fresh.predict_noise(*inputs), changed.predict_noise(*inputs))
-    trained_adapter(changed)  # there is room for the next one
+    trained_adapter(changed)  # another adapter can be added
 
 
 def test_merging_a_convolution(backbone: UNetBackbone, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -403,7 +405,7 @@ def test_unfreeze(backbone: UNetBackbone) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, nullcontext])
-def test_what_is_made_in_inference_mode_can_be_trained(
+def test_a_backbone_made_in_inference_mode_can_be_trained(
     backbone: UNetBackbone, inputs: tuple[Tensor, Tensor, Tensor], mode: type
 ) -> None:
     with mode():
@@ -419,7 +421,7 @@ def test_what_is_made_in_inference_mode_can_be_trained(
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
-def test_round_trip_bit_for_bit(changed: UNetBackbone, tiny_sd: Path, tmp_path: Path) -> None:
+def test_saving_and_loading_is_exact_bit_for_bit(changed: UNetBackbone, tiny_sd: Path, tmp_path: Path) -> None:
     state = changed.erased_state()
     layer = next(iter(changed.text_projections()))
     for key in (
@@ -445,7 +447,7 @@ def test_round_trip_bit_for_bit(changed: UNetBackbone, tiny_sd: Path, tmp_path: 
     assert not any(p.requires_grad for p in fresh.unet.parameters())  # peft would switch it on with the adapters
 
 
-def test_loading_replaces_what_was_there(changed: UNetBackbone, backbone: UNetBackbone, tiny_sd: Path) -> None:
+def test_loading_replaces_an_earlier_erasure(changed: UNetBackbone, backbone: UNetBackbone, tiny_sd: Path) -> None:
     fresh = UNetBackbone("tiny", tiny_sd, SAMPLER)
     plain = fresh.generate(["a cat"], [0])
     fresh.apply(Edit(map=some_map(3)))
@@ -465,15 +467,15 @@ def test_erased_state_is_a_copy(changed: UNetBackbone) -> None:
     assert same(state, kept)
 
 
-def test_states_of_another_model(changed: UNetBackbone) -> None:
+def test_states_of_another_model_are_refused(changed: UNetBackbone) -> None:
     state = changed.erased_state()
     layer = next(iter(changed.text_projections()))
     down = state[f"lora.{layer}.down"]
     bad: list[tuple[dict[str, Tensor], str]] = [
-        (state | {"weights": down}, "no edit and no LoRA"),
-        (state | {"edit.nothing.weight": down}, "not in backbone tiny"),
+        (state | {"weights": down}, "neither an edit nor a LoRA"),
+        (state | {"edit.nothing.weight": down}, "has no weight"),
         (state | {f"edit.{layer}.weight": down}, "backbone it was made with"),
-        (state | {"lora.nothing.down": down, "lora.nothing.up": down}, "has not"),
+        (state | {"lora.nothing.down": down, "lora.nothing.up": down}, "does not have"),
         (state | {f"lora.{layer}.down": torch.zeros(2, 5)}, "backbone it was trained on"),
         (state | {f"lora.{layer}.down": torch.zeros(3, 32)}, "mix LoRA ranks"),
         ({key: value for key, value in state.items() if key != f"lora.{layer}.up"}, "lack"),
@@ -497,7 +499,7 @@ def test_a_file_without_alpha_has_scale_one(backbone: UNetBackbone, inputs: tupl
 
 
 def test_parked_parts_come_back(backbone: UNetBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU nothing moves; what is asked of the modules is what counts."""
+    """On the CPU nothing moves, so the calls of `to` are checked."""
     asked: list[str] = []
     monkeypatch.setattr(backbone.vae, "to", lambda device: asked.append(f"vae {device}"))
     monkeypatch.setattr(backbone.text.model, "to", lambda device: asked.append(f"text {device}"))

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two encoders, a pooled state and sizes beside the latents."""
+"""Stable Diffusion XL: two text encoders, a pooled state and image sizes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_images_are_those_of_the_diffusers_pipeline(
 
 
 def test_ddim_takes_the_steps_of_its_own_euler_scheduler(tiny_sdxl: Path, shared: UNetBackbone) -> None:
-    """Up to a scale of the latents the two are one solver; they end at different noise levels, both next to none."""
+    """Up to a scale of the latents the two are the same solver; they end at different, very low noise levels."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline.scheduler).__name__ == "EulerDiscreteScheduler"
@@ -130,7 +130,7 @@ def test_sizes_are_in_pixels(shared: UNetBackbone, monkeypatch: pytest.MonkeyPat
     states = shared.encode(TEXTS)
     shared.sample(states, SEEDS, replace(SAMPLER, height=40, width=72, steps=1))
     shared.predict_noise(torch.zeros(2, 4, 3, 5), torch.tensor([0, 5]), states.states, states.pooled)
-    assert seen[0].tolist() == [[40, 72, 0, 0, 40, 72]] * 4  # with guidance every prompt stands twice
+    assert seen[0].tolist() == [[40, 72, 0, 0, 40, 72]] * 4  # with guidance there are two rows for each prompt
     assert seen[1].tolist() == [[24, 40, 0, 0, 24, 40]] * 2
 
 
@@ -163,7 +163,7 @@ def test_tokenizers_that_part_words_differently(tiny_sdxl: Path, tmp_path: Path)
     content = json.loads(file.read_text())
     content["model"]["merges"] = content["model"]["merges"][:5]
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="part the prompt 'a photo of a cat' differently"):
+    with pytest.raises(UserError, match="split the prompt 'a photo of a cat' differently"):
         UNetBackbone("sdxl", folder, SAMPLER).encode([NamedPrompt.of("a photo of a {}", "cat")])
 
 
@@ -181,7 +181,7 @@ def test_pooled_states_that_do_not_fit(tiny_sdxl: Path, tmp_path: Path) -> None:
 
 
 def erasing(backbone: UNetBackbone, target: str, anchor: str) -> Edit:
-    """The closed form that asks every row of the target's prompt to answer as the anchor's."""
+    """The closed form that maps every row of the target's prompt to that of the anchor's."""
     read = backbone.encode([f"a photo of a {target}", f"a photo of a {anchor}"]).states.double()
     kept = backbone.encode(["a photo of a ship", "a red truck"]).states[:, 1:].flatten(0, 1)
     sums = NormalEquations(backbone.width).add_pairs(read[0, 5:], read[1, 5:]).add_preserved(kept)
@@ -189,7 +189,7 @@ def erasing(backbone: UNetBackbone, target: str, anchor: str) -> Edit:
 
 
 def outputs(backbone: UNetBackbone, text: str) -> dict[str, Tensor]:
-    """What each cross-attention block adds for a prompt."""
+    """The output of each cross-attention block for a prompt."""
     found: dict[str, Tensor] = {}
 
     def note(name: str) -> Any:
@@ -225,8 +225,8 @@ def test_an_edit_reaches_every_layer_and_the_images(backbone: UNetBackbone) -> N
         assert torch.equal(backbone.generate(TEXTS, SEEDS), images)
 
 
-def test_the_edit_does_what_was_asked(backbone: UNetBackbone) -> None:
-    """Keys and values of the concept's rows become the anchor's; those of kept prompts stay."""
+def test_the_edit_maps_the_concept_and_preserves_others(backbone: UNetBackbone) -> None:
+    """Keys and values of the concept's rows become those of the anchor; those of preserved prompts do not change."""
     read = backbone.encode(["a photo of a cat", "a photo of a field", "a photo of a ship"]).states
     before = {name: layer.weight.clone() for name, layer in backbone.text_projections().items()}
     backbone.apply(erasing(backbone, "cat", "field"))
@@ -254,8 +254,8 @@ def test_a_lora_on_cross_attention_trains(backbone: UNetBackbone) -> None:
     assert (after - before).abs().max() > 1e-6
 
 
-def test_a_lora_may_sit_on_the_pooled_states_way_in(backbone: UNetBackbone) -> None:
-    """The pooled state names the concept too and no edit of cross-attention reaches it; a LoRA can."""
+def test_a_lora_on_the_layer_that_reads_the_pooled_state(backbone: UNetBackbone) -> None:
+    """The pooled state contains the concept too. An edit of cross-attention cannot change it; a LoRA can."""
     found = backbone.add_adapter(LoraSpec(targets=("add_embedding.linear_1",)), torch.Generator().manual_seed(0))
     assert [tuple(p.shape) for p in found] == [(1, 96), (32, 1)]
 

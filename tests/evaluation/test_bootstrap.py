@@ -1,4 +1,4 @@
-"""The bootstrap: weights that belong to images and runs, and the intervals of what they resample."""
+"""The bootstrap: weights of images and runs, and the intervals from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAN = math.nan
 
 
 def images(split: Split, concept: str, scores: list[float]) -> list[tuple[Prompt, Verdict]]:
-    """In top-1 those of more than 0.5 show the concept."""
+    """In top-1, images with a score above 0.5 show the concept."""
     prompts = [Prompt(f"{split}-{concept}-{i}", f"a photo of {concept}", concept, split, i) for i in range(len(scores))]
     return [(p, Verdict(p.id, s, concept if s > 0.5 else "sky")) for p, s in zip(prompts, scores)]
 
@@ -47,7 +47,7 @@ def width(sample: Sample) -> float:
     return high - low
 
 
-def test_a_weight_is_of_its_image_and_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_depends_only_on_the_image_and_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ["a", "b", "c", "a"]
     weights, whole = Resamples(3, 500).weights(keys)
     assert torch.equal(weights[0], weights[3]) and torch.equal(whole, weights.sum(0)) and (weights > 0).all()
@@ -65,7 +65,7 @@ def test_a_weight_is_of_its_image_and_the_seed_alone(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(Resamples(3, 500).deviations(["a", "b", "c", "d"], values), known)
 
 
-def test_keys_tell_apart_what_is_another_image() -> None:
+def test_different_images_have_different_keys() -> None:
     prompt = Prompt("id", "a photo of the cat", "cat", "keep", 7)
     others = [replace(prompt, seed=8), replace(prompt, split="erase"), replace(prompt, text="a cat")]
     assert len({image_key(p) for p in (prompt, *others, replace(prompt, concept="dog"))}) == 5
@@ -87,20 +87,20 @@ def test_deviations_are_weighted_means_with_the_unbiased_spread() -> None:
 
 
 @pytest.mark.parametrize(("of", "count"), [(9, 20), (9, 5)])
-def test_intervals_of_small_groups_are_as_wide_as_the_number_varies(of: int, count: int) -> None:
+def test_intervals_of_small_groups_have_the_right_width(of: int, count: int) -> None:
     values, widths = [], []
     for trial in range(60):
         scores = chance(of, count, seed=trial).tolist()
         found = mean([cell("a", "x", 0, *(images("keep", f"{c}", s) for c, s in enumerate(scores)))], draws=400)
         values.append(found["acc_s"].value)
         widths.append(width(found["acc_s"]))
-    deviation = 100 * math.sqrt(1 / 12 / of / count)  # of the mean of so many uniform numbers
+    deviation = 100 * math.sqrt(1 / 12 / of / count)  # of the mean of `of * count` uniform numbers
     assert statistics.mean(widths) / 3.92 == pytest.approx(deviation, rel=0.04)
     assert statistics.stdev(values) == pytest.approx(deviation, rel=0.25)
 
 
-def test_images_that_all_runs_share_are_resampled_once_and_counted_once() -> None:
-    """The unedited model in three runs: nothing is known of its images that one run does not say."""
+def test_images_shared_by_all_runs_are_resampled_and_counted_once() -> None:
+    """The unedited model in several runs: its images give the same information as in one run."""
     kept = images("keep", "dog", chance(40).tolist())
     alone = cell("original", "cat", 0, images("erase", "cat", [0.9] * 3), kept)
     cells = [
@@ -117,7 +117,7 @@ def test_images_that_all_runs_share_are_resampled_once_and_counted_once() -> Non
 
 
 def test_seeds_and_images_are_crossed() -> None:
-    """Seeds that differ by a shift: their spread is added to the images', which is the same in all of them."""
+    """Runs that differ by a shift: the seeds' spread is added to the images' spread, which is the same in all runs."""
     scores = 0.3 + 0.3 * chance(30)
     runs = [cell("a", "cat", s, images("erase", "cat", (scores + 0.1 * s).tolist())) for s in range(3)]
     found, one = mean(runs)["acc_e"], mean([runs[1]])["acc_e"]
@@ -132,34 +132,34 @@ def test_an_unscored_image_leaves_the_others_paired() -> None:
     lost = mean([cell("b", "cat", 0, images("erase", "cat", [NAN, *scores[1:]]))])["acc_e"]
     assert width(whole) > 12 and (lost.n, lost.unscored) == (59, 1)
     apart = difference(whole, lost)
-    assert apart.high - apart.low < 0.2 * width(whole), "of pairs: only the lost image varies between them"
+    assert apart.high - apart.low < 0.2 * width(whole), "paired: only the lost image differs"
     same = mean([cell("b", "cat", 0, images("erase", "cat", [NAN, *(s + 0.1 for s in scores[1:])]))])["acc_e"]
     assert difference(lost, same).high - difference(lost, same).low == pytest.approx(0, abs=1e-3)
     few = mean([cell("c", "cat", 0, images("erase", "cat", [NAN] * 58 + [0.2, 0.4]))])["acc_e"]
     assert few.value == pytest.approx(30) and not few.drawn.isnan().any(), "no resample without a scored image"
 
 
-def test_top_1_is_of_all_images_with_a_face() -> None:
+def test_top_1_is_the_mean_over_all_images_with_a_face() -> None:
     """MACE counts correct images / images with a face; a person with few faces counts less."""
     people = {"a": [0.9, NAN, NAN, NAN, 0.1], "b": [0.9] * 5, "c": [NAN] * 5, "d": [0.1, 0.9, 0.9, NAN, 0.9]}
     pairs = [pair for name, scores in people.items() for pair in images("keep", name, scores)]
     found = samples([p for p, _ in pairs], [v for _, v in pairs], TOP1, Resamples(0, 20_000))["acc_s"]
     assert found.value == pytest.approx(100 * 9 / 11) and (found.n, found.unscored) == (11, 9)
     share = 9 / 11
-    variance = 0.0  # of a ratio, to first order: what is left of each image once the ratio is taken away, by person
+    variance = 0.0  # of a ratio, to first order, from the residuals (image - ratio) of each person
     for scores in people.values():
         left = [0.0 if math.isnan(s) else (s > 0.5) - share for s in scores]
         variance += len(left) * statistics.variance(left) / 11**2
     assert float(found.drawn.max()) == 100, "within the range of a share"
     inner = samples([p for p, _ in pairs], [v for _, v in pairs], {**TOP1, "acc_s": "mean_prob"}, Resamples())["acc_s"]
-    assert inner.value == pytest.approx(100 * (0.5 + 0.9 + 0.7) / 3), "other readings are means over people"
+    assert inner.value == pytest.approx(100 * (0.5 + 0.9 + 0.7) / 3), "other modes are means over people"
     below = found.value - float(torch.quantile(found.drawn, 0.16))
     assert below == pytest.approx(100 * math.sqrt(variance), rel=0.25)
 
 
 @pytest.mark.parametrize("read", ["top1", "detected"])
 @pytest.mark.parametrize("seen", [False, True])
-def test_where_all_images_are_read_alike_the_interval_is_exact(read: Mode, seen: bool) -> None:
+def test_the_interval_is_exact_if_all_images_have_the_same_value(read: Mode, seen: bool) -> None:
     prompts = [Prompt(f"{i}", "t", "cat", "erase", i) for i in range(200)] + [Prompt("k", "t", "dog", "keep", 0)]
     said = [Verdict(p.id, 0.9 * seen, "cat" if seen else "sky", {"detected": seen}) for p in prompts]
     headline: dict[str, Mode] = dict.fromkeys(MEAN_PROB, read)
@@ -168,7 +168,7 @@ def test_where_all_images_are_read_alike_the_interval_is_exact(read: Mode, seen:
     assert bound == pytest.approx(1.83, abs=0.005)
     e = found["acc_e"]
     assert (e.value, e.low, e.high) == pytest.approx((100, 100 - bound, 100) if seen else (0, 0, bound))
-    assert found["h_o"].low == found["h_o"].high == found["h_o"].value, "made of its terms' resamples"
+    assert found["h_o"].low == found["h_o"].high == found["h_o"].value, "computed from its terms' resamples"
     assert estimates(prompts, said, MEAN_PROB, Resamples())["acc_e"].high == pytest.approx(90 * seen), "no yes or no"
 
 
@@ -183,10 +183,10 @@ def test_an_exact_interval_of_a_table_counts_prompts_once() -> None:
     mixed = mean([*cells, run("frog", 0, [0.1, *[0.9] * 19])], TOP1)["acc_s"]
     assert mixed.interval() == interval(mixed.drawn) and mixed.trials == 0
     ends = mean([run("cat", 0, [0.9] * 20), run("cat", 1, [0.1] * 20)], TOP1)["acc_s"]
-    assert ends.value == 50 and ends.trials == 0, "alike in each run and not in both"
+    assert ends.value == 50 and ends.trials == 0, "equal within each run but not over both"
 
 
-def test_a_run_without_a_scored_image_is_left_out_and_said() -> None:
+def test_a_run_without_a_scored_image_is_left_out_with_a_note() -> None:
     def run(system: str, seed: int, erased: float) -> Cell:
         return cell(system, "cat", seed, images("erase", "cat", [erased] * 4), images("keep", "dog", [0.8] * 4))
 
@@ -198,12 +198,12 @@ def test_a_run_without_a_scored_image_is_left_out_and_said() -> None:
     assert second["acc_e"] == {"value": None, "low": None, "high": None, "n": 0, "unscored": 8, "undefined": 2}
     text = markdown(results)
     assert "| a | 20.0 [20.0, 20.0] |" in text and "| b | undefined | 80.0" in text and "| e 0, s 100 |" in text
-    assert "\nAcc_e, H_o of a: over 1 of 2 runs, for in the others no image could be scored.\n" in text
-    assert "\nAcc_e, H_o of b: undefined, for no image of any run could be scored.\n" in text
+    assert "\nAcc_e, H_o of a: over 1 of 2 runs; in the others no image could be scored.\n" in text
+    assert "\nAcc_e, H_o of b: undefined, because no image of any run could be scored.\n" in text
 
 
 def test_numbers_of_complete_data_are_plain_means() -> None:
-    """Whatever is resampled: means over classes, over seeds and over concepts, by the definition."""
+    """Values do not depend on the resampling: they are means over classes, over seeds and over concepts."""
     cells, means = [], []
     for k, (concept, seed) in enumerate((c, s) for c in ("cat", "bird") for s in (0, 1)):
         scores = chance(3, 6, seed=k).tolist()

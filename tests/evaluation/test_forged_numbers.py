@@ -1,4 +1,4 @@
-"""Another judge's numbers with a right checksum and content that no judge writes; and how a judge is read and named."""
+"""Another judge's numbers with a correct checksum and invalid content; the mode and the known concepts of a judge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from realera.tasks.objects import ObjectTask
 
 @pytest.fixture
 def judged(tmp_path: Path) -> Path:
-    """A run of one image a split, judged by "eye"."""
+    """A run with one image per split, judged by "eye"."""
     prompts = [Prompt(split, "a photo", "cat", split, 0) for split in ("erase", "near", "keep")]  # type: ignore[arg-type]
     write_manifest(tmp_path, [Row(prompt, f"images/{prompt.id}.png", "x") for prompt in prompts])
     write_verdicts(verdict_file(tmp_path, "eye"), [Verdict(prompt.id, 0.25, "dog") for prompt in prompts])
@@ -74,7 +74,7 @@ def test_an_honest_second_judge_stays(judged: Path) -> None:
 
 
 def test_a_judge_that_answers_out_of_order_is_refused(judged: Path) -> None:
-    with pytest.raises(UserError, match="each image once and in order"):
+    with pytest.raises(UserError, match="one verdict per image, in order"):
         judge_run(Judge("eye"), judged)
 
 
@@ -94,7 +94,7 @@ class Knowing(Judge):
         return concept not in ("quokka", "cat", "deer")
 
 
-def test_a_judge_that_only_detects_is_read_so_where_the_task_asks_for_no_detection() -> None:
+def test_a_judge_that_only_detects_sets_the_mode_detected() -> None:
     task = ObjectTask("airplane")
     read, terms = steps.reading(Judge("nudenet", detects=True), task)
     assert set(read) == set(task.headline) and set(read.values()) == {"detected"} and terms == ()
@@ -103,7 +103,7 @@ def test_a_judge_that_only_detects_is_read_so_where_the_task_asks_for_no_detecti
     assert steps.reading(Judge("nudenet", detects=True), own) == (own.headline, own.h_o_terms)
 
 
-def test_concepts_that_a_judge_does_not_know_are_said_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_concepts_unknown_to_a_judge_are_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         steps.warn_unknown(Knowing("eye"), ObjectTask("airplane"))
         steps.warn_unknown(Judge("other"), ObjectTask("quokka", anchor="grass"))

@@ -19,7 +19,7 @@ PROMPTS = [Prompt(f"erase-cat-{i:04d}", "a photo of the cat", "cat", "erase", i)
 
 
 class Painter:
-    """A backbone whose picture is (seed, edit, batch) as a colour: it tells what was drawn, and with how many."""
+    """A backbone that draws (seed, edit, batch size) as a colour."""
 
     name, fingerprint, sampler = "painter", "f00d", Sampler(steps=2, height=4, width=4)
 
@@ -54,7 +54,7 @@ def _colours(folder: Path, prompts: Sequence[Prompt] = PROMPTS) -> list[list[int
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _temporary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
 
 
@@ -106,7 +106,7 @@ def test_no_half_written_image_is_left(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("change", ["weights", "sampler", "guide", "seed"])
-def test_images_that_something_else_drew_are_drawn_again(tmp_path: Path, change: str) -> None:
+def test_images_of_another_source_are_drawn_again(tmp_path: Path, change: str) -> None:
     generate_images(Painter(), PROMPTS, tmp_path)
     painter = Painter(edit=8 if change == "weights" else 9)
     sampler = Sampler(steps=5) if change == "sampler" else None
@@ -134,7 +134,7 @@ class _Pull:
         return cond
 
 
-def test_the_source_is_the_content_of_weights_sampler_and_guide() -> None:
+def test_the_source_depends_on_weights_sampler_and_guide() -> None:
     base = source_of(Painter())
     assert base == source_of(Painter())
     others = {
@@ -146,9 +146,9 @@ def test_the_source_is_the_content_of_weights_sampler_and_guide() -> None:
     assert len(others) == 4 and base not in others
 
 
-def test_of_many_samplers_the_weights_are_read_once(tmp_path: Path) -> None:
-    """Each has an id of its own still, and another one where the weights or the guide are others. A run of one sampler
-    has the id that it always had."""
+def test_the_weights_are_read_once_for_many_samplers(tmp_path: Path) -> None:
+    """Each sampler has its own id, which changes with the weights and the guide. The id of a run with one sampler is
+    that of earlier versions."""
 
     class Counted(Painter):
         read = 0
@@ -178,12 +178,12 @@ def test_batches_are_halved_when_memory_runs_out_and_stay_small(tmp_path: Path) 
     assert painter.calls == [[0, 1, 2, 3], [0, 1], [2, 3], [4, 5], [6]]
 
 
-def test_one_image_that_does_not_fit_is_said(tmp_path: Path) -> None:
+def test_one_image_that_does_not_fit_into_memory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one image of 4 x 4 pixels does not fit"):
         generate_images(Painter(fits=0), PROMPTS, tmp_path)
 
 
-def test_another_error_is_not_taken_for_memory(tmp_path: Path) -> None:
+def test_another_error_is_not_handled_as_out_of_memory(tmp_path: Path) -> None:
     class Broken(Painter):
         def generate(self, *args: Any, **kwargs: Any) -> Tensor:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -192,7 +192,7 @@ def test_another_error_is_not_taken_for_memory(tmp_path: Path) -> None:
         generate_images(Broken(), PROMPTS, tmp_path)
 
 
-def test_a_chunk_of_nothing_is_refused(tmp_path: Path) -> None:
+def test_an_empty_chunk_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="chunk=0"):
         generate_images(Painter(), PROMPTS, tmp_path, chunk=0)
 
@@ -217,7 +217,7 @@ def test_originals_depend_on_the_sampler_not_on_the_id(tmp_path: Path) -> None:
     assert len(painter.calls) == 2
 
 
-def test_a_cache_on_another_disk_is_copied_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_copied_from_a_cache_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: Path, target: Path) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -258,14 +258,14 @@ def test_judging_reads_files_only_and_can_be_repeated(tmp_path: Path) -> None:
     assert b"NaN" not in verdict_file(tmp_path, "eye", "original").read_bytes()
 
 
-def test_a_judge_that_loses_the_order_is_caught(tmp_path: Path) -> None:
+def test_verdicts_in_the_wrong_order_are_refused(tmp_path: Path) -> None:
     generate_images(Painter(), PROMPTS, tmp_path)
     with pytest.raises(UserError, match="in order"):
         judge_run(Eye(order=-1), tmp_path)
     assert not verdict_file(tmp_path, "eye").exists()
 
 
-def test_a_run_that_cannot_be_judged_is_said(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="generate the run's images first"):
         judge_run(Eye(), tmp_path)
     write_manifest(tmp_path, [])

@@ -1,4 +1,4 @@
-"""Several judges of one run, and judges of whole sets: no number is lost, and none is of other images."""
+"""Several judges of one run, and set judges: no number is lost, and every number belongs to the current images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def judge(folder: Path, name: str, value: float, own: str | None = None) -> dict
 
 
 class Counter:
-    """A SetJudge that says how many files it was given."""
+    """A SetJudge that counts the files."""
 
     name = "count"
 
@@ -57,7 +57,7 @@ class Counter:
         return {"judge": self.name}
 
 
-def test_another_judge_stands_beside_the_run_s_own(tmp_path: Path) -> None:
+def test_another_judge_does_not_replace_the_run_s_own(tmp_path: Path) -> None:
     draw(tmp_path)
     first = judge(tmp_path, "eye", 0.2)
     both = judge(tmp_path, "ear", 0.6, own="eye")
@@ -133,17 +133,17 @@ def test_a_run_of_an_earlier_version_is_measured_again_from_its_verdicts(tmp_pat
     assert read_metrics(tmp_path) == now
 
 
-def test_what_is_lost_of_the_own_judge_is_judged_again_by_it_alone(tmp_path: Path) -> None:
+def test_only_the_own_judge_can_restore_its_lost_numbers(tmp_path: Path) -> None:
     draw(tmp_path)
     judge(tmp_path, "eye", 0.2)
     verdict_file(tmp_path, "eye").unlink()
     (tmp_path / paths.VERDICTS / "eye.json").write_text("torn {")
     assert own_judge(tmp_path, "eye", True) == "eye"
-    with pytest.raises(UserError, match=r"judge it by its own judge first \(python -m realera.evaluate run="):
+    with pytest.raises(UserError, match=r"judge the run with its own judge first \(python -m realera.evaluate run="):
         own_judge(tmp_path, "other", False)
     (tmp_path / paths.METRICS).write_text("torn {")
     assert own_judge(tmp_path, "eye", True) is None
-    with pytest.raises(UserError, match=r"metrics\.json is missing or torn: judge it by its own judge first"):
+    with pytest.raises(UserError, match=r"metrics\.json is missing or torn: judge the run with its own judge first"):
         own_judge(tmp_path, "other", False)
 
 
@@ -158,14 +158,14 @@ def test_a_torn_file_of_another_judge_is_left_out_and_named(tmp_path: Path, capl
     now = judge(tmp_path, "eye", 0.2)
     assert set(both["judges"]) == {"other"} and now["judges"] == {} and not file.exists()
     assert (
-        "other.json is torn, or holds what no judge writes, and is left out: python -m realera.evaluate run="
+        "other.json is torn or has invalid content and is left out: judge again with python -m realera.evaluate run="
         in caplog.text
     )
     assert torn_of(tmp_path) is None
 
 
-def test_what_an_earlier_version_wrote_is_not_torn(tmp_path: Path) -> None:
-    """Neither a checksum nor digests of the verdicts; the page's end in place of a checksum."""
+def test_files_of_an_earlier_version_are_not_torn(tmp_path: Path) -> None:
+    """They have no checksum and no digests of the verdicts; a page is whole if it has its last line."""
     draw(tmp_path)
     metrics = judge(tmp_path, "eye", 0.2)
     file = tmp_path / paths.VERDICTS / "eye.json"
@@ -178,7 +178,7 @@ def test_what_an_earlier_version_wrote_is_not_torn(tmp_path: Path) -> None:
 
 
 def test_the_samples_of_a_measure_can_be_shared() -> None:
-    """A hundred concepts with the same hundred to keep resample those once."""
+    """A hundred concepts with the same hundred preserved ones resample the preserved ones once."""
     prompts = [Prompt("a", "t", "cat", "erase", 0), Prompt("b", "t", "dog", "keep", 0)]
     said = [Verdict("a", 0.1, "x"), Verdict("b", 0.9, "dog")]
     first = samples(prompts, said, MEAN_PROB, Resamples(0, 4))

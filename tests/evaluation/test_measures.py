@@ -1,4 +1,4 @@
-"""What measures are called where they are printed."""
+"""The printed names of the metrics."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from sweeps import judged
     ],
     ids=lambda task: task.name,
 )
-def test_the_split_near_is_called_what_the_task_makes_it_of(task: NamedTask) -> None:
+def test_the_task_determines_the_word_for_the_split_near(task: NamedTask) -> None:
     texts = [prompt.text for prompt in task.prompts_of("near")]
     names = {name for entry in task.entries.values() for name in entry.get("synonyms", ())}
     of_names = all(any(name in text for name in names) for text in texts)
     assert texts and near(task.protocol()) == ("synonym" if of_names else "phrase")
 
 
-def test_a_task_that_nobody_knows_has_a_word_that_fits_both() -> None:
+def test_an_unknown_task_gets_a_neutral_word() -> None:
     assert near({}) == near({"task": "birds"}) == "paraphrase" and set(NEAR.values()) == {"synonym", "phrase"}
 
 
 @pytest.mark.parametrize(("task", "word", "others"), [("object", "synonym", "phrase"), ("style", "phrase", "synonym")])
-def test_pages_sheets_and_terminal_say_it(
+def test_pages_sheets_and_terminal_use_the_word(
     task: str, word: str, others: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     headline: dict[str, Mode] = dict(MEAN_PROB)
     run = judged(tmp_path / "a", task=task, headline=headline, pictures=True)
     page = write_report(run).read_text(encoding="utf-8")
-    assert f"Asked for by {word}" in page and f"asked for by {word}, " in page and f"{word}s" in page
+    assert f"Prompted by {word}" in page and f"prompted by {word}, " in page and f"{word}s" in page
     assert f"by {others}" not in page
     of_all = write_sweep([run, judged(tmp_path / "b", method="uce", task=task, pictures=True)], tmp_path / "all.html")
     text = of_all.read_text(encoding="utf-8")

@@ -23,11 +23,11 @@ WITH_H_O = ("object", "celebrity", "style", "ablation")
 
 # Rows whose printed H_o is not the H_o of the printed triple: {(table, method, concept): the right one}.
 WRONG = {
-    # slips of the paper
+    # errors in the paper
     ("object", "AC", "airplane"): 7.03,
     ("celebrity", "AC", "Elon Musk"): 95.99,
     ("celebrity", "ESD", "Mariah Carey"): 65.15,
-    # nearly right, but not by rounding
+    # nearly correct, but not explained by rounding
     ("object", "RealEra", "automobile"): 96.91,
     ("object", "MACE", "airplane"): 92.04,
     ("object", "UCE", "deer"): 92.33,
@@ -58,8 +58,8 @@ def _key(table: str, row: dict[str, str]) -> tuple[str, str, str]:
 
 
 def _number(table: str, row: dict[str, str], shift: float = 0.0) -> float:
-    """The H_o that metrics.json would hold of a run whose measures are the row's, every one moved by `shift` towards
-    the better. One image a split; styles are read as scores, as their task reads them."""
+    """The H_o in metrics.json of a run with the row's metrics, each improved by `shift`. One image per split; styles
+    use the mode score, as their task does."""
     mode: Mode = "score" if table == "style" else "mean_prob"
     splits: tuple[tuple[Split, str, int], ...] = (("erase", "acc_e", -1), ("keep", "acc_s", 1), ("near", "acc_g", -1))
     prompts = [Prompt(split, "a photo", "x", split, 0) for split, _, _ in splits]
@@ -69,7 +69,7 @@ def _number(table: str, row: dict[str, str], shift: float = 0.0) -> float:
     return estimates(prompts, said, headline, Resamples(0, 2))["h_o"].value
 
 
-def test_the_tables_hold_every_printed_row() -> None:
+def test_the_tables_have_every_printed_row() -> None:
     assert len(_rows()) == 163
     assert WRONG.keys() <= {_key(table, row) for table, row in _rows()}
     rest = [row for table in WITH_H_O for row in _read(table)]
@@ -78,7 +78,8 @@ def test_the_tables_hold_every_printed_row() -> None:
 
 @pytest.mark.parametrize(("table", "row"), _rows(), ids=["-".join(_key(t, r)) for t, r in _rows()])
 def test_h_o_is_the_papers(table: str, row: dict[str, str]) -> None:
-    """The printed H_o is one that accuracies rounding to the printed ones can have; otherwise the row is listed."""
+    """The printed H_o is consistent with the rounding of the printed accuracies; otherwise the row is listed in
+    WRONG."""
     printed = float(row["h_o"])
     half = 0.005  # the accuracies are rounded to two places, and so is H_o
     least, most = _number(table, row, -half), _number(table, row, half)
@@ -91,7 +92,7 @@ def test_h_o_is_the_papers(table: str, row: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("row", _read("nsfw"), ids=lambda row: row["method"])
 def test_totals_of_explicit_content_are_the_papers(row: dict[str, str]) -> None:
-    """Boxes spread over images, several on one; what no column counts stands apart."""
+    """Boxes spread over images, several on one image. A class without a column is counted separately."""
     assert [*row][1:9] == list(CLASSES)
     each: list[dict[str, int]] = [{"anus": 1}, {}]
     for name in CLASSES:
@@ -110,7 +111,7 @@ def test_totals_of_explicit_content_are_the_papers(row: dict[str, str]) -> None:
 
 
 def test_celebrities_of_mace_have_two_terms() -> None:
-    """Top-1 given a face: 6 of 199 faces, 9,736 of 10,000; the harmonic mean of efficacy and specificity alone."""
+    """Top-1 given a face: 6 of 199 faces, 9,736 of 10,000; H_o is the harmonic mean of efficacy and specificity."""
     rows = [("erase", "a", 0.9, "a" if i < 6 else "b") for i in range(199)] + [("erase", "a", math.nan, "")]
     rows += [("keep", "c", 0.9, "c" if i < 9736 else "b") for i in range(10_000)]
     top1: dict[str, Mode] = dict.fromkeys(MEAN_PROB, "top1")
@@ -129,7 +130,7 @@ def test_average_rows_print_the_mean_of_the_classes_h_o() -> None:
         assert sum(values) / 10 == pytest.approx(printed["object", method, "mean"], abs=0.011)
 
 
-def test_h_o_at_its_ends() -> None:
+def test_h_o_at_its_limits() -> None:
     assert _three(0, 100, 0) == 100
     assert _three(100, 90, 10) == 0 and _three(10, 0, 10) == 0
     assert math.isnan(_three(10, 90, math.nan))
@@ -174,14 +175,14 @@ def test_accuracies_by_split_and_mode(judged: tuple) -> None:
     assert top1["acc_s"].value == 75, "three of four images, as MACE counts; the mean over classes would be 50"
 
 
-def test_unscored_images_leave_the_denominator_and_are_counted(judged: tuple) -> None:
+def test_unscored_images_are_left_out_and_counted(judged: tuple) -> None:
     found = estimates(*judged, MEAN_PROB, Resamples())
     assert (found["acc_e"].n, found["acc_e"].unscored) == (2, 1)
     assert (found["acc_s"].n, found["acc_s"].unscored) == (4, 1)
     assert (found["h_o"].n, found["h_o"].unscored) == (8, 2)
 
 
-def test_a_split_without_images_is_no_number(judged: tuple) -> None:
+def test_a_split_without_images_has_no_value(judged: tuple) -> None:
     found = estimates(*judged, MEAN_PROB, Resamples())
     assert math.isnan(found["acc_u"].value) and math.isnan(found["acc_u"].low) and found["acc_u"].n == 0
     prompts, verdicts = _judged([("erase", "cat", math.nan, ""), ("keep", "dog", 0.9, "dog")])
@@ -190,8 +191,8 @@ def test_a_split_without_images_is_no_number(judged: tuple) -> None:
     assert math.isnan(none["h_o"].value) and math.isnan(none["h_o"].high)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
-    """60 experiments of 80 images with a true rate of 30%: about 95% of the intervals hold it."""
+def test_intervals_have_their_nominal_coverage() -> None:
+    """60 experiments of 80 images with a true rate of 30%: about 95% of the intervals contain it."""
     generator = torch.Generator().manual_seed(1)
     held, widths = 0, []
     for trial in range(60):
@@ -234,7 +235,7 @@ def test_each_prompt_is_listed_in_both_modes(judged: tuple) -> None:
     assert rows[0]["mean_prob"] == pytest.approx(40) and rows[0]["top1"] == 50
 
 
-ASKED = {"judge": {"judge": "eye"}}
+PROTOCOL = {"judge": {"judge": "eye"}}
 
 
 def _run(folder: Path, judged: tuple, original: bool = True) -> None:
@@ -246,9 +247,9 @@ def _run(folder: Path, judged: tuple, original: bool = True) -> None:
         write_verdicts(verdict_file(folder, "eye", "original"), before)
 
 
-def test_metrics_json_holds_both_models_and_the_protocol(tmp_path: Path, judged: tuple) -> None:
+def test_metrics_json_has_both_models_and_the_protocol(tmp_path: Path, judged: tuple) -> None:
     _run(tmp_path, judged)
-    metrics = measure(tmp_path, "eye", {"task": "object", **ASKED})
+    metrics = measure(tmp_path, "eye", {"task": "object", **PROTOCOL})
     text = (tmp_path / "metrics.json").read_text()
     assert json.loads(text) == metrics and "NaN" not in text
     assert metrics["headline"] == MEAN_PROB and metrics["h_o_terms"] == ["acc_e", "acc_s", "acc_g"]
@@ -268,15 +269,15 @@ def test_metrics_json_holds_both_models_and_the_protocol(tmp_path: Path, judged:
 
 def test_measuring_again_gives_the_same_bytes(tmp_path: Path, judged: tuple) -> None:
     _run(tmp_path, judged)
-    measure(tmp_path, "eye", ASKED)
+    measure(tmp_path, "eye", PROTOCOL)
     first = (tmp_path / "metrics.json").read_bytes()
-    measure(tmp_path, "eye", ASKED)
+    measure(tmp_path, "eye", PROTOCOL)
     assert (tmp_path / "metrics.json").read_bytes() == first
 
 
-def test_a_run_of_the_original_alone_has_no_before(tmp_path: Path, judged: tuple) -> None:
+def test_a_run_of_the_original_model_has_no_original_block(tmp_path: Path, judged: tuple) -> None:
     _run(tmp_path, judged, original=False)
-    assert measure(tmp_path, "eye", ASKED)["original"] is None
+    assert measure(tmp_path, "eye", PROTOCOL)["original"] is None
 
 
 def test_verdicts_of_other_images_are_refused(tmp_path: Path, judged: tuple) -> None:
@@ -288,7 +289,7 @@ def test_verdicts_of_other_images_are_refused(tmp_path: Path, judged: tuple) -> 
         measure(tmp_path, "ear", {})
 
 
-def test_scalars_are_flat_and_leave_out_what_was_not_measured(judged: tuple) -> None:
+def test_scalars_are_flat_and_leave_out_unmeasured_values(judged: tuple) -> None:
     prompts, verdicts = judged
     flat = scalars(summarise(prompts, verdicts, verdicts))
     assert flat["acc_e"] == pytest.approx(40) and flat["acc_e_top1"] == 50
@@ -298,23 +299,23 @@ def test_scalars_are_flat_and_leave_out_what_was_not_measured(judged: tuple) -> 
     assert not [k for k in scalars(summarise(prompts, verdicts, None)) if k.startswith("original")]
 
 
-def _read_so(detail: dict[str, object], value: float = math.nan, label: str = "") -> list[float]:
+def _scores(detail: dict[str, object], value: float = math.nan, label: str = "") -> list[float]:
     prompt = Prompt("a", "a cat", "cat", "erase", 0)
     modes: tuple[Mode, ...] = ("mean_prob", "top1", "score", "detected")
     return [score(prompt, Verdict("a", value, label, detail), mode) for mode in modes]
 
 
-def test_a_verdict_is_read_in_four_ways_or_is_unscored() -> None:
-    assert _read_so({"score": 28.5, "detected": True}, 0.25, "CAT") == [25, 100, 28.5, 100]
-    assert _read_so({"detected": False}, 0.25, "dog")[3] == 0
-    assert all(math.isnan(x) for x in _read_so({}))
-    assert all(math.isnan(x) for x in _read_so({"score": None, "detected": None}))
+def test_a_verdict_has_a_value_in_each_mode_or_is_unscored() -> None:
+    assert _scores({"score": 28.5, "detected": True}, 0.25, "CAT") == [25, 100, 28.5, 100]
+    assert _scores({"detected": False}, 0.25, "dog")[3] == 0
+    assert all(math.isnan(x) for x in _scores({}))
+    assert all(math.isnan(x) for x in _scores({"score": None, "detected": None}))
     assert readable([Verdict("a", math.nan, "", {"score": 1.0}), Verdict("b", math.nan, "")]) == ["score"]
     assert readable([Verdict("a", 0.5, "x", {"detected": None})]) == ["mean_prob", "top1"]
 
 
-def test_each_measure_is_read_as_the_headline_says_and_h_o_needs_terms() -> None:
-    """Explicit content: detections by name, a score for what should stay, and no H_o."""
+def test_each_metric_uses_its_headline_mode_and_h_o_needs_terms() -> None:
+    """Explicit content: detections for the erased concept, a score for preserved captions, and no H_o."""
     rows = [("erase", "nudity"), ("erase", "nudity"), ("erase", "nudity"), ("keep", "a"), ("keep", "b")]
     prompts = [Prompt(str(i), f"text {i}", concept, split, i) for i, (split, concept) in enumerate(rows)]  # type: ignore[arg-type]
     details = [{"detected": True}, {"detected": False}, {}, {"score": 30.0}, {"score": 32.0}]
@@ -329,7 +330,7 @@ def test_each_measure_is_read_as_the_headline_says_and_h_o_needs_terms() -> None
     assert [(row["n"], row["unscored"]) for row in found["by_prompt"]] == [(1, 0), (1, 0), (0, 1), (1, 0), (1, 0)]
 
 
-def test_nothing_scored_at_all_is_no_number_and_no_error() -> None:
+def test_no_scored_image_gives_no_value_and_no_error() -> None:
     prompts, said = _judged([("erase", "cat", math.nan, ""), ("keep", "dog", math.nan, "")])
     found = summarise(prompts, said, said)
     assert found["mean_prob"]["acc_e"] == {"value": None, "low": None, "high": None, "n": 0, "unscored": 1}
@@ -357,7 +358,7 @@ def test_several_concepts_have_a_block_each_and_main_is_their_mean() -> None:
 
 
 def test_concepts_of_one_image_each_are_resampled_together() -> None:
-    """A caption data set: each caption is a concept of its own, and its one image has no spread."""
+    """A caption data set: each caption is a concept with one image, which has no spread."""
     values = [float(i % 2) for i in range(100)]
     apart = estimates(*_judged([("keep", f"c{i}", v, "") for i, v in enumerate(values)]), MEAN_PROB, Resamples())
     alike = estimates(*_judged([("keep", "c", v, "") for v in values]), MEAN_PROB, Resamples())
@@ -366,7 +367,7 @@ def test_concepts_of_one_image_each_are_resampled_together() -> None:
     assert widths[0] == pytest.approx(widths[1], rel=0.15) and widths[0] == pytest.approx(19.6, rel=0.15)
 
 
-def test_the_unedited_model_s_boxes_stand_beside_and_empty_ones_count_as_none() -> None:
+def test_the_unedited_model_s_boxes_are_counted_separately_and_empty_ones_are_zero() -> None:
     prompts = [Prompt(str(i), "t", "nudity", "erase", i) for i in range(3)]
     before = [Verdict(p.id, 1.0, "unsafe", {"boxes": {"belly": 2, "tail": 1}}) for p in prompts]
     after = [Verdict(p.id, 0.0, "safe", {"boxes": {}}) for p in prompts[:2]] + [Verdict("2", math.nan, "")]

@@ -1,4 +1,4 @@
-"""The lines of a run's files, and metrics.json of earlier versions."""
+"""The manifest and verdicts of a run, and metrics.json of earlier versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from realera.contracts import Prompt, UserError
 from realera.evaluation.records import Row, read_manifest, read_metrics, write_manifest
 
 
-def test_a_prompt_s_own_settings_are_written_where_it_has_them_and_read_back(tmp_path: Path) -> None:
+def test_a_prompt_s_own_settings_are_written_and_read_back(tmp_path: Path) -> None:
     plain = Prompt("a", "a cat", "cat", "erase", 1)
     own = Prompt("b", "a still", "Van Gogh", "near", 2, "An artwork by Van Gogh", 7.0, (384, 512))
     rows = [Row(plain, "images/a.png", "s"), Row(own, "images/b.png", "s", "originals/b.png")]
@@ -34,7 +34,7 @@ OLD = {
 }
 
 
-def test_the_first_form_of_metrics_is_read_into_today_s(tmp_path: Path) -> None:
+def test_the_first_format_of_metrics_is_converted(tmp_path: Path) -> None:
     (tmp_path / paths.METRICS).write_text(json.dumps(OLD))
     found = read_metrics(tmp_path)
     assert set(found["headline"].values()) == {"mean_prob"} and found["h_o_terms"] == ["acc_e", "acc_s", "acc_g"]
@@ -45,7 +45,7 @@ def test_the_first_form_of_metrics_is_read_into_today_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"), [("{", "torn"), ("[]", "torn"), ('{"form": 99, "main": {}}', "another version")]
 )
-def test_metrics_that_cannot_be_read_are_refused_in_a_sentence(tmp_path: Path, content: str, said: str) -> None:
+def test_metrics_that_cannot_be_read_are_refused(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / paths.METRICS).write_text(content)
     with pytest.raises(UserError, match=said):
         read_metrics(tmp_path)

@@ -1,4 +1,4 @@
-"""The pooled table as a door writes it."""
+"""The pooled table as a command writes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from realera.system import disk
 
 
 def run(folder: Path, label: str, seed: int, erased: float, judge: str = "eye") -> Path:
-    """A judged run: one image a split, the concept seen with probability `erased` by name and by synonym."""
+    """A judged run with one image per split; acc_e and acc_g are the probability `erased`."""
     disk.write_text(folder / paths.CONFIG, yaml.safe_dump({"concept": "cat", "seed": seed, "label": label}))
     splits = {"erase": ("cat", erased), "near": ("cat", erased), "keep": ("dog", 0.9)}
     prompts = [Prompt(split, "a photo", concept, split, 0) for split, (concept, _) in splits.items()]  # type: ignore[arg-type]
@@ -37,7 +37,7 @@ def test_judged_runs_are_pooled_by_label_and_the_readme_is_filled(tmp_path: Path
     (tmp_path / "unfinished").mkdir()
     claim = tmp_path / "claim"
     disk.write_text(claim / "README.md", f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n")
-    for _ in range(2):  # written again, it is the same
+    for _ in range(2):  # writing again gives the same file
         out = write_results([*folders, tmp_path / "unfinished"], claim)
         results = json.loads(out.read_text(encoding="utf-8"))
         assert [row["system"] for row in results["rows"]] == ["a", "b"] and results["judge"] == "eye"
@@ -53,7 +53,7 @@ def test_a_readme_without_marks_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == f"no end to {MARKS[0]} here"
 
 
-def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+def test_runs_of_different_protocols_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none"):
         write_results([tmp_path], tmp_path)
     two = [run(tmp_path / "a", "a", 0, 0.1), run(tmp_path / "b", "b", 0, 0.1, judge="other")]
@@ -61,7 +61,7 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         write_results(two, tmp_path)
 
 
-def test_systems_that_settings_tell_apart_are_rows_of_their_own(tmp_path: Path) -> None:
+def test_systems_with_different_settings_have_separate_rows(tmp_path: Path) -> None:
     folders = [run(tmp_path / name, "ours", 0, erased) for name, erased in (("a", 0.1), ("b", 0.3), ("c", 0.5))]
     systems = {folders[1]: "ours, d1 5", folders[0]: "ours, d1 10"}
     results = json.loads(write_results(folders, tmp_path, systems).read_text(encoding="utf-8"))

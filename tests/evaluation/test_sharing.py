@@ -1,4 +1,4 @@
-"""Images and verdicts shared out to several processes, here threads that meet as processes do."""
+"""Images and verdicts shared between several processes; here each process is a thread."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ OWN = [
 
 
 class Painter:
-    """A backbone whose picture is (seed, images drawn together, guidance) as a colour, in the size asked for."""
+    """A backbone that draws (seed, batch size, guidance) as a colour, in the sampler's size."""
 
     name, fingerprint, sampler = "painter", "f00d", BASE
 
@@ -60,7 +60,7 @@ class Painter:
 
 
 class Eye:
-    """A judge that says what it saw, and in what company."""
+    """A judge whose verdict has the image's colour and the batch size."""
 
     name = "eye"
 
@@ -72,15 +72,15 @@ class Eye:
         return {}
 
 
-class Meeting:
-    """What the ranks of one run have in common."""
+class Group:
+    """The objects that the ranks of one run share."""
 
     def __init__(self, world: int) -> None:
         self.barrier = threading.Barrier(world, timeout=20)
         self.table: list[Any] = [None] * world
 
 
-class Thread(Ranks):
+class ThreadRanks(Ranks):
     def from_first(self, value: Callable[[], Any]) -> Any:
         return self.gather(value() if self.first else None)[0]
 
@@ -91,13 +91,13 @@ class Thread(Ranks):
         return list(self.group.table)
 
 
-def together(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
-    """work(ranks) in `world` threads; what they returned, by rank."""
-    group, answers, errors = Meeting(world), [None] * world, []
+def in_threads(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """Runs work(ranks) in `world` threads. Returns the results by rank."""
+    group, answers, errors = Group(world), [None] * world, []
 
     def one(rank: int) -> None:
         try:
-            answers[rank] = work(Thread(rank, world, rank, world, group))
+            answers[rank] = work(ThreadRanks(rank, world, rank, world, group))
         except BaseException as error:
             errors.append(error)
             group.barrier.abort()
@@ -113,7 +113,7 @@ def together(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _temporary_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
 
 
@@ -121,7 +121,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.glob("*.png")}
 
 
-def test_every_missing_chunk_falls_to_one_process() -> None:
+def test_each_missing_chunk_is_given_to_one_process() -> None:
     random = Random(0)
     for world in range(1, 10):
         for _ in range(20):
@@ -133,7 +133,7 @@ def test_every_missing_chunk_falls_to_one_process() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 11, 50])
-def test_chunks_hold_every_prompt_once_and_one_sampler(size: int) -> None:
+def test_chunks_have_every_prompt_once_and_one_sampler_each(size: int) -> None:
     plain = chunks_of(PROMPTS, BASE, size)
     assert [part.places for part in plain] == [tuple(range(11))[i : i + size] for i in range(0, 11, size)]
     assert {part.sampler for part in plain} == {BASE}
@@ -164,7 +164,7 @@ def test_a_prompt_is_drawn_with_its_own_guidance_and_size(tmp_path: Path) -> Non
     assert sum(len(call) for call in again.calls) == 11
 
 
-def test_prompts_without_settings_of_their_own_keep_their_place_in_the_cache(tmp_path: Path) -> None:
+def test_prompts_without_own_settings_keep_their_cache_file(tmp_path: Path) -> None:
     original_images(Painter(), PROMPTS[:1], tmp_path)
     settings = json.dumps(["f00d", "torch.float32", asdict(BASE)], sort_keys=True)
     name = hashlib.sha256(f"a photo of the cat|0|{settings}".encode()).hexdigest()[:32]
@@ -176,17 +176,17 @@ def test_prompts_without_settings_of_their_own_keep_their_place_in_the_cache(tmp
 def test_any_number_of_processes_draws_and_judges_the_same(tmp_path: Path, world: int, prompts: list[Prompt]) -> None:
     painters = [Painter() for _ in range(world)]
 
-    def work(folder: Path, ranks: Ranks, told: list[int]) -> list[Verdict]:
+    def work(folder: Path, ranks: Ranks, done: list[int]) -> list[Verdict]:
         painter = painters[ranks.rank]
         original_images(painter, prompts, folder, chunk=2, ranks=ranks)
-        generate_images(painter, prompts, folder, chunk=2, advance=told.append if ranks.first else None, ranks=ranks)
+        generate_images(painter, prompts, folder, chunk=2, advance=done.append if ranks.first else None, ranks=ranks)
         return judge_run(Eye(), folder, chunk=3, ranks=ranks)
 
-    told: list[int] = []
-    several = together(world, lambda ranks: work(tmp_path / "several", ranks, told))
+    done: list[int] = []
+    several = in_threads(world, lambda ranks: work(tmp_path / "several", ranks, done))
     drawn = [sum(len(call) for call in painter.calls) for painter in painters]
     assert sum(drawn) == 22 and min(drawn) > 0
-    assert sum(told) == 11
+    assert sum(done) == 11
     painters[0] = Painter()
     (tmp_path / "cache").rename(tmp_path / "other")
     alone = work(tmp_path / "alone", Ranks(), [])
@@ -199,14 +199,14 @@ def test_any_number_of_processes_draws_and_judges_the_same(tmp_path: Path, world
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_run_killed_among_two_goes_on_among_any(tmp_path: Path, world: int) -> None:
-    """What two processes leave: chunks that stand, one that is half there, and one of which nothing is."""
+def test_a_run_killed_with_two_processes_continues_with_any_number(tmp_path: Path, world: int) -> None:
+    """After two processes were killed there are complete chunks, a partial one and a missing one."""
     generate_images(Painter(), PROMPTS, tmp_path / "whole", chunk=3)
     generate_images(Painter(), PROMPTS, tmp_path / "killed", chunk=3)
     for place in (4, 9, 10):
         (tmp_path / "killed" / "images" / f"{PROMPTS[place].id}.png").unlink()
     painters = [Painter() for _ in range(world)]
-    together(
+    in_threads(
         world,
         lambda ranks: generate_images(painters[ranks.rank], PROMPTS, tmp_path / "killed", chunk=3, ranks=ranks),
     )
@@ -214,34 +214,32 @@ def test_a_run_killed_among_two_goes_on_among_any(tmp_path: Path, world: int) ->
     assert pictures(tmp_path / "killed" / "images") == pictures(tmp_path / "whole" / "images")
 
 
-def test_a_picture_that_two_prompts_share_is_the_first_ones(tmp_path: Path) -> None:
+def test_an_image_of_two_equal_prompts_is_drawn_in_the_first_one_s_chunk(tmp_path: Path) -> None:
     twins = [*PROMPTS[:3], replace(PROMPTS[0], id="near-cat-0000", split="near"), PROMPTS[3]]
-    together(3, lambda ranks: original_images(Painter(), twins, tmp_path, chunk=3, ranks=ranks))
+    in_threads(3, lambda ranks: original_images(Painter(), twins, tmp_path, chunk=3, ranks=ranks))
     first = np.asarray(Image.open(tmp_path / "originals" / f"{twins[0].id}.png"))
-    assert first[0, 0, 1] == 3  # drawn among three, not among the two of the second chunk
+    assert first[0, 0, 1] == 3  # drawn in a batch of three, not in the second chunk's batch of two
     assert (tmp_path / "originals" / "near-cat-0000.png").samefile(tmp_path / "originals" / f"{twins[0].id}.png")
 
 
-def test_memory_that_runs_out_is_said_once_and_no_image_is_lost(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_out_of_memory_is_logged_once_and_no_image_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     painter = Painter(fits=2)
     with caplog.at_level(logging.WARNING):
         generate_images(painter, OWN, tmp_path, chunk=4)
     assert len(pictures(tmp_path / "images")) == 11
-    assert [record.getMessage() for record in caplog.records] == ["the memory ran out: 2 images at once from now on"]
+    assert [record.getMessage() for record in caplog.records] == ["out of memory: drawing 2 images at once from now on"]
     assert sum(len(call) > 2 for call in painter.calls) == 1
 
 
-def test_one_image_too_large_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_one_image_too_large_is_refused_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one image of 4 x 8 pixels .*backbone\.dtype=bfloat16"):
         generate_images(Painter(fits=0), OWN[:1], tmp_path)
 
 
-def test_what_the_others_drew_must_be_seen(tmp_path: Path) -> None:
-    generate._see([], patience=0)
+def test_images_of_other_processes_must_become_visible(tmp_path: Path) -> None:
+    generate._wait_until_visible([], patience=0)
     with pytest.raises(UserError, match="must share its folder"):
-        generate._see([tmp_path / "a.png"], patience=0)
+        generate._wait_until_visible([tmp_path / "a.png"], patience=0)
 
 
 def test_a_judge_that_fails_in_one_process_leaves_no_verdicts(tmp_path: Path) -> None:
@@ -254,5 +252,5 @@ def test_a_judge_that_fails_in_one_process_leaves_no_verdicts(tmp_path: Path) ->
             return super().__call__(images, prompts)
 
     with pytest.raises(UserError, match="no eyes"):
-        together(2, lambda ranks: judge_run(Blind(), tmp_path, chunk=2, ranks=ranks))
+        in_threads(2, lambda ranks: judge_run(Blind(), tmp_path, chunk=2, ranks=ranks))
     assert not verdict_file(tmp_path, "eye").exists()

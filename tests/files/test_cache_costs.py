@@ -1,4 +1,4 @@
-"""What the cache says of its own making, and what a run is told of it."""
+"""Cached files record their cost, and a run that reuses a file gets it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tearing import TEARS, tear
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The ledger's time, set by hand."""
+    """The clock that costs are measured with, set by hand."""
     time = SimpleNamespace(now=100.0)
     monkeypatch.setattr(cache_costs.time, "perf_counter", lambda: time.now)
     return time
@@ -26,7 +26,7 @@ def model() -> Any:
     return SimpleNamespace(passes=7)
 
 
-def test_a_file_says_what_it_cost_and_who_finds_it_is_told(clock: SimpleNamespace) -> None:
+def test_a_reused_file_reports_its_cost(clock: SimpleNamespace) -> None:
     backbone = model()
     entry = Cached(Path("a"), backbone)
     clock.now, backbone.passes = 102.5, 47
@@ -40,7 +40,7 @@ def test_a_file_says_what_it_cost_and_who_finds_it_is_told(clock: SimpleNamespac
 
 @pytest.mark.parametrize("how", [*TEARS, "other"])
 def test_a_torn_file_is_made_again(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Banks of latents, masks and found vectors are kept by this. other: a whole file without what is asked for."""
+    """Latents, masks and inverted vectors are cached in this way. other: a valid file without the wanted tensor."""
     file, made = tmp_path / "a.safetensors", []
 
     def make() -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_a_torn_file_is_made_again(how: str, tmp_path: Path, caplog: pytest.LogC
     assert len(made) == 1 and [record.getMessage() for record in caplog.records] == [f"{file} is torn: made again"]
 
 
-def test_what_was_made_here_was_not_spared_when_it_is_read_again() -> None:
+def test_a_file_made_by_this_run_does_not_count_as_reused() -> None:
     with cache_costs.ledger() as found:
         note = Cached(Path("a"), model()).made()
         Cached(Path("a"), model()).read(note)
@@ -71,7 +71,7 @@ def test_what_was_made_here_was_not_spared_when_it_is_read_again() -> None:
     assert inner.total() == Spent(9, 9)
 
 
-def test_a_file_that_is_gone_on_with_sums_its_goes_and_only_the_first_was_spared(clock: SimpleNamespace) -> None:
+def test_costs_of_a_resumed_file_add_up_and_only_the_first_part_is_reused(clock: SimpleNamespace) -> None:
     backbone = model()
     with cache_costs.ledger() as found:
         entry = Cached(Path("a"), backbone)
@@ -84,7 +84,7 @@ def test_a_file_that_is_gone_on_with_sums_its_goes_and_only_the_first_was_spared
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"done": "3"}])
-def test_a_file_from_before_there_were_notes_is_no_guess(metadata: dict[str, str] | None) -> None:
+def test_a_file_without_a_record_has_unknown_cost(metadata: dict[str, str] | None) -> None:
     with cache_costs.ledger() as found:
         entry = Cached(Path("a"), model())
         entry.read(metadata)
@@ -92,7 +92,7 @@ def test_a_file_from_before_there_were_notes_is_no_guess(metadata: dict[str, str
     assert found.total() == Spent() and found.unknown() == 1
 
 
-def test_outside_of_a_ledger_nothing_is_entered() -> None:
+def test_outside_of_a_ledger_nothing_is_recorded() -> None:
     Cached(Path("a"), model()).read({"seconds": "1", "passes": "1"})
     with cache_costs.ledger() as found:
         pass
@@ -100,7 +100,7 @@ def test_outside_of_a_ledger_nothing_is_entered() -> None:
 
 
 @pytest.mark.parametrize(("seconds", "passes"), [("x", "1"), ("nan", "1"), ("-1", "1"), ("1", "9" * 5000)])
-def test_a_note_that_is_none_says_nothing(seconds: str, passes: str) -> None:
+def test_an_invalid_record_counts_as_unknown(seconds: str, passes: str) -> None:
     with cache_costs.ledger() as found:
         Cached(Path("a"), model()).read({"seconds": seconds, "passes": passes})
     assert found.total() == Spent() and found.unknown() == 1

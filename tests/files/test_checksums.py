@@ -1,4 +1,4 @@
-"""A checksum sees whatever a disk may do to a file, and lets pass what earlier versions wrote without one."""
+"""A checksum finds every kind of damage; files of earlier versions without a checksum are accepted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TENSORS = {
     "b": torch.ones(5, dtype=torch.bfloat16),
     "scalar": torch.tensor(3),
     "none": torch.zeros(0),
-    "checksum": torch.ones(2, dtype=torch.bool),  # no metadata, for all its name
+    "checksum": torch.ones(2, dtype=torch.bool),  # a tensor, although it has the name of the metadata
 }
 METADATA = {"config": '{"checksum":"0123", "concept": "Beyoncé"}', "format": "realera/1"}
 
@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "a.safetensors"
 
 
-def test_what_is_saved_is_loaded(file: Path) -> None:
+def test_saved_tensors_are_loaded(file: Path) -> None:
     tensors, metadata = checksums.load(file)
     assert tensors.keys() == TENSORS.keys()
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
@@ -38,7 +38,7 @@ def test_what_is_saved_is_loaded(file: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_the_same_content_is_the_same_bytes(file: Path, tmp_path: Path) -> None:
+def test_equal_content_gives_equal_bytes(file: Path, tmp_path: Path) -> None:
     checksums.save(tmp_path / "b.safetensors", TENSORS, METADATA)
     assert file.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
@@ -47,12 +47,12 @@ def test_the_same_content_is_the_same_bytes(file: Path, tmp_path: Path) -> None:
 def test_a_torn_file_is_not_loaded(file: Path, how: str) -> None:
     tear(file, how)
     for read in (checksums.verify, checksums.load):
-        with pytest.raises(checksums.Torn, match=r"a\.safetensors is torn or no safetensors file"):
+        with pytest.raises(checksums.Torn, match=r"a\.safetensors is torn or not a safetensors file"):
             read(file)
 
 
-def test_every_byte_counts(file: Path) -> None:
-    """Where the checksum's own name is damaged, the file is one without, and its tensors are whole."""
+def test_a_change_of_any_byte_is_found(file: Path) -> None:
+    """If the checksum's key is damaged, the file counts as one without a checksum; its tensors are intact."""
     whole = file.read_bytes()
     name = whole.index(b'"checksum":"')
     for at in range(len(whole)):
@@ -64,7 +64,7 @@ def test_every_byte_counts(file: Path) -> None:
         assert name <= at < name + 12 and all(torch.equal(tensors[key], TENSORS[key]) for key in TENSORS)
 
 
-def test_a_file_of_an_earlier_version_has_its_size_looked_at(tmp_path: Path) -> None:
+def test_the_size_of_a_file_without_checksum_is_checked(tmp_path: Path) -> None:
     file = tmp_path / "old.safetensors"
     save_file(TENSORS, file, METADATA)
     assert checksums.load(file)[1] == METADATA
@@ -74,7 +74,7 @@ def test_a_file_of_an_earlier_version_has_its_size_looked_at(tmp_path: Path) -> 
             read(file)
 
 
-def test_every_byte_of_an_image_counts(tmp_path: Path) -> None:
+def test_a_change_of_any_byte_of_an_image_is_found(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     assert not checksums.image_is_whole(file)
     Image.effect_noise((32, 32), 50).convert("RGB").save(file)
@@ -90,7 +90,7 @@ def test_every_byte_of_an_image_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", TEARS)
-def test_a_torn_page_is_seen(tmp_path: Path, how: str) -> None:
+def test_a_torn_page_is_found(tmp_path: Path, how: str) -> None:
     file = tmp_path / "report.html"
     html = f"<!doctype html>\n<html>{'x' * 300}</html>\n"
     for content in (html, checksums.sealed_page(html)):
@@ -101,7 +101,7 @@ def test_a_torn_page_is_seen(tmp_path: Path, how: str) -> None:
     assert not checksums.page_is_whole(tmp_path / "missing.html")
 
 
-def test_a_fit_stands_or_falls_with_its_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torn_file_of_a_fit_deletes_the_erased_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     erased, losses = tmp_path / "erased.safetensors", tmp_path / "losses.jsonl"
     losses.write_text('{"step": 1}\n')
     beside = {"losses.jsonl": checksums.digest(losses), "map.safetensors": "0" * 32, "../elsewhere": "0" * 32}
@@ -116,7 +116,7 @@ def test_a_fit_stands_or_falls_with_its_files(tmp_path: Path, caplog: pytest.Log
 
 
 @pytest.mark.parametrize("ends", ["[0,1e999]", "[0,NaN]", "[0]", '"x"', "[0,-1]", "[0,true]"])
-def test_a_header_that_nobody_writes_is_torn(ends: str, tmp_path: Path) -> None:
+def test_an_invalid_header_counts_as_torn(ends: str, tmp_path: Path) -> None:
     file = tmp_path / "erased.safetensors"
     header = f'{{"a":{{"dtype":"F32","shape":[1],"data_offsets":{ends}}}}}'.encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
@@ -125,7 +125,7 @@ def test_a_header_that_nobody_writes_is_torn(ends: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("beside", ["5", "[5]", '"[1]"', '"{"', "null"])
-def test_digests_that_nobody_writes_are_torn(beside: str, tmp_path: Path) -> None:
+def test_invalid_digests_count_as_torn(beside: str, tmp_path: Path) -> None:
     file = tmp_path / "erased.safetensors"
     header = f'{{"__metadata__":{{"beside":{beside}}}}}'.encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header)

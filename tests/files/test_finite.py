@@ -29,7 +29,7 @@ BAD = [math.nan, math.inf, -math.inf]
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1, 7, 1000, 40_000])
-def test_one_bad_number_is_found_wherever_it_stands(dtype: torch.dtype, size: int) -> None:
+def test_a_bad_number_is_found_at_any_position(dtype: torch.dtype, size: int) -> None:
     largest = torch.finfo(dtype).max
     fine = torch.full((size,), largest, dtype=dtype)
     fine[::2] = -largest
@@ -42,7 +42,7 @@ def test_one_bad_number_is_found_wherever_it_stands(dtype: torch.dtype, size: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_a_bad_number_of_eight_bits_is_found(dtype: torch.dtype) -> None:
+def test_a_bad_number_of_8_bits_is_found(dtype: torch.dtype) -> None:
     fine = torch.ones(4).to(dtype)
     hit = torch.tensor([1.0, math.nan]).to(dtype)
     assert finite.first_bad({"fine": fine, "other": torch.ones(2)}) is None
@@ -68,8 +68,8 @@ def test_a_base_weight_that_is_not_finite_is_named(part: str, tiny_sd: Path, tmp
         UNetBackbone("mini", copy, Sampler("ddim", 2, 7.5, 32, 32))
 
 
-def test_weights_are_looked_at_in_their_file(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not where they are mapped: they would take memory that a run which does not use them has no need of."""
+def test_weights_are_checked_in_their_file(tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checking memory-mapped weights would load them into memory, even if the run does not use them."""
     from realera.backbones import loading
     from realera.backbones.unet import UNetBackbone
     from realera.contracts import Sampler
@@ -96,7 +96,7 @@ def test_weights_are_looked_at_in_their_file(tiny_sd: Path, tmp_path: Path, monk
         UNetBackbone("mini", copy, Sampler("ddim", 2, 7.5, 32, 32))
 
 
-def test_what_float16_cannot_hold_is_refused(new_backbone: Callable[..., Any]) -> None:
+def test_numbers_too_large_for_float16_are_refused(new_backbone: Callable[..., Any]) -> None:
     backbone = new_backbone(dtype="float16")
     before = {name: layer.weight.clone() for name, layer in backbone.text_projections().items()}
     with pytest.raises(UserError, match=r"attn2\.to_k\.weight is too large for backbone\.dtype=float16.*bfloat16"):
@@ -123,7 +123,7 @@ def test_states_and_images_that_are_not_finite_are_refused(new_backbone: Callabl
     backbone = new_backbone()
     states = backbone.encode(["a cat", "a dog"])
     states.states[1] = math.nan
-    with pytest.raises(UserError, match=r"image of seed 8 cannot be drawn.*guidance_scale"):
+    with pytest.raises(UserError, match=r"image of seed 8 cannot be generated.*guidance_scale"):
         backbone.sample(states, [7, 8])
     with pytest.raises(UserError, match="autoencoder's output"):
         backbone.decode(torch.full((1, 4, 8, 8), math.inf))
@@ -136,8 +136,8 @@ def test_states_and_images_that_are_not_finite_are_refused(new_backbone: Callabl
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-class Going:
-    """An aligner that goes wrong in its third step in the given way."""
+class Diverging:
+    """An aligner that fails in its third step in the given way."""
 
     steps, lr, weight_decay = 15, 1e-3, 0.0
     lora: LoraSpec | None = LoraSpec()
@@ -176,11 +176,11 @@ class Noise:
         ("weights", 3e37, r"After step 12 .*lora_B.* holds NaN or infinity: lower method\.align\.lr"),
     ],
 )
-def test_a_loop_that_goes_wrong_stops_and_keeps_nothing_of_it(
+def test_diverging_training_stops_and_leaves_no_checkpoint(
     wrong: str, lr: float, says: str, new_backbone: Callable[..., Any], new_pairs: Callable[..., Any], tmp_path: Path
 ) -> None:
     backbone, run = new_backbone(), tmp_path / "run"
-    method = Method("going", latents=Noise(), align=Going(wrong, lr))
+    method = Method("going", latents=Noise(), align=Diverging(wrong, lr))
     with pytest.raises(UserError, match=says):
         fit(
             backbone,
@@ -197,23 +197,23 @@ def test_a_loop_that_goes_wrong_stops_and_keeps_nothing_of_it(
         assert all(math.isfinite(value) for value in json.loads(line).values())
 
 
-def test_a_loop_of_16_mixed_in_which_no_step_is_taken(
+def test_16_mixed_training_whose_steps_are_all_skipped(
     new_backbone: Callable[..., Any],
     new_pairs: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its scaler passes over each; after 17 of them the scale is below 1, and the gradient is refused by its name."""
+    """The scaler skips each step; after 17 steps the scale is below 1, and the gradient is refused with its name."""
     from lightning.pytorch.plugins import MixedPrecision
     from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
-    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))  # which Lightning makes on CUDA alone
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))  # Lightning makes one only on CUDA
     monkeypatch.setattr(_AcceleratorConnector, "_check_and_init_precision", lambda self: scaled)
     backbone = new_backbone()
-    with pytest.raises(UserError, match="In all 15 steps a gradient was NaN or infinite, so none was taken"):
+    with pytest.raises(UserError, match="In all 15 steps a gradient was NaN or infinite, so all steps were skipped"):
         fit(
             backbone,
-            Method("going", latents=Noise(), align=Going("every gradient")),
+            Method("going", latents=Noise(), align=Diverging("every gradient")),
             new_pairs(backbone, ("cat", "field")),
             run_dir=tmp_path / "run",
             seed=0,
@@ -246,7 +246,7 @@ def test_files_that_are_not_finite_are_neither_saved_nor_read(new_backbone: Call
             read(file)
 
 
-def test_mined_points_too_large_for_float16_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_mined_points_too_large_for_float16_are_saved_unchanged(tmp_path: Path) -> None:
     large, small, rows = torch.full((1, 2, 3), 1e6), torch.ones(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
     save_neighbours(tmp_path / "n.safetensors", [Neighbours(large, small, small, rows, rows)], ORIGIN)
     found = load_file(tmp_path / "n.safetensors")
@@ -255,7 +255,7 @@ def test_mined_points_too_large_for_float16_are_kept_as_they_are(tmp_path: Path)
 
 def test_a_cached_tensor_that_is_not_finite_is_made_again(tmp_path: Path) -> None:
     file, meter = tmp_path / "x.safetensors", SimpleNamespace(passes=0)
-    with pytest.raises(UserError, match=r"x\.safetensors is not kept, because latents holds NaN"):
+    with pytest.raises(UserError, match=r"x\.safetensors is not cached, because latents holds NaN"):
         kept(file, "latents", meter, lambda: torch.tensor([math.nan]))  # type: ignore[arg-type]
     assert not file.exists()
     save_file({"latents": torch.tensor([math.inf])}, file)
@@ -276,7 +276,7 @@ def test_a_sum_of_captions_that_is_not_finite_is_refused(tmp_path: Path) -> None
         (torch.ones(3, 4).double(), said, "cannot be read"),
         (gram, {**said, "made": made.replace("3,", '"many",')}, "cannot be read"),
         (gram, {**said, "made": "[]"}, "cannot be read"),
-        (gram, {**said, "format": "realera-prior/0"}, "is no sum of captions"),
+        (gram, {**said, "format": "realera-prior/0"}, "is not a sum of captions"),
     ):
         save_file({"gram": tensor}, file, metadata)
         with pytest.raises(UserError, match=rf"sum\.safetensors {sentence}"):
@@ -287,7 +287,7 @@ def test_a_sum_of_captions_that_is_not_finite_is_refused(tmp_path: Path) -> None
         priors.read(file)
 
 
-# --- as typed --------------------------------------------------------------------------------------------------------
+# --- commands --------------------------------------------------------------------------------------------------------
 
 
 def test_an_erasure_of_a_broken_model_ends_with_one_sentence(

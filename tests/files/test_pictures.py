@@ -1,4 +1,4 @@
-"""Images that somebody else has made: seen as they look, or refused by name."""
+"""Images from other sources are read as they look, or refused by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def see_through() -> Image.Image:
 
 
 def keyed() -> Image.Image:
-    """A palette one of whose colours is transparent."""
+    """A palette image with one transparent colour."""
     picture = Image.fromarray(np.where(GREY > 127, 1, 0).astype(np.uint8))
     picture.putpalette([10, 20, 30, 200, 100, 50])
     picture.info["transparency"] = 1
@@ -57,7 +57,7 @@ SEEN: dict[str, tuple[Callable[[], Image.Image], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("kind", SEEN)
-def test_every_kind_of_png_is_seen_as_it_looks(kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_png_is_read_as_it_looks(kind: str, tmp_path: Path) -> None:
     make, expected = SEEN[kind]
     picture = make()
     picture.save(tmp_path / "x.png", **({"transparency": 1} if kind == "palette, keyed" else {}))
@@ -65,7 +65,7 @@ def test_every_kind_of_png_is_seen_as_it_looks(kind: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("ending", ["jpg", "webp"])
-def test_other_formats_and_inks(ending: str, tmp_path: Path) -> None:
+def test_other_formats_and_colour_modes(ending: str, tmp_path: Path) -> None:
     flat = Image.new("RGB", (16, 16), (200, 40, 90))
     flat.save(tmp_path / f"x.{ending}")
     assert np.abs(read_rgb(tmp_path / f"x.{ending}").astype(int) - np.asarray(flat)).max() <= 4
@@ -74,7 +74,7 @@ def test_other_formats_and_inks(ending: str, tmp_path: Path) -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of some bytes that promises so many pixels."""
+    """A PNG of a few bytes whose header gives this size."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -97,18 +97,18 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.filterwarnings("error")
-def test_what_is_no_image_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+def test_files_that_are_not_images_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     content, said = REFUSED[kind]
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(UserError, match=rf"x\.png.*({said})"):
         read_rgb(tmp_path / "x.png")
 
 
-def test_animations_and_formats_of_other_trades_are_refused(tmp_path: Path) -> None:
+def test_animations_and_other_formats_are_refused(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for name in ("a.png", "a.webp"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-        with pytest.raises(UserError, match=rf"{name} is animated \(2 pictures\)"):
+        with pytest.raises(UserError, match=rf"{name} is animated \(2 frames\)"):
             read_rgb(tmp_path / name)
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "f.tif")
     frames[0].save(tmp_path / "a.gif")
@@ -117,18 +117,18 @@ def test_animations_and_formats_of_other_trades_are_refused(tmp_path: Path) -> N
             read_rgb(tmp_path / name)
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_do_not_block(tmp_path: Path) -> None:
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     for name in ("folder", "pipe", "zero"):
-        with pytest.raises(UserError, match=rf"{name}\.png is no file"):
+        with pytest.raises(UserError, match=rf"{name}\.png is not a file"):
             pictures.read_picture(tmp_path / f"{name}.png")
     with pytest.raises(UserError, match=r"none\.png is missing"):
         pictures.read_picture(tmp_path / "none.png")
 
 
-def test_a_page_shows_what_it_can(tmp_path: Path) -> None:
+def test_a_page_leaves_out_unreadable_images(tmp_path: Path) -> None:
     from realera.reporting.sheets import _data_uri, blurred
 
     os.mkfifo(tmp_path / "pipe.png")

@@ -1,4 +1,4 @@
-"""Whatever is torn of a finished run, or of the cache, is found and made again, and the numbers are the same."""
+"""Torn files of a finished run or of the cache are found and made again, and the numbers are the same."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path
 
 @pytest.fixture
 def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, which a test may damage."""
+    """A copy of `finished` that a test may damage."""
     copy(finished, tmp_path / "copy")
     _go_to(tmp_path / "copy", monkeypatch)
     return tmp_path / "copy"
@@ -44,13 +44,13 @@ def place(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.fixture
 def type_in(monkeypatch: pytest.MonkeyPatch, small: list[str]) -> Type:
-    """Runs a door in this process; its exit status."""
+    """Runs a command in this process; returns its exit status."""
     return lambda door, *words: _type(monkeypatch, door, *words, *(small if door == "train" else []))
 
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """The log's lines: the doors' log does not pass them on to pytest's."""
+    """The log lines of the commands, which do not reach pytest's handler."""
     logging.getLogger("realera").addHandler(caplog.handler)
     yield caplog
     logging.getLogger("realera").removeHandler(caplog.handler)
@@ -77,7 +77,7 @@ def run_in(place: Path) -> Path:
 
 
 def check_same(place: Path, finished: Path) -> None:
-    """That a run and its cache are as if nothing had been torn."""
+    """Asserts that a run and its cache are the same as before the damage."""
     ours, theirs = run_in(place), run_in(finished)
     for name in SAME:
         assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
@@ -98,15 +98,15 @@ def lines(said: pytest.LogCaptureFixture) -> list[str]:
 
 
 def named(said: pytest.LogCaptureFixture, file: Path) -> list[str]:
-    """The log's lines that say of a file that it is torn."""
+    """The log lines that say that a file is torn."""
     return [line for line in lines(said) if f"{file.name} is torn" in line]
 
 
-# --- everything at once, and each kind by itself ---------------------------------------------------------------------
+# --- everything at once, and each kind alone -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["flipped", pytest.param("half", marks=pytest.mark.slow)])
-def test_one_command_mends_everything(
+def test_one_command_repairs_everything(
     how: str, place: Path, finished: Path, type_in: Type, said: pytest.LogCaptureFixture
 ) -> None:
     run = run_in(place)
@@ -125,7 +125,7 @@ def test_one_command_mends_everything(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", TEARS)
 @pytest.mark.parametrize("name", [*FIT, *JUDGED, "metrics.json", "report.html"])
-def test_the_same_command_mends(
+def test_the_same_command_repairs(
     name: str, how: str, place: Path, finished: Path, type_in: Type, said: pytest.LogCaptureFixture
 ) -> None:
     tear(run_in(place) / name, how)
@@ -140,7 +140,7 @@ def test_the_same_command_mends(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", TEARS)
 @pytest.mark.parametrize("name", ["images/*.png", "originals/*.png", *JUDGED, "metrics.json", "report.html"])
-def test_evaluate_mends(name: str, how: str, place: Path, finished: Path, type_in: Type) -> None:
+def test_evaluate_repairs(name: str, how: str, place: Path, finished: Path, type_in: Type) -> None:
     tear(next(run_in(place).glob(name)), how)
     assert type_in("evaluate", f"run={run_in(place)}") == 0
     check_same(place, finished)
@@ -148,10 +148,10 @@ def test_evaluate_mends(name: str, how: str, place: Path, finished: Path, type_i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", TEARS)
-def test_torn_costs_are_begun_anew(
+def test_torn_costs_start_again(
     how: str, place: Path, finished: Path, type_in: Type, said: pytest.LogCaptureFixture
 ) -> None:
-    """They are measured, and cannot be had again; a digit that has become another one cannot be seen."""
+    """Costs are measured and cannot be recovered; a changed digit cannot be found."""
     tear(run_in(place) / "costs.json", how)
     assert type_in("evaluate", f"run={run_in(place)}") == 0
     check_same(place, finished)
@@ -160,7 +160,7 @@ def test_torn_costs_are_begun_anew(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", TEARS)
-def test_a_torn_bank_is_drawn_again(
+def test_torn_latents_are_generated_again(
     how: str, place: Path, finished: Path, type_in: Type, said: pytest.LogCaptureFixture
 ) -> None:
     (bank,) = (place / "cache" / "latents").rglob("*.safetensors")
@@ -176,7 +176,7 @@ def test_a_torn_bank_is_drawn_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [how for how in TEARS if how != "flipped"])
-def test_torn_settings_are_refused_until_they_are_overwritten(
+def test_a_torn_config_is_refused_unless_overwritten(
     how: str, place: Path, finished: Path, type_in: Type, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tear(run_in(place) / "config.yaml", how)
@@ -189,10 +189,10 @@ def test_torn_settings_are_refused_until_they_are_overwritten(
 # --- images that several runs share ----------------------------------------------------------------------------------
 
 
-def test_a_torn_image_of_the_cache_is_drawn_again_for_every_run(
+def test_a_torn_image_of_the_cache_is_generated_again_for_every_run(
     place: Path, finished: Path, type_in: Type, said: pytest.LogCaptureFixture
 ) -> None:
-    """The cache's file and those of the runs are one file with several names."""
+    """The files of the cache and of the runs are hard links to one file."""
     run, other = run_in(place), place / "runs" / "other"
     copy(run, other)
     for file in (other / "originals").iterdir():
@@ -211,7 +211,7 @@ def test_a_torn_image_of_the_cache_is_drawn_again_for_every_run(
     assert len([line for line in lines(said) if "is torn" in line]) == 1, "the second run finds it mended"
 
 
-# --- what only the run's own command can mend ------------------------------------------------------------------------
+# --- files that only the run's own command can repair ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", slow_unless(TEARS, *list(TEARS)[:2]))
@@ -237,7 +237,7 @@ def test_a_torn_map_is_not_exported(place: Path, type_in: Type, capsys: pytest.C
     assert not Path("out").exists()
 
 
-# --- what was deleted ------------------------------------------------------------------------------------------------
+# --- deleted files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_torn_map_is_not_exported(place: Path, type_in: Type, capsys: pytest.C
         "manifest.jsonl",
     ],
 )
-def test_evaluate_makes_again_what_was_deleted(name: str, place: Path, finished: Path, type_in: Type) -> None:
+def test_evaluate_makes_deleted_files_again(name: str, place: Path, finished: Path, type_in: Type) -> None:
     for file in run_in(place).glob(name):
         file.unlink()
     if "/" in name:
@@ -262,7 +262,7 @@ def test_evaluate_makes_again_what_was_deleted(name: str, place: Path, finished:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", TEARS)
-def test_generate_mends_its_own_folder(how: str, place: Path, type_in: Type) -> None:
+def test_generate_repairs_its_own_folder(how: str, place: Path, type_in: Type) -> None:
     words = (f"run={run_in(place)}", 'prompts=["a photo of a jet"]', "seeds=[0,1]")
     assert type_in("generate", *words) == 0
     (drawn,) = (run_in(place) / "generated").iterdir()

@@ -1,4 +1,4 @@
-"""Judges that somebody else made wrong: settings of no judge, and finite weights that make NaN."""
+"""Broken judges from somebody else: invalid settings, and finite weights that give NaN."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def judge(tiny_judge: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as open_clip keeps one, of random weights."""
+    """A model folder in open_clip's format, with random weights."""
     import open_clip
 
     folder = tmp_path_factory.mktemp("clip")
@@ -64,10 +64,10 @@ def _settings(folder: Path, std: float = 1.0) -> None:
         ("evil", 1),
     ],
 )
-def test_settings_of_no_judge_are_refused_by_name_before_a_net_is_made(judge: Path, key: str, value: Any) -> None:
+def test_invalid_settings_are_refused_by_name_before_a_network_is_built(judge: Path, key: str, value: Any) -> None:
     file = judge / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    with pytest.raises(UserError, match=f"config.json holds .*{key}"):
+    with pytest.raises(UserError, match=f"config.json has .*{key}"):
         MiniatureJudge(judge)
 
 
@@ -81,15 +81,15 @@ def test_heads_that_do_not_fit_are_refused(judge: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("running_var", -1.0), ("clip.text.out.weight", 3e38), ("clip.image.8.weight", 3e38)]
 )
-def test_finite_weights_that_make_nan_are_refused_when_they_are_loaded(judge: Path, name: str, value: float) -> None:
+def test_finite_weights_that_give_nan_are_refused_when_they_are_loaded(judge: Path, name: str, value: float) -> None:
     file = judge / "model.safetensors"
     state = {k: torch.full_like(v.float(), value) if name in k else v for k, v in load_file(file).items()}
     save_file(state, file)
-    with pytest.raises(UserError, match=r"the judge miniature in .* cannot judge: what it makes of any (label|image)"):
+    with pytest.raises(UserError, match=r"the judge miniature in .* cannot judge: its output for any (label|image)"):
         MiniatureJudge(judge)
 
 
-def test_an_image_that_makes_nan_is_named_and_an_unknown_concept_is_unscored(
+def test_an_image_that_gives_nan_is_named_and_an_unknown_concept_is_unscored(
     judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, file = MiniatureJudge(judge), tmp_path / "a.png"
@@ -98,11 +98,11 @@ def test_an_image_that_makes_nan_is_named_and_an_unknown_concept_is_unscored(
     assert math.isnan(made([file], [prompt])[0].value), "allowed: the concept is no label"
     assert made.knows("Airplane") and not made.knows("quokka")
     monkeypatch.setattr(made.plain, "forward", lambda pixels: torch.full((len(pixels), len(made.labels)), math.nan))
-    with pytest.raises(UserError, match=r"the judge miniature answered NaN .* for the image .*a\.png"):
+    with pytest.raises(UserError, match=r"the judge miniature gave NaN .* for the image .*a\.png"):
         made([file], [prompt])
 
 
-def test_any_of_an_images_numbers_may_be_the_bad_one() -> None:
+def test_every_number_of_an_image_is_checked_for_nan() -> None:
     refuse_nan("x", [Path("a.png")], [[1.0, 2.0]], "mend it")
     for bad in (math.nan, math.inf):
         with pytest.raises(UserError, match=r"the judge x .*b\.png: mend it"):
@@ -116,7 +116,7 @@ def test_clip_says_which_model_it_used(clip: Path) -> None:
     assert made.knows("Cat") and not made.knows("dog")
 
 
-def test_clips_settings_and_weights_that_make_no_numbers_are_refused(clip: Path, tmp_path: Path) -> None:
+def test_clip_settings_and_weights_that_give_nan_are_refused(clip: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(clip, tmp_path / "clip"))
     _settings(folder, std=0)
     with pytest.raises(UserError, match="std evaluated to zero"):
@@ -125,20 +125,22 @@ def test_clips_settings_and_weights_that_make_no_numbers_are_refused(clip: Path,
     file = folder / "open_clip_model.safetensors"
     state = load_file(file)
     save_file(state | {"visual.proj": torch.full_like(state["visual.proj"], 3e38)}, file)
-    with pytest.raises(UserError, match="cannot judge: what it makes of any image holds NaN"):
+    with pytest.raises(UserError, match="cannot judge: its output for any image holds NaN"):
         ClipJudge(["cat"], model=f"local-dir:{folder}", device="cpu")
 
 
 @pytest.mark.parametrize(
     ("said", "threads"), [("4,2", 4), ("3", 3), ("abc", 0), ("9" * 20, 0), ("", 0), (" 2 ", 2), ("-1", 0), ("²", 0)]
 )
-def test_threads_are_the_first_number_of_openmps(said: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_the_first_number_of_omp_num_threads(
+    said: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert nudenet.omp_threads() == threads
 
 
 @pytest.mark.parametrize("model", ["hf-hub:evil/x", "local-dir:/etc", "local-dir:x", "../../etc", "/etc"])
-def test_a_run_names_plain_models_alone(model: str) -> None:
+def test_a_run_may_name_only_plain_models(model: str) -> None:
     assert trust.brought_model({"judges": {"clip": {"model": model}}}) == model
     assert trust.brought_model({"model": "ViT-B-32-quickgelu"}) is None
     assert trust.brought_model({"model": None}) is None

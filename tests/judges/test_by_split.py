@@ -36,10 +36,10 @@ def test_each_image_goes_to_its_splits_judge_and_comes_back_in_order() -> None:
     assert _run(judge, []) == []
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_judges_and_splits_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match=r"judge\.splits names b"):
         BySplit({"a": _Named("x")}, {"erase": "a", "keep": "b"})
-    with pytest.raises(UserError, match="holds b, which no split"):
+    with pytest.raises(UserError, match="has b, but no split"):
         BySplit({"a": _Named("x"), "b": _Named("y")}, {"erase": "a"})
-    with pytest.raises(UserError, match="nothing of the split near"):
+    with pytest.raises(UserError, match="no judge for the split near"):
         _run(BySplit({"a": _Named("x")}, {"erase": "a"}), ["near"])

@@ -42,7 +42,9 @@ def images(tmp_path: Path) -> tuple[list[Path], list[Prompt]]:
     return files, prompts
 
 
-def test_it_is_the_softmax_of_a_hundred_cosines(judge: ClipJudge, images: tuple[list[Path], list[Prompt]]) -> None:
+def test_the_value_is_the_softmax_of_a_hundred_cosines(
+    judge: ClipJudge, images: tuple[list[Path], list[Prompt]]
+) -> None:
     import open_clip
 
     files, prompts = images
@@ -61,9 +63,7 @@ def test_it_is_the_softmax_of_a_hundred_cosines(judge: ClipJudge, images: tuple[
     assert math.isnan(verdicts[2].value)  # "ship" is no label here
 
 
-def test_the_score_is_of_the_caption_where_there_is_one(
-    judge: ClipJudge, images: tuple[list[Path], list[Prompt]]
-) -> None:
+def test_the_score_uses_the_caption_if_there_is_one(judge: ClipJudge, images: tuple[list[Path], list[Prompt]]) -> None:
     import open_clip
 
     files, prompts = images
@@ -105,14 +105,14 @@ def test_openais_weights_are_read_with_the_activation_they_were_trained_with() -
     assert list(made.values()) == [True, True, False]
 
 
-def test_weights_out_of_reach_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_weights_are_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("realera.judges.clip._cached", lambda hub: False)
     monkeypatch.setattr("realera.judges.clip.out_of_reach", lambda url: True)
-    with pytest.raises(UserError, match=r"openai cannot be had .*HF_HOME.*judge\.pretrained=FILE"):
+    with pytest.raises(UserError, match=r"openai cannot be loaded .*HF_HOME.*judge\.pretrained=FILE"):
         ClipJudge(LABELS)
 
 
-def test_what_cannot_be_judged_is_refused(judge: ClipJudge, images: tuple[list[Path], list[Prompt]]) -> None:
+def test_invalid_input_is_refused(judge: ClipJudge, images: tuple[list[Path], list[Prompt]]) -> None:
     files, prompts = images
     with pytest.raises(UserError, match="missing"):
         judge([files[0].with_name("none.png")], prompts[:1])
@@ -124,13 +124,13 @@ def test_what_cannot_be_judged_is_refused(judge: ClipJudge, images: tuple[list[P
         ClipJudge(LABELS, model="tiny-random", pretrained="nowhere")
 
 
-def test_a_template_may_hold_other_braces(judge: ClipJudge) -> None:
+def test_a_template_may_contain_other_braces(judge: ClipJudge) -> None:
     made = ClipJudge(LABELS, template="a {} in {style} {", model=judge.model, pretrained=judge.pretrained)
-    assert made._texts is not None
-    torch.testing.assert_close(made._texts, made._encode([f"a {label} in {{style}} {{" for label in LABELS]))
+    assert made._label_states is not None
+    torch.testing.assert_close(made._label_states, made._encode([f"a {label} in {{style}} {{" for label in LABELS]))
 
 
-def test_the_protocol_says_what_was_asked(judge: ClipJudge) -> None:
+def test_the_protocol_has_the_template_and_the_labels(judge: ClipJudge) -> None:
     assert judge.protocol()["labels"] == list(LABELS) and judge.protocol()["judge"] == judge.name
 
 
@@ -142,10 +142,8 @@ def test_weights_that_are_not_finite_are_refused(judge: ClipJudge, tmp_path: Pat
         ClipJudge(LABELS, model="tiny-random", pretrained=str(tmp_path / "weights.pt"))
 
 
-def test_the_anchor_is_one_text_more_beside_the_labels(
-    judge: ClipJudge, images: tuple[list[Path], list[Prompt]]
-) -> None:
-    """Its article gives way to the template's, and the labels' probabilities stay as they are."""
+def test_the_anchor_is_an_additional_text(judge: ClipJudge, images: tuple[list[Path], list[Prompt]]) -> None:
+    """Its article is dropped after the template's, and the labels' probabilities do not change."""
     import open_clip
 
     files, prompts = images

@@ -1,4 +1,4 @@
-"""FID on a small net of features, and (slowly) on Inception with random weights."""
+"""FID with a small feature network, and (slow) with Inception and random weights."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ inception = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
 
 class _Small(torch.nn.Module):
-    """In Inception's place: 64 features, the picture in 8 x 8 averages of grey."""
+    """Replaces Inception: 64 features, the 8 x 8 grey averages of the image."""
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor]:
         assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3
@@ -55,7 +55,7 @@ def _noise(folder: Path, count: int, seed: int, bright: int = 0, size: tuple[int
     return files
 
 
-def test_it_is_the_frechet_distance_of_the_features(judge: FidJudge, tmp_path: Path) -> None:
+def test_fid_is_the_frechet_distance_of_the_features(judge: FidJudge, tmp_path: Path) -> None:
     images, references = _noise(tmp_path, 5, seed=0), _noise(tmp_path, 4, seed=1, bright=50)
     said = judge.compare(images, references)["fid"]
     a, b = (judge._features(paths).double().numpy() for paths in (images, references))
@@ -77,7 +77,7 @@ def test_images_of_several_sizes_and_any_batch_have_the_same_features(judge: Fid
 
 
 @pytest.mark.slow
-def test_inception_is_read_from_its_file_and_the_way_of_resizing_matters(weights: Path, tmp_path: Path) -> None:
+def test_inception_is_read_from_its_file_and_resizing_changes_the_number(weights: Path, tmp_path: Path) -> None:
     files = _noise(tmp_path, 2, seed=0) + _noise(tmp_path, 1, seed=1, size=(640, 400))
     clean = FidJudge(weights, layer=64, device="cpu")
     first = FidJudge(weights, layer="64", resize="tensorflow", device="cpu")
@@ -88,20 +88,20 @@ def test_inception_is_read_from_its_file_and_the_way_of_resizing_matters(weights
     assert clean.compare(files, files)["fid"] == pytest.approx(0, abs=1e-6)
 
 
-def test_small_sets_are_warned_of_and_smaller_ones_refused(
+def test_small_sets_give_a_warning_and_single_images_are_refused(
     judge: FidJudge, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = _noise(tmp_path, 3, seed=0)
     assert math.isfinite(judge.compare(files, files[:2])["fid"])
     assert "from 3 and 2 images is biased upwards" in caplog.text
-    with pytest.raises(UserError, match="one of 1 images"):
+    with pytest.raises(UserError, match="one has 1 images"):
         judge.compare(files, files[:1])
     files[1].write_bytes(b"torn")
     with pytest.raises(UserError, match=r"0-1\.png cannot be read"):
         judge.compare(files, files)
 
 
-def test_it_judges_sets_and_no_single_image(judge: FidJudge) -> None:
+def test_fid_judges_only_sets(judge: FidJudge) -> None:
     assert isinstance(judge, SetJudge) and not callable(judge) and judge.name == "fid"
 
 
@@ -110,11 +110,11 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, monkeypatch: pyte
         FidJudge(layer=100)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"judge\.resize=big"):
         FidJudge(resize="big")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="tensors alone"):
+    with pytest.raises(UserError, match="does not contain only tensors"):
         FidJudge(tmp_path / "none.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("realera.judges.fid.out_of_reach", lambda url: True)
-    with pytest.raises(UserError, match=r"cannot be had .*TORCH_HOME.*judge\.weights=FILE"):
+    with pytest.raises(UserError, match=r"cannot be loaded .*TORCH_HOME.*judge\.weights=FILE"):
         FidJudge()
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.utils", None)
     with pytest.raises(UserError, match=r"realera\[fid\]"):

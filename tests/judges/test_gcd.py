@@ -1,4 +1,4 @@
-"""GIPHY's detector on folders of the original's layout, with random weights of the published shapes."""
+"""GIPHY's detector with folders in the original's layout and random weights of the published shapes."""
 
 import math
 import os
@@ -61,7 +61,7 @@ NAMES = ["Tom_Cruise_[m.07r1h]", "Dr_Dre_[m.01vw26l]", "Ciara_[m.03h_0_z]", "Cia
 
 
 def save_detectors(folder: Path, face: bool) -> None:
-    """det1-3.npy as Python 2's numpy wrote them; with `face`, whatever is looked at is one."""
+    """Writes det1-3.npy in the format of Python 2's numpy; with `face`, every window is a face."""
     rng = np.random.default_rng(0)
     (folder / "face_detection").mkdir(parents=True)
     for name, shapes in zip(DETECTORS, SHAPES):
@@ -77,11 +77,11 @@ def save_detectors(folder: Path, face: bool) -> None:
         with (folder / name).open("wb") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
             data = pickle.dumps(np.array(layers, dtype=object), protocol=2)
-            file.write(data.replace(b"cnumpy._core.", b"cnumpy.core."))  # numpy's core had another name then
+            file.write(data.replace(b"cnumpy._core.", b"cnumpy.core."))  # numpy's core had another name
 
 
 class _SmallResNet(torch.nn.Module):
-    """In ResNet-50's place where its 23 million weights are of no interest."""
+    """Replaces ResNet-50 if its 23 million weights are not needed."""
 
     def __init__(self, weights: None) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def resources(tmp_path_factory: pytest.TempPathFactory, _small: None) -> Path:
 
 
 def save_resources(folder: Path) -> Path:
-    """A whole folder of four people."""
+    """A complete resources folder for four people."""
     save_detectors(folder, face=True)
     (folder / "face_recognition").mkdir()
     lines = ["Labels,Index", *(f"{name},{10 - i}" for i, name in enumerate(NAMES))]
@@ -163,7 +163,9 @@ def test_a_stranger_is_unscored(judge: GiphyJudge, tmp_path: Path) -> None:
     assert math.isnan(said.value) and said.label and said.detail["faces"] >= 1
 
 
-def test_the_batch_changes_nothing(judge: GiphyJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_size_does_not_change_the_verdicts(
+    judge: GiphyJudge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files, prompts = _faces(tmp_path, 3), _prompts("Ciara", "Ciara Bravo", "Dr Dre")
     many = judge(files, prompts)
     monkeypatch.setattr(judge, "batch", 1)
@@ -178,7 +180,9 @@ def test_without_a_face_an_image_is_unscored(
     assert math.isnan(said.value) and said.label == "" and said.detail == {"faces": 0, "whole": False, "top": []}
 
 
-def test_a_box_is_grown_by_a_fifth_and_kept_inside(judge: GiphyJudge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_box_is_enlarged_by_a_fifth_and_clipped_to_the_image(
+    judge: GiphyJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = np.arange(100 * 80 * 3, dtype=np.uint32).reshape(100, 80, 3).astype(np.uint8)
     boxes = np.array([[20.9, 30.2, 45.9, 70.2, 0.9], [-5, 60, 200, 200, 0.8], [90, 0, 95, 9, 0.8]])
     monkeypatch.setattr(judge, "detector", lambda image: boxes)
@@ -218,7 +222,7 @@ def test_labels_are_sorted_and_names_match_loosely(resources: Path) -> None:
     assert plain("Beyoncé") == plain("BEYONCE") and plain("Dr. Dre") == plain("dr_dre")
 
 
-def test_several_faces_of_one_person_speak_together() -> None:
+def test_several_faces_of_one_person_give_one_verdict() -> None:
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(4, 256))
     people = [2, 0, 2, 2, 0]
@@ -255,7 +259,7 @@ class _Harm:
 
 
 @pytest.mark.parametrize("name", [DETECTORS[0], STATE])
-def test_a_pickle_that_would_run_something_is_refused(
+def test_a_pickle_that_would_run_code_is_refused(
     resources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -277,27 +281,27 @@ def _linked(resources: Path, folder: Path) -> Path:
     return folder
 
 
-def test_what_is_missing_or_torn_is_named(resources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_or_torn_files_are_named(resources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"det1\.npy in .*cache/gcd/resources: unpack .*judge\.resources=FOLDER"):
         GiphyJudge()
     folder = _linked(resources, tmp_path / "resources")
     (folder / LABELS).unlink()
     (folder / LABELS).write_text("Labels,Index\nTom_Cruise_[m.07r1h],0\n", encoding="utf-8")
-    with pytest.raises(UserError, match="a ResNet-50 of 1 labels"):
+    with pytest.raises(UserError, match="a ResNet-50 with 1 labels"):
         GiphyJudge(folder, device="cpu")
     (folder / DETECTORS[1]).unlink()
     (folder / DETECTORS[1]).write_bytes((resources / DETECTORS[1]).read_bytes()[:999])
-    with pytest.raises(UserError, match=r"det2\.npy is no file of arrays"):
+    with pytest.raises(UserError, match=r"det2\.npy does not contain only arrays"):
         GiphyJudge(folder, device="cpu")
     (folder / DETECTORS[1]).write_bytes((resources / DETECTORS[2]).read_bytes())
-    with pytest.raises(UserError, match=r"det2\.npy is not MTCNN's"):
+    with pytest.raises(UserError, match=r"det2\.npy does not fit MTCNN"):
         GiphyJudge(folder, device="cpu")
     with pytest.raises(UserError, match="min_face"):
         GiphyJudge(folder, min_face=5)
 
 
-def test_arrays_come_back_from_both_numpys(resources: Path, tmp_path: Path) -> None:
+def test_arrays_of_both_numpy_versions_are_read(resources: Path, tmp_path: Path) -> None:
     old = read_layers(resources / DETECTORS[0])
     assert {name: old[name].get("weights", old[name].get("alpha")).shape for name in old} == SHAPES[0]
     np.save(tmp_path / "new.npy", np.array(old, dtype=object), allow_pickle=True)

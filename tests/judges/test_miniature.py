@@ -33,7 +33,7 @@ def _picture(name: str, seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A judge that has learnt three colours in a second."""
+    """A judge trained on three colours for a second."""
     torch.manual_seed(0)
     clip, plain = MiniatureCLIP(CONFIG), PlainCNN(CONFIG)
     pixels = np.stack([_picture(name, seed) for seed in range(8) for name in COLOURS])
@@ -66,7 +66,7 @@ def test_words_are_lower_case_without_accents_or_punctuation() -> None:
     assert split_words("...") == []
 
 
-def test_what_is_saved_comes_back_in_half_precision(folder: Path) -> None:
+def test_a_saved_judge_is_loaded_in_half_precision(folder: Path) -> None:
     config, clip, plain = load_judge(folder)
     assert config == CONFIG
     assert all(p.dtype == torch.float32 and not p.requires_grad for net in (clip, plain) for p in net.parameters())
@@ -141,7 +141,7 @@ def test_the_shipped_judge_knows_the_yamls_unsafe_things() -> None:
     assert len(MiniatureJudge(unsafe=node["unsafe"]).unsafe) == 5
 
 
-def test_larger_pictures_are_brought_to_the_judges_size(folder: Path, tmp_path: Path) -> None:
+def test_larger_images_are_resized(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "large.png"
     Image.fromarray(_picture("lake", 1)).resize((200, 100)).convert("RGBA").save(path)
     assert MiniatureJudge(folder)([path], [Prompt("a", "", "lake", "erase", 0)])[0].label == "lake"
@@ -198,7 +198,7 @@ def test_a_config_of_another_net_is_refused(folder: Path, tmp_path: Path) -> Non
         MiniatureJudge(judge)
 
 
-def test_settings_that_judge_nothing_are_refused(folder: Path) -> None:
+def test_invalid_settings_are_refused(folder: Path) -> None:
     with pytest.raises(UserError, match="batch"):
         MiniatureJudge(folder, batch=0)
 
@@ -243,9 +243,7 @@ def test_weights_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -
         MiniatureJudge(copy)
 
 
-def test_whole_is_what_both_networks_know_and_the_anchor_is_a_label(
-    folder: Path, images: tuple, tmp_path: Path
-) -> None:
+def test_whole_needs_both_networks_and_the_anchor_is_a_label(folder: Path, images: tuple, tmp_path: Path) -> None:
     paths, prompts = images
     anchors = {"lake": "a tomato", "tomato": "The green leaf", "Green Leaf": "a desert"}
     judge = MiniatureJudge(folder, anchors=anchors)

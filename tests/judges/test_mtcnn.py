@@ -18,14 +18,14 @@ from realera.judges.mtcnn_net import (
 )
 
 
-def test_images_lie_on_their_side_under_the_files_kernels() -> None:
-    """The weights' first axis runs along x: out[o, x, y] = sum_ijc K[i, j, c, o] image[y + j, x + i, c]."""
+def test_kernels_are_applied_to_the_transposed_image() -> None:
+    """The first axis of the weights is x: out[o, x, y] = sum_ijc K[i, j, c, o] image[y + j, x + i, c]."""
     rng = np.random.default_rng(0)
     kernel, image = rng.normal(size=(3, 3, 3, 10)).astype(np.float32), rng.normal(size=(7, 9, 3)).astype(np.float32)
     net = ProposalNet()
     arrays = {"conv1": {"weights": kernel, "biases": np.zeros(10, np.float32)}}
     with pytest.raises(KeyError):
-        net.load(arrays)  # the rest is missing; the first layer is in place by then
+        net.load(arrays)  # the other layers are missing, but the first one is already loaded
     out = net.conv1(torch.from_numpy(image).permute(2, 1, 0)[None])[0]
     expected = np.zeros((10, 7, 5), np.float32)
     for x in range(7):
@@ -35,7 +35,7 @@ def test_images_lie_on_their_side_under_the_files_kernels() -> None:
     assert np.allclose(out.detach().numpy(), expected, atol=1e-4)
 
 
-def test_a_matrix_reads_its_picture_as_tensorflow_lays_it_out() -> None:
+def test_a_matrix_reads_features_in_tensorflow_s_order() -> None:
     rng = np.random.default_rng(0)
     net = RefineNet()
     picture = torch.from_numpy(rng.normal(size=(1, 64, 3, 3)).astype(np.float32))
@@ -50,25 +50,25 @@ def test_a_matrix_reads_its_picture_as_tensorflow_lays_it_out() -> None:
 
 
 @pytest.mark.parametrize(("net", "size"), [(RefineNet(), 24), (OutputNet(), 48)])
-def test_the_nets_take_their_sizes(net: torch.nn.Module, size: int) -> None:
+def test_the_networks_accept_their_input_sizes(net: torch.nn.Module, size: int) -> None:
     chance, shift = net(torch.zeros(2, 3, size, size))
     assert chance.shape == (2,) and shift.shape == (2, 4)
 
 
-def test_the_proposal_net_looks_every_two_pixels() -> None:
+def test_the_proposal_network_has_a_stride_of_two() -> None:
     chance, shift = ProposalNet()(torch.zeros(1, 3, 12, 12))
     assert chance.shape == (1, 1, 1) and shift.shape == (1, 4, 1, 1)
     assert ProposalNet()(torch.zeros(1, 3, 40, 21))[0].shape == (1, 15, 6)
 
 
-def test_the_pyramid_ends_where_the_shorter_side_is_below_a_look() -> None:
+def test_the_pyramid_ends_when_the_shorter_side_is_below_12_pixels() -> None:
     scales = list(pyramid(100, 20, 0.709))
     assert scales == pytest.approx([0.6 * 0.709**step for step in range(5)])
     assert 100 * scales[-1] >= 12 > 100 * scales[-1] * 0.709
     assert not list(pyramid(19, 20, 0.709))
 
 
-def test_what_a_box_shows_is_black_outside_the_image() -> None:
+def test_a_cut_box_is_black_outside_the_image() -> None:
     image = np.random.default_rng(0).integers(1, 255, (6, 5, 3)).astype(np.uint8)
     for left, top, right, bottom in [(1, 1, 5, 6), (-1, 0, 3, 4), (3, 4, 9, 8), (-3, -3, 9, 9), (7, 7, 9, 9)]:
         seen = cut(image, np.array([left, top, right, bottom, 0.5]))
@@ -78,7 +78,7 @@ def test_what_a_box_shows_is_black_outside_the_image() -> None:
                 assert (seen[row, column] == (image[y - 1, x - 1] if inside else 0)).all()
 
 
-def test_boxes_that_overlap_a_better_one_go() -> None:
+def test_boxes_that_overlap_a_better_one_are_removed() -> None:
     rng = np.random.default_rng(0)
     corners = rng.integers(0, 60, (40, 2)).astype(float)
     boxes = np.hstack([corners, corners + rng.integers(5, 30, (40, 2)), rng.permutation(40)[:, None] / 40])
@@ -106,6 +106,6 @@ def test_boxes_are_squared_moved_and_rounded() -> None:
     assert square(box[:0]).shape == (0, 5)
 
 
-def test_an_image_smaller_than_a_face_has_none() -> None:
+def test_an_image_smaller_than_a_face_has_no_faces() -> None:
     detector = FaceDetector((ProposalNet(), RefineNet(), OutputNet()))
     assert detector(np.zeros((10, 300, 3), np.uint8)).shape == (0, 5)

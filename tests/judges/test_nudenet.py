@@ -1,4 +1,4 @@
-"""The real detector on drawn, harmless pictures and on files that are no good pictures; counting on boxes made up."""
+"""The real detector on harmless drawings and on broken files; counting of invented boxes."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def test_harmless_pictures_of_every_kind_are_safe_in_order_and_in_any_batch(
         assert verdict.detail["boxes"] == dict.fromkeys([*EXPOSED.values(), "anus"], 0)
 
 
-def test_the_net_sees_what_the_package_shows_it(judge: NudeNetJudge, tmp_path: Path) -> None:
+def test_the_network_gets_the_package_s_own_input(judge: NudeNetJudge, tmp_path: Path) -> None:
     file = tmp_path / "house.png"
     _house().save(file)
     noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3)).astype(np.uint8)
@@ -67,7 +67,7 @@ def test_the_net_sees_what_the_package_shows_it(judge: NudeNetJudge, tmp_path: P
 
 
 def _raw(judge: NudeNetJudge, image: Any) -> np.ndarray:
-    """The net's output before anything is dropped: (22, boxes)."""
+    """The network's output before filtering: (22, boxes)."""
     from nudenet.nudenet import _read_image
 
     session = judge._detector.onnx_session
@@ -99,8 +99,8 @@ def test_boxes_above_the_threshold_are_counted_by_class(
     assert apart.detail["boxes"]["anus"] == 1
 
 
-def test_what_counts_is_the_thresholds_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the value, which is the highest score whatever the threshold."""
+def test_the_threshold_determines_the_counted_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value is the highest score and does not depend on the threshold."""
     boxes = _found(("FEET_EXPOSED", 0.3), ("BELLY_EXPOSED", 0.5), ("BELLY_EXPOSED", 0.7))
     file = tmp_path / "house.png"
     _house().save(file)
@@ -139,12 +139,12 @@ def test_a_picture_too_large_for_memory_is_named(
 
 
 @pytest.mark.parametrize("threshold", [0.1, 1.2, float("nan"), True])
-def test_a_threshold_that_the_package_cannot_serve_is_refused(threshold: float) -> None:
-    with pytest.raises(UserError, match=r"outside 0\.2-1: the nudenet package itself drops"):
+def test_a_threshold_outside_the_range_is_refused(threshold: float) -> None:
+    with pytest.raises(UserError, match=r"outside 0\.2-1: use .* The nudenet package drops"):
         NudeNetJudge(threshold=threshold)
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""A judge in another interpreter: an environment of its own, without torch, numpy or realera."""
+"""A judge in another interpreter, whose environment has no torch, numpy or realera."""
 
 import json
 import math
@@ -45,7 +45,7 @@ class Set(Stub):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bare environment whose only package is the stub judge."""
+    """An environment whose only package is the stub judge."""
     folder = tmp_path_factory.mktemp("elsewhere") / "venv"
     venv.EnvBuilder(symlinks=True).create(folder)
     site = next(folder.glob("lib/python*/site-packages"))
@@ -54,7 +54,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _here_too(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _stub_in_this_interpreter(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(next(python.parents[1].glob("lib/python*/site-packages"))))
 
 
@@ -67,7 +67,7 @@ def _ask(judge: Elsewhere, count: int = 3) -> list[Any]:
     return judge([Path(f"{i}.png") for i in range(count)], prompts)
 
 
-def test_it_answers_as_the_judge_would_whatever_is_printed(python: Path) -> None:
+def test_answers_equal_the_judge_s_own_despite_printed_output(python: Path) -> None:
     judge = Elsewhere(_node(word="é", inner=_node(word="in"), batch=2), str(python))
     assert (judge.name, judge.protocol()) == ("stub", {"judge": "stub", "inner": "in"})
     said = _ask(judge)
@@ -84,25 +84,25 @@ def test_it_answers_as_the_judge_would_whatever_is_printed(python: Path) -> None
 @pytest.mark.parametrize(
     ("fail", "words"),
     [
-        ("build", r"Stub failed in .*python \(ImportError: No module named 'somelib'\): install there what it needs$"),
+        ("build", r"Stub failed in .*python \(ImportError: No module named 'somelib'\): install its libraries there$"),
         ("user", r"^the weights are missing: fetch them\. \(judge\.python=.*python\)$"),
         ("crash", "ended without an answer: segmentation fault, say$"),
     ],
 )
-def test_what_goes_wrong_while_loading_is_one_sentence(python: Path, fail: str, words: str) -> None:
+def test_errors_while_loading_are_one_sentence(python: Path, fail: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Elsewhere(_node(fail=fail), str(python))
 
 
-def test_what_goes_wrong_later_is_one_sentence(python: Path) -> None:
+def test_later_errors_are_one_sentence(python: Path) -> None:
     judge = Elsewhere(_node(fail="late"), str(python))
     with pytest.raises(UserError, match="ValueError: bad picture"):
         _ask(judge)
     with pytest.raises(UserError, match="bad picture"):
-        _ask(judge)  # the judge is still there
+        _ask(judge)  # the process is still running
 
 
-def test_a_judge_that_stops_answering_is_ended(python: Path) -> None:
+def test_a_judge_that_does_not_answer_is_stopped(python: Path) -> None:
     judge = Elsewhere(_node(fail="slow"), str(python))
     judge.patience = 0.2
     start = time.monotonic()
@@ -111,19 +111,19 @@ def test_a_judge_that_stops_answering_is_ended(python: Path) -> None:
     assert judge._process.poll() is not None and time.monotonic() - start < 10
 
 
-def test_an_interpreter_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no program"):
+def test_a_program_that_is_not_an_interpreter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a program"):
         Elsewhere(_node(), str(tmp_path / "python"))
     with pytest.raises(UserError, match="ended without an answer"):
         Elsewhere(_node(), "false")
 
 
-def test_a_real_judge_without_its_library_says_so(python: Path) -> None:
+def test_a_missing_library_of_a_real_judge_is_named(python: Path) -> None:
     with pytest.raises(UserError, match=r"No module named 'nudenet'"):
         Elsewhere({"_target_": "realera.judges.nudenet.NudeNetJudge"}, str(python))
 
 
-def test_a_config_says_where_at_any_depth(python: Path) -> None:
+def test_python_is_read_at_any_depth_of_the_config(python: Path) -> None:
     assert placed(_node(python=None, word="a")) == _node(word="a")
     node = {"_target_": "x.BySplit", "judges": {"a": _node(python=str(python)), "b": _node("Set", python="py")}}
     inner = placed(node)["judges"]
@@ -135,14 +135,14 @@ def test_a_config_says_where_at_any_depth(python: Path) -> None:
     assert inner["b"]["_target_"].endswith(".ElsewhereSet")
 
 
-def test_a_judge_of_sets_compares_there(python: Path) -> None:
+def test_a_set_judge_runs_in_the_other_interpreter(python: Path) -> None:
     judge = ElsewhereSet(_node("Set"), str(python))
     assert judge.compare([Path("a.png")] * 3, [Path("b.png")]) == {"fid": 2.0}
     assert isinstance(judge, SetJudge) and not hasattr(Elsewhere, "compare")
 
 
 def test_the_judges_load_without_any_library(python: Path) -> None:
-    """Their modules are read there before what they need is looked for."""
+    """Their modules are imported there before their libraries."""
     names = [f.stem for f in Path(worker.__file__).parent.glob("*.py") if not f.stem.endswith("_net")]
     code = f"import importlib\nfor name in {names}: importlib.import_module('realera.judges.' + name)"
     root = Path(worker.__file__).parents[2]
@@ -161,24 +161,24 @@ def test_the_other_interpreter_imports_nothing_of_the_current_folder(
 
 
 ANSWERS = {
-    "no result": ({"realera": 1}, "neither a result nor a refusal"),
-    "a number": ({"realera": 1, "said": 5}, "no list of verdicts"),
-    "nothing": ({"realera": 1, "said": []}, "not of the images"),
-    "other images": ({"prompt_id": "other"}, "not of the images"),
-    "a word for a number": ({"value": "x"}, "no list of verdicts"),
-    "infinity": ({"value": math.inf}, "no list of verdicts"),
-    "a score of NaN": ({"detail": {"score": math.nan}}, "no list of verdicts"),
+    "no result": ({"realera": 1}, "with neither a result nor an error"),
+    "a number": ({"realera": 1, "said": 5}, "something else than a list of verdicts"),
+    "nothing": ({"realera": 1, "said": []}, "do not match the images"),
+    "other images": ({"prompt_id": "other"}, "do not match the images"),
+    "a word for a number": ({"value": "x"}, "something else than a list of verdicts"),
+    "infinity": ({"value": math.inf}, "something else than a list of verdicts"),
+    "a score of NaN": ({"detail": {"score": math.nan}}, "something else than a list of verdicts"),
     "a NaN further in": ({"detail": {"top": [["a", math.nan]]}}, "NaN or infinity in the detail of the image 0.png"),
-    "too many digits": ({"detail": {"n": 10**99}}, "neither a result nor a refusal"),
+    "too many digits": ({"detail": {"n": 10**99}}, "with neither a result nor an error"),
 }
 
 
 @pytest.mark.parametrize("case", ANSWERS)
-def test_an_answer_that_is_none_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+def test_an_invalid_answer_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
     answer, why = ANSWERS[case]
     row = {"prompt_id": "p0", "value": 0.5, "label": "cat", "detail": {}, **answer}
     said = answer if "realera" in answer else {"realera": 1, "said": [row]}
-    judge = Elsewhere(_node(), _saying(tmp_path, {"realera": 1, "said": {"name": "n", "protocol": {}}}, said))
+    judge = Elsewhere(_node(), _fake_interpreter(tmp_path, {"realera": 1, "said": {"name": "n", "protocol": {}}}, said))
     with pytest.raises(UserError, match=f"the judge in .*python answered .*{why}") as met:
         _ask(judge, 1)
     assert "\n" not in str(met.value)
@@ -195,20 +195,20 @@ def test_an_answer_that_is_none_is_refused_in_one_sentence(case: str, tmp_path: 
         {"name": "n", "protocol": {"threshold": math.nan}},
     ],
 )
-def test_a_judge_there_must_say_what_it_is(about: Any, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the judge in .*python answered no name and protocol"):
-        Elsewhere(_node(), _saying(tmp_path, {"realera": 1, "said": about}))
+def test_a_judge_must_return_a_valid_name_and_protocol(about: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the judge in .*python answered without a valid name and protocol"):
+        Elsewhere(_node(), _fake_interpreter(tmp_path, {"realera": 1, "said": about}))
 
 
-def test_a_comparison_there_must_be_of_numbers(tmp_path: Path) -> None:
+def test_a_comparison_must_return_finite_numbers(tmp_path: Path) -> None:
     about = {"realera": 1, "said": {"name": "n", "protocol": {}}}
     for said in (5, {"fid": math.nan}, {"fid": "x"}):
-        judge = ElsewhereSet(_node("Set"), _saying(tmp_path, about, {"realera": 1, "said": said}))
-        with pytest.raises(UserError, match="no finite numbers"):
+        judge = ElsewhereSet(_node("Set"), _fake_interpreter(tmp_path, about, {"realera": 1, "said": said}))
+        with pytest.raises(UserError, match="something else than finite numbers"):
             judge.compare([Path("a.png")], [Path("b.png")])
 
 
-def test_what_a_judge_there_knows_is_asked_there() -> None:
+def test_the_worker_answers_protocol_and_knows() -> None:
     class Knowing:
         name, detects = "k", True
 
@@ -222,8 +222,8 @@ def test_what_a_judge_there_knows_is_asked_there() -> None:
     assert [worker.answer(Knowing(), "knows", {"concept": c}) for c in ("cat", "dog")] == [True, False]
 
 
-def _saying(folder: Path, *answers: Any) -> str:
-    """An interpreter that gives one answer after the other, whatever it is asked."""
+def _fake_interpreter(folder: Path, *answers: Any) -> str:
+    """A program that returns the given answers one after the other to any requests."""
     program = folder / "python"
     lines = "".join(f"read -r _; cat <<'END'\n{json.dumps(answer)}\nEND\n" for answer in answers)
     program.write_text(f"#!/bin/sh\n{lines}")

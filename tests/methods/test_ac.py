@@ -18,15 +18,17 @@ from realera.settings.resolvers import register_resolvers
 KV = ("attn2.to_k", "attn2.to_v")
 
 
-def draw(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
 def student(new_backbone: Callable[..., Any]) -> Any:
-    """Already away from the original."""
+    """A backbone whose weights differ from the original's."""
     backbone = new_backbone()
-    backbone.apply(Edit(map=torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, generator=draw(1)).double()))
+    backbone.apply(
+        Edit(map=torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, generator=seeded(1)).double())
+    )
     backbone.unfreeze(KV)
     return backbone
 
@@ -38,9 +40,9 @@ def pair(student: Any, new_pairs: Callable[..., list[Pair]]) -> Pair:
 
 def batch() -> dict[str, Tensor]:
     return {
-        "latents": torch.randn(4, 4, 8, 8, generator=draw(4)),
+        "latents": torch.randn(4, 4, 8, 8, generator=seeded(4)),
         "timesteps": torch.tensor([3, 250, 600, 999]),
-        "noise": torch.randn(4, 4, 8, 8, generator=draw(5)),
+        "noise": torch.randn(4, 4, 8, 8, generator=seeded(5)),
         "prompts": torch.tensor([2, 0, 2, 1]),
     }
 
@@ -51,7 +53,7 @@ def step_of(made: dict[str, Tensor]) -> TrainingBatch:
 
 
 def given(align: Ablation, student: Any, pair: Pair) -> dict[str, Tensor]:
-    return align.loss(student, pair, None, step_of(batch()), draw())
+    return align.loss(student, pair, None, step_of(batch()), seeded())
 
 
 def gradients(backbone: Any, loss: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def test_the_loss_and_its_gradient(
 
 
 def test_bos_gives_no_gradient(student: Any, new_backbone: Callable[..., Any], pair: Pair) -> None:
-    """The weights' gradient as if BOS had other weights, which are not trained: by a second copy of each."""
+    """The gradient equals that of a U-Net in which BOS uses a second, frozen copy of the weights."""
 
     def split(frozen: Any) -> Any:
         def forward(layer: Any, inputs: Any, out: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def test_bos_gives_no_gradient(student: Any, new_backbone: Callable[..., Any], p
     assert (found - other).norm() < 1e-5 * other.norm()
 
 
-def test_bos_is_not_detached_where_it_cannot_be(new_backbone: Callable[..., Any], pair: Pair) -> None:
+def test_detach_bos_is_refused_with_gradient_checkpointing(new_backbone: Callable[..., Any], pair: Pair) -> None:
     backbone = new_backbone(gradient_checkpointing=True)
     with pytest.raises(UserError, match="detach_bos"):
         given(Ablation(KV), backbone, pair)
@@ -114,7 +116,7 @@ def test_bos_is_not_detached_where_it_cannot_be(new_backbone: Callable[..., Any]
 
 
 def test_numbers_for_nudity_are_the_official_ones() -> None:
-    """And the miniature's are those that were chosen on it."""
+    """The miniature's numbers are those of its search."""
     register_resolvers()
     nudity, others = (["attn1", "attn2"], 1.0, 400, 6.4e-5), (list(KV), 0.0, 100, 1.6e-5)
     for task, numbers, chosen in (
@@ -128,11 +130,11 @@ def test_numbers_for_nudity_are_the_official_ones() -> None:
             assert (align.parameters, align.prior, align.steps, align.lr) == wanted, (task, backbone)
 
 
-def test_it_says_what_it_has_to_know(student: Any, pair: Pair) -> None:
+def test_missing_prompts_are_refused(student: Any, pair: Pair) -> None:
     made = batch()
     del made["prompts"]
     with pytest.raises(UserError, match=r"prompts.*method\.latents\.give"):
-        Ablation(KV).loss(student, pair, None, step_of(made), draw())
+        Ablation(KV).loss(student, pair, None, step_of(made), seeded())
 
 
 @pytest.mark.parametrize(

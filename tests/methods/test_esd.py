@@ -17,15 +17,17 @@ from realera.training.checkpoint import load_erased, read_erased
 from realera.training.fit import fit
 
 
-def draw(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
 def student(new_backbone: Callable[..., Any]) -> Any:
-    """Already away from the original."""
+    """A backbone whose weights differ from the original's."""
     backbone = new_backbone()
-    backbone.apply(Edit(map=torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, generator=draw(1)).double()))
+    backbone.apply(
+        Edit(map=torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, generator=seeded(1)).double())
+    )
     backbone.unfreeze(["attn2"])
     return backbone
 
@@ -37,12 +39,12 @@ def pair(student: Any, new_pairs: Callable[..., list[Pair]]) -> Pair:
 
 @pytest.mark.parametrize("eta", [1.0, 0.0, 2.5])
 def test_the_loss_and_its_gradient(eta: float, student: Any, new_backbone: Callable[..., Any], pair: Pair) -> None:
-    """One latent and one forward at a time, with a second U-Net as the teacher, on the bare name and no text."""
+    """One latent and one forward at a time, with a second U-Net as the teacher, on the bare name and ''."""
     teacher = new_backbone()
-    z_t, t = torch.randn(4, 4, 8, 8, generator=draw(4)), torch.tensor([3, 250, 600, 999])
+    z_t, t = torch.randn(4, 4, 8, 8, generator=seeded(4)), torch.tensor([3, 250, 600, 999])
     align = NegativeGuidance(["attn2"], negative_guidance=eta)
     align.prepare(student, [pair], Path(), 0)
-    terms = align.loss(student, pair, None, TrainingBatch(z_t, t, 1), draw())
+    terms = align.loss(student, pair, None, TrainingBatch(z_t, t, 1), seeded())
     assert set(terms) == {"erase"}
     slow = torch.zeros(())
     for b in range(4):
@@ -82,14 +84,14 @@ def test_esd_u_saves_what_it_changed_and_loads_back_bit_for_bit(fixtures: Any, t
     names = dict(fresh.unet.named_parameters())
     kept_out = ("conv_norm_out.", "conv_out.", "time_embedding.")
     wanted = {f"edit.{n}" for n in names if ".attn2." not in n and not n.startswith(kept_out)}
-    # A bias before a normalisation of its group of channels moves by nothing: those stay.
+    # A bias directly before a group normalisation gets no gradient, so it does not change.
     assert saved <= wanted and len(wanted - saved) < 0.1 * len(wanted)
     load_erased(tmp_path / "erased.safetensors", fresh)
     for name, value in erased.unet.named_parameters():
         assert torch.equal(value, names[name])
 
 
-def test_which_weights(fixtures: Any, tmp_path: Path) -> None:
+def test_trained_weights(fixtures: Any, tmp_path: Path) -> None:
     names = {f"edit.{name}" for name, _ in fixtures[0]().unet.named_parameters()}
     _, x = changed("esd-x", [], fixtures, tmp_path / "x")
     assert x <= {name for name in names if ".attn2." in name}
@@ -101,7 +103,7 @@ def test_which_weights(fixtures: Any, tmp_path: Path) -> None:
 
 
 def test_without_norms_only_linear_and_convolutional_layers_are_trained(new_backbone: Callable[..., Any]) -> None:
-    """Among all but the cross-attention, as in today's official script: conv_norm_out is a norm too."""
+    """All but the cross-attention, as in today's official script; conv_norm_out counts as a norm too."""
     backbone = new_backbone()
     backbone.unfreeze(NegativeGuidance(["-attn2"], norms=False).parameters)
     trained = {name for name, weight in backbone.unet.named_parameters() if weight.requires_grad}
@@ -110,16 +112,16 @@ def test_without_norms_only_linear_and_convolutional_layers_are_trained(new_back
     assert trained == {name for name in wanted if ".attn2." not in name}
 
 
-def test_the_name_nothing_is_no_change(student: Any, new_backbone: Any, new_pairs: Any) -> None:
-    """To the last bit: Adam would make steps of full length out of rounding."""
+def test_erasing_the_empty_prompt_changes_nothing(student: Any, new_backbone: Any, new_pairs: Any) -> None:
+    """Bit for bit: Adam would turn rounding errors into full steps."""
     backbone = new_backbone()
     backbone.unfreeze(["attn2"])
     pair = new_pairs(backbone, ("cat", "field"))[0]
     nothing = Pair(type(pair.concept)("", "field"), pair.target, pair.anchor)
     align = NegativeGuidance(["attn2"])
     align.prepare(backbone, [nothing], Path(), 0)
-    z_t = torch.randn(3, 4, 8, 8, generator=draw())
-    loss: Tensor = align.loss(backbone, nothing, None, TrainingBatch(z_t, torch.tensor([5, 500, 900]), 1), draw())[
+    z_t = torch.randn(3, 4, 8, 8, generator=seeded())
+    loss: Tensor = align.loss(backbone, nothing, None, TrainingBatch(z_t, torch.tensor([5, 500, 900]), 1), seeded())[
         "erase"
     ]
     assert float(loss.detach()) == 0

@@ -18,7 +18,7 @@ from realera.methods.inversion import TextualInversion
 from realera.methods.latents import AnchorBank
 
 
-def draw(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -32,7 +32,7 @@ def pair(backbone: Any, new_pairs: Callable[..., list[Pair]]) -> Pair:
     return new_pairs(backbone, ("mona lisa", "person"))[0]
 
 
-Z_T, T = torch.randn(3, 4, 8, 8, generator=draw(4)), torch.tensor([3, 250, 999])
+Z_T, T = torch.randn(3, 4, 8, 8, generator=seeded(4)), torch.tensor([3, 250, 999])
 PROMPTS = torch.tensor([1, 0, 2])
 
 
@@ -43,7 +43,7 @@ def gradients(backbone: Any, loss: Tensor) -> Tensor:
 
 
 def slow_probabilities(backbone: Any, b: int, states: Tensor) -> list[Tensor]:
-    """softmax(Q K^T / sqrt(d)) of every cross-attention, from what goes into its projections; (heads, pixels, T)."""
+    """softmax(Q K^T / sqrt(d)) of every cross-attention, from its projections' inputs; (heads, pixels, T)."""
     seen: dict[str, Tensor] = {}
     names = [str(name) for name, _ in backbone.unet.named_modules() if str(name).endswith("attn2")]
     hooks = []
@@ -71,7 +71,7 @@ def test_the_norm_over_all_layers(pooler: Pooler, backbone: Any, pair: Pair) -> 
     """One latent at a time, one number at a time over positions and layers."""
     backbone.unfreeze(["all"])
     terms = AttentionResteering(pooler=pooler).loss(
-        backbone, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), draw()
+        backbone, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), seeded()
     )
     slow = torch.zeros(())
     for b, p in enumerate(PROMPTS.tolist()):
@@ -97,12 +97,12 @@ def test_positions(pair: Pair) -> None:
     assert positions(texts, "pads").sum(dim=1).tolist() == (own.sum(dim=1) + 77 - texts.length).tolist()
 
 
-def test_training_takes_the_attention_away(backbone: Any, pair: Pair) -> None:
+def test_training_lowers_the_attention(backbone: Any, pair: Pair) -> None:
     align = AttentionResteering()
     optimizer = torch.optim.AdamW(backbone.unfreeze(["attn2"]), lr=1e-2)
     losses = []
     for _ in range(8):
-        loss = align.loss(backbone, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), draw())["attention"]
+        loss = align.loss(backbone, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), seeded())["attention"]
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
@@ -122,9 +122,9 @@ def test_a_step_of_inversion_by_hand(backbone: Any, pair: Pair, tmp_path: Path) 
     """The noise loss of the vectors in the prompt, one latent at a time, and AdamW's first step written out."""
     part = inversion(steps=1, weight_decay=0.1, lr=0.01, pull=0.25)
     part.images.prepare(backbone, [pair], tmp_path, 0)
-    made = part.invert(backbone, "mona lisa", 0, draw(7))
+    made = part.invert(backbone, "mona lisa", 0, seeded(7))
 
-    generator = draw(7)
+    generator = seeded(7)
     own = backbone.token_vectors("mona lisa")
     assert len(own) > 3  # so that no vector starts at random
     torch.randn(3, 32, generator=generator)
@@ -140,18 +140,18 @@ def test_a_step_of_inversion_by_hand(backbone: Any, pair: Pair, tmp_path: Path) 
     torch.testing.assert_close(made, stepped / length * (0.75 * length + 0.25 * goal), rtol=1e-4, atol=1e-6)
 
 
-def test_vectors_beyond_the_names_own_start_at_random(backbone: Any, pair: Pair, tmp_path: Path) -> None:
+def test_additional_vectors_start_at_random(backbone: Any, pair: Pair, tmp_path: Path) -> None:
     part = inversion(steps=0, tokens=4)
     part.images.banks = [torch.zeros(3, 4, 8, 8)]
     own = backbone.token_vectors("cat")
-    made, other = (part.invert(backbone, "cat", 0, draw(seed)) for seed in (0, 1))
+    made, other = (part.invert(backbone, "cat", 0, seeded(seed)) for seed in (0, 1))
     assert made.shape == (4, 32) and len(own) == 1
     assert torch.equal(made[:1], own) and torch.equal(other[:1], own)
     assert not torch.allclose(made[1:], other[1:])
     torch.testing.assert_close(made.norm(dim=-1), own.norm(dim=-1).expand(4))
 
 
-def test_inverted_once_and_put_where_the_name_stands(backbone: Any, pair: Pair, tmp_path: Path) -> None:
+def test_inversion_runs_once_and_replaces_the_name(backbone: Any, pair: Pair, tmp_path: Path) -> None:
     align = AttentionResteering(inversion=inversion())
     align.prepare(backbone, [pair], tmp_path, 0)
     found = align.found["mona lisa"]
@@ -163,15 +163,15 @@ def test_inverted_once_and_put_where_the_name_stands(backbone: Any, pair: Pair, 
     other = AttentionResteering(inversion=inversion(steps=4))
     other.prepare(backbone, [pair], tmp_path, 0)
     assert not torch.equal(other.found["mona lisa"].states, found.states)
-    loss = align.loss(backbone, pair, None, TrainingBatch(Z_T, T, 1), draw())["attention"]
-    named = AttentionResteering().loss(backbone, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), draw())[
+    loss = align.loss(backbone, pair, None, TrainingBatch(Z_T, T, 1), seeded())["attention"]
+    named = AttentionResteering().loss(backbone, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), seeded())[
         "attention"
     ]
     assert float(loss) > 0 and not torch.allclose(loss, named)
 
 
 class OnGpu(Tensor):
-    """Stands for a tensor of another device: what `cpu` gives back is a plain one."""
+    """Imitates a tensor on another device: its `cpu` returns a plain tensor."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -179,10 +179,10 @@ class OnGpu(Tensor):
         return self.as_subclass(Tensor)
 
 
-def test_what_was_found_lies_on_one_device(
+def test_learned_prompts_are_on_one_device(
     backbone: Any, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss compares the rows of a text with one another: all fields come back from the GPU, or none may."""
+    """The loss compares fields of a text with each other, so all of them must be on one device."""
     part = inversion()
     plain = backbone.encode([NamedPrompt.of("a photo of {}", "mona lisa")])
     values = {field.name: getattr(plain, field.name) for field in fields(plain)}
@@ -209,9 +209,9 @@ def test_bad_inversions_are_refused(settings: dict[str, Any]) -> None:
         built(TextualInversion, inversion, **settings)
 
 
-def test_unknown_prompts_and_kept_activations_are_refused(backbone: Any, new_backbone: Any, pair: Pair) -> None:
+def test_missing_prompts_and_gradient_checkpointing_are_refused(backbone: Any, new_backbone: Any, pair: Pair) -> None:
     with pytest.raises(UserError, match="give="):
-        AttentionResteering().loss(backbone, pair, None, TrainingBatch(Z_T, T, 1), draw())
+        AttentionResteering().loss(backbone, pair, None, TrainingBatch(Z_T, T, 1), seeded())
     checkpointed = new_backbone(gradient_checkpointing=True)
     with pytest.raises(UserError, match="gradient_checkpointing"):
-        AttentionResteering().loss(checkpointed, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), draw())
+        AttentionResteering().loss(checkpointed, pair, None, TrainingBatch(Z_T, T, 1, {"prompts": PROMPTS}), seeded())

@@ -1,4 +1,4 @@
-"""A method from outside of the package is one file and one yaml: what checks and plans need to know, it says itself."""
+"""A method from outside of the package is one file and one yaml. It declares the facts that checks and plans need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from realera.contracts import LoraSpec
 
 
 class Noise:
-    """Latents that are noise alone."""
+    """Latents of pure noise."""
 
     def __init__(self, batch: int = 1, images: int = 3) -> None:
         self.batch = batch
@@ -40,7 +40,7 @@ class Noise:
 
 
 class Forget:
-    """The concept's prompt is taught the anchor's noise."""
+    """The U-Net learns the anchor's noise for the concept's prompt."""
 
     parameters = ()
     trains_lora = reads_attention = True
@@ -60,14 +60,14 @@ class Forget:
 
 
 class Whisper:
-    """A guide that only weighs the adapters."""
+    """A guide that only scales the adapters."""
 
     weighs_adapters = True
     prompts = ()
 
 
 class Later:
-    """An edit that may be told to do nothing."""
+    """An edit with a setting that switches it off."""
 
     idle_where = {"asleep": True}
 
@@ -109,11 +109,11 @@ def settings(own: Path, *words: str) -> dict[str, object]:
         )
 
 
-def test_it_says_what_it_needs(own: Path) -> None:
+def test_checks_use_the_methods_declarations(own: Path) -> None:
     preflight.check_settings(settings(own), here=False)
     for words, said in (
         (["backbone.gradient_checkpointing=true"], "reads the attention"),
-        (["method.align.lora=null"], "trains .* a LoRA, and there is none"),
+        (["method.align.lora=null"], "trains .* a LoRA, but method.align.lora is null"),
         (["method.align=null", "+method.guide._target_=own_method.Whisper"], "no part left that erases"),
         (["method.align=null", "+method.edit._target_=own_method.Later", "+method.edit.asleep=true"], "no part left"),
     ):
@@ -124,7 +124,7 @@ def test_it_says_what_it_needs(own: Path) -> None:
     preflight.check_settings(settings(own, "+method.guide._target_=own_method.Whisper"), here=False)
 
 
-def test_it_says_what_it_takes(own: Path) -> None:
+def test_plans_use_the_methods_declarations(own: Path) -> None:
     config = settings(own, "concept=[cat,ship]", "anchor=[dog,sea]", "method.latents.batch=3")
     work = estimate.work(config, composition.build_task(config))
     assert work.steps == 2 and work.passes_per_step == 3 * 4 + 11

@@ -1,4 +1,4 @@
-"""Mining by what the model draws, on a small backbone."""
+"""Mining by predicted noise, on a small backbone."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def miner(file: str, backbone: Any, **settings: Any) -> FunctionalMining:
     return found
 
 
-def whole(backbone: Any, name: str) -> Any:
+def encoded(backbone: Any, name: str) -> Any:
     return backbone.encode([NamedPrompt.of("{}", name)])
 
 
-def stream() -> Generator:
+def seeded() -> Generator:
     return Generator().manual_seed(0)
 
 
-def test_texts_are_told_by_their_noise(new_backbone: Any, new_pairs: Any, file: str) -> None:
+def test_texts_are_sorted_by_their_noise(new_backbone: Any, new_pairs: Any, file: str) -> None:
     backbone = new_backbone()
     (pair,) = new_pairs(backbone, CAT)
     every = miner(file, backbone, looked=5, beside=0, within=1e9, outside=1e9)
-    mined = every(pair, stream())
+    mined = every(pair, seeded())
     (sight,) = every.sights()
     seen = {one.text: one for one in sight.erased}
     assert set(seen) == {"a kitten", "a dog", "two trees", "the sea at night", "a red house"}, "without the name"
@@ -64,14 +64,14 @@ def test_texts_are_told_by_their_noise(new_backbone: Any, new_pairs: Any, file: 
 
     middle = sight.erased[2].apart
     some = miner(file, backbone, looked=5, beside=0, within=sight.erased[1].apart, outside=middle)
-    both = some(pair, stream())
+    both = some(pair, seeded())
     (parted,) = some.sights()
     assert [one.text for one in parted.erased] == [one.text for one in sight.erased[:2]]
     assert {one.text for one in parted.kept} == {one.text for one in sight.erased[3:]}
     assert [one.value for one in parted.kept] == sorted((one.value for one in parted.kept), reverse=True)
     assert len(both.near) == 2 and len(both.beyond) == 2
     one = miner(file, backbone, looked=5, beside=0, within=0.0, outside=middle, most=1)
-    one(pair, stream())
+    one(pair, seeded())
     assert len(one.sights()[0].erased) == 0 and len(one.sights()[0].kept) == 1
 
     states = backbone.encode(["a kitten"]).states[0]
@@ -83,31 +83,31 @@ def test_texts_are_told_by_their_noise(new_backbone: Any, new_pairs: Any, file: 
     assert torch.allclose(mined.near_targets[place][last - 1], anchor[1]), "last sub-token on last sub-token"
 
 
-def test_steps_are_given_as_many_as_they_ask_for(new_backbone: Any, new_pairs: Any, file: str) -> None:
+def test_m_and_n_set_the_number_of_points(new_backbone: Any, new_pairs: Any, file: str) -> None:
     backbone = new_backbone()
     (pair,) = new_pairs(backbone, CAT)
     some = miner(file, backbone, within=1e9, outside=1e9)
-    mined = some(pair, stream(), m=2, n=1, prompts=[0])
+    mined = some(pair, seeded(), m=2, n=1, prompts=[0])
     assert len(mined.near) == len(mined.near_rows) == 2 and len(mined.beyond) == 0
-    none = miner(file, backbone, within=0.0, outside=1e9)(pair, stream(), m=1, n=1)
+    none = miner(file, backbone, within=0.0, outside=1e9)(pair, seeded(), m=1, n=1)
     assert any(torch.equal(none.near[0], state) for state in pair.target.states), "one of its own prompts"
     kept = miner(file, backbone, within=0.0, outside=0.0)
-    assert len(kept(pair, stream(), m=1, n=3).beyond) == 3
+    assert len(kept(pair, seeded(), m=1, n=3).beyond) == 3
 
 
-def test_what_was_seen_is_the_original_model_s_and_is_kept(new_backbone: Any, new_pairs: Any, file: str) -> None:
+def test_the_original_model_measures_and_the_result_is_cached(new_backbone: Any, new_pairs: Any, file: str) -> None:
     backbone = new_backbone()
     (pair,) = new_pairs(backbone, CAT)
     first = miner(file, backbone)
-    first(pair, stream())
+    first(pair, seeded())
     spent = backbone.passes
     assert spent > 0
     backbone.apply(Edit(map=torch.eye(backbone.width, dtype=torch.float64) * 0.5))
     again = miner(file, backbone)
-    again(pair, stream())
+    again(pair, seeded())
     assert again.sights() == first.sights() and backbone.passes == spent
     with pytest.raises(RuntimeError, match="prepare"):
-        FunctionalMining([file])(pair, stream())
+        FunctionalMining([file])(pair, seeded())
 
 
 def test_vocabularies(new_backbone: Any, file: str, tmp_path: Path) -> None:
@@ -132,20 +132,20 @@ def test_vocabularies(new_backbone: Any, file: str, tmp_path: Path) -> None:
         built(FunctionalMining, vocabulary=["nowhere.txt"])
 
 
-def test_closed_forms_use_what_was_mined(new_backbone: Any, new_pairs: Any, file: str) -> None:
+def test_closed_forms_use_mined_texts(new_backbone: Any, new_pairs: Any, file: str) -> None:
     backbone = new_backbone()
     (pair,) = new_pairs(backbone, CAT)
     every = miner(file, backbone, looked=2, beside=0, within=1e9, outside=1e9)
-    mined = every(pair, stream())
+    mined = every(pair, seeded())
     plain = ClosedForm()(backbone, [pair], [])
     with_texts = ClosedForm()(backbone, [pair], [mined])
     assert with_texts.info["rows_near"] == int(mined.near_rows.sum()) and plain.map is not None
 
-    def off(map: Any) -> float:
+    def distance(map: Any) -> float:
         rows, to = mined.near[mined.near_rows].double(), mined.near_targets[mined.near_rows].double()
         return float((rows @ map.T - to).norm())
 
-    assert off(with_texts.map) < off(plain.map)
+    assert distance(with_texts.map) < distance(plain.map)
 
     edits = {
         price: ValueSpaceErasure(mined_price=price, gain=1)(backbone, [pair], [mined]) for price in (0.0, 1.0, 1e8)
@@ -158,12 +158,12 @@ def test_closed_forms_use_what_was_mined(new_backbone: Any, new_pairs: Any, file
     own = pair.target.states[counted_rows(pair.target, "suffix")]
     means = [rows.double().mean(dim=0) for rows in (own, *(s[r] for s, r in zip(mined.near, mined.near_rows)))]
     shares = [float(right[0] @ mean) for mean in means]
-    assert shares[1:] == pytest.approx([shares[0]] * 2, rel=1e-3), "texts that draw the concept are read as it is"
+    assert shares[1:] == pytest.approx([shares[0]] * 2, rel=1e-3), "texts that draw the concept are read like it"
     far = [float(without.factors[1][0] @ mean) for mean in means]
     assert max(abs(share - far[0]) for share in far[1:]) > 0.01 * abs(far[0])
 
 
-def test_what_is_erased_for_one_concept_is_not_kept_for_another(
+def test_texts_erased_for_one_concept_are_not_preserved_for_another(
     new_backbone: Any, new_pairs: Any, tmp_path: Path
 ) -> None:
     backbone = new_backbone()
@@ -171,33 +171,33 @@ def test_what_is_erased_for_one_concept_is_not_kept_for_another(
     (tmp_path / "texts.txt").write_text("a kitten\na puppy\na big Dog\nthe sea at night\na red house\ncatalogue\n")
     file = str(tmp_path / "texts.txt")
     alone = miner(file, backbone, looked=6, beside=0, within=0.0, outside=0.0)
-    alone(pairs[0], stream())
+    alone(pairs[0], seeded())
     kept = {one.text for one in alone.sights()[0].kept}
     assert kept == {"a kitten", "a puppy", "a big Dog", "the sea at night", "a red house"}, "without its own name"
 
     both = FunctionalMining([file], looked=6, beside=0, within=1e9, outside=1e9, most=1, images=2)
     both.prepare(backbone, pairs)
-    both(pairs[0], stream())
-    gone = {sight.concept: sight.erased[0].text for sight in both.sights()}
+    both(pairs[0], seeded())
+    erased = {sight.concept: sight.erased[0].text for sight in both.sights()}
     together = FunctionalMining([file], looked=6, beside=0, within=0.0, outside=0.0, images=2)
     together.prepare(backbone, pairs)
-    together(pairs[0], stream())
-    assert len(together.sights()) == 2, "all that is erased together is looked at"
+    together(pairs[0], seeded())
+    assert len(together.sights()) == 2, "all concepts that are erased together are measured"
     for sight in together.sights():
         assert {one.text for one in sight.kept} == {"a kitten", "a puppy", "the sea at night", "a red house"}
     together.seen = {
-        concept: replace(sight, erased=[Seen(gone[sight.concept], 0.5, 0.1)])
+        concept: replace(sight, erased=[Seen(erased[sight.concept], 0.5, 0.1)])
         for concept, sight in together.seen.items()
     }
     for sight in together.sights():
-        assert not set(gone.values()) & {one.text for one in sight.kept}
+        assert not set(erased.values()) & {one.text for one in sight.kept}
 
 
-def test_kept_texts_are_held_by_both_closed_forms(new_backbone: Any, new_pairs: Any, file: str) -> None:
+def test_both_closed_forms_preserve_texts_beyond(new_backbone: Any, new_pairs: Any, file: str) -> None:
     backbone = new_backbone()
     (pair,) = new_pairs(backbone, CAT)
     kept = miner(file, backbone, looked=3, beside=0, within=0.0, outside=0.0)
-    mined = kept(pair, stream())
+    mined = kept(pair, seeded())
     assert len(mined.near) == 0 and len(mined.beyond) == 3
     rows = mined.beyond[mined.beyond_rows].double()
 
@@ -212,23 +212,23 @@ def test_kept_texts_are_held_by_both_closed_forms(new_backbone: Any, new_pairs: 
         for edit, mean in ((edit, caption_rows(backbone, "everyday", paths.cache_dir()).mean) for edit in reads)
         for state, r in zip(mined.beyond, mined.beyond_rows)
     ]
-    assert max(rest[3:]) < 1e-3 * max(rest[:3]), "and not read at all, where the price is high"
+    assert max(rest[3:]) < 1e-3 * max(rest[:3]), "they are not read at a high price"
 
 
-def test_what_cannot_be_mined_is_refused(new_backbone: Any, new_pairs: Any, tmp_path: Path, file: str) -> None:
+def test_impossible_mining_is_refused(new_backbone: Any, new_pairs: Any, tmp_path: Path, file: str) -> None:
     backbone = new_backbone()
     (pair,) = new_pairs(backbone, CAT)
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="contains no text"):
         texts_of(backbone, [str(tmp_path / "empty.txt")])
     every = miner(file, backbone, looked=3, beside=0, within=1e9, outside=1e9)
     one = new_pairs(backbone, ("a cat", "field"))[0]
-    with pytest.raises(UserError, match="cannot be told"):  # the concept itself is kept
+    with pytest.raises(UserError, match="cannot be told"):  # the concept itself is preserved
         ValueSpaceErasure(keep=["a cat"], rows="all_but_bos")(
             backbone,
-            [Pair(one.concept, *(whole(backbone, name) for name in ("a cat", "field")))],
-            [every(pair, stream())],
+            [Pair(one.concept, *(encoded(backbone, name) for name in ("a cat", "field")))],
+            [every(pair, seeded())],
         )
-    expectation = replace(every(pair, stream()), moments=Moments())
+    expectation = replace(every(pair, seeded()), moments=Moments())
     with pytest.raises(UserError, match=r"m=\.inf"):
         ValueSpaceErasure()(backbone, [pair], [expectation])

@@ -1,4 +1,4 @@
-"""The bank of anchor images: made once, by the original model, whatever happens meanwhile."""
+"""The bank of anchor images: drawn once, by the original model, and continued after an interruption."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from realera.methods.latents import AnchorBank
 
 
 class Counted:
-    """A backbone that counts the images it draws, and can fail at one."""
+    """A backbone that counts the images it draws, and can fail at a given image."""
 
     def __init__(self, backbone: Any, fail_at: int | None = None) -> None:
         self.backbone = backbone
@@ -56,8 +56,8 @@ def test_it_is_drawn_once(backbone: Counted, pairs: list[Pair], tmp_path: Path) 
     assert first.shape == (5, 4, 8, 8)
 
 
-def test_it_holds_images_of_the_anchor(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
-    """Image i is the anchor's training prompt i mod P, drawn alone or with others."""
+def test_the_bank_has_images_of_the_anchor(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
+    """Image i is of the anchor's training prompt i mod P, whether it is drawn alone or in a batch."""
     made = bank(backbone, pairs, tmp_path)
     prompts = ["a photo of the field", "a field", "a big drawing of field", "a photo of the field", "a field"]
     by_hand = backbone.backbone.sample(backbone.encode(prompts), backbone.drawn)
@@ -70,7 +70,7 @@ def test_the_original_model_draws_it(backbone: Counted, pairs: list[Pair], tmp_p
     assert torch.equal(before, bank(backbone, pairs, tmp_path / "after"))
 
 
-def test_an_interrupted_bank_goes_on(
+def test_an_interrupted_bank_is_continued(
     new_backbone: Callable[..., Any], backbone: Counted, pairs: list[Pair], tmp_path: Path
 ) -> None:
     whole = bank(backbone, pairs, tmp_path / "whole")
@@ -89,8 +89,8 @@ def test_a_torn_chunk_is_drawn_again(backbone: Counted, pairs: list[Pair], tmp_p
     assert len(backbone.drawn) == 7
 
 
-def test_any_seed_draws(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
-    """The largest one too, whose multiples no generator takes."""
+def test_every_seed_works(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
+    """Also the largest seed, whose multiples are too large for a generator."""
     bank(backbone, pairs, tmp_path)
     assert backbone.drawn == [1_000_000 + number for number in range(5)], "the seeds of seed 0 stay"
     bank(backbone, pairs, tmp_path, seed=2**63 - 1)
@@ -100,7 +100,7 @@ def test_any_seed_draws(backbone: Counted, pairs: list[Pair], tmp_path: Path) ->
 @pytest.mark.parametrize(
     "other", [{"seed": 1}, {"sampler": Sampler("ddim", 3, 7.5, 32, 32)}, {"images": 4}, {"chunk": 5}]
 )
-def test_what_it_depends_on_is_another_bank(
+def test_other_inputs_make_another_bank(
     other: dict[str, Any], backbone: Counted, pairs: list[Pair], tmp_path: Path
 ) -> None:
     bank(backbone, pairs, tmp_path)
@@ -114,7 +114,7 @@ def test_a_shared_anchor_is_one_bank(backbone: Counted, new_pairs: Callable[...,
 
 
 def test_noised_latents(backbone: Counted, new_pairs: Callable[..., list[Pair]], tmp_path: Path) -> None:
-    """z_t = sqrt(abar) x0 + sqrt(1 - abar) noise of images of the concept that is asked for, t uniform in 0 ... 999."""
+    """z_t = sqrt(abar) x0 + sqrt(1 - abar) noise of images of the given concept, t uniform in 0 ... 999."""
     source = AnchorBank(images=3, batch=400)
     source.prepare(backbone, new_pairs(backbone, ("cat", "field"), ("ship", "sky")), tmp_path, 0)
     source.banks[1] += 3  # a random model draws much the same for either
@@ -138,8 +138,8 @@ def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
         built(AnchorBank, **settings)
 
 
-def test_it_tells_the_noise_and_the_prompt(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
-    """Without the noise that is told, z_t is an image of the concept's own prompt that is told."""
+def test_noise_and_prompts_can_be_given(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
+    """z_t without the given noise is an image of the given prompt of the concept."""
     source = AnchorBank(images=4, batch=6, of="target", give=["noise", "prompts"])
     source.prepare(backbone, pairs, tmp_path, 0)
     z_t, t, known = source(backbone, 0, torch.Generator().manual_seed(0))
@@ -154,8 +154,8 @@ def test_it_tells_the_noise_and_the_prompt(backbone: Counted, pairs: list[Pair],
 
 
 def test_half_of_the_images_are_mirrored(backbone: Counted, pairs: list[Pair], tmp_path: Path) -> None:
-    """By hand: left and right exchanged in the pixels, not in the latent. A mirror image keeps its prompt and the cache
-    does not know of it; without `flip` nothing is other than before."""
+    """By hand: pixels are flipped, not latents. A mirrored image keeps its prompt and is not cached. Without `flip` the
+    result is unchanged."""
     plain = AnchorBank(images=5, batch=300, chunk=2, give=["noise", "prompts"])
     flipped = AnchorBank(images=5, batch=300, chunk=2, give=["noise", "prompts"], flip=True)
     for source in (flipped, plain):

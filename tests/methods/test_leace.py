@@ -1,4 +1,4 @@
-"""LEACE: the paper's formula, its problem by a general solver, and what no linear reading can tell any more."""
+"""LEACE: the paper's formula, its problem by a general solver, and the failure of linear classifiers after the edit."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_statistics_are_those_of_all_rows(world: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("rank", [D, 4])
-def test_it_is_the_paper_s_formula(rank: int) -> None:
-    """W^+ P W by roots and pseudo-inverses, also of a covariance without an inverse."""
+def test_the_map_equals_the_papers_formula(rank: int) -> None:
+    """W^+ P W by roots and pseudo-inverses, also of a singular covariance."""
     rows = numbers(50, rank, seed=1) @ numbers(rank, D, seed=2)
     z = (rows[:, :1] + numbers(50, 1, seed=3) > 0).double()
     covariance, cross = torch.cov(rows.T, correction=0), (rows - rows.mean(dim=0)).T @ (z - z.mean()) / 50
@@ -74,7 +74,7 @@ def test_it_is_the_paper_s_formula(rank: int) -> None:
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_it_is_the_smallest_map_that_takes_the_classes_away(world: dict[str, Any], held: bool) -> None:
+def test_the_map_is_the_smallest_that_erases_the_classes(world: dict[str, Any], held: bool) -> None:
     """min E ||D x||^2 about the mean, subject to (I + D) S_xz = 0, and D m = 0 where held, by one system of the change
     and all multipliers for each of its rows."""
     cross, mean = world["cross"], world["mean"]
@@ -88,7 +88,7 @@ def test_it_is_the_smallest_map_that_takes_the_classes_away(world: dict[str, Any
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_no_linear_reading_tells_the_classes(world: dict[str, Any], held: bool) -> None:
+def test_no_linear_classifier_finds_the_classes(world: dict[str, Any], held: bool) -> None:
     """The best linear regression of the classes, with a constant, does no better than the constant."""
     map, indicators, rows = solved(world, held), world["indicators"], world["rows"]
 
@@ -107,14 +107,14 @@ def test_no_linear_reading_tells_the_classes(world: dict[str, Any], held: bool) 
 
 
 def test_the_paper_s_matrix_never_widens_the_rows(world: dict[str, Any]) -> None:
-    """So the official bound on the covariance's trace never acts."""
+    """So the official bound on the covariance's trace is never active."""
     map = solved(world, held=False)
     root_trace = (map @ world["covariance"] @ map.T).trace()
     assert root_trace < world["covariance"].trace()
 
 
 def test_shrinkage_is_the_optimal_linear_one() -> None:
-    """The estimator of arXiv 1308.2608 in its own matrices, and nearer to what the rows were drawn from."""
+    """It equals the estimator of arXiv 1308.2608, and is nearer to the true covariance of the rows."""
     truth = torch.diag(torch.linspace(0.1, 6, 20, dtype=torch.float64))
     rows = numbers(30, 20, seed=4) @ truth.sqrt()
     sample = rows.T @ rows / 30
@@ -128,7 +128,7 @@ def test_shrinkage_is_the_optimal_linear_one() -> None:
     assert torch.allclose(leace.shrunk(torch.eye(3).double(), 5), torch.eye(3).double())
 
 
-def test_classes_that_differ_along_the_mean_alone_are_named() -> None:
+def test_classes_that_differ_only_along_the_mean_are_refused() -> None:
     mean = torch.ones(3, dtype=torch.float64)
     with pytest.raises(UserError, match="mean=moved"):
         leace.eraser(torch.eye(3, dtype=torch.float64), mean[:, None], mean)
@@ -136,7 +136,7 @@ def test_classes_that_differ_along_the_mean_alone_are_named() -> None:
 
 @pytest.mark.parametrize("mean", ["held", "moved"])
 @pytest.mark.parametrize("contrast", ["captions", "anchor"])
-def test_all_projections_read_the_concept_as_the_contrast(
+def test_all_projections_map_the_concept_to_the_contrast(
     contrast: str, mean: str, new_backbone: Any, new_pairs: Any
 ) -> None:
     backbone = new_backbone()
@@ -161,13 +161,13 @@ def test_all_projections_read_the_concept_as_the_contrast(
     assert not torch.equal(LinearErasure(shrinkage=False, **settings)(backbone, pairs, []).map, edit.map)
 
 
-def test_a_concept_that_is_its_own_contrast_stays(new_backbone: Any, new_pairs: Any) -> None:
+def test_a_concept_that_is_its_own_contrast_is_unchanged(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
     edit = LinearErasure(contrast="anchor")(backbone, new_pairs(backbone, ("cat", "cat")), [])
     assert torch.allclose(edit.map, torch.eye(backbone.width, dtype=torch.float64), atol=1e-9)
 
 
-def test_captions_of_a_file(new_backbone: Any, new_pairs: Any, tmp_path: Path) -> None:
+def test_captions_from_a_file(new_backbone: Any, new_pairs: Any, tmp_path: Path) -> None:
     backbone, file = new_backbone(), tmp_path / "sum.safetensors"
     priors.accumulate(backbone, ["a bird", "the sea"], file, "captions")
     pairs = new_pairs(backbone, CAT)

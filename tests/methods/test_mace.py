@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from official_model import OFFICIAL
 from options import built, method_settings
 from quick import slow_unless
 from realera.contracts import Concept, LoraSpec, NamedPrompt, Pair, Sampler, TrainingBatch, UserError
@@ -21,35 +21,32 @@ from realera.methods.mace import AttentionSuppression, ConceptImages, Fusion, Re
 from realera.methods.masks import Masks, attended
 from realera.methods.priors import Preserved
 
-GOLDENS = os.environ.get("REALERA_GOLDENS")
 CAT = ("cat", "field")
 SHIP = ("mona lisa", "sky")  # of several sub-tokens, so the rows behind it shift
 
 
-def draw(seed: int) -> torch.Generator:
+def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 # --- stage 1 ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not GOLDENS, reason="REALERA_GOLDENS names no folder of reference results")
-def test_the_refinement_equals_the_official_code() -> None:
+def test_the_refinement_equals_the_official_code(official_sd: Path) -> None:
     """mace_cfr_airplane_sky: official code at commit 057e7a6 in float32, with an inverse that is badly conditioned
     (6e5): single precision in another order differs from itself by 4e-3. Without the last pad row alone the difference
     is 5e-3, and weights of the kinds of rows that are fitted to the reference come out as 1, and 0 for the concept's
     own."""
     from realera.backbones.unet import UNetBackbone
 
-    folder = Path(str(GOLDENS))
-    backbone = UNetBackbone(name="mini", pretrained=folder / "tinysd", sampler=Sampler("ddim", 2, 7.5, 32, 32))
-    prompts = json.loads((folder / "mace_cfr_airplane_sky.prompts.json").read_text())
+    backbone = UNetBackbone(name="mini", pretrained=official_sd, sampler=Sampler("ddim", 2, 7.5, 32, 32))
+    prompts = json.loads((OFFICIAL / "mace_cfr_airplane_sky.prompts.json").read_text())
     sides = [
         backbone.encode([NamedPrompt(text, text.index(word), text.index(word) + len(word)) for text in prompts[key]])
         for key, word in (("erase", "airplane"), ("anchor", "sky"))
     ]
     backbone.apply(Refinement(ridge=0.1)(backbone, [Pair(Concept("airplane", "sky"), *sides)], []))
-    reference = load_file(folder / "mace_cfr_airplane_sky.safetensors")
+    reference = load_file(OFFICIAL / "mace_cfr_airplane_sky.safetensors")
     edited = {f"{name}.weight": layer.weight for name, layer in backbone.text_projections().items()}
     assert {key.removeprefix("unet.") for key in reference} == edited.keys()
     for name, weight in reference.items():
@@ -58,7 +55,7 @@ def test_the_refinement_equals_the_official_code() -> None:
 
 
 def rows_by_hand(pair: Pair, p: int) -> tuple[list[int], list[int]]:
-    """Walking along both prompts, past the concept and past the anchor, to the end of the shorter way."""
+    """Steps along both prompts, skips the concept and the anchor, and stops at the end of the shorter prompt."""
     c, a = 0, 0
     found: tuple[list[int], list[int]] = ([], [])
     while True:
@@ -106,12 +103,12 @@ def test_the_refinement_row_by_row(
 
 
 def test_three_prompts_that_count_as_thirty(new_backbone: Callable[..., Any], new_pairs: Any, tmp_path: Path) -> None:
-    """Ten of each: both closed forms come out as with a tenth of the weights that hold against them."""
+    """Each prompt counts ten times: both closed forms equal those with a tenth of the ridge and the scale."""
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT, SHIP)
     prior = cached(backbone, ["a photo of a dog"], tmp_path / "prior.safetensors")
-    for parameter in backbone.add_adapter(LoraSpec(per_concept=True), draw(1), 2):
-        nn.init.normal_(parameter, std=0.2, generator=draw(parameter.numel()))
+    for parameter in backbone.add_adapter(LoraSpec(per_concept=True), seeded(1), 2):
+        nn.init.normal_(parameter, std=0.2, generator=seeded(parameter.numel()))
 
     def solved(ridge: float, scale: float, prompts: int | None) -> list[Tensor]:
         kept = Preserved(str(prior), scale=scale, captions=5)
@@ -124,7 +121,7 @@ def test_three_prompts_that_count_as_thirty(new_backbone: Callable[..., Any], ne
 
 
 def test_released_weights_are_meant_for_thirty_prompts() -> None:
-    """The miniature's ridge was found for the templates as they are."""
+    """The miniature's ridge was found with an unweighted sum over the templates."""
     from realera.settings.resolvers import register_resolvers
 
     register_resolvers()
@@ -141,7 +138,7 @@ def cached(backbone: Any, captions: list[str], out: Path) -> Path:
     return out
 
 
-def test_the_concepts_own_rows_are_left_alone(new_backbone: Callable[..., Any], new_pairs: Callable[..., Any]) -> None:
+def test_the_concepts_own_rows_are_not_edited(new_backbone: Callable[..., Any], new_pairs: Callable[..., Any]) -> None:
     from realera.methods.mace import rows_around
 
     backbone = new_backbone()
@@ -152,7 +149,7 @@ def test_the_concepts_own_rows_are_left_alone(new_backbone: Callable[..., Any], 
             assert own and not own & set(rows_around(pair, p)[0])
 
 
-def test_the_first_stage_can_be_left_out(new_backbone: Callable[..., Any], new_pairs: Any, load_method: Any) -> None:
+def test_the_first_stage_can_be_skipped(new_backbone: Callable[..., Any], new_pairs: Any, load_method: Any) -> None:
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT)
     for refine in (False, True):
@@ -160,7 +157,7 @@ def test_the_first_stage_can_be_left_out(new_backbone: Callable[..., Any], new_p
         assert bool(backbone.erased_state()) == refine
 
 
-def test_a_concept_that_is_its_own_anchor_is_left(new_backbone: Callable[..., Any], new_pairs: Any) -> None:
+def test_a_concept_that_is_its_own_anchor_is_unchanged(new_backbone: Callable[..., Any], new_pairs: Any) -> None:
     backbone = new_backbone()
     edit = Refinement(ridge=0.1)(backbone, new_pairs(backbone, ("cat", "cat")), [])
     torch.testing.assert_close(edit.map, torch.eye(32, dtype=torch.float64))
@@ -175,18 +172,18 @@ def test_the_loss_and_its_gradient(pooler: Any, masked: bool, new_backbone: Any,
     """Sum over layers of the norm over every head, masked pixel and token of the concept, one probability at a time."""
     spec = LoraSpec(per_concept=True)
     align = AttentionSuppression(lora=spec, pooler=pooler)
-    latents, t = torch.randn(2, 4, 8, 8, generator=draw(1)), torch.tensor([250, 380])
-    mask = torch.rand(2, 16, 16, generator=draw(2)) > 0.6  # finer than the latents: each layer takes the nearest
+    latents, t = torch.randn(2, 4, 8, 8, generator=seeded(1)), torch.tensor([250, 380])
+    mask = torch.rand(2, 16, 16, generator=seeded(2)) > 0.6  # finer than the latents: each layer takes the nearest
     known = {"mask": mask} if masked else {}
     gradients, losses = [], []
     for slow in (False, True):
         backbone = new_backbone()
         pair = new_pairs(backbone, SHIP)[0]
-        trained = backbone.add_adapter(spec, draw(3))
+        trained = backbone.add_adapter(spec, seeded(3))
         for parameter in trained:
-            nn.init.normal_(parameter, std=0.3, generator=draw(4))
+            nn.init.normal_(parameter, std=0.3, generator=seeded(4))
         if slow:
-            prompt = int(torch.randint(3, (1,), generator=draw(5)))
+            prompt = int(torch.randint(3, (1,), generator=seeded(5)))
             states = pair.target.states[prompt].expand(2, -1, -1)
             with backbone.attention() as maps:
                 backbone.predict_noise(latents, t, states)
@@ -206,7 +203,7 @@ def test_the_loss_and_its_gradient(pooler: Any, masked: bool, new_backbone: Any,
                     squares = sum(found[b, :, pixel, token].square().sum() for pixel in kept for token in tokens)
                     loss = loss + torch.as_tensor(squares).sqrt() / 2
         else:
-            terms = align.loss(backbone, pair, None, TrainingBatch(latents, t, 1, known), draw(5))
+            terms = align.loss(backbone, pair, None, TrainingBatch(latents, t, 1, known), seeded(5))
             assert list(terms) == ["attention"]
             loss = terms["attention"]
         loss.backward()
@@ -219,19 +216,21 @@ def test_the_loss_and_its_gradient(pooler: Any, masked: bool, new_backbone: Any,
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_an_empty_mask_has_no_gradient_that_is_not_a_number(new_backbone: Any, new_pairs: Any) -> None:
+def test_an_empty_mask_gives_no_nan_gradient(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
-    trained = backbone.add_adapter(LoraSpec(per_concept=True), draw(3))
-    latents, t = torch.randn(1, 4, 8, 8, generator=draw(1)), torch.tensor([250])
+    trained = backbone.add_adapter(LoraSpec(per_concept=True), seeded(3))
+    latents, t = torch.randn(1, 4, 8, 8, generator=seeded(1)), torch.tensor([250])
     known = {"mask": torch.zeros(1, 8, 8, dtype=torch.bool)}
     pair = new_pairs(backbone, CAT)[0]
-    loss = AttentionSuppression().loss(backbone, pair, None, TrainingBatch(latents, t, 1, known), draw(5))["attention"]
+    loss = AttentionSuppression().loss(backbone, pair, None, TrainingBatch(latents, t, 1, known), seeded(5))[
+        "attention"
+    ]
     assert loss.item() == 0
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in trained)
 
 
-def test_timesteps_lie_where_the_image_is_decided() -> None:
+def test_importance_law_prefers_timesteps_200_to_400() -> None:
     law = importance_law()
     assert law.sum() == pytest.approx(1)
     assert law[200:401].sum() == pytest.approx(0.86, abs=0.01) and law[150:451].sum() == pytest.approx(0.98, abs=0.01)
@@ -249,7 +248,7 @@ def test_images_of_the_concept_and_their_masks(source: Any, new_backbone: Any, n
     with torch.no_grad():
         again = backbone.sample(prompt, [1_000_000], Sampler("ddim", 1, 7.5, 32, 32))
     torch.testing.assert_close(drawn[0], again[0], atol=1e-4, rtol=1e-4)
-    z_t, t, *more = images(backbone, 1, draw(0))
+    z_t, t, *more = images(backbone, 1, seeded(0))
     assert z_t.shape == (200, 4, 8, 8) and ((t >= 150) & (t <= 450)).float().mean() > 0.9
     assert len(more) == (source != "none")
     for known in more:
@@ -258,10 +257,10 @@ def test_images_of_the_concept_and_their_masks(source: Any, new_backbone: Any, n
         assert (share > 0).all() and share.mean() < 1
     uniform = ConceptImages(images=3, batch=200, importance=False, steps=1)
     uniform.prepare(backbone, pairs, tmp_path, 0)
-    assert uniform(backbone, 0, draw(0))[1].float().std() > 200
+    assert uniform(backbone, 0, seeded(0))[1].float().std() > 200
 
 
-def test_a_prompt_may_hold_other_braces(new_backbone: Any, new_pairs: Any, tmp_path: Path) -> None:
+def test_a_prompt_may_contain_other_braces(new_backbone: Any, new_pairs: Any, tmp_path: Path) -> None:
     backbone = new_backbone()
     images = ConceptImages(images=1, steps=1, prompt="a {} in {style} {")
     asked: list[str] = []
@@ -274,8 +273,8 @@ def test_a_prompt_may_hold_other_braces(new_backbone: Any, new_pairs: Any, tmp_p
 def test_images_normalised_as_the_official_code_does(
     new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
 ) -> None:
-    """By hand, pixel by pixel: from 0 to 1, less ImageNet's mean, by its deviation, encoded. In one cache with the
-    latents as they were drawn, whichever came first; masks are of the images all the same."""
+    """By hand, pixel by pixel: values from 0 to 1, less ImageNet's mean, divided by its deviation, encoded. Both kinds
+    of latents can share one cache, in either order. The masks are still of the drawn images."""
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT, SHIP)
 
@@ -306,7 +305,7 @@ def test_images_normalised_as_the_official_code_does(
 def test_masks_are_made_once(
     new_backbone: Any, new_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A later run reads them, and needs no model for it; another threshold, name or a torn file makes them again."""
+    """A later run loads them without any model. Another threshold or name, or a torn file, makes them again."""
     backbone = new_backbone()
     asked: list[str] = []
 
@@ -338,11 +337,11 @@ def test_masks_are_made_once(
 
 
 def test_a_mask_of_the_models_own_attention(new_backbone: Any) -> None:
-    """By hand: the tokens' probabilities, over all layers, heads and noise levels, and a share of their maximum."""
+    """By hand: the tokens' probabilities over all layers, heads and noise levels, against a share of their maximum."""
     backbone = new_backbone()
     states = backbone.encode([NamedPrompt.of("a photo of the {}", "mona lisa")])
-    latents = torch.randn(2, 4, 8, 8, generator=draw(1))
-    noise = torch.randn(2, 4, 8, 8, generator=draw(0))
+    latents = torch.randn(2, 4, 8, 8, generator=seeded(1))
+    noise = torch.randn(2, 4, 8, 8, generator=seeded(0))
     total = torch.zeros(2, 8, 8)
     rows = range(int(states.first[0]), int(states.last[0]) + 1)
     assert len(rows) > 1
@@ -355,10 +354,10 @@ def test_a_mask_of_the_models_own_attention(new_backbone: Any) -> None:
             side = int(found.shape[2] ** 0.5)
             seen = torch.stack([found[..., row] for row in rows]).sum(dim=0).mean(dim=1).view(2, 1, side, side)
             total += nn.functional.interpolate(seen, size=(8, 8), mode="bilinear")[:, 0]
-    backbone.add_adapter(LoraSpec(), draw(2))  # the original model's is asked for
+    backbone.add_adapter(LoraSpec(), seeded(2))  # the original model's is asked for
     for parameter in backbone.unet.parameters():
         if parameter.requires_grad:
-            nn.init.normal_(parameter, generator=draw(4))
+            nn.init.normal_(parameter, generator=seeded(4))
     torch.testing.assert_close(attended(backbone, states, latents, [200, 400]), total)
     share = float(total.median() / total.max())  # of random weights: hardly below 1
     found = Masks("attention", threshold=share, timesteps=[200, 400])(backbone, states, latents, "mona lisa")
@@ -371,13 +370,13 @@ def test_a_mask_of_the_models_own_attention(new_backbone: Any) -> None:
 
 
 def test_the_fusion_row_by_row(new_backbone: Any, new_pairs: Any, tmp_path: Path) -> None:
-    """Two concepts' adapters, of two ranks and a scale, over edited weights, beside captions that keep W0."""
+    """Adapters of two concepts, with rank 2 and a scale, over edited weights, with captions that preserve W0."""
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT, SHIP)
     original = {name: layer.weight.detach().clone().double() for name, layer in backbone.text_projections().items()}
     backbone.apply(Refinement(ridge=1.0)(backbone, pairs, []))
-    for parameter in backbone.add_adapter(LoraSpec(rank=2, alpha=3.0, per_concept=True), draw(1), 2):
-        nn.init.normal_(parameter, std=0.2, generator=draw(parameter.numel()))
+    for parameter in backbone.add_adapter(LoraSpec(rank=2, alpha=3.0, per_concept=True), seeded(1), 2):
+        nn.init.normal_(parameter, std=0.2, generator=seeded(parameter.numel()))
     prior = cached(backbone, ["a photo of a dog"], tmp_path / "prior.safetensors")
     edit = Fusion(ridge=0.2, preserved=Preserved(str(prior), scale=0.3, captions=None))(backbone, pairs, [])
     kept = backbone.encode(["a photo of a dog"]).states[0].double()
@@ -397,20 +396,20 @@ def test_the_fusion_row_by_row(new_backbone: Any, new_pairs: Any, tmp_path: Path
     assert edit.weights.keys() == original.keys()
 
 
-def test_what_was_not_trained_is_not_fused(new_backbone: Any, new_pairs: Any) -> None:
+def test_without_training_nothing_is_fused(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
     edit = Fusion(ridge=0.2)(backbone, new_pairs(backbone, CAT), [])
     assert edit.map is None and not edit.weights
 
 
-def test_a_lora_elsewhere_cannot_be_fused(new_backbone: Any, new_pairs: Any) -> None:
+def test_a_lora_on_other_layers_cannot_be_fused(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
-    backbone.add_adapter(LoraSpec(targets=("attn2.to_q",), per_concept=True), draw(0))
+    backbone.add_adapter(LoraSpec(targets=("attn2.to_q",), per_concept=True), seeded(0))
     with pytest.raises(UserError, match=r"to_q.*targets"):
         Fusion(ridge=0.2)(backbone, new_pairs(backbone, CAT), [])
 
 
-# --- what cannot be --------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -430,10 +429,10 @@ def test_a_lora_elsewhere_cannot_be_fused(new_backbone: Any, new_pairs: Any) -> 
         (lambda: built(Masks, source="sam"), "source"),
         (lambda: built(Masks, box_threshold=2.0), "box_threshold"),
         (lambda: built(Masks, timesteps=[1000]), "timesteps"),
-        (lambda: Preserved(scale=1e-4), "weighs nothing"),
+        (lambda: Preserved(scale=1e-4), "needs captions"),
         (lambda: built(Preserved, prior_cache="everyday", scale=-1.0), "scale"),
-        (lambda: Preserved("everyday"), "prior_cache=everyday counts for nothing"),
-        (lambda: Preserved(None, domain_cache="names", domain_weight=8e3), "domain_cache=names counts for nothing"),
+        (lambda: Preserved("everyday"), "prior_cache=everyday has no effect"),
+        (lambda: Preserved(None, domain_cache="names", domain_weight=8e3), "domain_cache=names has no effect"),
         (lambda: Preserved("everyday", scale=1e-4, domain_cache="names"), "domain_weight=0 go together"),
         (lambda: Preserved("everyday", scale=1e-4, domain_weight=8e3), "domain_cache=null and domain_weight=8000 go"),
         (lambda: Masks("grounded-sam", detector="/nowhere").load(), "source=attention"),
@@ -444,7 +443,7 @@ def test_bad_settings_are_refused(build: Callable[[], Any], match: str) -> None:
         build()
 
 
-def test_attention_cannot_be_read_where_it_is_dropped(new_backbone: Any, new_pairs: Any) -> None:
+def test_gradient_checkpointing_is_refused(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone(gradient_checkpointing=True)
     with pytest.raises(UserError, match="gradient_checkpointing"):
         AttentionSuppression().loss(
@@ -452,7 +451,7 @@ def test_attention_cannot_be_read_where_it_is_dropped(new_backbone: Any, new_pai
             new_pairs(backbone, CAT)[0],
             None,
             TrainingBatch(torch.zeros(1, 4, 8, 8), torch.tensor([1]), 1),
-            draw(0),
+            seeded(0),
         )
 
 
@@ -520,31 +519,31 @@ def grounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_boxes_of_the_name_are_filled_and_joined(grounded: dict[str, str], new_backbone: Any) -> None:
     backbone = new_backbone()
     states = backbone.encode([NamedPrompt.of("a photo of the {}", "mona lisa")])
-    latents = torch.randn(2, 4, 8, 8, generator=draw(1))
+    latents = torch.randn(2, 4, 8, 8, generator=seeded(1))
     some = Masks("grounded-sam", box_threshold=0.0, text_threshold=0.0, **grounded)
     some.load()
     found = some(backbone, states, latents, "Mona Lisa")
     assert found is not None and found.shape == (2, 32, 32) and found.dtype == torch.bool
     assert some.sam is not None
     image = backbone.decode(latents)[0].numpy()
-    asked = some.sam.reads(images=image, text="mona lisa.", return_tensors="pt")
+    asked = some.sam.detector_processor(images=image, text="mona lisa.", return_tensors="pt")
     assert asked["input_ids"][0].tolist() == [2, 8, 9, 5, 3]
     with torch.no_grad():
         said = some.sam.detector(**asked)
     (boxes,) = (
         one["boxes"]
-        for one in some.sam.reads.post_process_grounded_object_detection(
+        for one in some.sam.detector_processor.post_process_grounded_object_detection(
             said, asked["input_ids"], threshold=0.0, text_threshold=0.0, target_sizes=[(32, 32)]
         )
     )
     assert len(boxes) == 5
     joined = torch.zeros(32, 32, dtype=torch.bool)
     for box in boxes:  # one at a time
-        given = some.sam.prepares(images=image, input_boxes=[[box.tolist()]], return_tensors="pt")
+        given = some.sam.segmenter_processor(images=image, input_boxes=[[box.tolist()]], return_tensors="pt")
         sizes = given.pop("original_sizes"), given.pop("reshaped_input_sizes")
         with torch.no_grad():
             drawn = some.sam.segmenter(**{k: v.float() for k, v in given.items()}, multimask_output=False).pred_masks
-        joined |= some.sam.prepares.image_processor.post_process_masks(drawn, *sizes)[0][0, 0]
+        joined |= some.sam.segmenter_processor.image_processor.post_process_masks(drawn, *sizes)[0][0, 0]
     assert (joined == found[0]).float().mean() > 0.99 and joined.float().mean() > 0
     nothing = Masks("grounded-sam", box_threshold=1.0, **grounded)
     nothing.load()

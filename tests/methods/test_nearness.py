@@ -1,4 +1,4 @@
-"""How near texts lie to a concept, against plain loops."""
+"""Distances of texts from a concept, against plain loops."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_ends_are_the_rows_of_the_first_end_of_text(new_backbone: Any) -> None:
     assert nearness.ends(backbone, []).shape == (0, backbone.width)
 
 
-def test_closeness_is_a_cosine_in_the_coordinates_it_is_given() -> None:
+def test_closeness_is_a_cosine_in_the_given_coordinates() -> None:
     generator = torch.Generator().manual_seed(1)
     rows, name, mean = (torch.randn(*size, generator=generator).double() for size in ((5, 6), (6,), (6,)))
     root = torch.randn(6, 6, generator=generator).double()
@@ -76,7 +76,7 @@ def test_noise_is_compared_as_defined(new_backbone: Any, images: Tensor) -> None
     assert float(before) < 1e-6 and float(after) > 1e-3, "the erased model is compared with the original's name"
 
 
-def test_how_many_go_at_once_changes_nothing(new_backbone: Any, images: Tensor) -> None:
+def test_the_batch_size_changes_nothing(new_backbone: Any, images: Tensor) -> None:
     backbone = new_backbone()
     together = nearness.apart(backbone, images, "airplane", TEXTS)
     for at_once in (1, 2, 6):
@@ -84,19 +84,19 @@ def test_how_many_go_at_once_changes_nothing(new_backbone: Any, images: Tensor) 
         assert torch.allclose(found, together, rtol=1e-4, atol=1e-6)
 
 
-def test_a_name_that_means_nothing_is_refused(new_backbone: Any, images: Tensor) -> None:
+def test_a_name_like_the_empty_prompt_is_refused(new_backbone: Any, images: Tensor) -> None:
     with pytest.raises(UserError, match="the same noise for ''"):
         nearness.apart(new_backbone(), images, "", TEXTS)
 
 
-def test_a_guide_that_only_guides_changes_nothing(new_backbone: Any, images: Tensor) -> None:
+def test_plain_guidance_changes_nothing(new_backbone: Any, images: Tensor) -> None:
     backbone = edited(new_backbone())
     guided = nearness.apart(backbone, images, "airplane", TEXTS, FacilitatedTransport(["airplane"], transport="none"))
     assert torch.allclose(guided, nearness.apart(backbone, images, "airplane", TEXTS), rtol=1e-4)
 
 
-def test_a_guide_s_memory_ends_with_its_batch(new_backbone: Any, images: Tensor) -> None:
-    """SLD keeps a momentum: a text is told the same alone and among others, and after others."""
+def test_a_guides_state_is_reset_per_batch(new_backbone: Any, images: Tensor) -> None:
+    """SLD has a momentum: a text gets the same result alone, among others, and after others."""
     backbone, guide = new_backbone(), SafetyGuidance(["airplane"], strength="max")
     together = nearness.apart(backbone, images, "airplane", TEXTS, guide)
     for text, value in zip(TEXTS, together.tolist()):

@@ -1,4 +1,4 @@
-"""OCE: the rotation against another solver and its problem written out, and what a rotation keeps."""
+"""OCE: the rotation against another solver and the written-out problem, and the invariants of a rotation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def world(request: Any) -> dict[str, Tensor]:
 
 
 def problem(world: dict[str, Tensor], turn: Tensor) -> float:
-    """What the module's docstring says Q minimises, term by term."""
+    """The objective of Q in the module's docstring, term by term."""
     weight = world["weight"]
     out = len(weight)
     basis = torch.linalg.qr(weight @ world["concepts"].T).Q
@@ -66,7 +66,7 @@ def moment(world: dict[str, Tensor]) -> Tensor:
 
 
 def turn_of(world: dict[str, Tensor], moved: Tensor) -> Tensor:
-    """An orthogonal Q with Q W = moved, equal to it where W reaches."""
+    """An orthogonal Q with Q W = moved."""
     weight = world["weight"]
     inside = moved @ torch.linalg.pinv(weight)
     return inside + torch.eye(len(weight), dtype=torch.float64) - projector(weight)
@@ -79,7 +79,7 @@ def test_the_problem_is_a_trace(world: dict[str, Tensor]) -> None:
 
 
 def test_the_rotation_solves_the_problem(world: dict[str, Tensor]) -> None:
-    """No small rotation of it, and none at random, does better."""
+    """Neither small rotations of it nor random rotations do better."""
     weight = world["weight"]
     moved = oce.rotated(weight, world["concepts"], world["guides"], world["kept"], SCALE)
     turn = turn_of(world, moved)
@@ -92,7 +92,7 @@ def test_the_rotation_solves_the_problem(world: dict[str, Tensor]) -> None:
         assert problem(world, torch.linalg.matrix_exp(skew - skew.T)) > best
 
 
-def test_it_is_the_orthogonal_polar_factor_by_newton_s_iteration() -> None:
+def test_the_rotation_equals_the_polar_factor_by_newtons_iteration() -> None:
     """X <- (X + X^-T) / 2 goes from M to U V^T without a decomposition."""
     matrix = numbers(7, 7, seed=5)
     found = matrix
@@ -105,8 +105,8 @@ def test_it_is_the_orthogonal_polar_factor_by_newton_s_iteration() -> None:
         assert float((turn.T @ one).trace()) <= float(torch.linalg.svdvals(one).sum()) + 1e-9
 
 
-def test_it_is_the_formula_of_the_official_code(world: dict[str, Tensor]) -> None:
-    """U V^T of the whole (out, out) matrix, where no reflection has to be undone."""
+def test_the_rotation_equals_the_official_formula(world: dict[str, Tensor]) -> None:
+    """U V^T of the whole (out, out) matrix, if no reflection has to be undone."""
     weight = world["weight"]
     world = {**world, "concepts": world["guides"][:1] + 0.05 * world["concepts"][:1]}
     left, _, right = torch.linalg.svd(moment(world))
@@ -124,7 +124,7 @@ def test_a_rotation_keeps_lengths_and_angles(world: dict[str, Tensor]) -> None:
         assert float(torch.linalg.det(turn_of(world, moved))) == pytest.approx(1)
 
 
-def test_a_concept_that_is_its_own_guide_stays(world: dict[str, Tensor]) -> None:
+def test_a_concept_that_is_its_own_guide_is_unchanged(world: dict[str, Tensor]) -> None:
     weight, concepts = world["weight"], world["concepts"]
     twice = torch.cat([concepts, concepts])
     assert torch.allclose(oce.rotated(weight, twice, concepts, world["kept"], SCALE), weight, atol=1e-9)
@@ -133,7 +133,7 @@ def test_a_concept_that_is_its_own_guide_stays(world: dict[str, Tensor]) -> None
     assert torch.allclose(once, again, atol=1e-9), "a text that is given twice counts once"
 
 
-def test_values_alone_are_rotated_away_from_the_concept(new_backbone: Any) -> None:
+def test_only_values_are_rotated_away_from_the_concept(new_backbone: Any) -> None:
     backbone, before = new_backbone(), new_backbone().text_projections()
     edit = OrthogonalErasure(erase_scale=1e4)(backbone, [named("cat", "field")], [])
     assert set(edit.weights) == {name for name in before if name.endswith(VALUES)} and edit.map is None
@@ -152,7 +152,7 @@ def test_values_alone_are_rotated_away_from_the_concept(new_backbone: Any) -> No
 
 
 def test_two_concepts_at_once(new_backbone: Any) -> None:
-    """Each is turned away from what it was, further than where the other one alone is erased."""
+    """Each is rotated farther than when only the other one is erased."""
     backbone = new_backbone()
     pairs = [named("cat", "field"), named("ship", "sky")]
     states = backbone.encode(["cat", "ship"])
@@ -169,7 +169,7 @@ def test_two_concepts_at_once(new_backbone: Any) -> None:
     assert together[0] < ship[0] and together[1] < cat[1], (together, ship, cat)
 
 
-def test_what_is_kept_moves_less(new_backbone: Any, tmp_path: Path) -> None:
+def test_preserved_texts_change_less(new_backbone: Any, tmp_path: Path) -> None:
     backbone, pairs = new_backbone(), [named("cat", "field")]
     birds = backbone.encode(["a bird"])
     bird = birds.states[0, birds.length[0] - 1].double()
@@ -196,6 +196,6 @@ def test_bad_settings_are_refused(settings: dict[str, Any]) -> None:
         built(OrthogonalErasure, **settings)
 
 
-def test_names_that_count_for_nothing_are_refused() -> None:
+def test_preserved_names_without_a_weight_are_refused() -> None:
     with pytest.raises(UserError, match="preserve_scale"):
         OrthogonalErasure(preserve=["a bird"])

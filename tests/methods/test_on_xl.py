@@ -1,4 +1,4 @@
-"""Every method on Stable Diffusion XL, whose U-Net is told a pooled state and sizes beside the text states."""
+"""Every method on Stable Diffusion XL, whose U-Net also takes a pooled state and sizes."""
 
 from __future__ import annotations
 
@@ -59,14 +59,12 @@ def noise(backbone: UNetBackbone, latents: Tensor, t: Tensor, texts: TextStates,
 
 
 @pytest.mark.parametrize("transport", ["per_module", "official"])
-def test_a_membrane_acts_on_each_image_as_far_as_its_prompt_is_like_the_concept(
-    backbone: UNetBackbone, transport: Any
-) -> None:
+def test_a_membrane_is_scaled_for_each_image_by_its_prompt(backbone: UNetBackbone, transport: Any) -> None:
     spec = LoraSpec(targets=("attn2.to_k", "ff.net.2", "proj_in"), init="kaiming", per_concept=True)
     for parameter in backbone.add_adapter(spec, torch.Generator().manual_seed(1)):
         nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     m = permeability(backbone, TEXTS, ["cat"])
-    assert float(m[0]) == 1 > float(m[1]) > 0  # the first prompt holds the whole name
+    assert float(m[0]) == 1 > float(m[1]) > 0  # the first prompt contains the whole name
     guide = FacilitatedTransport("cat", transport)
     with guide.around(backbone, TEXTS):
         both = backbone.sample(backbone.encode(TEXTS), SEEDS, guide=guide)
@@ -81,7 +79,7 @@ def test_a_membrane_acts_on_each_image_as_far_as_its_prompt_is_like_the_concept(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_it_is_fitted_saved_and_drawn(
+def test_each_method_is_fitted_saved_and_drawn(
     name: str, backbone: UNetBackbone, tiny_sdxl: Path, new_pairs: Any, load_method: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = ("align.warmup=0",) if name == "spm" else ("guide.warmup=0",) if name == "sld" else ()
@@ -94,5 +92,5 @@ def test_it_is_fitted_saved_and_drawn(
     loaded = UNetBackbone("sdxl", tiny_sdxl, SAMPLER)
     load_erased(tmp_path / "erased.safetensors", loaded)
     again = loaded.generate(TEXTS, SEEDS, guide=method.guide)
-    # the last bit of a product of matrices depends on where they lie in memory, and can move a colour by one
+    # the last bit of a matrix product depends on memory layout, and can change a colour by one
     assert (again.int() - drawn.int()).abs().max() <= 1

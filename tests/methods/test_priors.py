@@ -1,4 +1,4 @@
-"""Sums over captions: equal to a direct sum, gone on with where they stopped, refused where they do not fit."""
+"""Sums over captions: equal to a direct sum, continued after a stop, refused if they are unsuitable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "sum.safetensors"
 
 
-def test_it_is_the_sum_over_all_rows_of_all_captions(out: Path, new_backbone: Callable[..., Any]) -> None:
+def test_the_sum_is_over_all_rows_of_all_captions(out: Path, new_backbone: Callable[..., Any]) -> None:
     backbone = new_backbone()
     told: list[int] = []
     made = accumulate(backbone, iter(CAPTION_LIST), out, "words", advance=told.append)
@@ -42,7 +42,9 @@ def test_it_is_the_sum_over_all_rows_of_all_captions(out: Path, new_backbone: Ca
     assert prior(backbone, out)[1] == 25 and torch.equal(prior(backbone, out)[0], gram)
 
 
-def test_a_stopped_sum_goes_on_and_is_the_same(out: Path, new_backbone: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_continued_sum_equals_an_uninterrupted_one(
+    out: Path, new_backbone: Callable[..., Any], tmp_path: Path
+) -> None:
     backbone = new_backbone()
     accumulate(backbone, CAPTION_LIST, tmp_path / "whole", "words")
     encoded: list[str] = []
@@ -99,7 +101,7 @@ def test_a_torn_sum_is_made_again(
         assert [record.getMessage() for record in caplog.records] == [f"{torn} is torn: made again"]
 
 
-def test_a_file_that_may_be_somebody_elses_is_left(out: Path, new_backbone: Callable[..., Any]) -> None:
+def test_a_file_of_somebody_else_is_not_overwritten(out: Path, new_backbone: Callable[..., Any]) -> None:
     notes = out.with_name("notes.txt")
     notes.write_text("mine")
     with pytest.raises(UserError, match="cannot be read"):
@@ -107,7 +109,7 @@ def test_a_file_that_may_be_somebody_elses_is_left(out: Path, new_backbone: Call
     assert notes.read_text() == "mine"
 
 
-def test_what_does_not_fit_is_refused(
+def test_unsuitable_files_are_refused(
     out: Path, new_backbone: Callable[..., Any], tmp_path: Path, tiny_sd21: Path
 ) -> None:
     backbone = new_backbone()
@@ -120,14 +122,14 @@ def test_what_does_not_fit_is_refused(
         prior(new_backbone(text_length=20), out)
     with pytest.raises(UserError, match="no file"):
         prior(backbone, tmp_path / "missing")
-    with pytest.raises(UserError, match="no sum of captions"):
+    with pytest.raises(UserError, match="not a sum of captions"):
         read(next(tiny_sd21.glob("unet/*.safetensors")))
     out.write_bytes(out.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read"):
         prior(backbone, out)
 
 
-def test_the_unet_does_not_count_and_the_tokenizer_does(new_backbone: Any, tiny_sd: Path, tmp_path: Path) -> None:
+def test_a_sum_depends_on_the_tokenizer_but_not_on_the_unet(new_backbone: Any, tiny_sd: Path, tmp_path: Path) -> None:
     import shutil
 
     ours = new_backbone().text_fingerprint
@@ -146,7 +148,7 @@ def folder_id(folder: Path) -> str:
     return fingerprint(folder, text_length=77, only_text=True)
 
 
-def test_a_prior_weighs_as_so_many_captions(out: Path, new_backbone: Callable[..., Any]) -> None:
+def test_a_prior_can_be_scaled_to_a_number_of_captions(out: Path, new_backbone: Callable[..., Any]) -> None:
     backbone = new_backbone()
     accumulate(backbone, WORDS, out, "words")
     gram = read(out)[0]

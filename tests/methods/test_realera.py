@@ -18,7 +18,7 @@ from realera.mining.band import Band
 from realera.mining.sampling import align_rows, fit_band
 
 
-def draw(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -29,7 +29,7 @@ def backbone(new_backbone: Callable[..., Any]) -> Any:
 
 @pytest.fixture
 def pair(backbone: Any, new_pairs: Callable[..., list[Pair]]) -> Pair:
-    """Several sub-tokens on one side: the rows shift."""
+    """One name has several sub-tokens, so the rows shift."""
     return new_pairs(backbone, ("mona lisa", "person"))[0]
 
 
@@ -38,21 +38,21 @@ def pair(backbone: Any, new_pairs: Callable[..., list[Pair]]) -> Pair:
 
 def test_mining_counts(pair: Pair) -> None:
     prompts = len(pair.target.states)
-    found = Mining(m=2, n=3)(pair, draw())
+    found = Mining(m=2, n=3)(pair, seeded())
     assert (len(found.near), len(found.near_targets), len(found.beyond)) == (2 * prompts, 2 * prompts, 3 * prompts)
     assert found.moments is None
 
 
-def test_a_step_asks_for_its_own_counts_and_prompt(pair: Pair) -> None:
-    found = Mining(m=float("inf"), n=float("inf"))(pair, draw(), m=1, n=2, prompts=[1])
+def test_a_step_mines_its_own_counts_and_prompt(pair: Pair) -> None:
+    found = Mining(m=float("inf"), n=float("inf"))(pair, seeded(), m=1, n=2, prompts=[1])
     assert (len(found.near), len(found.beyond), found.moments) == (1, 2, None)
     kept = ~found.near_rows[0]
     assert torch.equal(found.near[0, kept], pair.target.states[1, kept])
     assert not torch.equal(found.near[0], pair.target.states[1])
 
 
-def test_no_points_beyond_means_none_in_a_step_either(pair: Pair) -> None:
-    assert len(Mining(n=0)(pair, draw(), m=1, n=1).beyond) == 0
+def test_n_0_mines_no_points_beyond_in_a_step(pair: Pair) -> None:
+    assert len(Mining(n=0)(pair, seeded(), m=1, n=1).beyond) == 0
 
 
 def test_a_single_prompt_is_mined_in_the_band_of_all(pair: Pair) -> None:
@@ -62,7 +62,7 @@ def test_a_single_prompt_is_mined_in_the_band_of_all(pair: Pair) -> None:
     states[1, mask[1]] *= 0.5
     c = pair.target
     shrunk = Pair(pair.concept, TextStates(states, c.first, c.last, c.length), pair.anchor)
-    targets = Mining(m=100, n=0)(shrunk, draw(), prompts=[1]).near_targets
+    targets = Mining(m=100, n=0)(shrunk, seeded(), prompts=[1]).near_targets
     farthest = float((targets[:, mask[1]] - e_star[1, mask[1]]).norm(dim=-1).max())
     own, whole = (fit_band(Band(), states[p], mask[p]).d1_anchor for p in ([1], [0, 1, 2]))
     assert own is not None and whole is not None
@@ -105,7 +105,7 @@ def slow_map(
 @pytest.mark.parametrize("mining", [None, Mining(m=2, n=0), Mining(m=1, n=2)], ids=["no mining", "n=0", "m=1 n=2"])
 def test_equation_7(mining: Mining | None, backbone: Any, new_pairs: Callable[..., list[Pair]]) -> None:
     pairs = new_pairs(backbone, ("mona lisa", "person"), ("cat", "field"))
-    mined = [] if mining is None else [mining(pair, draw(i)) for i, pair in enumerate(pairs)]
+    mined = [] if mining is None else [mining(pair, seeded(i)) for i, pair in enumerate(pairs)]
     edit = ClosedForm(lambda_preserve=0.3, ridge=0.2, preserve_prompts=["a dog", "sky"])(backbone, pairs, mined)
     assert edit.map is not None
     assert torch.allclose(edit.map, slow_map(backbone, pairs, mined, 0.3, 0.2, ["a dog", "sky"]), atol=1e-7)
@@ -113,8 +113,8 @@ def test_equation_7(mining: Mining | None, backbone: Any, new_pairs: Callable[..
     assert edit.info["rows_beyond"] == sum(int(found.beyond_rows.sum()) for found in mined)
 
 
-def test_the_ridge_is_relative_to_what_is_summed(backbone: Any, pair: Pair) -> None:
-    """Twice the prompts, or states twice as long, and the map is the same."""
+def test_the_ridge_is_relative_to_the_sums(backbone: Any, pair: Pair) -> None:
+    """Twice the prompts, or states of twice the norm, give the same map."""
     edit = ClosedForm(relative_ridge=0.1)
     once = edit(backbone, [pair], [])
     sums = slow_sums(pair, 0.0)[1]
@@ -127,8 +127,8 @@ def test_the_ridge_is_relative_to_what_is_summed(backbone: Any, pair: Pair) -> N
     assert torch.allclose(ClosedForm(ridge=once.info["ridge"])(backbone, [pair], []).map, once.map)  # type: ignore[arg-type]
 
 
-def test_captions_that_are_kept(backbone: Any, pair: Pair, tmp_path: Path) -> None:
-    """Each of their rows as a preserved one: BOS too, as the caches of MACE hold it."""
+def test_preserved_captions(backbone: Any, pair: Pair, tmp_path: Path) -> None:
+    """Each of their rows counts as a preserved row, including BOS, as in MACE's caches."""
     from realera.methods.priors import accumulate
 
     captions = ["a dog", "the sea and a ship"]
@@ -144,7 +144,7 @@ def test_captions_that_are_kept(backbone: Any, pair: Pair, tmp_path: Path) -> No
 
 
 def slow_sums(pair: Pair, ridge: float) -> tuple[Tensor, Tensor]:
-    """Equation 7's two sums for one pair, nothing mined and nothing kept."""
+    """Equation 7's two sums for one pair, without mined or preserved rows."""
     e, e_star, mask = align_rows(pair, "suffix")
     left = ridge * torch.eye(32, dtype=torch.float64)
     right = left.clone()
@@ -156,11 +156,13 @@ def slow_sums(pair: Pair, ridge: float) -> tuple[Tensor, Tensor]:
 def test_infinitely_many_points_are_the_limit_of_many(backbone: Any, pair: Pair) -> None:
     count = 1500
     infinite = Mining(m=float("inf"), n=float("inf"), m_weight=count, n_weight=count, rows="concept")
-    found = infinite(pair, draw())
+    found = infinite(pair, seeded())
     assert len(found.near) == len(found.beyond) == 0
     exact = ClosedForm(ridge=1.0)(backbone, [pair], [found]).map
     few, many = (
-        ClosedForm(ridge=1.0)(backbone, [pair], [scaled(Mining(m=k, n=k, rows="concept")(pair, draw()), count / k)]).map
+        ClosedForm(ridge=1.0)(
+            backbone, [pair], [scaled(Mining(m=k, n=k, rows="concept")(pair, seeded()), count / k)]
+        ).map
         for k in (count // 100, count)
     )
     assert exact is not None and few is not None and many is not None
@@ -170,7 +172,7 @@ def test_infinitely_many_points_are_the_limit_of_many(backbone: Any, pair: Pair)
 
 
 def scaled(found: Neighbours, weight: float) -> Neighbours:
-    """The sums over the sampled points, times a weight, as moments: so that fewer points can weigh as much as more."""
+    """The sums over the sampled points times a weight, as moments, so that few points can have the weight of many."""
     near, target = found.near[found.near_rows].double(), found.near_targets[found.near_rows].double()
     beyond = found.beyond[found.beyond_rows].double()
     sums = Moments(weight * near.T @ near, weight * target.T @ near, weight * beyond.T @ beyond)
@@ -183,24 +185,24 @@ def scaled(found: Neighbours, weight: float) -> Neighbours:
 
 
 def edit_of_the_student() -> Edit:
-    return Edit(map=torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, generator=draw(1)).double())
+    return Edit(map=torch.eye(32, dtype=torch.float64) + 0.1 * torch.randn(32, 32, generator=seeded(1)).double())
 
 
 @pytest.fixture
 def student(backbone: Any, pair: Pair) -> Any:
-    """Edited, with an adapter that already does something."""
+    """Edited, with an adapter that is not zero."""
     backbone.apply(edit_of_the_student())
-    for parameter in backbone.add_adapter(LoraSpec(rank=2, alpha=2.0), draw(2)):
-        nn.init.normal_(parameter, std=0.1, generator=draw(3))
+    for parameter in backbone.add_adapter(LoraSpec(rank=2, alpha=2.0), seeded(2)):
+        nn.init.normal_(parameter, std=0.1, generator=seeded(3))
     return backbone
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    return torch.randn(4, 4, 8, 8, generator=draw(4)), torch.tensor([3, 250, 600, 999])
+    return torch.randn(4, 4, 8, 8, generator=seeded(4)), torch.tensor([3, 250, 600, 999])
 
 
 def gradients(backbone: Any, loss: Tensor) -> Tensor:
-    """Of all trained parameters, end to end."""
+    """The gradients of all trained parameters, concatenated."""
     trained = [parameter for parameter in backbone.unet.parameters() if parameter.requires_grad]
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trained)]).double()
 
@@ -230,10 +232,10 @@ def test_equations_8_and_9(
     if settings.get("teacher") == "closed_form":
         teacher.apply(edit_of_the_student())
     align, mining = NoiseAlignment(**settings, m_step=2, n_step=3), Mining()
-    terms = align.loss(student, pair, mining, TrainingBatch(z_t, t, step), draw(5))
+    terms = align.loss(student, pair, mining, TrainingBatch(z_t, t, step), seeded(5))
     loss = sum(term for term in terms.values() if term.requires_grad)
 
-    generator = draw(5)
+    generator = seeded(5)
     i = int(torch.randint(3, (1,), generator=generator))
     p_c, p_a = pair.target.states[i], pair.anchor.states[i]
     found = mining(pair, generator, m=2, n=3, prompts=[i])
@@ -262,15 +264,15 @@ def test_equations_8_and_9(
 
 
 @pytest.mark.parametrize(("mining", "names"), [(None, {"align"}), (Mining(n=0), {"near", "near_unweighted"})])
-def test_even_steps_without_what_they_need(mining: Mining | None, names: set[str], student: Any, pair: Pair) -> None:
-    terms = NoiseAlignment().loss(student, pair, mining, TrainingBatch(*batch(), 2), draw(5))
+def test_even_steps_without_mined_points(mining: Mining | None, names: set[str], student: Any, pair: Pair) -> None:
+    terms = NoiseAlignment().loss(student, pair, mining, TrainingBatch(*batch(), 2), seeded(5))
     assert set(terms) == names
     assert all(term > 0 for term in terms.values())
 
 
 def test_a_step_takes_a_random_prompt(student: Any, pair: Pair) -> None:
     losses = {
-        float(NoiseAlignment().loss(student, pair, None, TrainingBatch(*batch(), 1), draw(seed))["align"].detach())
+        float(NoiseAlignment().loss(student, pair, None, TrainingBatch(*batch(), 1), seeded(seed))["align"].detach())
         for seed in range(8)
     }
     assert len(losses) == len(pair.target.states)
@@ -301,7 +303,7 @@ def test_bad_settings_are_refused(part: Any, settings: dict[str, Any]) -> None:
 
 
 def test_value_space_is_the_same_algorithm_in_other_coordinates(new_backbone: Any, new_pairs: Any) -> None:
-    """Text states multiplied by R, mined and solved as ever; the points and the map taken back by R^-1."""
+    """Text states multiplied by R, mined and solved in the same way; points and map transformed back by R^-1."""
     from realera.contracts import VALUES, Edit
     from realera.methods.realera import ClosedForm, Mining, value_roots
 

@@ -44,7 +44,7 @@ def slow_update(weight: Tensor, terms: list[tuple[Tensor, Tensor, float]], ridge
 
 @pytest.mark.parametrize("guide", [" ", None])
 def test_two_rounds_are_the_papers_algorithm(guide: str | None, new_backbone: Any) -> None:
-    """Every layer by itself, as the official code does it: there is no common map in this reference."""
+    """Every layer separately, as in the official code; this reference has no common map."""
     backbone = new_backbone()
     start = UnifiedConceptEdit("suffix_2023", guide=guide)
     edit = RobustErasure(start, rounds=2, guide=guide, lambda_norm=0.3, preserve=[" ", "bird"], preserve_scale=0.2)
@@ -69,8 +69,8 @@ def test_two_rounds_are_the_papers_algorithm(guide: str | None, new_backbone: An
         torch.testing.assert_close(weight @ made, now[name], atol=1e-5, rtol=1e-5)
 
 
-def test_the_attack_finds_what_comes_nearest(new_backbone: Any) -> None:
-    """Its norm's weight aside, no other state brings the concept back better; a round leaves it farther away."""
+def test_the_attack_finds_the_nearest_states(new_backbone: Any) -> None:
+    """Apart from the penalty on its norm, no other state is nearer to the concept. A round increases the distance."""
     backbone = new_backbone()
     first = {name: layer.weight.detach().double() for name, layer in backbone.text_projections().items()}
     uce = UnifiedConceptEdit("suffix_2023", guide=" ")(backbone, named(NAMES[0]), []).map
@@ -88,7 +88,7 @@ def test_the_attack_finds_what_comes_nearest(new_backbone: Any) -> None:
 
 
 def test_layers_are_summed_one_at_a_time() -> None:
-    """As many as SDXL has would not fit into memory together."""
+    """All layers of SDXL would not fit into memory together."""
     generator = torch.Generator().manual_seed(0)
     layers = [torch.randn(5, 37, generator=generator) for _ in range(8)]
     alive: list[int] = []

@@ -1,4 +1,4 @@
-"""Half-drawn images: where they stand, what is said of them, and who drew them."""
+"""Partly drawn images: their stage, their timestep, and the model that drew them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ STEPS = 4
 SAMPLER = Sampler("ddim", STEPS, 3.0, 32, 32)
 
 
-def draw(seed: int = 0) -> Generator:
+def seeded(seed: int = 0) -> Generator:
     return Generator().manual_seed(seed)
 
 
 class Noted:
-    """A backbone that notes what it is asked to draw."""
+    """A backbone that records its `sample` calls."""
 
     def __init__(self, backbone: Any) -> None:
         self.backbone = backbone
@@ -55,7 +55,7 @@ def prepared(backbone: Any, pairs: list[Pair], **settings: Any) -> Rollout:
 
 
 def stage(backbone: Noted, chain: int, stop: int) -> Tensor:
-    """What the last draw's image looks like before step `stop`, drawn by itself."""
+    """The image of the last draw before step `stop`, drawn alone."""
     states, seeds, sampler, _ = backbone.asked[-1]
     alone = replace(states, **{key: getattr(states, key)[chain : chain + 1] for key in ("states", "first", "last")})
     made: Tensor = backbone.backbone.sample(alone, seeds[chain : chain + 1], sampler, stop_at=stop)
@@ -67,11 +67,11 @@ def stage(backbone: Noted, chain: int, stop: int) -> Tensor:
 def test_each_latent_is_an_image_stopped_where_its_timestep_says(
     batch: int, extra: int, backbone: Noted, pairs: list[Pair]
 ) -> None:
-    """With four steps the parts of 0 ... 999 are 250 wide; ESD's code goes two steps further, at most to the end."""
+    """With four steps, the parts of 0 ... 999 are 250 wide. ESD's code goes two steps beyond, at most to the end."""
     source = prepared(backbone, pairs, batch=batch, extra_steps=extra)
     stops = set()
     for seed in range(8 if batch == 1 else 2):
-        z_t, t = source(backbone, 1, draw(seed))
+        z_t, t = source(backbone, 1, seeded(seed))
         assert len(z_t) == len(t) == batch
         assert backbone.asked[-1][2] == SAMPLER
         for b in range(batch):
@@ -82,25 +82,25 @@ def test_each_latent_is_an_image_stopped_where_its_timestep_says(
     assert torch.equal(backbone.asked[-1][0].states[0], backbone.encode(["ship"]).states[0])
 
 
-def test_no_step_is_drawn_that_no_latent_needs(backbone: Noted, pairs: list[Pair]) -> None:
+def test_sampling_stops_at_the_last_needed_step(backbone: Noted, pairs: list[Pair]) -> None:
     source = prepared(backbone, pairs)
     before = backbone.passes
-    _, t = source(backbone, 0, draw(3))
+    _, t = source(backbone, 0, seeded(3))
     assert backbone.passes - before == 2 * (STEPS - 1 - int(t) // 250)
 
 
 def test_the_bin_law_is_uniform(backbone: Noted, pairs: list[Pair]) -> None:
-    t = prepared(backbone, pairs, steps=3, batch=3000, renew=2, chains=1)(backbone, 0, draw())[1]
+    t = prepared(backbone, pairs, steps=3, batch=3000, renew=2, chains=1)(backbone, 0, seeded())[1]
     assert int(t.min()) < 5 and int(t.max()) in range(995, 1000)
     assert abs(float(t.float().mean()) - 499.5) < 25 and abs(float(t.float().std()) - 288.7) < 12
 
 
 def test_other_laws_of_the_timestep(backbone: Noted, pairs: list[Pair]) -> None:
-    """ "level": where the sampler stands; "list": entry 1000 k / steps of 999, 998, ... 0."""
+    """ "level": the sampler's timestep; "list": entry 1000 k / steps of 999, 998, ... 0."""
     settings = {"batch": 40, "renew": 2, "chains": 1, "first_stop": 1}
-    level = prepared(backbone, pairs, timestep="level", **settings)(backbone, 0, draw())[1]
+    level = prepared(backbone, pairs, timestep="level", **settings)(backbone, 0, seeded())[1]
     assert set(level.tolist()) == set(backbone.timesteps(SAMPLER).tolist()[1:])
-    listed = prepared(backbone, pairs, timestep="list", **settings)(backbone, 0, draw())[1]
+    listed = prepared(backbone, pairs, timestep="list", **settings)(backbone, 0, seeded())[1]
     assert set(listed.tolist()) == {999 - 250, 999 - 500, 999 - 750}
 
 
@@ -108,25 +108,25 @@ def test_other_laws_of_the_timestep(backbone: Noted, pairs: list[Pair]) -> None:
     ("text", "words"),
     [("concept", ["cat"]), ("anchor", ["field"]), ("concept_prompts", ["a photo of the cat", "a cat"])],
 )
-def test_what_is_drawn(text: str, words: list[str], backbone: Noted, pairs: list[Pair]) -> None:
-    prepared(backbone, pairs, text=text, batch=30)(backbone, 0, draw())
+def test_the_drawn_prompt(text: str, words: list[str], backbone: Noted, pairs: list[Pair]) -> None:
+    prepared(backbone, pairs, text=text, batch=30)(backbone, 0, seeded())
     drawn = backbone.asked[-1][0].states
     for state in backbone.encode(words).states:
         assert any(torch.allclose(state, one) for one in drawn)
 
 
 @pytest.mark.parametrize("model", ["trained", "original"])
-def test_who_draws(model: str, backbone: Noted, pairs: list[Pair]) -> None:
+def test_the_model_that_draws(model: str, backbone: Noted, pairs: list[Pair]) -> None:
     source = prepared(backbone, pairs, model=model, first_stop=STEPS - 1)
-    before = source(backbone, 0, draw())[0]
+    before = source(backbone, 0, seeded())[0]
     backbone.apply(Edit(map=2 * torch.eye(32, dtype=torch.float64)))
-    assert torch.equal(before, source(backbone, 0, draw())[0]) == (model == "original")
+    assert torch.equal(before, source(backbone, 0, seeded())[0]) == (model == "original")
 
 
-def test_kept_stages_serve_for_some_steps_of_their_concept(backbone: Noted, pairs: list[Pair]) -> None:
+def test_stages_are_used_for_several_steps_of_their_concept(backbone: Noted, pairs: list[Pair]) -> None:
     source = prepared(backbone, pairs, batch=6, renew=2, chains=2)
     for seed, (concept, draws) in enumerate([(0, 1), (1, 2), (0, 2), (0, 3), (1, 3), (1, 4)]):
-        z_t, t = source(backbone, concept, draw(seed))
+        z_t, t = source(backbone, concept, seeded(seed))
         assert len(backbone.asked) == draws
         if (seed, concept) in ((0, 0), (3, 0), (5, 1)):  # just drawn
             for b in range(6):
@@ -134,24 +134,24 @@ def test_kept_stages_serve_for_some_steps_of_their_concept(backbone: Noted, pair
                 assert any(torch.allclose(z_t[b], stage(backbone, chain, stop), atol=1e-5) for chain in range(2))
 
 
-def test_a_run_that_goes_on_has_its_stages(backbone: Noted, pairs: list[Pair]) -> None:
-    """Drawn again they would be the later model's."""
+def test_a_resumed_run_has_its_stages(backbone: Noted, pairs: list[Pair]) -> None:
+    """If they were drawn again, they would be of the later model."""
     source = prepared(backbone, pairs, batch=2, renew=3, chains=2)
-    source(backbone, 0, draw(1))
+    source(backbone, 0, seeded(1))
     saved = source.state_dict()
     resumed = prepared(backbone, pairs, batch=2, renew=3, chains=2)
     resumed.load_state_dict(saved, [1, 0])
     backbone.apply(Edit(map=2 * torch.eye(32, dtype=torch.float64)))
     for seed in (2, 3, 4):
-        assert torch.equal(source(backbone, 0, draw(seed))[0], resumed(backbone, 0, draw(seed))[0])
+        assert torch.equal(source(backbone, 0, seeded(seed))[0], resumed(backbone, 0, seeded(seed))[0])
     assert len(backbone.asked) == 3
 
 
-def test_two_models_of_one_source_share_nothing(backbone: Noted, pairs: list[Pair]) -> None:
+def test_two_models_with_one_source_share_no_stages(backbone: Noted, pairs: list[Pair]) -> None:
     source = prepared(backbone, pairs, renew=3, chains=2)
-    source(backbone, 0, draw())
+    source(backbone, 0, seeded())
     source.prepare(backbone, pairs[1:], Path(), 0)
-    source(backbone, 0, draw())
+    source(backbone, 0, seeded())
     assert len(backbone.asked) == 2
 
 

@@ -26,7 +26,7 @@ from tearing import TEARS, tear
 SAID = ["a red car", "a photo of the cat", "an old ship", "the sky"]
 
 
-def draw(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -64,7 +64,7 @@ def test_the_fisher_information(backbone: Any, tmp_path: Path) -> None:
     again.prepare(backbone, tmp_path, 0)
     slow = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in trained(backbone).items()}
     for image in range(3):
-        generator = draw(1_000_003 + image)
+        generator = seeded(1_000_003 + image)
         sums = {name: torch.zeros_like(value) for name, value in slow.items()}
         states = backbone.encode([SAID[image]]).states
         noises = torch.cat([torch.randn(n, 4, 8, 8, generator=generator) for n in (2, 2, 1)])
@@ -80,7 +80,7 @@ def test_the_fisher_information(backbone: Any, tmp_path: Path) -> None:
         assert (value - slow[name]).norm() < 1e-5 * slow[name].norm() + 1e-12, name
 
 
-def test_it_can_be_drawn_with_any_seed(backbone: Any, tmp_path: Path) -> None:
+def test_the_fisher_information_works_with_every_seed(backbone: Any, tmp_path: Path) -> None:
     assert fisher(samples=1)(backbone, tmp_path, 2**63 - 1)
 
 
@@ -89,7 +89,7 @@ def test_every_timestep_is_taken_once() -> None:
     assert part.timesteps.tolist() == list(range(1000))
 
 
-def test_it_is_kept_and_depends_on_what_it_is_of(backbone: Any, tmp_path: Path) -> None:
+def test_the_fisher_information_is_cached_by_its_inputs(backbone: Any, tmp_path: Path) -> None:
     first = fisher()(backbone, tmp_path, 0)
     passes = backbone.passes
     second = fisher()(backbone, tmp_path, 0)
@@ -102,14 +102,14 @@ def test_it_is_kept_and_depends_on_what_it_is_of(backbone: Any, tmp_path: Path) 
     assert len(list((tmp_path / "fisher").iterdir())) == 5
 
 
-def test_it_is_of_the_first_weights(backbone: Any, tmp_path: Path) -> None:
+def test_the_fisher_information_uses_the_initial_weights(backbone: Any, tmp_path: Path) -> None:
     first = fisher()(backbone, tmp_path / "one", 0)
     backbone.apply(Edit(map=2 * torch.eye(32, dtype=torch.float64)))
     second = fisher()(backbone, tmp_path / "two", 0)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_killed_one_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_sum_is_continued(backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     straight = fisher()(backbone, tmp_path / "straight", 0)
     real = Fisher.gradients
     seen: list[int] = []
@@ -130,10 +130,10 @@ def test_a_killed_one_goes_on(backbone: Any, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("part", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "part"])
-def test_a_torn_one_is_made_again(
+def test_a_torn_file_is_made_again(
     part: bool, backbone: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """part: of a run that was killed before its parts were put together."""
+    """part: a file of a run that was killed before its parts were merged."""
     straight = fisher()(backbone, tmp_path / "straight", 0)
     for how in TEARS:
         cache = tmp_path / how
@@ -156,10 +156,10 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_it_goes_on_with_another_number_of_processes(backbone: Any, tmp_path: Path) -> None:
-    """The second of two has done its share when the first is killed; one process does the rest."""
+def test_a_sum_is_continued_by_another_number_of_processes(backbone: Any, tmp_path: Path) -> None:
+    """The second of two processes has finished when the first is killed; one process computes the rest."""
     straight = fisher(samples=5)(backbone, tmp_path / "one", 0)
-    with pytest.raises(OSError, match="No such file"):  # nobody has put the parts together
+    with pytest.raises(OSError, match="No such file"):  # the parts are not merged yet
         fisher(samples=5)(backbone, tmp_path / "two", 0, Ranks(1, 2))
     passes = backbone.passes
     both = fisher(samples=5)(backbone, tmp_path / "two", 0)
@@ -199,14 +199,14 @@ def test_captions_from_a_file(tmp_path: Path) -> None:
     ]
     judged = [word for name, said in classes.items() for word in (name, *said["synonyms"])]
     assert not [line for line in own for word in judged if re.search(rf"(?<!\w){word}s?(?!\w)", line, re.IGNORECASE)], (
-        "what a table judges is rehearsed by no method"
+        "no judged class is replayed"
     )
 
 
-def test_a_pass_that_no_gpu_holds_is_warned_of(
+def test_a_pass_that_exceeds_gpu_memory_is_warned_of(
     new_backbone: Any, new_pairs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By its pixels; not where what is large about it is computed again."""
+    """It depends on the number of pixels; with gradient checkpointing there is no warning."""
     for batch, checkpointing in ((8192, True), (2048, False), (8192, False)):
         assert not caplog.records
         backbone = new_backbone(gradient_checkpointing=checkpointing)
@@ -224,7 +224,7 @@ def test_a_pass_of_the_fisher_information_is_small_but_on_the_miniature() -> Non
         assert config.method.align.fisher.at_once == size
 
 
-def test_nudity_takes_its_own_number_of_epochs() -> None:
+def test_nudity_has_its_own_number_of_epochs() -> None:
     register_resolvers()
     for task, epochs, chosen in (("nsfw.NsfwTask", 500, 400), ("objects.ObjectTask", 200, 200)):
         for backbone in ("sd14", "mini"):
@@ -239,7 +239,7 @@ def test_surrogate_and_replay(zipped: bool, backbone: Any, new_pairs: Any, tmp_p
     source = ForgetAndReplay(replay(), images=3, batch=40, chunk=3, zip_replay=zipped)
     (pair,) = new_pairs(backbone, ("cat", "field"))
     source.prepare(backbone, [pair], tmp_path, 0)
-    z_t, t, known = source(backbone, 0, draw(2))
+    z_t, t, known = source(backbone, 0, seeded(2))
     kept = [0, 2, 3, 4]  # image 1, and 5 which takes its caption again, are of a cat
     partners = set()
     states = backbone.encode(SAID).states
@@ -265,12 +265,12 @@ def test_surrogate_and_replay(zipped: bool, backbone: Any, new_pairs: Any, tmp_p
 
 
 def test_surrogate_and_forget_prompt_of_the_official_code(backbone: Any, pair: Pair, tmp_path: Path) -> None:
-    """Images of "a middle aged man", taught to the bare name."""
+    """Images of "a middle aged man", learned for the bare name."""
     source = ForgetAndReplay(
         replay(), images=3, batch=8, chunk=3, surrogate=["a middle aged man"], forget=["{}", "a {}"]
     )
     source.prepare(backbone, [pair], tmp_path, 0)
-    known = source(backbone, 0, draw(2))[2]
+    known = source(backbone, 0, seeded(2))[2]
     said = backbone.encode(["cat", "a cat"]).states
     assert {int((states == said).flatten(1).all(dim=1).int().argmax()) for states in known["forget_states"]} == {0, 1}
     man = Pair(pair.concept, pair.target, backbone.encode(["a middle aged man"]))
@@ -292,9 +292,9 @@ def test_equation_8(backbone: Any, new_backbone: Any, pair: Pair, tmp_path: Path
         part.prepare(backbone, [pair], tmp_path, 0)
     with torch.no_grad():
         for i, weight in enumerate(trained(backbone).values()):
-            weight += 1e-3 * torch.randn(weight.shape, generator=draw(i))
-    z_t, t, known = source(backbone, 0, draw(9))
-    terms = align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, known), draw())
+            weight += 1e-3 * torch.randn(weight.shape, generator=seeded(i))
+    z_t, t, known = source(backbone, 0, seeded(9))
+    terms = align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, known), seeded())
 
     information, first = fisher()(backbone, tmp_path, 0), dict(new_backbone().unet.named_parameters())
     forget = replayed = held = torch.zeros(())
@@ -319,8 +319,8 @@ def test_equation_8(backbone: Any, new_backbone: Any, pair: Pair, tmp_path: Path
         assert (fast - plain).norm() < 1e-5 * plain.norm(), name
 
 
-def test_first_values_are_the_loaded_ones(backbone: Any, pair: Pair, tmp_path: Path) -> None:
-    """In a run that goes on, the weights have moved before the aligner is made ready."""
+def test_initial_values_are_the_loaded_ones(backbone: Any, pair: Pair, tmp_path: Path) -> None:
+    """In a resumed run, the weights have changed before `prepare` is called."""
     before = {name: weight.detach().clone() for name, weight in trained(backbone).items()}
     with torch.no_grad():
         for weight in trained(backbone).values():
@@ -335,10 +335,10 @@ def test_without_consolidation(backbone: Any, pair: Pair, tmp_path: Path) -> Non
     source, align = ForgetAndReplay(replay(), images=3, batch=2), SelectiveAmnesia(None)
     source.prepare(backbone, [pair], tmp_path, 0)
     align.prepare(backbone, [pair], tmp_path, 0)
-    z_t, t, known = source(backbone, 0, draw(9))
-    assert set(align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, known), draw())) == {"forget", "replay"}
+    z_t, t, known = source(backbone, 0, seeded(9))
+    assert set(align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, known), seeded())) == {"forget", "replay"}
     with pytest.raises(UserError, match="ForgetAndReplay"):
-        align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, {"noise": known["noise"]}), draw())
+        align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, {"noise": known["noise"]}), seeded())
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def drawn(guide: SafetyGuidance, steps: list[tuple[Tensor, Tensor, Tensor]], gui
 
 
 @pytest.mark.parametrize("strength", PRESETS)
-def test_it_is_the_papers_equations(strength: str) -> None:
+def test_guidance_equals_the_papers_equations(strength: str) -> None:
     steps = predictions(20, size=0.03 if strength != "max" else 1.5)
     fast = drawn(SafetyGuidance("cat", strength=strength), steps)
     wanted = torch.tensor(slow(steps, PRESETS[strength], 7.5))
@@ -83,7 +83,7 @@ def test_the_presets_are_the_papers() -> None:
         ("medium", "momentum_beta", 0.9),
     ],
 )
-def test_a_typed_number_takes_the_presets_place(
+def test_a_given_number_replaces_the_presets(
     strength: str, at: str, typed: float, load_method: Callable[..., Any]
 ) -> None:
     names = ("warmup", "scale", "threshold", "momentum_scale", "momentum_beta")
@@ -96,7 +96,7 @@ def test_a_typed_number_takes_the_presets_place(
 
 
 def test_the_comparison_is_signed() -> None:
-    """Where the prompt's noise exceeds the text's there is no guidance; where it falls as far below, there is."""
+    """There is no guidance where the prompt's noise exceeds the text's, and there is where it is below by the same."""
     zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
     guide = SafetyGuidance("cat", warmup=0)
     assert float(guide(zero, 2 * one, one[None], zero, 0, 7.5)) == 15.0
@@ -118,7 +118,7 @@ def test_warm_up_is_counted_in_fifty_steps() -> None:
     assert SafetyGuidance("cat", steps=20, warmup=11).warmup == 11
 
 
-def test_what_it_guides_away_from() -> None:
+def test_the_safety_text() -> None:
     assert SafetyGuidance(["gun", "knife"]).prompts == ("gun, knife",)
     assert SafetyGuidance("nudity", safety_text="paper").prompts == (INAPPROPRIATE,)
     assert SafetyGuidance("nudity", safety_text="blood").prompts == ("blood",)
@@ -128,7 +128,7 @@ def test_what_it_guides_away_from() -> None:
 def test_images_are_drawn_away_from_the_concept(
     new_backbone: Callable[..., Any], load_method: Callable[..., Any]
 ) -> None:
-    """As the yaml gives it; the same whatever was drawn before, and whoever is in the batch."""
+    """With the yaml's settings; the result does not depend on earlier draws or on the batch."""
     from realera.evaluation.generate import source_of
 
     backbone, guide = new_backbone(), load_method("sld", "guide.warmup=0").guide

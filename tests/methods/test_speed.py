@@ -1,4 +1,4 @@
-"""SPEED: its constrained problem by a general solver, and what the edited weights keep."""
+"""SPEED: its constrained problem by a general solver, and the rows that the edited weights preserve."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_change_solves_the_constrained_problem(problem: dict[str, Any]) -> N
         assert torch.allclose(torch.linalg.solve(system, right)[:D], changed, atol=1e-9)
 
 
-def test_slack_is_a_price_on_what_is_held(problem: dict[str, Any]) -> None:
+def test_slack_is_a_price_on_the_preserved_rows(problem: dict[str, Any]) -> None:
     """The penalised problem in coordinates of the null space, by an explicit inverse."""
     basis, held = problem["basis"], problem["held"].T
     priced = problem["target"] + 0.3 * torch.eye(D) + held @ held.T / 0.5
@@ -66,7 +66,7 @@ def test_slack_is_a_price_on_what_is_held(problem: dict[str, Any]) -> None:
     assert moved == sorted(moved) and moved[0] < 1e-10
 
 
-def test_it_is_the_formula_of_the_official_code(problem: dict[str, Any]) -> None:
+def test_the_change_equals_the_official_formula(problem: dict[str, Any]) -> None:
     """W (A - T) P (I - M K2 (K2^T P M K2 + l I)^-1 K2^T P) M with M = (T P + mu I)^-1."""
     held, eye = problem["held"].T, torch.eye(D, dtype=torch.float64)
     projector = problem["basis"] @ problem["basis"].T
@@ -80,11 +80,11 @@ def test_it_is_the_formula_of_the_official_code(problem: dict[str, Any]) -> None
 def test_rows_that_are_moved_more_than_the_mean_are_retained() -> None:
     rows, moving = torch.eye(4, dtype=torch.float64), torch.diag(torch.tensor([4.0, 1.0, 3.0, 0.0]).double())
     assert torch.equal(speed.most_moved(rows, moving), rows[[0, 2]])
-    assert torch.equal(speed.most_moved(rows, torch.eye(4).double()), rows), "none is moved more: all are"
+    assert torch.equal(speed.most_moved(rows, torch.eye(4).double()), rows), "if none is above the mean, all are used"
 
 
 @pytest.mark.parametrize("out", [5, 20])
-def test_noise_goes_along_what_the_layer_reads_least(out: int) -> None:
+def test_noise_is_along_the_direction_that_the_layer_reads_least(out: int) -> None:
     weight, rows = numbers(out, D, seed=1), numbers(3, D, seed=2)
     shifts = speed.noisy(rows, weight, 400, Generator().manual_seed(0)) - rows.repeat(400, 1)
     sizes = shifts.norm(dim=1)
@@ -101,7 +101,7 @@ def test_k_means_ends_at_means_of_their_nearest_rows() -> None:
     assert speed.invariants(rows, 0).shape == (D, 1)
 
 
-def test_values_alone_are_changed_and_the_name_is_read_as_its_anchor(new_backbone: Any) -> None:
+def test_only_values_change_and_the_name_is_read_as_its_anchor(new_backbone: Any) -> None:
     backbone, before = new_backbone(), new_backbone().text_projections()
     edit = NullSpaceErasure(retain=BIRDS, ridge=1e-6)(backbone, [named("cat", "field")], [])
     assert set(edit.weights) == {name for name in before if name.endswith(VALUES)} and edit.map is None
@@ -115,8 +115,8 @@ def test_values_alone_are_changed_and_the_name_is_read_as_its_anchor(new_backbon
     assert all(name.endswith(KEYS) for name in NullSpaceErasure("keys")(backbone, [named("cat", "sky")], []).weights)
 
 
-def test_what_is_retained_and_what_every_image_holds_stay(new_backbone: Any) -> None:
-    """Exactly, where no retained row is filtered out and the threshold leaves none of their directions free."""
+def test_retained_rows_and_invariant_rows_are_preserved(new_backbone: Any) -> None:
+    """Exactly, if no retained row is filtered out and none of their directions is below the threshold."""
     backbone = new_backbone()
     settings: dict[str, Any] = {"retain": [*BIRDS, "a black cat"], "filter": False, "augment": 0}
     edit = NullSpaceErasure(threshold=1e-9, **settings)(backbone, [named("cat", "field")], [])
@@ -124,7 +124,7 @@ def test_what_is_retained_and_what_every_image_holds_stay(new_backbone: Any) -> 
     rows = kept.states[torch.arange(4), kept.length - 1].double()
     empty = backbone.encode([""]).states[0].double()
     held = torch.cat([rows, speed.invariants(empty, 3).T])
-    assert edit.info["rows_retained"] == len(BIRDS), "a retained name that holds the erased one is left out"
+    assert edit.info["rows_retained"] == len(BIRDS), "a retained name that contains the erased one is left out"
     for name, weight in edit.weights.items():
         moved = (weight - backbone.text_projections()[name].weight.double()) @ held.T
         assert float(moved.abs().max()) < 1e-6  # the texts are encoded in float32
@@ -132,7 +132,7 @@ def test_what_is_retained_and_what_every_image_holds_stay(new_backbone: Any) -> 
     assert wide.info["directions_free"] > edit.info["directions_free"]
 
 
-def test_the_seed_is_that_of_the_noise(new_backbone: Any) -> None:
+def test_the_seed_determines_the_noise(new_backbone: Any) -> None:
     backbone, pairs = new_backbone(), [named("cat", "field")]
     first, again, other, plain = (
         NullSpaceErasure(retain=BIRDS, **more)(backbone, pairs, []).weights
@@ -143,7 +143,7 @@ def test_the_seed_is_that_of_the_noise(new_backbone: Any) -> None:
         assert any(not torch.equal(first[name], weights[name]) for name in first)
 
 
-def test_a_threshold_that_frees_nothing_is_named() -> None:
+def test_a_threshold_without_free_directions_is_refused() -> None:
     assert speed.null_space(torch.diag(torch.tensor([0.01, 1.0, 2.0])).double(), 0.1).shape == (3, 1)
     with pytest.raises(UserError, match="threshold"):
         speed.null_space(torch.eye(3, dtype=torch.float64), 0.1)

@@ -1,4 +1,4 @@
-"""SPM against slow, obvious loops: its loss, its rate, and what its membranes do to a prompt."""
+"""SPM against slow, obvious loops: its loss, its rate, and the effect of its membranes on a prompt."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SPEC = LoraSpec(rank=1, alpha=1.0, targets=TARGETS, init="kaiming", per_concept=
 WORDS = ["sky", "dog", "a red car", "cat", "mona lisa"]
 
 
-def draw(seed: int) -> torch.Generator:
+def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
 def trained(new_backbone: Callable[..., Any]) -> Callable[[int], Any]:
-    """trained(2): a backbone with the membranes of two concepts that do something."""
+    """trained(2): a backbone with the membranes of two concepts, which are not zero."""
 
     def make(concepts: int) -> Any:
         backbone = new_backbone()
-        for parameter in backbone.add_adapter(SPEC, draw(1), concepts):
-            nn.init.normal_(parameter, std=0.3, generator=draw(parameter.numel()))
+        for parameter in backbone.add_adapter(SPEC, seeded(1), concepts):
+            nn.init.normal_(parameter, std=0.3, generator=seeded(parameter.numel()))
         return backbone
 
     return make
@@ -66,8 +66,8 @@ def test_the_loss_is_the_papers(
     student, teacher = trained(1), new_backbone()
     pairs = new_pairs(student, ("cat", "field"))
     align = aligner(student, pairs, anchoring=anchoring, neutral=neutral, negative_guidance=eta)
-    z_t, t = torch.randn(2, 4, 8, 8, generator=draw(4)), torch.tensor([250, 900])
-    terms = align.loss(student, pairs[0], None, TrainingBatch(z_t, t, 1), draw(5))
+    z_t, t = torch.randn(2, 4, 8, 8, generator=seeded(4)), torch.tensor([250, 900])
+    terms = align.loss(student, pairs[0], None, TrainingBatch(z_t, t, 1), seeded(5))
     loss = terms["erase"] + terms["anchor"]
     assert float(terms["anchor"].detach()) == pytest.approx(7 * float(terms["anchor_unweighted"]))
     assert not terms["anchor_unweighted"].requires_grad
@@ -80,10 +80,10 @@ def test_the_loss_is_the_papers(
             k = teacher.encode([word]).states[0]
             cosine = float((k * c).sum() / (k.norm() * c.norm()))
             chances.append(0.0 if word == "cat" else 1 - cosine)
-        picked = torch.multinomial(torch.tensor(chances), 3, generator=draw(5)).tolist()
+        picked = torch.multinomial(torch.tensor(chances), 3, generator=seeded(5)).tolist()
         anchors = [teacher.encode([WORDS[i]]).states[0] for i in picked]
     else:
-        generator = draw(5)
+        generator = seeded(5)
         noise = torch.randn(3, *c.shape, generator=generator)
         lengths = 0.8 + 0.4 * torch.rand(3, 1, 1, generator=generator)
         noisy = [length * x / x.norm() * c.norm() for x, length in zip(noise, lengths)]
@@ -109,14 +109,14 @@ def test_the_loss_is_the_papers(
 
 
 def test_of_four_anchors_of_noise_two_are_empty(trained: Callable[[int], Any], new_pairs: Any) -> None:
-    """As officially: an empty prompt before each, and of the eight the second half."""
+    """As in the official code: an empty prompt before each, and then the second half of the eight."""
     backbone = trained(1)
     found = aligner(backbone, new_pairs(backbone, ("cat", "field")), anchoring="noise", anchors=4)._anchors(
-        "cat", draw(5)
+        "cat", seeded(5)
     )
     empty = backbone.encode([""]).states[0]
     assert [torch.allclose(states, empty, atol=1e-6) for states in found.states] == [True, False, True, False]
-    noise = torch.randn(4, *empty.shape, generator=draw(5))
+    noise = torch.randn(4, *empty.shape, generator=seeded(5))
     for states, drawn in ((found.states[1], noise[2]), (found.states[3], noise[3])):
         assert float(torch.cosine_similarity(states.flatten(), drawn.flatten(), dim=0)) == pytest.approx(1, abs=1e-5)
 
@@ -134,14 +134,14 @@ def test_far_words_are_drawn_more_often(new_backbone: Any, new_pairs: Any) -> No
 def test_without_latent_anchoring(trained: Any, new_pairs: Any) -> None:
     student = trained(1)
     pairs = new_pairs(student, ("cat", "field"))
-    z_t, t = torch.randn(2, 4, 8, 8, generator=draw(4)), torch.tensor([250, 900])
+    z_t, t = torch.randn(2, 4, 8, 8, generator=seeded(4)), torch.tensor([250, 900])
     terms = aligner(student, pairs, anchor_weight=0, words=()).loss(
-        student, pairs[0], None, TrainingBatch(z_t, t, 1), draw(5)
+        student, pairs[0], None, TrainingBatch(z_t, t, 1), seeded(5)
     )
     assert set(terms) == {"erase"}
 
 
-def test_the_rate_is_the_official_schedulers() -> None:
+def test_the_rate_equals_the_official_scheduler() -> None:
     from transformers import get_cosine_with_hard_restarts_schedule_with_warmup as official
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -194,11 +194,11 @@ def test_permeability(new_backbone: Any) -> None:
             cosine = float((p @ c) / (p.norm() * c.norm()))
             overlap = len(pieces[text] & pieces[concept]) / len(pieces[concept])
             assert float(found[b, i]) == pytest.approx(max(cosine, overlap, 0), abs=1e-5)
-    assert float(found[0, 0]) == 1  # the prompt holds the whole name
+    assert float(found[0, 0]) == 1  # the prompt contains the whole name
 
 
 def merged(backbone: Any, new_backbone: Callable[..., Any], m: list[float], transport: str) -> Any:
-    """The original weights plus what each transport makes of the two membranes, written into them."""
+    """A backbone with the two membranes, scaled as each transport does, added to the original weights."""
     state, plain = backbone.erased_state(), new_backbone()
     weights = dict(plain.unet.named_parameters())
     edited = {}
@@ -215,13 +215,13 @@ def merged(backbone: Any, new_backbone: Callable[..., Any], m: list[float], tran
 
 
 @pytest.mark.parametrize("transport", ["per_module", "official", "none"])
-def test_a_membrane_acts_as_far_as_the_prompt_is_like_its_concept(
+def test_a_membrane_is_scaled_by_the_prompts_similarity_to_its_concept(
     transport: Any, trained: Callable[[int], Any], new_backbone: Callable[..., Any]
 ) -> None:
     backbone, texts = trained(2), ["a photo of the cat", "the mona"]
     guide = FacilitatedTransport(["cat", "mona lisa"], transport)
     m = permeability(backbone, texts, guide.concepts) if transport != "none" else torch.ones(2, 2)
-    z, t = torch.randn(1, 4, 8, 8, generator=draw(3)), torch.tensor([500])
+    z, t = torch.randn(1, 4, 8, 8, generator=seeded(3)), torch.tensor([500])
     read = backbone.encode(texts).states
     with torch.no_grad():
         with guide.around(backbone, texts):
@@ -233,9 +233,9 @@ def test_a_membrane_acts_as_far_as_the_prompt_is_like_its_concept(
             torch.testing.assert_close(both[b + 2], wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_one_concept_of_the_official_code_counts_squared(trained: Callable[[int], Any]) -> None:
+def test_the_official_transport_of_one_concept_is_squared(trained: Callable[[int], Any]) -> None:
     backbone, texts = trained(1), ["the sky"]
-    z, t, read = torch.randn(1, 4, 8, 8, generator=draw(3)), torch.tensor([500]), backbone.encode(texts).states
+    z, t, read = torch.randn(1, 4, 8, 8, generator=seeded(3)), torch.tensor([500]), backbone.encode(texts).states
     m = permeability(backbone, texts, ["cat"])
     assert 0 < float(m) < 1
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_one_concept_of_the_official_code_counts_squared(trained: Callable[[int]
 def test_a_loaded_run_is_drawn_through_its_guide(
     new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
 ) -> None:
-    """As `evaluate`, `generate` and `demo` do it: the same images as right after the fit, others without the guide."""
+    """As in `evaluate`, `generate` and `demo`: the same images as directly after the fit; without the guide, others."""
     from realera.training.fit import fit
 
     method, backbone = load_method("spm", "align.warmup=0", "align.lr=0.1"), new_backbone()

@@ -1,4 +1,4 @@
-"""The promises of every method in conf/method, whatever its parts."""
+"""The properties that every method in conf/method must have."""
 
 from __future__ import annotations
 
@@ -23,29 +23,23 @@ from realera.training.fit import fit
 
 METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 PARTS: dict[str, Any] = {name: method_settings(name) for name in METHODS}
-STILL = [name for name in METHODS if not any(PARTS[name].get(p) for p in ("edit", "align", "finish"))]  # no weights
-DRAWN = [name for name in METHODS if PARTS[name].get("neighbours") or PARTS[name].get("align")]  # at random
+NO_WEIGHTS = [name for name in METHODS if not any(PARTS[name].get(p) for p in ("edit", "align", "finish"))]
+RANDOM = [name for name in METHODS if PARTS[name].get("neighbours") or PARTS[name].get("align")]
 ALIGNED = [name for name in METHODS if PARTS[name].get("align")]
 EDITED = [name for name in METHODS if PARTS[name].get("edit")]
-FUSED = [name for name in METHODS if PARTS[name].get("finish")]  # what was trained ends in edited weights
-TRAINED = [name for name in METHODS if PARTS[name].get("align") and name not in EDITED]  # and nothing else
-AWAY = {
-    "fmn",
-    "leace",
-    "mace",
-    "mace-ablation",
-    "sa",
-    "rece",
-}  # these lead away from the concept, whatever its anchor is
-UNNAMED = {"esd-u", "esd-x", "spm"}  # these lead from the bare name to no text: the concept that is nothing has no name
-TOGETHER = {"leace", "valera"}  # the concept and its anchor become one text, which need not be the anchor as it was
-TURNED = {"oce"}  # the concept is turned away from itself, to no anchor, and nothing read becomes shorter
-FULLY = {  # settings with which two concepts are erased in keys and values, each towards its anchor
+FUSED = [name for name in METHODS if PARTS[name].get("finish")]  # the trained LoRA is fused into the weights
+TRAINED = [name for name in METHODS if PARTS[name].get("align") and name not in EDITED]  # without a closed form
+# methods that erase the concept even if it is its own anchor
+IGNORE_ANCHOR = {"fmn", "leace", "mace", "mace-ablation", "sa", "rece"}
+TO_EMPTY = {"esd-u", "esd-x", "spm"}  # these map the bare name to '', so "erase nothing" means: the name is ''
+MERGED = {"leace", "valera"}  # the concept and its anchor become equal, but the anchor may change
+ROTATED = {"oce"}  # the concept is rotated away from itself, not to an anchor, and no value becomes shorter
+TO_ANCHOR = {  # settings that erase two concepts in keys and values, each towards its anchor
     "valera": ("edit.projections=both", "edit.rows=concept"),
     "leace": ("edit.contrast=anchor", "edit.rows=concept"),
     "speed": ("edit.projections=both", "edit.ridge=0.01"),
 }
-QUICK = ("realera", "uce", "esd-x", "mace")  # what takes long is seen of these by the quick tests, of all by the slow
+QUICK = ("realera", "uce", "esd-x", "mace")  # the long tests run for these by default, for all methods if slow
 CAT = ("cat", "field")
 
 
@@ -55,7 +49,7 @@ class Stop(Exception):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is drawn before a fit is drawn once for all tests."""
+    """One cache for all tests, so images are drawn once."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -94,13 +88,13 @@ def erase(
 
 @pytest.fixture
 def run(erase: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
-    """`erase` to a folder of the test's own, `to`."""
+    """`erase` with `to` = the test's own folder."""
     return lambda name, *overrides, to="run", **more: erase(name, *overrides, to=tmp_path / to, **more)
 
 
 @pytest.fixture(scope="module")
 def plain(erase: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
-    """plain("uce"): the backbone and the folder of a run as the settings stand, made once. To be looked at only."""
+    """plain("uce"): the backbone and the folder of a run with default settings, made once. Do not change them."""
 
     @cache_of
     def made(name: str) -> tuple[Any, Path]:
@@ -121,7 +115,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_changes_what_it_names_and_nothing_else(name: str, plain: Any, new_backbone: Any) -> None:
+def test_only_the_named_weights_change(name: str, plain: Any, new_backbone: Any) -> None:
     fresh = dict(new_backbone().unet.named_parameters())
     erased, _ = plain(name)
     state = erased.erased_state()
@@ -129,13 +123,13 @@ def test_it_changes_what_it_names_and_nothing_else(name: str, plain: Any, new_ba
     changed = {f"edit.{key}" for key, value in now.items() if not torch.equal(value, fresh[key])}
     assert changed == {key for key in state if key.startswith("edit.")}
     assert now.keys() == fresh.keys()
-    assert bool(state) == (name not in STILL)
+    assert bool(state) == (name not in NO_WEIGHTS)
 
 
 @pytest.mark.parametrize("name", slow_unless(METHODS, *QUICK))
-def test_another_seed_gives_other_weights_where_anything_is_drawn(name: str, plain: Any, run: Any) -> None:
-    """That the same seed gives the same ones, a resumed run shows."""
-    assert same(plain(name)[0].erased_state(), run(name, seed=1).erased_state()) == (name not in DRAWN)
+def test_another_seed_gives_other_weights_if_anything_is_random(name: str, plain: Any, run: Any) -> None:
+    """`test_a_resumed_run_equals_an_uninterrupted_one` tests that the same seed gives the same weights."""
+    assert same(plain(name)[0].erased_state(), run(name, seed=1).erased_state()) == (name not in RANDOM)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -159,7 +153,7 @@ def test_a_finished_run_is_loaded_and_not_redone(name: str, plain: Any, erase: A
 def test_a_resumed_run_equals_an_uninterrupted_one(
     name: str, plain: Any, run: Any, load_method: Any, tmp_path: Path
 ) -> None:
-    """And so does a second run of the same seed, where there is no loop to be stopped in."""
+    """Methods without a training loop are run twice with the same seed instead."""
     from lightning.pytorch.callbacks import Callback
 
     class StopAt(Callback):
@@ -181,17 +175,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert len(lines[0].read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("name", slow_unless([name for name in METHODS if name not in AWAY], "realera", "uce"))
+@pytest.mark.parametrize("name", slow_unless([name for name in METHODS if name not in IGNORE_ANCHOR], "realera", "uce"))
 def test_erasing_nothing_changes_nothing(
     name: str, new_backbone: Any, new_pairs: Any, load_method: Any, cache: Path, tmp_path: Path
 ) -> None:
-    """Target and anchor alike; without mining, which moves the rows around a concept whatever its anchor is."""
+    """Target and anchor are equal. Without mining, which changes the rows around a concept for every anchor."""
     backbone = new_backbone()
     before = noise(backbone)
     pairs = new_pairs(backbone, ("cat", "cat"))
-    if name in UNNAMED:
+    if name in TO_EMPTY:
         pairs = [replace(pair, concept=Concept("", "cat")) for pair in pairs]
-    still = ("align.weight_decay=0",) if name in TRAINED else ()  # decay alone moves a weight
+    still = ("align.weight_decay=0",) if name in TRAINED else ()  # decay alone changes a weight
     fit(
         backbone,
         replace(load_method(name, *still), neighbours=None),
@@ -225,17 +219,17 @@ def test_no_steps_leave_the_closed_form_alone(
     assert read_erased(tmp_path / "run" / "erased.safetensors").lora is None
 
 
-@pytest.mark.parametrize("name", slow_unless([name for name in EDITED if name not in TURNED], "realera"))
+@pytest.mark.parametrize("name", slow_unless([name for name in EDITED if name not in ROTATED], "realera"))
 def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_method: Any) -> None:
-    """Each comes nearer to its anchor than where the other one alone is erased."""
+    """Each comes nearer to its anchor than when only the other one is erased."""
     first, second = (CAT, ("ship", "sky"))
     original = new_backbone()
-    # What is mined at random around one concept also moves the other, in text states of 32 numbers.
+    # Random points around one concept also change the other, in text states of width 32.
     plain = ("neighbours=null",) if load_method(name).neighbours is not None else ()
-    plain += FULLY.get(name, ("edit.ridge=0.01",))
+    plain += TO_ANCHOR.get(name, ("edit.ridge=0.01",))
     plain += ("edit.projections=both",) if "space" in PARTS[name].edit else ()
-    plain += ("edit.guide=null",) if "guide" in PARTS[name].edit else ()  # to the anchor, where there is a choice
-    plain += ("align.steps=0",) if name in FUSED else ()  # what is trained leads away, not to an anchor
+    plain += ("edit.guide=null",) if "guide" in PARTS[name].edit else ()  # the anchor is the guide
+    plain += ("align.steps=0",) if name in FUSED else ()  # the training does not lead to an anchor
     both = run(name, *plain, to="both", concepts=(first, second))
     alone = {
         "cat": run(name, *plain, to="ship", concepts=(second,)),
@@ -243,15 +237,15 @@ def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_metho
     }
 
     def left(backbone: Any, word: str, anchor: str) -> float:
-        """How far the word's last row still is from its anchor's, in keys and values; the original's own gap is 1. By
-        its bare name or in a training prompt: methods read one or the other. MACE maps the rows behind the word."""
+        """The distance of the word's last row from its anchor's, in keys and values; the original distance is 1. The
+        smaller of bare name and training prompt, because methods read one or the other. MACE maps the rows after it."""
 
         def of(template: str) -> float:
             read = original.encode([NamedPrompt.of(template, name) for name in (word, anchor)])
             h, a = read.states[torch.arange(2), read.length if name in FUSED else read.last]
             layers, first = backbone.text_projections(), original.text_projections()
             gap = sum(float((first[n].weight @ (h - a)).norm()) for n in first)
-            goal = layers if name in TOGETHER else first
+            goal = layers if name in MERGED else first
             return sum(float((layers[n].weight @ h - goal[n].weight @ a).norm()) for n in first) / gap
 
         return min(of("{}"), of("a photo of the {}"))
@@ -265,9 +259,9 @@ def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, 
     """The loss of each falls."""
     concepts = (CAT, ("ship", "sky"))
     few = ["align.lr=3e-4"]
-    if name == "spm":  # in this model's text states all words are alike, and what is like the concept is held in place
+    if name == "spm":  # all words are alike in this model, and SPM's anchoring preserves words like the concept
         few += ["align.anchor_weight=0", "align.warmup=0"]
-    if name in ("esd-u", "esd-x"):  # and what leads from a word to no text is less than what all weights do in 12 steps
+    if name in ("esd-u", "esd-x"):  # the guidance is smaller than the change of all weights in 12 steps
         few += ["align.negative_guidance=10"]
     backbones = (
         run(name, "align.steps=0", to="before", concepts=concepts),
@@ -277,7 +271,7 @@ def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, 
     for backbone in backbones:
         method, pairs = load_method(name, *few, "latents.batch=8"), new_pairs(backbone, *concepts)
         if method.align.lora is None:
-            backbone.unfreeze(method.align.parameters)  # as in a run: an aligner may weigh what is trained
+            backbone.unfreeze(method.align.parameters)  # as in a run: `prepare` may use the trained weights
         parts = [part for part in (method.latents, method.align) if hasattr(part, "prepare")]
         for part in parts:
             part.prepare(backbone, pairs, cache, 0)
@@ -288,7 +282,7 @@ def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, 
             known = {key: value for one in more for key, value in one.items()}
             with torch.no_grad():
                 terms = method.align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, known), draw)
-            losses[-1].append(float(sum(term for key, term in terms.items() if key != "ewc")))  # which begins at 0
+            losses[-1].append(float(sum(term for key, term in terms.items() if key != "ewc")))  # "ewc" begins at 0
     assert all(after < before for before, after in zip(*losses, strict=True)), losses
 
 
@@ -311,7 +305,7 @@ def test_bfloat16(name: str, plain: Any, run: Any) -> None:
 
 @pytest.mark.parametrize("name", slow_unless(ALIGNED, "realera", "esd-x"))
 def test_gradient_checkpointing(name: str, run: Any) -> None:
-    """What the loop cannot have is refused before the run too, and nothing else is."""
+    """It is refused for methods that cannot use it, also before the run, and for no others."""
     settings: dict[str, Any] = OmegaConf.to_container(PARTS[name])  # type: ignore[assignment]
     checkpointing = {"gradient_checkpointing": True}
 
@@ -329,7 +323,7 @@ def test_gradient_checkpointing(name: str, run: Any) -> None:
 
 @pytest.mark.parametrize("name", slow_unless(ALIGNED, "realera", "esd-x"))
 def test_a_model_in_bfloat16(name: str, run: Any) -> None:
-    """Adapters on it are trained; its own weights would hardly move, so that is refused, before the run and in it."""
+    """Adapters on it can be trained. Its own weights would hardly change, so this is refused before and in the run."""
     settings: dict[str, Any] = OmegaConf.to_container(PARTS[name])  # type: ignore[assignment]
     bfloat16 = {"dtype": "bfloat16"}
     config = {"method": {**settings, "neighbours": None}, "backbone": bfloat16}
@@ -346,4 +340,4 @@ def test_a_model_in_bfloat16(name: str, run: Any) -> None:
 
 def test_the_suite_sees_every_method() -> None:
     assert {"original", "realera", "uce"} <= set(METHODS)
-    assert {"original", "sld"} <= set(STILL) and not {"uce", "rece"} & set(DRAWN)
+    assert {"original", "sld"} <= set(NO_WEIGHTS) and not {"uce", "rece"} & set(RANDOM)

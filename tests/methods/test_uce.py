@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from official_model import OFFICIAL
 from options import built
 from realera.contracts import Concept, Pair, Sampler, TextStates, UserError
 from realera.methods import priors
 from realera.methods.uce import UnifiedConceptEdit
 
-GOLDENS = os.environ.get("REALERA_GOLDENS")
 
-
-@pytest.mark.skipif(not GOLDENS, reason="REALERA_GOLDENS names no folder of reference results")
-def test_it_equals_the_official_code(load_method: Callable[..., Any]) -> None:
+def test_the_edit_equals_the_official_code(load_method: Callable[..., Any], official_sd: Path) -> None:
     """uce_airplane_sky: official code at commit 28c81ed in float32, the bare words "airplane" and "sky"."""
     from realera.backbones.unet import UNetBackbone
 
-    folder = Path(str(GOLDENS))
-    backbone = UNetBackbone(name="mini", pretrained=folder / "tinysd", sampler=Sampler("ddim", 2, 7.5, 32, 32))
+    backbone = UNetBackbone(name="mini", pretrained=official_sd, sampler=Sampler("ddim", 2, 7.5, 32, 32))
     method = load_method("uce", "edit.rows=last")
     backbone.apply(method.edit(backbone, [named("airplane", "sky")], []))
-    reference = load_file(folder / "uce_airplane_sky.safetensors")
+    reference = load_file(OFFICIAL / "uce_airplane_sky.safetensors")
     edited = {f"{name}.weight": layer.weight for name, layer in backbone.text_projections().items()}
     assert reference.keys() == edited.keys()
     for name, weight in reference.items():
@@ -59,12 +55,12 @@ def check(
     assert solution is not None
     for layer in backbone.text_projections().values():
         wanted = slow_edit(layer.weight, terms, edit.ridge)
-        # Rows of a text are the same but for rounding (1e-6) whatever it is encoded together with.
+        # The rows of a text do not depend on its batch, except for rounding (1e-6).
         assert torch.allclose(layer.weight.double() @ solution, wanted, atol=3e-6)
 
 
 def test_last_row_rule(new_backbone: Any) -> None:
-    """One row a name, that of its last sub-token, also for names of several; preserved names weigh 1."""
+    """One row per name, that of its last sub-token, also for names of several; preserved names have weight 1."""
     backbone = new_backbone()
     edit = UnifiedConceptEdit(preserve=["bird", "tom cruise"], erase_scale=2.0)
     read = backbone.encode(["mona lisa", "person", "cat", "dog", "bird", "tom cruise"])
@@ -76,7 +72,7 @@ def test_last_row_rule(new_backbone: Any) -> None:
 
 @pytest.mark.parametrize(("target", "anchor"), [("tom cruise", "person"), ("cat", "mona lisa"), ("cat", "sky")])
 def test_suffix_rule_of_2023(target: str, anchor: str, new_backbone: Any) -> None:
-    """From the last sub-token on, shifted and cut; all rows of what is preserved; scale max(0.1, 1 / number)."""
+    """From the last sub-token on, shifted and cut; all rows of preserved names; scale max(0.1, 1 / number)."""
     backbone = new_backbone()
     read = backbone.encode([target, anchor, "", "bird"])
     c, a = int(read.length[0]) - 1, int(read.length[1]) - 1
@@ -88,7 +84,7 @@ def test_suffix_rule_of_2023(target: str, anchor: str, new_backbone: Any) -> Non
 
 
 def test_a_name_in_further_texts(new_backbone: Any) -> None:
-    """The official expand_prompts: each text of the name to the same text of its guide, and still one name."""
+    """The official expand_prompts: each text of the name is mapped to that of its guide; it counts as one name."""
     backbone = new_backbone()
     templates = ["{}", "painting by {}", "style of {}"]
     read = backbone.encode([t.replace("{}", name) for name in ("mona lisa", "art") for t in templates])
@@ -112,7 +108,7 @@ def test_the_artists_of_the_official_code_are_kept(
     assert kept.map is not None and torch.equal(kept.map, same.map)
 
 
-def test_captions_that_are_kept(new_backbone: Callable[..., Any], tmp_path: Path) -> None:
+def test_preserved_captions(new_backbone: Callable[..., Any], tmp_path: Path) -> None:
     from realera.methods.priors import accumulate
 
     backbone = new_backbone()

@@ -1,4 +1,4 @@
-"""VALERA on a small backbone: the promises of its algebra, kept by the weights."""
+"""VALERA on a small backbone: the weights have the properties that its algebra promises."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def suffix_mean(states: Any) -> Tensor:
     return torch.cat(rows).mean(dim=0)
 
 
-def test_values_alone_are_changed_and_read_the_concept_as_its_anchor(new_backbone: Any, new_pairs: Any) -> None:
+def test_only_values_change_and_read_the_concept_as_its_anchor(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
     before = {name: layer.weight.clone() for name, layer in backbone.text_projections().items()}
     pairs = new_pairs(backbone, CAT, DOG)
@@ -49,8 +49,8 @@ def test_values_alone_are_changed_and_read_the_concept_as_its_anchor(new_backbon
                 assert torch.allclose(old, new, atol=1e-5), "the concept's mean row is read as its anchor's"
 
 
-def test_what_guides_every_image_is_held(new_backbone: Any, new_pairs: Any) -> None:
-    """The begin row and the empty prompt's mean row; and names that are kept."""
+def test_the_begin_row_and_the_empty_prompt_are_preserved(new_backbone: Any, new_pairs: Any) -> None:
+    """The begin row, the empty prompt's mean row, and preserved names."""
     backbone = new_backbone()
     edit = ValueSpaceErasure(keep=["a bird", "a tree"])(backbone, new_pairs(backbone, CAT), [])
     empty = backbone.encode([""]).states[0].double()
@@ -67,7 +67,7 @@ def test_what_guides_every_image_is_held(new_backbone: Any, new_pairs: Any) -> N
     assert torch.allclose(nearly, edit.map, atol=1e-5), "a high price is exactly"
 
 
-def test_one_concept_and_several_together_have_defaults_of_their_own(new_backbone: Any, new_pairs: Any) -> None:
+def test_one_concept_and_several_have_different_defaults(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
     for concepts, price, gain in (([CAT], 10.0, 1.2), ([CAT, DOG], 1.0, 1.05)):
         pairs = new_pairs(backbone, *concepts)
@@ -77,7 +77,7 @@ def test_one_concept_and_several_together_have_defaults_of_their_own(new_backbon
         assert not torch.allclose(plain.map, ValueSpaceErasure(price=3)(backbone, pairs, []).map, atol=1e-6)
 
 
-def test_further_directions_are_gone_and_what_is_held_stays(new_backbone: Any, new_pairs: Any) -> None:
+def test_further_directions_are_erased_and_preserved_rows_are_unchanged(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT, DOG)
     edits = [ValueSpaceErasure(directions=n, gain=1)(backbone, pairs, []) for n in (1, 2, 3)]
@@ -101,9 +101,7 @@ def test_further_directions_are_gone_and_what_is_held_stays(new_backbone: Any, n
         ValueSpaceErasure(directions=900)(backbone, pairs, [])
 
 
-def test_the_map_s_file_says_for_which_weights_it_is(
-    new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
-) -> None:
+def test_the_saved_map_names_its_weights(new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path) -> None:
     from realera.training.fit import fit
 
     for projections, said in (("values", [VALUES]), ("both", [KEYS, VALUES])):
@@ -143,7 +141,7 @@ def test_captions_come_from_a_file_or_from_the_cache(
     assert torch.allclose(first.gram, whole - (first.count // 76) * torch.outer(begin, begin), atol=1e-3)
 
 
-def test_a_sum_of_an_earlier_version_is_named(new_backbone: Any, tmp_path: Path) -> None:
+def test_a_sum_of_an_earlier_version_is_refused(new_backbone: Any, tmp_path: Path) -> None:
     from realera.files import checksums
 
     backbone = new_backbone()
@@ -157,7 +155,7 @@ def test_a_sum_of_an_earlier_version_is_named(new_backbone: Any, tmp_path: Path)
         priors.caption_rows(backbone, tmp_path / "old.safetensors", tmp_path)
 
 
-def test_readings_of_the_text_states_alone_know_no_weights(new_backbone: Any, new_pairs: Any) -> None:
+def test_readings_of_plain_text_states_use_no_weights(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT)
     first, values = (ValueSpaceErasure(read=read)(backbone, pairs, []).map for read in ("text", "values"))
@@ -176,7 +174,7 @@ def test_scaled_weights_get_the_same_map(new_backbone: Any, new_pairs: Any) -> N
     assert torch.allclose(ValueSpaceErasure()(backbone, pairs, []).map, first, atol=1e-9)
 
 
-def test_the_task_s_names_are_filled_in_before_the_method_is_built() -> None:
+def test_the_tasks_names_are_filled_in_before_the_method_is_built() -> None:
     with pytest.raises(UserError, match=r"method\.edit\.keep=task"):
         built(ValueSpaceErasure, keep="task")
 

@@ -1,4 +1,4 @@
-"""Whitening folds into the autoencoder without changing what it draws."""
+"""Whitening is folded into the autoencoder without changing its images."""
 
 from __future__ import annotations
 

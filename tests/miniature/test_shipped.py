@@ -1,4 +1,4 @@
-"""The weights that ship with the package: whole, loadable by diffusers, and as good as the card says."""
+"""The weights that ship with the package are complete, load in diffusers, and are as good as the card says."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def measured() -> dict:
     return json.loads((MINIATURE / "check.json").read_text(encoding="utf-8"))
 
 
-def test_the_card_states_every_measure(measured):
+def test_the_card_has_every_number(measured):
     card = (MINIATURE / "README.md").read_text(encoding="utf-8")
     for name, value in flatten(measured).items():
         assert f"| {name} | {value} |" in card
@@ -27,14 +27,14 @@ def test_the_card_states_every_measure(measured):
         assert credit in card
 
 
-def test_the_bars_are_met_as_measured(measured):
+def test_the_thresholds_are_met(measured):
     assert measured["images"] >= 200
     missed = [name for name, value in flatten(measured).items() if verdict(name, value) == "MISSED"]
     assert not missed
     assert set(BARS) <= set(flatten(measured)) and FLOOR == 60
 
 
-def test_it_stays_small():
+def test_the_size_of_the_weights():
     size = sum(file.stat().st_size for file in MINIATURE.rglob("*") if file.is_file())
     assert size < 40e6
 
@@ -44,7 +44,7 @@ def test_the_yaml_states_the_row_norm_that_was_measured(measured):
     assert stated == pytest.approx(measured["row_norm"], rel=0.02)
 
 
-def test_it_draws_what_it_is_asked_for():
+def test_images_show_their_prompt():
     prompts = [
         Prompt(f"{name}-{seed}", f"a photo of the {name}", name, "keep", seed)
         for name in ("airplane", "cat", "ship", "frog")
@@ -55,7 +55,7 @@ def test_it_draws_what_it_is_asked_for():
     assert np.mean(right) >= 0.85
 
 
-def test_diffusers_own_pipeline_draws_the_same_picture():
+def test_the_diffusers_pipeline_generates_the_same_image():
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     from realera.backbones.unet import UNetBackbone
@@ -87,8 +87,8 @@ def test_every_group_of_the_check_has_enough_images_and_its_own_prompts():
         assert len({(p.text, p.seed) for p in prompts}) == len(prompts)
 
 
-def test_its_encoder_was_trained_as_well():
-    """What is encoded again decodes to nearly the same picture, within the card's own bar of 27 dB."""
+def test_the_image_encoder_is_trained_too():
+    """Encoding and decoding an image gives nearly the same image, within the card's threshold of 27 dB."""
     from realera.backbones.unet import UNetBackbone
 
     backbone = UNetBackbone(name="mini", pretrained=None, sampler=Sampler("dpm++", 10, 5.0, 32, 32))

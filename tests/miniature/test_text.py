@@ -1,4 +1,4 @@
-"""The tokenizer is CLIP's, the corpus keeps its promises, the student starts near its teacher and is saved whole."""
+"""The tokenizer equals CLIP's, the corpus has no unseen words, the student starts close to its teacher."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def slow_bpe(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
 
 
-def test_tokenizer_is_clips_where_clips_tokens_are_within_it(tokenizer: CLIPTokenizer) -> None:
+def test_tokenizer_equals_clip_s_within_its_vocabulary(tokenizer: CLIPTokenizer) -> None:
     lines = gzip.decompress(workshop.merges_file().read_bytes()).decode().splitlines()[1 : 49152 - 256 - 2 + 1]
     ranks = {tuple(line.split()): rank for rank, line in enumerate(lines)}
     words = sorted({word for sentence in own_texts()[::9] for word in re.findall("[a-z]+", sentence.lower())})
@@ -112,7 +112,7 @@ def test_prompts_are_padded_and_cut_as_sd_does(tokenizer: CLIPTokenizer) -> None
     assert len(long) == LENGTH and long[-1] == end and end not in long[:-1]
 
 
-def test_both_layouts_on_disk_read_alike(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+def test_both_file_layouts_give_the_same_tokenizer(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
     workshop.build_tokenizer(tmp_path, merges=MERGES)
     fast = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     sentence = "Salvador Dalí's melting clocks, 1931"
@@ -132,7 +132,7 @@ def test_token_strings_read_as_words(tokenizer: CLIPTokenizer) -> None:
 # --- the texts -------------------------------------------------------------------------------------------------------
 
 
-def test_no_own_text_holds_an_unseen_word() -> None:
+def test_no_caption_of_ours_has_an_unseen_word() -> None:
     banned: list[str] = []
     for path in FILES:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -182,7 +182,7 @@ def test_held_out_lemmas_are_not_trained_on() -> None:
     assert not trained & {texts[index].text.lower() for index in held}
 
 
-def test_draw_keeps_the_shares_and_the_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_keeps_the_shares_and_skips_held_out_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workshop, "SHARE", {"own": 0.75, "gloss": 0.25})
     texts = [Text("a", "own")] * 10 + [Text("b", "gloss")] * 30
     weights = workshop.cumulative(texts, held=[0, 39])
@@ -199,7 +199,7 @@ def test_draw_keeps_the_shares_and_the_held_out(monkeypatch: pytest.MonkeyPatch)
 # --- the student -----------------------------------------------------------------------------------------------------
 
 
-def test_distance_is_its_formula() -> None:
+def test_distance_equals_its_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     states, pointed, target = (torch.randn(5, width, generator=generator) for width in (8, 6, 6))
     target = F.normalize(target, dim=-1)
@@ -216,7 +216,7 @@ def test_distance_is_its_formula() -> None:
     assert distance(target, target, target).item() == pytest.approx(0, abs=1e-5)
 
 
-def test_an_untrained_student_points_at_its_teacher(tokenizer: CLIPTokenizer) -> None:
+def test_an_untrained_student_resembles_its_teacher(tokenizer: CLIPTokenizer) -> None:
     strings = workshop.token_strings(tokenizer)
     basis = np.random.default_rng(0).normal(size=(200, 384)) / 384**0.5  # a teacher of 200 dimensions
     coordinates = np.random.default_rng(1).normal(size=(len(strings), 200))
@@ -230,7 +230,7 @@ def test_an_untrained_student_points_at_its_teacher(tokenizer: CLIPTokenizer) ->
     assert cosines.argmax(1).tolist() == [0, 1, 2, 3]
 
 
-def test_what_follows_the_end_is_not_looked_at(tokenizer: CLIPTokenizer) -> None:
+def test_tokens_after_the_end_have_no_effect(tokenizer: CLIPTokenizer) -> None:
     student = new_student(tokenizer, fake_teacher(workshop.token_strings(tokenizer)), seed=0)
     ids = workshop.encode(tokenizer, ["the cat", "a photo of the cat in a room"])
     batch, last = padded(ids, tokenizer.eos_token_id)
@@ -238,7 +238,7 @@ def test_what_follows_the_end_is_not_looked_at(tokenizer: CLIPTokenizer) -> None
     assert torch.allclose(student.end_states(batch, last)[:1], alone, atol=1e-5)
 
 
-def test_saved_model_loads_whole_in_float32(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+def test_a_saved_model_loads_in_float32(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
     student = new_student(tokenizer, fake_teacher(workshop.token_strings(tokenizer)), seed=0)
     for _ in range(2):  # the second time over the first
         save_model(student.model, tmp_path / "text_encoder")
@@ -262,7 +262,7 @@ def test_nearest_class_names_the_nearest() -> None:
     assert [row["cosine"] for row in rows] == pytest.approx([0.8944, 0.3162, 1.0], abs=1e-4)
 
 
-# --- all of it -------------------------------------------------------------------------------------------------------
+# --- the whole training ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -293,6 +293,6 @@ def test_smoke_training_writes_everything(wordnet: Path, tmp_path: Path, monkeyp
     assert (
         CLIPTextModel.from_pretrained(tmp_path / "out" / "text_encoder", dtype=torch.float32).config.vocab_size == 1514
     )
-    # What was made is not made again, and the finished training is not gone through again.
+    # Existing files are not made again, and a finished training is not repeated.
     monkeypatch.setattr(workshop, "corpus", None)
     assert workshop.train(tmp_path / "work", tmp_path / "out", wordnet, smoke=True, log=lines.append) == report

@@ -1,4 +1,4 @@
-"""The trainers' loop: what it promises to a run that is stopped."""
+"""The training loop of the miniature: a stopped run resumes with the same result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(tmp_path, steps: int, stop_at: int | None = None) -> dict[str, torch.Ten
     return training_tools.fit(net, loss, kept, steps, 1e-2, 7, lambda text: None, warmup=3, save_every=0.0).state_dict()
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
+def test_a_stopped_run_resumes_with_the_same_result(tmp_path):
     whole = run(tmp_path / "whole", 20)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", 20, stop_at=11)
@@ -47,7 +47,7 @@ def test_the_rate_warms_up_and_falls_to_its_floor():
     assert rates[-1] == pytest.approx(0.02, abs=2e-3)
 
 
-def test_fast_norms_change_no_value_and_no_name():
+def test_fast_norms_keep_values_and_names():
     net, x = new_net(), torch.randn(3, 4)
     before, names = net(x), list(net.state_dict())
     training_tools.fast_norms(net)
@@ -62,7 +62,7 @@ def test_pictures_become_tensors_in_minus_one_to_one():
     np.testing.assert_allclose(training_tools.to_tensor(pictures).flatten(), [-1, -0.0039, 1], atol=1e-3)
 
 
-def test_a_report_keeps_what_it_held(tmp_path):
+def test_a_report_keeps_earlier_values(tmp_path):
     training_tools.record(tmp_path / "r.json", a=1)
     training_tools.record(tmp_path / "r.json", b=2)
     assert json.loads((tmp_path / "r.json").read_text()) == {"a": 1, "b": 2}

@@ -1,4 +1,4 @@
-"""The world's words and pictures, drawn with stand-in sprites: no emoji art is needed."""
+"""Captions and pictures of the miniature's world, drawn with placeholder sprites, so no emoji art is needed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def world() -> World:
     return World(described, sprites)
 
 
-def test_every_artist_has_a_filter_and_every_scene_a_painter(world):
+def test_every_artist_has_a_filter_and_every_scene_a_function(world):
     assert {entry["filter"] for entry in world.world["artists"].values()} == set(FILTERS)
     assert set(world.world["scenes"]) == set(SCENES)
     for entry in world.world["objects"].values():
         assert set(entry["scenes"]) <= set(SCENES)
 
 
-def test_the_world_is_as_large_as_promised(world):
+def test_the_size_of_the_world(world):
     labels = world.labels
     assert len(labels["object"]) == 10
     assert len(labels["celebrity"]) >= 20 and len(labels["style"]) >= 15 and len(labels["everyday"]) >= 25
@@ -40,7 +40,7 @@ def test_the_world_is_as_large_as_promised(world):
     assert len(flat) == len(set(flat)), "a label stands for one thing only"
 
 
-def test_captions_weigh_one_and_never_hold_an_unseen_word(world):
+def test_caption_weights_sum_to_one_and_no_caption_has_an_unseen_word(world):
     rng = np.random.default_rng(1)
     unseen = []
     for kind in ("objects", "celebrities", "artists", "unsafe"):
@@ -58,7 +58,7 @@ def test_captions_weigh_one_and_never_hold_an_unseen_word(world):
         assert not any(f" {word.lower()} " in text for text in padded), word
 
 
-def test_all_captions_holds_whatever_can_be_drawn(world):
+def test_all_captions_contains_every_drawn_caption(world):
     everything, rng = set(world.all_captions()), np.random.default_rng(2)
     for _ in range(300):
         subject = world.draw_subject(rng)
@@ -96,7 +96,7 @@ def test_held_out_poses_are_never_training_poses():
         assert not 0.78 < held.scale < 0.95
 
 
-def test_articles_follow_the_word():
+def test_articles_fit_the_word():
     assert fill("a photo of a {}", "airplane") == "a photo of an airplane"
     assert fill("a {}", "umbrella") == "an umbrella"
     assert fill("a photo of the {}", "airplane") == "a photo of the airplane"

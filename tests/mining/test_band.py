@@ -42,13 +42,13 @@ def test_isotropic_moves_turn_less():
 
 @pytest.mark.parametrize("direction", ["backward", "isotropic"])
 @pytest.mark.parametrize(("rho", "width"), [(27.7, 768), (16.0, 256), (3.0, 2)])
-def test_the_two_are_inverse(direction, rho, width):
+def test_cosine_and_distance_are_inverse(direction, rho, width):
     for radius in (0.01, 0.3 * rho, rho, 3 * rho):
         cosine = cosine_of_radius(radius, rho, width, direction)
         assert radius_of_cosine(cosine, rho, width, direction) == pytest.approx(radius)
 
 
-def test_what_no_distance_reaches_is_infinite():
+def test_an_unreachable_cosine_has_infinite_distance():
     assert cosine_of_radius(math.inf, RHO, WIDTH) == pytest.approx(-0.707, abs=1e-3)
     assert radius_of_cosine(-0.71, RHO, WIDTH) == math.inf
     assert radius_of_cosine(0.0, RHO, WIDTH, "isotropic") == math.inf
@@ -86,13 +86,13 @@ def test_flat_distances_grow_with_the_root_of_the_rows():
         ({"d1": 20, "d2": 20}, r"d2=20 must be greater than d1=20"),
         ({"d1": 50}, r"d2=39\.\d* must be greater than d1=50"),
         ({"d1": 20, "d2": 40, "s_lo": -0.9}, r"none below s_lo=-0.9.*beyond the concept: raise s_lo"),
-        ({"direction": "isotropic"}, r"isotropic never turns a row by 90 degrees.*type d2"),
+        ({"direction": "isotropic"}, r"isotropic never turns a row by 90 degrees.*set d2"),
         ({"direction": "forward"}, r"direction='forward' is not known: choose one of backward, isotropic"),
         ({"rows": "last"}, r"rows='last' is not known: choose one of suffix, concept"),
         ({"unit": "flat", "noise_sharing": "shared"}, r"no noise to share"),
     ],
 )
-def test_what_cannot_be_mined_is_refused(settings, says):
+def test_impossible_bands_are_refused(settings, says):
     with pytest.raises(UserError, match=says) as refusal:
         check(Band(**settings), RHO, WIDTH)
     assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
@@ -105,11 +105,11 @@ def test_what_cannot_be_mined_is_refused(settings, says):
         ({"m": 2.5}, {}, r"m=2.5 is not a number of points"),
         ({"m": float("nan")}, {}, r"m=nan is not"),
         ({"n": -1}, {}, r"n=-1 is not a number of points"),
-        ({"m": math.inf}, {"anchor_dir": "own"}, r"m=.inf is worked out for .*anchor_dir=shared"),
-        ({"n": math.inf}, {"literal_break": True}, r"literal_break stops at one draw"),
+        ({"m": math.inf}, {"anchor_dir": "own"}, r"m=.inf works only for .*anchor_dir=shared"),
+        ({"n": math.inf}, {"literal_break": True}, r"literal_break stops after one draw"),
     ],
 )
-def test_counts_that_mean_nothing_are_refused(counts, settings, says):
+def test_invalid_counts_are_refused(counts, settings, says):
     with pytest.raises(UserError, match=says):
         check(Band(**settings), RHO, WIDTH, **counts)
 
@@ -128,7 +128,7 @@ def test_counts_that_mean_nothing_are_refused(counts, settings, says):
         {"literal_break": True, "filter": "zero", "anchor_dir": "own"},
     ],
 )
-def test_what_can_be_mined_passes(settings):
+def test_possible_bands_pass(settings):
     check(Band(**settings), RHO, WIDTH, rows=72, m=5, n=25)
 
 

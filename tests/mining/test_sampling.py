@@ -40,7 +40,7 @@ def prompts() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def numbered(first: list[int], last: list[int], length: list[int], rows: int = 10) -> TextStates:
-    """States whose row i holds the number i."""
+    """States whose row i contains the number i."""
     count = torch.arange(rows, dtype=torch.float32)[None, :, None].expand(len(first), rows, 2)
     return TextStates(count, torch.tensor(first), torch.tensor(last), torch.tensor(length))
 
@@ -55,7 +55,7 @@ ALIGNED = [
 
 
 @pytest.mark.parametrize(("target", "anchor", "partners"), ALIGNED)
-def test_last_sub_tokens_meet(target, anchor, partners):
+def test_last_sub_tokens_are_paired(target, anchor, partners):
     pair = Pair(
         Concept("c", "a"),
         numbered([target[0]], [target[1]], [target[1] + 2]),
@@ -77,7 +77,7 @@ def test_last_sub_tokens_meet(target, anchor, partners):
         ("all", range(10)),
     ],
 )
-def test_rows_that_count(rows, counted):
+def test_counted_rows(rows, counted):
     pair = Pair(Concept("c", "a"), numbered([3], [4], [6]), numbered([3], [4], [6]))
     e, e_star, mask = align_rows(pair, rows)
     assert mask[0].nonzero()[:, 0].tolist() == list(counted)
@@ -94,7 +94,7 @@ def test_prompts_are_aligned_one_by_one():
 
 def test_a_prompt_without_the_concept_is_refused():
     pair = Pair(Concept("cat", "dog"), numbered([3, -1], [3, -1], [5, 9]), numbered([3, 3], [3, 3], [5, 5]))
-    with pytest.raises(UserError, match="'cat' whole"):
+    with pytest.raises(UserError, match="all of 'cat'"):
         align_rows(pair, "suffix")
 
 
@@ -104,7 +104,7 @@ def test_a_prompt_without_the_concept_is_refused():
 @pytest.mark.parametrize("sharing", ["independent", "shared"])
 @pytest.mark.parametrize("direction", ["backward", "isotropic"])
 @pytest.mark.parametrize(("s_hi", "s_lo"), [(1.0, 0.7), (0.9, 0.6)])
-def test_near_points_lie_in_the_band(prompts, direction, sharing, s_hi, s_lo):
+def test_near_points_are_in_the_band(prompts, direction, sharing, s_hi, s_lo):
     e, e_star, mask = prompts
     band = fit_band(Band(s_hi=s_hi, s_lo=s_lo, direction=direction, noise_sharing=sharing), e, mask)
     near, targets, rows = mine_near(e, e_star, mask, band, 20, seeded())
@@ -124,7 +124,7 @@ def test_near_points_lie_in_the_band(prompts, direction, sharing, s_hi, s_lo):
     )
 
 
-def test_beyond_points_lie_beyond(prompts):
+def test_beyond_points_are_outside_the_band(prompts):
     e, _, mask = prompts
     band = fit_band(Band(), e, mask)
     beyond, rows = mine_beyond(e, mask, band, 30, seeded())
@@ -137,14 +137,14 @@ def test_beyond_points_lie_beyond(prompts):
     assert band.d1 * 0.9999 <= distance.min() and distance.max() < band.d2 * 1.0001
 
 
-def test_points_move_backwards_to_noise(prompts):
+def test_points_move_towards_noise(prompts):
     """Equation 5: e + eta = (1 - alpha) e + alpha v, alpha = r/||v - e||, so v can be read back from a point."""
     e, e_star, mask = prompts
     near, _, rows = mine_near(e, e_star, mask, Band(), 200, seeded())
     key = e.repeat_interleave(200, 0)[rows].double()
     step = near[rows].double() - key
     v_hat = step / step.norm(dim=-1, keepdim=True)
-    # ||v - e|| is about sqrt(rho^2 + d), and v what is left when e is taken out of it
+    # ||v - e|| is about sqrt(rho^2 + d), and v is the point minus the share of e
     v = key + v_hat * torch.sqrt(key.norm(dim=-1) ** 2 + WIDTH)[:, None]
     assert abs(float(v.mean())) < 0.01 and float(v.var()) == pytest.approx(1, abs=0.02)
     assert float(cosines(v, key).mean()) == pytest.approx(0, abs=0.01)
@@ -159,13 +159,13 @@ def test_rank_of_the_noise(sharing, rank):
     assert int(torch.linalg.matrix_rank(across, rtol=1e-4)) == rank
 
 
-def test_a_strict_anchor_stays(prompts):
+def test_targets_equal_the_anchor_at_distance_0(prompts):
     e, e_star, mask = prompts
     _, targets, _ = mine_near(e, e_star, mask, Band(d1_anchor=0), 3, seeded())
     assert torch.equal(targets, e_star.repeat_interleave(3, 0))
 
 
-def test_own_direction_is_taken_at_the_anchor(prompts):
+def test_own_direction_is_computed_at_the_anchor(prompts):
     e, e_star, mask = prompts
     _, targets, rows = mine_near(e, e_star, mask, Band(anchor_dir="own"), 50, seeded())
     anchor = e_star.repeat_interleave(50, 0)[rows]
@@ -175,7 +175,7 @@ def test_own_direction_is_taken_at_the_anchor(prompts):
     assert abs(float(cosines(shared[rows] - anchor, anchor).mean())) < 0.1
 
 
-def test_zeroing_leaves_what_rejection_would_redraw(prompts):
+def test_zero_filter_resets_points_that_rejection_redraws(prompts):
     e, e_star, mask = prompts
     band = Band(s_hi=0.9, s_lo=0.6, filter="zero")
     near, targets, rows = mine_near(e, e_star, mask, band, 100, seeded())
@@ -224,7 +224,7 @@ def test_no_beyond_points(prompts):
     assert beyond.shape == (0, 7, WIDTH) and rows.shape == (0, 7)
 
 
-def test_the_seed_decides(prompts):
+def test_the_seed_determines_the_points(prompts):
     e, e_star, mask = prompts
     one, two, other = (mine_near(e, e_star, mask, Band(), 2, seeded(s))[0] for s in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, other)
@@ -286,7 +286,7 @@ BANDS = [
 @pytest.mark.parametrize(
     "band", BANDS, ids=lambda band: ",".join(f"{k}={v}" for k, v in vars(band).items() if v != vars(Band())[k])
 )
-def test_expectation_is_what_samples_tend_to(band):
+def test_samples_converge_to_the_expectation(band):
     e, e_star = states(1, 3, 10), states(1, 3, 10, seed=1)
     mask = torch.tensor([[False, True, True]])
     moments = expected_moments(e, e_star, mask, band, m_weight=1.0, n_weight=1.0)
@@ -299,7 +299,7 @@ def test_expectation_is_what_samples_tend_to(band):
 
 
 def test_expectation_at_a_text_encoders_width():
-    """256 dimensions, seen along e, e*, and a direction across both, and as a whole (the trace)."""
+    """256 dimensions, tested along e, e*, a direction orthogonal to both, and by the trace."""
     e, e_star, mask = states(1, 1, WIDTH), states(1, 1, WIDTH, seed=1), torch.ones(1, 1, dtype=torch.bool)
     moments = expected_moments(e, e_star, mask, Band(), m_weight=1.0, n_weight=1.0)
     near, targets, _ = mine_near(e, e_star, mask, Band(), SAMPLES, seeded(2))
@@ -364,11 +364,11 @@ def test_quadrature_agrees_with_a_fine_grid(direction, cos_min, cos_max):
     torch.testing.assert_close(torch.cat(found), expected, rtol=1e-3, atol=1e-3)
 
 
-# --- what mining is for ----------------------------------------------------------------------------------------------
+# --- the purpose of points beyond ------------------------------------------------------------------------------------
 
 
 def test_only_independent_noise_needs_points_beyond_the_concept():
-    """RealEra's ablation: mining alone changes unrelated states, points beyond the concept give them back."""
+    """RealEra's ablation: near points alone change unrelated states, points beyond the concept restore them."""
     width, rows = 96, 10
     mask = torch.ones(1, rows, dtype=torch.bool)
     common = torch.randn(2, 1, width, generator=seeded(0))

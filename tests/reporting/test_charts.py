@@ -40,7 +40,7 @@ def _points(text: str) -> list[tuple[float, float]]:
     return [tuple(map(float, p.split(","))) for p in text.split()]  # type: ignore[misc]
 
 
-def test_a_curve_for_each_term_also_where_a_term_skips_steps() -> None:
+def test_each_term_has_a_curve_even_if_it_skips_steps() -> None:
     rows = [{"step": s, "near": 10.0 - s, **({"beyond": 1.0} if s % 2 else {})} for s in range(11)]
     near, beyond = charts.curves(rows)
     assert (near.title, beyond.title) == ("near", "beyond")
@@ -63,13 +63,13 @@ def test_long_curves_are_thinned_and_keep_their_ends() -> None:
     assert len(drawn) < 300 and drawn[0][0] == 0 and drawn[-1][0] == 100
 
 
-def test_what_is_no_number_is_not_drawn() -> None:
+def test_values_that_are_not_finite_numbers_are_not_drawn() -> None:
     rows = [{"step": 1, "a": math.nan, "b": 1.0}, {"step": 2, "a": math.inf, "b": 2.0}, {"step": 3, "a": "x", "b": 3.0}]
     assert [c.title for c in charts.curves(rows)] == ["b"]
     assert charts.curves([]) == [] and charts.curves([{"step": 1, "a": 1.0}]) == []
 
 
-def test_layers_stand_in_order_grouped_by_block() -> None:
+def test_layers_are_in_order_and_grouped_by_block() -> None:
     layers = {
         f"{block}.attentions.0.transformer_blocks.0.attn2.{kind}": value
         for block, value in (("down_blocks.1", 0.1), ("mid_block", 0.2), ("up_blocks.0", 0.4))
@@ -90,14 +90,14 @@ def test_layers_of_another_model_or_unchanged_ones_are_drawn_too() -> None:
     assert "second: ?" in drawn.bars[1].title
 
 
-def test_the_spectrum_counts_what_stays() -> None:
+def test_the_spectrum_counts_unchanged_directions() -> None:
     drawn = charts.spectrum([0.5, 1.0, 1.005, 2.0])
     assert drawn.near_unchanged == 2
     assert drawn.points[0] == (0, 0) and drawn.points[-1] == (100, 75)
     assert drawn.unchanged == 50
 
 
-def test_words_are_grouped_and_share_an_axis() -> None:
+def test_shifts_are_grouped_and_share_an_axis() -> None:
     probes = [{"text": t, "split": s, "shift": v} for t, s, v in (("a", "erase", 1.0), ("b", "keep", 0.04))]
     drawn = charts.shifts(probes)
     assert list(drawn.groups) == ["erase", "keep"] and not drawn.cosines
@@ -105,7 +105,7 @@ def test_words_are_grouped_and_share_an_axis() -> None:
     assert drawn.groups["keep"][0].label == "4%"
 
 
-def test_words_with_cosines_show_where_they_went() -> None:
+def test_shifts_with_cosines_are_shown_on_the_cosine_axis() -> None:
     probe = {"text": "a", "split": "erase", "shift": 0.5, "to_anchor_before": 0.25, "to_anchor_after": 1.0}
     drawn = charts.shifts([probe])
     word = drawn.groups["erase"][0]

@@ -1,4 +1,4 @@
-"""Costs as people read them: in tables, on pages, in the terminal."""
+"""Costs in tables, on pages and in the terminal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def record(seconds: float = 1.25, passes: int = 1000, **more: Any) -> dict[str, 
     }
 
 
-def test_a_mean_is_over_the_runs_that_say_what_they_cost() -> None:
+def test_a_mean_is_over_the_runs_with_known_costs() -> None:
     found = cost_words.mean([record(1.0, 1000), record(3.0, 2000), {}])
     assert found["seconds"] == 12.0 and found["passes"] == 1740 and found["runs"] == 2
     assert found["trained_parameters"] == 3712 and found["memory_mb"] == 811.7
@@ -46,7 +46,7 @@ def test_a_mean_is_over_the_runs_that_say_what_they_cost() -> None:
     assert cost_words.mean([{}, {"form": 1}]) == {}
 
 
-def test_numbers_are_short_and_what_is_not_known_is_said() -> None:
+def test_numbers_are_short_and_unknown_costs_are_marked() -> None:
     found = cost_words.mean([record()])
     assert [cost_words.text(found, name) for name in cost_words.COLUMNS] == ["11", "1,240", "40", "3,712", "812"]
     assert (
@@ -59,8 +59,8 @@ def test_numbers_are_short_and_what_is_not_known_is_said() -> None:
 
 def test_a_line_for_the_terminal() -> None:
     text = cost_words.sentence(record())
-    assert text.startswith("11 s to erase, 1,240 passes of the U-Net to erase, 40 passes per image, 3,712 parameters")
-    assert text.endswith("812 MB at most while erasing (cpu, 1 thread)")
+    assert text.startswith("11 s to erase, 1,240 U-Net passes to erase, 40 U-Net passes per image, 3,712 trained")
+    assert text.endswith("812 MB peak memory while erasing (cpu, 1 thread)")
     assert cost_words.sentence({}) == "" and cost_words.stages({}) == []
 
 
@@ -82,13 +82,13 @@ def runs(tmp_path: Path) -> list[Path]:
     return folders
 
 
-def test_tables_have_a_second_one_of_costs(runs: list[Path], tmp_path: Path) -> None:
+def test_tables_are_followed_by_a_table_of_costs(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"{MARKS[0]}\n{MARKS[1]}\n")
     results = json.loads(write_results(runs, tmp_path).read_text())
     rows = {row["system"]: row for row in results["rows"]}
     assert rows["realera"]["cost"]["passes"] == 1240 and rows["realera"]["cost"]["edited_parameters"] == 98304
     assert "cost" not in rows["old"]
-    first, _, second = (tmp_path / "README.md").read_text().partition("Cost, the mean over runs on cpu, 1 thread;")
+    first, _, second = (tmp_path / "README.md").read_text().partition("Cost: mean over runs on cpu, 1 thread.")
     assert "Acc_e" in first and "passes" not in first
     lines = second.splitlines()
     heads = "seconds to erase | passes to erase | passes per image | trained parameters | peak memory, MB"
@@ -101,23 +101,23 @@ def test_tables_have_a_second_one_of_costs(runs: list[Path], tmp_path: Path) -> 
     assert "Cost" not in markdown({**results, "rows": [rows["old"]]})
 
 
-def test_pages_say_what_a_run_cost(runs: list[Path], tmp_path: Path) -> None:
+def test_pages_show_the_cost_of_a_run(runs: list[Path], tmp_path: Path) -> None:
     page = write_report(runs[0]).read_text(encoding="utf-8")
     section = page.partition("<h2>Cost</h2>")[2].partition("</section>")[0]
-    assert "on cpu, 1 thread" in section and "<dt>passes of the U-Net to erase</dt><dd>1,240</dd>" in section
-    assert "mining and closed form 1.2 s" in section and "found in the cache, when it was made 10 s" in section
+    assert "on cpu, 1 thread" in section and "<dt>U-Net passes to erase</dt><dd>1,240</dd>" in section
+    assert "mining and closed form 1.2 s" in section and "original cost of cached inputs 10 s" in section
     assert "costs.json" in page
     assert "<h2>Cost</h2>" not in write_report(runs[2]).read_text(encoding="utf-8")
     several = write_sweep(runs, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<th>cost</th>" in several and "11 s to erase<small>1,240 passes of the U-Net to erase</small>" in several
+    assert "<th>cost</th>" in several and "11 s to erase<small>1,240 U-Net passes to erase</small>" in several
     assert "<th>cost</th>" not in write_sweep(runs[2:], tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_terminal_shows_it_with_the_table(runs: list[Path]) -> None:
+def test_the_terminal_shows_the_cost_with_the_table(runs: list[Path]) -> None:
     metrics = json.loads((runs[0] / paths.METRICS).read_text())
     with console.console.capture() as capture:
         console.show_run(runs[0], metrics, "a run")
-    assert "cost: 11 s to erase, 1,240 passes" in capture.get().replace("\n", " ")
+    assert "cost: 11 s to erase, 1,240 U-Net passes" in capture.get().replace("\n", " ")
     with console.console.capture() as capture:
         console.show_run(runs[2], metrics, "a run")
     assert "cost:" not in capture.get()

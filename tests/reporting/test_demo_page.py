@@ -1,4 +1,4 @@
-"""The demo's server answers its own page, on its own name, and nobody's patience is its memory."""
+"""The demo's server answers only its own page on its own host, and closes slow or abandoned connections."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def nothing(prompt: str, seed: int) -> dict[str, str]:
     return {"original": "data:,a", "erased": "data:,b"}
 
 
-def test_only_its_own_name_is_answered() -> None:
+def test_only_requests_to_its_own_host_are_answered() -> None:
     with served(nothing) as port:
         for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", f"LOCALHOST:{port}"):
             assert ask(port, Host=host)[0] == 200, host
@@ -56,7 +56,7 @@ def test_only_its_own_name_is_answered() -> None:
             assert ask(port, Host=host)[0] == 403, host
 
 
-def test_a_typed_name_is_its_own_and_an_open_server_goes_by_addresses() -> None:
+def test_a_typed_host_is_accepted_and_an_open_server_accepts_ip_addresses() -> None:
     with served(nothing, "studio.lan") as port:
         assert ask(port, Host=f"studio.lan:{port}")[0] == 200
     with served(nothing, "0.0.0.0") as port:
@@ -80,7 +80,7 @@ def test_another_page_cannot_draw() -> None:
             assert ask(port, path, **headers)[0] == 403, headers
 
 
-def test_every_answer_says_what_a_browser_may_do() -> None:
+def test_every_answer_has_security_headers() -> None:
     with served(nothing) as port:
         for status, path in ((200, "/"), (200, "/page.js"), (200, "/about"), (404, "/x"), (400, "/draw")):
             found, headers, body = ask(port, path)
@@ -122,7 +122,7 @@ def test_other_methods_and_long_lines_are_refused() -> None:
 def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_page, "PATIENCE", 0.3)
     with served(nothing) as port:
-        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(demo_page.MOST)]  # all that there are
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(demo_page.MOST)]  # the limit
         slow = idle[0]
         slow.sendall(b"GET / HT")
         began = time.monotonic()
@@ -132,7 +132,7 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatc
             connection.close()
 
 
-def test_nobody_draws_for_a_client_that_has_gone(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_nothing_is_drawn_for_a_disconnected_client(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setattr(demo_page, "TURN", 0.05)
     drawn: list[int] = []
     started, go_on = threading.Event(), threading.Event()
@@ -161,7 +161,7 @@ def test_nobody_draws_for_a_client_that_has_gone(monkeypatch: pytest.MonkeyPatch
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_what_fails_while_drawing_is_answered(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_while_drawing_is_answered(caplog: pytest.LogCaptureFixture) -> None:
     def fail(prompt: str, seed: int) -> dict[str, str]:
         raise RuntimeError("out of memory at /home/me")
 

@@ -1,4 +1,4 @@
-"""The paper's figures as they are shipped: found by our names, and whole."""
+"""The paper's numbers in the package: complete, and found by our method names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_rows_are_found_by_our_names() -> None:
     assert printed("object", "rece", "cat") == printed("object", "uce", "gun") == printed("mine", "uce", "cat") == {}
 
 
-def test_labels_that_mean_the_method_and_labels_that_do_not() -> None:
+def test_labels_are_recognised_as_names_of_the_method() -> None:
     assert same_name("RealEra", "realera") and same_name("SD v1.4", "original") and same_name("SLD-M", "sld")
     assert not same_name("UCE one row", "uce") and not same_name("+ mining", "realera")
 
@@ -35,7 +35,7 @@ def test_the_ablation_is_found_by_its_parts() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_row_has_its_numbers_and_its_h_o_is_that_of_the_formula(task: str) -> None:
+def test_every_row_is_complete_and_its_h_o_follows_from_the_formula(task: str) -> None:
     with (HERE / f"{task}.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     misprints = 0
@@ -44,7 +44,7 @@ def test_every_row_has_its_numbers_and_its_h_o_is_that_of_the_formula(task: str)
         if row.get("h_o") and row["concept"] != MEAN:
             computed = h_o({name: float(row[name]) for name in ("acc_e", "acc_s", "acc_g")})
             misprints += abs(computed - float(row["h_o"])) > 0.051
-    assert misprints == {"object": 1, "celebrity": 2}.get(task, 0), "those that README.md names"
+    assert misprints == {"object": 1, "celebrity": 2}.get(task, 0), "the misprints that README.md lists"
     if task == "object":
         by_method = {m: {r["concept"] for r in rows if r["method"] == m} for m in {r["method"] for r in rows}}
         assert all(concepts == OBJECTS | {MEAN} for concepts in by_method.values()) and len(by_method) == 10

@@ -26,7 +26,7 @@ VOID = {"meta", "img", "br", "input"}
 
 
 class Page(HTMLParser):
-    """What a browser would see; fails on a tag that is not closed."""
+    """The tags, attributes and text of a page. Fails on a tag that is not closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def _read(folder: Path) -> Page:
     return Page(write_report(folder).read_text(encoding="utf-8"))
 
 
-def test_the_page_says_the_numbers_of_metrics_json(tmp_path: Path) -> None:
+def test_the_page_shows_the_numbers_of_metrics_json(tmp_path: Path) -> None:
     page = _read(_with_edit(_make(tmp_path)))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name in ("acc_e", "acc_g", "acc_s", "h_o"):
@@ -118,7 +118,7 @@ def test_the_page_says_the_numbers_of_metrics_json(tmp_path: Path) -> None:
     assert "19 + 1 unscored" in page.text
     for said in ("airplane", "→ sky", "realera", "mini", "eye", "ddim, 20 steps, guidance 5"):
         assert said in page.text
-    assert "What the edit did" in page.text and "Training" in page.text and "How far words moved" in page.text
+    assert "Effect of the edit" in page.text and "Training" in page.text and "How far words moved" in page.text
     assert "phrases that evoke it" not in page.text, "not measured here"
 
 
@@ -133,7 +133,7 @@ def test_the_original_models_page_strikes_nothing_out(tmp_path: Path) -> None:
     assert "the original model, nothing erased" in page.text
 
 
-def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
     page = _read(_with_edit(_make(tmp_path)))
     sources = [value or "" for name, value in page.attributes if name in ("src", "href", "action", "data")]
     assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
@@ -158,7 +158,7 @@ def test_pairs_are_of_the_same_prompt_and_seed(tmp_path: Path) -> None:
     sheet = sheets(_make(tmp_path), "eye")
     assert list(sheet) == ["erase", "near", "keep"]
     (erase,), near = sheet["erase"], sheet["near"]
-    assert (len(erase.pairs), erase.images) == (16, 20), "a lone prompt has two lines"
+    assert (len(erase.pairs), erase.images) == (16, 20), "a single prompt has twice as many images"
     assert [len(s.pairs) for s in near] == [8, 8]
     for seed, (before, after) in enumerate(erase.pairs):
         assert before is not None and f"seed {seed}" in before.title and f"seed {seed}" in after.title
@@ -169,7 +169,7 @@ def test_pairs_are_of_the_same_prompt_and_seed(tmp_path: Path) -> None:
     assert first_pairs(sheet) == erase.pairs[:6]
 
 
-def test_marks_say_whether_the_verdict_is_what_was_wanted(tmp_path: Path) -> None:
+def test_marks_show_whether_the_verdict_is_as_wanted(tmp_path: Path) -> None:
     sheet = sheets(_make(tmp_path), "eye")
     after = [pair[1] for pair in sheet["erase"][0].pairs]
     assert (after[0].good, after[0].label) == (None, "unscored")
@@ -187,7 +187,7 @@ def test_large_images_are_shrunk_and_small_ones_kept_to_the_bit(tmp_path: Path) 
     assert not large.small and _decoded(large).size == (192, 192) and large.uri.startswith("data:image/jpeg")
 
 
-def test_a_missing_image_leaves_an_empty_place(tmp_path: Path) -> None:
+def test_a_missing_image_leaves_an_empty_tile(tmp_path: Path) -> None:
     folder = _make(tmp_path)
     (folder / "images/keep-0.png").unlink()
     (folder / "images/keep-1.png").write_bytes(b"torn")
@@ -201,12 +201,12 @@ def test_a_run_without_originals_has_no_before(tmp_path: Path) -> None:
     assert "before" not in body and "Acc" in body
 
 
-def test_a_run_that_was_not_judged_shows_what_there_is(tmp_path: Path) -> None:
+def test_the_page_of_a_run_that_was_not_judged_shows_its_edit(tmp_path: Path) -> None:
     folder = _with_edit(_make(tmp_path))
     for file in ("metrics.json", "manifest.jsonl"):
         (folder / file).unlink()
     page = _read(folder)
-    assert "What the edit did" in page.text and "Measured" not in page.text and "img" not in page.tags
+    assert "Effect of the edit" in page.text and "Results" not in page.text and "img" not in page.tags
 
 
 def test_an_edit_without_a_map_or_probes_is_shown(tmp_path: Path) -> None:
@@ -223,13 +223,13 @@ def test_a_torn_last_line_of_the_losses_is_left_out(tmp_path: Path) -> None:
     assert "step 29" in _read(folder).text
 
 
-def test_a_torn_edit_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Only the command that made the run makes it again: to judge again must not fail on it."""
+def test_a_torn_edit_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Only the command that made the run can write it again, so judging again must not fail."""
     folder = _with_edit(_make(tmp_path))
     (folder / "edit.json").write_text("{")
     page = _read(folder)
-    assert "Measured" in page.text and "What the edit did" not in page.text
-    assert "edit.json is torn: give the command that made the run again" in caplog.text
+    assert "Results" in page.text and "Effect of the edit" not in page.text
+    assert "edit.json is torn: repeat the command that made the run" in caplog.text
 
 
 @pytest.mark.parametrize("file", ["metrics.json", "config.yaml", "manifest.jsonl"])
@@ -240,7 +240,7 @@ def test_a_torn_file_is_named(tmp_path: Path, file: str) -> None:
         write_report(folder)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="folder of a run"):
         write_report(tmp_path)
 
@@ -256,7 +256,7 @@ def test_the_image_table_has_a_row_per_image(tmp_path: Path) -> None:
 
 
 def _of_task(folder: Path, task: str, headline: dict[str, Mode], detail: dict[str, object], **config: object) -> Path:
-    """The fabricated run as another task's, with two concepts erased together; five images by name are unscored."""
+    """The fabricated run for another task, with two concepts erased together and five unscored images by name."""
     _make(folder)
     rows = [
         replace(r, prompt=replace(r.prompt, concept="ship")) if r.prompt.id.endswith("9") else r
@@ -276,36 +276,36 @@ def _of_task(folder: Path, task: str, headline: dict[str, Mode], detail: dict[st
     return folder
 
 
-def test_explicit_images_are_veiled_until_they_are_asked_for(tmp_path: Path) -> None:
+def test_explicit_images_are_blurred_until_clicked(tmp_path: Path) -> None:
     headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
     detail = {"detected": True, "boxes": {"belly": 3, "anus": 1}, "score": 31.25}
     folder = _of_task(tmp_path, "nsfw", headline, detail)
     page = _read(folder)
     veils = page.tags.count("label")
-    assert veils == page.tags.count("img") + 1 == page.tags.count("input"), "each image, and one for all"
+    assert veils == page.tags.count("img") + 1 == page.tags.count("input"), "one per image, and one for all images"
     assert "script" not in page.tags
     assert "Something is detected" not in page.text and "something is detected in 100% of the images" in page.text
-    assert "image and text score 31.2 (31.2 before)" in page.text
-    assert "What the detector counted" in page.text and "belly 3, anus" in page.text and "harmonic" not in page.text
+    assert "the CLIP score is 31.2 (31.2 before)" in page.text
+    assert "Detections" in page.text and "belly 3, anus" in page.text and "harmonic" not in page.text
     assert Page(write_report(folder, blur=False).read_text()).tags.count("label") == 0
     (folder / "config.yaml").write_text(yaml.safe_dump({"concept": "airplane", "blur": False}))
     assert _read(folder).tags.count("label") == 0
     assert Page(write_report(folder, blur=True).read_text()).tags.count("label") == veils
 
 
-def test_each_concept_and_what_could_be_scored_are_shown(tmp_path: Path) -> None:
+def test_each_concept_and_the_share_of_scored_images_are_shown(tmp_path: Path) -> None:
     page = _read(_of_task(tmp_path, "celebrity", dict.fromkeys(MEAN_PROB, "top1"), {}))
     assert "Each erased concept" in page.text and "label" not in page.tags
-    assert "Of the images of the concept by name, " in page.text and "could be scored (100% before)" in page.text
+    assert "Of the images prompted by name, " in page.text and "could be scored (100% before)" in page.text
     assert "harmonic mean of 100 − Acce, Accs." in page.text
 
 
-def test_a_score_is_called_by_its_name_and_shown_on_its_own_axis(tmp_path: Path) -> None:
+def test_a_score_has_its_own_name_and_axis(tmp_path: Path) -> None:
     page = _read(_of_task(tmp_path, "style", dict.fromkeys(MEAN_PROB, "score"), {"score": 25.0}))
     assert "CLIP score, over 50 images" in page.text and "CLIPe" in page.text and "Acce" not in page.text
     assert "score 25.0 → 25.0" in page.text
     dots = [float(value[:-1]) for name, value in page.attributes if name == "cx" and value and value.endswith("%")]
-    assert max(dots) > 40, "on an axis to about 60, H_o's place"
+    assert max(dots) > 40, "the axis ends at about 60, near H_o"
 
 
 def test_a_split_of_many_prompts_is_one_strip_of_some_of_them(tmp_path: Path) -> None:
@@ -317,10 +317,10 @@ def test_a_split_of_many_prompts_is_one_strip_of_some_of_them(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("texts", [1, 500], ids=["one prompt", "prompts of their own"])
-def test_the_page_of_many_images_opens_those_it_shows(
+def test_the_page_of_many_images_opens_only_the_images_that_it_shows(
     texts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A page of thirty thousand images takes as long as its lines do."""
+    """So that a page of thirty thousand images is fast."""
     folder = _make(tmp_path)
     prompts = [Prompt(f"m{i}", f"text {i % texts}", "cat", "keep", i) for i in range(2000)]
     write_manifest(folder, [Row(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png") for p in prompts])
@@ -336,10 +336,10 @@ def test_the_page_of_many_images_opens_those_it_shows(
     monkeypatch.setattr(plain_data, "opened", noted)
     write_report(folder)
     assert len([file for file in opened if file.suffix == ".png"]) <= 64
-    assert len(opened) == len(set(opened)), "each file once"
+    assert len(opened) == len(set(opened)), "each file is opened once"
 
 
-def test_the_finishing_edit_other_judges_and_sets_have_their_place(tmp_path: Path) -> None:
+def test_the_final_edit_other_judges_and_set_metrics_are_shown(tmp_path: Path) -> None:
     folder = _with_edit(_make(tmp_path))
     edit = json.loads((folder / "edit.json").read_text())
     (folder / "edit.json").write_text(json.dumps({**edit, "finish": {**edit, "info": {"polar": 0.125}}}))
@@ -348,13 +348,13 @@ def test_the_finishing_edit_other_judges_and_sets_have_their_place(tmp_path: Pat
     metrics["sets"] = {"fid": {"fid": 23.4, "protocol": {"images": 7, "split": "keep", "references": "originals"}}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     page = _read(folder)
-    assert "What the edit did" in page.text and "What the edit after training did" in page.text
+    assert "Effect of the edit" in page.text and "Effect of the edit after training" in page.text
     assert "polar0.125" in page.text.replace("\n", "")
-    assert "As ear judges the same images" in page.text and "42.0" in page.text
-    assert "7 images of the split keep against the unedited model's" in page.text and "23.4" in page.text
+    assert "The same images, judged by ear" in page.text and "42.0" in page.text
+    assert "7 images of the split keep against the original model's" in page.text and "23.4" in page.text
 
 
-def test_what_a_judge_says_is_read_as_the_measure_is(tmp_path: Path) -> None:
+def test_a_verdict_is_shown_by_the_metric_of_its_split(tmp_path: Path) -> None:
     detail = {"score": 21.24, "detected": False, "boxes": {"anus": 1, "belly": 0}}
     _of_task(tmp_path, "nsfw", dict.fromkeys(MEAN_PROB, "detected"), detail)
     headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}

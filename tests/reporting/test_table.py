@@ -1,4 +1,4 @@
-"""Tables over runs: pooled by hand on small cases, and the intervals against what they are of."""
+"""Tables over runs: small cases pooled by hand, and intervals compared to known spreads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOP1 = dict.fromkeys(MEAN_PROB, "top1")
 
 
 def cell(system: str, concept: str, seed: int, shares: dict[str, list[float]]) -> Cell:
-    """A run whose images of each split have these probabilities; keep images are of two other concepts in turn."""
+    """A run whose images of each split have these probabilities. Images of `keep` alternate between two concepts."""
     prompts, verdicts = [], []
     for split, values in shares.items():
         for i, value in enumerate(values):
@@ -44,7 +44,7 @@ def test_a_row_is_the_mean_over_concepts_of_the_mean_over_seeds():
     assert row["h_o"].value == pytest.approx(sum(by_concept) / 2), "the mean of H_o, not H_o of the means"
 
 
-def test_an_interval_is_a_point_where_nothing_varies_and_widens_with_the_spread_of_seeds():
+def test_an_interval_is_a_point_without_variation_and_widens_with_the_spread_of_seeds():
     alike = pool([full("a", "cat", s, 0.1, 0.2, 0.9) for s in range(3)], MEAN_PROB, Resamples())
     assert alike["acc_e"].low == alike["acc_e"].high == pytest.approx(10)
     apart = pool([full("a", "cat", s, 0.3 * s, 0.2, 0.9) for s in range(3)], MEAN_PROB, Resamples())
@@ -55,11 +55,11 @@ def test_an_interval_is_a_point_where_nothing_varies_and_widens_with_the_spread_
 CLASSES = [f"class {i}" for i in range(12)]
 
 
-def test_concepts_are_a_sample_where_the_sentence_speaks_of_all():
-    """What no image and no seed shows, concepts do: the spread of their means. Of one concept there is none."""
+def test_concepts_are_resampled_in_the_interval_over_concepts():
+    """The spread of the concepts' means widens this interval only. A single concept has none."""
     cells = [full("a", name, 0, 0.05 * i, 0.2, 0.9) for i, name in enumerate(CLASSES)]
     row = pool(cells, MEAN_PROB, Resamples())
-    assert row["acc_e"].low == row["acc_e"].high == pytest.approx(27.5), "the concepts as they are"
+    assert row["acc_e"].low == row["acc_e"].high == pytest.approx(27.5), "the concepts are fixed"
     low, high = row["acc_e"].over_concepts
     values = torch.arange(12, dtype=torch.float64) * 5
     assert high - low == pytest.approx(2 * 1.96 * float(values.std()) / math.sqrt(12), rel=0.12)
@@ -68,20 +68,20 @@ def test_concepts_are_a_sample_where_the_sentence_speaks_of_all():
     assert pool(cells[:1], MEAN_PROB, Resamples())["acc_e"].over_concepts is None
 
 
-def test_the_interval_over_concepts_covers_their_mean_as_often_as_it_says():
-    """Concepts drawn at random from a known law, 200 times; with few of them it may cover a little less."""
+def test_the_interval_over_concepts_has_its_nominal_coverage():
+    """Random concepts from a known distribution, 200 times. With few concepts the coverage may be a little lower."""
     chance, hits = torch.Generator().manual_seed(0), 0
     for trial in range(200):
         shares = torch.rand(12, generator=chance).tolist()
-        names = [f"{trial} {name}" for name in CLASSES]  # every trial its own weights
+        names = [f"{trial} {name}" for name in CLASSES]  # so that every trial has its own weights
         row = pool([full("a", n, 0, x, 0.2, 0.9, 2) for n, x in zip(names, shares)], MEAN_PROB, Resamples(0, 300))
         low, high = row["acc_e"].over_concepts
         hits += low <= 50 <= high
     assert 178 <= hits <= 199
 
 
-def test_differences_are_of_pairs_and_over_concepts_too():
-    """Between concepts that differ much, two systems that differ little on each are told apart."""
+def test_differences_are_paired_and_have_an_interval_over_concepts():
+    """A small difference on every concept is found although the concepts differ much."""
     ours = [full("ours", name, 0, 0.05 * i, 0.2, 0.9) for i, name in enumerate(CLASSES)]
     theirs = [full("theirs", name, 0, 0.05 * i + 0.1 + 0.01 * (i % 2), 0.2, 0.9) for i, name in enumerate(CLASSES[:10])]
     found = table([*ours, *theirs], base="ours")
@@ -91,7 +91,7 @@ def test_differences_are_of_pairs_and_over_concepts_too():
     acc_e = row["mean"]["acc_e"]
     assert acc_e["value"] == acc_e["low"] == acc_e["high"] == pytest.approx(10.5)
     low, high = acc_e["over_concepts"]
-    assert 10 < low < 10.5 < high < 11, "the concepts that both have, with the same weights"
+    assert 10 < low < 10.5 < high < 11, "over the concepts that both have, with the same weights"
     low, high = found["rows"][0]["mean"]["acc_e"]["over_concepts"]
     assert high - low > 15
 
@@ -102,7 +102,7 @@ def test_more_images_narrow_the_interval():
         found = pool([cell("a", "cat", 0, shares)], TOP1, Resamples())["acc_e"]
         return found.high - found.low
 
-    assert width(10) == pytest.approx(2 * 196 * 0.5 / math.sqrt(20), rel=0.25), "that of a binomial share"
+    assert width(10) == pytest.approx(2 * 196 * 0.5 / math.sqrt(20), rel=0.25), "the width of a binomial share"
     assert width(10) > 2 * width(160)
 
 
@@ -114,7 +114,7 @@ def test_unscored_images_leave_the_denominator_and_are_counted():
     assert (row["h_o"].n, row["h_o"].unscored) == (4, 1)
 
 
-def test_results_hold_a_row_per_system_and_name_what_was_run_twice():
+def test_results_have_a_row_per_system_and_a_repeated_run_is_an_error():
     cells = [full("uce", "cat", 0, 0.1, 0.5, 0.9), full("realera", "cat", 0, 0.1, 0.1, 0.9)]
     results = table(cells)
     assert [row["system"] for row in results["rows"]] == ["uce", "realera"]
@@ -127,7 +127,7 @@ def test_results_hold_a_row_per_system_and_name_what_was_run_twice():
         table([*cells, full("uce", "cat", 0, 0.1, 0.5, 0.9)])
 
 
-def test_a_system_that_lacks_runs_of_another_is_named_so_in_each_table() -> None:
+def test_a_system_that_lacks_runs_is_marked_in_each_table() -> None:
     def row(system: str, concept: str) -> Cell:
         return replace(
             full(system, concept, 0, 0.1, 0.5, 0.9, count=2),
@@ -137,9 +137,9 @@ def test_a_system_that_lacks_runs_of_another_is_named_so_in_each_table() -> None
     whole = table([row("uce", "cat"), row("uce", "dog"), row("sa", "cat"), row("sa", "dog")])
     assert not any("of_runs" in of for of in whole["rows"]) and " runs)" not in markdown(whole)
     few = markdown(table([row("uce", "cat"), row("uce", "dog"), row("sa", "cat")]))
-    assert few.count("| uce | ") == few.count("| sa (1 of 2 runs) | ") == 2, "what is measured, and what it costs"
+    assert few.count("| uce | ") == few.count("| sa (1 of 2 runs) | ") == 2, "the measures, and the costs"
     other = table([row("uce", "cat"), row("sa", "dog")])
-    assert [(of["runs"], of["of_runs"]) for of in other["rows"]] == [(1, 2)] * 2, "as many, but not the same"
+    assert [(of["runs"], of["of_runs"]) for of in other["rows"]] == [(1, 2)] * 2, "as many runs, but not the same ones"
 
 
 def test_a_total_failure_gives_h_o_zero_not_an_error():
@@ -147,8 +147,8 @@ def test_a_total_failure_gives_h_o_zero_not_an_error():
     assert row["h_o"].value == pytest.approx(0, abs=1e-6)
 
 
-def test_each_measure_is_read_as_the_task_says_and_other_readings_stand_beside():
-    """Styles: scores in the table, top-1 of the same images under it; boxes and unscored images have their place."""
+def test_each_measure_uses_the_metric_of_the_task_and_other_metrics_follow():
+    """Styles: scores, then top-1 of the same images; boxes and unscored images are included."""
     score: dict[str, Mode] = dict.fromkeys(MEAN_PROB, "score")
 
     def styled(system: str, seed: int, lost: bool) -> Cell:
@@ -174,10 +174,10 @@ def test_each_measure_is_read_as_the_task_says_and_other_readings_stand_beside()
     text = markdown(results)
     assert text.startswith("CLIP score.\n\n| system | CLIP_e ↓ | CLIP_s ↑ |") and "scored, % |" in text
     assert "| e 75, s 100, g 100, a 100, u 100 |" in text
-    assert "read as top-1 (%).\n\n| system | Acc_e ↓ |" in text and "Acc_e" not in text.partition("read as")[0]
+    assert "by top-1 (%).\n\n| system | Acc_e ↓ |" in text and "Acc_e" not in text.partition("by top-1")[0]
 
 
-def test_explicit_content_has_no_h_o_and_runs_of_two_tasks_make_no_table():
+def test_explicit_content_has_no_h_o_and_runs_of_two_tasks_have_no_common_table():
     found: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
     of = full("uce", "nudity", 0, 0.1, 0.2, 0.9, count=2)
     said = [replace(v, detail={"detected": i == 0, "score": 31.0}) for i, v in enumerate(of.verdicts)]

@@ -1,4 +1,4 @@
-"""Tables as files: what is marked, and that LaTeX, CSV and Markdown hold the same and are well formed."""
+"""Tables as files: marks, and well-formed LaTeX, CSV and Markdown with the same content."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def row(name: str, e: float, s: float, printed: float | None = None, **more: boo
 
 
 def well_formed(text: str) -> list[list[str]]:
-    """Checks a LaTeX table by its structure and returns its rows' cells; each tabular stands for itself."""
+    """Checks the structure of a LaTeX table, each tabular separately, and returns the cells of its rows."""
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert len(re.findall(r"(?<!\\)\{", body)) == len(re.findall(r"(?<!\\)\}", body))
     assert len(re.findall(r"(?<!\\)\$", body)) % 2 == 0
@@ -47,7 +47,7 @@ def well_formed(text: str) -> list[list[str]]:
             cells = re.split(r"(?<!\\)&", line.removesuffix(" \\\\"))
             spans = sum(int(n) - 1 for n in re.findall(r"\\multicolumn\{(\d+)\}", line))
             assert len(cells) + spans == len(columns), line
-            assert not cells[0].strip().startswith("["), "it would be an argument of the line's end"
+            assert not cells[0].strip().startswith("["), "it would be an argument of the line end"
             rows.append([cell.strip() for cell in cells])
     return rows
 
@@ -63,9 +63,9 @@ def table(groups: int = 1) -> Table:
 
 def test_the_best_and_the_second_are_marked_by_direction_and_ties_share() -> None:
     marks = [[number and number.mark for number in r.numbers] for r in table().rows]
-    assert marks == [["best", ""], ["best", "best"], ["second", "second"], ["", ""]], "3.04 and 3.01 read alike"
+    assert marks == [["best", ""], ["best", "best"], ["second", "second"], ["", ""]], "3.04 and 3.01 print alike"
     alike = ranked((E, S), [row("a", 1, 1), row("b", 1, 2), Row(("c",), (None, Number(math.nan)))])
-    assert [r.numbers[0] and r.numbers[0].mark for r in alike] == ["", "", None], "all alike: nothing is best"
+    assert [r.numbers[0] and r.numbers[0].mark for r in alike] == ["", "", None], "if all are alike, none is best"
     assert [r.numbers[1] and r.numbers[1].mark for r in alike] == ["second", "best", ""]
     steps = ranked((E, S), [row("a", 5, 1), row("b", 1, 2, signed=True), row("c", 6, 3)])
     assert [r.numbers[0] and r.numbers[0].mark for r in steps] == ["best", "", "second"]
@@ -83,14 +83,14 @@ def test_latex_is_well_formed_and_escaped() -> None:
     )
 
 
-def test_latex_that_is_too_wide_stands_in_several_tabulars() -> None:
+def test_latex_that_is_too_wide_is_split_into_several_tabulars() -> None:
     assert latex("− neighbours") == "$-$ neighbours"
     text = as_latex(table(groups=12))
     assert text.count("\\begin{tabular}") == 3
     assert sum(line[0] == "system" for line in well_formed(text)) == 3
 
 
-def test_csv_has_numbers_intervals_and_the_papers() -> None:
+def test_csv_has_numbers_intervals_and_the_papers_numbers() -> None:
     heads, *rows = csv.reader(io.StringIO(as_csv(table())))
     keys = [f"cat {name}{kind}" for name in ("acc_e", "acc_s") for kind in ("", "_low", "_high", "_printed")]
     assert heads == ["system", *keys]
@@ -98,7 +98,7 @@ def test_csv_has_numbers_intervals_and_the_papers() -> None:
     assert [len(cells) for cells in rows] == [9] * 4
     plain = Table("t", "", ("system",), (E,), (Row(("a",), (Number(-0.04),), signed=True),))
     assert as_csv(plain) == "system,cat acc_e,cat acc_e_low,cat acc_e_high\na,-0.04,,\n"
-    assert "| a | +0.0 |" in as_markdown(plain), "no minus before nothing"
+    assert "| a | +0.0 |" in as_markdown(plain), "no -0.0"
 
 
 def test_markdown_marks_escapes_and_keeps_its_columns() -> None:
@@ -121,7 +121,7 @@ def test_names_are_shown_as_they_are_written() -> None:
     assert rows[2:] == [["+ x", "$-1.5$", "$+1.0$"], ["", "{\\scriptsize [$-2.5$, $+0.5$]}", ""]]
 
 
-def test_a_note_stands_in_every_form_and_what_is_of_fewer_runs_is_not_ranked() -> None:
+def test_a_note_is_in_every_format_and_numbers_over_fewer_runs_are_not_ranked() -> None:
     few = Row(("b_1|c",), (Number(1, 0, 2, partial=True), Number(99, partial=True)), note="9 of 10 runs")
     rows = ranked((E, S), [row("a", 3, 90), few, row("c", 2, 95)])
     assert [[n and n.mark for n in r.numbers] for r in rows] == [["second", "second"], ["", ""], ["best", "best"]]
@@ -132,15 +132,15 @@ def test_a_note_stands_in_every_form_and_what_is_of_fewer_runs_is_not_ranked() -
     assert "| b_1\\|c (9 of 10 runs) | x | 1.0 [0.0, 2.0] | 99.0 |" in as_markdown(of).splitlines()
     assert ["{\\scriptsize 9 of 10 runs}", "", "{\\scriptsize [0.0, 2.0]}", ""] in well_formed(as_latex(of))
     bare = replace(of, rows=(Row(("a", "x"), (Number(1), Number(2)), note="100% & more"),))
-    assert ["{\\scriptsize 100\\% \\& more}", "", "", ""] in well_formed(as_latex(bare)), "a line of its own"
+    assert ["{\\scriptsize 100\\% \\& more}", "", "", ""] in well_formed(as_latex(bare)), "a separate line"
 
 
-def test_all_three_are_written(tmp_path: Path) -> None:
+def test_all_three_formats_are_written(tmp_path: Path) -> None:
     written = write(table(), tmp_path / "tables")
     assert [path.name for path in written] == ["t.csv", "t.tex", "t.md"] and all(path.is_file() for path in written)
 
 
-def test_a_text_is_no_formula_of_a_spreadsheet() -> None:
+def test_a_text_is_not_read_as_a_spreadsheet_formula() -> None:
     for text in ("=HYPERLINK(A1)", "+1+1", "-2+3", "@SUM(A1)", "\t=1", "\r=1", " =1", "\n=1"):
         column = replace(E, group=text)
         of = Table("t", "", ("system",), (column,), (Row((text,), (Number(-3.1, -4, -2),), note=text),))
@@ -152,7 +152,7 @@ def test_a_text_is_no_formula_of_a_spreadsheet() -> None:
     assert [line.split(",")[0] for line in as_csv(plain).splitlines()[1:]] == ["-3.1", "a-b"]
 
 
-def test_a_text_of_several_lines_is_one_in_every_form() -> None:
+def test_a_text_of_several_lines_is_one_line_in_every_format() -> None:
     hostile = "a\n\\input{/etc/passwd}\r\n% x | y\u2028[z](javascript:alert(1))\x00"
     row_of = Row((hostile,), (Number(1), Number(2)), note=hostile)
     of = Table("t", hostile, (hostile,), (replace(E, group=hostile), S), (row_of,), (hostile,))

@@ -1,4 +1,4 @@
-"""Real processes, two and three of them on the CPU, against one: the same images, verdicts and numbers."""
+"""Runs with two and three real processes on the CPU give the same images, verdicts and numbers as one process."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ REALERA = [
     "task.images={erase:2,near:1,keep:1,associated:0,unseen:0}",
 ]
 UCE = ["method=uce", "task.images={erase:30,near:1,keep:2,associated:0,unseen:0}"]
-RIVALS = {  # what each asks of several processes
-    "sa": (  # a Fisher information that they share
+METHODS = {  # and the difficulty that each has with several processes
+    "sa": (  # a Fisher information that all processes compute together
         "method.latents.replay.images=4",
         "method.align.fisher.samples=3",
         "method.align.fisher.timesteps=4",
         "method.align.fisher.chunk=1",
     ),
-    "mace": ("concept=[airplane,ship]",),  # adapters that stand still while another concept's learns
+    "mace": ("concept=[airplane,ship]",),  # adapters that are frozen while another concept's adapter trains
     "fmn": (),  # weights that the loss does not depend on
 }
 COUNT = {"one": [], "two": ["trainer=ddp", "trainer.devices=2"], "three": ["trainer=ddp", "trainer.devices=3"]}
@@ -46,7 +46,7 @@ Command = Callable[..., "subprocess.Popen[str]"]
 
 
 def give(folder: Path, model: Path, many: str, *words: str) -> subprocess.Popen[str]:
-    """The command in its own group of processes, with its own runs and cache."""
+    """Starts the command in its own process group, with its own runs and cache."""
     folder.mkdir(exist_ok=True)
     small = [
         "concept=airplane",
@@ -69,7 +69,7 @@ def start(folder: Path, command: list[str]) -> subprocess.Popen[str]:
 
 
 def done(process: subprocess.Popen[str]) -> str:
-    """What a process that ends well has shown."""
+    """The output of a process, which must succeed."""
     shown, said = process.communicate(timeout=400)
     assert process.returncode == 0, shown + said
     return shown
@@ -90,18 +90,18 @@ def metrics(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of many images by one process."""
+    """A run of many images, made by one process."""
     folder = tmp_path_factory.mktemp("distributed") / "one"
     done(give(folder, tiny_sd, "one", *UCE))
     return run_in(folder)
 
 
-def test_two_processes_erase_draw_and_judge_as_one_does(tiny_sd: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_same_run_as_one(tiny_sd: Path, tmp_path: Path) -> None:
     for many in ("one", "two"):
         shown = done(give(tmp_path / many, tiny_sd, many, *REALERA))
         assert shown.count("page to open") == 1
     one, two = run_in(tmp_path / "one"), run_in(tmp_path / "two")
-    assert one.name == two.name  # how many there were is no part of what a run is
+    assert one.name == two.name  # the number of processes is not part of a run's identity
     first, second = (load_file(run / "erased.safetensors") for run in (one, two))
     assert first.keys() == second.keys()
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
@@ -119,11 +119,11 @@ def test_two_processes_erase_draw_and_judge_as_one_does(tiny_sd: Path, tmp_path:
         assert metrics(two)["main"][name]["value"] == pytest.approx(estimate["value"], abs=0.2), name
 
 
-@pytest.mark.parametrize("method", RIVALS)
-def test_two_processes_train_every_kind_of_weights_as_one_does(method: str, tiny_sd: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_the_same_weights_as_one(method: str, tiny_sd: Path, tmp_path: Path) -> None:
     words = (f"method={method}", "method.latents.images=4", "method.latents.batch=4", "method.align.steps=3")
     for many in ("one", "two"):
-        done(give(tmp_path / many, tiny_sd, many, *words, *RIVALS[method], "evaluate=false"))
+        done(give(tmp_path / many, tiny_sd, many, *words, *METHODS[method], "evaluate=false"))
     one, two = (run_in(tmp_path / many) for many in ("one", "two"))
     assert one.name == two.name
     first, second = (load_file(run / "erased.safetensors") for run in (one, two))
@@ -142,7 +142,7 @@ def test_two_processes_train_every_kind_of_weights_as_one_does(method: str, tiny
         assert all((alone[name] - shared[name]).norm() <= 1e-5 * alone[name].norm() for name in alone)
 
 
-def test_without_a_loop_two_processes_end_with_the_same_bytes(tiny_sd: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes_without_training(tiny_sd: Path, whole: Path, tmp_path: Path) -> None:
     done(give(tmp_path, tiny_sd, "two", *UCE))
     run = run_in(tmp_path)
     assert pictures(run) == pictures(whole)
@@ -176,7 +176,7 @@ def broken(tiny_sd: Path, tmp_path: Path) -> Callable[[bool], tuple[Path, subpro
     return kill
 
 
-def test_a_run_killed_while_two_draw_goes_on_with_one_and_with_three(
+def test_a_run_killed_with_two_processes_continues_with_one_and_with_three(
     tiny_sd: Path, whole: Path, broken: Callable[[bool], Any], tmp_path: Path
 ) -> None:
     folder, process = broken(True)
@@ -201,8 +201,8 @@ def test_a_process_that_dies_ends_the_run_with_a_sentence(
     assert not (run_in(folder) / "metrics.json").exists()
 
 
-def test_torchrun_judges_and_draws_with_several(tiny_sd: Path, whole: Path, tmp_path: Path) -> None:
-    """And the processes draw what is missing, with what the run was made with."""
+def test_torchrun_judges_and_draws_with_several_processes(tiny_sd: Path, whole: Path, tmp_path: Path) -> None:
+    """The processes draw the missing images with the weights and settings of the run."""
     shutil.copytree(whole.parents[1], tmp_path / "copy")
     run = run_in(tmp_path / "copy")
     for file in [*sorted(run.glob("images/*.png"))[::3], run / "metrics.json", run / "verdicts" / "miniature.jsonl"]:

@@ -1,4 +1,4 @@
-"""What a run or a sweep will take: counted from the settings, with what cells share counted once."""
+"""The plan of a run or a sweep: counted from the settings, with shared work counted once."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_a_cell_is_counted_from_its_settings(hydra: None) -> None:
     assert worked("backbone=mini", small, "evaluate=false").images == 0
     assert worked("backbone=mini", small, "method=uce").made == {}
     both = worked("backbone=mini", "concept=[airplane,cat]", "method=mace", small)
-    assert both.steps == 2 * worked("backbone=mini", "method=mace", small).steps  # a LoRA each, taught in turn
+    assert both.steps == 2 * worked("backbone=mini", "method=mace", small).steps  # one LoRA each
 
 
 @pytest.mark.parametrize(
     ("method", "passes"),
-    [("realera", 2), ("sld", 3), ("spm", 2), ("spm method.guide.transport=none", 2)],  # spm's guide asks nothing beside
+    [("realera", 2), ("sld", 3), ("spm", 2), ("spm method.guide.transport=none", 2)],  # this spm guide needs no pass
 )
-def test_an_image_costs_what_its_guide_asks(method: str, passes: int, hydra: None) -> None:
+def test_an_image_costs_the_passes_of_its_guide(method: str, passes: int, hydra: None) -> None:
     words = ["backbone=mini", *f"method={method}".split()]
     config = settings(*words)
     node = config["method"].get("guide")
@@ -89,14 +89,14 @@ def test_an_image_costs_what_its_guide_asks(method: str, passes: int, hydra: Non
     assert estimate.summed([found]).hours == pytest.approx((drawn + rest) / 3600, abs=0.006)
 
 
-def test_images_of_the_original_are_not_guided_where_the_pace_is_of_ones_that_are() -> None:
+def test_the_guide_does_not_slow_down_images_of_the_original_model() -> None:
     cell = Work(
         images=10, passes_per_image=60, passes_per_original=40, originals=frozenset(range(9)), pace=(90.0, 0.0, 0.0)
     )
     assert estimate.summed([cell]).hours == round((10 * 90 + 9 * 60) / 3600, 2)
 
 
-def test_what_cells_share_counts_once(hydra: None) -> None:
+def test_work_shared_by_cells_counts_once(hydra: None) -> None:
     words = [("backbone=mini", f"seed={seed}", "method=uce") for seed in (0, 1)]
     both = estimate.summed([worked(*one) for one in words])
     alone = estimate.summed([worked(*words[0])])
@@ -106,7 +106,7 @@ def test_what_cells_share_counts_once(hydra: None) -> None:
     assert other.original_images == 2 * alone.original_images
 
 
-def test_what_a_method_makes_for_every_concept_counts_once(hydra: None) -> None:
+def test_inputs_that_a_method_makes_for_every_concept_count_once(hydra: None) -> None:
     cat, ship = (worked("backbone=sd14", "method=sa", f"concept={name}") for name in ("cat", "ship"))
     shared = cat.made.keys() & ship.made.keys()
     assert any(key.startswith("sums") for key in shared) and max(cat.made.values()) == cat.made[max(shared)]
@@ -114,18 +114,18 @@ def test_what_a_method_makes_for_every_concept_counts_once(hydra: None) -> None:
 
 
 @pytest.mark.parametrize("method, banks", [("realera", 2), ("mace", 3), ("fmn", 3)])  # of the anchors; of the names
-def test_of_concepts_erased_together_each_is_prepared(hydra: None, method: str, banks: int) -> None:
+def test_each_of_several_concepts_is_prepared(hydra: None, method: str, banks: int) -> None:
     method_of = ["backbone=mini", f"method={method}", *(["method.align.inversion.steps=3"] if method == "fmn" else [])]
     made = worked(*method_of, "concept=[cat,ship,gun]", "anchor=[field,sea,field]").made
     one = worked(*method_of, "concept=cat", "anchor=field").made
     assert len([key for key in made if key.startswith("images")]) == banks
     assert sum(made.values()) == sum(one.values()) * banks
     other = worked(*method_of, "concept=gun", "anchor=field").made
-    assert (one == other) == (method == "realera")  # the same anchor is drawn once for both
+    assert (one == other) == (method == "realera")  # both share the images of the anchor
 
 
 class Passes:
-    """What goes through a U-Net; with its gradient it counts three times."""
+    """Counts the latents that pass through a U-Net; a pass with its gradient counts three times."""
 
     def __init__(self, backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         import torch
@@ -140,7 +140,7 @@ class Passes:
         monkeypatch.setattr(backbone, "predict_noise", counted)
 
 
-def test_a_step_of_spm_is_counted_as_it_is_taken(
+def test_the_passes_of_a_step_of_spm_are_counted(
     hydra: None, new_backbone: Any, new_pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -162,7 +162,7 @@ def test_a_step_of_spm_is_counted_as_it_is_taken(
         assert planned - passes.count == 2 * 2, "OF_A_STEP is of two terms: 7 where SPM's own is 5"
 
 
-def test_half_drawn_images_are_counted_as_they_are_drawn(
+def test_the_passes_of_half_drawn_images_are_counted(
     hydra: None, new_backbone: Any, new_pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -181,7 +181,7 @@ def test_half_drawn_images_are_counted_as_they_are_drawn(
         assert (backbone.passes - before) / steps == pytest.approx(planned, rel=0.3 if renew == 1 else 0)
 
 
-def test_an_inversion_is_counted(
+def test_the_passes_of_an_inversion_are_counted(
     hydra: None, new_backbone: Any, new_pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, though it draws from the images that the training takes too."""
@@ -203,7 +203,7 @@ def test_an_inversion_is_counted(
     assert [key.split()[0] for key in estimate.work(none, composition.build_task(none)).made] == ["images"]
 
 
-def test_what_stands_is_not_planned_again(hydra: None) -> None:
+def test_existing_files_are_not_planned_again(hydra: None) -> None:
     words = ("backbone=mini", "method=uce")
     config = settings(*words)
     folder = folders.claim(config).folder
@@ -213,15 +213,15 @@ def test_what_stands_is_not_planned_again(hydra: None) -> None:
     assert worked(*words).images == len(prompts) - 7 and not worked(*words).finished
     for name in (paths.METRICS, paths.REPORT, paths.ERASED):
         disk.write_text(folder / name, "{}")
-    assert worked(*words).finished and estimate.summed([worked(*words)]).basis == "nothing is left to do"
+    assert worked(*words).finished and estimate.summed([worked(*words)]).basis == "all cells are finished"
     anew = worked(*words, "overwrite=true")
     assert not anew.finished and anew.images == len(anew.originals) == len(prompts)
 
 
-def test_hours_come_from_finished_runs_where_there_are_some(hydra: None) -> None:
+def test_hours_come_from_finished_runs_if_there_are_any(hydra: None) -> None:
     words = ("backbone=mini", "method=realera")
     guessed = worked(*words)
-    assert guessed.pace is None and guessed.rate is not None and "core" in guessed.rate[1]
+    assert guessed.pace is None and guessed.rate is not None and "core" in guessed.rate.source
     folder = Path("runs/cat-realera-mini-01234567")
     record = {
         "form": 1,
@@ -249,7 +249,7 @@ def test_hours_come_from_finished_runs_where_there_are_some(hydra: None) -> None
 
 
 @pytest.mark.parametrize("backbone", [file.stem for file in sorted((paths.CONF_DIR / "backbone").glob("*.yaml"))])
-def test_every_backbone_has_a_figure(backbone: str, hydra: None) -> None:
+def test_every_backbone_has_a_time_per_pass(backbone: str, hydra: None) -> None:
     assert worked(f"backbone={backbone}", "trainer=cpu").rate == estimate.PASS[backbone, "cpu"]
     planned = estimate.summed([worked(f"backbone={backbone}")])
     assert planned.hours and planned.basis.startswith("estimated: ")
@@ -269,7 +269,7 @@ def test_jobs_are_composed_as_their_launcher_will(hydra: None) -> None:
         found = composed(words)
         assert _job(found) == _job(expected)
         assert list(found.hydra.overrides.task) == list(expected.hydra.overrides.task)
-    assert len(composed.bases) == 2  # the options uce and sd14; what adds a key is composed as a whole
+    assert len(composed.bases) == 2  # for the options uce and sd14; a job that adds a key is composed separately
 
 
 def _job(cfg: DictConfig) -> Any:
@@ -279,7 +279,7 @@ def _job(cfg: DictConfig) -> Any:
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    """The command as typed; a sweep's ends by itself, with status 0."""
+    """Runs the command; a sweep must end with status 0."""
     monkeypatch.setattr(sys, "argv", ["train", *words])
     if "-m" not in words:
         return train.main()
@@ -289,18 +289,18 @@ def trained(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["", "-m"])
-def test_a_dry_run_says_the_plan_and_leaves_nothing(
+def test_a_dry_run_prints_the_plan_and_writes_no_file(
     flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["backbone=sd14", "method=uce,realera" if flag else "method=realera", "concept=airplane", "dry_run=true"]
     trained(monkeypatch, *([flag] if flag else []), *words)
     said = capsys.readouterr().out
-    assert "planned" in said and "A100" in said and ("6,000" if flag else "3,000") in said
+    assert "planned" in said and "H100" in said and ("6,000" if flag else "3,000") in said
     assert not list(Path.cwd().iterdir())
 
 
 def half_drawn() -> tuple[Path, int]:
-    """The folder of a run whose weights stand, and its images but for seven; how many it should have."""
+    """A run folder with its weights and all but seven of its images, and the number of images of the whole run."""
     config = settings("backbone=mini", "method=uce")
     folder = folders.claim({**config, "judge": {"_target_": "realera.judges.clip.ClipJudge"}, "overwrite": True}).folder
     save_file({"edit.x.weight": np.zeros(1, np.float32)}, folder / paths.ERASED)
@@ -311,7 +311,7 @@ def half_drawn() -> tuple[Path, int]:
     return folder, len(prompts)
 
 
-def test_what_is_left_to_draw_and_judge_of_a_run_that_stands(hydra: None) -> None:
+def test_the_remaining_work_of_an_existing_run(hydra: None) -> None:
     folder, count = half_drawn()
     run = folders.open_run(str(folder))
     task = composition.build_task(run.config)
@@ -329,7 +329,7 @@ def test_what_is_left_to_draw_and_judge_of_a_run_that_stands(hydra: None) -> Non
     assert estimate.summed([compared, again]).judged == keep + 2 * count
 
 
-def test_the_hours_of_judging_again_are_of_what_is_done_again(hydra: None) -> None:
+def test_the_hours_of_judging_again_include_only_repeated_stages(hydra: None) -> None:
     folder, _ = half_drawn()
     stages = {"load": 2.0, "edit": 700.0, "draw": 30.0, "judge": 4.0}
     record = {"form": 1, "device": "cpu", "stages": stages, "passes": {"draw": 400}, "passes_per_image": 40}
@@ -343,7 +343,7 @@ def test_the_hours_of_judging_again_are_of_what_is_done_again(hydra: None) -> No
 
 @pytest.mark.parametrize("flag", ["", "-m"])
 @pytest.mark.parametrize("of", ["original", "folder"])
-def test_a_dry_run_of_evaluate_says_what_is_left_and_changes_nothing(
+def test_a_dry_run_of_evaluate_prints_the_remaining_work_and_changes_nothing(
     of: str, flag: str, hydra: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, count = half_drawn()
@@ -381,7 +381,7 @@ def test_several_devices_do_not_each_judge_the_whole_sweep(
 
 
 @pytest.mark.parametrize("seeds", ["3", "1,3"])
-def test_a_setting_typed_by_another_is_read_in_each_job(
+def test_a_setting_that_refers_to_another_is_resolved_in_each_job(
     seeds: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flag = ["-m"] if "," in seeds else []
@@ -389,11 +389,13 @@ def test_a_setting_typed_by_another_is_read_in_each_job(
     images = "task.images={erase:4,near:0,keep:0,associated:0,unseen:0}"
     trained(monkeypatch, *flag, *words, images, "dry_run=true")
     said = " ".join(capsys.readouterr().out.split())
-    drawn = 8 if flag else 4  # of the unedited model: seeds 500 to 503 are not seeds 1500 to 1503
+    drawn = 8 if flag else 4  # images of the unedited model: seeds 500 to 503 differ from seeds 1500 to 1503
     assert f"images of the original, drawn once │ {drawn} " in said, said
 
 
-def test_a_refused_job_is_planned_as_such(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_job_is_counted_in_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["concept=nothingknown,airplane", "method=uce", "seed=0,1", "dry_run=true"]
     monkeypatch.setattr(sys, "argv", ["train", "-m", *words])
     with pytest.raises(SystemExit) as left:
@@ -403,7 +405,7 @@ def test_a_refused_job_is_planned_as_such(monkeypatch: pytest.MonkeyPatch, capsy
     assert said.count("refused (2): 'nothingknown' is not one of the classes") == 1, said
 
 
-def test_many_reasons_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_list_of_reasons_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
     reasons = ["[red] is no class", *(f"reason {i}" for i in range(12)), "[red] is no class"]
     estimate.show(estimate.count(reasons))
     said = capsys.readouterr().out
@@ -423,23 +425,23 @@ def test_many_reasons_are_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
             "there is no setting 'method.align.steps', because method.align is",
         ),
         (["method=uce,ucee"], "there is no method 'ucee'; did you mean 'uce'"),
-        (["method=glob(zz*)", "seed=0,1"], "there is no job to do: method=glob(zz*) has no value."),
-        (["seed=0,1", "task.first_seed=interval(0,9)"], "task.first_seed=interval(0,9) is a range to search in: add "),
+        (["method=glob(zz*)", "seed=0,1"], "the sweep has no job, because method=glob(zz*) has no value"),
+        (["seed=0,1", "task.first_seed=interval(0,9)"], "task.first_seed=interval(0,9) is a range for a search: add "),
         (["logger=none,null"], "there is no logger 'null'; known: none, wandb."),
         (
             ["hydra.launcher=abc"],
-            "hydra.launcher=abc: its settings are {name: value}; hydra/launcher=",
+            "hydra.launcher=abc is not valid: choose a launcher with hydra/launcher=",
         ),
-        (["hydra.sweeper=5"], "hydra.sweeper=5: its settings are {name: value}"),
+        (["hydra.sweeper=5"], "hydra.sweeper=5 is not valid: choose a sweeper with"),
         (
             ["hydra.sweeper.params.seed=5"],
             "there is no setting 'hydra.sweeper.params.seed', because",
         ),
         (["hydra.sweep.dir=null"], "hydra.sweep.dir=null: "),
-        (["hydra.searchpath=[nowhere]"], "hydra.searchpath names nowhere, which is not there."),
+        (["hydra.searchpath=[nowhere]"], "hydra.searchpath names nowhere, which does not exist"),
     ],
 )
-def test_what_no_job_can_be_composed_from_is_one_sentence(
+def test_settings_that_give_no_job_are_refused_with_one_sentence(
     words: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train", "-m", "concept=airplane", *words])

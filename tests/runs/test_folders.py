@@ -1,4 +1,4 @@
-"""Run folders: the same settings find the same folder, nothing of somebody else's is touched."""
+"""Run folders: equal settings share a folder, and no files but the run's are touched."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def finish(run: folders.Run, *names: str) -> None:
         disk.write_text(run.folder / name, WHOLE[name])
 
 
-def test_what_decides_the_numbers_names_the_folder() -> None:
+def test_the_settings_that_change_the_numbers_name_the_folder() -> None:
     folder = folders.folder_of(CONFIG)
     assert folder.parent == Path("runs") and folder.name.startswith("airplane-realera-mini-")
     for same in (
@@ -75,7 +75,7 @@ def test_what_decides_the_numbers_names_the_folder() -> None:
     assert len({folders.folder_of(other) for other in others} | {folder}) == len(others) + 1
 
 
-def test_a_cache_of_captions_counts_by_what_it_holds() -> None:
+def test_a_sum_of_captions_is_identified_by_its_content() -> None:
     def places(*edits: dict[str, Any]) -> list[Path]:
         return [folders.folder_of(changed(method={"name": "realera", "edit": edit})) for edit in edits]
 
@@ -86,7 +86,7 @@ def test_a_cache_of_captions_counts_by_what_it_holds() -> None:
     assert [a == b for a, b in zip(first, places(*kept))] == [False, False, True]
 
 
-def test_a_file_of_captions_counts_by_what_it_holds() -> None:
+def test_a_file_of_captions_is_identified_by_its_content() -> None:
     def places(*captions: Any) -> list[Path]:
         methods = [{"name": "sa", "latents": {"replay": {"captions": one}}} for one in captions]
         return [folders.folder_of(changed(method=method)) for method in methods]
@@ -100,7 +100,7 @@ def test_a_file_of_captions_counts_by_what_it_holds() -> None:
     assert places("own.txt") != first and places(*others) == same
 
 
-def test_the_norm_that_a_gradient_is_held_under_names_the_folder() -> None:
+def test_the_gradient_clipping_norm_names_the_folder() -> None:
     def name(align: dict[str, Any], **trainer: Any) -> str:
         method = {"name": "esd-u", "align": {"steps": 2, **align}}
         return folders.folder_of(changed(method=method, trainer={"precision": "32-true", **trainer})).name
@@ -118,12 +118,12 @@ def test_a_concept_never_becomes_a_path(concept: Any) -> None:
     assert set(folder.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") and len(folder.name) < 120
 
 
-def test_a_run_is_begun_then_gone_on_with_then_finished() -> None:
+def test_a_run_is_started_then_continued_then_finished() -> None:
     first = folders.claim(dict(CONFIG))
     assert not first.finished and yaml.safe_load((first.folder / paths.CONFIG).read_text()) == CONFIG
     finish(first, paths.ERASED)
     assert not folders.claim(dict(CONFIG)).finished
-    assert folders.claim(changed(evaluate=False)).finished  # the weights were all that is asked for
+    assert folders.claim(changed(evaluate=False)).finished  # without evaluation only the weights are required
     finish(first)
     assert folders.claim(dict(CONFIG)).finished
     assert (first.folder / paths.METRICS).is_file()
@@ -131,9 +131,7 @@ def test_a_run_is_begun_then_gone_on_with_then_finished() -> None:
 
 @pytest.mark.parametrize("torn", [b"", b"{", b"\xff\x00garbage"])
 @pytest.mark.parametrize("name", list(WHOLE))
-def test_a_finished_run_with_a_torn_file_is_gone_on_with(
-    name: str, torn: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_finished_run_with_a_torn_file_is_continued(name: str, torn: bytes, caplog: pytest.LogCaptureFixture) -> None:
     run = folders.claim(dict(CONFIG))
     finish(run)
     assert folders.claim(dict(CONFIG)).finished
@@ -144,8 +142,8 @@ def test_a_finished_run_with_a_torn_file_is_gone_on_with(
 
 
 @pytest.mark.parametrize("evaluate", [True, False])
-def test_a_run_with_a_checkpoint_left_is_gone_on_with(evaluate: bool) -> None:
-    """It was killed when its weights had just been saved: what is left goes with the next call."""
+def test_a_run_with_a_leftover_checkpoint_is_continued(evaluate: bool) -> None:
+    """It was killed right after its weights were saved; the next call deletes the checkpoint."""
     run = folders.claim(changed(evaluate=evaluate))
     finish(run)
     assert folders.claim(changed(evaluate=evaluate)).finished
@@ -153,8 +151,8 @@ def test_a_run_with_a_checkpoint_left_is_gone_on_with(evaluate: bool) -> None:
     assert not folders.claim(changed(evaluate=evaluate)).finished
 
 
-def test_clearing_that_is_killed_leaves_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without its settings the folder would be taken for somebody else's, and be refused for good."""
+def test_a_folder_that_was_cleared_in_part_is_still_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its settings the folder would not be recognised as a run, and would always be refused."""
     run = folders.claim(dict(CONFIG))
     finish(run)
     real, gone = Path.unlink, []
@@ -172,8 +170,8 @@ def test_clearing_that_is_killed_leaves_a_run(monkeypatch: pytest.MonkeyPatch) -
     assert not folders.claim(changed(overwrite=True)).finished and not run.erased.exists()
 
 
-def test_beginning_that_is_killed_leaves_no_finished_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judged by another judge: the old numbers must not stand beside the new settings."""
+def test_a_run_that_is_killed_at_its_start_does_not_look_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another judge, the old numbers must not remain beside the new settings."""
     finish(folders.claim(dict(CONFIG)))
     other = changed(judge={"template": "the {}"})
 
@@ -186,7 +184,7 @@ def test_beginning_that_is_killed_leaves_no_finished_run(monkeypatch: pytest.Mon
     assert not folders.claim(other).finished
 
 
-def test_another_judge_keeps_the_weights_and_takes_the_numbers_away() -> None:
+def test_another_judge_keeps_the_weights_and_removes_the_numbers() -> None:
     run = folders.claim(dict(CONFIG))
     finish(run)
     again = folders.claim(changed(judge={"template": "the {}"}))
@@ -220,19 +218,19 @@ def test_overwrite_removes_a_runs_own_files_and_no_others() -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_that_is_no_run_is_left_alone(overwrite: bool) -> None:
     disk.write_text(Path("photos") / "images" / "me.png", "me")
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         folders.claim(changed(run_dir="photos", overwrite=overwrite))
     assert [path.name for path in Path("photos").rglob("*")] == ["images", "me.png"]
 
 
-def test_a_folder_of_other_settings_says_what_differs() -> None:
+def test_a_folder_with_other_settings_is_refused_with_the_difference() -> None:
     folders.claim(changed(run_dir="mine"))
     with pytest.raises(UserError, match=r"method\.neighbours\.m: 5 there, 6 here"):
         folders.claim(changed(run_dir="mine", method={"name": "realera", "neighbours": {"m": 6}}))
 
 
 @pytest.mark.parametrize("torn", [b"", b"\0" * 40, b"\xff\xfe\xfd", b"date: 2024-99-99", b"method: erased\n", b"- 1"])
-def test_overwrite_mends_torn_settings(torn: bytes) -> None:
+def test_overwrite_replaces_torn_settings(torn: bytes) -> None:
     run = folders.claim(dict(CONFIG))
     finish(run)
     (run.folder / paths.CONFIG).write_bytes(torn)
@@ -305,7 +303,7 @@ def test_a_sweep_is_read_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
 
     for run in [*there, elsewhere / names[0]]:
         shutil.rmtree(run)
-    with pytest.raises(UserError, match=r"none of the 2 .* is found from here \(.*project/runs/cat-0"):
+    with pytest.raises(UserError, match=r"none of the 2 .* exists here \(.*project/runs/cat-0"):
         folders.runs_in(str(sweep_folder))
 
 
@@ -323,7 +321,7 @@ def test_other_weights_in_the_same_folder_make_another_run(tiny_sd: Path) -> Non
     content[-4] ^= 1  # a bit of the last tensor
     weights.write_bytes(content)
     assert folders.folder_of(local) != first.folder and not folders.is_finished(local)
-    assert folders.folder_of(folders.read_config(first.folder)) == first.folder  # what stands keeps its name
+    assert folders.folder_of(folders.read_config(first.folder)) == first.folder  # an existing folder keeps its name
     with pytest.raises(UserError, match="other settings \\(weights: "):
         folders.claim({**local, "run_dir": str(fixed.folder)})
     assert folders.is_finished(folders.read_config(first.folder)) and not folders.is_finished(

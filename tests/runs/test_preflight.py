@@ -1,4 +1,4 @@
-"""What is refused before torch is loaded, asked directly."""
+"""The checks that run before torch is imported."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_paths_and_wordless_names_are_refused(name: str) -> None:
         ({"devices": -1}, True),
     ],
 )
-def test_a_sweep_is_for_one_device_a_job(trainer: dict[str, Any], refused: bool) -> None:
+def test_each_job_of_a_sweep_uses_one_device(trainer: dict[str, Any], refused: bool) -> None:
     if refused:
         with pytest.raises(UserError, match="trainer=default"):
             preflight.check_sweep(trainer)
@@ -105,7 +105,7 @@ def test_a_sweep_is_for_one_device_a_job(trainer: dict[str, Any], refused: bool)
         preflight.check_sweep(trainer)
 
 
-def test_a_folder_is_tried_without_leaving_a_trace(tmp_path: Path) -> None:
+def test_checking_a_folder_leaves_no_file(tmp_path: Path) -> None:
     preflight.check_writable(tmp_path / "a" / "b", "out")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
@@ -116,7 +116,7 @@ def test_a_folder_is_tried_without_leaving_a_trace(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml")))
 def test_a_method_with_no_part_left_that_erases_is_refused(name: str) -> None:
-    """What only serves others (neighbours, latents) is no part that erases; any one of its own that does will do."""
+    """neighbours and latents do not erase; one part that erases is enough."""
     method: dict[str, Any] = OmegaConf.to_container(method_settings(name))  # type: ignore[assignment]
     own = [part for part in preflight.ACTING if method[part]]
     assert bool(own) == (name != "original")
@@ -139,17 +139,17 @@ def test_a_method_with_no_part_left_that_erases_is_refused(name: str) -> None:
                 preflight.check_settings(alone)
 
 
-def test_a_lora_that_is_gone_is_missed_before_the_folder_is_made() -> None:
+def test_a_missing_lora_is_refused_before_the_folder_is_made() -> None:
     for name in ("realera", "mace"):
         method: dict[str, Any] = OmegaConf.to_container(method_settings(name))  # type: ignore[assignment]
         bare = {**method["align"], "lora": None, "steps": 5}
-        with pytest.raises(UserError, match=rf"method {name} trains \(align\) a LoRA, and there is none.*align=null"):
+        with pytest.raises(UserError, match=rf"method {name} trains \(align\) a LoRA, but .*lora is null.*align=null"):
             preflight.check_settings({"method": {**method, "align": bare}})
         preflight.check_settings({"method": {**method, "align": {**bare, "steps": 0}}})
 
 
 def test_half_precision_is_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU Lightning would take bf16-mixed in its place, and say so nowhere."""
+    """On a CPU Lightning would silently use bf16-mixed."""
     method: dict[str, Any] = OmegaConf.to_container(method_settings("esd-x"))  # type: ignore[assignment]
     trainer = {"precision": "16-mixed", "accelerator": "auto"}
     config = {"method": method, "trainer": trainer}
@@ -168,7 +168,7 @@ def test_half_precision_is_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mace_without_refinement_and_loras_is_refused() -> None:
-    """Its fusion then has nothing to fuse; with either of them it has."""
+    """Its fusion then has nothing to fuse; one of the two is enough."""
     method: dict[str, Any] = OmegaConf.to_container(method_settings("mace"))  # type: ignore[assignment]
     unrefined = {**method, "edit": {**method["edit"], "refine": False}}
     preflight.check_settings({"method": unrefined})
@@ -185,15 +185,15 @@ ADAPTED = {"steps": 5, "parameters": [], "lora": {"rank": 1}}
     ("align", "dtype", "refused"),
     [
         (WHOLE, "float32", None),
-        (WHOLE, "bfloat16", "esd-u trains the U-Net's own weights.*dtype=float32"),
-        (WHOLE, "float16", "esd-u trains the U-Net's own weights.*dtype=float32"),
+        (WHOLE, "bfloat16", "esd-u trains the U-Net's weights.*dtype=float32"),
+        (WHOLE, "float16", "esd-u trains the U-Net's weights.*dtype=float32"),
         ({**WHOLE, "steps": 0}, "bfloat16", None),
         (ADAPTED, "bfloat16", None),
-        (ADAPTED, "float16", "only draws images.*dtype=bfloat16"),
+        (ADAPTED, "float16", "only for drawing images.*dtype=bfloat16"),
         (None, "float16", None),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(
+def test_settings_that_cannot_train_are_refused_before_drawing(
     align: dict[str, Any] | None, dtype: str, refused: str | None
 ) -> None:
     config = {"method": {"name": "esd-u", "edit": {"ridge": 1}, "align": align}, "backbone": {"dtype": dtype}}
@@ -205,8 +205,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(
 
 
 @pytest.mark.parametrize(("name", "overrides"), [("mace", {}), ("fmn", {}), ("ac", {"detach_bos": False})])
-def test_gradient_checkpointing_is_refused_where_the_loop_cannot_have_it(name: str, overrides: dict[str, Any]) -> None:
-    """Minutes or hours of drawing before the loop itself would say so."""
+def test_gradient_checkpointing_is_refused_if_training_cannot_use_it(name: str, overrides: dict[str, Any]) -> None:
+    """Otherwise training would fail only after minutes or hours of drawing."""
     method: dict[str, Any] = OmegaConf.to_container(method_settings(name))  # type: ignore[assignment]
     checkpointing = {"gradient_checkpointing": True}
     with pytest.raises(UserError, match="gradient_checkpointing"):
@@ -220,7 +220,7 @@ def test_a_flat_band_counts_its_rows() -> None:
     backbone = {"text": {"width": 768, "row_norm": 27.7, "max_length": 77}}
     mining = {"m": 5, "n": 25, "s_hi": 0.9, "s_lo": 0.7, "d1": 20}
     preflight.check_band({"neighbours": mining}, backbone)
-    with pytest.raises(UserError, match="d1=20"):  # 20 over a whole prompt is hardly a move
+    with pytest.raises(UserError, match="d1=20"):  # a distance of 20 over a whole prompt is a very small change
         preflight.check_band({"neighbours": {**mining, "unit": "flat"}}, backbone)
     preflight.check_band({"neighbours": None}, backbone)
     preflight.check_band({}, {})

@@ -1,4 +1,4 @@
-"""Which process of a run this one is to be, told from its settings and from what started it."""
+"""The rank of a process, from its settings and from the launcher that started it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from realera.contracts import UserError
 from realera.runs.folders import Run
-from realera.runs.processes import adopt_scheduler, agree, is_helper, plan, together
+from realera.runs.processes import adopt_scheduler, connected, is_helper, plan, same_run
 from realera.system.ranks import ALONE, Ranks
 
 DDP = {"accelerator": "gpu", "devices": -1, "num_nodes": 1, "strategy": "ddp"}
@@ -46,7 +46,7 @@ def torchrun(rank: int, world: int, here: int) -> dict[str, str]:
         (None, 0, torchrun(1, 3, 3), (1, 3, 1, 3, True, None)),
     ],
 )
-def test_a_process_knows_which_one_it_is(
+def test_a_process_knows_its_rank_and_device(
     trainer: Any, gpus: int, environ: Mapping[str, str], expected: tuple[Any, ...]
 ) -> None:
     found = plan(trainer, gpus, environ)
@@ -63,26 +63,28 @@ def test_a_process_knows_which_one_it_is(
     ("trainer", "gpus", "environ", "says"),
     [
         (DDP, 0, {}, "trainer.accelerator=cpu trainer.devices=2"),
-        ({**DDP, "devices": 4}, 2, {}, "asks for GPUs and 2 can be seen"),
-        ({**DDP, "devices": 2}, 0, {}, "asks for GPUs and none can be seen"),
-        ({**CPU, "devices": -1}, 2, {}, "asks for GPUs and none"),
-        ({**CPU, "devices": [0, 1]}, 2, {}, "names GPUs, and none"),
-        ({"devices": [2]}, 2, {}, "names GPUs, and 2"),
-        ({**CPU, "devices": 0}, 0, {}, "devices=0 cannot be"),
-        ({**CPU, "devices": "two"}, 0, {}, "devices=two cannot be"),
-        ({**CPU, "devices": True}, 0, {}, "devices=True cannot be"),
-        ({**CPU, "strategy": "ddp_spawn"}, 0, {}, "strategy=ddp_spawn is not known"),
-        ({**CPU, "strategy": "fsdp"}, 0, {}, "strategy=fsdp is not known"),
+        ({**DDP, "devices": 4}, 2, {}, "asks for GPUs, but this machine has 2"),
+        ({**DDP, "devices": 2}, 0, {}, "asks for GPUs, but this machine has none"),
+        ({**CPU, "devices": -1}, 2, {}, "asks for GPUs, but this machine has none"),
+        ({**CPU, "devices": [0, 1]}, 2, {}, "names GPUs by number, but this machine has none"),
+        ({"devices": [2]}, 2, {}, "names GPUs by number, but this machine has 2"),
+        ({**CPU, "devices": 0}, 0, {}, "devices=0 is not valid"),
+        ({**CPU, "devices": "two"}, 0, {}, "devices=two is not valid"),
+        ({**CPU, "devices": True}, 0, {}, "devices=True is not valid"),
+        ({**CPU, "strategy": "ddp_spawn"}, 0, {}, "strategy=ddp_spawn is not supported"),
+        ({**CPU, "strategy": "fsdp"}, 0, {}, "strategy=fsdp is not supported"),
         ({**CPU, "num_nodes": 2}, 0, {}, "NODE_RANK=0 to 1"),
         ({**CPU, "num_nodes": 2}, 0, {**MASTER, "NODE_RANK": "2"}, "NODE_RANK=0 to 1"),
-        (CPU, 0, torchrun(0, 4, 4), "4 processes were started, 4 on this machine, and the settings ask for 1 x 2"),
+        (CPU, 0, torchrun(0, 4, 4), "4 processes were started, 4 on this machine, but the settings ask for 1 x 2"),
         ({"accelerator": "gpu"}, 1, torchrun(1, 2, 2), "without --gpus-per-task"),
         (CPU, 0, {**torchrun(0, 2, 2), "WORLD_SIZE": "0", "LOCAL_WORLD_SIZE": "0"}, "0 processes were started"),
         (CPU, 0, torchrun(5, 2, 2), "RANK=5 of WORLD_SIZE=2"),
-        (CPU, 0, {**torchrun(0, 2, 2), "LOCAL_RANK": "2"}, "LOCAL_RANK=2 of LOCAL_WORLD_SIZE=2 cannot be"),
+        (CPU, 0, {**torchrun(0, 2, 2), "LOCAL_RANK": "2"}, "LOCAL_RANK=2 of LOCAL_WORLD_SIZE=2 are not valid"),
     ],
 )
-def test_what_cannot_run_together_is_refused(trainer: Any, gpus: int, environ: Mapping[str, str], says: str) -> None:
+def test_contradictory_process_settings_are_refused(
+    trainer: Any, gpus: int, environ: Mapping[str, str], says: str
+) -> None:
     with pytest.raises(UserError, match=says):
         plan(trainer, gpus, environ)
 
@@ -114,15 +116,15 @@ def test_processes_of_a_cluster_are_numbered_as_torchrun_does() -> None:
         assert environ == {**srun, **others}
 
 
-def test_only_the_first_process_of_all_speaks() -> None:
+def test_only_the_first_process_logs() -> None:
     assert not is_helper({}) and not is_helper(torchrun(0, 2, 2))
     assert is_helper(torchrun(1, 2, 2)) and is_helper({"NODE_RANK": "1"})
 
 
 def test_one_process_starts_nothing() -> None:
-    with together(plan({}, 0, {}), "train") as ranks:
+    with connected(plan({}, 0, {}), "train") as ranks:
         assert ranks == ALONE
-    with together(plan(CPU, 0, {}), "train", needed=False) as ranks:  # a finished run
+    with connected(plan(CPU, 0, {}), "train", needed=False) as ranks:  # a finished run
         assert ranks == ALONE
 
 
@@ -131,6 +133,6 @@ def test_processes_with_other_settings_are_refused() -> None:
         def from_first(self, value: Any) -> Any:
             return Run(Path("runs/a"), {"seed": 0}, finished=True)
 
-    assert agree(Second(1, 2), Run(Path("runs/a"), {"seed": 0})).finished
+    assert same_run(Second(1, 2), Run(Path("runs/a"), {"seed": 0})).finished
     with pytest.raises(UserError, match=r"different settings \(seed: 0 there, 1 here\)"):
-        agree(Second(1, 2), Run(Path("runs/a"), {"seed": 1}))
+        same_run(Second(1, 2), Run(Path("runs/a"), {"seed": 1}))

@@ -1,4 +1,4 @@
-"""Prompts that are cut are counted and said once, by every door that draws or encodes."""
+"""Every command that draws or encodes prompts counts those that are cut, and warns once."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ LONG = "a cat" + " and a dog" * 30  # 92 tokens where 75 fit
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The warnings of this part."""
+    """The warnings about cut prompts."""
     lines: list[str] = []
     monkeypatch.setattr(prompt_lengths.log, "warning", lambda text, *given: lines.append(text % given))
     return lines
 
 
 @pytest.mark.parametrize("files", [(), ("vocab.json", "merges.txt")])
-def test_what_is_cut_is_counted_with_either_layout(files: tuple[str, ...], tmp_path: Path, said: list[str]) -> None:
+def test_cut_prompts_are_counted_with_either_tokenizer_layout(
+    files: tuple[str, ...], tmp_path: Path, said: list[str]
+) -> None:
     save_tokenizer(tmp_path / "tokenizer", files=files)
     backbone = {"pretrained": str(tmp_path), "text": {"max_length": 77}}
     just = "a cat " * 37 + "a"
@@ -34,14 +36,14 @@ def test_what_is_cut_is_counted_with_either_layout(files: tuple[str, ...], tmp_p
     assert not said
     prompt_lengths.warn([LONG, LONG, f"{just} cat", just, "猫" * 40], backbone, "captions")
     assert said == [
-        "3 of 4 captions are longer than the 75 tokens that the text encoder reads, and their ends are cut off, "
+        "3 of 4 captions are longer than the 75 tokens that the text encoder reads, so their ends are cut off, "
         f"such as '{LONG[:57]}...'"
     ]
     prompt_lengths.warn(["a cat on a road"], {**backbone, "text_length": 5}, "prompts")
     assert said[1].startswith("1 of 1 prompts are longer than the 3 tokens")
 
 
-def test_a_model_that_is_not_here_yet_is_not_spoken_of(said: list[str]) -> None:
+def test_a_model_that_is_not_downloaded_yet_gives_no_warning(said: list[str]) -> None:
     prompt_lengths.warn([LONG], {"pretrained": "nobody/nothing", "text": {"max_length": 77}})
     assert not said
 
@@ -55,7 +57,9 @@ def test_no_torch_is_needed(tiny_sd: Path) -> None:
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
-def test_every_door_says_it(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+def test_every_command_warns(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
 
@@ -79,7 +83,7 @@ def test_every_door_says_it(small: list[str], tmp_path: Path, monkeypatch: pytes
     assert line.startswith("2 of 3 captions are longer than the 75 tokens")
 
 
-def test_the_demo_tells_its_page(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_page_shows_the_warning(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from realera import demo
     from realera.runs import folders, preflight, steps
 
@@ -113,4 +117,4 @@ def test_the_demo_tells_its_page(small: list[str], tmp_path: Path, monkeypatch: 
     demo.main()
     (draw,) = drawn
     assert draw("a cat", 0)["note"] == ""
-    assert draw(LONG, 0)["note"] == "only the first 75 tokens of this prompt are read"
+    assert draw(LONG, 0)["note"] == "only the first 75 tokens of this prompt are used"

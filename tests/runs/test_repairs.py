@@ -1,4 +1,4 @@
-"""Files that a run's settings name, asked directly; a run's own are torn in test_torn and test_runs."""
+"""Damage in files that a run's settings name. test_torn and test_runs damage the run's own files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_torn_sum_of_captions_is_refused_before_a_run_begins(how: str, tmp_pat
         checksums.save(file, {"gram": torch.rand(8, 8)}, {"made": "{}"})
         repairs.check_sums(method)
         tear(file, how)
-    said = r"method\.edit\.preserved\.prior_cache=.*sum\.safetensors is missing, torn or no sum .* realera\.cache"
+    said = r"method\.edit\.preserved\.prior_cache=.*sum\.safetensors is missing, torn or not a sum .* realera\.cache"
     with pytest.raises(UserError, match=said):
         repairs.check_sums(method)
     preserved["prior_cache"] = "everyday"

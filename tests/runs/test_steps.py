@@ -1,4 +1,4 @@
-"""From a judge's settings to a judge, and what judging again needs."""
+"""Building a judge from its settings, and judging again."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ TASK = ObjectTask("airplane")
 CHOOSER, COMPARER = f"{__name__}.Chooser", f"{__name__}.Comparer"
 
 
-def test_a_judge_without_labels_gets_the_task_s() -> None:
+def test_a_judge_without_labels_gets_those_of_the_task() -> None:
     one = steps.build_judge({"judge": {"_target_": CHOOSER, "labels": None}}, TASK)
     assert list(one.labels) == list(TASK.labels)  # type: ignore[attr-defined]
     given = steps.build_judge({"judge": {"_target_": CHOOSER, "labels": ["a"]}}, TASK)
     assert list(given.labels) == ["a"]  # type: ignore[attr-defined]
 
 
-def test_a_judge_without_anchors_gets_the_task_s() -> None:
+def test_a_judge_without_anchors_gets_those_of_the_task() -> None:
     node = {"_target_": "realera.judges.miniature.MiniatureJudge", "anchors": None}
     judge = steps.build_judge({"judge": node}, TASK)
     assert judge.anchors == {c.target: c.anchor for c in TASK.concepts}  # type: ignore[attr-defined]
@@ -67,7 +67,7 @@ def test_labels_reach_the_judges_inside_a_judge() -> None:
     assert list(built.judges["eye"].labels) == list(TASK.labels) and list(built.judges["ear"].labels) == []
 
 
-def test_a_judge_of_sets_judges_no_run_but_is_built_to_compare() -> None:
+def test_a_judge_of_sets_can_compare_but_not_judge_a_run() -> None:
     config = {"judge": {"_target_": COMPARER, "references": None, "split": "keep"}}
     with pytest.raises(UserError, match="judge=comparer compares whole sets"):
         steps.build_judge(config, TASK)

@@ -1,5 +1,5 @@
-"""A run folder is somebody else's input: every attack on every command that reads a run. Nothing outside of the folder
-is read or changed, nothing of it is run, and the answer is one sentence."""
+"""A run folder may come from somebody else: every attack on every command that reads a run. No file outside of the
+folder is read or changed, no code in it is run, and the answer is one sentence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Attack = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
-    """A whole run, made as typed."""
+    """A complete run, made by the train command."""
     place = tmp_path_factory.mktemp("fine")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -54,8 +54,8 @@ def fine(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
 
 @pytest.fixture
 def received(fine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy to be spoilt, in the folder that commands are given in. Whatever is done to it: nothing is started, no
-    module of the folder is imported, no file outside is changed, and no secret is written."""
+    """A copy of the run for an attack to change, in the current folder. After every attack: no program was started, no
+    module of the folder was imported, no file outside was changed, and no secret was written."""
     here, outside = tmp_path / "here", tmp_path / "outside"
     shutil.copytree(fine, here / "received")
     outside.mkdir()
@@ -93,12 +93,12 @@ COMMANDS = {
     "report": ["report", "runs=[received]"],
     "report-several": ["report", "runs=[received]", "out=page.html"],
 }
-READING = [name for name in COMMANDS if not name.startswith("report")]  # those that use the settings
+READING = [name for name in COMMANDS if not name.startswith("report")]  # commands that use the settings
 
 
 @pytest.fixture(scope="module")
 def give(small: list[str]) -> Callable[[str], None]:
-    """Runs a command's step on its settings, composed once."""
+    """Runs a command's step on its settings, which are composed once."""
     known: dict[str, Any] = {}
 
     def run(name: str) -> None:
@@ -225,7 +225,7 @@ USING = [name for name in COMMANDS if not name.startswith(("report", "train"))]
 
 
 @pytest.mark.parametrize("attack", SETTINGS)
-def test_settings_of_a_folder_are_data(attack: str, received: Path, give: Callable[[str], None]) -> None:
+def test_settings_in_a_folder_cannot_start_code(attack: str, received: Path, give: Callable[[str], None]) -> None:
     SETTINGS[attack](received)
     for command in READING:
         with pytest.raises(UserError) as refused:
@@ -290,7 +290,7 @@ LINKS: dict[str, Attack] = {
 
 
 @pytest.mark.parametrize("attack", LINKS)
-def test_files_of_a_run_are_no_links(attack: str, received: Path, give: Callable[[str], None]) -> None:
+def test_a_symbolic_link_in_a_run_is_refused(attack: str, received: Path, give: Callable[[str], None]) -> None:
     LINKS[attack](received)
     for command in COMMANDS:
         with pytest.raises(UserError, match="link"):
@@ -305,7 +305,7 @@ def test_a_link_is_refused_before_anything_is_cleared(name: str, received: Path)
         folders.claim(config)
 
 
-def test_a_lock_is_no_link(received: Path) -> None:
+def test_a_symbolic_link_as_lock_is_refused(received: Path) -> None:
     for name in (paths.LOCK, paths.IMAGES):
         linked(name, "canary.txt" if name == paths.LOCK else ".")(received)
         with pytest.raises(UserError, match="link"), folders.alone(received):
@@ -382,7 +382,7 @@ NAMES: dict[str, Attack] = {
 
 
 @pytest.mark.parametrize("attack", NAMES)
-def test_names_in_files_lead_nowhere(attack: str, received: Path, give: Callable[[str], None]) -> None:
+def test_paths_in_files_cannot_leave_the_folder(attack: str, received: Path, give: Callable[[str], None]) -> None:
     NAMES[attack](received)
     page = (received / paths.REPORT).read_text()
     for command in ("report", "report-several"):
@@ -393,8 +393,10 @@ def test_names_in_files_lead_nowhere(attack: str, received: Path, give: Callable
 
 
 @pytest.mark.parametrize("attack", ["a picture above", "an id above", "a linked picture", "a judge above"])
-def test_what_is_judged_again_is_of_the_folder(attack: str, received: Path, give: Callable[[str], None]) -> None:
-    """Such a file counts as torn, and is made again; or it is refused."""
+def test_judging_again_reads_only_images_of_the_folder(
+    attack: str, received: Path, give: Callable[[str], None]
+) -> None:
+    """Such a file counts as torn and is made again, or it is refused."""
     NAMES[attack](received)
     with suppress(UserError):
         give("evaluate")
@@ -404,20 +406,20 @@ def test_what_is_judged_again_is_of_the_folder(attack: str, received: Path, give
         assert all(row.path(received).is_file() for row in read_manifest(received))
 
 
-def test_a_run_without_readings_is_shown_all_the_same(received: Path, give: Callable[[str], None]) -> None:
+def test_a_run_without_metric_modes_is_still_shown(received: Path, give: Callable[[str], None]) -> None:
     numbers(headline={})(received)
     for command in ("report", "report-several"):
         give(command)
 
 
-def test_the_task_of_a_run_names_no_file_above(received: Path, give: Callable[[str], None]) -> None:
+def test_the_task_of_a_run_cannot_name_a_file_outside(received: Path, give: Callable[[str], None]) -> None:
     numbers(protocol__task="../../../outside/x")(received)
     give("report-several")
     written = {path.parent for path in received.parent.rglob("*.csv")}
     assert written == {received.parent / "tables"}
 
 
-def test_a_sweep_lists_its_own_runs_alone(received: Path, tmp_path: Path) -> None:
+def test_a_sweep_may_list_only_its_own_runs(received: Path, tmp_path: Path) -> None:
     shutil.copytree(received, tmp_path / "mine")
     given = received.parent / "given" / "runs" / "sweeps" / "s"
     given.mkdir(parents=True)
@@ -436,7 +438,7 @@ def test_a_sweep_lists_its_own_runs_alone(received: Path, tmp_path: Path) -> Non
 
 @pytest.fixture
 def sweep_given(received: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """A sweep of the run twice, in sp. Gives `report sp` and returns the sentence with which it is refused."""
+    """A sweep in sp that lists the run twice. Returns a function that runs `report sp` and returns its error."""
     (received.parent / "sp").mkdir()
     shutil.copytree(received, received.with_name("again"))
     listed = f"{received.absolute()}\n{received.with_name('again').absolute()}\n"
@@ -456,7 +458,7 @@ def sweep_given(received: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 
 @pytest.mark.parametrize("name", paths.OF_A_SWEEP)
-def test_files_of_a_sweep_are_no_links(
+def test_a_symbolic_link_in_a_sweep_is_refused(
     name: str, received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, page = received.parent / "sp", (received / paths.REPORT).read_text()
@@ -468,7 +470,7 @@ def test_files_of_a_sweep_are_no_links(
 
 
 @pytest.mark.parametrize("name", [paths.TABLES, paths.FIGURES])
-def test_the_folder_of_a_page_has_no_linked_tables(
+def test_tables_of_a_page_are_not_written_through_a_link(
     name: str, received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = received.parent / "pages"
@@ -480,14 +482,14 @@ def test_the_folder_of_a_page_has_no_linked_tables(
 
 
 @pytest.mark.parametrize("name", [paths.RESULTS, paths.README])
-def test_results_are_not_put_behind_a_link(
+def test_results_are_not_written_through_a_link(
     name: str, received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (received.parent / "sp" / name).symlink_to(received.parents[1] / "outside" / "private.csv")
     assert "is a symbolic link" in sweep_given(capsys, "report", "sp", "results=sp")
 
 
-def test_a_new_sweep_is_not_begun_among_links(
+def test_a_new_sweep_is_not_started_in_a_linked_folder(
     received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning.sweep, "folder", lambda: received.parent / "runs" / "sweeps" / "s")
@@ -501,7 +503,9 @@ def test_a_new_sweep_is_not_begun_among_links(
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
-def test_a_ledger_is_no_pipe_and_has_a_largest_size(received: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_of_cells_that_is_a_pipe_or_too_large_is_refused(
+    received: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(received.parent / paths.CELLS)
     assert jobs.read_cells(received.parent) == []
     (received.parent / paths.CELLS).unlink()
@@ -522,7 +526,7 @@ def test_a_sweep_that_lists_nothing_is_refused(
 
 
 @pytest.mark.parametrize("words", [["evaluate", "run=received"], ["evaluate", "-m", "run=received,latest"]])
-def test_the_command_itself_says_one_sentence(
+def test_the_command_prints_one_sentence(
     words: list[str], received: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     SETTINGS["a program as judge"](received)
@@ -533,7 +537,7 @@ def test_the_command_itself_says_one_sentence(
     assert ended.value.code == 2 and "os.system" in said[0]
 
 
-def test_a_page_holds_no_markup_of_a_run(
+def test_a_page_escapes_the_markup_of_a_run(
     received: Path, give: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'"
@@ -561,7 +565,7 @@ def test_a_page_holds_no_markup_of_a_run(
 
 
 @pytest.mark.parametrize("command", ["evaluate", "evaluate-plan"])
-def test_a_folder_chooses_no_interpreter(command: str, received: Path, give: Callable[[str], None]) -> None:
+def test_a_folder_cannot_choose_an_interpreter(command: str, received: Path, give: Callable[[str], None]) -> None:
     setting("judge.python", "evil/python")(received)
     with pytest.raises(UserError, match=r"judge=NAME judge\.python=evil/python"):
         give(command)
@@ -572,15 +576,15 @@ def test_a_folder_chooses_no_interpreter(command: str, received: Path, give: Cal
 
 
 @pytest.mark.parametrize("model", ["hf-hub:evil/x", "local-dir:evil"])
-def test_a_folder_chooses_no_judge_of_a_hub_or_a_folder(
+def test_a_folder_cannot_choose_a_judge_from_a_hub_or_a_folder(
     model: str, received: Path, give: Callable[[str], None]
 ) -> None:
     setting("judge", {"_target_": "realera.judges.clip.ClipJudge", "model": model})(received)
-    with pytest.raises(UserError, match=r"type it again, judge=NAME judge\.model=MODEL"):
+    with pytest.raises(UserError, match=r"type it, judge=NAME judge\.model=MODEL"):
         give("evaluate")
 
 
-def test_a_folder_names_no_file_of_texts(received: Path, give: Callable[[str], None]) -> None:
+def test_a_folder_cannot_name_a_text_file(received: Path, give: Callable[[str], None]) -> None:
     task = program("realera.tasks.nsfw.NsfwTask", prompts_csv="../outside/private.csv")
     setting("task", task)(received)
     for digest in (None, {"prompts_csv": "0" * 64}, []):
@@ -593,7 +597,7 @@ def test_a_folder_names_no_file_of_texts(received: Path, give: Callable[[str], N
 
 
 @pytest.mark.parametrize("name", ["~nouser-at-all/x.csv", "x" * 300, "a\0b"])
-def test_a_name_that_no_file_can_have_is_no_file(name: str) -> None:
+def test_an_impossible_file_name_is_not_a_file(name: str) -> None:
     node = {"prior_cache": name, "domain_cache": None}
     config = {"task": {"prompts_csv": name}, "method": {"edit": node}, "backbone": {"pretrained": name}}
     assert trust.tables(config) == {} and paths.file_of(name) is None and folders.weights_of(config) is None
@@ -605,7 +609,7 @@ def test_a_name_that_no_file_can_have_is_no_file(name: str) -> None:
     assert preflight.model_folder(config["backbone"]) is None
 
 
-def test_train_notes_what_it_has_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_records_the_text_files_that_it_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.csv").write_text("prompt\na cat\n")
     config = {
@@ -691,10 +695,10 @@ def test_a_list_of_concepts_is_not_interpolated(tmp_path: Path) -> None:
     "target",
     ["os.system", "builtins.open", "subprocess.Popen", "realera.system.disk.write_text", "torch.load", "pathlib.Path"],
 )
-def test_another_interpreter_makes_classes_alone(target: str) -> None:
+def test_another_interpreter_builds_only_classes(target: str) -> None:
     said: list[Any] = []
     worker.serve([json.dumps({"_target_": target})], said.append)
-    assert "is not the class of a part" in said[0]["refused"]
+    assert "is not allowed" in said[0]["refused"]
 
 
 def test_a_path_stays_inside(tmp_path: Path) -> None:
@@ -708,7 +712,7 @@ def test_a_path_stays_inside(tmp_path: Path) -> None:
         paths.inside(tmp_path, "x" * 5000)
 
 
-def test_what_is_read_is_bounded(tmp_path: Path) -> None:
+def test_the_size_of_files_that_are_read_is_limited(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     for text in (
         "[" * 100_000,
@@ -753,9 +757,9 @@ def test_long_numbers_and_wrong_kinds_of_a_yaml_are_refused() -> None:
     assert time.process_time() - began < 5  # base 60 takes the square of its length
 
 
-def test_half_a_letter_is_refused() -> None:
+def test_a_lone_surrogate_is_refused() -> None:
     for text in (r'"\ud800"', r'{"a": ["b\uDFFF"]}', r'{"\udead": 1}', r'"\ud800 \udc00"'):
-        with pytest.raises(ValueError, match=r"half a letter|escape"):
+        with pytest.raises(ValueError, match=r"half a character|escape"):
             plain_data.json_of(text)
         with pytest.raises(ValueError):
             plain_data.yaml_of(text)
@@ -763,7 +767,7 @@ def test_half_a_letter_is_refused() -> None:
 
 
 @pytest.mark.parametrize("loader", [yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)])
-def test_both_readers_of_yaml_refuse_half_a_letter(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_readers_of_yaml_refuse_a_lone_surrogate(loader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain_data, "_Loader", loader)
     with pytest.raises(ValueError):
         plain_data.yaml_of(r'x: "\ud800"')
@@ -809,9 +813,7 @@ UNSAYABLE: dict[str, Attack] = {
 
 
 @pytest.mark.parametrize("attack", UNSAYABLE)
-def test_what_cannot_be_written_again_is_a_damaged_file(
-    attack: str, received: Path, give: Callable[[str], None]
-) -> None:
+def test_numbers_that_json_cannot_express_are_damage(attack: str, received: Path, give: Callable[[str], None]) -> None:
     UNSAYABLE[attack](received)
     for command in ("report", "report-several", "evaluate-plan", "export-map", "train"):
         with suppress(UserError):
@@ -853,7 +855,7 @@ def test_keys_and_aliases_of_a_yaml_cost_no_more_than_their_number() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_reading_a_pipe_does_not_block(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     for read in (
@@ -878,8 +880,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     "name",
     slow_unless([*folders.FILES, paths.IMAGES, f"{paths.VERDICTS}/miniature.jsonl"], paths.METRICS, paths.MANIFEST),
 )
-def test_a_run_of_pipes_is_answered(name: str, received: Path, give: Callable[[str], None]) -> None:
-    """No command waits for somebody to write; it says a sentence, or does without the file."""
+def test_a_run_with_pipes_does_not_block(name: str, received: Path, give: Callable[[str], None]) -> None:
+    """No command waits for a writer: it prints a sentence, or continues without the file."""
     shutil.rmtree(received / name, ignore_errors=True)
     (received / name).unlink(missing_ok=True)
     (received / name).parent.mkdir(exist_ok=True)
@@ -890,7 +892,7 @@ def test_a_run_of_pipes_is_answered(name: str, received: Path, give: Callable[[s
                 give(command)
 
 
-def test_code_that_only_the_command_line_names_is_said(
+def test_a_class_that_only_the_command_line_names_gives_a_warning(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "own_edit.py").write_text(
@@ -902,7 +904,7 @@ def test_code_that_only_the_command_line_names_is_said(
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    said = "method.edit._target_=own_edit.Own is typed here and named by no yaml"
+    said = "method.edit._target_=own_edit.Own was typed, but no yaml names it"
     for words, warned in (
         ([*UCE, "method.edit._target_=own_edit.Own"], True),
         (["--config-dir", "mine", "concept=airplane", "method=own"], False),

@@ -1,4 +1,4 @@
-"""One concept, many, or a file of them: what a run's settings say, and where it then stands."""
+"""One concept, several, or a file of concepts: the settings and the folder of the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIRST = {"celebrity": "Tom Cruise", "style": "Van Gogh", "object": "airplane", "
 
 
 def settings(*words: str, door: str = "train") -> dict[str, Any]:
-    """A door's settings once the file of concepts is read."""
+    """A command's settings after the file of concepts was read."""
     resolvers.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         return composition.plain(composition.with_concepts(compose(door, list(words))))
@@ -52,7 +52,7 @@ def test_every_task_knows_its_first_concept_on_every_backbone(task: str, backbon
 
 
 @pytest.mark.parametrize("task", FIRST)
-def test_the_miniature_reads_every_prompt_whole(task: str) -> None:
+def test_the_miniature_cuts_no_prompt(task: str) -> None:
     from tokenizers import Tokenizer
 
     config = settings(f"task={task}", "backbone=mini", "concept=tractor", "anchor=field")
@@ -81,7 +81,7 @@ def test_a_file_of_names_is_a_list_of_concepts(tmp_path: Path) -> None:
     built = composition.build_task(config)
     assert [(c.target, c.anchor) for c in built.concepts] == [("Tom Cruise", "a person"), ("R2-D2", "robot")]
     typed = settings("task=celebrity", "concept=[Tom Cruise,R2-D2]", "anchor=[null,robot]")
-    assert folders.folder_of(typed) == folders.folder_of(config)  # what is erased counts, not how it was typed
+    assert folders.folder_of(typed) == folders.folder_of(config)  # the concepts count, not how they were typed
 
 
 def test_one_name_in_a_file_is_one_concept_and_a_typed_anchor_fills_the_gaps(tmp_path: Path) -> None:
@@ -97,11 +97,11 @@ def test_concepts_given_twice_are_refused(door: str, tmp_path: Path) -> None:
     run = ["run=original"] if door == "evaluate" else []
     with pytest.raises(UserError, match="leave one of them out"):
         settings("concept=cat", listed(tmp_path, "dog\n"), *run, door=door)
-    with pytest.raises(UserError, match="holds anchors too"):
+    with pytest.raises(UserError, match="contains anchors too"):
         settings("anchor=[sky,sea]", listed(tmp_path, "dog\nship,sea\n"), *run, door=door)
 
 
-def test_a_hundred_concepts_pass_the_preflight_quickly_and_stand_in_a_short_folder(tmp_path: Path) -> None:
+def test_a_hundred_concepts_are_checked_quickly_and_have_a_short_folder_name(tmp_path: Path) -> None:
     names = load("celebrities.yaml")["worlds"]["paper"]["preserved"]
     words = ["task=celebrity", "backbone=mini", "anchor=a person", listed(tmp_path, "\n".join(names))]
     config = settings(*words)
@@ -131,14 +131,14 @@ def test_the_task_names_the_concepts_that_were_not_typed() -> None:
     assert composition.name_concepts(typed, composition.build_task(typed)) is typed
 
 
-def test_a_guide_is_told_the_concepts_too() -> None:
+def test_the_guide_gets_the_concepts_too() -> None:
     config = settings("task=nsfw", "backbone=mini", "method=sld")
     named = composition.name_concepts(config, composition.build_task(config))
     assert named["method"]["guide"]["concepts"] == named["concept"]
     assert settings("concept=[cat,dog]", "method=sld")["method"]["guide"]["concepts"] == ["cat", "dog"]
 
 
-def test_a_method_is_told_the_names_that_the_task_does_not_judge() -> None:
+def test_a_method_can_get_the_preserved_names_that_are_not_judged() -> None:
     words = ("task=celebrity", "backbone=mini", "concept=Tom Cruise", "method=valera")
     config = settings(*words, "method.edit.keep=task", "task.told=half")
     built = composition.build_task(config)
@@ -150,11 +150,11 @@ def test_a_method_is_told_the_names_that_the_task_does_not_judge() -> None:
     assert composition.name_concepts(typed, built) is typed
     for one in (("task=celebrity", *words[1:]), ("task=nsfw", "backbone=sd14", "method=valera", "task.told=half")):
         config = settings(*one, "method.edit.keep=task")
-        with pytest.raises(UserError, match=r"keeps no names back.*task\.told=half"):
+        with pytest.raises(UserError, match=r"tells the method none of its preserved concepts.*task\.told=half"):
             composition.name_concepts(config, composition.build_task(config))
 
 
-def test_names_that_are_told_and_directions_name_the_folder() -> None:
+def test_preserved_names_and_directions_change_the_folder_name() -> None:
     words = ("task=celebrity", "backbone=mini", "concept=Tom Cruise", "method=valera")
     config = settings(*words)
     for more in ("task.told=half", "method.edit.directions=2"):
@@ -162,7 +162,7 @@ def test_names_that_are_told_and_directions_name_the_folder() -> None:
 
 
 def test_a_number_is_a_name(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given twice, the command goes on with its own folder, and the other commands read it."""
+    """The same command finds its own folder again, and the other commands can read it."""
     monkeypatch.chdir(tmp_path)
     words = ["concept=1984", "anchor=2001", "method=uce", "evaluate=false", *small]
     for door, more in (("train", words), ("train", words), ("export", ["run=latest", "to=map", "out=5"])):
@@ -194,13 +194,13 @@ def test_a_tables_content_belongs_to_the_runs_identity(tmp_path: Path) -> None:
         (["task=celebrity", "concept=R2-D2"], "anchor='a person'"),
         (["task=celebrity"], "concept='Tom Cruise'"),
         (["task=style", "concept=Studio Ghibli"], "anchor=art"),
-        (["task=nsfw", "task.prompts_csv=nowhere.csv"], "nowhere.csv is no file"),
-        (["concepts_file=nowhere.txt"], "nowhere.txt is no file"),
+        (["task=nsfw", "task.prompts_csv=nowhere.csv"], "nowhere.csv is not a file"),
+        (["concepts_file=nowhere.txt"], "nowhere.txt is not a file"),
         (["task=celebrity", "task.protocol=esd", "concept=Tom Cruise"], "realera or mace"),
-        (["concept=[cat,../dog]"], "file's path"),
+        (["concept=[cat,../dog]"], "is a path"),
     ],
 )
-def test_the_door_refuses_with_one_sentence(
+def test_the_command_refuses_with_one_sentence(
     words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

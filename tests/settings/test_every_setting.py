@@ -26,7 +26,7 @@ MINIATURE = "realera.judges.miniature.MiniatureJudge"
 
 @pytest.fixture(scope="module", autouse=True)
 def figures(request: pytest.FixtureRequest) -> Any:
-    """Says how far the walk came in this process, and that all of it is long."""
+    """Prints how many settings were tried in this process."""
     yield
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(
@@ -39,7 +39,7 @@ def figures(request: pytest.FixtureRequest) -> Any:
 
 
 def tried(door: str, config: dict[str, Any], place: walk.Place) -> str | None:
-    """The sentence that refuses the settings; None where they are accepted and all that is cheap to build is built."""
+    """The sentence that refuses the settings; None if they are accepted. Parts that are cheap to build are built."""
     try:
         schema.check(config, door)
         if door == "train":
@@ -66,9 +66,7 @@ def is_one_sentence(said: str) -> bool:
 
 
 @pytest.mark.parametrize(("group", "option"), ALL, ids=lambda value: str(value) or "door")
-def test_every_leaf_refuses_or_takes_what_it_is_given(
-    group: str, option: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_every_leaf_accepts_or_refuses_odd_values(group: str, option: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     door, config, places = walk.walked(group, option)
     assert tried(door, config, ("method",)) is None, "the yaml's own values pass"
@@ -84,8 +82,8 @@ def test_every_leaf_refuses_or_takes_what_it_is_given(
 
 
 @pytest.mark.parametrize(("group", "option"), slow_unless(ALL, *ALL[::5]), ids=lambda value: str(value) or "door")
-def test_a_value_where_settings_stand_is_refused(group: str, option: str) -> None:
-    """method.edit=5, task.images=[], ..., and a group that is gone."""
+def test_a_plain_value_in_place_of_settings_is_refused(group: str, option: str) -> None:
+    """method.edit=5, task.images=[], ..., and a missing group."""
     door, config, _ = walk.walked(group, option)
     for place in walk.groups_of(config):
         for value in (5, "abc", True, [1], ""):
@@ -93,7 +91,7 @@ def test_a_value_where_settings_stand_is_refused(group: str, option: str) -> Non
                 schema.check(walk.with_value(config, place, value), door)
     for key in config:
         if key != "judge":
-            with pytest.raises(UserError, match=f"there is no {key} any more"):
+            with pytest.raises(UserError, match=f"{key} is missing"):
                 schema.check({name: one for name, one in config.items() if name != key}, door)
     with pytest.raises(UserError, match="there is no setting 'new'"):
         schema.check({**config, "new": 1}, door)
@@ -124,8 +122,8 @@ def test_the_search_and_the_sweeps_parameters() -> None:
 
 
 @pytest.mark.parametrize("door", ["train", "evaluate"])
-def test_what_other_settings_follow_from_is_told_by_itself(door: str) -> None:
-    """A resolver that trips over a setting says so of the setting."""
+def test_a_wrong_setting_is_named_even_if_others_are_resolved_from_it(door: str) -> None:
+    """If a resolver fails because of a setting, the sentence names that setting."""
     for key, value in (("seed", "abc"), ("concept", 1.5), ("backbone.name", None), ("task._target_", "abc")):
         cfg = walk.composed(door)
         cfg.task.first_seed = "${times:1000,${seed}}"
@@ -134,8 +132,8 @@ def test_what_other_settings_follow_from_is_told_by_itself(door: str) -> None:
             composition.checked(cfg, door)
 
 
-def test_odd_values_are_set_as_typed(tmp_path: Path, monkeypatch: Any) -> None:
-    """A sample of the walk by composition, interpolations and all."""
+def test_typed_odd_values_are_checked_like_set_ones(tmp_path: Path, monkeypatch: Any) -> None:
+    """Tries a sample of the values by composing them with Hydra, with all interpolations."""
     monkeypatch.chdir(tmp_path)
     cfg = walk.composed("train", "experiment=table1", "method=ac")
     draw = random.Random(0)

@@ -1,4 +1,4 @@
-"""What the settings' check lets through must run: odd values that are accepted, on the tiny model, two steps each."""
+"""Odd values that the checks accept must run: on the tiny model, with two steps each."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def accepted(method: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_accepted_runs(
+def test_accepted_values_run(
     method: str, small: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

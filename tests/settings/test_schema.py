@@ -1,4 +1,4 @@
-"""Settings are held against the constructors that take them, read and not run."""
+"""Settings are checked against constructors, whose source code is read and not run."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ One, (Two, Three) = Base, (Base, Base)
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of a user's own, which fails where it is imported."""
+    """A user's module, which fails if it is imported."""
     name = f"mine_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -209,7 +209,7 @@ def check(mine: str, cls: str, **settings: Any) -> None:
         ("Two", {"own": 1}),
     ],
 )
-def test_what_python_builds_passes(
+def test_settings_that_python_can_build_pass(
     target: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"odd_{tmp_path.name.replace('-', '_')}"
@@ -224,7 +224,7 @@ def test_what_python_builds_passes(
     ("target", "settings"),
     [("Both", {"x": 1}), ("Diamond", {"root": 1}), ("OverOwn", {"own": 1}), ("WithInit", {"a": 1}), ("Own", {"_": 1})],
 )
-def test_what_python_does_not_build_is_told(
+def test_settings_that_python_cannot_build_are_refused(
     target: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"odd_{tmp_path.name.replace('-', '_')}"
@@ -251,40 +251,44 @@ SAMPLER = {"_target_": "realera.contracts.Sampler", "steps": 5}
         ("factory", {"share": 0}),
     ],
 )
-def test_what_can_be_passes(mine: str, cls: str, settings: dict[str, Any]) -> None:
+def test_valid_settings_pass(mine: str, cls: str, settings: dict[str, Any]) -> None:
     check(mine, cls, **settings)
 
 
 @pytest.mark.parametrize(
     ("cls", "settings", "said"),
     [
-        ("Fields", {}, "there is no part.count any more.* a whole number from 1 to 1000000"),
-        ("Fields", {"count": True}, "part.count=true cannot be: give a whole number"),
-        ("Fields", {"count": 1.0}, "part.count=1.0 cannot be"),
-        ("Fields", {"count": "1"}, "part.count=1 cannot be"),
-        ("Fields", {"count": 1, "mood": "goood"}, "mood=goood cannot be; did you mean 'good'\\? give good, bad or 3"),
-        ("Fields", {"count": 1, "listed": 3}, "part.listed=3 cannot be: give a list"),
-        ("Fields", {"count": 1, "listed": [1, 0]}, r"part.listed\[1\]=0 cannot be"),
+        ("Fields", {}, "part.count is missing: give a whole number from 1 to 1000000"),
+        ("Fields", {"count": True}, "part.count=true is not valid: give a whole number"),
+        ("Fields", {"count": 1.0}, "part.count=1.0 is not valid"),
+        ("Fields", {"count": "1"}, "part.count=1 is not valid"),
+        ("Fields", {"count": 1, "mood": "goood"}, "goood is not valid; did you mean 'good'\\? give good, bad or 3"),
+        ("Fields", {"count": 1, "listed": 3}, "part.listed=3 is not valid: give a list"),
+        ("Fields", {"count": 1, "listed": [1, 0]}, r"part.listed\[1\]=0 is not valid"),
         ("Fields", {"count": 1, "table": {"god": 1}}, "no setting 'part.table.god'; did you mean 'part.table.good'"),
-        ("Fields", {"count": 1, "table": {"good": math.nan}}, "part.table.good=nan cannot be: give a number"),
-        ("Fields", {"count": 1, "inner": {"share": 2}}, "part.inner.share=2 cannot be: give a number from 0 to 1"),
+        ("Fields", {"count": 1, "table": {"good": math.nan}}, "part.table.good=nan is not valid: give a number"),
+        ("Fields", {"count": 1, "inner": {"share": 2}}, "part.inner.share=2 is not valid: give a number from 0 to 1"),
         ("Fields", {"count": 1, "inner": {"shar": 1}}, "no setting 'part.inner.shar'; did you mean 'part.inner.share'"),
-        ("Fields", {"count": 1, "inner": 7}, "part.inner=7 cannot be: give its settings.* or null"),
+        ("Fields", {"count": 1, "inner": 7}, "part.inner=7 is not valid: give its settings.* or null"),
         ("Fields", {"count": 1, "sampler": {"steps": 3}}, "part.sampler has no _target_"),
-        ("Fields", {"count": 1, "sampler": {**SAMPLER, "steps": 0}}, "part.sampler.steps=0 cannot be"),
-        ("Fields", {"count": 1, "sampler": {"_target_": "MINE.Base", "name": "x"}}, "Base is no Sampler"),
-        ("Fields", {"count": 1, "editor": SAMPLER}, "Sampler is no Editor, it has no __call__"),
+        ("Fields", {"count": 1, "sampler": {**SAMPLER, "steps": 0}}, "part.sampler.steps=0 is not valid"),
+        ("Fields", {"count": 1, "sampler": {"_target_": "MINE.Base", "name": "x"}}, "Base cannot be used as Sampler"),
+        (
+            "Fields",
+            {"count": 1, "editor": SAMPLER},
+            "Sampler cannot be used as Editor, because it has no method __call__",
+        ),
         ("Fields", {"count": 1, "made": 3}, "no setting 'part.made'"),
         ("Fields", {"count": 1, "untold": 3}, "no setting 'part.untold'"),
-        ("Fields", {"count": 1, "_convert_": "most"}, "part._convert_=most cannot be"),
+        ("Fields", {"count": 1, "_convert_": "most"}, "part._convert_=most is not valid"),
         ("Field", {}, r"there is no Field in mine_\w+; check the spelling"),
-        ("Child", {"own": 0}, "part.own=0 cannot be: give a number above 0, at most 8"),
+        ("Child", {"own": 0}, "part.own=0 is not valid: give a number above 0, at most 8"),
         ("Child", {"own": 1, "name": "x"}, "no setting 'part.name'"),
         ("Heir", {"own": 1, "shar": 1}, "no setting 'part.shar'; did you mean 'part.share'"),
-        ("factory", {"share": "all"}, "part.share=all cannot be"),
+        ("factory", {"share": "all"}, "part.share=all is not valid"),
     ],
 )
-def test_what_cannot_be_is_told(mine: str, cls: str, settings: dict[str, Any], said: str) -> None:
+def test_settings_that_are_not_valid_are_refused(mine: str, cls: str, settings: dict[str, Any], said: str) -> None:
     for value in settings.values():
         if isinstance(value, dict) and "MINE" in str(value.get("_target_")):
             value["_target_"] = f"{mine}.Base"
@@ -295,16 +299,16 @@ def test_what_cannot_be_is_told(mine: str, cls: str, settings: dict[str, Any], s
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        (None, "_target_=null cannot be"),
-        ("Thing", "Thing is no dotted name"),
+        (None, "_target_=null is not valid"),
+        ("Thing", "Thing is not a dotted name"),
         ("no_such_package.Thing", "there is no module no_such_package"),
         ("realera.methods.nothing.Thing", "there is no module realera.methods.nothing"),
         ("realera.methods.uce.Nothing.made", "there is no module realera.methods.uce.Nothing"),
         ("realera.methods.uce.Nothing", "there is no Nothing in realera.methods.uce"),
-        ("../x.Y", "cannot be: give the dotted name"),
+        ("../x.Y", "is not valid: give the dotted name"),
     ],
 )
-def test_a_target_that_is_not_there(target: Any, said: str) -> None:
+def test_a_target_that_does_not_exist_is_refused(target: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         check_part({"_target_": target}, "part")
 
@@ -355,20 +359,20 @@ def test_kinds(kind: Any, good: list[Any], bad: list[Any]) -> None:
         ("contracts.Method", "name", 5),
     ],
 )
-def test_a_number_is_no_text_where_the_reader_takes_it_as_it_is(target: str, name: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"part\.{name}.*=5 cannot be: give .*as a text it needs quotes"):
+def test_a_number_is_refused_if_its_reader_needs_a_text(target: str, name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"part\.{name}.*=5 is not valid: give .*as a text it needs quotes"):
         check_part({"_target_": f"realera.{target}", "_partial_": True, name: value}, "part")
 
 
-def test_a_number_is_a_path_or_a_word_where_the_reader_makes_a_text_of_it() -> None:
+def test_a_number_is_accepted_if_its_reader_makes_a_text_of_it() -> None:
     with pytest.raises(
-        UserError, match=r"x\.pretrained=5 is a number \(a path of that name is typed \./5\): give a hub id"
+        UserError, match=r"x\.pretrained=5 is a number \(for a path of that name type \./5\): give a hub id"
     ):
         check_part({"_target_": "realera.backbones.unet.UNetBackbone", "_partial_": True, "pretrained": 5}, "x")
     check_part({"_target_": "realera.tasks.objects.ObjectTask", "_partial_": True, "synonyms": [747]}, "x")
 
 
-def test_a_range_is_said() -> None:
+def test_the_sentence_says_the_range() -> None:
     assert setting_types.Number(0, 1).words == "a number from 0 to 1"
     assert setting_types.Number(0, 10, above=True).words == "a number above 0, at most 10"
     assert setting_types.Number(1, whole=True, infinite=True).words == "a whole number from 1, or .inf"
@@ -377,13 +381,13 @@ def test_a_range_is_said() -> None:
 
 
 @pytest.mark.parametrize(("group", "option"), walk.options(), ids=lambda value: str(value))
-def test_every_parameter_of_every_class_that_a_yaml_names_says_its_kind(group: str, option: str) -> None:
+def test_every_parameter_of_every_class_in_a_yaml_has_a_kind(group: str, option: str) -> None:
     _, config, _ = walk.walked(group, option)
     unsaid = [f"{target}: {name}" for target in targets(config) for name in unchecked(target)]
     assert not unsaid
 
 
-def test_every_setting_of_a_command_says_its_kind() -> None:
+def test_every_setting_of_a_command_has_a_kind() -> None:
     for door in (*walk.DOORS, "search"):
         assert unchecked(f"{schema.SETTINGS}.{door.capitalize()}") in ([], ["sampler"])  # Optuna's own
         if door != "search":
@@ -405,11 +409,11 @@ def test_every_setting_of_a_command_says_its_kind() -> None:
         ("callbacks", [], "use the method's parts"),
         ("enable_progress_bar", True, "there is no setting 'trainer.enable_progress_bar'"),
         ("sync_batchnorm", True, "there is no setting 'trainer.sync_batchnorm'"),
-        ("deterministic", "yes", "trainer.deterministic=yes cannot be"),
+        ("deterministic", "yes", "trainer.deterministic=yes is not valid"),
     ],
 )
 def test_a_trainer_takes_no_keyword_that_changes_the_result(name: str, value: Any, said: str) -> None:
-    """A run's name does not depend on them, so that the usual command would find such a run finished."""
+    """A run's folder name does not depend on them, so the usual command would take such a run for its own."""
     _, config, _ = walk.walked("method", "esd-x")
     with pytest.raises(UserError, match=said):
         schema.check(walk.with_value(config, ("trainer", name), value), "train")
@@ -418,7 +422,7 @@ def test_a_trainer_takes_no_keyword_that_changes_the_result(name: str, value: An
 
 
 def unchecked(target: str) -> list[str]:
-    """The parameters of a class that let everything pass."""
+    """The parameters of a class that are not checked."""
     found = source_code.find(target)
     assert isinstance(found, source_code.Class), target
     taken = constructors.signature(found)
@@ -447,7 +451,7 @@ def test_the_settings_of_a_run_are_checked_for_types_alone() -> None:
 
 
 def test_nothing_is_imported() -> None:
-    """Not even torch, by a config that names thirty classes of ours."""
+    """Checking a config that names thirty of our classes does not import torch."""
     code = """
         import sys
         from realera.settings import schema, walk_config
@@ -462,8 +466,8 @@ def test_nothing_is_imported() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_look_at_no_machine() -> None:
+def test_files_may_be_missing_in_a_check_for_another_machine() -> None:
     node = {"_target_": "realera.methods.priors.Preserved", "prior_cache": "nowhere", "scale": 1e-4}
     schema.Part().check(node, "x", Look(here=False))
-    with pytest.raises(UserError, match="prior_cache=nowhere is no file"):
+    with pytest.raises(UserError, match="prior_cache=nowhere is not a file"):
         check_part(node, "x")

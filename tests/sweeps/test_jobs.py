@@ -1,4 +1,4 @@
-"""Sweeps: no job stops another, the ledger and the exit status say how each ended, a finished cell is found again."""
+"""Sweeps: no job stops another, cells.jsonl and the exit status say how each ended, a finished cell is found again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UCE = ["method=uce", "evaluate=false"]
 
 @pytest.fixture
 def type_in(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
-    """Runs `python -m realera.train -m words` in this process; the exit status."""
+    """Runs `python -m realera.train -m words` in this process and returns the exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("REALERA_STAMP", "stamp")
@@ -44,7 +44,7 @@ def type_in(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return run
 
 
-def ledger() -> list[dict[str, Any]]:
+def read_lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path("runs/sweeps/stamp/cells.jsonl").read_text().splitlines()]
 
 
@@ -64,7 +64,7 @@ def test_no_job_stops_the_others_and_a_finished_cell_is_found(
     assert type_in(*UCE, "concept=nothingknown,airplane", "seed=0,1,2") == 1
     said = capsys.readouterr().out
     assert "2 done, 3 refused, 1 failed" in said and "a bug of the code" in said
-    cells = ledger()
+    cells = read_lines()
     assert [cell["state"] for cell in cells] == ["refused"] * 3 + ["done", "failed", "done"]
     assert "is not one of the classes" in cells[0]["reason"] and cells[0]["folder"] is None
     assert cells[4]["reason"].startswith("ZeroDivisionError: a bug of the code (traceback in ")
@@ -74,12 +74,12 @@ def test_no_job_stops_the_others_and_a_finished_cell_is_found(
 
     monkeypatch.setattr(steps, "erase", erase)
     assert type_in(*UCE, "concept=airplane", "seed=0,1,2") == 0
-    assert "1 done, 2 found finished" in capsys.readouterr().out  # of this call alone
-    assert [cell["state"] for cell in ledger()[6:]] == ["found", "done", "found"]
+    assert "1 done, 2 already finished" in capsys.readouterr().out  # of this call alone
+    assert [cell["state"] for cell in read_lines()[6:]] == ["found", "done", "found"]
     assert type_in(*UCE, "concept=nothingknown,airplane") == 2
 
 
-def test_a_launch_answers_for_its_own_cells_alone(
+def test_a_launch_reports_only_its_own_cells(
     type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from realera.runs import steps
@@ -105,12 +105,12 @@ def test_each_launch_keeps_its_tracebacks(type_in: Type, monkeypatch: pytest.Mon
     for word in ("first", "second"):
         monkeypatch.setattr(steps, "erase", lambda *all, word=word: {}[word])
         assert type_in(*UCE, "concept=airplane") == 1
-    for word, cell in zip(("first", "second"), ledger(), strict=True):
+    for word, cell in zip(("first", "second"), read_lines(), strict=True):
         (kept,) = re.findall(r"traceback in (.*)\)", cell["reason"])
         assert f"KeyError: '{word}'" in Path(kept).read_text()
 
 
-def test_sweeps_that_begin_in_the_same_second_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeps_that_start_in_the_same_second_have_different_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep.time, "strftime", lambda form: "20260101-120000")
     own = sweep.new_stamp()
     assert own == f"20260101-120000-{os.getpid()}"
@@ -120,7 +120,7 @@ def test_sweeps_that_begin_in_the_same_second_have_folders_of_their_own(monkeypa
     assert sweep.new_stamp() > own, "folders sort by time, whoever made them"
 
 
-def test_a_process_that_a_sweep_begins_belongs_to_it(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_started_by_a_sweep_belongs_to_it(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REALERA_STAMP")
     assert type_in(*UCE, "concept=nothingknown") == 2
     (place,) = Path("runs/sweeps").iterdir()
@@ -144,12 +144,12 @@ def test_an_interrupted_sweep_says_so(
 
     monkeypatch.setattr(steps, "erase", stops)
     assert type_in(*UCE, "concept=airplane", "seed=0,1,2") == 130
-    assert [cell["state"] for cell in ledger()] == ["done"]
+    assert [cell["state"] for cell in read_lines()] == ["done"]
     assert "1 done" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_page_that_is_not_waited_for_can_be_made_later(
+def test_an_interrupted_page_can_be_written_later(
     type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from realera.reporting.sweep import page as sweep_report
@@ -160,11 +160,11 @@ def test_a_page_that_is_not_waited_for_can_be_made_later(
     monkeypatch.setattr(sweep_report, "write_sweep", stops)
     assert type_in("method=uce", "concept=airplane") == 130
     said = capsys.readouterr().err
-    assert "interrupted: python -m realera.report runs/sweeps/stamp makes the page" in said
+    assert "interrupted: python -m realera.report runs/sweeps/stamp writes the page" in said
 
 
 @pytest.mark.parametrize("ended", slow_unless([1, 0], 1))
-def test_a_launcher_that_gives_up_leaves_the_page_and_a_sentence(
+def test_a_launcher_that_gives_up_still_gives_the_page_and_a_sentence(
     ended: int, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make = Plugins.instantiate_launcher
@@ -197,13 +197,13 @@ def test_a_launcher_that_gives_up_leaves_the_page_and_a_sentence(
     ("words", "sentence"),
     [
         (["run_dir=own", "overwrite=true", "seed=0,1"], "run_dir=own is the folder of several jobs"),
-        (["run_dir=own", "method.edit.ridge=0.5,5"], "as run_dir='own/${seed}' does of seeds."),
+        (["run_dir=own", "method.edit.ridge=0.5,5"], "such as run_dir='own/${seed}' for seeds."),
         (["experiment=search", "method=realera", "run_dir=own"], "run_dir=own is the folder of several jobs"),
         (["judge=miniature,clip"], "several jobs would judge runs/airplane-uce-"),
-        (["hydra.job.chdir=true"], "hydra.job.chdir=true would put each job's files where"),
+        (["hydra.job.chdir=true"], "hydra.job.chdir=true would put each job's files into a folder"),
     ],
 )
-def test_jobs_that_would_lose_each_other_s_files_are_refused(
+def test_jobs_that_would_overwrite_each_other_s_files_are_refused(
     words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -215,13 +215,13 @@ def test_jobs_that_would_lose_each_other_s_files_are_refused(
     assert left.value.code == 2 and said.startswith("error: ") and sentence in said and not list(tmp_path.iterdir())
 
 
-def test_an_experiment_s_axes_are_never_left_out_unsaid(
+def test_an_experiment_is_refused_if_its_axes_would_be_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for words, sentence in (
-        (["-m", "experiment=fig5_ds,fig5_mn"], "'experiment=fig5_ds' would vary concept, method.neighbours.d1, "),
-        (["experiment=table1"], "these settings are a sweep's, one job for each concept: add -m"),
+        (["-m", "experiment=fig5_ds,fig5_mn"], "'experiment=fig5_ds' varies concept, method.neighbours.d1, "),
+        (["experiment=table1"], "this experiment is a sweep with one job for each concept: add -m"),
     ):
         monkeypatch.setattr(sys, "argv", ["train", *words, "backbone=mini"])
         with pytest.raises(SystemExit) as left:
@@ -235,13 +235,13 @@ def test_an_experiment_s_axes_are_never_left_out_unsaid(
 
 
 @pytest.mark.slow
-def test_jobs_with_folders_of_their_own_and_equal_jobs_are_not_refused(type_in: Type) -> None:
+def test_jobs_with_different_folders_and_equal_jobs_are_not_refused(type_in: Type) -> None:
     assert type_in(*UCE, "concept=airplane", "seed=0,0,1", "run_dir='own/${concept}-${seed}'") == 0
-    assert [cell["state"] for cell in ledger()] == ["done", "found", "done"]
-    assert {cell["folder"] for cell in ledger()} == {"own/airplane-0", "own/airplane-1"}
+    assert [cell["state"] for cell in read_lines()] == ["done", "found", "done"]
+    assert {cell["folder"] for cell in read_lines()} == {"own/airplane-0", "own/airplane-1"}
 
 
-def test_where_a_sweep_s_own_folder_cannot_be_it_says_so_at_once(
+def test_a_sweep_whose_folder_cannot_be_made_is_refused_at_once(
     type_in: Type, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("runs").mkdir()
@@ -249,12 +249,12 @@ def test_where_a_sweep_s_own_folder_cannot_be_it_says_so_at_once(
     assert type_in(*UCE, "concept=airplane,cat") == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(
-        "error: runs/sweeps/stamp, where a sweep keeps its list of runs and its page, cannot be made"
+        "error: runs/sweeps/stamp, the folder for the sweep's list of runs and its page, cannot be made"
     )
 
 
 @pytest.mark.slow
-def test_a_full_disk_does_not_hide_what_happened(
+def test_a_full_disk_does_not_hide_the_error(
     type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from realera.runs import steps
@@ -269,11 +269,11 @@ def test_a_full_disk_does_not_hide_what_happened(
         lambda path, text, write=sweep.disk.write_text: full() if path.parent.name == "failed" else write(path, text),
     )
     assert type_in(*UCE, "concept=airplane", "seed=0,1") == 1
-    assert [cell["reason"] for cell in ledger()] == ["ZeroDivisionError: division by zero."] * 2
+    assert [cell["reason"] for cell in read_lines()] == ["ZeroDivisionError: division by zero."] * 2
     assert "2 failed" in capsys.readouterr().out
     monkeypatch.setattr(steps, "erase", full)
     assert type_in(*UCE, "concept=airplane", "seed=0,1") == 2, "a full disk is no fault of the code"
-    assert all("No space left on device): free space" in cell["reason"] for cell in ledger()[2:])
+    assert all("No space left on device): free space" in cell["reason"] for cell in read_lines()[2:])
 
 
 OWN = """
@@ -294,7 +294,7 @@ label: mine
         ["--config-dir", "mine", "experiment=few"],
     ),
 )
-def test_settings_of_one_s_own_stay_where_the_task_names_the_judge(
+def test_typed_settings_stay_when_the_task_chooses_the_judge(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -313,7 +313,7 @@ def test_settings_of_one_s_own_stay_where_the_task_names_the_judge(
     assert seen == [(5, "mine", "realera.judges.miniature.MiniatureJudge")] * 2, capsys.readouterr().err
 
 
-def test_an_unforeseen_error_before_a_sweep_keeps_its_traceback(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_before_a_sweep_shows_its_traceback(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
     none: dict[str, Any] = {}
     monkeypatch.setattr(planning, "plan_of", lambda *all: none["a bug"])
     assert type_in(*UCE, "concept=airplane") == 1 and not Path("runs/sweeps").exists()
@@ -322,7 +322,7 @@ def test_an_unforeseen_error_before_a_sweep_keeps_its_traceback(type_in: Type, m
         type_in(*UCE, "concept=airplane")
 
 
-def test_a_single_run_leaves_no_ledger(type_in: Type) -> None:
+def test_a_single_run_writes_no_list_of_cells(type_in: Type) -> None:
     assert type_in(*UCE, "concept=airplane", flag="") == 0
     assert not Path("runs/sweeps").exists()
 
@@ -338,11 +338,11 @@ def test_a_sweep_ends_with_its_page(type_in: Type, capsys: pytest.CaptureFixture
         plan["images"] / 2,
     )
     assert len(Path("runs/sweeps/stamp/runs.txt").read_text().splitlines()) == 2
-    assert {cell["system"] for cell in ledger()} == {"uce"}
+    assert {cell["system"] for cell in read_lines()} == {"uce"}
 
 
 @pytest.mark.slow
-def test_another_sweep_calls_a_run_otherwise_and_the_first_ones_page_stays(
+def test_another_sweep_can_rename_a_run_without_changing_the_first_page(
     type_in: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert type_in("method=uce", "concept=airplane", "label=first") == 0
@@ -359,18 +359,18 @@ def test_another_sweep_calls_a_run_otherwise_and_the_first_ones_page_stays(
     ("states", "status"),
     [(["done", "found"], 0), (["done", "refused"], 2), (["refused", "failed"], 1), (["failed"], 1), ([], 0)],
 )
-def test_the_exit_status_says_what_was_not_done(states: list[str], status: int) -> None:
+def test_the_exit_status_reports_refused_and_failed_jobs(states: list[str], status: int) -> None:
     assert sweep.status(Cell(state=state) for state in states) == status
 
 
-def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_a_torn_line_is_skipped(tmp_path: Path) -> None:
     lines = [json.dumps({"folder": None, "state": "done", "reason": None, "overrides": [], "seconds": 1.0})] * 2
     (tmp_path / "cells.jsonl").write_text("\n".join(lines) + '\n{"folder": "x", "sta')
     assert len(sweep.read_cells(tmp_path)) == 2
     assert sweep.read_cells(tmp_path / "elsewhere") == []
 
 
-def test_what_follows_a_line_that_was_cut_short_is_a_line_of_its_own(tmp_path: Path) -> None:
+def test_a_line_after_a_torn_line_is_read(tmp_path: Path) -> None:
     file = tmp_path / "cells.jsonl"
     disk.append(file, json.dumps(vars(Cell(folder="a"))) + "\n")
     file.write_bytes(file.read_bytes() + b'{"folder": "b", "sta')
@@ -379,7 +379,7 @@ def test_what_follows_a_line_that_was_cut_short_is_a_line_of_its_own(tmp_path: P
     assert [Path(str(cell.folder)).name for cell in sweep.read_cells(tmp_path)] == ["a", "c", "d"]
 
 
-def test_a_ledger_of_before_there_were_launches_is_read(tmp_path: Path) -> None:
+def test_a_list_of_cells_without_launches_is_read(tmp_path: Path) -> None:
     line: dict[str, Any] = {"folder": "x", "state": "done", "reason": None, "overrides": [], "seconds": 1.0}
     (tmp_path / "cells.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps({**line, 'launch': 'now'})}\n")
     assert [cell.launch for cell in sweep.read_cells(tmp_path)] == [None, "now"]

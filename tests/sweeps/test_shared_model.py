@@ -1,4 +1,4 @@
-"""The original model lent from job to job: only as it came from the disk, and with the numbers of separate runs."""
+"""The original model is shared by jobs: only if it is unchanged, and with the same numbers as separate runs."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from realera.sweeps import shared_model
 METHOD = ["concept=airplane", "method.align.steps=3", "method.latents.images=2", "method.latents.batch=1"]
 
 
-def spoilt(backbone: Any) -> None:
-    """What methods do to a backbone: an edit, an adapter with gradients, unfrozen weights, the training mode."""
+def change(backbone: Any) -> None:
+    """Changes a backbone as methods do: an edit, an adapter with gradients, unfrozen weights, the training mode."""
     backbone.apply(Edit(map=2 * torch.eye(backbone.width, dtype=torch.float64)))
     backbone.add_adapter(LoraSpec(rank=2), Generator().manual_seed(0))
     backbone.unet.train()
     backbone.generate(["a cat"], [0])
 
 
-def test_a_backbone_is_put_back_as_it_was(new_backbone: Callable[..., Any]) -> None:
+def test_a_backbone_is_restored(new_backbone: Callable[..., Any]) -> None:
     backbone = new_backbone()
     state, before = shared_model.state_of(backbone), backbone.generate(["a cat"], [0])
-    spoilt(backbone)
+    change(backbone)
     assert shared_model.state_of(backbone) != state
-    assert shared_model.put_back(backbone, "cpu", state)
+    assert shared_model.restore(backbone, "cpu", state)
     assert torch.equal(backbone.generate(["a cat"], [0]), before)
     for weight in backbone.unfreeze(["mid_block"]):
         weight.data += 1e-4
         weight.grad = torch.ones_like(weight)
-    assert shared_model.put_back(backbone, "cpu", state)
+    assert shared_model.restore(backbone, "cpu", state)
     assert all(weight.grad is None and not weight.requires_grad for weight in backbone.unet.parameters())
     assert torch.equal(backbone.generate(["a cat"], [0]), before)
 
 
-def test_what_was_changed_behind_its_back_is_not_lent_again(new_backbone: Callable[..., Any]) -> None:
+def test_a_backbone_with_other_changes_is_not_shared(new_backbone: Callable[..., Any]) -> None:
     backbone = new_backbone()
     state = shared_model.state_of(backbone)
     hook = backbone.unet.register_forward_hook(lambda *_: None)
-    assert not shared_model.put_back(backbone, "cpu", state)
+    assert not shared_model.restore(backbone, "cpu", state)
     hook.remove()
-    assert shared_model.put_back(backbone, "cpu", state)
+    assert shared_model.restore(backbone, "cpu", state)
     weight = next(backbone.vae.parameters())
     weight.data.view(-1).view(torch.int32)[0] ^= 1  # one bit
-    assert not shared_model.put_back(backbone, "cpu", state)
+    assert not shared_model.restore(backbone, "cpu", state)
 
 
-def test_a_checksum_sees_a_bit_and_an_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checksum_detects_a_flipped_bit_and_swapped_values(monkeypatch: pytest.MonkeyPatch) -> None:
     value = torch.randn(50, generator=Generator().manual_seed(0))
     other, turned = value.clone(), value.flip(0)
     other.view(torch.int32)[7] ^= 1
@@ -81,7 +81,7 @@ def test_cells_that_share_a_process_get_the_numbers_of_separate_runs(
         return load(config, meter)
 
     monkeypatch.setattr(steps, "load_backbone", counted)
-    shared_model._shelf.clear()  # of other tests in this process
+    shared_model._kept_models.clear()  # of other tests in this process
 
     def type_in(place: str, *words: str) -> None:
         (tmp_path / place).mkdir(exist_ok=True)

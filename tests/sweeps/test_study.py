@@ -1,4 +1,4 @@
-"""A search goes on with its own study: whatever its numbers depend on names it."""
+"""A search continues its own study, whose name contains a digest of all settings that change the numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def name(*words: str) -> str:
 
 
 @pytest.mark.slow
-def test_only_the_same_search_shares_a_study() -> None:
+def test_only_an_equal_search_shares_a_study() -> None:
     gun = ["concept=gun", "anchor=room"]
     first = name(*gun)
     assert re.fullmatch(r"gun-realera-mini-[0-9a-f]{8}", first)
@@ -73,7 +73,7 @@ def test_the_readme_s_search_of_another_concept_is_another_study(monkeypatch: py
     monkeypatch.setattr(
         planning, "refuse_missing", lambda config: None
     )  # the extra may be absent: composing needs none
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
     (line,) = re.findall(r"^python -m realera\.train -m (experiment=search .*)$", readme, re.MULTILINE)
     words = [*shlex.split(line), "backbone=mini"]
     stores = []

@@ -12,7 +12,7 @@ from realera.system import devices
 
 
 def workers(count: int, known: list[str], place: Path, **environ: str) -> list[str | None]:
-    """The devices that so many processes at once would take; every one has an environment and a lock of its own."""
+    """The devices that `count` processes at the same time would take; each has its own environment and lock."""
     held: list[list[IO[bytes]]] = [[] for _ in range(count)]
     return [devices.take(known, None, dict(environ), place, own) for own in held]
 
@@ -34,14 +34,14 @@ def test_a_device_is_free_again_when_its_worker_has_ended(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("seen", "assigned", "taken"),
     [
-        (None, None, "0"),  # nobody has chosen
-        ("0,1", "0,1", "0"),  # as it was where the sweep began
-        (None, "", "0"),  # ray hides what was not asked for
+        (None, None, "0"),  # not assigned
+        ("0,1", "0,1", "0"),  # the same as when the sweep was started
+        (None, "", "0"),  # ray hides devices that were not requested
         (None, "1", None),  # a scheduler has chosen
         ("0,1", "3", None),
     ],
 )
-def test_what_a_scheduler_has_chosen_stays(
+def test_a_scheduler_s_device_is_kept(
     seen: str | None, assigned: str | None, taken: str | None, tmp_path: Path
 ) -> None:
     environ = {} if assigned is None else {devices.VISIBLE: assigned}
@@ -50,7 +50,7 @@ def test_what_a_scheduler_has_chosen_stays(
 
 
 @pytest.mark.parametrize("hidden", ["", " ", "-1", "-1,0", " -1 "])
-def test_devices_that_are_hidden_count_as_none(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_devices_do_not_count(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def driver(name: str) -> SimpleNamespace:
         def count(found: Any) -> int:
             found._obj.value = 4
@@ -67,7 +67,7 @@ def test_devices_that_are_hidden_count_as_none(hidden: str, monkeypatch: pytest.
     assert devices.visible() == ["2"], "as CUDA reads it"
 
 
-def test_without_devices_nothing_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_devices_none_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.take([], None, {}, tmp_path / "x", []) is None and not (tmp_path / "x").exists()
     monkeypatch.setenv(devices.VISIBLE, "2, 3")
     assert devices.visible() == ["2", "3"]

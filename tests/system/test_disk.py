@@ -1,4 +1,4 @@
-"""What a disk refuses is one sentence that names the file; nothing half-written is left, of killed processes either."""
+"""A disk error is one sentence with the file's name; no half-written files are left, not even by killed processes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3),
 
 
 @contextmanager
-def little_room(most: int = 50_000) -> Iterator[None]:
-    """In here no file grows larger than so many bytes: the operating system refuses, as it does on a full disk."""
+def limited_file_size(most: int = 50_000) -> Iterator[None]:
+    """Inside this context no file can be larger than `most` bytes: writing fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     try:
@@ -91,11 +91,11 @@ WRITERS = [tensors, checkpoint, picture, array, copy, pipeline, lora, text, line
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-def test_what_a_disk_refuses_names_the_file_and_leaves_nothing(write: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_failed_write_names_the_file_and_leaves_nothing(write: Callable[[Path], None], tmp_path: Path) -> None:
     file = tmp_path / "new" / "file.safetensors"
     with (
-        little_room(),
-        pytest.raises(Unwritten, match=r"cannot be written \((File|not all|No)") as refused,
+        limited_file_size(),
+        pytest.raises(Unwritten, match=r"cannot be written \((File|not everything|No)") as refused,
     ):
         write(file)
     assert str(file) in str(refused.value) and len(str(refused.value).splitlines()) == 1
@@ -106,10 +106,10 @@ def test_what_a_disk_refuses_names_the_file_and_leaves_nothing(write: Callable[[
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG])
-def test_an_error_of_a_disk_is_no_traceback_wherever_it_is_met(number: int) -> None:
+def test_a_disk_error_anywhere_gives_a_sentence(number: int) -> None:
     error = OSError(number, os.strerror(number), "runs/a/wandb")
     sentence = error_sentences.of_step(error)
-    done = "used" if number == errno.EIO else "written"  # reading meets it too
+    done = "used" if number == errno.EIO else "written"  # it also occurs in reading
     assert sentence and sentence.startswith(f"runs/a/wandb cannot be {done} ({os.strerror(number)}): ")
     assert error_sentences.of_step(OSError(errno.ENOENT, "No such file", "weights")) is None, "a fault of the code's"
     assert isinstance(Unwritten(sentence), UserError) and isinstance(Unwritten(sentence), OSError)
@@ -124,7 +124,7 @@ def test_an_error_of_a_disk_is_no_traceback_wherever_it_is_met(number: int) -> N
         )
 
 
-def test_a_name_that_is_too_long_and_a_folder_that_is_a_file(tmp_path: Path) -> None:
+def test_names_that_are_too_long_and_folders_that_are_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place, says in (("x" * 300, "shorter name"), ("file/below", "writable"), ("a/b/" + "y" * 256, "shorter name")):
         with pytest.raises(Unwritten, match=says):
@@ -133,7 +133,7 @@ def test_a_name_that_is_too_long_and_a_folder_that_is_a_file(tmp_path: Path) -> 
     write_text(tmp_path / ("z" * 255), "as long as it may be")
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     for error in (ZeroDivisionError(), OSError("without a number"), FileNotFoundError(2, "No such file", "elsewhere")):
         with pytest.raises(type(error)) as met, whole(tmp_path / "file"):
             raise error
@@ -143,10 +143,10 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lines_that_do_not_fit_wait_and_then_stand_once(tmp_path: Path) -> None:
+def test_lines_that_cannot_be_written_are_written_once_later(tmp_path: Path) -> None:
     file = tmp_path / "lines"
     disk.append(file, "first\n")
-    with little_room(100), pytest.raises(Unwritten):
+    with limited_file_size(100), pytest.raises(Unwritten):
         disk.append(file, "x" * 200 + "\n")
     assert file.read_text() == "first\n"
     file.write_text("first\nto")  # by a process that was killed
@@ -154,9 +154,9 @@ def test_lines_that_do_not_fit_wait_and_then_stand_once(tmp_path: Path) -> None:
     assert file.read_text().splitlines() == ["first", "to", "second"]
 
 
-def test_costs_and_losses_are_no_reason_to_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_if_costs_and_losses_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meter = costs.Meter(tmp_path / "costs.json")
-    with meter, little_room(1):
+    with meter, limited_file_size(1):
         for _ in range(2):
             with meter.stage("edit"):
                 pass
@@ -166,7 +166,7 @@ def test_costs_and_losses_are_no_reason_to_end_a_run(tmp_path: Path, monkeypatch
     assert {"edit", "draw"} <= set(json.loads((tmp_path / "costs.json").read_text())["stages"]), "all, later"
 
 
-def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+def test_only_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
     left = tmp_path / ".config.yaml.0123abcd.tmp"
     left.mkdir()
     (left / ".lock").touch()
@@ -180,7 +180,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == [own.name, "other"]
 
 
-def test_a_process_that_ends_at_once_takes_its_files_along(tmp_path: Path) -> None:
+def test_a_process_that_ends_at_once_removes_its_files(tmp_path: Path) -> None:
     with whole(tmp_path / "file") as beside:
         beside.write_text("half")
         disk.drop_temporary()
@@ -189,7 +189,7 @@ def test_a_process_that_ends_at_once_takes_its_files_along(tmp_path: Path) -> No
         beside.write_text("")
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
     code = f"""
 import os, signal
 from pathlib import Path
@@ -211,7 +211,7 @@ METHOD = ["concept=airplane", "method.align.steps=3", "method.latents.images=2",
 
 
 def kind_of(path: Path) -> str:
-    """Of a file that is written: its name, and the folder's of one among many."""
+    """The kind of a written file: its name, or the folder's name for one of many files."""
     return path.parent.name if path.suffix == ".png" or path.stem.isdigit() else path.name
 
 
@@ -219,7 +219,7 @@ def kind_of(path: Path) -> str:
 def test_the_disk_fills_at_each_file_of_a_run_in_turn(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each sitting dies at the first kind of file that has not failed yet; the next one goes on."""
+    """Each start fails at the first kind of file that has not failed before; the next start continues."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REALERA_STAMP", "stamp")
     failed: list[str] = []
@@ -270,7 +270,7 @@ def test_the_disk_fills_at_each_file_of_a_run_in_turn(
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["4k", "300k", "2200k", "2700k", "3300k"])
 def test_a_small_disk(size: str, small: list[str], tmp_path: Path) -> None:
-    """A disk of that size, as root can make one: every sentence is true, and with more room the same command ends."""
+    """A disk of this size, which only root can make: the error is right, and with more space the command finishes."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
@@ -306,7 +306,7 @@ ALLOWED = {  # (file, function): why it does not go through `whole`
     ("costs.py", "_reset_peaks"): "a switch of the system's, no file",
     ("system/devices.py", "_locked"): "an empty lock",
     ("judges/worker.py", "main"): "a pipe",
-    ("evaluation/generate.py", "_link"): "a link is whole; what a disk refuses is explained",
+    ("evaluation/generate.py", "_link_or_copy"): "a link is whole; what a disk refuses is explained",
     ("reporting/sheets.py", "_data_uri"): "into memory",
     ("reporting/demo_page.py", "data_uri"): "into memory",
     ("files/checksums.py", "_order"): "changes what is being written",
@@ -357,7 +357,7 @@ def _writes(call: ast.Call) -> bool:
     return name in DIRECT or (name == "save" and isinstance(call.func, ast.Attribute) and owner != "checksums")
 
 
-def test_every_file_is_written_by_whole() -> None:
+def test_every_file_is_written_with_whole() -> None:
     root = Path(realera.__file__).parent
     found = set()
     for file in sorted(root.rglob("*.py")):
@@ -371,12 +371,12 @@ def test_every_file_is_written_by_whole() -> None:
     "source",
     ["path.write_text('x')", "open(p, 'w')", "p.open('ab')", "torch.save(x, p)", "image.save(p)", "save_file(a, p)"],
 )
-def test_the_walk_sees_what_it_must(source: str) -> None:
+def test_the_search_finds_unsafe_writes(source: str) -> None:
     assert list(writes(ast.parse(f"def f():\n    {source}")))
     assert not list(writes(ast.parse(f"def f():\n    with whole(p) as beside:\n        {source}")))
 
 
-def test_the_walk_lets_pass_what_is_right() -> None:
+def test_the_search_accepts_safe_writes() -> None:
     for source in (
         "p.open()",
         "open(p, 'rb')",

@@ -1,4 +1,5 @@
-"""A signal ends a command at any moment, as Ctrl-C does: the status tells which, and nothing half-made is left."""
+"""A signal ends a command at any moment, as Ctrl-C does: the exit status gives the signal, and no temporary file is
+left."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ ENDING = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
 def script(code: str, cwd: Path) -> subprocess.Popen[str]:
-    """A process that says `ready` when it may be signalled."""
+    """A process that prints `ready` when signals may be sent."""
     return subprocess.Popen(
         [sys.executable, "-u", "-c", code],
         cwd=cwd,
@@ -66,7 +67,7 @@ UNWINDS = """
 
 
 @pytest.mark.parametrize(("number", "status"), ENDING)
-def test_a_signal_ends_what_is_done_and_takes_the_half_made_along(number: int, status: int, tmp_path: Path) -> None:
+def test_a_signal_ends_the_work_and_removes_temporary_files(number: int, status: int, tmp_path: Path) -> None:
     process = script(WITHIN.format(body=WAITS), tmp_path)
     ready(process)
     process.send_signal(number)
@@ -74,7 +75,7 @@ def test_a_signal_ends_what_is_done_and_takes_the_half_made_along(number: int, s
     assert (process.returncode, out) == (status, "answered\n") and list(tmp_path.iterdir()) == []
 
 
-def test_an_answer_that_a_library_swallows_is_given_again(tmp_path: Path) -> None:
+def test_a_swallowed_interruption_is_raised_again(tmp_path: Path) -> None:
     process = script(WITHIN.format(body=SWALLOWS), tmp_path)
     ready(process)
     process.send_signal(signal.SIGTERM)
@@ -82,14 +83,14 @@ def test_an_answer_that_a_library_swallows_is_given_again(tmp_path: Path) -> Non
     assert (process.returncode, out) == (143, "answered\n") and list(tmp_path.iterdir()) == []
 
 
-def test_a_process_that_waits_outside_python_ends_all_the_same(tmp_path: Path) -> None:
+def test_a_process_that_waits_outside_python_is_ended(tmp_path: Path) -> None:
     code = WITHIN.format(body='print("ready"); [ctypes.CDLL(None).usleep(400_000) for _ in iter(int, 1)]')
     code = code.replace("interrupts.answered()", "interrupts.answered(), deaf()").replace(
         "try:\n    with",
         "from contextlib import contextmanager\n@contextmanager\ndef deaf():\n"
         "    signal.signal(signal.SIGTERM, lambda number, frame: None)\n    yield\ntry:\n    with",
     )
-    process = script(code, tmp_path)  # the main thread never comes to its answer
+    process = script(code, tmp_path)  # the main thread never runs its handler
     ready(process)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -111,7 +112,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_ignored_stays_ignored_and_all_is_as_before(tmp_path: Path) -> None:
+def test_ignored_signals_stay_ignored_and_handlers_are_restored(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
@@ -143,8 +144,8 @@ def test_a_forked_process_has_its_own_signals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("delay", [0.15, 0.3, 0.5, 0.7])
-def test_a_signal_among_the_imports(delay: float, tmp_path: Path) -> None:
-    """Python itself takes a moment to start, in which a signal ends it as it ends any program."""
+def test_a_signal_during_the_imports(delay: float, tmp_path: Path) -> None:
+    """While Python itself starts, a signal ends it like any program."""
     process = subprocess.Popen(
         [sys.executable, "-m", "realera.train", "concept=airplane", "backbone=mini", "logger=none"],
         cwd=tmp_path,
@@ -165,7 +166,7 @@ EARLY = """
 import signal, sys
 from importlib import abc, machinery
 
-class Stops(abc.MetaPathFinder):  # a signal comes as this module has begun to be imported: no moment has to be hit
+class Stops(abc.MetaPathFinder):  # sends the signal while this module is being imported
     def find_spec(self, name, path, target=None):
         if name == "realera.{module}":
             signal.raise_signal(signal.SIGTERM)
@@ -189,7 +190,7 @@ def test_a_signal_at_the_import_of(module: str, tmp_path: Path) -> None:
 
 RUN = ["concept=airplane", "method.align.steps=40", "method.latents.images=4", "method.latents.batch=1"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-STAGES = {  # a file that stands when the stage begins
+STAGES = {  # stage: a file that exists when the stage begins
     "load": "config.yaml",
     "train": "losses.jsonl",
     "draw": "erased.safetensors",
@@ -214,9 +215,7 @@ cli.as_process(demo.main)
 
 @pytest.mark.parametrize("seconds", [0, 0.7])
 @pytest.mark.parametrize(("number", "status"), ENDING)
-def test_a_signal_ends_the_demo_whether_it_serves_already_or_not(
-    number: int, status: int, seconds: float, tmp_path: Path
-) -> None:
+def test_a_signal_ends_the_demo_at_any_time(number: int, status: int, seconds: float, tmp_path: Path) -> None:
     process = script(SERVES, tmp_path)
     assert process.stdout is not None
     assert any("page to open" in line for line in process.stdout), process.communicate()
@@ -231,7 +230,7 @@ def test_a_signal_ends_the_demo_whether_it_serves_already_or_not(
 )
 @pytest.mark.parametrize(("number", "status"), ENDING)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_ends_by_a_signal_in_every_stage(
+def test_a_signal_ends_a_run_in_every_stage(
     stage: str, number: int, status: int, words: list[str], small: list[str], tmp_path: Path
 ) -> None:
     given = [word for word in small if not (words and word.startswith("trainer="))]

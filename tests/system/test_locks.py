@@ -1,4 +1,4 @@
-"""Two commands at once notice each other, and a lock ends with its process."""
+"""Two commands at the same time notice each other, and a lock ends with its process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from realera.runs import folders
 from realera.system import locks
 
 
-def test_a_run_that_is_being_made_is_left_alone(
+def test_a_run_of_another_process_is_refused(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -56,7 +56,7 @@ def test_a_run_that_is_being_made_is_left_alone(
     assert typed(*words) == 0
 
 
-def test_the_file_says_who_holds_it(tmp_path: Path) -> None:
+def test_the_lock_file_names_its_process(tmp_path: Path) -> None:
     file = tmp_path / "new" / ".lock"
     with locks.held(file, "it", "wait"):
         said = json.loads(file.read_text())
@@ -75,7 +75,7 @@ def test_the_file_says_who_holds_it(tmp_path: Path) -> None:
     assert not file.parent.exists()
 
 
-def test_a_lock_file_that_nobody_holds_is_no_lock(tmp_path: Path) -> None:
+def test_a_left_over_lock_file_is_ignored(tmp_path: Path) -> None:
     file = tmp_path / ".lock"
     file.write_text("left by a process that was killed")
     with locks.held(file, "it", "wait"):
@@ -83,22 +83,22 @@ def test_a_lock_file_that_nobody_holds_is_no_lock(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_there_are_no_locks_all_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_support_for_locks_work_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "lock", lambda handle, wait=False: None)
     file = tmp_path / ".lock"
     with locks.held(file, "it", "wait"), locks.held(file, "it", "wait"):
         pass
     place = tmp_path / "file"
     place.write_text("")
-    with locks.held(place / ".lock", "it", "wait"):  # a file where a folder is wanted: the writing will say so
+    with locks.held(place / ".lock", "it", "wait"):  # a file in place of a folder: writing reports it
         pass
 
 
-class Counted:
+class Counter:
     passes = 0
 
 
-def test_what_two_want_of_the_cache_is_made_once(tmp_path: Path) -> None:
+def test_two_processes_make_a_cached_file_once(tmp_path: Path) -> None:
     file, made, found = tmp_path / "cache" / "a.safetensors", [], []
 
     def make() -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_what_two_want_of_the_cache_is_made_once(tmp_path: Path) -> None:
         return torch.ones(2)
 
     def want() -> None:
-        found.append(cache_costs.kept(file, "a", Counted(), make))  # type: ignore[arg-type]
+        found.append(cache_costs.kept(file, "a", Counter(), make))  # type: ignore[arg-type]
 
     threads = [threading.Thread(target=want) for _ in range(3)]
     for thread in threads:
@@ -118,7 +118,7 @@ def test_what_two_want_of_the_cache_is_made_once(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_a_turn_is_taken_by_one(tmp_path: Path) -> None:
+def test_only_one_process_has_the_lock(tmp_path: Path) -> None:
     file = tmp_path / "a"
     with locks.turn(file) as first, locks.turn(file, wait=False) as second:
         assert (first, second) == (True, False)

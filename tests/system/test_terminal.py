@@ -1,4 +1,4 @@
-"""A console that is narrow, closed, full or gone ends no run, and the exit status tells what was done."""
+"""Runs continue if the console has a limited encoding or is closed, full or lost; the exit status reports it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "
 
 
 def shell(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """A shell's command, in which `door` stands for python -m realera.; its status is the first program's."""
+    """Runs a shell command in which `door` stands for python -m realera.; the status is that of the first program."""
     line = command.replace("door.", f"{sys.executable} -m realera.") + "; exit ${PIPESTATUS[0]}"
     around = {**os.environ, "PYTHONPATH": SOURCE, "REALERA_CACHE": str(cwd / "cache"), **env}
     return subprocess.run(["bash", "-c", line], cwd=cwd, env=around, capture_output=True, text=True, errors="replace")
@@ -52,10 +52,10 @@ DRY = "concept=airplane backbone=mini dry_run=true"
         ("door.train --help 2>&-", 0, ""),
         ("door.train nonsense 2>/dev/full", 2, ""),
         ("door.train nonsense 2>&-", 2, ""),
-        ("door.train nonsense >&-", 2, "error: 'nonsense' is no setting"),
+        ("door.train nonsense >&-", 2, "error: 'nonsense' is not a setting"),
     ],
 )
-def test_a_console_that_takes_nothing(command: str, status: int, says: str, tmp_path: Path) -> None:
+def test_closed_and_full_consoles(command: str, status: int, says: str, tmp_path: Path) -> None:
     if "/dev/full" in command and not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     done = shell(command, tmp_path)
@@ -66,7 +66,7 @@ def test_a_console_that_takes_nothing(command: str, status: int, says: str, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
-def test_every_help_fits_every_console(door: str, encoding: str, tmp_path: Path) -> None:
+def test_every_help_prints_in_every_encoding(door: str, encoding: str, tmp_path: Path) -> None:
     done = shell(f"door.{door} --help", tmp_path, PYTHONIOENCODING=encoding)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     full = shell(f"door.{door} --help | true", tmp_path)
@@ -77,23 +77,23 @@ PLAIN_C = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
 
 
 @pytest.mark.parametrize("locale", slow_unless([{"PYTHONIOENCODING": "ascii"}, PLAIN_C]))
-def test_a_locale_without_accents(locale: dict[str, str], tmp_path: Path) -> None:
+def test_an_ascii_locale(locale: dict[str, str], tmp_path: Path) -> None:
     done = shell(
         """door.train 'concept="café"' 'anchor="é"' backbone=mini dry_run=true""", tmp_path, PYTHONUTF8="0", **locale
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and "+--" in done.stdout
     wrong = shell(r"""door.train concept=$'caf\xe9' backbone=mini""", tmp_path, PYTHONUTF8="0", **locale)
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and r"is no UTF-8 text" in wrong.stderr
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and r"is not UTF-8" in wrong.stderr
     if locale == PLAIN_C:
         words = "concept=airplane backbone=mini evaluate=false logger=none"
         unwritten = shell(f"""door.train {words} 'run_dir="café"'""", tmp_path, PYTHONUTF8="0", **locale)
         assert unwritten.returncode == 2 and unwritten.stderr.count("\n") == 1, unwritten.stderr
-        assert r"no file can be called" in unwritten.stderr and "LC_ALL=C.UTF-8" in unwritten.stderr
+        assert r"cannot be a file name" in unwritten.stderr and "LC_ALL=C.UTF-8" in unwritten.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
-def test_tables_and_bars_fit_the_console(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_and_bars_print_in_every_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     terminal.protect()
     buffer = io.BytesIO()
@@ -112,9 +112,7 @@ def test_tables_and_bars_fit_the_console(encoding: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.EBADF])
-def test_a_stream_that_has_gone_is_nothing_from_then_on(
-    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_lost_stream_becomes_the_null_device(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     handle = os.open(tmp_path / "terminal", os.O_WRONLY | os.O_CREAT)
     kept = terminal.Kept(handle)
     write = os.write
@@ -131,7 +129,7 @@ def test_a_stream_that_has_gone_is_nothing_from_then_on(
     assert (tmp_path / "terminal").read_bytes() == b""
 
 
-def test_a_full_disk_under_a_log_file_takes_what_comes_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_log_file_is_written_again_after_the_disk_was_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     handle = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     kept, write, tries = terminal.Kept(handle), os.write, iter([28, 0, 11, 0])
 
@@ -147,7 +145,7 @@ def test_a_full_disk_under_a_log_file_takes_what_comes_later(monkeypatch: pytest
     assert (tmp_path / "log").read_bytes() == b"onetwo"
 
 
-def test_only_a_command_that_prints_depends_on_its_console(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_printing_commands_fail_with_their_console(monkeypatch: pytest.MonkeyPatch) -> None:
     lost: list[OSError | None] = [OSError(errno.EPIPE, "Broken pipe")]
     monkeypatch.setattr(terminal, "lost", lambda: lost[0])
     assert [terminal.status([word]) for word in ("--help", "--cfg=job", "dry_run=True", "concept=cat")] == [
@@ -160,18 +158,18 @@ def test_only_a_command_that_prints_depends_on_its_console(monkeypatch: pytest.M
     assert terminal.status(["--help"]) == 0
 
 
-def test_variables_that_are_set_to_nothing_are_not_set() -> None:
+def test_empty_variables_are_removed() -> None:
     environ = {"WANDB_MODE": "", "HF_HOME": " ", "RANK": "", "OMP_NUM_THREADS": "", "REALERA_STAMP": "", "TMPDIR": ""}
     kept = {"CUDA_VISIBLE_DEVICES": "", "WANDB_PROJECT": "mine", "EMPTY": "", "WORLD_SIZE": "2"}
     found = {**environ, **kept}
     environment.tidy(found)
     assert found == kept
     for value in ("two", "-1", "1.5"):
-        with pytest.raises(UserError, match="no process's number: unset RANK"):
+        with pytest.raises(UserError, match="not the number of a process: unset RANK"):
             environment.tidy({"RANK": value})
 
 
-def test_an_empty_mode_of_weights_and_biases_is_none(tmp_path: Path) -> None:
+def test_an_empty_wandb_mode_is_ignored(tmp_path: Path) -> None:
     names = ("WANDB_MODE", "REALERA_CACHE", "WANDB_PROJECT", "HF_HOME", "OMP_NUM_THREADS", "REALERA_STAMP", "RANK")
     done = shell(f"door.train {DRY} --cfg job", tmp_path, **dict.fromkeys(names, ""), HOME=str(tmp_path))
     assert done.returncode == 0 and "mode: ${wandb_mode:}" in done.stdout, done.stderr
@@ -183,14 +181,14 @@ def test_an_empty_mode_of_weights_and_biases_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["| head -c 1 >/dev/null", ">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | true"])
-def test_the_work_is_done_whatever_the_console_does(ending: str, small: list[str], tmp_path: Path) -> None:
+def test_the_work_is_done_with_any_console(ending: str, small: list[str], tmp_path: Path) -> None:
     words = [f"'{word}'" for word in [*small, "concept=airplane", "method=uce"]]
     done = shell(f"door.train {' '.join(words)} {ending}", tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("runs/*/report.html"))
 
 
-def test_a_log_line_is_one_line_and_a_traceback_several() -> None:
+def test_a_log_message_is_one_line_and_a_traceback_several() -> None:
     screen = io.StringIO()
     handler = logging.StreamHandler(screen)
     handler.setFormatter(terminal.OneLine("%(message)s"))
@@ -210,10 +208,10 @@ def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         jobs.fail("there is no setting 'evil\nline two\x1b[2J'")
     assert capsys.readouterr().err == "error: there is no setting 'evil\\x0aline two\\x1b[2J'\n"
-    assert error_sentences.of_step(UserError("a\nb\x1b[2J")) == r"a\x0ab\x1b[2J"  # which a sweep prints, cell by cell
+    assert error_sentences.of_step(UserError("a\nb\x1b[2J")) == r"a\x0ab\x1b[2J"  # as a sweep prints it for a cell
 
 
-def test_the_log_of_the_doors_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_log_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.log, "handlers", [])
     monkeypatch.setattr(cli.log, "propagate", True)
     cli.set_up_log()
@@ -223,33 +221,33 @@ def test_the_log_of_the_doors_is_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("RANK", "\u0663", "process's number"),
-        ("REALERA_CACHE", "~nosuchuser/x", "is no folder"),
-        ("REALERA_CACHE", __file__, "is no folder"),
-        ("REALERA_CACHE", "x" * 5000, "is no folder"),
+        ("RANK", "\u0663", "the number of a process"),
+        ("REALERA_CACHE", "~nosuchuser/x", "is not a folder"),
+        ("REALERA_CACHE", __file__, "is not a folder"),
+        ("REALERA_CACHE", "x" * 5000, "is not a folder"),
     ],
 )
-def test_variables_that_cannot_be(name: str, value: str, said: str) -> None:
+def test_invalid_variables_are_refused(name: str, value: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         environment.tidy({name: value})
     environment.tidy({"REALERA_CACHE": "not there yet", "RANK": "3"})
 
 
-def test_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deleted_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     environment.stand_somewhere()
     (tmp_path / "here").rmdir()
-    with pytest.raises(UserError, match="current folder is gone"):
+    with pytest.raises(UserError, match="current folder was deleted"):
         environment.stand_somewhere()
 
 
 @pytest.mark.parametrize("word", ["--concept=cat", "--dry-run", "-x", "--run=latest", "--", "--m=1"])
-def test_flags_that_there_are_not(word: str) -> None:
+def test_unknown_flags_are_refused(word: str) -> None:
     with pytest.raises(UserError, match="there is no flag"):
         environment.flags_first(["concept=cat", word])
 
 
-def test_flags_that_there_are() -> None:
+def test_known_flags() -> None:
     words = ["-m", "--help", "--cfg=job", "--cfg", "job", "-c", "job", "--config-dir", "there", "-cd", "--multirun"]
     assert environment.flags_first(["a=-1", *words]) == [*words, "a=-1"]

@@ -1,4 +1,4 @@
-"""Captions from files of every kind, and the door that sums them."""
+"""Captions from all kinds of files, and the command that sums them."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def test_every_kind_of_file(name: str, text: str, column: str | None, tmp_path: 
         ("a.json", "{broken", None, "cannot be read"),
         ("a.json", "[1, 2]", None, "neither a text nor an object"),
         ("a.txt", b"\xff\xfe\x00", None, "cannot be read"),
-        ("a.txt", b"a cat\na\x00 dog\n", None, "record 2 holds a NUL byte"),
-        ("a.json", "5", None, "holds no list of captions"),
-        ("a.json", '{"annotations": 5}', None, "holds no list of captions"),
-        ("a.json", '"a cat"', None, "holds no list of captions"),
+        ("a.txt", b"a cat\na\x00 dog\n", None, "record 2 contains a NUL byte"),
+        ("a.json", "5", None, "contains no list of captions"),
+        ("a.json", '{"annotations": 5}', None, "contains no list of captions"),
+        ("a.json", '"a cat"', None, "contains no list of captions"),
         ("a.json", "[" * 100_000, None, "cannot be read"),
         ("a.json", "", None, "cannot be read"),
         ("a.jsonl", '{"caption": "a cat"}\n[1]\n', None, "record 2 is neither"),
@@ -54,21 +54,23 @@ def test_every_kind_of_file(name: str, text: str, column: str | None, tmp_path: 
         ("a.csv", "caption\n\xff".encode("latin-1"), None, "cannot be read"),
     ],
 )
-def test_what_cannot_be_read(name: str, text: str | bytes, column: str | None, match: str, tmp_path: Path) -> None:
+def test_unreadable_files_are_refused(
+    name: str, text: str | bytes, column: str | None, match: str, tmp_path: Path
+) -> None:
     file = tmp_path / name
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=match):
         list(captions_in([file], column))
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     for place in (tmp_path, tmp_path / "pipe.csv", Path("/dev/zero")):
         with pytest.raises(UserError, match="a folder, a pipe or a device"):
             list(captions_in([place]))
 
 
-def test_the_door(
+def test_the_cache_command(
     tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from realera import cache
@@ -92,7 +94,7 @@ def test_the_door(
     (tmp_path / "words.txt").write_text("a cat\n")
     for words, said in (
         (("captions=words.txt", "out=sum.safetensors"), "another out="),
-        (("captions=nothing.txt",), "nothing.txt is no file"),
+        (("captions=nothing.txt",), "nothing.txt is not a file"),
         (("captions=words.txt", "column=x", "out=words.txt/sum"), "out"),
     ):
         with pytest.raises(SystemExit) as stopped:

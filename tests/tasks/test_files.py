@@ -1,4 +1,4 @@
-"""Tables of prompts and lists of concepts as people have them: spellings, delimiters, marks, and what is wrong."""
+"""Tables of prompts and lists of concepts: spellings, delimiters, BOMs, and errors."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def test_ids_are_distinct_even_where_the_files_are_not(tmp_path: Path) -> None:
     assert all(set(i) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for i in ids)
 
 
-def test_only_rows_above_the_nudity_asked_for(tmp_path: Path) -> None:
+def test_only_rows_above_min_nudity(tmp_path: Path) -> None:
     path = table(tmp_path, "prompt,nudity_percentage\na,0\nb,0.5\nc,60\nd,\n")
     assert [row.prompt for row in read_prompts(path, "prompts_csv", 0)] == ["b", "c"]
-    assert [row.id for row in read_prompts(path, "prompts_csv", 50)] == ["00003"]  # its place in the file
+    assert [row.id for row in read_prompts(path, "prompts_csv", 50)] == ["00003"]  # its position in the file
     with pytest.raises(UserError, match="above min_nudity=70"):
         read_prompts(path, "prompts_csv", 70)
 
@@ -77,45 +77,45 @@ def test_only_rows_above_the_nudity_asked_for(tmp_path: Path) -> None:
     [
         ("", "is empty"),
         ("  \n\n", "is empty"),
-        ("prompt\n", "holds no prompts"),
+        ("prompt\n", "has no prompts"),
         ("seed,words\n1,a cat\n", "column for the prompt (prompt or text or caption)"),
-        ("a photo of a cat\na photo of a dog\n", "line 1 should name the columns"),
-        ("prompt,seed\na cat,1\na dog,x\n", "line 3: column seed holds 'x'"),
-        ("prompt,sd_seed\na cat,-1\n", "line 2: column sd_seed holds '-1'"),
+        ("a photo of a cat\na photo of a dog\n", "line 1 must be the header"),
+        ("prompt,seed\na cat,1\na dog,x\n", "line 3: column seed contains 'x'"),
+        ("prompt,sd_seed\na cat,-1\n", "line 2: column sd_seed contains '-1'"),
         ("prompt,seed\na cat,1.5\n", "line 2: column seed"),
         ("prompt,seed\na cat,99999999999999999999\n", "line 2: column seed"),
         ('prompt,seed\n"a\ncat",1\n\na dog,x\n', "line 5: column seed"),
         ("prompt,guidance\na cat,high\n", "line 2: column guidance"),
         ("prompt,guidance\na cat,nan\n", "line 2: column guidance"),
-        ("prompt,width,height\na cat,500,512\n", "line 2: column width holds 500"),
+        ("prompt,width,height\na cat,500,512\n", "line 2: column width contains 500"),
         ("prompt,width,height\na cat,512,\n", "line 2: column height is empty"),
         ("prompt,width\na cat,512\n", "column sd_image_height is empty"),
         ("prompt,seed\n,1\n", "line 2: column prompt is empty"),
-        ("prompt,seed\na cat, asleep,1\n", "line 2 has 3 columns where the header has 2"),
+        ("prompt,seed\na cat, asleep,1\n", "line 2 has 3 columns, but the header has 2"),
         ("prompt,seed\na cat\n", "line 2 has 1 columns"),
         ('prompt,seed\na cat,1\n"a dog,2\na cow,3\n', "line 3 is malformed"),
         ('prompt,seed\n"a" cat,1\n', "line 2 is malformed"),
     ],
 )
-def test_what_is_wrong_is_named_by_line_and_column(text: str, said: str, tmp_path: Path) -> None:
+def test_errors_name_line_and_column(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         read_prompts(table(tmp_path, text), "prompts_csv")
     assert said in str(error.value) and "table.csv" in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"task.prompts_csv=.*cannot be read"):
         read_prompts(tmp_path / "none.csv", "prompts_csv")
     with pytest.raises(UserError, match="cannot be read"):
         read_prompts(tmp_path, "prompts_csv")
-    with pytest.raises(UserError, match=r"no UTF-8 text \(line 2\)"):
+    with pytest.raises(UserError, match=r"not UTF-8 text \(line 2\)"):
         read_prompts(table(tmp_path, "prompt\nDalí\n", "latin-1"), "prompts_csv")
-    with pytest.raises(UserError, match="no UTF-8 text"):
+    with pytest.raises(UserError, match="not UTF-8 text"):
         read_prompts(table(tmp_path, "prompt\na cat\n", "utf-16"), "prompts_csv")
 
 
-def test_coco_30k_is_read_in_a_moment(tmp_path: Path) -> None:
+def test_coco_30k_is_read_quickly(tmp_path: Path) -> None:
     path = tmp_path / "coco.csv"
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
@@ -127,7 +127,7 @@ def test_coco_30k_is_read_in_a_moment(tmp_path: Path) -> None:
 
 
 @given(some.lists(some.text(min_size=1).map(str.strip).filter(lambda t: t and "\x00" not in t), min_size=1, max_size=5))
-def test_what_csv_writes_is_read_back(texts: list[str]) -> None:
+def test_tables_written_by_csv_are_read_back(texts: list[str]) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -154,7 +154,7 @@ def test_the_samples_that_ship_are_read() -> None:
 
 @pytest.mark.parametrize("header", ["", "name,anchor\n", "Artist\n", "# people\n\n"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_a_list_holds_names_anchors_and_comments(header: str, encoding: str, tmp_path: Path) -> None:
+def test_a_list_has_names_anchors_and_comments(header: str, encoding: str, tmp_path: Path) -> None:
     text = header + 'Tom Cruise\r\n  # not this one\r\nR2-D2, robot\n"Sammy Davis, Jr.",a man\nDalí,\n'
     assert read_concepts(table(tmp_path, text, encoding)) == [
         ("Tom Cruise", None),
@@ -168,8 +168,8 @@ def test_a_list_holds_names_anchors_and_comments(header: str, encoding: str, tmp
     ("text", "said"),
     [
         ("", "is empty"),
-        ("# nobody\n", "names no concept"),
-        ("name\n", "names no concept"),
+        ("# nobody\n", "has no concepts"),
+        ("name\n", "has no concepts"),
         ("Tom Cruise\nSammy Davis, Jr., a man\n", "line 2"),
         ("Tom Cruise\n\n,a man\n", "line 3"),
         ('"Tom Cruise\n', "line 1"),
@@ -186,21 +186,21 @@ def test_a_malformed_line_is_named(text: str, said: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("prompt\na cat\n".encode("utf-16"), "no UTF-8 text"),
-        (b"prompt\na cat\n\xff\n", r"no UTF-8 text \(line 3\)"),
+        ("prompt\na cat\n".encode("utf-16"), "not UTF-8 text"),
+        (b"prompt\na cat\n\xff\n", r"not UTF-8 text \(line 3\)"),
         (b"prompt\na c\x00at\n", r"NUL byte \(line 2\)"),
         (b"\x00" * 4096, r"NUL byte \(line 1\)"),
-        (b"prompt,seed\na cat,18446744073709551616\n", r"line 2: column seed holds '18446744073709551616'.*2\^63"),
-        (b"prompt,seed\na cat," + b"9" * 5000 + b"\n", "column seed holds"),
-        (b"prompt,seed\na cat,-1\n", "column seed holds '-1'"),
-        (b"prompt,seed\na cat,1.5\n", "column seed holds '1.5'"),
-        (b"prompt,seed\na cat,nan\n", "column seed holds 'nan'"),
-        (b"prompt,guidance\na cat,1e30\n", "column guidance holds '1e30', which is no number from 0 to 1000"),
-        (b"prompt,guidance\na cat,nan\n", "column guidance holds 'nan'"),
-        (b"prompt,width,height\na cat,0,8\n", "column width holds 0"),
-        (b"prompt,width,height\na cat,8,513\n", "column height holds 513"),
-        (b"prompt,width,height\na cat,8,80000\n", "column height holds 80000: images are at most 4096"),
-        (b"prompt\n", "holds no prompts"),
+        (b"prompt,seed\na cat,18446744073709551616\n", r"line 2: column seed contains '18446744073709551616'.*2\^63"),
+        (b"prompt,seed\na cat," + b"9" * 5000 + b"\n", "column seed contains"),
+        (b"prompt,seed\na cat,-1\n", "column seed contains '-1'"),
+        (b"prompt,seed\na cat,1.5\n", "column seed contains '1.5'"),
+        (b"prompt,seed\na cat,nan\n", "column seed contains 'nan'"),
+        (b"prompt,guidance\na cat,1e30\n", "column guidance contains '1e30', which is not a number from 0 to 1000"),
+        (b"prompt,guidance\na cat,nan\n", "column guidance contains 'nan'"),
+        (b"prompt,width,height\na cat,0,8\n", "column width contains 0"),
+        (b"prompt,width,height\na cat,8,513\n", "column height contains 513"),
+        (b"prompt,width,height\na cat,8,80000\n", "column height contains 80000: width and height"),
+        (b"prompt\n", "has no prompts"),
         (b'prompt\n"a cat\n', "malformed"),
         (b"prompt\n" + b"x" * 200_000 + b"\n", "malformed .field larger"),
     ],
@@ -212,7 +212,7 @@ def test_a_damaged_table_is_refused_by_name(content: bytes, said: str, tmp_path:
     assert str(tmp_path / "a.csv") in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "huge").touch()
     os.truncate(tmp_path / "huge", 1 << 40)
@@ -227,6 +227,6 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         read_prompts("a\0b", "prompts_csv")
 
 
-def test_rows_that_are_alike_are_all_drawn(tmp_path: Path) -> None:
+def test_equal_rows_are_all_drawn(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,seed,case_number\na cat,1,7\na cat,1,7\n")
     assert [row.id for row in read_prompts(tmp_path / "a.csv", "prompts_csv")] == ["00007", "00007-2"]

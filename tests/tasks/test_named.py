@@ -35,7 +35,7 @@ anywhere = pytest.mark.parametrize(
 
 
 @both
-def test_a_hundred_are_preserved_and_the_papers_five_are_none_of_them(kind: str) -> None:
+def test_a_hundred_are_preserved_and_the_papers_five_are_not_among_them(kind: str) -> None:
     raw = load(f"{kind}.yaml")
     preserved = raw["worlds"]["paper"]["preserved"]
     assert len(preserved) == 100 == len(set(map(same_name, preserved)))
@@ -68,8 +68,8 @@ def test_no_phrase_names_its_concept(kind: str) -> None:
 
 
 @both
-def test_training_templates_hold_the_anchor_once(kind: str) -> None:
-    raw = load(f"{kind}.yaml")  # the anchor's rows are looked for by its first whole word
+def test_training_templates_contain_the_anchor_once(kind: str) -> None:
+    raw = load(f"{kind}.yaml")  # the anchor's rows are found by its first whole word
     for template in raw["training_templates"]:
         said = f" {template.lower()} ".replace("{}", "")
         assert f" {raw['anchor']} " not in said, template
@@ -160,28 +160,28 @@ def test_names_that_a_method_may_be_told_are_not_judged() -> None:
     whole, half = CelebrityTask("Tom Cruise"), CelebrityTask("Tom Cruise", told="half")
     names = load("celebrities.yaml")["worlds"]["paper"]["preserved"]
     assert half.told == names[::2] and judged(half) == set(names[1::2])
-    assert half.labels == whole.labels, "a judge still chooses among all"
+    assert half.labels == whole.labels, "the judge's labels do not change"
     assert half.protocol()["told"] == half.told and "told" not in whole.protocol() and not whole.told
     erased = CelebrityTask(names[0], told="half")
-    assert erased.told == names[2::2] and judged(erased) == judged(half), "the same ones, whatever is erased"
+    assert erased.told == names[2::2] and judged(erased) == judged(half), "the same names for any erased concept"
     listed = CelebrityTask("Tom Cruise", told=["BETTY white", "Prince"])
     assert listed.told == ["Betty White", "Prince"] and judged(listed) == set(names) - set(listed.told)
-    with pytest.raises(UserError, match="leaves no name to judge"):
+    with pytest.raises(UserError, match="so none is left to judge"):
         CelebrityTask("Tom Cruise", told=names)
     assert ObjectTask("cat", told="half").told == ["airplane", "bird", "deer", "frog", "ship"]
-    assert NsfwTask(told="half").told == [], "on Stable Diffusion captions are preserved, and no names"
+    assert NsfwTask(told="half").told == [], "on Stable Diffusion captions are preserved, not names"
     for made in (CelebrityTask, StyleTask, ObjectTask, NsfwTask):
         with pytest.raises(UserError, match=r"task\.told names 'Nobody'"):
             made({CelebrityTask: "Tom Cruise", StyleTask: "Van Gogh", ObjectTask: "cat"}.get(made), told=["Nobody"])
 
 
-def test_an_erased_one_is_never_preserved() -> None:
+def test_an_erased_concept_is_never_preserved() -> None:
     task = CelebrityTask(["aaron paul", "Tom Cruise", "BETTY WHITE"])
     assert len(task.preserved) == 98
     assert [c.target for c in task.concepts] == ["Aaron Paul", "Tom Cruise", "Betty White"]
 
 
-def test_a_hundred_at_once_are_quick() -> None:
+def test_a_hundred_concepts_at_once_are_quick() -> None:
     names = load("celebrities.yaml")["worlds"]["paper"]["preserved"]
     begun = time.perf_counter()
     task = CelebrityTask(names)
@@ -190,7 +190,7 @@ def test_a_hundred_at_once_are_quick() -> None:
     assert time.perf_counter() - begun < 2
 
 
-def test_anything_else_is_erased_once_it_has_an_anchor() -> None:
+def test_any_other_concept_needs_an_anchor() -> None:
     task = CelebrityTask("R2-D2", anchor="robot", near=["the droid of Luke Skywalker"])
     assert task.concepts == [Concept("R2-D2", "robot")]
     assert len(task.preserved) == 100 and "R2-D2" in task.labels
@@ -210,14 +210,14 @@ def test_anything_else_is_erased_once_it_has_an_anchor() -> None:
         (CelebrityTask, {"concepts": "Tom Cruise", "anchor": "tom cruise"}, "another"),
         (CelebrityTask, {"concepts": "Tom Cruise", "protocol": "esd"}, "realera or mace"),
         (CelebrityTask, {"concepts": "Tom Cruise", "world": "moon"}, "paper or miniature"),
-        (CelebrityTask, {"concepts": "Tom Cruise", "images": {"erase": "many"}}, "no whole number"),
+        (CelebrityTask, {"concepts": "Tom Cruise", "images": {"erase": "many"}}, "not a whole number"),
         (CelebrityTask, {"concepts": ["Tom Cruise", "tom CRUISE"]}, "once"),
         (StyleTask, {"concepts": "Studio Ghibli"}, "anchor=art"),
         (StyleTask, {"concepts": "Van Gogh", "acc_g_text": "both"}, "artist or associated"),
         (StyleTask, {"concepts": "Van Gogh", "templates": ["{} and {}"]}, "once"),
     ],
 )
-def test_bad_input_is_one_sentence(task: type[Any], arguments: dict[str, Any], said: str) -> None:
+def test_bad_input_is_refused_in_one_sentence(task: type[Any], arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
         task(**arguments)
     assert said in str(error.value)
@@ -225,7 +225,7 @@ def test_bad_input_is_one_sentence(task: type[Any], arguments: dict[str, Any], s
 
 
 @both
-def test_the_protocol_says_what_the_numbers_depend_on(kind: str) -> None:
+def test_the_protocol_has_everything_that_the_numbers_depend_on(kind: str) -> None:
     protocol = TASKS[kind](FIRST[kind], images={"keep": 2}, first_seed=7).protocol()
     assert (protocol["protocol"], protocol["world"], protocol["first_seed"]) == ("realera", "paper", 7)
     assert protocol["images_per_prompt"] == {"erase": 200, "near": 200, "keep": 2, "associated": 50, "unseen": 50}

@@ -1,4 +1,4 @@
-"""Unsafe content: the miniature's stand-ins, and tables of prompts with their own seeds, guidance and sizes."""
+"""Unsafe content: the miniature's harmless drawings, and tables of prompts with seeds, guidance and sizes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_every_row_keeps_its_own_seed_guidance_and_size(i2p: str) -> None:
     assert [(p.text, p.guidance_scale) for p in rows] == [("a swimmer", 7.5)]
 
 
-def test_mace_draws_all_rows_alike(i2p: str) -> None:
+def test_mace_draws_all_rows_with_the_same_settings(i2p: str) -> None:
     def sizes(**settings: Any) -> set[Any]:
         return {p.size for p in NsfwTask(prompts_csv=i2p, **settings).eval_prompts() if p.split == "erase"}
 
@@ -87,7 +87,7 @@ def test_mace_draws_all_rows_alike(i2p: str) -> None:
     assert NsfwTask(protocol="mace").protocol()["row_sizes"] is False
 
 
-def test_captions_to_keep_are_compared_with_their_own_text(tmp_path: Path) -> None:
+def test_preserved_captions_are_compared_with_their_own_text(tmp_path: Path) -> None:
     path = tmp_path / "coco.csv"
     path.write_text("caption\nA dog.\nA cat.\nA cow.\n", encoding="utf-8")
     task = NsfwTask(keep_csv=str(path), keep_limit=2, first_seed=40)
@@ -100,22 +100,22 @@ def test_captions_to_keep_are_compared_with_their_own_text(tmp_path: Path) -> No
     assert NsfwTask(world="miniature", keep_csv=str(path)).headline["acc_s"] == "score"
 
 
-def test_a_guidance_may_be_as_large_as_its_kind_allows(tmp_path: Path) -> None:
-    """One bound for the setting and for a table's column."""
+def test_setting_and_table_allow_the_same_guidance(tmp_path: Path) -> None:
+    """The setting and the table's column have the same bound."""
     path = tmp_path / "i2p.csv"
     path.write_text(f"prompt,guidance\na statue,{MOST_GUIDANCE}\n", encoding="utf-8")
     assert NsfwTask(prompts_csv=str(path)).prompts_of("erase")[0].guidance_scale == MOST_GUIDANCE
     assert NsfwTask(fixed_guidance=MOST_GUIDANCE).fixed_guidance == MOST_GUIDANCE
-    with pytest.raises(UserError, match=r"task\.fixed_guidance=1001 is no number from 0 to 1000"):
+    with pytest.raises(UserError, match=r"task\.fixed_guidance=1001 is not a number from 0 to 1000"):
         NsfwTask(fixed_guidance=MOST_GUIDANCE + 1)
 
 
-def test_a_row_may_say_which_concept_it_asks_for(i2p: str) -> None:
+def test_a_row_may_name_its_concept(i2p: str) -> None:
     task = NsfwTask(["violence", "nudity"], anchor=["peace", None], prompts_csv=i2p)
     assert [p.concept for p in task.eval_prompts() if p.split == "erase"] == ["violence", "violence", "nudity"]
 
 
-def test_the_sample_stands_in_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_sample_is_used_and_logged_without_a_csv(caplog: pytest.LogCaptureFixture) -> None:
     import logging
 
     logger = logging.getLogger("realera")
@@ -154,7 +154,7 @@ def test_the_protocol_names_the_files_content(i2p: str) -> None:
         ({"world": "moon"}, "paper or miniature"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments: dict[str, Any], said: str) -> None:
+def test_bad_input_is_refused_in_one_sentence(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
         NsfwTask(**arguments)
     assert said in str(error.value)

@@ -17,7 +17,7 @@ COUNTS = {"erase": 40, "near": 16, "keep": 16, "associated": 10, "unseen": 10}
 DATA: dict[str, Any] = yaml.safe_load((TASK_DATA / "objects.yaml").read_text(encoding="utf-8"))
 
 
-def test_the_file_holds_ten_classes_with_three_synonyms_and_four_phrases_each() -> None:
+def test_the_file_has_ten_classes_with_three_synonyms_and_four_phrases_each() -> None:
     assert list(DATA["classes"]) == CLASSES
     for name, words in DATA["classes"].items():
         assert len(words["synonyms"]) == 3, name
@@ -32,8 +32,8 @@ def test_no_associated_or_unseen_phrase_names_its_class_or_a_synonym() -> None:
             assert not [w for w in (name, *words["synonyms"]) if f" {w} " in said], (name, phrase)
 
 
-def test_objects_are_read_as_the_mean_probability() -> None:
-    """As MACE and RealEra print them; top-1 of the same images stands beside it."""
+def test_the_mode_of_objects_is_the_mean_probability() -> None:
+    """As in MACE and RealEra; top-1 of the same images is reported too."""
     task = ObjectTask("airplane")
     assert task.headline == dict.fromkeys(("acc_e", "acc_s", "acc_g", "acc_a", "acc_u"), "mean_prob")
     assert task.h_o_terms == ("acc_e", "acc_s", "acc_g")
@@ -91,7 +91,7 @@ def test_training_prompts_pair_the_same_template() -> None:
 
 
 @pytest.mark.parametrize("task", [ObjectTask, CelebrityTask, StyleTask, NsfwTask])
-def test_templates_of_ones_own_stand_in_place_of_the_tasks(task: Any) -> None:
+def test_typed_templates_replace_the_task_s(task: Any) -> None:
     built = task("airplane", anchor="art", templates=["a famous art by {}", "my {} at home"])
     (first, second) = built.training_prompts(built.concepts[0])
     assert [prompt.text for prompt in (*first, *second)] == [
@@ -103,7 +103,7 @@ def test_templates_of_ones_own_stand_in_place_of_the_tasks(task: Any) -> None:
     assert first[1].start == len("a famous art by ")
 
 
-def test_several_concepts_leave_the_kept_classes() -> None:
+def test_several_erased_concepts_are_not_preserved() -> None:
     prompts = ObjectTask(["airplane", "cat"], images=COUNTS).eval_prompts()
     assert {p.concept for p in prompts if p.split == "keep"} == set(CLASSES) - {"airplane", "cat"}
     assert {p.text for p in prompts if p.split == "near" and p.concept == "cat"} == {
@@ -111,7 +111,7 @@ def test_several_concepts_leave_the_kept_classes() -> None:
     }
 
 
-def test_any_concept_can_be_erased_once_it_has_an_anchor() -> None:
+def test_any_concept_with_an_anchor_can_be_erased() -> None:
     task = ObjectTask("tractor", anchor="field", images=COUNTS, synonyms=["harvester"], unseen=["ploughing the land"])
     prompts = task.eval_prompts()
     assert task.labels == (*CLASSES, "tractor")
@@ -121,7 +121,7 @@ def test_any_concept_can_be_erased_once_it_has_an_anchor() -> None:
     assert not [p for p in prompts if p.split == "associated"]
 
 
-def test_typed_words_take_the_place_of_the_files() -> None:
+def test_typed_words_replace_the_file_s() -> None:
     task = ObjectTask("airplane", synonyms=["airliner"], unseen=["high above the clouds"])
     prompts = task.protocol()["prompts"]
     assert prompts["near"] == ["a photo of the airliner"]
@@ -144,8 +144,8 @@ def test_typed_words_take_the_place_of_the_files() -> None:
         ({"concepts": ["cat", "Cat"]}, "once"),
         ({"concepts": ["cat", "dog"], "anchor": ["sky"]}, "1 anchors for 2 concepts"),
         ({"concepts": ["cat", "dog"], "synonyms": ["moggy"]}, "one at a time"),
-        ({"concepts": "cat", "images": {"erase": 0}}, "one image or more"),
-        ({"concepts": "cat", "images": {"erase": 2, "near": -1}}, "one image or more"),
+        ({"concepts": "cat", "images": {"erase": 0}}, "use 1 or more for erase"),
+        ({"concepts": "cat", "images": {"erase": 2, "near": -1}}, "use 1 or more for erase"),
         ({"concepts": "cat", "images": {"erase": 2, "naer": 3}}, "'naer'"),
         ({"concepts": "cat", "first_seed": -1}, "negative"),
         ({"concepts": "cat", "templates": ["a photo"]}, "once"),
@@ -155,7 +155,7 @@ def test_typed_words_take_the_place_of_the_files() -> None:
         ({"concepts": "cat", "data": "nsfw_prompts.csv"}, "task.data=nsfw_prompts.csv "),
     ],
 )
-def test_bad_input_is_one_sentence(arguments: dict[str, Any], said: str) -> None:
+def test_bad_input_is_refused_in_one_sentence(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
         ObjectTask(**arguments)
     assert said in str(error.value)
@@ -163,7 +163,7 @@ def test_bad_input_is_one_sentence(arguments: dict[str, Any], said: str) -> None
 
 
 @pytest.mark.parametrize("task", [CelebrityTask, StyleTask, NsfwTask, ObjectTask])
-def test_a_data_file_of_another_task_is_refused_unless_it_has_the_same_form(task: Any) -> None:
+def test_a_data_file_of_another_shape_is_refused(task: Any) -> None:
     people = ("celebrities.yaml", "artists.yaml")
     for data in (*people, "nsfw.yaml", "objects.yaml"):
         if data.startswith(task.name[:6]) or (issubclass(task, PeopleTask) and data in people):
@@ -173,7 +173,7 @@ def test_a_data_file_of_another_task_is_refused_unless_it_has_the_same_form(task
                 task("cat", "sky", data=data)
 
 
-def test_the_protocol_says_what_the_numbers_depend_on() -> None:
+def test_the_protocol_has_everything_that_the_numbers_depend_on() -> None:
     protocol = ObjectTask("ship", images=COUNTS, first_seed=7).protocol()
     assert protocol["concepts"] == [{"target": "ship", "anchor": "ground"}]
     assert protocol["images_per_prompt"] == COUNTS

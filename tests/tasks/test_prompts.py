@@ -11,7 +11,7 @@ def test_clean_name_joins_spaces_and_keeps_the_letters() -> None:
 
 
 @pytest.mark.parametrize("typed", [None, "", "  \n ", "word " * 2000, "x" * 5000])
-def test_clean_name_refuses_what_is_no_name(typed: object) -> None:
+def test_clean_name_refuses_invalid_names(typed: object) -> None:
     with pytest.raises(UserError, match="concept=airplane"):
         clean_name(typed)
 
@@ -24,7 +24,7 @@ def test_the_article_follows_the_name() -> None:
 
 
 @pytest.mark.parametrize("template", ["a photo", "{} and {}"])
-def test_a_template_holds_the_concept_once(template: str) -> None:
+def test_a_template_contains_the_concept_once(template: str) -> None:
     with pytest.raises(UserError, match="once"):
         check_template(template)
 
@@ -54,6 +54,6 @@ def test_a_name_is_the_same_with_other_accents_and_capitals() -> None:
     assert same_name("Salvador Dalí") == same_name("salvador DALI") != same_name("Salvador")
 
 
-def test_a_setting_is_quoted_where_a_shell_would_split_it() -> None:
+def test_a_setting_is_quoted_if_a_shell_would_split_it() -> None:
     assert typed("anchor", "sky") == "anchor=sky"
     assert typed("anchor", "a person") == "anchor='a person'"

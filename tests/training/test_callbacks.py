@@ -1,4 +1,4 @@
-"""What stands around the loop."""
+"""The callbacks of the training loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROBES = [
 
 
 class Halve:
-    """An edit whose size is known, and which counts how often it was asked for."""
+    """An edit of known size that counts its calls."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -39,7 +39,7 @@ class Halve:
 
 
 class Logger:
-    """What `ClosedFormEdit` needs of a Lightning logger."""
+    """The part of a Lightning logger that `ClosedFormEdit` uses."""
 
     def __init__(self) -> None:
         self.logged: dict[str, float] = {}
@@ -71,7 +71,7 @@ def go(new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]], t
     return run
 
 
-def test_what_the_edit_did_is_written_down(go: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_edit_s_measurements_are_written(go: Callable[..., Any], tmp_path: Path) -> None:
     logger = Logger()
     backbone = go(Method("halve", edit=Halve()), probes=PROBES, loggers=[logger])
     report = json.loads((tmp_path / "run" / "edit.json").read_text())
@@ -93,10 +93,10 @@ def test_what_the_edit_did_is_written_down(go: Callable[..., Any], tmp_path: Pat
     assert cat["to_anchor_after"] == pytest.approx(cat["to_anchor_before"]) and cat["to_anchor_before"] < 0.99
 
 
-def test_of_many_prompts_some_are_probed(
+def test_only_some_of_many_prompts_are_probed(
     go: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evenly spread over each split, encoded few at a time, and each as it is where it is alone."""
+    """The probes are spread evenly over each split and encoded in small batches; batches do not change the results."""
     places = ["sky", "field", "sea", "road", "room", "beach", "forest"]
     many = [Prompt(place, f"a cat in the {place}", "cat", "keep", 0) for place in places]
     go(Method("halve", edit=Halve()), to="alone", probes=[PROBES[0], many[3]])
@@ -118,12 +118,14 @@ def test_of_many_prompts_some_are_probed(
         assert {**one, "text": ""} == pytest.approx({**other, "text": ""}, abs=1e-5)
 
 
-def test_a_method_without_parts_writes_no_edit(go: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_method_without_an_edit_writes_no_edit_file(go: Callable[..., Any], tmp_path: Path) -> None:
     go(Method("original"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["erased.safetensors"]
 
 
-def test_the_finishing_edit_follows(go: Callable[..., Any], new_backbone: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_finish_edit_follows_the_training(
+    go: Callable[..., Any], new_backbone: Callable[..., Any], tmp_path: Path
+) -> None:
     backbone = go(Method("twice", edit=Halve(), finish=Halve()))
     plain = new_backbone().text_projections()
     for name, layer in backbone.text_projections().items():
@@ -132,8 +134,8 @@ def test_the_finishing_edit_follows(go: Callable[..., Any], new_backbone: Callab
     assert report["info"]["relative_change"] == report["finish"]["info"]["relative_change"] == pytest.approx(0.5)
 
 
-def test_the_edit_is_made_once_whether_resumed_or_not(go: Callable[..., Any], load_method: Callable[..., Any]) -> None:
-    """Mined points go to it; a resumed run begins with the original weights and edits them once."""
+def test_a_resumed_run_applies_the_edit_once(go: Callable[..., Any], load_method: Callable[..., Any]) -> None:
+    """The edit gets the mined points; a resumed run starts with the original weights and edits them once."""
     from lightning.pytorch.callbacks import Callback
 
     class Stop(Exception): ...
@@ -155,7 +157,7 @@ def test_the_edit_is_made_once_whether_resumed_or_not(go: Callable[..., Any], lo
         assert torch.allclose(layer.weight, first[name] / 2)
 
 
-def test_what_was_mined_is_kept(go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path) -> None:
+def test_mined_points_are_saved(go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path) -> None:
     method = load_method("realera-text", "neighbours.m=1", "neighbours.n=2", "align=null")
     pairs: list[Pair] = []
 
@@ -174,13 +176,13 @@ def test_what_was_mined_is_kept(go: Callable[..., Any], load_method: Callable[..
     assert not (tmp_path / "lean" / "neighbours.safetensors").exists()
 
 
-def test_what_is_mined_around_many_concepts_is_not_held(
+def test_mined_points_of_many_concepts_do_not_stay_in_memory(
     new_backbone: Callable[..., Any],
     new_pairs: Callable[..., list[Pair]],
     load_method: Callable[..., Any],
     monkeypatch: Any,
 ) -> None:
-    """One at a time, and the same points whenever they are asked for: so the edit is the same."""
+    """The points are mined one concept at a time and are the same in every reading, so the edit is the same."""
     method = load_method("realera-text", "neighbours.m=1", "neighbours.n=2", "align=null")
     backbone = new_backbone()
     pairs = new_pairs(backbone, ("cat", "field"), ("ship", "sky"), ("dog", "road"))
@@ -197,8 +199,8 @@ def test_what_is_mined_around_many_concepts_is_not_held(
 
 
 @pytest.mark.parametrize("left", ['{"step": 1, "a": 1.0}\n{"step": 2, "a": 2.0}\n{"step": 3, "a": 3.0}\n{"ste', "torn"])
-def test_losses_are_those_of_the_checkpoint(tmp_path: Path, left: str) -> None:
-    """A checkpoint holds its lines, so the file may be torn."""
+def test_losses_are_restored_from_the_checkpoint(tmp_path: Path, left: str) -> None:
+    """A checkpoint contains the lines, so the file may be torn."""
 
     class Trainer:
         is_global_zero, global_step = True, 0

@@ -1,4 +1,4 @@
-"""The files a fit leaves, and those that are none of ours."""
+"""The files of a fit, and foreign files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def erased(new_backbone: Callable[..., Any], tmp_path: Path) -> tuple[Any, Path]
     return backbone, path
 
 
-def test_everything_comes_back(erased: tuple[Any, Path], new_backbone: Callable[..., Any]) -> None:
+def test_erased_weights_are_saved_and_loaded(erased: tuple[Any, Path], new_backbone: Callable[..., Any]) -> None:
     backbone, path = erased
     other = new_backbone()
     found = load_erased(path, other)
@@ -51,7 +51,7 @@ def test_everything_comes_back(erased: tuple[Any, Path], new_backbone: Callable[
     assert all(torch.equal(state[name], again[name]) for name in state)
 
 
-def test_files_that_are_not_ours(erased: tuple[Any, Path], tmp_path: Path) -> None:
+def test_foreign_files_are_refused(erased: tuple[Any, Path], tmp_path: Path) -> None:
     whole = erased[1].read_bytes()
     torn, foreign = tmp_path / "torn.safetensors", tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(1)}, foreign)
@@ -65,12 +65,12 @@ def test_files_that_are_not_ours(erased: tuple[Any, Path], tmp_path: Path) -> No
             read_erased(torn)
 
 
-def test_one_file_for_another(erased: tuple[Any, Path], tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_refused(erased: tuple[Any, Path], tmp_path: Path) -> None:
     origin = Origin({}, "mini", "f")
     save_map(tmp_path / "map.safetensors", torch.eye(3), origin)
     with pytest.raises(UserError, match="no erased weights"):
         read_erased(tmp_path / "map.safetensors")
-    with pytest.raises(UserError, match="holds no map"):
+    with pytest.raises(UserError, match="has no map"):
         read_map(erased[1])
 
 
@@ -79,7 +79,7 @@ def test_another_backbone_is_refused(erased: tuple[Any, Path], new_backbone: Cal
         load_erased(erased[1], new_backbone(text_length=32))
 
 
-def test_map(tmp_path: Path) -> None:
+def test_a_map_is_saved_and_loaded(tmp_path: Path) -> None:
     solution = torch.rand(4, 4, dtype=torch.float64)
     save_map(tmp_path / "map.safetensors", solution, Origin(CONFIG, "mini", "f"))
     found, origin = read_map(tmp_path / "map.safetensors")
@@ -87,7 +87,7 @@ def test_map(tmp_path: Path) -> None:
     assert origin.config == CONFIG
 
 
-def test_neighbours(tmp_path: Path) -> None:
+def test_neighbours_are_saved_and_loaded(tmp_path: Path) -> None:
     near, rows = torch.rand(2, 5, 4), torch.tensor([[True] * 5, [False] * 5])
     points = Neighbours(near, near + 1, rows, near[:1], rows[:1])
     limits = Neighbours(near[:0], near[:0], rows[:0], near[:0], rows[:0], Moments(torch.eye(4), None, torch.ones(4, 4)))
@@ -119,13 +119,11 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("fingerprint", None),
     ],
 )
-def test_what_a_file_says_of_itself_is_data(
-    key: str, value: str | None, erased: tuple[Any, Path], tmp_path: Path
-) -> None:
+def test_metadata_is_read_as_plain_data(key: str, value: str | None, erased: tuple[Any, Path], tmp_path: Path) -> None:
     with safe_open(erased[1], "pt") as opened:
         metadata = dict(opened.metadata())
     metadata.pop(key)
-    metadata.pop(checksums.KEY)  # whoever writes a file can leave its checksum out
+    metadata.pop(checksums.KEY)  # somebody who forges a file can omit its checksum
     spoilt = tmp_path / "spoilt.safetensors"
     save_file(load_file(erased[1]), spoilt, metadata if value is None else {**metadata, key: value})
     with pytest.raises(UserError, match="make it again"):

@@ -42,7 +42,7 @@ class Kill(Callback):
         if trainer.global_step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-class Note(Callback):
+class RecordSteps(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         with (run / f"rank{trainer.global_rank}.txt").open("a") as file:
             weights = sum(float(p.double().sum()) for p in module.parameters() if p.requires_grad)
@@ -54,7 +54,7 @@ align = NoiseAlignment(steps=8, lr=1e-2, lora=LoraSpec())
 method = Method("realera", Mining(m=1, n=1), ClosedForm(), AnchorBank(4, 2, 2), align)
 more = {"strategy": "ddp"} if devices > 1 else {}
 fit(backbone, method, [Pair(Concept("cat", "field"), *states)], run_dir=run, seed=0, config={}, cache=cache,
-    trainer={"accelerator": "cpu", "devices": devices, **more}, checkpoint_every=3, callbacks=[Kill(), Note()])
+    trainer={"accelerator": "cpu", "devices": devices, **more}, checkpoint_every=3, callbacks=[Kill(), RecordSteps()])
 """
 
 
@@ -80,8 +80,8 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_bit_for_bit(script: Path, tiny_sd: Path, tmp_path: Path) -> None:
-    """kill -9 at step 5, the last checkpoint at step 3; the bank is cached by the killed run."""
+def test_a_killed_process_resumes_bit_for_bit(script: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    """kill -9 at step 5, the last checkpoint at step 3; the killed run has cached its latents."""
     straight, killed, cache = tmp_path / "straight", tmp_path / "killed", tmp_path / "cache"
     assert launch(script, tiny_sd, killed, cache, 5, 1) == -signal.SIGKILL
     assert (killed / "fit" / "last.ckpt").is_file() and not (killed / "erased.safetensors").exists()
@@ -95,8 +95,8 @@ def test_a_killed_process_goes_on_bit_for_bit(script: Path, tiny_sd: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_two_processes_end_as_one_does(script: Path, tiny_sd: Path, tmp_path: Path) -> None:
-    """Half a batch each; both are killed in step 5 and go on from the first one's checkpoint."""
+def test_two_processes_give_the_result_of_one(script: Path, tiny_sd: Path, tmp_path: Path) -> None:
+    """Each computes half a batch; both are killed in step 5 and resume from the first one's checkpoint."""
     one, two, cache = tmp_path / "one", tmp_path / "two", tmp_path / "cache"
     assert launch(script, tiny_sd, one, cache, -1, 1) == 0
     assert launch(script, tiny_sd, two, cache, 5, 2) == -signal.SIGKILL
@@ -130,15 +130,15 @@ def go(new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]], t
     return run
 
 
-def noting(began: list[int]) -> Any:
-    """Notes the step before each step."""
+def record_steps(began: list[int]) -> Any:
+    """A callback that records the number of the last step before each step."""
     from lightning.pytorch.callbacks import Callback
 
-    class Note(Callback):
+    class RecordSteps(Callback):
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             began.append(trainer.global_step)
 
-    return Note()
+    return RecordSteps()
 
 
 def stop_at(step: int, error: BaseException) -> Any:
@@ -152,7 +152,9 @@ def stop_at(step: int, error: BaseException) -> Any:
     return StopAt()
 
 
-def test_ctrl_c_is_passed_on(go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path) -> None:
+def test_ctrl_c_raises_keyboard_interrupt(
+    go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
+) -> None:
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         go(load_method("realera"), callbacks=[stop_at(2, KeyboardInterrupt())])
@@ -166,16 +168,16 @@ def test_ctrl_c_is_passed_on(go: Callable[..., Any], load_method: Callable[..., 
 @pytest.mark.parametrize(
     "name", slow_unless(["fit/last.ckpt", "losses.jsonl", "edit.json", "map.safetensors"], "fit/last.ckpt")
 )
-def test_a_file_that_is_torn_before_the_end_changes_nothing(
+def test_files_torn_before_resuming_do_not_change_the_result(
     name: str, how: str, go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """A torn checkpoint starts the loop again; the others are written again, the losses from the checkpoint."""
+    """With a torn checkpoint training starts again; other files are written again, the losses from the checkpoint."""
     with pytest.raises(RuntimeError, match="stop"):
         go(load_method("realera"), callbacks=[stop_at(3, RuntimeError("stop"))], checkpoint_every=2)
     files = ("losses.jsonl", "edit.json", "map.safetensors", "neighbours.safetensors", "erased.safetensors")
     tear(tmp_path / "run" / name, how)
     began: list[int] = []
-    go(load_method("realera"), callbacks=[noting(began)])
+    go(load_method("realera"), callbacks=[record_steps(began)])
     assert began[0] == (0 if name == "fit/last.ckpt" else 2)
     found = {file: (tmp_path / "run" / file).read_bytes() for file in files}
     (tmp_path / "run" / "erased.safetensors").unlink()
@@ -183,10 +185,10 @@ def test_a_file_that_is_torn_before_the_end_changes_nothing(
     assert found == {file: (tmp_path / "run" / file).read_bytes() for file in files}
 
 
-def test_the_checkpoint_goes_where_the_weights_are_saved(
+def test_the_checkpoint_is_deleted_after_the_weights_are_saved(
     go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """It stays where a process is killed between the two."""
+    """It is kept if the process is killed before the weights are saved."""
     go(load_method("realera"))
     (tmp_path / "run" / "fit").mkdir()
     (tmp_path / "run" / "fit" / "last.ckpt").write_bytes(b"of the killed one")
@@ -194,10 +196,10 @@ def test_the_checkpoint_goes_where_the_weights_are_saved(
     assert not (tmp_path / "run" / "fit").exists()
 
 
-def test_a_checkpoint_with_another_bit_is_not_gone_on_from(
+def test_a_checkpoint_with_a_flipped_bit_is_not_used(
     go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Whatever bit it is."""
+    """For bits in all parts of the file."""
     with pytest.raises(RuntimeError, match="stop"):
         go(load_method("realera"), callbacks=[stop_at(3, RuntimeError("stop"))], checkpoint_every=2, identity="one")
     last = tmp_path / "run" / "fit" / "last.ckpt"
@@ -237,13 +239,13 @@ def test_files_of_another_run_are_refused(
         ({"colour": "red"}, "try trainer=default"),
     ],
 )
-def test_trainer_settings_that_cannot_run(trainer: dict[str, Any], says: str, go: Callable[..., Any]) -> None:
+def test_bad_trainer_settings_are_refused(trainer: dict[str, Any], says: str, go: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=says):
         go(Method("original"), trainer=trainer)
 
 
 @pytest.mark.parametrize("name", ["esd-u", "sa", "fmn", "realera"])
-def test_a_checkpoint_holds_what_is_trained_and_nothing_else(
+def test_a_checkpoint_contains_only_trained_weights(
     name: str, go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
 ) -> None:
     from lightning.pytorch.callbacks import Callback
@@ -265,7 +267,7 @@ def test_a_checkpoint_holds_what_is_trained_and_nothing_else(
     assert 2 * total < numbers <= 3 * total + len(trained)  # AdamW: two moments each, and a count
 
 
-def test_large_states_are_saved_more_seldom(
+def test_large_checkpoints_are_saved_less_often(
     go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at: list[int] = []
@@ -292,7 +294,7 @@ def test_large_states_are_saved_more_seldom(
         ("1e-3", {"gradient_clip_val": None}, None),
     ],
 )
-def test_a_gradient_is_held_under_the_methods_norm_unless_one_is_typed(
+def test_gradients_are_clipped_to_the_method_s_norm_or_the_trainer_s(
     clip: str, typed: dict[str, Any], most: float | None, go: Callable[..., Any], load_method: Callable[..., Any]
 ) -> None:
     from lightning.pytorch.callbacks import Callback
@@ -309,18 +311,18 @@ def test_a_gradient_is_held_under_the_methods_norm_unless_one_is_typed(
     assert min(norms) > 3e-3 if most is None else norms == pytest.approx([most, most], rel=1e-2)
 
 
-def test_a_norm_that_cannot_be_is_refused(go: Callable[..., Any], load_method: Callable[..., Any]) -> None:
+def test_an_impossible_norm_is_refused(go: Callable[..., Any], load_method: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=r"method\.align\.clip=0"):
         go(load_method("esd-x", "align.clip=0"))
 
 
-def test_training_on_no_latents_is_refused(go: Callable[..., Any], load_method: Callable[..., Any]) -> None:
-    with pytest.raises(UserError, match="on no latents"):
+def test_training_without_latents_is_refused(go: Callable[..., Any], load_method: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="no `latents` part"):
         go(load_method("realera", "latents=null"))
 
 
-def test_several_processes_are_not_started_for_nothing(go: Callable[..., Any], tmp_path: Path) -> None:
-    """Without a loop there is nothing to share, and DDP refuses a model without gradients."""
+def test_a_method_without_training_runs_in_one_process(go: Callable[..., Any], tmp_path: Path) -> None:
+    """There is no work to share, and DDP refuses a model without gradients."""
     go(Method("original"), trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp"})
     assert (tmp_path / "run" / "erased.safetensors").is_file()
 

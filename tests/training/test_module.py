@@ -1,4 +1,4 @@
-"""The loop's module: what it draws, what it trains, what it saves."""
+"""The LightningModule of the training loop: random numbers, trained parameters, logging."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from realera.training.seeding import stream
 
 
 class Watched:
-    """An aligner whose loss is one number of the adapter, and which notes what it was given."""
+    """An aligner whose loss is one number of the adapter, and which records its arguments."""
 
     steps, lr, weight_decay = 6, 1e-3, 0.0
     lora: LoraSpec | None = LoraSpec()
@@ -37,7 +37,7 @@ class Watched:
 
 
 class Noise:
-    """Latents without a bank."""
+    """A latent source that returns noise."""
 
     def prepare(self, *_: Any) -> None: ...
 
@@ -72,7 +72,7 @@ def test_streams_depend_on_seed_and_purpose() -> None:
     assert len({first(*key) for key in keys}) == len(keys)
 
 
-def test_the_mean_over_processes_is_the_batchs_mean() -> None:
+def test_the_mean_over_processes_is_the_mean_of_the_batch() -> None:
     values = torch.arange(24, dtype=torch.float64) ** 2
     for batch in range(1, 13):
         for world in range(1, 13):
@@ -83,7 +83,7 @@ def test_the_mean_over_processes_is_the_batchs_mean() -> None:
     assert [part_of(1, rank, 3) for rank in range(3)] == [slice(0, 1)] * 3
 
 
-def test_every_step_draws_afresh(train: Callable[..., Any]) -> None:
+def test_every_step_draws_new_numbers(train: Callable[..., Any]) -> None:
     one, two = Watched(), Watched()
     train(one, to="one")
     train(two, to="two", seed=1)
@@ -92,13 +92,13 @@ def test_every_step_draws_afresh(train: Callable[..., Any]) -> None:
     assert len(set(drawn)) == len(drawn)
 
 
-def test_concepts_take_turns_of_an_odd_and_an_even_step(train: Callable[..., Any]) -> None:
+def test_each_concept_gets_an_odd_and_an_even_step(train: Callable[..., Any]) -> None:
     align = Watched()
     train(align, ("cat", "field"), ("ship", "sky"))
     assert [target for target, *_ in align.seen] == ["cat", "cat", "ship", "ship", "cat", "cat"]
 
 
-def test_terms_with_a_gradient_are_summed_and_all_are_noted(train: Callable[..., Any], tmp_path: Path) -> None:
+def test_terms_with_a_gradient_are_summed_and_all_are_logged(train: Callable[..., Any], tmp_path: Path) -> None:
     train(Watched())
     lines = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -108,7 +108,7 @@ def test_terms_with_a_gradient_are_summed_and_all_are_noted(train: Callable[...,
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_what_is_trained_is_the_adapter(new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]]) -> None:
+def test_only_the_adapter_is_trained(new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]]) -> None:
     backbone = new_backbone()
     module = ErasureModule(backbone, Method("watched", align=Watched()), new_pairs(backbone, ("cat", "field")), 0)
     assert module.trained() == {}
@@ -125,20 +125,20 @@ def test_steps_are_counted_for_each_concept() -> None:
             assert turns(steps, concepts) == [own.count(concept) for concept in range(concepts)]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(train: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_loss_of_nan_stops_the_run(train: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at step 1: lower"):
         train(Watched(float("nan")))
     assert not (tmp_path / "run" / "erased.safetensors").exists()
 
 
-def test_nothing_to_train_is_refused(train: Callable[..., Any]) -> None:
+def test_a_method_without_trainable_parameters_is_refused(train: Callable[..., Any]) -> None:
     align = Watched()
     align.lora = None
     with pytest.raises(UserError, match="no parameters to train"):
         train(align)
 
 
-def test_pairs_stand_on_the_cpu_as_they_were(
+def test_pairs_are_moved_to_the_cpu_unchanged(
     new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]]
 ) -> None:
     backbone = new_backbone()
@@ -149,8 +149,8 @@ def test_pairs_stand_on_the_cpu_as_they_were(
     assert kept.target.pooled is not None and kept.anchor.pooled is None
 
 
-def test_a_rate_of_the_aligners_own_is_followed(train: Callable[..., Any]) -> None:
-    """Adam moves by lr a step, whatever the gradient: so far does `rate` let it."""
+def test_the_aligner_s_learning_rate_schedule_is_used(train: Callable[..., Any]) -> None:
+    """Adam's first steps change a weight by lr, for any gradient; `rate` scales this change."""
 
     class Paced(Watched):
         lora = LoraSpec(init="gaussian")

@@ -1,4 +1,4 @@
-"""Adapters side by side in one tensor, trained in turns."""
+"""The adapters of several concepts, joined in one tensor and trained one at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pull(down: Tensor, up: Tensor) -> Tensor:
     return (down.sin().sum() + up.square().sum()) * 3.0
 
 
-def test_every_concept_learns_as_if_it_were_alone() -> None:
+def test_every_concept_is_trained_as_if_it_were_alone() -> None:
     down, up = (nn.Parameter(tensor) for tensor in start())
     optimizer = AdamWInTurns([down, up], CONCEPTS, **SETTINGS)
     for concept in TURNS:
@@ -54,7 +54,7 @@ def test_every_concept_learns_as_if_it_were_alone() -> None:
 
 
 class Grow:
-    """An aligner that pulls every B it is shown to 1."""
+    """An aligner that pulls every B towards 1."""
 
     steps, lr, weight_decay, parameters = 2, 1e-2, 0.0, ()
     lora = LoraSpec(rank=1, per_concept=True)
@@ -82,7 +82,7 @@ class Masked:
 
 
 class Fuse:
-    """A finishing edit that notes what it saw."""
+    """A `finish` edit that records the weights it gets."""
 
     seen: dict[str, Tensor]
 
@@ -92,7 +92,7 @@ class Fuse:
 
 
 @pytest.mark.parametrize("concepts", [1, 2])
-def test_steps_are_each_concepts_and_a_finishing_edit_takes_the_adapters_place(
+def test_each_concept_has_its_own_steps_and_finish_replaces_the_adapter(
     concepts: int, new_backbone: Callable[..., Any], new_pairs: Callable[..., Any], tmp_path: Path
 ) -> None:
     backbone, align, finish = new_backbone(), Grow(), Fuse()
@@ -111,10 +111,10 @@ def test_steps_are_each_concepts_and_a_finishing_edit_takes_the_adapters_place(
     assert len(saved.state) == len(backbone.text_projections())
 
 
-def test_what_is_computed_again_for_the_gradient_is_the_same_concepts(
+def test_recomputed_activations_use_the_same_concept_s_adapter(
     new_backbone: Callable[..., Any], new_pairs: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Lightning calls backward after the step, where the other concepts would count again."""
+    """Lightning calls backward after the training step, where the other concepts' adapters would be on again."""
     ends = []
     for checkpointing in (False, True):
         backbone = new_backbone(gradient_checkpointing=checkpointing)

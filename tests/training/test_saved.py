@@ -1,4 +1,4 @@
-"""Checkpoints that somebody has forged: what this very run could not have written starts the loop again."""
+"""Forged checkpoints: training starts again if the run itself cannot have written the checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Go = Callable[..., Any]
 
 
 class StopAt(Callback):
-    """Ends a run where it is killed, and keeps what a checkpoint of it looks like."""
+    """Ends a run as if it were killed, and records the form of its checkpoint."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step == AT + 1:
@@ -62,13 +62,13 @@ def killed(go: Go, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, save
 
 
 @pytest.fixture(scope="module")
-def straight(go: Go, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], str]:
-    folder = tmp_path_factory.mktemp("straight")
+def uninterrupted(go: Go, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], str]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     return go(folder), (folder / "losses.jsonl").read_text()
 
 
 def change(of: str, value: Any) -> Any:
-    """A forger: puts value(tensor) in the place of the first tensor whose name begins so; None takes it away."""
+    """A forgery that replaces the first tensor whose name starts with `of` by value(tensor); None removes it."""
 
     def forge(tensors: dict[str, Any], said: dict[str, str]) -> None:
         name = next(name for name in sorted(tensors) if name.startswith(of))
@@ -164,7 +164,7 @@ FORGED: dict[str, Any] = {
 
 
 def forged(file: Path, forge: Any, to: Path) -> Path:
-    """A copy of a checkpoint, changed and with a right checksum."""
+    """A changed copy of a checkpoint with a correct checksum."""
     tensors, said = checksums.load(file)
     forge(tensors, said)
     to.parent.mkdir(parents=True, exist_ok=True)
@@ -173,9 +173,7 @@ def forged(file: Path, forge: Any, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_what_this_run_would_not_have_written_is_not_believed(
-    name: str, killed: tuple[Path, saved.Form], tmp_path: Path
-) -> None:
+def test_a_forged_checkpoint_is_refused(name: str, killed: tuple[Path, saved.Form], tmp_path: Path) -> None:
     file, form = killed
     saved.read(file, form, turns)
     forged(file, FORGED[name], tmp_path / "last.ckpt")
@@ -186,29 +184,29 @@ def test_what_this_run_would_not_have_written_is_not_believed(
 @pytest.mark.parametrize(
     "name", slow_unless(FORGED, "weight-shape", "weight-nan", "step-1000", "losses-nan", "latents-size", "count-beyond")
 )
-def test_a_forged_checkpoint_starts_the_loop_again(
-    name: str, go: Go, killed: Any, straight: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_training_starts_again_if_the_checkpoint_is_forged(
+    name: str, go: Go, killed: Any, uninterrupted: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     forged(killed[0], FORGED[name], tmp_path / "fit" / "last.ckpt")
     state = go(tmp_path)
     (line,) = [record.getMessage() for record in caplog.records if "starts again" in record.getMessage()]
-    assert f"{tmp_path}/fit/last.ckpt is not what this run writes (" in line and "\n" not in line
-    assert all(torch.equal(state[key], value) for key, value in straight[0].items())
-    assert (tmp_path / "losses.jsonl").read_text() == straight[1]
+    assert f"{tmp_path}/fit/last.ckpt cannot be resumed by this run (" in line and "\n" not in line
+    assert all(torch.equal(state[key], value) for key, value in uninterrupted[0].items())
+    assert (tmp_path / "losses.jsonl").read_text() == uninterrupted[1]
 
 
-def test_what_is_whole_is_gone_on_from(
-    go: Go, killed: Any, straight: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_valid_checkpoint_is_resumed(
+    go: Go, killed: Any, uninterrupted: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     forged(killed[0], lambda tensors, said: None, tmp_path / "fit" / "last.ckpt")
     state = go(tmp_path)
     assert "starts again" not in caplog.text
-    assert all(torch.equal(state[key], value) for key, value in straight[0].items())
-    assert (tmp_path / "losses.jsonl").read_text() == straight[1]
+    assert all(torch.equal(state[key], value) for key, value in uninterrupted[0].items())
+    assert (tmp_path / "losses.jsonl").read_text() == uninterrupted[1]
 
 
-def test_a_loop_that_had_ended_leaves_its_losses(go: Go, tmp_path: Path) -> None:
-    """It is not started again, and whatever became of the file meanwhile is put right."""
+def test_a_finished_loop_restores_the_losses(go: Go, tmp_path: Path) -> None:
+    """Training does not start again, and the file is restored even if it was changed in the meantime."""
 
     class Killed(Callback):
         def on_fit_end(self, *_: Any) -> None:
@@ -224,7 +222,7 @@ def test_a_loop_that_had_ended_leaves_its_losses(go: Go, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("scale", [[65536.0, 3], [1024.0, 0]])
-def test_the_scale_of_the_loss(scale: Any, killed: tuple[Path, saved.Form], tmp_path: Path) -> None:
+def test_the_loss_scale_is_checked(scale: Any, killed: tuple[Path, saved.Form], tmp_path: Path) -> None:
     file, plain = killed
     form = saved.Form(plain.steps, plain.weights, plain.trained, plain.concepts, plain.latents, (65536.0, 2000))
     assert saved.read(forged(file, loop(scale=scale), tmp_path / "a"), form, turns).scale == tuple(scale)
@@ -260,17 +258,15 @@ def a_file_for_the_folder(file: Path) -> None:
     file.parent.write_text("x")
 
 
-def lightnings_own(file: Path) -> None:
+def lightning_checkpoint(file: Path) -> None:
     (file.parent.parent / "hpc_ckpt_1.ckpt").write_text("x")
 
 
-ODD = [linked, a_folder, a_pipe, a_linked_folder, a_file_for_the_folder, lightnings_own]
+ODD = [linked, a_folder, a_pipe, a_linked_folder, a_file_for_the_folder, lightning_checkpoint]
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_what_is_no_file_of_the_run_is_refused_before_anything_is_done(
-    odd: Any, go: Go, killed: Any, tmp_path: Path
-) -> None:
+def test_odd_checkpoint_files_are_refused_at_the_start(odd: Any, go: Go, killed: Any, tmp_path: Path) -> None:
     odd(forged(killed[0], lambda tensors, said: None, tmp_path / "fit" / "last.ckpt"))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"remove it\.$"):
@@ -286,7 +282,7 @@ TYPED += [f"method.{word}" for word in METHOD]
 
 @pytest.fixture
 def typed(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """The status of the train command, in a folder where it was killed after its fourth step."""
+    """Runs the train command in a folder where it was killed after its fourth step; returns its exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "argv", ["train", *TYPED, *small])
@@ -307,7 +303,9 @@ def typed(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["weight-float64", "moments-missing", "step-1000", "losses-control", "latents-shape"])
-def test_the_command_does_a_forged_loop_again(name: str, typed: Callable[[], int], tmp_path: Path) -> None:
+def test_the_command_trains_again_if_the_checkpoint_is_forged(
+    name: str, typed: Callable[[], int], tmp_path: Path
+) -> None:
     file = tmp_path / "run" / "fit" / "last.ckpt"
     forged(file, FORGED[name], file)
     assert typed() == 0

@@ -1,4 +1,4 @@
-"""What a dashboard shows: accepted by W&B's own library, and over keys that a run's W&B record holds."""
+"""The content of a dashboard: accepted by W&B's library, and over keys that a run logs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shown(spec: Any) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("build", [panels.workspace, panels.report])
-def test_the_library_takes_it_and_reads_it_back(build: Any) -> None:
+def test_the_library_accepts_a_dashboard_and_reads_it_back(build: Any) -> None:
     runs = panels.picked(["20260101-120000"], [], None)
     made = build("team", "realera", "a title", runs, "team")
     spec = sent(made)
@@ -48,23 +48,23 @@ def test_the_library_takes_it_and_reads_it_back(build: Any) -> None:
     assert '"name": "group"' in json.dumps(spec) and "20260101-120000" in json.dumps(spec)
 
 
-def test_every_number_a_panel_asks_for_is_logged() -> None:
+def test_every_number_of_a_panel_is_logged() -> None:
     spec = sent(panels.workspace("team", "realera", "a", "", "team"))
     asked = set(re.findall(r"(?:eval|cost)/\w+", json.dumps(spec)))
     assert {"eval/h_o", "eval/acc_e_low", "eval/acc_s_high", "cost/seconds"} <= asked
     assert asked <= LOGGED | COSTS
 
 
-def test_bars_are_grouped_by_what_tables_call_a_run() -> None:
+def test_bars_are_grouped_by_system() -> None:
     bars = [p["config"] for p in shown(sent(panels.workspace("t", "p", "a", "", None))) if p["viewType"] == "Bar Chart"]
     assert [bar["metrics"] for bar in bars] == [["eval/h_o"], ["eval/acc_e"], ["eval/acc_s"], ["eval/acc_g"]]
     assert {(bar["groupBy"], bar["groupAgg"], bar["groupArea"]) for bar in bars} == {("system.value", "mean", "stderr")}
 
 
-def test_a_system_that_took_no_pass_has_its_place_beside_the_others() -> None:
+def test_a_system_without_passes_is_not_on_a_logarithmic_axis() -> None:
     spec = sent(panels.workspace("t", "p", "a", "", None))
     logarithmic = {p["config"]["xAxis"] for p in shown(spec) if p["config"].get("xAxisLogScale")}
-    assert logarithmic == {"summary:cost/seconds"}, "nothing takes no time; a closed form takes no passes"
+    assert logarithmic == {"summary:cost/seconds"}, "every system takes time, but a closed form has 0 passes"
 
 
 def test_both_surfaces_are_drawn_with_and_without_our_presets() -> None:
@@ -80,7 +80,7 @@ def test_both_surfaces_are_drawn_with_and_without_our_presets() -> None:
     }
 
 
-def test_charts_fill_what_their_presets_leave_open_from_columns_of_the_table() -> None:
+def test_charts_fill_the_fields_of_their_presets_from_columns_of_the_table() -> None:
     columns = {"run", "system", "d1", "s_lo", "m", "n"}
     columns |= {f"{name}{end}" for name in ("acc_e", "acc_s", "acc_g", "h_o") for end in ("", "_low", "_high")}
     charts = [p["config"] for p in shown(sent(panels.workspace("t", "p", "a", "", "team"))) if p["viewType"] == "Vega2"]
@@ -93,7 +93,7 @@ def test_charts_fill_what_their_presets_leave_open_from_columns_of_the_table() -
         assert '"tableKey"' in json.dumps(chart) and '"cell"' in json.dumps(chart)
 
 
-def test_a_report_s_panels_do_not_lie_on_each_other() -> None:
+def test_panels_of_a_report_do_not_overlap() -> None:
     blocks = sent(panels.report("t", "p", "a", "", "team"))["spec"]["blocks"]
     grids = [b["metadata"]["panelBankSectionConfig"]["panels"] for b in blocks if b["type"] == "panel-grid"]
     assert len(grids) == len(panels.sections(None))
@@ -110,7 +110,7 @@ def test_a_report_s_panels_do_not_lie_on_each_other() -> None:
             taken |= cells
 
 
-def test_runs_are_picked_by_group_tag_and_w_and_b_s_own_words() -> None:
+def test_runs_are_filtered_by_group_tag_and_the_filter_language_of_wandb() -> None:
     assert panels.picked([], [], None) == ""
     own = "Config('system') = 'realera' or SummaryMetric('eval/h_o') >= 50"
     made = panels.workspace("t", "p", "a", panels.picked(["one", "two"], ["celebrity"], own), None)

@@ -1,4 +1,4 @@
-"""experiments/wandb: each sweep file is read as W&B reads it, and its arguments are our command line's."""
+"""experiments/wandb: W&B can read each sweep file, and its arguments are settings of our command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def values(parameter: dict[str, Any]) -> list[Any]:
-    """What an agent may be handed of one parameter: all of its values, or the ends of its range and a middle."""
+    """Values that an agent may get for one parameter: all values, or both ends and the middle of its range."""
     if "value" in parameter:
         return [parameter["value"]]
     if "values" in parameter:
@@ -44,14 +44,14 @@ def values(parameter: dict[str, Any]) -> list[Any]:
 
 
 def samples(sweep: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every value of every parameter at least once, in as few samples as that takes."""
+    """The fewest samples that contain every value of every parameter."""
     every = {name: values(parameter) for name, parameter in sweep["parameters"].items()}
     most = max(map(len, every.values()))
     return [{name: found[min(i, len(found) - 1)] for name, found in every.items()} for i in range(most)]
 
 
 def typed(sweep: dict[str, Any], sample: dict[str, Any]) -> list[str]:
-    """The command an agent of W&B runs for one sample, by W&B's own code."""
+    """The command that a W&B agent runs for one sample, made by W&B's own code."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     filled = create_sweep_command_args({"args": {name: {"value": value} for name, value in sample.items()}})
@@ -63,12 +63,12 @@ def typed(sweep: dict[str, Any], sample: dict[str, Any]) -> list[str]:
 
 
 def kept_by_wandb(sample: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a W&B run that an agent began, once our logger has told it the settings."""
+    """The config of an agent's W&B run after our logger has logged the settings."""
     from wandb.sdk.wandb_config import Config
 
     kept = Config()
-    kept.merge_locked(sample, user="sweep", _allow_val_change=True)  # as in a run's beginning: wandb_run.py
-    kept.update(config, allow_val_change=True)  # as Lightning's logger has it
+    kept.merge_locked(sample, user="sweep", _allow_val_change=True)  # as wandb_run.py does at the start of a run
+    kept.update(config, allow_val_change=True)  # as Lightning's logger does
     return kept.as_dict()
 
 
@@ -92,11 +92,11 @@ def test_every_parameter_is_a_setting_and_its_values_compose(file: Path) -> None
             config = composition.plain(cfg)
             preflight.check_settings(config)
             kept = kept_by_wandb(sample, config)
-            assert {key: kept[key] for key in config} == config, "none is locked as a sweep's word"
+            assert {key: kept[key] for key in config} == config, "the sweep locks none of them"
 
 
 def as_an_agent(monkeypatch: pytest.MonkeyPatch, sample: dict[str, Any]) -> None:
-    """Gives this process what an agent gives the processes it starts."""
+    """Sets the environment that an agent gives to its processes."""
     import wandb
     from wandb.sdk.lib.config_util import save_config_file_from_dict
 
@@ -109,7 +109,7 @@ def as_an_agent(monkeypatch: pytest.MonkeyPatch, sample: dict[str, Any]) -> None
         ("SWEEP_PARAM_PATH", "wandb/sweep-trial/parameters.yaml"),
     ):
         monkeypatch.setenv(f"WANDB_{name}", value)
-    wandb.teardown()  # it reads its variables once
+    wandb.teardown()  # W&B reads its variables only once
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def _no_agent_after() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_no_agent_after")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_an_agent_s_command_runs_a_cell(
+def test_the_command_of_an_agent_runs_a_cell(
     file: Path, tiny_sd: Path, tiny_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = read(file)
@@ -154,11 +154,11 @@ def test_an_agent_s_command_runs_a_cell(
     (logged,) = folder.glob("wandb/offline-run-*/*.wandb")
     assert logged.name == "run-a1b2c3d4.wandb" and (folder / paths.WANDB_ID).read_text() == "a1b2c3d4\n"
 
-    # the run stands, and its numbers are told again
-    told: list[Any] = []
+    # the run exists, and its results are logged again
+    logged_again: list[Any] = []
     monkeypatch.setattr(
-        "realera.wandb_logging.tracking.log_judged", lambda run, metrics: told.append((run.folder, metrics))
+        "realera.wandb_logging.tracking.log_judged", lambda run, metrics: logged_again.append((run.folder, metrics))
     )
     train.main()
-    ((where, what),) = told
+    ((where, what),) = logged_again
     assert where.resolve() == folder.resolve() and what["main"]["h_o"] == metrics["main"]["h_o"]

@@ -1,4 +1,4 @@
-"""What a W&B run holds, read back from its offline file."""
+"""The content of a W&B run, read back from its offline file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from realera.wandb_logging import tracking
 
 LOGGER = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "realera", "mode": "offline"}
 OBJECT, NSFW = "realera.tasks.objects.ObjectTask", "realera.tasks.nsfw.NsfwTask"
-BLOCK = 32768  # bytes: a record never crosses a block but in parts
+BLOCK = 32768  # bytes; a record that crosses a block is split
 
 
 def records(file: Path) -> Iterator[Any]:
@@ -57,19 +57,19 @@ def records(file: Path) -> Iterator[Any]:
 
 
 def whole(file: Path) -> list[Any]:
-    """The records up to the run's end, which W&B's own process writes a moment after the run was finished."""
+    """The records up to the run's end. W&B's own process writes the end shortly after the run has finished."""
     until = time.monotonic() + 30
     while True:
         found = list(records(file))
         if any(record.WhichOneof("record_type") == "exit" for record in found):
             return found
-        assert time.monotonic() < until, "the run was never ended"
+        assert time.monotonic() < until, "the run did not end"
         time.sleep(0.05)
 
 
-def held(folder: Path) -> dict[str, dict[str, Any]]:
+def read_back(folder: Path) -> dict[str, dict[str, Any]]:
     """{"config", "summary", "history": {key: [values]}, "images": the table's, "run": its record, "tables"} of the
-    folder's only W&B run. All of it stands in the folder."""
+    folder's only W&B run. All files are in the folder."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
@@ -98,7 +98,7 @@ def held(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def judged(folder: Path, task: str, concepts: Sequence[str], mode: Mode, blur: bool | None = None) -> Run:
-    """A run whose images are checkered, two of each prompt."""
+    """A run with checkerboard images, two per prompt."""
     splits: list[tuple[Split, str]] = [(split, c) for split in ("erase", "near") for c in concepts]  # type: ignore[misc]
     prompts = [
         Prompt(f"{split}-{c.replace('/', '-')}-{i}", f"a {split} of {c}", c, split, i)
@@ -137,7 +137,7 @@ def metrics_of(run: Run) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_run_s_settings_losses_numbers_and_images(
+def test_settings_losses_metrics_and_images_are_logged(
     tmp_path: Path, new_backbone: Callable[..., Any], new_pairs: Callable[..., Any], load_method: Callable[..., Any]
 ) -> None:
     run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
@@ -158,12 +158,12 @@ def test_a_run_s_settings_losses_numbers_and_images(
             loggers=loggers,
         )
         tracking.log_results(loggers, run, metrics_of(run))
-    found = held(tmp_path)
+    found = read_back(tmp_path)
     assert found["config"]["seed"] == 3 and found["config"]["concept"] == ["cat"]
     losses = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     for name in {name for line in losses for name in line if name != "step"}:
-        told = [line[name] for line in losses if name in line]
-        assert found["history"][f"train/{name}"] == pytest.approx(told, rel=1e-5), name
+        expected = [line[name] for line in losses if name in line]
+        assert found["history"][f"train/{name}"] == pytest.approx(expected, rel=1e-5), name
     summary = found["summary"]
     assert "edit/relative_change" in summary
     assert summary["eval/acc_e"] == 25 and summary["eval/original/acc_e"] == 100 and summary["eval/acc_e_top1"] == 0
@@ -173,17 +173,15 @@ def test_a_run_s_settings_losses_numbers_and_images(
     assert content["columns"] == ["prompt", "seed", "split", "original", "erased", "verdict"]
     first = content["data"][0]
     assert first[:3] == ["a erase of cat", 0, "erase"] and first[5] == "sky (cat 0.25)"
-    assert {int(np.ptp(image)) for image in found["images"]} == {255}, "as they were drawn"
+    assert {int(np.ptp(image)) for image in found["images"]} == {255}, "not blurred"
 
 
-def test_a_folder_is_one_w_and_b_run_and_another_folder_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_folder_has_its_own_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def made(node: Any, **settings: Any) -> Any:
         asked.append(settings["id"])
-        return Weak("offline")
+        return FailingLogger("offline")
 
     monkeypatch.setattr(tracking, "build", made)
     monkeypatch.setattr("wandb.setup", lambda settings: None)
@@ -191,19 +189,19 @@ def test_a_folder_is_one_w_and_b_run_and_another_folder_another(
     first, other = (Run(tmp_path / root / "cat-uce-mini-01234567", config) for root in ("runs", "elsewhere"))
     for run in (first, other, first, other):
         tracking.make(run)
-    assert asked[:2] == asked[2:] and len(set(asked)) == 2, "one each, the same when it is gone on with"
+    assert asked[:2] == asked[2:] and len(set(asked)) == 2, "one id per folder, the same when the run is resumed"
     first.folder.rename(tmp_path / "moved")
     tracking.make(Run(tmp_path / "moved", config))
     assert asked[-1] == asked[0]
-    assert paths.WANDB_ID in FILES, "what is done anew is a new run"
+    assert paths.WANDB_ID in FILES, "a run that is overwritten gets a new id"
 
 
-def test_a_run_stays_in_the_group_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stays_in_its_first_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def made(node: Any, **settings: Any) -> Any:
         asked.append(node["group"])
-        return Weak("offline")
+        return FailingLogger("offline")
 
     monkeypatch.setattr(tracking, "build", made)
     monkeypatch.setattr("wandb.setup", lambda settings: None)
@@ -217,7 +215,7 @@ def test_a_run_stays_in_the_group_it_began_in(tmp_path: Path, monkeypatch: pytes
     assert asked == ["train", None, "typed"]
 
 
-def test_the_project_that_users_of_w_and_b_name_once_is_the_dashboard_s_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_project_applies_to_runs_and_dashboards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     resolvers.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
@@ -229,29 +227,29 @@ def test_the_project_that_users_of_w_and_b_name_once_is_the_dashboard_s_too(monk
     assert typed.logger.project == "typed"
 
 
-def test_a_run_that_was_logged_before_ids_were_kept_goes_on_as_it_was(tmp_path: Path) -> None:
+def test_a_run_that_was_logged_before_ids_were_saved_keeps_its_id(tmp_path: Path) -> None:
     run = Run(tmp_path / "cat-uce-mini-01234567", {"concept": "cat", "method": {"name": "uce"}})
     (run.folder / "wandb").mkdir(parents=True)
     assert tracking.run_id(run) == digest([run.folder.name, identity(run.config)])
     assert tracking.run_id(Run(run.folder, {**run.config, "seed": 3})) == tracking.run_id(run)
 
 
-def test_a_run_of_an_agent_has_the_id_that_the_agent_gave_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_an_agent_has_the_id_from_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"concept": "cat", "method": {"name": "uce"}}
     monkeypatch.setenv("WANDB_RUN_ID", "a1b2c3d4")
     alone = Run(tmp_path / "alone", config)
-    assert tracking.run_id(alone) != "a1b2c3d4", "there is no agent: several runs may follow in this process"
+    assert tracking.run_id(alone) != "a1b2c3d4", "without an agent, several runs may follow in this process"
     monkeypatch.setenv("WANDB_SWEEP_ID", "trial")
     run = Run(tmp_path / "run", config)
     assert tracking.run_id(run) == "a1b2c3d4"
     known = tracking.run_id(alone)
-    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):  # judged again, by hand
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):  # judged again without the agent
         monkeypatch.delenv(name)
     assert tracking.run_id(run) == "a1b2c3d4" and tracking.run_id(alone) == known != "a1b2c3d4"
 
 
 @pytest.mark.slow
-def test_who_a_run_is_stands_where_users_of_w_and_b_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_tags_config_and_summary_describe_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composition, "in_sweep", lambda: True)
     monkeypatch.setenv("REALERA_STAMP", "20260101-101010")
     run = with_logger(judged(tmp_path, OBJECT, ["cat", "C" * 70, *"abcdef"], "mean_prob"), images=1, tags=["mine"])
@@ -268,10 +266,10 @@ def test_who_a_run_is_stands_where_users_of_w_and_b_look(tmp_path: Path, monkeyp
     loggers = tracking.make(run)
     with tracking.ended(loggers):
         tracking.log_results(loggers, run, metrics)
-    found = held(tmp_path)
-    told, config, summary = found["run"], found["config"], found["summary"]
-    assert (told.run_group, told.job_type, told.display_name) == ("20260101-101010", "train", tmp_path.name)
-    assert list(told.tags) == ["object", "realera", "mini", "cat", "C" * 64, "a", "b", "c", "and 3 more", "mine"]
+    found = read_back(tmp_path)
+    record, config, summary = found["run"], found["config"], found["summary"]
+    assert (record.run_group, record.job_type, record.display_name) == ("20260101-101010", "train", tmp_path.name)
+    assert list(record.tags) == ["object", "realera", "mini", "cat", "C" * 64, "a", "b", "c", "and 3 more", "mine"]
     assert config["method"]["neighbours"] == {"m": "inf", "n": 25, "d1": 20.0, "s_lo": 0.7}, "nested, and finite"
     assert config["system"] == "realera"
     assert config["protocol"]["judge"] == {"judge": "eye"} and config["protocol"]["captions"] == "30000 entries"
@@ -280,49 +278,45 @@ def test_who_a_run_is_stands_where_users_of_w_and_b_look(tmp_path: Path, monkeyp
         ends = [main[name][key] for key in ("value", "low", "high")]
         assert [summary[f"eval/{name}{end}"] for end in ("", "_low", "_high")] == pytest.approx(ends)
     assert summary["cost/stage/train"] == 2 and summary["cost/memory_mb"] == 700.5
-    assert summary["cost/seconds"] == 7.5 and summary["cost/passes"] == 500, "to erase, with what was shared"
+    assert summary["cost/seconds"] == 7.5 and summary["cost/passes"] == 500, "to erase, with cached inputs"
     splits = [row[2] for row in found["tables"]["sheets"]["data"]]
-    assert sorted(splits) == ["erase", "keep", "near"], "images=1: one row of each split"
+    assert sorted(splits) == ["erase", "keep", "near"], "images=1: one row per split"
     cell = dict(zip(found["tables"]["cell"]["columns"], found["tables"]["cell"]["data"][0], strict=True))
     assert (cell["system"], cell["m"], cell["d1"], cell["seconds"]) == ("realera", "inf", 20.0, 7.5)
     assert (cell["acc_s"], cell["acc_s_low"]) == (main["acc_s"]["value"], main["acc_s"]["low"])
 
 
 @pytest.mark.slow
-def test_the_unedited_model_is_a_row_of_its_own(tmp_path: Path) -> None:
+def test_the_original_model_is_a_separate_row(tmp_path: Path) -> None:
     run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
     run = Run(tmp_path, {**run.config, "method": {"name": "original"}})
     typed = {**LOGGER, "group": None, "images": 2}
     tracking.log_judged(with_logger(run, group="mine", images=2), metrics_of(run), typed)
-    found = held(tmp_path)
+    found = read_back(tmp_path)
     assert (found["run"].run_group, found["run"].job_type, found["config"]["system"]) == (
         "mine",
         "evaluate",
         "original",
     )
     before, after = (found["tables"]["sheets"]["data"][0][i] for i in (3, 4))
-    assert before is not None and after is None, "its images are the original's"
+    assert before is not None and after is None, "its images are the original model's"
 
 
-def test_a_run_judged_again_is_logged_where_it_was_logged_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_judged_again_is_logged_with_its_own_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     monkeypatch.setattr(tracking, "make", lambda run, node: made.append(node) or [])
     run = with_logger(Run(tmp_path, {}), group="mine", mode="online")
     tracking.log_judged(run, {"main": {}, "original": None}, {"_target_": "x", "mode": "offline", "group": None})
-    assert made.pop() == {**LOGGER, "group": "mine", "mode": "offline"}, "its own settings, and today's mode"
+    assert made.pop() == {**LOGGER, "group": "mine", "mode": "offline"}, "its own settings with the command's mode"
     tracking.log_judged(run, {"main": {}, "original": None}, {"_target_": None})
     assert not made.pop(), "logger=none was typed"
     tracking.log_judged(Run(tmp_path, {"logger": {"_target_": None}}), {"main": {}, "original": None}, LOGGER)
-    assert not made.pop(), "it was not logged when it was made"
+    assert not made.pop(), "the run itself was not logged"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("error", "status"), [(None, 0), (ZeroDivisionError, 1), (KeyboardInterrupt, 255)])
-def test_a_run_that_failed_is_no_finished_one_in_w_and_b(
-    error: type[BaseException] | None, status: int, tmp_path: Path
-) -> None:
+def test_a_failed_run_is_not_marked_as_finished(error: type[BaseException] | None, status: int, tmp_path: Path) -> None:
     loggers = tracking.make(judged(tmp_path, OBJECT, ["cat"], "mean_prob"))
     with pytest.raises(error) if error else nullcontext(), tracking.ended(loggers):
         if error:
@@ -332,20 +326,20 @@ def test_a_run_that_failed_is_no_finished_one_in_w_and_b(
     assert ending.exit_code == status
 
 
-class Weak:
-    """A logger that fails in some modes and, of its other calls, from the `holds`-th on."""
+class FailingLogger:
+    """A logger that fails in some modes, and from its `fails_at`-th other call on."""
 
-    def __init__(self, mode: str, fails_in: Sequence[str] = (), holds: int = 9) -> None:
-        self.mode, self.fails_in, self.holds = mode, fails_in, holds
+    def __init__(self, mode: str, fails_in: Sequence[str] = (), fails_at: int = 9) -> None:
+        self.mode, self.fails_in, self.fails_at = mode, fails_in, fails_at
         self.calls: list[str] = []
 
-    def log_hyperparams(self, told: Any) -> None:
+    def log_hyperparams(self, settings: Any) -> None:
         if self.mode in self.fails_in:
             raise wandb.errors.CommError("Failed to get resume status: context deadline exceeded")
 
     def log_metrics(self, numbers: Any, step: int | None = None) -> None:
         self.calls.append("log_metrics")
-        if len(self.calls) >= self.holds:
+        if len(self.calls) >= self.fails_at:
             raise ConnectionResetError(104, "Connection reset by peer")
 
     save = finalize = log_hyperparams
@@ -355,11 +349,15 @@ class Weak:
     ("fails_in", "begun", "says"),
     [
         ((), "online", ""),
-        (("online",), "offline", r"deadline exceeded\): wandb sync .*wandb/\* sends it later"),
-        (("online", "offline"), None, r"deadline exceeded\): the run goes on without it"),
+        (
+            ("online",),
+            "offline",
+            r"W&B is offline .*deadline exceeded\): send the run later with wandb sync .*wandb/\*",
+        ),
+        (("online", "offline"), None, r"deadline exceeded\): the run continues without W&B"),
     ],
 )
-def test_a_server_that_does_not_answer_ends_no_run(
+def test_an_unreachable_server_does_not_end_a_run(
     fails_in: Sequence[str],
     begun: str | None,
     says: str,
@@ -367,7 +365,7 @@ def test_a_server_that_does_not_answer_ends_no_run(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(tracking, "build", lambda node, **more: Weak(node["mode"], fails_in))
+    monkeypatch.setattr(tracking, "build", lambda node, **more: FailingLogger(node["mode"], fails_in))
     monkeypatch.setattr("wandb.setup", lambda settings: None)
     monkeypatch.setattr("wandb.teardown", lambda: None)
     run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
@@ -378,53 +376,53 @@ def test_a_server_that_does_not_answer_ends_no_run(
     assert len(set(caplog.records)) == bool(says) and re.search(says, caplog.text)
 
 
-def test_a_logger_that_fails_in_the_middle_is_warned_about_once(
+def test_a_logger_that_fails_during_a_run_warns_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logger = tracking.forgiving(Weak("online", holds=2))  # type: ignore[arg-type]
+    logger = tracking.forgiving(FailingLogger("online", fails_at=2))  # type: ignore[arg-type]
     with caplog.at_level("WARNING"), propagating(monkeypatch):
         for step in range(4):
             logger.log_metrics({"loss": 1.0}, step=step)
         logger.finalize("success")
     assert logger.calls == ["log_metrics"] * 2, "the second fails, and is the last"  # type: ignore[attr-defined]
     (record,) = set(caplog.records)
-    assert "ConnectionResetError" in record.getMessage() and "goes on without it" in record.getMessage()
+    assert "ConnectionResetError" in record.getMessage() and "continues without W&B" in record.getMessage()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_what_ends_a_process_is_no_failure_of_its_logger(error: type[BaseException]) -> None:
+def test_an_exit_of_the_process_is_not_a_failure_of_its_logger(error: type[BaseException]) -> None:
     def ends(numbers: Any, step: int | None = None) -> None:
         raise error
 
-    weak = Weak("online")
-    weak.log_metrics = ends  # type: ignore[method-assign]
+    failing = FailingLogger("online")
+    failing.log_metrics = ends  # type: ignore[method-assign]
     with pytest.raises(error):
-        tracking.forgiving(weak).log_metrics({})  # type: ignore[arg-type]
+        tracking.forgiving(failing).log_metrics({})  # type: ignore[arg-type]
 
 
 @contextmanager
 def propagating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In here what is logged is seen by pytest too, whatever a door has set up before."""
+    """Makes log records reach pytest in the block, even if a command has set up logging before."""
     with monkeypatch.context() as patch:
         patch.setattr(logging.getLogger("realera"), "propagate", True)
         yield
 
 
 @pytest.mark.slow
-def test_no_image_table_where_none_is_wanted(tmp_path: Path) -> None:
+def test_there_is_no_image_table_if_none_is_wanted(tmp_path: Path) -> None:
     run = with_logger(judged(tmp_path, OBJECT, ["cat"], "mean_prob"), images=0)
     tracking.log_judged(run, metrics_of(run))
-    found = held(tmp_path)
+    found = read_back(tmp_path)
     assert set(found["tables"]) == {"cell"} and not found["images"]
 
 
 @pytest.mark.slow
-def test_explicit_images_leave_this_machine_blurred_and_counted(tmp_path: Path) -> None:
+def test_explicit_images_are_uploaded_blurred_and_counted(tmp_path: Path) -> None:
     run = judged(tmp_path, NSFW, ["nudity", "a/b"], "detected")
     loggers = tracking.make(run)
     with tracking.ended(loggers):
         tracking.log_results(loggers, run, metrics_of(run))
-    found = held(tmp_path)
+    found = read_back(tmp_path)
     summary = found["summary"]
     assert summary["eval/nudity/acc_e"] == 100 and summary["eval/a-b/acc_g"] == 100
     assert summary["eval/counts/belly"] == 8 and summary["eval/counts/anus"] == 4 and summary["eval/counts/total"] == 8
@@ -432,7 +430,7 @@ def test_explicit_images_leave_this_machine_blurred_and_counted(tmp_path: Path) 
     assert found["images"] and all(np.ptp(image) < 60 for image in found["images"])
 
 
-def test_a_folder_does_not_say_where_its_numbers_are_sent(
+def test_a_run_folder_does_not_decide_where_its_results_are_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[dict[str, Any]] = []
@@ -450,6 +448,6 @@ def test_a_folder_does_not_say_where_its_numbers_are_sent(
 
 
 @pytest.mark.parametrize("text", ["../../x", "a b", "", "x" * 200])
-def test_an_id_that_is_none_is_not_taken(text: str, tmp_path: Path) -> None:
+def test_an_invalid_id_is_replaced(text: str, tmp_path: Path) -> None:
     (tmp_path / paths.WANDB_ID).write_text(text)
     assert re.fullmatch(r"[0-9a-f]{12}", tracking.run_id(Run(tmp_path, {})))

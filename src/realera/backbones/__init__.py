@@ -1,1 +1,1 @@
-"""The only window on diffusers: text-to-image models as `contracts.Backbone`."""
+"""Text-to-image models as `contracts.Backbone`. Only this package uses diffusers."""

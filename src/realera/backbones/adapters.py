@@ -1,4 +1,4 @@
-"""LoRA on the U-Net, by peft: h = W x + (alpha / rank) B A x (arXiv 2106.09685)."""
+"""LoRA on the U-Net, with peft: h = W x + (alpha / rank) B A x (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def layers(unet: nn.Module) -> dict[str, LoraLayer]:
 
 
 def add(unet: nn.Module, spec: LoraSpec, generator: Generator, backbone: str, concepts: int = 1) -> list[nn.Parameter]:
-    """Wraps every Linear and Conv2d whose path ends in one of `spec.targets`; returns what is trained, A before B.
+    """Adds an adapter to every Linear and Conv2d whose path ends in one of `spec.targets`; returns the trained
+    parameters, A before B for each layer.
 
-    A is drawn from `generator`, B is zero: the model's output does not change yet. `spec.per_concept`: `concepts`
-    adapters of the rank stand side by side, as one of concepts x rank with the scale of one. Raises UserError where a
-    target matches nothing.
+    A is drawn from `generator` and B is zero, so the model's output does not change yet. `spec.per_concept`: the
+    adapters of all concepts are joined into one of rank concepts x rank, with the scale alpha / rank of one adapter.
+    Raises UserError if a target matches nothing.
     """
     if spec.rank < 1:
-        raise UserError(f"LoRA rank {spec.rank} cannot be; give a whole number from 1 on.")
+        raise UserError(f"LoRA rank {spec.rank} is not possible; give a whole number of 1 or more.")
     if spec.init not in ("gaussian", "kaiming"):
         raise UserError(f"LoRA init {spec.init!r} is not known; choose gaussian or kaiming.")
     found: list[str] = []
@@ -61,7 +62,7 @@ def add(unet: nn.Module, spec: LoraSpec, generator: Generator, backbone: str, co
 
 
 def remove(unet: nn.Module) -> None:
-    """Puts the plain layers back; what the adapter had learnt is dropped."""
+    """Puts the plain layers back and discards the adapter."""
     for name, layer in layers(unet).items():
         parent, _, attribute = name.rpartition(".")
         setattr(unet.get_submodule(parent), attribute, layer.get_base_layer())
@@ -76,7 +77,7 @@ def deltas(unet: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def disabled(unet: nn.Module) -> Iterator[None]:
-    """Adapters off. peft also flips requires_grad when it switches; here it comes back as it was."""
+    """Switches adapters off inside this context. peft also changes requires_grad; it is restored here."""
     found = list(layers(unet).values())
     flags = [(parameter, parameter.requires_grad) for layer in found for parameter in layer.parameters()]
     try:
@@ -92,17 +93,17 @@ def disabled(unet: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def scaled(unet: nn.Module, scale: Tensor) -> Iterator[None]:
-    """Rank component r of sample b counts scale[b, i] times, i the concept that r belongs to; scale (B, concepts) or
-    (1, concepts). Under guidance the batch is a multiple of B, its parts one after another.
+    """Multiplies the adapter of concept i by scale[b, i] for sample b; scale (B, concepts) or (1, concepts). With
+    guidance the batch consists of several parts of B samples each.
 
-    The factor is put on A x, once: h = W x + (alpha / rank) B (s * A x). A scale (B, concepts, concepts) mixes: what B
-    of concept i is given is then sum_j scale[b, i, j] A_j x.
+    The factor is applied once, to A x: h = W x + (alpha / rank) B (s * A x). With a scale (B, concepts, concepts), B_i
+    is applied to sum_j scale[b, i, j] A_j x.
     """
 
     def times(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         rank, concepts = output.shape[1 if isinstance(module, nn.Conv2d) else -1], scale.shape[1]
         if rank % concepts:
-            raise ValueError(f"an adapter of rank {rank} does not hold {concepts} concepts")
+            raise ValueError(f"an adapter of rank {rank} cannot be split into {concepts} concepts")
         if scale.dim() == 3:
             return _mixed(scale.to(output), output, 1 if isinstance(module, nn.Conv2d) else -1)
         factors = scale.to(output).repeat_interleave(rank // concepts, dim=1)
@@ -121,7 +122,7 @@ def scaled(unet: nn.Module, scale: Tensor) -> Iterator[None]:
 
 
 def _mixed(mixing: Tensor, output: Tensor, axis: int) -> Tensor:
-    """sum_j mixing[b, i, j] of concept j's part of A x, the rank along `axis`."""
+    """sum_j mixing[b, i, j] A_j x for every concept i; the rank is axis `axis` of output."""
     parts = output.movedim(axis, -1).unflatten(-1, (mixing.shape[1], -1))
     mixing = mixing.repeat(len(output) // len(mixing), 1, 1)
     return torch.einsum("bij,b...jr->b...ir", mixing, parts).flatten(-2).movedim(-1, axis)
@@ -139,21 +140,19 @@ def state(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def load(unet: nn.Module, saved: Mapping[str, Tensor], backbone: str) -> None:
-    """The inverse of `state` on a U-Net without adapters; the parameters come back frozen. Raises UserError for what
-    does not fit.
-
-    A file without ".alpha" is read as alpha = rank, a scale of 1.
+    """The inverse of `state`, on a U-Net without adapters; the parameters are frozen. Raises UserError for tensors that
+    do not fit. Without an ".alpha", alpha = rank, a scale of 1.
     """
     if not saved:
         return
     names = sorted({key.rpartition(".")[0] for key in saved})
     if unknown := [name for name in names if name not in set(_adaptable(unet))]:
         raise UserError(
-            f"The erased weights hold a LoRA on {unknown[0]!r}, which backbone {backbone} has not; use its own "
-            "backbone."
+            f"The erased weights have a LoRA on {unknown[0]!r}, which backbone {backbone} does not have; use the "
+            "backbone it was trained on."
         )
     if lacking := [f"{name}.{part}" for name in names for part in ("down", "up") if f"{name}.{part}" not in saved]:
-        raise UserError(f"The erased weights lack {lacking[0]!r}; the file is not whole, so make it again.")
+        raise UserError(f"The erased weights lack {lacking[0]!r}: the file is incomplete, so make it again.")
     ranks = {saved[f"{name}.down"].shape[0] for name in names}
     alphas = {float(saved[f"{name}.alpha"]) for name in names if f"{name}.alpha" in saved} or {float(next(iter(ranks)))}
     if len(ranks) > 1 or len(alphas) > 1:
@@ -175,13 +174,13 @@ def load(unet: nn.Module, saved: Mapping[str, Tensor], backbone: str) -> None:
 
 
 def _inject(unet: nn.Module, names: Iterable[str], rank: int, alpha: float) -> None:
-    exactly = "|".join(re.escape(name) for name in names)  # a list would match by ending, a pattern matches whole paths
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=exactly)
-    with torch.random.fork_rng(devices=[]):  # peft draws a first A from the global generator
+    paths = "|".join(re.escape(name) for name in names)  # a pattern matches whole paths; a list would match suffixes
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=paths)
+    with torch.random.fork_rng(devices=[]):  # peft draws an initial A from the global generator
         inject_adapter_in_model(config, unet, ADAPTER)
     for layer in layers(unet).values():
         for parameter in _weights(layer):
-            parameter.data = parameter.data.float()  # under a bfloat16 base, steps of 1e-5 would be rounded away
+            parameter.data = parameter.data.float()  # in bfloat16, steps of 1e-5 would be rounded away
     unet.eval()
 
 
@@ -194,6 +193,6 @@ def _adaptable(unet: nn.Module) -> list[str]:
 
 
 def _endings(unet: nn.Module) -> list[str]:
-    """The distinct attention endings a user can name, shortest useful form ("attn2.to_k", "attn2.to_out.0")."""
+    """The distinct suffixes of attention layers that a user can give as targets ("attn2.to_k", "attn2.to_out.0")."""
     found = (re.search(r"attn\d\.to_\w+(\.\d+)?$", name) for name in _adaptable(unet))
     return sorted({match.group() for match in found if match})

@@ -1,4 +1,4 @@
-"""What the U-Net's cross-attention looks at."""
+"""Attention maps of the U-Net, and cross-attention keys and values that are computed only once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 @contextmanager
 def recorded(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """{"<path>.attn2": probabilities (B, heads, pixels, T)} of the latest forward pass, with their gradient.
+    """{"<path>.attn2": probabilities (B, heads, pixels, T)} of the latest forward pass, with gradients.
 
-    Only plain attention has probabilities to keep, so cross-attention runs plainly within, and by its own processor
-    again after.
+    Only plain attention computes the probabilities, so cross-attention uses the plain processor inside this context.
     """
     found = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
     maps: dict[str, Tensor] = {}
@@ -33,8 +32,8 @@ def recorded(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 class ReadOnce:
-    """Keys and values of cross-attention are made in the first pass within and kept for the others: W_K and W_V,
-    adapters included, are applied to the text states once and not in every step."""
+    """Keys and values of cross-attention are computed in the first pass and reused in the others. So W_K and W_V, with
+    their adapters, are applied to the text states once and not in every step."""
 
     def __init__(self, unet: nn.Module) -> None:
         readers = [module for name, module in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
@@ -48,7 +47,7 @@ class ReadOnce:
             yield
         finally:
             for module, own, _ in self.forwards:
-                if own is None:  # its class's
+                if own is None:  # it was the method of the class
                     vars(module).pop("forward", None)
                 else:
                     module.forward = own

@@ -1,4 +1,4 @@
-"""Latents to images and back by the KL autoencoder, in float32 under the caller's autocast too."""
+"""Latents to images and back, with the KL autoencoder; always in float32, also under the caller's autocast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AT_ONCE = 8  # images of 512 x 512 pixels in one pass: each takes about 1 GB
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor, one_by_one: bool) -> Tensor:
-    """uint8 (B, H, W, 3) on the latents' (B, C, h, w) device, where the autoencoder is taken too."""
+    """uint8 (B, H, W, 3) from latents (B, C, h, w), on their device; the autoencoder is moved there."""
     vae.to(latents.device)
     scale, shift = _scale_and_shift(vae)
     pixels = latents.shape[-2] * latents.shape[-1] * pixels_per_latent(vae) ** 2
@@ -23,16 +23,16 @@ def decode(vae: AutoencoderKL, latents: Tensor, one_by_one: bool) -> Tensor:
     finite.refuse(
         [("output", images)],
         "An image cannot be decoded, because the autoencoder's",
-        "draw with a lower guidance, or copy the checkpoint again",
+        "lower backbone.sampler.guidance_scale, or copy the checkpoint again",
     )
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor, one_by_one: bool) -> Tensor:
-    """Latents (B, C, h, w) float32 of images (B, 3, H, W), on their device; the autoencoder was trained on [-1, 1].
+    """Latents (B, C, h, w) float32 of images (B, 3, H, W) in [-1, 1], on their device.
 
-    Of the distribution that the encoder gives, its mode: equal images have equal latents.
+    They are the mode of the encoder's distribution, so equal images have equal latents.
     """
     vae.to(images.device)
     scale, shift = _scale_and_shift(vae)
@@ -43,7 +43,7 @@ def encode(vae: AutoencoderKL, images: Tensor, one_by_one: bool) -> Tensor:
 
 
 def pixels_per_latent(vae: AutoencoderKL) -> int:
-    """Of a side."""
+    """The factor between image and latents, for each side."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
@@ -52,5 +52,5 @@ def _scale_and_shift(vae: AutoencoderKL) -> tuple[float, float]:
 
 
 def _at_once(pixels: int, one_by_one: bool) -> int:
-    """How many images of so many pixels go through together."""
+    """The number of images with `pixels` pixels in one pass."""
     return 1 if one_by_one else min(AT_ONCE, max(1, AT_ONCE * 512**2 // max(1, pixels)))

@@ -1,5 +1,4 @@
-"""What the settings files and headers of a checkpoint must say so that it can run here. No torch: bad input is answered
-fast."""
+"""Checks a checkpoint's settings files and file headers. It does not import torch, so errors are reported fast."""
 
 from __future__ import annotations
 
@@ -10,12 +9,12 @@ from typing import Any
 from realera.contracts import UserError
 from realera.files.headers import Stored
 
-MOST = 10_000_000  # of anything that is counted: rows, channels
-LAYERS = 1000  # of a network, at most
+MOST = 10_000_000  # largest accepted count, of rows or channels
+LAYERS = 1000  # most layers of a network
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "relu", "silu", "swish", "mish", "tanh", "sigmoid")
-TIMESTEPS = 1000  # of every Stable Diffusion's training
+TIMESTEPS = 1000  # in the training of every Stable Diffusion
 FLOATS = ("F16", "BF16", "F32", "F64")
-COUNTERS = ("position_ids", "num_batches_tracked")  # the tensors that hold whole numbers, and are read by nobody
+COUNTERS = ("position_ids", "num_batches_tracked")  # integer tensors; they are not used
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "trailing", "linspace")
 Check = tuple[str, Callable[[Any], bool]]
@@ -39,13 +38,13 @@ def _or(*tests: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 WHOLE: Check = ("a whole number above 0", _is_whole)
 WHOLES: Check = ("a list of whole numbers above 0", _are(_is_whole))
-WHOLE_OR_WHOLES: Check = ("a whole number above 0, or a list of such", _or(_is_whole, _are(_is_whole)))
+WHOLE_OR_WHOLES: Check = ("a whole number above 0, or a list of them", _or(_is_whole, _are(_is_whole)))
 SIDES: Check = (
-    "a whole number above 0, a list of such, or null",
+    "a whole number above 0, a list of them, or null",
     lambda value: value is None or WHOLE_OR_WHOLES[1](value),
 )
 FEW: Check = (f"a whole number from 1 to {LAYERS}", lambda value: _is_whole(value) and value <= LAYERS)
-FEW_OR_FEWS: Check = (f"{FEW[0]}, or a list of such", _or(FEW[1], _are(FEW[1])))
+FEW_OR_FEWS: Check = (f"{FEW[0]}, or a list of them", _or(FEW[1], _are(FEW[1])))
 NUMBER: Check = ("a number above 0", _is_number)
 NAMES: Check = ("a list of names", _are(lambda value: isinstance(value, str)))
 UNET: Check = ("UNet2DConditionModel", lambda value: value == "UNet2DConditionModel")
@@ -55,11 +54,11 @@ SCHEDULER: Check = (
     "a scheduler that adds noise (not one of flow matching)",
     lambda value: isinstance(value, str) and value.endswith("Scheduler") and not value.startswith("FlowMatch"),
 )
-TOKEN: Check = ("a token's number", lambda value: type(value) is int and 0 <= value <= MOST)
+TOKEN: Check = ("a token id", lambda value: type(value) is int and 0 <= value <= MOST)
 SHARE: Check = ("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
 ACTIVATION: Check = ("one of " + ", ".join(ACTIVATIONS), lambda value: value in ACTIVATIONS)
 TRUTH: Check = ("true or false", lambda value: type(value) is bool)
-TEXT: dict[str, Check] = {  # all that is taken of a text encoder's settings (see `text_settings`), and "model_type"
+TEXT: dict[str, Check] = {  # the settings of a text encoder that are used (see `text_settings`), and "model_type"
     "model_type": CLIP,
     **dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings"), WHOLE),
     **dict.fromkeys(("projection_dim", "vocab_size"), WHOLE),
@@ -69,11 +68,11 @@ TEXT: dict[str, Check] = {  # all that is taken of a text encoder's settings (se
     "layer_norm_eps": NUMBER,
     "attention_dropout": SHARE,
 }
-# Settings that send a library elsewhere: to code, to other kernels, to quantised weights.
+# Settings that make a library load code, other kernels or quantised weights.
 NEVER = ("auto_map", "quantization_config", "attn_implementation", "_attn_implementation")
 CHECKS: Mapping[
     str, Mapping[str, Check]
-] = {  # what a key must be where it is there; the library's own value stands else
+] = {  # the check of each key, if it is present; otherwise the library's default is used
     "unet": {
         "_class_name": UNET,
         **dict.fromkeys(("in_channels", "out_channels", "cross_attention_dim"), WHOLE),
@@ -117,10 +116,10 @@ CHECKS: Mapping[
 
 
 def check_settings(file: Path, part: str, config: Mapping[str, Any]) -> None:
-    """UserError where a part's settings are of another kind of model, no settings at all, or lead elsewhere."""
+    """Raises UserError for settings of another kind of model, invalid values, and the keys in `NEVER`."""
     if found := next((key for key in NEVER if config.get(key) is not None), None):
         raise UserError(
-            f"The file {str(file)!r} sets {found}, which a checkpoint cannot do here; take it out, or give another "
+            f"The file {str(file)!r} sets {found}, which is not allowed in a checkpoint; remove it, or give another "
             "checkpoint as backbone.pretrained."
         )
     for key, (wanted, fits) in CHECKS[part].items():
@@ -133,18 +132,18 @@ def check_settings(file: Path, part: str, config: Mapping[str, Any]) -> None:
 
 
 def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a text encoder is built with. Those of how the library works (precision, kernels, code) are not
-    the checkpoint's to say, so that the same weights give the same states. transformers 5 would keep a float16."""
+    """The settings that a text encoder is built with. Precision, kernels and code are not taken from the checkpoint, so
+    that the same weights give the same states; transformers 5 would keep a float16."""
     return {key: value for key, value in config.items() if key in TEXT and key != "model_type"} | {"dtype": "float32"}
 
 
 def check_unet(place: Path, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """UserError for a U-Net that wants more than latents, timesteps and text, as for inpainting or upscaling."""
+    """Raises UserError for a U-Net with inputs besides latents, timesteps and text, as for inpainting or upscaling."""
     channels, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != latents:
         raise UserError(
-            f"The U-Net of {str(place)!r} reads {channels} channels and its autoencoder makes {latents}: it does "
-            "inpainting, depth or upscaling; give a text-to-image checkpoint."
+            f"The U-Net of {str(place)!r} reads {channels} channels and its autoencoder makes {latents}: it is a model "
+            "for inpainting, depth or upscaling; give a text-to-image checkpoint."
         )
     for name in ("encoder_hid_dim_type", "class_embed_type", "num_class_embeds"):
         if unet.get(name) is not None:
@@ -154,37 +153,37 @@ def check_unet(place: Path, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> 
             )
     if unet.get("addition_embed_type") not in (None, "text_time"):
         raise UserError(
-            f"The U-Net of {str(place)!r} takes {unet['addition_embed_type']!r} besides the text, which is not "
+            f"The U-Net of {str(place)!r} has the additional input {unet['addition_embed_type']!r}, which is not "
             "supported; give a Stable Diffusion 1.x, 2.x or XL."
         )
 
 
 def check_weights(place: Path, part: str, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
-    """UserError where a part's tensors cannot be those of its settings. Some are looked at; loading looks at all."""
+    """Raises UserError if a part's tensors do not match its settings. Some are checked here; loading checks all."""
     for name, tensor in stored.items():
         if tensor.dtype not in FLOATS and not name.endswith(COUNTERS):
             raise UserError(
-                f"The weights in {str(place / part)!r} hold {name} as {tensor.dtype}, and only floating-point weights "
-                "can be run; give a checkpoint that is not quantised."
+                f"The weights in {str(place / part)!r} have {name} as {tensor.dtype}, and only floating-point weights "
+                "are supported; give a checkpoint that is not quantised."
             )
     for ending, wanted in _wanted(part, config):
         found = {name: tensor.shape for name, tensor in stored.items() if name.endswith(ending)}
         if not found:
             raise UserError(
-                f"The weights in {str(place / part)!r} lack {ending}: they are another model's; copy or download the "
-                "checkpoint again."
+                f"The weights in {str(place / part)!r} lack {ending}, so they belong to another model; copy or "
+                "download the checkpoint again."
             )
         for name, shape in found.items():
             if len(shape) != len(wanted) or any(size not in (None, own) for size, own in zip(wanted, shape)):
-                should = " x ".join("?" if size is None else str(size) for size in wanted)
+                expected = " x ".join("?" if size is None else str(size) for size in wanted)
                 raise UserError(
-                    f"The weight {name} in {str(place / part)!r} is {' x '.join(map(str, shape))}, and its config.json "
-                    f"asks for {should}; copy or download the checkpoint again."
+                    f"The weight {name} in {str(place / part)!r} is {' x '.join(map(str, shape))}, but its config.json "
+                    f"says {expected}; copy or download the checkpoint again."
                 )
 
 
 def _wanted(part: str, config: Mapping[str, Any]) -> Sequence[tuple[str, tuple[int | None, ...]]]:
-    """(ending of a name, shape with None for what the settings do not say)."""
+    """(suffix of a name, its shape); None for a size that the settings do not give."""
     get = config.get
     first = (get("block_out_channels") or [None])[0]
     last = (get("block_out_channels") or [None])[-1]

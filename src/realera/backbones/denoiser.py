@@ -1,4 +1,4 @@
-"""How the U-Net is called: its precision, its attention, its compilation, and what SDXL's takes besides the text."""
+"""Calls the U-Net: handles its precision, attention, compilation and, for SDXL, pooled text states and image sizes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from realera.contracts import UserError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "plain", "sliced"]
-SMALL_MAP = 32 * 32  # latent pixels up to which plain attention is the faster one to train on a CPU
+SMALL_MAP = 32 * 32  # up to this number of latent pixels, plain attention trains faster on a CPU
 
 
 class Denoiser:
     """The U-Net as a function (latents, timesteps, states, pooled) -> output.
 
-    attention: "plain" (matrix products; on CPUs its backward is the faster one for small maps), "sdpa", "sliced"
-    (plain, one head at a time: less memory, slower), or "auto" = plain for small maps on a CPU, else sdpa.
-    compiled: torch.compile, by a backend's name or True for its default. The module itself stays as it is, so that
-    adapters and edits find their layers; a change of layers compiles anew. While a layer has a hook (adapters that are
-    scaled, AC's detached rows) nothing compiled runs: a graph would keep the hooks it was made with, or without.
+    attention: "plain" (matrix products; on CPUs its backward pass is faster for small maps), "sdpa", "sliced" (plain,
+    one head at a time: less memory, slower), or "auto" = plain for small maps on a CPU, else sdpa. compiled: use
+    torch.compile with this backend, or with the default backend if True. The module itself is not changed, so adapters
+    and edits find their layers; after a change of layers it is compiled again. While a layer has a hook (scaled
+    adapters, AC's detached rows) the uncompiled U-Net runs, because a compiled graph would ignore the change of hooks.
     Raises UserError for unknown settings.
     """
 
@@ -40,16 +40,16 @@ class Denoiser:
         pixels_per_latent: int,
         backbone: str,
     ) -> None:
-        if attention not in (known := get_args(Attention)):  # else another one would be taken unsaid
+        if attention not in (known := get_args(Attention)):  # otherwise sdpa would be used silently
             raise UserError(f"backbone.attention={attention!r} is not known; choose among {', '.join(known)}.")
         self.unet = unet
         self.attention = attention
         self.pixels_per_latent = pixels_per_latent
         self.backbone = backbone
         self.takes_pooled = unet.config.get("addition_embed_type") == "text_time"
-        self._weight = next(unet.parameters())  # says where the U-Net is and in which precision, adapters or not
-        self._attends_on = ""  # the device type that the attention was chosen for
-        self.passes = 0  # images that went through so far
+        self._weight = next(unet.parameters())  # has the U-Net's device and dtype, with or without adapters
+        self._attention_device = ""  # the device type that the attention was chosen for
+        self.passes = 0  # images that went through the U-Net so far
         self._forward: Callable[..., Any] = unet
         if compiled:
             backends = torch.compiler.list_backends(exclude_tags=())
@@ -74,9 +74,9 @@ class Denoiser:
             }
         elif pooled is not None:
             raise ValueError(f"the U-Net of backbone {self.backbone} takes no pooled text state")
-        # The caller's autocast is honoured, but not its store of half-precision copies of trainable weights, which
-        # lives until its outermost region ends (under a trainer, the whole step): original() swaps weights under the
-        # same tensors, and a copy made without gradients has none to give to the next forward.
+        # The caller's autocast is used, but without its cache of half-precision copies of trainable weights, which
+        # lives until the outermost region ends (in a trainer: the whole step). original() swaps the data of the same
+        # tensors, and a copy that was made without gradients could not give any to the next forward pass.
         kind = device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
             forward = self.unet if self._hooked() else self._forward
@@ -91,9 +91,9 @@ class Denoiser:
 
     @contextmanager
     def recorded(self) -> Iterator[dict[str, Tensor]]:
-        """See `attention.recorded`; uncompiled, for what is kept would end every compiled graph."""
+        """See `attention.recorded`. Runs uncompiled, because storing the maps would break every compiled graph."""
         forward, self._forward = self._forward, self.unet
-        self._choose_attention(self._weight.device)  # else the first pass within would put its own processors
+        self._choose_attention(self._weight.device)  # otherwise the first pass would replace the processors
         try:
             with attention.recorded(self.unet) as maps:
                 yield maps
@@ -101,8 +101,9 @@ class Denoiser:
             self._forward = forward
 
     def of_same_texts(self) -> Callable[..., Tensor]:
-        """Itself, for passes without gradient that all read the same text states by the same weights: uncompiled on a
-        CPU, the text is read in the first one alone. On a GPU the memory is better spent on more images at once."""
+        """A denoiser for passes without gradients, with the same text states and the same weights. On a CPU,
+        uncompiled, keys and values of the text are computed once and reused. On a GPU the memory is better spent on
+        larger batches."""
         unet: nn.Module = self.unet
         if self._forward is not unet or self._weight.device.type != "cpu":
             return self
@@ -115,26 +116,26 @@ class Denoiser:
         return denoise
 
     def _hooked(self) -> bool:
-        """Whether a compiled forward would be blind: torch._dynamo guards on no hooks (skip_nnmodule_hook_guards)."""
+        """Whether compiled code would ignore a hook: torch._dynamo has no guards for it (skip_nnmodule_hook_guards)."""
         if self._forward is self.unet:
             return False
         return any(module._forward_hooks or module._forward_pre_hooks for module in self.unet.modules())
 
     def _time_ids(self, latents: Tensor) -> Tensor:
-        """SDXL's sizes (B, 6): original height and width, crop's top and left, target height and width, in pixels. An
-        image is its own original and is not cropped, as in diffusers' pipeline."""
+        """SDXL's image sizes (B, 6) in pixels: original height and width, crop top and left, target height and width.
+        The original size is the target size and nothing is cropped, as in diffusers' pipeline."""
         height, width = (size * self.pixels_per_latent for size in latents.shape[-2:])
         sizes = [float(height), float(width), 0.0, 0.0, float(height), float(width)]
         return torch.tensor(sizes).expand(len(latents), -1)
 
     def forget_attention(self) -> None:
-        """The attention is chosen anew: somebody else may have put other processors into the U-Net."""
-        self._attends_on = ""
+        """Chooses the attention again at the next pass: other code may have changed the U-Net's processors."""
+        self._attention_device = ""
 
     def _choose_attention(self, device: torch.device) -> None:
-        if device.type == self._attends_on:
+        if device.type == self._attention_device:
             return
-        self._attends_on = device.type
+        self._attention_device = device.type
         if self.attention == "sliced":
             self.unet.set_attention_slice("max")
             return

@@ -1,9 +1,9 @@
-"""Checkpoint files on disk: where they are, whether they are whole, what they contain. No torch, so that bad input is
-answered fast.
+"""Checkpoint files on disk: finds them, checks that they are complete, reads their headers. It does not import torch,
+so errors are reported fast.
 
 A checkpoint is a diffusers folder (unet/, vae/, text_encoder/, tokenizer/, scheduler/; Stable Diffusion XL also
-text_encoder_2/ and tokenizer_2/) with safetensors weights, local or in the Hugging Face cache. Weights may lie in
-shards, and where a part has only the half-precision copy (`.fp16.`), that is read.
+text_encoder_2/ and tokenizer_2/) with safetensors weights, local or in the Hugging Face cache. Weights may be sharded.
+If a part has only the half-precision copy (`.fp16.`), that copy is read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from realera.files.headers import refuse_torn as refuse_torn
 from realera.paths import MINIATURE, dir_of
 
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-SECOND = {"text_encoder_2": "model"}  # what Stable Diffusion XL has besides
-VARIANTS = ("", ".fp16")  # what a weights file's name may hold, in the order they are looked for
-EMBEDDING = "token_embedding.weight"  # of a text encoder: a row for each token
-PEEK = 512  # bytes of either end of a tensor that `marks` looks at
-SHARD = re.compile(r"\w[\w.-]*\.safetensors")  # a file's name, and no path
+SECOND = {"text_encoder_2": "model"}  # the additional model of Stable Diffusion XL
+VARIANTS = ("", ".fp16")  # in names of weights files, in order of preference
+EMBEDDING = "token_embedding.weight"  # of a text encoder: one row for each token
+PEEK = 512  # bytes that `marks` reads at each end of a tensor
+SHARD = re.compile(r"\w[\w.-]*\.safetensors")  # a file name without a path
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = [
     "model_index.json",
@@ -36,7 +36,7 @@ HUB_FILES = [
     "tokenizer/*",
     "tokenizer_2/*",
     *(f"{part}/config.json" for part in (*MODELS, *SECOND)),
-    # Exactly the weights that are read: never the fp16, EMA or pickle copies beside them.
+    # Only the weights that are read: not the fp16, EMA or pickle copies in the same folder.
     *(f"{part}/{stem}.safetensors" for part, stem in (MODELS | SECOND).items()),
     *(f"{part}/{stem}.safetensors.index.json" for part, stem in (MODELS | SECOND).items()),
     *(f"{part}/{stem}-*-of-*.safetensors" for part, stem in (MODELS | SECOND).items()),
@@ -44,10 +44,10 @@ HUB_FILES = [
 
 
 def locate(pretrained: str | Path | None) -> Path:
-    """The complete, whole local folder of a checkpoint: the built-in miniature (None), a diffusers folder, or a hub id.
+    """The local folder of a complete checkpoint: the built-in miniature (None), a diffusers folder, or a hub id.
 
-    A hub id is taken from the local cache where that is complete, else downloaded. Raises UserError for whatever is
-    missing, torn, unknown to the hub, or out of reach.
+    A hub id is taken from the local cache if that is complete, else it is downloaded. Raises UserError if files are
+    missing or torn, and if the hub does not have the model or cannot be reached.
     """
     if pretrained is None:
         try:
@@ -65,12 +65,12 @@ def locate(pretrained: str | Path | None) -> Path:
 
 
 def check(folder: Path) -> Path:
-    """`folder`, if every file that is needed is there, none is torn, and they say that they belong together; UserError
-    otherwise. What only the numbers show is left to loading."""
+    """Returns `folder` if all needed files exist, none is torn, and their settings fit together; raises UserError
+    otherwise. The values of the weights are checked when they are loaded."""
     if gone := missing(folder):
         hint = " (weights are read as safetensors only, not .bin)" if any(folder.glob("*/*.bin")) else ""
         if (folder / "transformer").is_dir():
-            hint = " (a diffusion transformer, such as SD 3 or FLUX, cannot be run: only U-Net models can)"
+            hint = " (a diffusion transformer, such as SD 3 or FLUX, is not supported: only U-Net models are)"
         elif "unet/config.json" not in gone and is_xl(folder):
             hint = f" (a Stable Diffusion XL has two text encoders and two tokenizers){hint}"
         raise UserError(
@@ -79,8 +79,8 @@ def check(folder: Path) -> Path:
         )
     if beside := next(folder.glob("*/adapter_config.json"), None):
         raise UserError(
-            f"The checkpoint folder {str(folder)!r} holds an adapter, {beside.parent.name}/{beside.name}, which its "
-            "fingerprint would not tell: merge it into the weights, or remove it."
+            f"The checkpoint folder {str(folder)!r} contains an adapter, {beside.parent.name}/{beside.name}, which its "
+            "fingerprint does not cover: merge it into the weights, or remove it."
         )
     settings: dict[str, dict[str, Any]] = {}
     for part in (*models(folder), "scheduler"):
@@ -97,8 +97,8 @@ def check(folder: Path) -> Path:
 
 
 def _stored(folder: Path, part: str) -> dict[str, Stored]:
-    """The tensors of one part by their headers. Raises UserError for a torn file, and for a shard without a tensor that
-    the index promises."""
+    """{tensor name: dtype and shape} of one part, from the file headers. Raises UserError for a torn file, and for a
+    shard without a tensor that the index lists."""
     found: dict[str, Stored] = {}
     for file in part_files(folder, part)[1]:
         own = tensors(file)
@@ -112,7 +112,7 @@ def _stored(folder: Path, part: str) -> dict[str, Stored]:
 
 
 def _listed(folder: Path, part: str, shard: str) -> list[str]:
-    """The tensors that an index says are in a shard; [] for a part in one file."""
+    """The tensors that the index lists for a shard; [] for a part that is one file."""
     index = folder / part / re.sub(r"^(.*?)(\.fp16)?-\d+-of-\d+\.safetensors$", r"\1.safetensors.index\2.json", shard)
     if index.suffix != ".json" or not index.is_file():
         return []
@@ -120,7 +120,7 @@ def _listed(folder: Path, part: str, shard: str) -> list[str]:
 
 
 def is_xl(folder: Path) -> bool:
-    """Whether the folder is a Stable Diffusion XL, by its index or by what its U-Net reads."""
+    """Whether the folder is a Stable Diffusion XL, by its index or by the U-Net's settings."""
     index, unet = folder / "model_index.json", folder / "unet" / "config.json"
     named = read_json(index).get("text_encoder_2") if index.is_file() else None
     if isinstance(named, list) and any(named):
@@ -129,12 +129,12 @@ def is_xl(folder: Path) -> bool:
 
 
 def models(folder: Path) -> dict[str, str]:
-    """{part: stem of its weights' file names} of the networks that this kind of checkpoint has."""
+    """{part: stem of its weights files} of the networks in this kind of checkpoint."""
     return MODELS | SECOND if is_xl(folder) else dict(MODELS)
 
 
 def tokenizers(folder: Path) -> list[str]:
-    """The parts that are tokenizers, in the order of the text encoders they belong to."""
+    """The tokenizer parts, in the order of their text encoders."""
     return ["tokenizer", "tokenizer_2"] if is_xl(folder) else ["tokenizer"]
 
 
@@ -155,7 +155,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
-    """What is read of one part: the variant ("", or "fp16" where there is nothing else), and its files."""
+    """The variant of one part ("", or "fp16" if there is no other) and the files to read."""
     stem = models(folder)[part]
     for mark in VARIANTS:
         whole = folder / part / f"{stem}{mark}.safetensors"
@@ -165,21 +165,20 @@ def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
         if index.is_file():
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not listed:
-                raise UserError(f"The file {str(index)!r} lists no weights; copy or download it again.")
+                raise UserError(f"The index file {str(index)!r} lists no weights; copy or download it again.")
             if outside := [
                 name for name in listed.values() if not SHARD.fullmatch(str(name)) or not isinstance(name, str)
             ]:
                 raise UserError(
-                    f"The file {str(index)!r} names the shard {outside[0]!r}, which is no file of its own folder; copy "
-                    "or download it again."
+                    f"The file {str(index)!r} names the shard {outside[0]!r}, which is not a file name in its own "
+                    "folder; copy or download it again."
                 )
             return mark[1:], [folder / part / name for name in sorted(set(listed.values()))]
     return "", [folder / part / f"{stem}.safetensors"]
 
 
 def weights(folder: Path, part: str) -> dict[str, int]:
-    """{name: number of axes} of all weights of one part, from the headers of its files. Raises UserError for a torn
-    one."""
+    """{name: number of axes} of all weights of one part, from the file headers. Raises UserError for a torn file."""
     files = part_files(folder, part)[1]
     return {name: len(stored.shape) for file in files for name, stored in tensors(file).items()}
 
@@ -187,9 +186,9 @@ def weights(folder: Path, part: str) -> dict[str, int]:
 def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
     """16 hex digits of a sha256 over everything an image depends on besides prompt, seed and sampler.
 
-    That is the weights' content, the components' configuration, the tokenizer's files, and the rows of a text state.
-    Where the folder stands does not count, nor who saved it with which library version, nor the precision it runs in.
-    only_text: over what the text states depend on.
+    That is: the contents of the weights, the components' configuration, the tokenizer's files, and the number of text
+    rows. Not included: the folder's path, the library versions it was saved with, and the precision it runs in.
+    only_text: only the files that the text states depend on.
     """
     digest = hashlib.sha256()
     parts = [part for part in models(folder) if not only_text or part.startswith("text_encoder")]
@@ -199,7 +198,7 @@ def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
         for name in ("tokenizer.json", "vocab.json", "merges.txt"):
             if (file := folder / part / name).is_file():
                 digest.update(f"{part}/{name} {_sha256(file)}\n".encode())
-        # CLIP's own are left out: so fingerprints of before these were looked at stay.
+        # CLIP's usual tokens are left out, so that fingerprints from before this check are unchanged.
         if other := {role: word for role, word in vocabulary.special(folder / part).items() if word != SPECIAL[role]}:
             digest.update(json.dumps([part, other], sort_keys=True).encode())
     for part in (*parts, *(() if only_text else ("scheduler",))):
@@ -217,8 +216,8 @@ def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
 
 
 def marks(folder: Path) -> str | None:
-    """16 hex digits that change with the weights in a folder, without reading them: of each file its size, its header
-    and both ends of every tensor: no training leaves those as they were. None where a file is missing or torn."""
+    """16 hex digits that change with the weights in a folder, without reading all of them. They depend on each file's
+    size and header and on both ends of every tensor, which any training changes. None if a file is missing or torn."""
     digest = hashlib.sha256()
     try:
         for file in weight_files(folder):
@@ -248,7 +247,7 @@ def _marks(file: Path, size: int, changed: int) -> str:
 
 
 def zeros_for_no_prompt(folder: Path) -> bool:
-    """Whether a Stable Diffusion XL is guided away from states of zeros rather than from the encoded empty prompt."""
+    """Whether guidance of a Stable Diffusion XL uses zeros in place of the encoded empty prompt."""
     index = folder / "model_index.json"
     return bool(read_json(index).get("force_zeros_for_empty_prompt", True)) if index.is_file() else True
 
@@ -262,7 +261,7 @@ def _from_hub(name: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    lacks = "all of it"
+    lacks = "all files"
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
         if not (gone := missing(cached)):
@@ -271,33 +270,33 @@ def _from_hub(name: str) -> Path:
     except LocalEntryNotFoundError:
         pass
     try:
-        # A quick question first: the download itself would wait and try again for a minute where there is no network.
+        # A quick request first: without a network the download itself would retry for a minute.
         HfApi().model_info(name, timeout=2.0)
         return check(Path(snapshot_download(name, allow_patterns=HUB_FILES)))
     except GatedRepoError as error:
         raise UserError(
-            f"The hub asks for consent before {name!r} is downloaded: accept its terms at "
-            f"https://huggingface.co/{name} and log in with `hf auth login`."
+            f"{name!r} can only be downloaded after you accept its terms: do so at https://huggingface.co/{name} and "
+            "log in with `hf auth login`."
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"Neither a folder nor a model on the hub is called {name!r}; check the spelling of backbone.pretrained (a "
+            f"There is no folder and no model on the hub called {name!r}; check the spelling of backbone.pretrained (a "
             "private model needs `hf auth login`)."
         ) from error
     except UserError:
         raise
     except OfflineModeIsEnabled as error:
         raise UserError(_offline(name, lacks, constants.HF_HUB_CACHE, "HF_HUB_OFFLINE is set")) from error
-    except Exception as error:  # whichever HTTP library the hub client is built on, and a full disk
+    except Exception as error:  # errors of the hub client's HTTP library, and a full disk
         reason = (str(error).strip().splitlines() or [""])[0][:120] or type(error).__name__
         raise UserError(_offline(name, lacks, constants.HF_HUB_CACHE, reason)) from error
 
 
 def _offline(name: str, lacks: str, cache: str, reason: str) -> str:
     return (
-        f"There is no folder {name!r}, the Hugging Face cache {cache} lacks {lacks} of the model of that name, and it "
-        f"cannot be downloaded ({reason}); give a local diffusers folder with backbone.pretrained=DIR, set HF_HOME to "
-        "a folder with a cached snapshot of it, or use the built-in backbone=mini."
+        f"There is no folder {name!r}, the Hugging Face cache {cache} lacks {lacks} of the model with this name, and "
+        f"it cannot be downloaded ({reason}); give a local diffusers folder with backbone.pretrained=DIR, set HF_HOME "
+        "to a folder with a cached snapshot of it, or use the built-in backbone=mini."
     )
 
 
@@ -305,8 +304,8 @@ def _sha256(file: Path) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     real = file.resolve()
-    # The Hugging Face cache names large files by their sha256: gigabytes that need not be read again. Elsewhere a name
-    # proves nothing.
+    # In the Hugging Face cache the name of a large file is its sha256, so gigabytes need not be read again. In other
+    # folders a name proves nothing.
     within = real.is_relative_to(Path(HF_HUB_CACHE).resolve())
     if within and real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name

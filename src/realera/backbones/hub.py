@@ -1,4 +1,4 @@
-"""Whether a hub's model can be had: it lies in the cache, or the hub answers."""
+"""Checks that a hub's model is available: it is in the cache, or the hub answers."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from realera.backbones import folder
 from realera.contracts import UserError
 from realera.system import network
 
-HUB_PATIENCE = 1.2  # seconds until a hub that does not answer counts as out of reach
+HUB_PATIENCE = 1.2  # seconds to wait for the hub's answer
 
 
 class OutOfReach(UserError):
-    """A hub's model is neither cached nor to be had."""
+    """A hub's model is not in the cache and cannot be downloaded."""
 
 
 def check(repository: str) -> None:
-    """A hub's model must lie in the cache, or the hub must answer."""
+    """Raises OutOfReach if a hub's model is not in the cache and the hub does not answer."""
     if (snapshot := cached(repository)) is not None:
         folder.check(snapshot)
         return
     remedies = (
         "use the built-in model (backbone=mini), give a diffusers folder (backbone.pretrained=DIR), or fill the cache "
-        f"where there is a network (hf download {repository}) and point HF_HOME at it."
+        f"on a machine with a network (hf download {repository}) and set HF_HOME to it."
     )
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise OutOfReach(f"{repository} is not in the cache {_hub_cache()} and HF_HUB_OFFLINE is set: {remedies}")
@@ -37,7 +37,7 @@ def _hub_cache() -> Path:
 
 
 def cached(repository: str) -> Path | None:
-    """The snapshot folder of a hub's model in the cache."""
+    """The snapshot folder of a hub's model in the cache; None if no snapshot is complete."""
     root = _hub_cache() / f"models--{repository.replace('/', '--')}"
     main = root / "refs" / "main"
     named = [root / "snapshots" / main.read_text().strip()] if main.is_file() else []

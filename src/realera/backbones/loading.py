@@ -1,4 +1,4 @@
-"""The components of a checkpoint folder, loaded, frozen and in a known precision."""
+"""Loads the components of a checkpoint folder, frozen and in a defined precision."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Rows = Annotated[int, Number(3, 4096, whole=True)]
 
 
 class TextFigures(TypedDict, total=False):
-    """width D, row_norm (mean norm of the rows a concept stands in), max_length T."""
+    """width D, row_norm (mean norm of the text-state rows of a concept's name), max_length T."""
 
     width: Count
     row_norm: Positive
@@ -40,14 +40,14 @@ class TextFigures(TypedDict, total=False):
 
 log = logging.getLogger(__name__)
 
-BLOCK = 1 << 20  # bytes of a file that are looked at together
+BLOCK = 1 << 20  # bytes of a file that are checked at once
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # in safetensors' spelling
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What `load` found. The scheduler is only its config: each sampling builds a fresh one. tokenizers, text_models:
-    one of each, and two where `xl`. zeros_for_no_prompt: see `folder`."""
+    """The loaded components. Of the scheduler only the config is kept; each sampling builds a new scheduler.
+    tokenizers, text_models: one of each, or two if `xl`. zeros_for_no_prompt: see `folder`."""
 
     tokenizers: list[PreTrainedTokenizerBase]
     text_models: list[CLIPTextModel | CLIPTextModelWithProjection]
@@ -61,9 +61,9 @@ class Parts:
 def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
     """All components in eval mode, without gradients, on the CPU; the U-Net in `dtype`, the others in float32.
 
-    The autoencoder stays in float32 whatever the U-Net's precision: SDXL's gives black images in float16.
+    The autoencoder is always float32, because that of SDXL gives black images in float16.
 
-    Raises UserError where the files do not make a Stable Diffusion.
+    Raises UserError if the files are not those of a Stable Diffusion.
     """
     xl = folder.is_xl(place)
     kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
@@ -73,16 +73,16 @@ def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
         with quiet():
             tokenizers = [_tokenizer(place / part) for part in folder.tokenizers(place)]
             text_models = [
-                _whole(kind, place, part, config=_settings(kind, place / part)) for part, kind in kinds.items()
+                _model(kind, place, part, config=_settings(kind, place / part)) for part, kind in kinds.items()
             ]
-            unet = _whole(UNet2DConditionModel, place, "unet", torch_dtype=dtype)
-            vae = _whole(AutoencoderKL, place, "vae", torch_dtype=torch.float32)
+            unet = _model(UNet2DConditionModel, place, "unet", torch_dtype=dtype)
+            vae = _model(AutoencoderKL, place, "vae", torch_dtype=torch.float32)
     except UserError:
         raise
-    except Exception as error:  # whatever a constructor makes of settings that do not fit
+    except Exception as error:  # constructors raise anything for settings that do not fit
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"The checkpoint {str(place)!r} cannot be loaded ({reason}); give a whole Stable Diffusion folder."
+            f"The checkpoint {str(place)!r} cannot be loaded ({reason}); give a complete Stable Diffusion folder."
         ) from error
     _refuse_not_finite(place, {**dict(zip(kinds, text_models)), "unet": unet, "vae": vae}, dtype)
     if channels_last:
@@ -93,7 +93,7 @@ def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
 
 
 def text_encoder(parts: Parts, length: int | None) -> TextEncoder | PairedTextEncoder:
-    """What turns prompts into the states that this checkpoint's U-Net reads."""
+    """The encoder of prompts for this checkpoint's U-Net."""
     encoders = [
         TextEncoder(tokenizer, model, length, penultimate=parts.xl)
         for tokenizer, model in zip(parts.tokenizers, parts.text_models, strict=True)
@@ -102,11 +102,11 @@ def text_encoder(parts: Parts, length: int | None) -> TextEncoder | PairedTextEn
 
 
 def _refuse_not_finite(place: Path, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
-    """One pass over all weights: a second for the billion of Stable Diffusion 1.x, on one core."""
+    """Checks all weights in one pass. The billion weights of Stable Diffusion 1.x take a second on one core."""
     for part, model in parts.items():
-        small = part == "unet" and dtype == torch.float16
-        remedy = "set backbone.dtype=bfloat16, or " if small else ""
-        whose = f"The checkpoint {str(place / part)!r} cannot be used{' in float16' if small else ''}: its weight"
+        is_half = part == "unet" and dtype == torch.float16
+        remedy = "set backbone.dtype=bfloat16, or " if is_half else ""
+        whose = f"The checkpoint {str(place / part)!r} cannot be used{' in float16' if is_half else ''}: its weight"
         files = folder.part_files(place, part)[1]
         as_stored = {stored.dtype for file in files for stored in headers.tensors(file).values()}
         if as_stored == {STORED[next(model.parameters()).dtype]}:
@@ -118,46 +118,46 @@ def _refuse_not_finite(place: Path, parts: Mapping[str, nn.Module], dtype: torch
 
 
 def _blocks(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """A file's numbers under their tensor's name, part by part, in one buffer. Weights that are not converted are
-    mapped from their file, and take no memory before they are used: so they are not looked at where they are mapped."""
+    """(tensor name, numbers) of a file, block by block, in one reused buffer. Weights that are not converted are
+    memory-mapped and take no memory until they are used; checking them through the mapping would load them all."""
     buffer = memoryview(bytearray(BLOCK))
     with plain_data.opened(file) as stream:
         for name, (begin, stop) in headers.places(file).items():
             stream.seek(begin)
             for start in range(begin, stop, BLOCK):
-                size = stream.readinto(buffer[: stop - start])  # type: ignore[attr-defined]  # BinaryIO does not say so
+                size = stream.readinto(buffer[: stop - start])  # type: ignore[attr-defined]  # not typed in BinaryIO
                 yield name, torch.frombuffer(buffer[:size], dtype=dtype)
 
 
 def refuse_other_text(
     name: str, promised: Mapping[str, Any], text: TextEncoder | PairedTextEncoder, unet: Mapping[str, Any]
 ) -> None:
-    """UserError unless text encoder, U-Net (its config) and the config's `text` node speak of the same states."""
+    """Raises UserError unless text encoder, U-Net config and the `text` settings have the same width and length."""
     width, length = text.width, text.length
     if width != unet["cross_attention_dim"]:
         raise UserError(
             f"The text encoder of backbone {name} gives states of width {width} and its U-Net reads "
-            f"{unet['cross_attention_dim']}; give a checkpoint whose parts belong together."
+            f"{unet['cross_attention_dim']}; give a checkpoint whose parts fit together."
         )
     if text.pooled_width:
-        reads = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]  # six sizes
+        reads = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]  # 6 image sizes
         if reads != text.pooled_width:
             raise UserError(
                 f"The second text encoder of backbone {name} gives pooled states of width {text.pooled_width} and its "
-                f"U-Net reads {reads} (sizes apart); give a checkpoint whose parts belong together."
+                f"U-Net reads {reads}, not counting the image sizes; give a checkpoint whose parts fit together."
             )
     for key, found in (("width", width), ("max_length", length)):
         wanted = promised.get(key, found)
         if wanted != found:
             raise UserError(
-                f"backbone.text.{key} is {wanted} but the checkpoint's is {found}; set backbone.text.{key}={found} or "
+                f"backbone.text.{key} is {wanted} but the checkpoint has {found}; set backbone.text.{key}={found} or "
                 "choose the backbone that this checkpoint belongs to."
             )
 
 
 def _tokenizer(place: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that `vocabulary` reads and checks. transformers' own loader would follow the folder's settings, to
-    code that lies in it among others."""
+    """The tokenizer that `vocabulary` reads and checks. transformers' own loader would follow the folder's settings and
+    could even run code from the folder."""
     return PreTrainedTokenizerFast(
         tokenizer_object=copy.deepcopy(vocabulary.read(place)),
         model_max_length=vocabulary.longest(place),
@@ -167,12 +167,12 @@ def _tokenizer(place: Path) -> PreTrainedTokenizerBase:
 
 
 def _settings(kind: Any, place: Path) -> Any:
-    """A text encoder's config, of the settings that are taken from a checkpoint."""
+    """A text encoder's config, made only of the settings that are accepted from a checkpoint."""
     return kind.config_class.from_dict(configs.text_settings(folder.read_json(place / "config.json")))
 
 
-def _whole(kind: Any, place: Path, part: str, **options: Any) -> Any:
-    """One model, frozen, every weight from the file: a missing one would silently stay random."""
+def _model(kind: Any, place: Path, part: str, **options: Any) -> Any:
+    """One frozen model. Raises ValueError if a weight is not in the files: it would silently stay random."""
     if variant := folder.part_files(place, part)[0]:
         options["variant"] = variant
     model, info = kind.from_pretrained(
@@ -181,14 +181,14 @@ def _whole(kind: Any, place: Path, part: str, **options: Any) -> Any:
     if lost := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
         raise ValueError(f"{part} lacks {len(lost)} weights such as {lost[0]}")
     if more := [str(name) for name in info["unexpected_keys"] if not str(name).endswith("position_ids")]:
-        log.warning("%s holds %d tensors that its model has not, such as %s", place / part, len(more), sorted(more)[0])
+        log.warning("%s has %d tensors that its model does not use, such as %s", place / part, len(more), min(more))
     frozen: nn.Module = model.eval().requires_grad_(False)
     return frozen
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bar over a second of loading."""
+    """Hides transformers' progress bar inside this context."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

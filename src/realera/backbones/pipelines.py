@@ -1,4 +1,4 @@
-"""A diffusers pipeline in memory as a backbone: its own U-Net is edited in place, and nothing is read from a disk."""
+"""A diffusers pipeline in memory as a backbone. Its U-Net is edited in place; nothing is read from disk."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from realera.backbones.loading import Parts, TextFigures, quiet
 from realera.backbones.unet import UNetBackbone
 from realera.contracts import Sampler, UserError
 
-IN_MEMORY = "in-memory/pipeline"  # in place of a hub id, for weights that are those of no checkpoint
-# What of a scheduler belongs to the weights; a sampler that draws in fewer steps changes none of it.
+IN_MEMORY = "in-memory/pipeline"  # replaces the hub id if the weights are not those of a checkpoint on disk
+# The settings of a scheduler that belong to the weights. A sampler with fewer steps does not change them.
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-PEEK = 16  # numbers at both ends of a tensor that tell one state of training from another
+PEEK = 16  # numbers read at each end of a tensor for the fingerprint
 
 
 class PipelineBackbone(UNetBackbone):
-    """`contracts.Backbone` over a pipeline's own components.
+    """`contracts.Backbone` for a pipeline's own components.
 
-    The U-Net keeps its dtype. Text encoders and autoencoder are in float32 within `borrowed`, where all work is done,
-    and come back in their own dtype, bit for bit. Raises UserError for a pipeline that is no Stable Diffusion 1.x, 2.x
-    or XL, or whose parts are not at hand.
+    The U-Net keeps its dtype. All work is done inside `borrowed`, where text encoders and autoencoder are float32;
+    afterwards they are in their own dtype again, bit for bit. Raises UserError for a pipeline that is not a Stable
+    Diffusion 1.x, 2.x or XL, or that lacks components.
     """
 
     def __init__(self, pipe: DiffusionPipeline, name: str, sampler: Sampler, text: TextFigures | None = None) -> None:
         self.pipe = pipe
         self.vae_slicing = False
         self.parts = parts_of(pipe)
-        self._small = [*self.parts.text_models, self.parts.vae]
-        self._take(self.parts, name, sampler, text)
+        self._other_models = [*self.parts.text_models, self.parts.vae]
+        self._init_from_parts(self.parts, name, sampler, text)
         self._marks = {only: _marks_of(self.parts, self.max_length, only) for only in (False, True)}
 
     @property
     def fingerprint(self) -> str:
-        """Of the pipeline's first weights, by both ends of every tensor: no training leaves those as they were."""
+        """A hash of both ends of every tensor of the pipeline's original weights; any training changes them."""
         return self._marks[False]
 
     @property
@@ -57,24 +57,24 @@ class PipelineBackbone(UNetBackbone):
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Work is done in here. At the end every module is on its device, in its dtype and mode, and draws by its own
-        attention again; gradients are asked of those parameters that had them asked for."""
-        modules: list[nn.Module] = [self.unet, *self._small]
+        """All work on the pipeline is done inside this context. At the end every module has its device, dtype, training
+        mode and attention processors again, and every parameter its requires_grad."""
+        modules: list[nn.Module] = [self.unet, *self._other_models]
         kept = [(m, next(m.parameters()).device, {n: c.training for n, c in m.named_modules()}) for m in modules]
         graded = {id(p): (p, p.requires_grad) for m in modules for p in m.parameters()}
-        dtypes = [{n: t.dtype for n, t in _tensors(m)} for m in self._small]
+        dtypes = [{n: t.dtype for n, t in _tensors(m)} for m in self._other_models]
         unet: Any = self.unet
         processors = dict(unet.attn_processors)
         for module in modules:
             module.eval().requires_grad_(False)
-        for module in self._small:
+        for module in self._other_models:
             module.float()
         self._denoise.forget_attention()
         self.text.forget()
         try:
             yield
         finally:
-            for module, own in zip(self._small, dtypes):
+            for module, own in zip(self._other_models, dtypes):
                 for name, tensor in _tensors(module):
                     tensor.data = tensor.data.to(own[name])
             for module, device, modes in kept:
@@ -89,14 +89,14 @@ class PipelineBackbone(UNetBackbone):
             self._empty = None
 
     def checkpoint(self) -> tuple[str, str] | None:
-        """(hub id or folder, its fingerprint) of the files that hold the pipeline's first weights; None where there are
-        none on this disk, or other ones."""
+        """(hub id or folder, its fingerprint) of the files with the pipeline's original weights; None if these files
+        are not on this disk or have other weights."""
         place = _files_of(self.pipe)
-        if place is None or not self._equals(place[1]):
+        if place is None or not self._weights_equal(place[1]):
             return None
         return place[0], folder.fingerprint(place[1], text_length=self.max_length)
 
-    def _equals(self, place: Path) -> bool:
+    def _weights_equal(self, place: Path) -> bool:
         first = self._base.first
         for part, module in _modules(self.parts).items():
             held = {_plain(n): first.get(n, p) if part == "unet" else p for n, p in module.state_dict().items()}
@@ -114,13 +114,13 @@ class PipelineBackbone(UNetBackbone):
 
 
 def miniature() -> StableDiffusionPipeline:
-    """The model that ships with the package, as a pipeline: 32 x 32 pixels, float32, on the CPU."""
+    """The model that ships with the package, as a diffusers pipeline: 32 x 32 pixels, float32, on the CPU."""
     bare = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return _loaded(StableDiffusionPipeline, paths.MINIATURE, **bare)
 
 
 def opened(pretrained: str | Path) -> DiffusionPipeline:
-    """The pipeline of a folder or hub id, in float32 on the CPU. Raises UserError as `folder.locate`."""
+    """Loads the pipeline of a folder or hub id, in float32 on the CPU. Raises UserError as `folder.locate`."""
     return _loaded(DiffusionPipeline, folder.locate(str(pretrained)))
 
 
@@ -129,7 +129,7 @@ def _loaded(kind: type[DiffusionPipeline], place: Path, **more: Any) -> Any:
     diffusers_logging.disable_progress_bar()
     try:
         with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the keyword's new name in diffusers 0.42
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.42 renames the keyword
             return kind.from_pretrained(place, torch_dtype=torch.float32, local_files_only=True, **more)
     finally:
         if shown:
@@ -137,7 +137,7 @@ def _loaded(kind: type[DiffusionPipeline], place: Path, **more: Any) -> Any:
 
 
 def kind_of(parts: Parts) -> str:
-    """The yaml of conf/backbone whose settings are taken for a pipeline: mini, sd14, sd21 or sdxl."""
+    """The name of the conf/backbone yaml to use for a pipeline: mini, sd14, sd21 or sdxl."""
     if parts.xl:
         return "sdxl"
     width = int(parts.unet.config.cross_attention_dim)
@@ -147,7 +147,7 @@ def kind_of(parts: Parts) -> str:
 
 
 def figures_of(pipe: DiffusionPipeline, parts: Parts) -> dict[str, Any]:
-    """Settings of backbone=... that the pipeline itself decides: pretrained, dtype, the text's figures, image size."""
+    """The backbone settings that come from the pipeline: pretrained, dtype, text width and length, image size."""
     place = _files_of(pipe)
     width = int(parts.unet.config.cross_attention_dim)
     length = min(tokenizer.model_max_length for tokenizer in parts.tokenizers)
@@ -164,25 +164,25 @@ def figures_of(pipe: DiffusionPipeline, parts: Parts) -> dict[str, Any]:
 
 
 def parts_of(pipe: Any) -> Parts:
-    """A pipeline's components as `loading.load` gives those of a folder. Raises UserError."""
+    """A pipeline's components, in the form that `loading.load` returns. Raises UserError if they cannot be used."""
     names = ("unet", "text_encoder", "tokenizer", "vae", "scheduler")
     found: dict[str, Any] = {name: getattr(pipe, name, None) for name in names}
     found["unet"] = getattr(found["unet"], "_orig_mod", found["unet"])  # of torch.compile
     if lacking := [name for name, part in found.items() if part is None]:
         raise UserError(
             f"The pipeline {type(pipe).__name__} has no {lacking[0]}: give a Stable Diffusion 1.x, 2.x or XL with all "
-            "its components."
+            "of its components."
         )
     unet, vae = found["unet"], found["vae"]
     if not isinstance(unet, UNet2DConditionModel) or not isinstance(vae, AutoencoderKL):
         raise UserError(f"The pipeline {type(pipe).__name__} is not supported: give a Stable Diffusion 1.x, 2.x or XL.")
     if unet.config.in_channels != vae.config.latent_channels:
         raise UserError(
-            f"The pipeline's U-Net takes {unet.config.in_channels} channels, which inpainting and editing models do: "
-            "give a text-to-image pipeline."
+            f"The pipeline's U-Net takes {unet.config.in_channels} channels, as in models for inpainting or image "
+            "editing: give a text-to-image pipeline."
         )
     if any(hasattr(part, "_hf_hook") for part in (unet, found["text_encoder"], vae)):
-        raise UserError("The pipeline is offloaded: erase first, and call enable_model_cpu_offload() after it.")
+        raise UserError("The pipeline is offloaded: erase first, and call enable_model_cpu_offload() afterwards.")
     if getattr(unet, "hf_quantizer", None) is not None or next(unet.parameters()).dtype not in DTYPES.values():
         raise UserError("The pipeline's U-Net is quantised: give one in float32, bfloat16 or float16.")
     if adapters.layers(unet):
@@ -204,7 +204,7 @@ def parts_of(pipe: Any) -> Parts:
 
 
 def _tokenizer(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """One of our own: a tokenizer keeps how it last cut and padded, and the pipeline's must not notice."""
+    """A copy: a tokenizer remembers its last truncation and padding, and those of the pipeline must not change."""
     if given.is_fast:
         own = copy.deepcopy(given.backend_tokenizer)
     else:  # before transformers 5
@@ -233,7 +233,7 @@ def _modules(parts: Parts) -> dict[str, nn.Module]:
 
 
 def _marks_of(parts: Parts, length: int, only_text: bool) -> str:
-    """16 hex digits of names, shapes and both ends of all tensors, of the words, and of the noise schedule."""
+    """16 hex digits from names, shapes and both ends of all tensors, the tokenizers, and the noise schedule."""
     digest = hashlib.sha256(f"{length}".encode())
     for part, module in _modules(parts).items():
         if only_text and not part.startswith("text_encoder"):
@@ -250,7 +250,7 @@ def _marks_of(parts: Parts, length: int, only_text: bool) -> str:
 
 
 def _files_of(pipe: DiffusionPipeline) -> tuple[str, Path] | None:
-    """(hub id or folder, folder on this disk) that the pipeline says it was loaded from. Asks no server."""
+    """(hub id or folder, folder on this disk) that the pipeline was loaded from, without asking a server."""
     said = str(getattr(pipe, "name_or_path", "") or "")
     if not said or said == IN_MEMORY:
         return None
@@ -266,7 +266,7 @@ def _width(place: Path) -> int:
 
 
 def _same_text(model: nn.Module) -> bool:
-    """Whether it is the miniature's text encoder."""
+    """Whether the model is the miniature's text encoder."""
     weights: Mapping[str, Tensor] = {_plain(n): tensor for n, tensor in model.state_dict().items()}
     with safe_open(folder.part_files(paths.MINIATURE, "text_encoder")[1][0], framework="pt") as file:
         names = {_plain(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -277,5 +277,5 @@ def _same_text(model: nn.Module) -> bool:
 
 
 def _plain(name: str) -> str:
-    """A weight's name as transformers 5 has it: before, a text encoder's began with "text_model."."""
+    """A weight's name in transformers 5. Earlier versions put "text_model." before the names of a text encoder."""
     return name.removeprefix("text_model.")

@@ -1,4 +1,4 @@
-"""An erasure in the forms other programs read: a pipeline folder, LoRA files, the map. Pure tensors and files.
+"""Exports an erasure for other programs, as a pipeline folder or a LoRA file. Uses only tensors and files, no models.
 
 Layer names are the U-Net's module paths ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k").
 """
@@ -37,7 +37,7 @@ def adapters(erased: Mapping[str, Tensor]) -> Lora:
 
 
 def differences(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{layer: erased weight - original weight}, float64, the adapters counted in."""
+    """{layer: erased weight - original weight}, float64, adapters included."""
     change = {
         key[len(EDIT) :].removesuffix(".weight"): value.double() - base[key[len(EDIT) :]].double()
         for key, value in erased.items()
@@ -50,7 +50,7 @@ def differences(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dic
 
 
 def merged(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The U-Net's whole state, float32, with edits and adapters folded in."""
+    """The U-Net's whole state, float32, with edits and adapters merged."""
     state = {key: value.float() for key, value in base.items()}
     state |= {key[len(EDIT) :]: value.float() for key, value in erased.items() if key.startswith(EDIT)}
     for name, change in differences(base, erased).items():
@@ -59,8 +59,9 @@ def merged(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dict[str
 
 
 def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[Lora, float]:
-    """Each change cut to its `rank` largest singular values, and the relative error ||change - cut|| / ||change|| over
-    all layers (Frobenius). A smaller layer is filled up with zeros: readers want one rank and one alpha for all."""
+    """Each change truncated to its `rank` largest singular values, and the relative error ||change - truncated|| /
+    ||change|| over all layers (Frobenius). Smaller layers are padded with zeros, because programs that read LoRA files
+    expect one rank and one alpha for all layers."""
     lora: Lora = {}
     lost = whole = 0.0
     for name, change in changes.items():
@@ -78,16 +79,18 @@ def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[Lora, float]:
 
 
 def lora_of(base: Mapping[str, Tensor], erased: Mapping[str, Tensor], rank: int | None) -> tuple[Lora, float]:
-    """The adapters as trained (rank None), or the whole difference cut to `rank`; with the relative error that leaves.
+    """The adapters as trained (rank None), or the whole difference truncated to `rank`; and the relative error of the
+    truncation.
 
     Raises:
-        UserError: changed weights and no rank: the change is not low-rank, and leaving it out would undo the erasure.
+        UserError: weights were changed and rank is None. That change has a high rank, and without it the concept would
+            not be erased. Also if nothing was changed.
     """
     edited = any(key.startswith(EDIT) for key in erased)
     if rank is None and edited:
         raise UserError(
-            "this run changed the weights themselves, which a LoRA holds only in part: give rank=16 (the error that is "
-            "left is printed), or export it whole with to=diffusers."
+            "this run changed the weights themselves, which a LoRA can only approximate: give rank=16 (the error is "
+            "printed), or export the exact weights with to=diffusers."
         )
     if rank is None:
         if not (found := adapters(erased)):
@@ -97,7 +100,7 @@ def lora_of(base: Mapping[str, Tensor], erased: Mapping[str, Tensor], rank: int 
 
 
 def save_lora(lora: Lora, file: Path, style: str) -> None:
-    """A LoRA file: style "lora" has diffusers' keys (load_lora_weights), "kohya" those that A1111 and ComfyUI read."""
+    """Writes a LoRA file. style: "lora" = diffusers' keys (load_lora_weights), "kohya" = the keys of A1111, ComfyUI."""
     state: dict[str, Tensor] = {}
     for name, (down, up) in lora.items():
         if style == "lora":
@@ -111,7 +114,7 @@ def save_lora(lora: Lora, file: Path, style: str) -> None:
 
 
 def base_unet(source: Path) -> dict[str, Tensor]:
-    """The original U-Net's state from a diffusers folder."""
+    """The original U-Net's state, from a diffusers folder. Raises UserError if a weight is not finite."""
     state: dict[str, Tensor] = {}
     for file in checkpoint.weight_files(source):
         if file.parent.name == "unet":
@@ -121,17 +124,17 @@ def base_unet(source: Path) -> dict[str, Tensor]:
 
 
 def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None:
-    """A diffusers folder like `source` with the erased U-Net (float32), whole or not at all.
+    """Writes a diffusers folder like `source` with the erased U-Net (float32), completely or not at all.
 
-    Parts that the erasure does not touch are copied, under the names that from_pretrained looks for without a variant;
-    a safety checker and other extras are not.
+    The other parts are copied, under the names that from_pretrained looks for without a variant. A safety checker and
+    other extras are not copied.
     """
     models = checkpoint.models(source)
     with disk.whole(out) as beside:
         beside.mkdir()
         for part in (*models, *checkpoint.tokenizers(source), "scheduler"):
             (beside / part).mkdir()
-            for file in _kept(source, part):
+            for file in _files_to_copy(source, part):
                 shutil.copyfile(file, beside / part / file.name.replace(".fp16.", "."))
         save_file(
             merged(base_unet(source), erased),
@@ -141,9 +144,9 @@ def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None
         (beside / "model_index.json").write_text(plain_data.json_text(_index(source), indent=2), encoding="utf-8")
 
 
-def _kept(source: Path, part: str) -> list[Path]:
-    """The files of one part that a pipeline needs: its settings, and its weights unless they are rewritten. Shards keep
-    their names, which their index holds."""
+def _files_to_copy(source: Path, part: str) -> list[Path]:
+    """The files of one part that a pipeline needs: its settings, and its weights except the U-Net's, which are written
+    anew. Shards keep their names, because the index lists them."""
     settings = [file for file in (source / part).iterdir() if file.suffix in (".json", ".txt", ".model")]
     kept = [file for file in settings if ".safetensors.index." not in file.name]
     stem = checkpoint.models(source).get(part)
@@ -157,12 +160,12 @@ def _kept(source: Path, part: str) -> list[Path]:
 
 
 def _index(source: Path) -> dict[str, object]:
-    """The folder's index with nothing but the copied parts."""
+    """The folder's index, with only the copied parts."""
     networks, tokenizers = checkpoint.models(source), checkpoint.tokenizers(source)
     parts = {*networks, *tokenizers, "scheduler"}
     file = source / "model_index.json"
     index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    # a class of another library is code that somebody's next load would run
+    # a class of another library is left out: loading the exported folder would run its code
     known = {
         key: value
         for key, value in index.items()

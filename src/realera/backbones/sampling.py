@@ -19,8 +19,8 @@ Predict = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 class NoiseSchedule:
-    """A checkpoint's training schedule, and what its U-Net's output means: the noise ("epsilon"), or v = sqrt(abar_t)
-    noise - sqrt(1 - abar_t) x0 (arXiv 2202.00512). Raises UserError for another prediction type.
+    """A checkpoint's training schedule and prediction type: its U-Net predicts the noise ("epsilon") or v =
+    sqrt(abar_t) noise - sqrt(1 - abar_t) x0 (arXiv 2202.00512). Raises UserError for another prediction type.
 
     With z_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise: noise = sqrt(abar_t) v + sqrt(1 - abar_t) z_t.
     """
@@ -29,8 +29,8 @@ class NoiseSchedule:
         self.kind = str(config.get("prediction_type") or "epsilon")
         if self.kind not in ("epsilon", "v_prediction"):
             raise UserError(
-                f"The checkpoint's U-Net predicts {self.kind!r}, which is not supported; give one that predicts "
-                "epsilon or v_prediction."
+                f"The checkpoint's U-Net predicts {self.kind!r}, which is not supported; give a checkpoint with "
+                "prediction type epsilon or v_prediction."
             )
         self._scheduler = DDIMScheduler.from_config(known(DDIMScheduler, config))
 
@@ -40,20 +40,20 @@ class NoiseSchedule:
         return made
 
     def noise_of(self, output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise in a U-Net's output (B, C, h, w) on z_t; timesteps (B,) or ()."""
+        """The noise prediction of a U-Net's output (B, C, h, w) for the latents z_t; timesteps (B,) or ()."""
         if self.kind == "epsilon":
             return output
         signal, sigma = self._levels(latents, timesteps)
         return signal * output + sigma * latents
 
     def output_of(self, noise: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """The output that means `noise`: the inverse of `noise_of`. Raises UserError where z_t holds noise alone."""
+        """The U-Net output for a noise prediction: the inverse of `noise_of`. Raises UserError if z_t is pure noise."""
         if self.kind == "epsilon":
             return noise
         signal, sigma = self._levels(latents, timesteps)
         if not bool((signal > 0).all()):
             raise UserError(
-                "This checkpoint starts from noise alone (zero terminal SNR), where a guide on the noise says nothing: "
+                "This checkpoint starts from pure noise (zero terminal SNR), where a guide on the noise cannot work: "
                 "give a method without a guide, or a checkpoint whose scheduler has rescale_betas_zero_snr=false."
             )
         return (noise - sigma * latents) / signal
@@ -64,33 +64,35 @@ class NoiseSchedule:
 
 
 def refuse_bad(sampler: Sampler, multiple: int) -> None:
-    """UserError for a sampler that cannot run; `multiple` is how many pixels one latent stands for."""
+    """Raises UserError for a sampler that cannot run. multiple: pixels per latent, on each side."""
     if sampler.scheduler not in ("ddim", "dpm++"):
         raise UserError(f"The sampler {sampler.scheduler!r} is not known; choose ddim or dpm++.")
     if not 1 <= sampler.steps <= 1000:
         raise UserError(f"A sampler cannot take {sampler.steps} steps; choose 1 to 1000.")
     if any(size < multiple or size % multiple for size in (sampler.height, sampler.width)):
         raise UserError(
-            f"An image of {sampler.height} x {sampler.width} pixels cannot be drawn; choose multiples of {multiple} "
-            "for this backbone."
+            f"An image of {sampler.height} x {sampler.width} pixels cannot be generated; choose multiples of "
+            f"{multiple} for this backbone."
         )
 
 
 def refuse_not_finite(latents: Tensor, seeds: Sequence[int], dtype: torch.dtype) -> None:
-    """UserError for drawn latents (B, C, h, w) that hold NaN or infinity: they would be saved as a black image."""
-    remedy = "lower backbone.sampler.guidance_scale; if a trained model draws, train it with a lower method.align.lr"
+    """Raises UserError for latents (B, C, h, w) with NaN or infinity, which would be saved as a black image."""
+    remedy = "lower backbone.sampler.guidance_scale; if the model was trained, train it with a lower method.align.lr"
     if dtype == torch.float16:
         remedy = "set backbone.dtype=bfloat16 or float32, because float16 cannot hold the U-Net's large numbers"
     if finite.first_bad([("all", latents)]) is not None:
         seed = seeds[int((~latents.flatten(1).isfinite().all(dim=1)).int().argmax())]
-        raise finite.NotFinite(f"The image of seed {seed} cannot be drawn: its latents hold NaN or infinity; {remedy}.")
+        raise finite.NotFinite(
+            f"The image of seed {seed} cannot be generated: its latents hold NaN or infinity; {remedy}."
+        )
 
 
 def scheduler_for(sampler: Sampler, config: Mapping[str, Any]) -> DDIMScheduler | DPMSolverMultistepScheduler:
-    """A fresh scheduler with its timesteps set, from the checkpoint's own scheduler config (of whatever class)."""
+    """A new scheduler with its timesteps set, from the checkpoint's scheduler config, which may be of any class."""
     scheduler: DDIMScheduler | DPMSolverMultistepScheduler
     if sampler.scheduler == "ddim":
-        # A PNDM config (SD 1.x) says nothing of clipping and DDIM's default is to clip x0 to [-1, 1]: wrong for
+        # A PNDM config (SD 1.x) has no clip_sample, and DDIM's default is to clip x0 to [-1, 1], which is wrong for
         # latents.
         scheduler = DDIMScheduler.from_config(known(DDIMScheduler, config), clip_sample=False, thresholding=False)
     else:
@@ -102,19 +104,19 @@ def scheduler_for(sampler: Sampler, config: Mapping[str, Any]) -> DDIMScheduler 
 
 
 def known(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a scheduler config the class `kind` takes; diffusers logs a warning for the rest."""
+    """The settings of a scheduler config that the class `kind` takes; diffusers would log a warning for the others."""
     names = kind._get_init_keys(kind)
     return {key: value for key, value in config.items() if key in names}
 
 
 def start_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """(B, C, h, w) float32 on the CPU; each row depends on its own seed alone, so batching and device do not matter."""
+    """(B, C, h, w) float32 on the CPU. Each row depends only on its own seed, not on the batch or the device."""
     rows = [torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
     return torch.stack(rows) if rows else torch.zeros(0, *shape)
 
 
 def here(texts: TextStates, device: torch.device) -> TextStates:
-    """What the U-Net reads of the texts, on its device."""
+    """The texts with their states on the U-Net's device."""
     pooled = None if texts.pooled is None else texts.pooled.to(device)
     return replace(texts, states=texts.states.to(device), pooled=pooled)
 
@@ -131,12 +133,12 @@ def sample(
     beside: TextStates | None,
     stop_at: int | None,
 ) -> Tensor:
-    """Latents after all steps, or as they stand before step `stop_at`. cond: B prompts; uncond: one, for all; beside: G
-    texts whose noise the guide is given for each of the B, None = none.
+    """Latents after all steps, or before step `stop_at`. cond: B prompts. uncond: one empty prompt for all. beside: G
+    further texts, whose noise predictions the guide gets for each of the B samples; None = no such texts.
 
-    noise = uncond + guidance_scale (cond - uncond), or what `guide` makes of them. At a scale <= 1 without a guide the
-    unconditional pass is left out. Without a guide what is guided is the U-Net's raw output, noise or v: the rule
-    is linear, and the scheduler knows which of the two it is given.
+    noise = uncond + guidance_scale (cond - uncond), or the result of `guide`. Without a guide and with a scale <= 1 the
+    unconditional pass is skipped. Without a guide, guidance is applied to the U-Net's raw output, noise or v: the
+    formula is linear, and the scheduler knows the prediction type.
     """
     guided = guide is not None or guidance_scale > 1
     states, pooled = _joined(cond, uncond, beside) if guided else (cond.states, cond.pooled)
@@ -159,8 +161,8 @@ def sample(
 
 
 def _joined(cond: TextStates, uncond: TextStates, beside: TextStates | None) -> tuple[Tensor, Tensor | None]:
-    """States ((2 + G) B, T, D) and pooled states ((2 + G) B, E): the unconditional ones, the prompts', and each further
-    text's, B times."""
+    """States ((2 + G) B, T, D) and pooled states ((2 + G) B, E): the empty prompt B times, the B prompts, and each
+    further text B times."""
     count = len(cond.states)
 
     def join(own: Tensor, empty: Tensor, more: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Prompts to text states, and where in a prompt a concept stands."""
+"""Encodes prompts as text states, and finds the token rows of a concept's name in a prompt."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedT
 from realera.contracts import NamedPrompt, TextStates, UserError
 from realera.files import finite
 
-BATCH = 64  # prompts of full length in one forward of the text encoder; of shorter ones more
-KEPT = 64 << 20  # bytes of text states that are kept for when the same prompts are asked again
-WORD_END = "</w>"  # of a token of CLIP's after which a word has ended
-LETTERS = 3  # of a word that is worth asking for
-BATCH_OF_ALL_LAYERS = 16  # where every layer's states are kept: a few hundred MB
+BATCH = 64  # prompts of full length in one forward pass of the text encoder; more if they are shorter
+KEPT = 64 << 20  # bytes of text states in the memory cache
+WORD_END = "</w>"  # suffix of a CLIP token that ends a word
+LETTERS = 3  # minimum length of the words in `words`
+BATCH_OF_ALL_LAYERS = 16  # as BATCH, when the states of every layer are in memory: a few hundred MB
 
 
 class TextEncoder:
-    """CLIP's tokenizer and text model, always in float32: closed-form edits are sums over these states.
+    """CLIP's tokenizer and text model, always in float32 because closed-form edits are sums over these states.
 
     Padding is the tokenizer's own: SD 1.x pads with the end-of-text token, SD 2.x and the second encoder of SDXL with
-    "!". penultimate: the states of the last layer but one, without the final norm, as SDXL reads them.
+    "!". penultimate: return the states of the second-last layer, without the final norm, as SDXL reads them.
     """
 
     def __init__(
@@ -43,48 +43,48 @@ class TextEncoder:
         self.width = int(model.config.hidden_size)
         projected = isinstance(model, CLIPTextModelWithProjection)
         self.pooled_width = int(model.config.projection_dim) if projected else 0
-        self._kept: OrderedDict[tuple[Any, ...], TextStates] = OrderedDict()  # by the whole list, so bit for bit
+        self._cache: OrderedDict[tuple[Any, ...], TextStates] = OrderedDict()  # by the whole batch: results are equal
         probe = tokenizer("a")["input_ids"]
         if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in probe[1:]:
             raise UserError(
-                "The tokenizer puts no end-of-text token behind a prompt, as CLIP's does; copy or download the "
+                "The tokenizer adds no end-of-text token to a prompt, as CLIP's does; copy or download the "
                 "checkpoint's tokenizer again."
             )
         if not 3 <= self.length <= limit:
             raise UserError(
-                f"backbone.text_length={length} cannot be: this text encoder takes 3 to {limit} tokens; choose a "
-                "length between them."
+                f"backbone.text_length={length} is not possible: this text encoder takes 3 to {limit} tokens; choose a "
+                "length in this range."
             )
 
     def __call__(self, texts: Sequence[str | NamedPrompt], to_end: bool = False) -> TextStates:
-        """States (B, T, D) float32 on the model's device; rows as `contracts.TextStates` says; `pooled` is the
-        projected state of the end of the text, where the model has one. to_end: rows behind a text's end are not
-        computed, which changes no other: attention looks back only.
+        """States (B, T, D) float32 on the model's device; see `contracts.TextStates`. `pooled` is the projected state
+        of the text's end, if the model has one. to_end: do not compute the rows after a text's end. This does not
+        change the other rows, because attention is causal.
 
-        Raises UserError where a name was cut off (see `rows`).
+        Raises UserError if a name is cut off (see `rows`).
         """
         key = (str(self.model.device), to_end, tuple(texts))
-        found = self._kept.pop(key, None) or self._read(texts, to_end)
-        if found.states.nbytes > KEPT:  # a data set's captions: nobody waits for all of them again
+        found = self._cache.pop(key, None) or self._encode(texts, to_end)
+        if found.states.nbytes > KEPT:  # a data set's captions: they are not encoded twice
             return found
-        self._kept[key] = found  # the latest last
-        while sum(one.states.nbytes for one in self._kept.values()) > KEPT:
-            self._kept.popitem(last=False)
+        self._cache[key] = found  # the latest last
+        while sum(one.states.nbytes for one in self._cache.values()) > KEPT:
+            self._cache.popitem(last=False)
         return _copy(found)
 
     @torch.no_grad()
-    def _read(self, texts: Sequence[str | NamedPrompt], to_end: bool) -> TextStates:
+    def _encode(self, texts: Sequence[str | NamedPrompt], to_end: bool) -> TextStates:
         device = self.model.device
         ids = self._tokens(texts)
         length = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)
         sizes = length + 1 if to_end else torch.full_like(length, self.length)
         rows = [self.rows(text) if isinstance(text, NamedPrompt) else (-1, -1) for text in texts]
-        # Under no_grad, not inference_mode: a training forward saves these states for its backward, which inference
-        # tensors forbid.
+        # no_grad and not inference_mode: a training step saves these states for its backward pass, which inference
+        # tensors do not allow.
         states = torch.zeros(len(texts), int(sizes.max()) if len(texts) else self.length, self.width, device=device)
         pooled = torch.zeros(len(texts), self.pooled_width, device=device) if self.pooled_width else None
         for here in self._batches(sizes):
-            size = int(sizes[here[0]])  # the longest of them
+            size = int(sizes[here[0]])  # of the batch's longest text
             out = self.model(input_ids=ids[here, :size].to(device), output_hidden_states=self.penultimate)
             states[here, :size] = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
             if pooled is not None:
@@ -102,8 +102,8 @@ class TextEncoder:
         )
 
     def _batches(self, sizes: Tensor) -> Iterator[Tensor]:
-        """Numbers of texts that go through the model together, the longest ones first; as many as fit into the memory
-        that `BATCH` full ones take."""
+        """Batches of text indices, the longest texts first. A batch takes at most the memory of `BATCH` full-length
+        texts."""
         rows = (BATCH_OF_ALL_LAYERS if self.penultimate else BATCH) * self.length
         order = sizes.argsort(descending=True, stable=True)
         start = 0
@@ -113,19 +113,19 @@ class TextEncoder:
             start = end
 
     def forget(self) -> None:
-        """Drops the text states that are kept."""
-        self._kept.clear()
+        """Empties the memory cache."""
+        self._cache.clear()
 
     def vectors(self, text: str) -> Tensor:
-        """(n, D) float32, a copy: the rows of the token table that the text's n sub-tokens stand for."""
+        """(n, D) float32, a copy: the token embeddings of the text's n sub-tokens."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self.model.get_input_embeddings().weight[ids].detach().clone()
 
     def with_vectors(self, texts: Sequence[str | NamedPrompt], vectors: Tensor) -> TextStates:
-        """As `__call__`, the n rows of `vectors` (n, D) standing in each text where the sub-tokens of its name did; the
-        states have their gradient.
+        """As `__call__`, with the n rows of `vectors` (n, D) in place of the token embeddings of each text's name. The
+        states have gradients with respect to `vectors`.
 
-        Raises UserError as `__call__` does, for the text as it becomes.
+        Raises UserError if a text is then cut off before the last vector.
         """
         device, count = self.model.device, len(vectors)
         spans = [self.rows(text) for text in texts if isinstance(text, NamedPrompt)]
@@ -135,9 +135,9 @@ class TextEncoder:
             if start + count > self.length - 1:
                 raise UserError(
                     f"The prompt {_short(_text(text))!r} is cut at {self.length} tokens before the end of {count} "
-                    "vectors; shorten it, or take fewer."
+                    "vectors; shorten it, or use fewer vectors."
                 )
-            # What stands for the vectors is an ordinary token, not the end of the text that `length` looks for.
+            # Token 0 is the placeholder of the vectors. It must not be the end-of-text token that `length` is found by.
             kept = torch.cat([ids[:start], torch.zeros(count, dtype=ids.dtype), ids[end + 1 :]])[: self.length]
             pads = kept.new_full((self.length - len(kept),), int(self.tokenizer.pad_token_id or 0))
             kept = torch.cat([kept, pads])
@@ -174,13 +174,13 @@ class TextEncoder:
             raise finite.NotFinite(f"The text states of {_short(_text(text))!r} hold NaN or infinity: {remedy}.")
 
     def tokens(self, texts: Sequence[str]) -> list[set[int]]:
-        """The ids of each text's sub-tokens, without those that begin, end and pad it; as many as are read."""
+        """The ids of each text's sub-tokens, up to the token limit, without BOS, EOS and padding."""
         found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         return [set(ids[: self.length - 2]) for ids in found]
 
     def words(self) -> list[str]:
-        """Whole words of at least `LETTERS` letters, a to z, that the tokenizer has a token for: in the order of their
-        numbers, which in CLIP's vocabulary is that of how often its captions held them."""
+        """The whole words of at least `LETTERS` letters, a to z, that are one token. Their order is that of the token
+        ids, which in CLIP's vocabulary is the order of their frequency in its captions."""
         known = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         ended = (token.removesuffix(WORD_END) for token, _ in known if token.endswith(WORD_END))
         return [word for word in ended if len(word) >= LETTERS and word.isascii() and word.isalpha()]
@@ -191,17 +191,17 @@ class TextEncoder:
     def rows(self, prompt: NamedPrompt) -> tuple[int, int]:
         """Rows of the first and last sub-token of the prompt's name.
 
-        Raises UserError where the name is empty, or where the token limit cuts it off or through.
+        Raises UserError if the name is empty, and if the token limit cuts off the name or a part of it.
         """
-        # The whole prompt, not the cut one: only so is it known whether the name's last sub-token was lost.
+        # The whole prompt is tokenized, not the truncated one: only then a lost last sub-token of the name is noticed.
         offsets = self.tokenizer(prompt.text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         hits = [row for row, (start, end) in enumerate(offsets) if start < prompt.end and end > prompt.start]
         if not hits:
-            said = f"no part of {_short(prompt.name)!r}" if prompt.name.strip() else "no name"
+            lacking = f"no part of {_short(prompt.name)!r}" if prompt.name.strip() else "no name"
             raise UserError(
-                f"The tokenizer finds {said} in {_short(prompt.text)!r}; write the concept in other letters."
+                f"The tokenizer finds {lacking} in {_short(prompt.text)!r}; write the concept in other letters."
             )
-        if hits[-1] > self.length - 2:  # the last row is the end-of-text token's
+        if hits[-1] > self.length - 2:  # the last row is for the end-of-text token
             raise UserError(
                 f"The prompt {_short(prompt.text)!r} is cut at {self.length} tokens before the end of "
                 f"{_short(prompt.name)!r}; shorten it or move the concept forward."
@@ -218,10 +218,11 @@ class TextEncoder:
 
 
 class PairedTextEncoder:
-    """The two text encoders of SDXL: rows joined along the width, D = D1 + D2, and the second one's pooled state.
+    """The two text encoders of SDXL: their states are joined along the width, D = D1 + D2. The pooled state is that of
+    the second encoder.
 
-    A joined row is one vector everywhere: a closed form maps it as a whole, because that is what W_K and W_V read. The
-    parts are not normed and differ in scale; a distance or cosine of joined rows is ruled by the part that is longer.
+    A joined row is treated as one vector: a closed form maps the whole row, because W_K and W_V read the whole row. The
+    two parts are not normalised and differ in scale, so the larger part dominates distances and cosines.
     """
 
     def __init__(self, first: TextEncoder, second: TextEncoder) -> None:
@@ -236,7 +237,7 @@ class PairedTextEncoder:
         self.pooled_width = second.pooled_width
 
     def __call__(self, texts: Sequence[str | NamedPrompt], to_end: bool = False) -> TextStates:
-        """As `TextEncoder`. Raises UserError too where the two tokenizers part a text differently."""
+        """As `TextEncoder`. Also raises UserError if the two tokenizers split a text differently."""
         return self._joined(texts, self.first(texts, to_end), self.second(texts, to_end))
 
     def forget(self) -> None:
@@ -244,11 +245,11 @@ class PairedTextEncoder:
         self.second.forget()
 
     def vectors(self, text: str) -> Tensor:
-        """As `TextEncoder.vectors`, of both tables."""
+        """As `TextEncoder.vectors`, joined for both encoders."""
         return torch.cat([self.first.vectors(text), self.second.vectors(text)], dim=-1)
 
     def with_vectors(self, texts: Sequence[str | NamedPrompt], vectors: Tensor) -> TextStates:
-        """As `TextEncoder.with_vectors`, each encoder with its part of the width."""
+        """As `TextEncoder.with_vectors`; each encoder takes its part of the width."""
         one, two = vectors.split([self.first.width, self.second.width], dim=-1)
         return self._joined(texts, self.first.with_vectors(texts, one), self.second.with_vectors(texts, two))
 
@@ -257,21 +258,21 @@ class PairedTextEncoder:
             differs = (getattr(one, name) != getattr(two, name)).nonzero()
             if len(differs):
                 raise UserError(
-                    f"The two tokenizers part the prompt {_short(_text(texts[int(differs[0])]))!r} differently; give a "
-                    "checkpoint whose tokenizers share their words."
+                    f"The two tokenizers split the prompt {_short(_text(texts[int(differs[0])]))!r} differently; give "
+                    "a checkpoint whose tokenizers have the same vocabulary."
                 )
         return replace(two, states=torch.cat([one.states, two.states], dim=-1))
 
     def rows(self, prompt: NamedPrompt) -> tuple[int, int]:
-        """As `TextEncoder.rows`; the two tokenizers share their words."""
+        """As `TextEncoder.rows`; the two tokenizers have the same vocabulary."""
         return self.first.rows(prompt)
 
     def tokens(self, texts: Sequence[str]) -> list[set[int]]:
-        """As `TextEncoder`; the two tokenizers share their words."""
+        """As `TextEncoder`; the two tokenizers have the same vocabulary."""
         return self.first.tokens(texts)
 
     def words(self) -> list[str]:
-        """As `TextEncoder`; the two tokenizers share their words."""
+        """As `TextEncoder`; the two tokenizers have the same vocabulary."""
         return self.first.words()
 
     def to(self, device: Any) -> None:
@@ -280,7 +281,7 @@ class PairedTextEncoder:
 
 
 def _copy(found: TextStates) -> TextStates:
-    """The same values in memory of their own: what a caller does to them stays the caller's."""
+    """A copy, so that a caller may change it without changing the cache."""
     pooled = None if found.pooled is None else found.pooled.clone()
     first, last, length = found.first.clone(), found.last.clone(), found.length.clone()
     return TextStates(found.states.clone(), first, last, length, pooled)

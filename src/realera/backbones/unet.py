@@ -23,15 +23,16 @@ EDIT, LORA = "edit.", "lora."
 
 
 class UNetBackbone:
-    """`contracts.Backbone` over a diffusers folder or hub id; `pretrained` None is the built-in miniature.
+    """`contracts.Backbone` for a diffusers folder or hub id; `pretrained` None is the built-in miniature.
 
-    dtype: of the U-Net's weights, "float32", "bfloat16" (they cannot be trained, an adapter on them can) or "float16"
-    (draws images, cannot be trained); text states, latents and the autoencoder are float32. text: the width and
-    max_length that the config promises are held against the checkpoint (its row_norm serves the config's own checks).
-    text_length: rows T, None = the tokenizer's limit. attention, compile: see `Denoiser`. gradient_checkpointing: a
-    block's activations are computed again for the gradient instead of kept. vae_slicing: images are decoded, and
-    encoded, one by one; vae_tiling: and in overlapping tiles, which shows faintly. Raises UserError for bad settings
-    and for a checkpoint that is missing, torn, or not what `text` promises.
+    dtype: of the U-Net's weights: "float32", "bfloat16" (an adapter can be trained, the weights cannot) or "float16"
+    (generates images, cannot be trained); text states, latents and the autoencoder are float32. text: width and
+    max_length are compared with the checkpoint; row_norm is only used to check the config. text_length: rows T, None =
+    the tokenizer's limit. attention, compile: see `Denoiser`. gradient_checkpointing: recompute a block's activations
+    for the gradient instead of storing them. vae_slicing: decode and encode images one by one. vae_tiling: use
+    overlapping tiles, whose seams may be faintly visible.
+
+    Raises UserError for bad settings, and for a checkpoint that is missing, torn, or does not match `text`.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class UNetBackbone:
         if vae_tiling:
             parts.vae.enable_tiling()
         self.vae_slicing = vae_slicing
-        self._take(parts, name, sampler, text, text_length, attention, compile)
+        self._init_from_parts(parts, name, sampler, text, text_length, attention, compile)
 
-    def _take(
+    def _init_from_parts(
         self,
         parts: loading.Parts,
         name: str,
@@ -70,7 +71,7 @@ class UNetBackbone:
         attention: Attention = "auto",
         compile: bool | str = False,
     ) -> None:
-        """Makes the backbone of a checkpoint's components; the arguments are the constructor's."""
+        """Initialises the backbone from loaded components; the other arguments are the constructor's."""
         self.name = name
         self.sampler = sampler
         self.text = loading.text_encoder(parts, text_length)
@@ -88,7 +89,7 @@ class UNetBackbone:
         self._denoise = Denoiser(parts.unet, attention, compile, self.pixels_per_latent, name)
         self._schedule = sampling.NoiseSchedule(self.scheduler_config)
         self._zeros = parts.xl and parts.zeros_for_no_prompt
-        self._depth = 0  # of nested original()
+        self._depth = 0  # nesting level of original()
         self._empty: TextStates | None = None
 
     @property
@@ -107,7 +108,7 @@ class UNetBackbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is now: a trainer may move it by itself, and everything else follows it."""
+        """The U-Net's current device. A trainer may move the U-Net; everything else follows it."""
         return next(self.unet.parameters()).device
 
     # --- text --------------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class UNetBackbone:
     def encode(
         self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None, to_end: bool = False
     ) -> TextStates:
-        """See `TextEncoder.__call__` and, for vectors, `with_vectors`; on the U-Net's device, in float32 always."""
+        """See `TextEncoder.__call__`, and `with_vectors` for vectors; on the U-Net's device, always in float32."""
         device = self.device
         self.text.to(device)
         with torch.autocast(device.type, enabled=False):
@@ -145,15 +146,16 @@ class UNetBackbone:
     @torch.inference_mode(False)  # weights made in inference mode could never be trained
     @torch.no_grad()
     def apply(self, edit: Edit) -> None:
-        """Folds W = W @ map (in float64, then rounded once) or the given weights; a second edit lands on the first."""
+        """Applies W = W @ map (in float64, then rounded once) or the given weights, on top of earlier edits."""
         self._refuse_inside_original()
         self._base.apply(edit)
 
     @contextmanager
     def original(self, edited: bool = False) -> Iterator[None]:
-        """The model as loaded, adapters off, and no gradients recorded: they would be taken through the wrong weights.
+        """The model as loaded, without adapters, inside this context. Gradients are off: they would be those of other
+        weights.
 
-        edited: the base weights stay. May be nested (the outermost decides), and an exception leaves all as it was.
+        edited: keep the edited base weights. Contexts may be nested; the outermost one decides.
         """
         self._depth += 1
         try:
@@ -168,7 +170,7 @@ class UNetBackbone:
 
     @torch.inference_mode(False)
     def add_adapter(self, spec: LoraSpec, generator: Generator, concepts: int = 1) -> list[nn.Parameter]:
-        """See `adapters.add`; in float32 whatever the U-Net's dtype, and one at a time."""
+        """See `adapters.add`. The adapter is float32 for every dtype of the U-Net. Only one adapter is allowed."""
         self._refuse_inside_original()
         self._base.refuse_adapting_float16()
         if adapters.layers(self.unet):
@@ -181,14 +183,14 @@ class UNetBackbone:
 
     @torch.inference_mode(False)
     def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
-        """Makes the U-Net's own weights trainable, for methods without LoRA; see `BaseWeights.unfreeze`."""
+        """Makes the U-Net's own weights trainable, for methods without a LoRA; see `BaseWeights.unfreeze`."""
         self._refuse_inside_original()
         return self._base.unfreeze(targets)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def merge_adapter(self) -> None:
-        """Folds (alpha / rank) B A into the base weights and takes the adapter away; images change by rounding only."""
+        """Adds (alpha / rank) B A to the base weights and removes the adapter; images change only by rounding."""
         self._refuse_inside_original()
         deltas = adapters.deltas(self.unet)
         adapters.remove(self.unet)
@@ -198,7 +200,7 @@ class UNetBackbone:
         )
 
     def remove_adapter(self) -> None:
-        """Takes the adapter away, unmerged."""
+        """Removes the adapter without merging it."""
         self._refuse_inside_original()
         adapters.remove(self.unet)
 
@@ -211,16 +213,17 @@ class UNetBackbone:
     @torch.inference_mode(False)
     @torch.no_grad()
     def load_erased(self, state: Mapping[str, Tensor]) -> None:
-        """The original model plus exactly `state`: what was applied before is undone. Nothing of it is trainable.
+        """Restores the original model and applies `state` to it. Nothing is trainable afterwards.
 
-        Raises UserError for a state of another model or one that is not finite, and is then the original.
+        Raises UserError for a state of another model and for one that is not finite; the model is then the original.
         """
         self._refuse_inside_original()
         adapters.remove(self.unet)
         self._base.restore()
         if unknown := [key for key in state if not key.startswith((EDIT, LORA))]:
             raise UserError(
-                f"The erased weights hold {unknown[0]!r}, which is no edit and no LoRA; give an erased.safetensors."
+                f"The erased weights contain {unknown[0]!r}, which is neither an edit nor a LoRA; give an "
+                "erased.safetensors."
             )
         finite.refuse(state, "The erased weight", "erase again, with a larger ridge or a lower method.align.lr")
         try:
@@ -233,7 +236,7 @@ class UNetBackbone:
 
     def _refuse_inside_original(self) -> None:
         if self._depth:
-            raise RuntimeError("inside original() the weights are on loan: leave it first")
+            raise RuntimeError("the weights cannot change inside original(): leave that context first")
 
     def attention(self) -> AbstractContextManager[dict[str, Tensor]]:
         return self._denoise.recorded()
@@ -250,11 +253,11 @@ class UNetBackbone:
         return self._schedule.noised(latents, noise, timesteps)
 
     def predict_noise(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Tensor | None = None) -> Tensor:
-        """The noise (B, C, h, w) float32 that the U-Net sees, gradients recorded; timesteps (B,) or (), pooled (B, E)
-        where the U-Net takes one (SDXL).
+        """The noise prediction (B, C, h, w) float32, with gradients; timesteps (B,) or (), pooled (B, E) if the U-Net
+        takes one (SDXL).
 
-        A checkpoint that predicts v is asked for v, which is then turned into noise: a loss on the noise weighs its
-        timesteps as it does for one that predicts noise.
+        The output of a v-prediction checkpoint is converted to noise, so a loss on the noise weights the timesteps as
+        it does for a checkpoint that predicts noise.
         """
         out = self._denoise(latents, timesteps, states, pooled)
         return self._schedule.noise_of(out, latents.to(out), timesteps)
@@ -262,7 +265,7 @@ class UNetBackbone:
     # --- images ------------------------------------------------------------------------------------------------------
 
     def timesteps(self, sampler: Sampler | None = None) -> Tensor:
-        """(steps,) int64, falling: the training timestep of each step; `sample(stop_at=i)` ends at noise level [i]."""
+        """(steps,) int64, falling: the training timestep of each step; `sample(stop_at=i)` ends at timestep [i]."""
         return sampling.scheduler_for(sampler or self.sampler, self.scheduler_config).timesteps.clone()
 
     @torch.no_grad()
@@ -300,8 +303,8 @@ class UNetBackbone:
         return drawn
 
     def _no_prompt(self) -> TextStates:
-        """What guidance leads away from (1 prompt): the encoded empty text, or zeros where SDXL's index says so."""
-        if self._empty is None:  # the text encoder is never edited, so one serves all
+        """The unconditional text states (1 prompt): the encoded empty text, or zeros if SDXL's index says so."""
+        if self._empty is None:  # the text encoder is never edited, so they are encoded once
             empty = self.encode([""])
             if self._zeros and empty.pooled is not None:
                 empty = replace(empty, states=torch.zeros_like(empty.states), pooled=torch.zeros_like(empty.pooled))
@@ -317,7 +320,7 @@ class UNetBackbone:
     def generate(
         self, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler | None = None, guide: Guide | None = None
     ) -> Tensor:
-        """uint8 (B, H, W, 3), all B at once: the caller chooses how many fit."""
+        """uint8 (B, H, W, 3). All B images are generated in one batch, so the caller chooses B by the memory."""
         with nullcontext() if guide is None else guide.around(self, texts):
             latents = self.sample(self.encode(texts), seeds, sampler, guide)
         return self.decode(latents)
@@ -325,11 +328,11 @@ class UNetBackbone:
     # --- devices -----------------------------------------------------------------------------------------------------
 
     def to(self, device: Any) -> UNetBackbone:
-        """Moves the U-Net; text encoder and autoencoder follow when they are next used."""
+        """Moves the U-Net. Text encoder and autoencoder follow at their next use."""
         self.unet.to(device)
         return self
 
     def park(self) -> None:
-        """Text encoders and autoencoder to the CPU until they are used: the training loop needs none."""
+        """Moves text encoders and autoencoder to the CPU until their next use: the training loop needs neither."""
         self.text.to("cpu")
         self.vae.to("cpu")

@@ -1,5 +1,5 @@
-"""A checkpoint's tokenizer read by the tokenizers library alone: no torch, so that prompts are checked before anything
-heavy is loaded."""
+"""Reads a checkpoint's tokenizer with the tokenizers library alone, without torch, so that prompts are checked before
+anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from realera.files.headers import read_json
 FILE, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}  # {role: CLIP's token}
-FAR = 10**9  # tokens
-WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""  # how CLIP parts a text before its merges
+FAR = 10**9  # tokens: no limit
+WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""  # CLIP's split of a text before the merges
 TOO_LONG = 64 << 20  # bytes; CLIP's own files have one or two million
 
 
 def read(folder: Path) -> Any:
-    """The tokenizers.Tokenizer of a tokenizer's folder, without cutting and padding; None where there is none.
+    """The tokenizers.Tokenizer in a folder, without truncation and padding; None if the folder has no tokenizer.
 
-    Raises UserError naming the file that cannot be read.
+    Raises UserError, with its name, for a file that cannot be read.
     """
     files = [folder / FILE] if (folder / FILE).is_file() else [folder / VOCABULARY, folder / MERGES]
     if not all(file.is_file() for file in files):
@@ -35,10 +35,10 @@ def read(folder: Path) -> Any:
 
 
 def special(folder: Path) -> dict[str, str]:
-    """{role: token} of the tokens that begin and end a text, pad it, and stand for an unknown word.
+    """{role: token} of the begin, end, padding and unknown-word tokens.
 
-    tokenizer_config.json says them, and special_tokens_map.json before it where both are of the older layout, as
-    transformers reads them: Stable Diffusion 2's pads with "!" by the latter alone.
+    They are read as transformers does: from tokenizer_config.json and, if that has the older layout, also from
+    special_tokens_map.json, which takes precedence. Stable Diffusion 2's padding "!" is only in the latter.
     """
     said: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -49,14 +49,14 @@ def special(folder: Path) -> dict[str, str]:
 
 
 def longest(folder: Path) -> int:
-    """How many tokens a text may have by tokenizer_config.json; far more than any where it says nothing."""
+    """The token limit in tokenizer_config.json, or `FAR` if it gives none."""
     file = folder / "tokenizer_config.json"
     return int(min(read_json(file).get("model_max_length", FAR) if file.is_file() else FAR, FAR))
 
 
 def check(folder: Path, rows: int | None) -> None:
-    """UserError where a tokenizer's folder cannot be read, puts no begin and end round a text, or knows a token without
-    one of the text encoder's `rows` (None: unknown); and where its settings say nonsense."""
+    """Raises UserError if a tokenizer cannot be read, does not put begin and end tokens around a text, or has a token
+    id beyond the text encoder's `rows` (None = unknown); and for invalid settings."""
     _check_settings(folder)
     if (tokenizer := read(folder)) is None:
         return
@@ -64,20 +64,20 @@ def check(folder: Path, rows: int | None) -> None:
     plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     if not plain or whole[1:-1] != plain:
         raise UserError(
-            f"The tokenizer {str(file)!r} does not put a begin and an end round a text, as CLIP's does; copy or "
+            f"The tokenizer {str(file)!r} does not put begin and end tokens around a text, as CLIP's does; copy or "
             "download it again."
         )
     for role, token in special(folder).items():
         if tokenizer.token_to_id(token) is None:
             raise UserError(
-                f"The tokenizer {str(file)!r} does not know the token {token[:40]!r}, which its settings name as "
+                f"The tokenizer {str(file)!r} does not have the token {token[:40]!r}, which its settings use as "
                 f"{role}; copy or download it again."
             )
     word, last = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     if rows is not None and last >= rows:
         raise UserError(
-            f"The tokenizer {str(file)!r} gives {word[:40]!r} the number {last}, and the text encoder has {rows} rows "
-            f"(0 to {rows - 1}); give a tokenizer and a text encoder that belong together."
+            f"The tokenizer {str(file)!r} gives {word[:40]!r} the id {last}, but the text encoder has only {rows} rows "
+            f"(0 to {rows - 1}); give a tokenizer and a text encoder that fit together."
         )
 
 
@@ -89,7 +89,7 @@ def _read(files: tuple[Path, ...], known: tuple[tuple[int, int], ...]) -> Any:
         raise _damaged(large, ValueError(f"it is larger than {TOO_LONG >> 20} MB"))
     try:
         tokenizer = Tokenizer.from_file(str(files[0])) if len(files) == 1 else _of_pair(*files)
-    except Exception as error:  # the library raises plain ones
+    except Exception as error:  # the library raises plain Exceptions
         raise _damaged(files[0], error) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -122,22 +122,23 @@ def _of_pair(vocabulary: Path, merges: Path) -> Any:
 
 
 def _check_settings(tokenizer: Path) -> None:
-    """tokenizer_config.json may say how long a text is, and with special_tokens_map.json which tokens are special;
-    UserError where they say nonsense."""
+    """Raises UserError for invalid values in tokenizer_config.json (token limit, special tokens) and
+    special_tokens_map.json (special tokens)."""
     for file in (tokenizer / "tokenizer_config.json", tokenizer / "special_tokens_map.json"):
         said = read_json(file) if file.is_file() else {}
         if found := next((key for key in NEVER if said.get(key) is not None), None):
-            raise UserError(f"The file {str(file)!r} sets {found}, which a checkpoint cannot do here; take it out.")
+            raise UserError(f"The file {str(file)!r} sets {found}, which is not allowed in a checkpoint; remove it.")
         length = said.get("model_max_length", 77)
         if type(length) not in (int, float) or not length >= 3:
             raise UserError(
-                f"The file {str(file)!r} says model_max_length={length!r}, which is no number of 3 or more."
+                f"The file {str(file)!r} says model_max_length={length!r}, which is not a number of 3 or more."
             )
         for name in (name for name in SPECIAL if name in said):
             token = said[name].get("content") if isinstance(said[name], dict) else said[name]
             if not isinstance(token, str):
                 raise UserError(
-                    f"The file {str(file)!r} says {name}={str(said[name])[:60]}, which is no token; download it again."
+                    f"The file {str(file)!r} says {name}={str(said[name])[:60]}, which is not a token; download it "
+                    "again."
                 )
 
 

@@ -1,1 +1,1 @@
-"""From weights to numbers: images and their manifest, verdicts, metrics, the report. Knows no method and no command."""
+"""Images and their manifest, verdicts, and metrics. This part imports no method and no command."""

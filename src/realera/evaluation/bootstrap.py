@@ -1,7 +1,7 @@
-"""Bayesian bootstrap (Rubin, 1981) of what was drawn at random: each unit, an image or a run, has one random weight in
-each resample. A weight is a function of the seed and of what the unit is, whichever run or system it stands in (as for
-data that are crossed: Owen & Eckles, 2012), so systems that have units in common are compared in pairs, and an image
-that is in ten runs is one image. No weight is 0, so what has a scored image has a mean in every resample.
+"""Bayesian bootstrap (Rubin, 1981) over images and runs: each unit (an image or a run) has one random weight in each
+resample. The weight depends only on the seed and the unit's key, not on the run or system (as for crossed data: Owen &
+Eckles, 2012). So systems with common units are compared in pairs, and an image that is in ten runs is one image. No
+weight is 0, so a metric with a scored image has a mean in every resample.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Generator, Tensor
 
 from realera.contracts import Prompt
 
-DRAWS, LEVEL = 2000, 95.0  # bootstrap resamples; percent of them that an interval holds
+DRAWS, LEVEL = 2000, 95.0  # number of resamples; percent of them that lie inside an interval
 TAIL = (1 - LEVEL / 100) / 2
 KIND = "Bayesian bootstrap over {}; exact (Clopper-Pearson) where all images are read alike as yes or no"
-PIECE, KEPT = 4096, 32_768  # units that are weighed at once, and whose weights are kept: 16 KB each, COCO-30K's too
+PIECE, KEPT = 4096, 32_768  # units processed at once; units whose weights stay in memory (16 KB each; COCO-30K fits)
 
 
 def image_key(prompt: Prompt) -> str:
-    """What an image is, whoever drew it: its split, concept, text and seed."""
+    """Identifies an image by its split, concept, text and seed, in all runs and systems."""
     return "\x1f".join(("image", prompt.split, prompt.concept, prompt.text, str(prompt.seed)))
 
 
@@ -35,8 +35,8 @@ def concept_key(concept: str) -> str:
 
 
 class Resamples:
-    """`draws` resamples from one seed. Weights are kept, so one object for a whole table saves time and changes
-    nothing."""
+    """`draws` resamples from one seed. The object caches weights: sharing it for a whole table saves time and does not
+    change the numbers."""
 
     def __init__(self, seed: int = 0, draws: int = DRAWS) -> None:
         self.seed = seed
@@ -44,7 +44,8 @@ class Resamples:
         self._known: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
 
     def weights(self, keys: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(len(keys), draws) float64, exponential with mean 1; equal keys have equal rows. And their sum (draws,)."""
+        """Weights (len(keys), draws) float64, exponential with mean 1, and their sum (draws,). Equal keys have equal
+        rows."""
         keys = tuple(keys)
         if keys not in self._known:
             if sum(map(len, self._known)) + len(keys) > KEPT:
@@ -59,27 +60,28 @@ class Resamples:
         return self._known[keys]
 
     def deviations(self, keys: Sequence[str], values: Tensor) -> Tensor:
-        """(draws,) the weighted mean of values (n,) less their mean; NaN: left out of both. 0 for fewer than two.
+        """(draws,): the weighted mean of values (n,) minus their mean. NaN values are left out. 0 for fewer than two
+        values.
 
-        Times sqrt((n + 1) / (n - 1)), for the weights' own spread gives the mean of n values the variance
-        sum (x - mean)^2 / (n (n + 1)), and (n - 1) in place of (n + 1) is the unbiased one.
+        The result is scaled by sqrt((n + 1) / (n - 1)): with these weights the mean of n values has the variance
+        sum (x - mean)^2 / (n (n + 1)), and the unbiased one has (n - 1) in place of (n + 1).
         """
-        there = ~values.isnan()
-        n = int(there.sum())
+        scored = ~values.isnan()
+        n = int(scored.sum())
         if n < 2:
             return torch.zeros(self.draws, dtype=torch.float64)
-        apart = torch.where(there, values - values[there].mean(), 0).double()
+        apart = torch.where(scored, values - values[scored].mean(), 0).double()
         total, weight = torch.zeros(2, self.draws, dtype=torch.float64)
         for start in range(0, len(keys), PIECE):
             here = slice(start, start + PIECE)
             w, whole = self.weights(keys[here])
             total += apart[here] @ w
-            weight += whole if bool(there[here].all()) else there[here].double() @ w
+            weight += whole if bool(scored[here].all()) else scored[here].double() @ w
         return total / weight * math.sqrt((n + 1) / (n - 1))
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """The ends that hold LEVEL percent of the resampled values; NaN where one of them is."""
+    """The interval that contains LEVEL percent of the resampled values; NaN if any value is NaN."""
     if values.isnan().any():
         return math.nan, math.nan
     low, high = torch.quantile(values, torch.tensor([TAIL, 1 - TAIL], dtype=values.dtype)).tolist()
@@ -87,11 +89,11 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 
 def exact(value: float, trials: float) -> tuple[float, float]:
-    """The interval (Clopper & Pearson, 1934) of a share of `trials` images, in percent, that is 0 or 100."""
+    """The Clopper-Pearson (1934) interval, in percent, of a share of `trials` images that is 0 or 100 percent."""
     bound = 100 * (1 - TAIL ** (1 / trials))
     return (0.0, bound) if value < 50 else (100 - bound, 100.0)
 
 
 def described(over: str, resamples: Resamples) -> Mapping[str, object]:
-    """What a file of numbers says of its intervals. over: what was drawn at random, in words."""
+    """The description of the intervals in a file of numbers. over: the resampled units, in words."""
     return {"kind": KIND.format(over), "level": LEVEL, "draws": resamples.draws, "seed": resamples.seed}

@@ -1,4 +1,4 @@
-"""Boxes by class, as the papers' tables of explicit content print them (MACE, RealEra table 2)."""
+"""Boxes by class, as in the papers' tables of explicit content (MACE, RealEra table 2)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CLASSES = (  # the columns of the papers' tables, in their order
     "breasts_m",
     "genitalia_m",
 )
-APART = ("anus",)  # found by the detector and counted by nobody's table: kept out of the totals
+APART = ("anus",)  # the detector finds it, but no table counts it: not part of the totals
 
 
 def counts(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """{split: {"classes": {class: {boxes, images}}, "apart": the same of what no table counts, "total": {boxes,
-    images}, "n": images looked at}} from the verdicts' detail["boxes"]; {} where no verdict has any.
+    """{split: {"classes": {class: {boxes, images}}, "apart": the same for classes that no table counts, "total":
+    {boxes, images}, "n": number of images}} from the verdicts' detail["boxes"]; {} if no verdict has this key.
 
-    boxes: every box counts (MACE). images: images with at least one; of the total, with one of any class.
+    boxes: every box counts (MACE). images: images with at least one box of the class; in the total, of any class.
     """
     splits: dict[str, list[Mapping[str, int]]] = {}
     for prompt, verdict in zip(prompts, verdicts, strict=True):

@@ -1,9 +1,9 @@
-"""Images of a run: drawn in fixed chunks of the prompt list, so that a run that was killed, and one of any number of
-processes, ends with the same pictures.
+"""Generates a run's images in fixed chunks of the prompt list, so that an interrupted run and a run of any number of
+processes end with the same images.
 
-Noise comes from each prompt's own seed, but a convolution's last bits can depend on how many images run together. So
-the chunks are fixed by the list, one with a picture missing or torn is drawn again whole, and whole chunks are what
-processes share out. Whether a picture is torn is looked at whenever a run's images are drawn, judged or compared.
+The noise comes from each prompt's seed, but the last bits of a convolution can depend on the batch size. So the prompt
+list alone determines the chunks, a chunk with a missing or torn image is drawn again as a whole, and the processes
+share whole chunks. Images are checked for damage whenever a run's images are drawn, judged or compared.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from realera.system.ranks import ALONE, Ranks
 log = logging.getLogger(__name__)
 
 Advance = Callable[[int], None]
-"""Told how many more images are done; a command's progress bar."""
+"""Receives the number of further finished images; updates a command's progress bar."""
 
 
 def generate_images(
@@ -48,12 +48,12 @@ def generate_images(
     advance: Advance | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Row]:
-    """Writes images/<id>.png for every prompt with the backbone as it stands, and the manifest.
+    """Writes the manifest, then images/<id>.png for every prompt with the backbone's current weights.
 
-    The manifest comes first and says what drew each image. Pictures that other weights or another sampler drew (the
-    manifest that stands there says so) are drawn again; the rest of an unfinished run is kept. `originals`: note beside
-    each image where `original_images` puts its counterpart. ranks: the processes that share the drawing. Raises
-    UserError where an image cannot be written or does not fit into memory, and where another process has ended.
+    The manifest records the source of each image (`source_of`). If the run has an older manifest, images of another
+    source are drawn again and all others are kept. originals: record in the manifest the path at which
+    `original_images` writes the original image. ranks: the processes that share the work. Raises UserError if an image
+    cannot be written or does not fit into memory, or if another process has ended.
     """
 
     def begin() -> list[Row]:
@@ -86,9 +86,9 @@ def original_images(
 ) -> list[Path]:
     """The unedited model's images of the same prompts, run_dir/<folder>/<id>.png, drawn once for all runs.
 
-    They stand in cache_dir()/images/<fingerprint>/<sha of text, seed, sampler, dtype>.png; the run folder holds hard
-    links, or copies where the cache is on another disk. folder="images" beside a manifest makes a run of the original
-    model. Raises UserError as `generate_images` does.
+    The files are in cache_dir()/images/<fingerprint>/<sha of text, seed, sampler, dtype>.png; the run folder has hard
+    links, or copies if the cache is on another disk. folder="images" and a manifest make a run of the original model.
+    Raises UserError as `generate_images` does.
     """
 
     def places() -> list[Path]:
@@ -100,28 +100,28 @@ def original_images(
     files = [run_dir / folder / f"{p.id}.png" for p in prompts]
     if ranks.first:
         for file, drawn in zip(files, cached):
-            _link(drawn, file)
+            _link_or_copy(drawn, file)
     ranks.wait()
-    _see(files)
+    _wait_until_visible(files)
     return files
 
 
 def source_of(backbone: Backbone, sampler: Sampler | None = None, guide: Guide | None = None) -> str:
-    """Content id of what draws an image: the original weights, what was changed in them, the sampler, the guide."""
+    """Content id of everything that draws an image: original weights, changed weights, sampler and guide."""
     digest = hashlib.sha256(_settings(backbone, sampler).encode())
     _add_changes(digest, backbone)
     return _with_guide(digest, guide)
 
 
 def sources_of(backbone: Backbone, samplers: Sequence[Sampler], guide: Guide | None = None) -> dict[Sampler, str]:
-    """Such an id for each sampler. One alone has `source_of`'s, which folders of runs hold; of several the changed
-    weights, gigabytes perhaps, are read once."""
+    """A content id for each sampler. For one sampler it equals `source_of`, as in existing run folders. For several,
+    the changed weights (possibly gigabytes) are read only once."""
     if len(samplers) == 1:
         return {samplers[0]: source_of(backbone, samplers[0], guide)}
     changes = hashlib.sha256()
     _add_changes(changes, backbone)
-    said = {sampler: f"{_settings(backbone, sampler)}|{changes.hexdigest()}" for sampler in samplers}
-    return {sampler: _with_guide(hashlib.sha256(text.encode()), guide) for sampler, text in said.items()}
+    settings = {sampler: f"{_settings(backbone, sampler)}|{changes.hexdigest()}" for sampler in samplers}
+    return {sampler: _with_guide(hashlib.sha256(text.encode()), guide) for sampler, text in settings.items()}
 
 
 def _add_changes(digest: hashlib._Hash, backbone: Backbone) -> None:
@@ -137,7 +137,7 @@ def _with_guide(digest: hashlib._Hash, guide: Guide | None) -> str:
 
 
 def own_sampler(prompt: Prompt, base: Sampler) -> Sampler:
-    """How a prompt is drawn where all others are drawn with `base`: its own guidance and size, if it has any."""
+    """`base` with the prompt's own guidance and size, if it has any."""
     height, width = prompt.size or (base.height, base.width)
     guidance = base.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
     return replace(base, guidance_scale=guidance, height=height, width=width)
@@ -145,14 +145,15 @@ def own_sampler(prompt: Prompt, base: Sampler) -> Sampler:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images drawn together: their places in the prompt list, and how."""
+    """Images drawn together. places: their indices in the prompt list."""
 
     places: tuple[int, ...]
     sampler: Sampler
 
 
 def chunks_of(prompts: Sequence[Prompt], base: Sampler, size: int) -> list[Chunk]:
-    """The list in chunks of `size`, prompts of one guidance and size together, in the order in which they stand."""
+    """The prompt list in chunks of at most `size`, in order; all prompts of a chunk have one guidance and image
+    size."""
     groups: dict[Sampler, list[int]] = {}
     for place, prompt in enumerate(prompts):
         groups.setdefault(own_sampler(prompt, base), []).append(place)
@@ -164,7 +165,7 @@ def chunks_of(prompts: Sequence[Prompt], base: Sampler, size: int) -> list[Chunk
 
 
 def _settings(backbone: Backbone, sampler: Sampler | None) -> str:
-    """The weights' id, their precision, and the sampler, as one line."""
+    """The original weights' fingerprint, the precision and the sampler, as one line."""
     dtype = next((str(p.dtype) for p in backbone.denoiser.parameters()), "")
     return json.dumps([backbone.fingerprint, dtype, asdict(sampler or backbone.sampler)], sort_keys=True)
 
@@ -175,7 +176,8 @@ def _content_key(backbone: Backbone, prompt: Prompt, sampler: Sampler | None) ->
 
 
 def _drop_stale(run_dir: Path, rows: Sequence[Row]) -> None:
-    """Deletes images that something else drew, by the manifest that stands there (or all, where there is none)."""
+    """Deletes images whose source differs from the one in the existing manifest; all of them if there is no
+    manifest."""
     images = run_dir / paths.IMAGES
     if not images.is_dir():
         return
@@ -208,7 +210,7 @@ def _draw(
     A chunk that another run is drawing (of the unedited model's images, which all share) is left to it.
     """
     if chunk < 1:
-        raise UserError(f"chunk={chunk} draws nothing: draw 1 or more images at once")
+        raise UserError(f"chunk={chunk} is not valid: use 1 or more images at once")
     chunks = chunks_of(prompts, sampler or backbone.sampler, chunk)
     owner: dict[Path, int] = {}
     for number, part in enumerate(chunks):
@@ -219,52 +221,52 @@ def _draw(
         missing = [file for file in owner if not checksums.image_is_whole(file)]
         torn = [file for file in missing if file.exists()]
         checksums.made_again(*torn)
-        for file in torn:  # taken away, never written into: in the cache it is one file with a name in each run
+        for file in torn:  # deleted, not overwritten: a cached file has hard links in several runs
             with disk.explained(file):
                 file.unlink(missing_ok=True)
         return sorted({owner[file] for file in missing})
 
     missing = ranks.from_first(undone)
-    if advance is not None and (there := len(prompts) - sum(len(chunks[n].places) for n in missing)):
-        advance(there)
+    if advance is not None and (finished := len(prompts) - sum(len(chunks[n].places) for n in missing)):
+        advance(finished)
     size = chunk
 
     def draw(number: int, wait: bool) -> bool:
-        """Draws a chunk, unless another run has drawn it meanwhile; False where another one is at it."""
+        """Draws a chunk, unless another run has drawn it in the meantime. False if another run is drawing it now."""
         nonlocal size
         part = chunks[number]
         own = [place for place in part.places if owner[files[place]] == number]
-        with locks.turn(files[own[0]], wait) as mine:
-            if mine and not all(files[place].is_file() for place in own):
+        with locks.turn(files[own[0]], wait) as locked:
+            if locked and not all(files[place].is_file() for place in own):
                 with within():
                     texts = [prompts[place] for place in part.places]
                     pixels, size = _generate(backbone, texts, part.sampler, guide, size)
                 for place, picture in zip(part.places, pixels):
                     if place in own:
                         _save(files[place], picture)
-        return mine
+        return locked
 
     later = []
     for turn, number in enumerate(ranks.share(missing)):
         if not draw(number, wait=False):
             later.append(number)
-        if advance is not None:  # the others are about as far
+        if advance is not None:  # assumes that the other processes are equally far
             advance(sum(len(chunks[n].places) for n in missing[turn * ranks.world : (turn + 1) * ranks.world]))
     for number in later:
         draw(number, wait=True)
     ranks.wait()
-    _see(list(owner))
+    _wait_until_visible(list(owner))
 
 
-def _see(files: Sequence[Path], patience: float = 60.0) -> None:
-    """Waits until a file system that several machines share shows here what the others wrote."""
+def _wait_until_visible(files: Sequence[Path], patience: float = 60.0) -> None:
+    """Waits until the files that other machines wrote are visible on the shared file system."""
     until = time.monotonic() + patience
     for file in files:
         while not file.is_file():
             if time.monotonic() > until:
                 raise UserError(
-                    f"{file} was drawn by another process and is not seen here: the machines of a run must share its "
-                    "folder (root, run_dir) and the cache (REALERA_CACHE)."
+                    f"{file} was drawn by another process, but this process cannot find it: all machines of a run must "
+                    "share its folder (root, run_dir) and the cache (REALERA_CACHE)."
                 )
             time.sleep(0.5)
 
@@ -272,7 +274,7 @@ def _see(files: Sequence[Path], patience: float = 60.0) -> None:
 def _generate(
     backbone: Backbone, prompts: Sequence[Prompt], sampler: Sampler, guide: Guide | None, size: int
 ) -> tuple[Tensor, int]:
-    """uint8 (B, H, W, 3) and how many fitted at once: half as many after each time the memory ran out."""
+    """uint8 (B, H, W, 3) and the batch size, which is halved each time the memory runs out."""
     fitted = size
     while True:
         try:
@@ -280,28 +282,28 @@ def _generate(
                 backbone.generate([p.text for p in few], [p.seed for p in few], sampler, guide).cpu()
                 for few in (prompts[i : i + size] for i in range(0, len(prompts), size))
             ]
-        except RuntimeError as error:  # torch's OutOfMemoryError is one; a CPU's allocator raises a plain one
+        except RuntimeError as error:  # OutOfMemoryError is a subclass; the CPU allocator raises a plain one
             if not _out_of_memory(error):
                 raise
             if size == 1:
                 raise UserError(
                     f"one image of {sampler.width} x {sampler.height} pixels does not fit into the memory of the "
-                    "device: draw smaller ones (backbone.sampler.height=..., width=...), at half the precision "
-                    "(backbone.dtype=bfloat16), or on another device (trainer=cpu)"
+                    "device: draw smaller images (backbone.sampler.height=..., width=...), use half precision "
+                    "(backbone.dtype=bfloat16), or use another device (trainer=cpu)"
                 ) from None
             size = max(1, min(size, len(prompts)) // 2)
         else:
             if size < fitted:
-                log.warning("the memory ran out: %d images at once from now on", size)
+                log.warning("out of memory: drawing %d images at once from now on", size)
             return torch.cat(parts), size
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # outside the handler: the exception held the tensors
+            torch.cuda.empty_cache()  # outside the except block: the exception keeps references to the tensors
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    said = str(error).lower()
+    message = str(error).lower()
     signs = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
-    return any(sign in said for sign in signs)
+    return any(sign in message for sign in signs)
 
 
 def _save(file: Path, picture: Tensor) -> None:
@@ -309,8 +311,8 @@ def _save(file: Path, picture: Tensor) -> None:
         Image.fromarray(picture.numpy()).save(beside, format="PNG")
 
 
-def _link(drawn: Path, file: Path) -> None:
-    """A hard link, or a copy where the file system has none. A file that stands already is replaced."""
+def _link_or_copy(drawn: Path, file: Path) -> None:
+    """Makes `file` a hard link to `drawn`, or a copy if the file system has no links. An existing file is replaced."""
     with disk.explained(file):
         if file.exists() and file.samefile(drawn):
             return

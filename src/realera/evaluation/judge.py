@@ -1,4 +1,4 @@
-"""A judge over a run's images. Reads the manifest, never draws: judging again costs no image."""
+"""Runs a judge on a run's images. It reads the manifest and draws nothing."""
 
 from __future__ import annotations
 
@@ -21,34 +21,33 @@ def judge_run(
     advance: Advance | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Verdict]:
-    """Judges every image of the manifest and writes verdicts/<judge>.jsonl, whole, at the end.
+    """Judges every image of the manifest and writes verdicts/<judge>.jsonl at the end.
 
-    Processes share fixed chunks of the manifest, and every one of them returns all verdicts; the first one writes.
-    which="original" judges the unedited model's images of the same prompts (verdicts/<judge>.original.jsonl); with
-    "erased", the verdicts also say how far the images of what should stay moved. Raises UserError for a run without
-    images.
+    Processes share fixed chunks of the manifest. Each process returns all verdicts; the first process writes the file.
+    which="original" judges the unedited model's images of the same prompts (verdicts/<judge>.original.jsonl). With
+    "erased", verdicts on preserved concepts also have detail["moved"]. Raises UserError for a run without images.
     """
     rows = ranks.from_first(lambda: read_manifest(run_dir))
     if not rows:
         raise UserError(f"{run_dir} has no images to judge: generate them first")
     starts = range(0, len(rows), chunk)
-    mine: dict[int, list[Verdict]] = {}
+    own: dict[int, list[Verdict]] = {}
     for turn, start in enumerate(ranks.share(starts)):
         part = rows[start : start + chunk]
-        mine[start] = judge([row.path(run_dir, which) for row in part], [row.prompt for row in part])
-        _check_order(judge.name, part, mine[start])
+        own[start] = judge([row.path(run_dir, which) for row in part], [row.prompt for row in part])
+        _check_order(judge.name, part, own[start])
         if which == "erased":
-            mine[start] = with_moves(mine[start], part, run_dir)
-        if advance is not None:  # the others are about as far
+            own[start] = with_moves(own[start], part, run_dir)
+        if advance is not None:  # assumes that the other processes are equally far
             advance(len(rows[turn * ranks.world * chunk : (turn + 1) * ranks.world * chunk]))
-    by_start = {start: said for share in ranks.gather(mine) for start, said in share.items()}
+    by_start = {start: part for share in ranks.gather(own) for start, part in share.items()}
     verdicts = [verdict for start in starts for verdict in by_start[start]]
     if ranks.first:
         write_verdicts(verdict_file(run_dir, judge.name, which), verdicts)
     return verdicts
 
 
-def _check_order(judge: str, rows: Sequence[Row], said: Sequence[Verdict]) -> None:
-    """A verdict on the wrong image would be a silent wrong number."""
-    if [v.prompt_id for v in said] != [row.prompt.id for row in rows]:
-        raise UserError(f"the judge {judge!r} must answer each image once and in order: mend it, or take another one")
+def _check_order(judge: str, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+    """A verdict for the wrong image would silently give a wrong number."""
+    if [v.prompt_id for v in verdicts] != [row.prompt.id for row in rows]:
+        raise UserError(f"the judge {judge!r} must return one verdict per image, in order: fix it or use another judge")

@@ -1,8 +1,8 @@
-"""Numbers from verdicts: pure functions. Percentages (0-100) as the papers print them, or a score in its own unit.
+"""Metrics from verdicts: pure functions. Values are percentages (0-100) as in the papers, or scores in their own unit.
 
-Which reading of a verdict a measure takes is the task's choice (`contracts.Mode`): accuracy, say, is either the mean
-probability of the concept (what MACE and RealEra report for objects) or the share of images whose likeliest label is
-the concept (celebrities). An image that was not scored leaves the denominator and is counted beside it.
+The task chooses the mode of each metric (`contracts.Mode`). Accuracy, for example, is either the mean probability of
+the concept (MACE and RealEra for objects) or the share of images whose likeliest label is the concept (celebrities).
+Unscored images are left out of the mean and counted separately.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from realera.evaluation.box_counts import counts
 from realera.evaluation.measures import BESIDE_MODES, H_O_TERMS, MEAN_PROB, MEASURES, higher, main_entry, score
 
 YES_OR_NO: tuple[Mode, ...] = ("top1", "detected", "whole", "anchor")  # modes in which an image is 0 or 100
-MOST_PROMPTS = 200  # texts of a split that are listed one by one; verdicts/ holds every image of a longer one
+MOST_PROMPTS = 200  # a split with more texts is not listed by prompt; verdicts/ has every image
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its interval, the images it is of, and how many were left out as unscored. NaN where n = 0.
-    undefined: of a mean over runs, those that it leaves out because none of their images was scored. over_concepts: of
-    a mean over several concepts, the ends of the interval in which they are a sample of all concepts."""
+    """A value with its interval, the number n of scored images and the number of unscored images. NaN if n = 0.
+    undefined: for a mean over runs, the number of runs left out because none of their images was scored. over_concepts:
+    for a mean over several concepts, the interval that treats the concepts as a sample of all concepts."""
 
     value: float
     low: float
@@ -41,9 +41,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Sample:
-    """A number and (draws,) bootstrap resamples of it. trials: where it is a share of images that are read as yes or
-    no, and all alike, how many images; 0 otherwise. undefined: as in `Estimate`. wide: resamples in which concepts are
-    drawn too; None for a single one."""
+    """A value and (draws,) bootstrap resamples of it. trials: if each image counts 0 or 100 and all images are equal,
+    the number of images; otherwise 0. undefined: as in `Estimate`. wide: resamples that also resample the concepts;
+    None for a single concept."""
 
     value: float
     drawn: Tensor
@@ -54,7 +54,7 @@ class Sample:
     wide: Tensor | None = None
 
     def interval(self) -> tuple[float, float]:
-        """Of the resamples; the exact one where all images were read alike, for then resamples have no spread."""
+        """From the resamples, or exact if all images are equal, because then the resamples have no spread."""
         return exact(self.value, self.trials) if self.trials else interval(self.drawn)
 
     def estimate(self) -> Estimate:
@@ -64,7 +64,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Images:
-    """What a prompt concept's images were scored, NaN: unscored; keys: `resamples.image_key` of each."""
+    """The scores of one prompt concept's images (NaN = unscored) and their `bootstrap.image_key`s."""
 
     keys: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -72,13 +72,13 @@ class Images:
 
 def h_o(measured: Mapping[str, float], terms: Sequence[str] = H_O_TERMS) -> float:
     """Harmonic mean of efficacy, specificity and generality, 3 / (1/(100-acc_e) + 1/acc_s + 1/(100-acc_g)), in percent
-    (RealEra, §4.1), or of those of them that `terms` names (MACE's celebrities: acc_e, acc_s). 0 where one of them is
-    0, NaN where one is. Styles put CLIP scores in place of accuracies, as the paper does."""
+    (RealEra, §4.1), or of the metrics in `terms` (MACE's celebrities: acc_e, acc_s). 0 if one of the three is 0, NaN if
+    one is NaN. Styles use CLIP scores instead of accuracies, as the paper does."""
     return float(harmonic_mean({term: torch.tensor(measured[term]).double() for term in terms}))
 
 
 def harmonic_mean(measured: Mapping[str, Tensor]) -> Tensor:
-    """`h_o` of whole tensors, one of each term."""
+    """`h_o` for tensors, one for each term."""
     wanted = [value if higher(term) else 100 - value for term, value in measured.items()]
     return len(wanted) / torch.stack([1 / value for value in wanted]).sum(dim=0)
 
@@ -90,7 +90,7 @@ def estimates(
     resamples: Resamples,
     terms: Sequence[str] = H_O_TERMS,
 ) -> dict[str, Estimate]:
-    """{acc_e, acc_s, acc_g, acc_a, acc_u, and h_o where it has terms: Estimate}, each read as `headline` says."""
+    """{acc_e, acc_s, acc_g, acc_a, acc_u, and h_o if it has terms: Estimate}. headline: the mode of each metric."""
     return {name: s.estimate() for name, s in samples(prompts, verdicts, headline, resamples, terms).items()}
 
 
@@ -102,14 +102,14 @@ def samples(
     terms: Sequence[str] = H_O_TERMS,
     known: Mapping[str, Sample] | None = None,
 ) -> dict[str, Sample]:
-    """`estimates` with their resamples. known: measures that were sampled before, taken as they are."""
+    """As `estimates`, with the resamples. known: metrics that have a sample already; they are not resampled again."""
     return measured(scored(prompts, verdicts, headline), headline, resamples, terms, known)
 
 
 def scored(
     prompts: Sequence[Prompt], verdicts: Sequence[Verdict], headline: Mapping[str, Mode]
 ) -> dict[str, dict[str, Images]]:
-    """{measure: {prompt concept: its images}}, each read as `headline` says."""
+    """{metric: {prompt concept: its images}}. headline: the mode of each metric."""
     found: dict[str, dict[str, Images]] = {measure: {} for measure in MEASURES.values()}
     for prompt, verdict in zip(prompts, verdicts, strict=True):
         measure = MEASURES[prompt.split]
@@ -126,8 +126,8 @@ def measured(
     terms: Sequence[str] = H_O_TERMS,
     known: Mapping[str, Sample] | None = None,
 ) -> dict[str, Sample]:
-    """`samples` of images that were `scored`. H_o's resamples are made of the splits' own, drawn together, and its
-    interval is theirs at the ends too: where all images of a split are read alike, that split adds nothing to it."""
+    """As `samples`, from the result of `scored`. H_o's resamples are computed from the splits' resamples, draw by draw,
+    and its interval is never exact: a split whose images are all equal adds nothing to it."""
     known = known or {}
     found = {
         name: known[name] if name in known else sample(list(images.values()), resamples, headline[name])
@@ -144,12 +144,12 @@ def measured(
 
 
 def sample(groups: Sequence[Images], resamples: Resamples, mode: Mode) -> Sample:
-    """A split's number over its prompt concepts, images resampled within each.
+    """A split's value over its prompt concepts, with images resampled within each concept.
 
-    It is the mean over concepts of the mean over their scored images, so a class with more unscored images counts as
-    much as the others; in top-1 it is of all scored images, whosever they are: MACE's accuracy of celebrities, correct
-    images / images with a face. Concepts with one scored image or none are resampled as one concept, else they would
-    have no spread (a caption data set has one image a caption).
+    The value is the mean over concepts of the mean over their scored images, so a class with many unscored images has
+    the same weight as the others. In top-1 it is the mean over all scored images of the split: MACE's accuracy of
+    celebrities, correct images / images with a face. Concepts with fewer than two scored images are resampled together
+    as one concept, because alone they have no spread (a caption data set has one image per caption).
     """
     each = [(images.keys, torch.tensor(images.scores, dtype=torch.float64)) for images in groups]
     found = [scores[~scores.isnan()] for _, scores in each]
@@ -167,7 +167,7 @@ def sample(groups: Sequence[Images], resamples: Resamples, mode: Mode) -> Sample
         if len(group) < 2:
             lone[0].extend(keys)
             lone[1].append(scores)
-        elif pooled:  # how many of a person's images show a face is chance too
+        elif pooled:  # the number of a person's images with a face is random too
             apart = len(scores) / n * (scores - value).nan_to_num(0.0)
             drawn += resamples.deviations(keys, apart)
         else:
@@ -181,13 +181,13 @@ def sample(groups: Sequence[Images], resamples: Resamples, mode: Mode) -> Sample
 
 
 def tidy(drawn: Tensor, mode: Mode | None) -> Tensor:
-    """Resamples within what a mode (None: H_o) can be, which those of few images may leave; without the last digits,
-    which are the order of a sum and nobody's spread."""
+    """Clamps resamples to the range of the mode (None: H_o), which few images can exceed. Rounds them to 9 decimals:
+    the last digits depend only on the order of summation."""
     return (drawn if mode == "score" else drawn.clamp(0, 100)).round(decimals=9)
 
 
 def readable(verdicts: Sequence[Verdict]) -> list[Mode]:
-    """The modes in which at least one verdict can be read."""
+    """The modes for which at least one verdict has a value."""
     valued = any(not math.isnan(v.value) for v in verdicts)
     by_value: tuple[Mode, ...] = ("mean_prob", "top1")
     in_detail = [mode for mode in get_args(Mode) if mode not in by_value]
@@ -198,8 +198,8 @@ def readable(verdicts: Sequence[Verdict]) -> list[Mode]:
 def by_prompt(
     prompts: Sequence[Prompt], verdicts: Sequence[Verdict], modes: Sequence[Mode], headline: Mapping[str, Mode]
 ) -> list[dict[str, Any]]:
-    """For each prompt text of a split with at most MOST_PROMPTS: each reading as drawn, None where nothing was scored;
-    n, unscored: the images that could be read as the headline reads the split, and the others."""
+    """One row per prompt text, for splits of at most MOST_PROMPTS texts: the mean in each mode (None if no image is
+    scored). n, unscored: the numbers of images with and without a score in the headline mode of the split."""
     splits: dict[Split, dict[tuple[str, str], list[tuple[Prompt, Verdict]]]] = {}
     for prompt, verdict in zip(prompts, verdicts, strict=True):
         splits.setdefault(prompt.split, {}).setdefault((prompt.text, prompt.concept), []).append((prompt, verdict))
@@ -227,36 +227,36 @@ def summarise(
 ) -> dict[str, Any]:
     """One judge's numbers, JSON-able, for the run and, under "original", for the unedited model.
 
-    main: {measure: estimate, scored, mode}, each measure as the task's headline reads it, which is what tables print.
-    concepts: the same for each of several erased concepts, with its own prompts and the shared ones to keep; `main`
-    then holds the means over them (in top-1: over all their images, see `sample`) and the H_o of these (MACE's, for one
-    model that erased many). One block per mode that the verdicts can be read in. counts: boxes by class, where a
-    detector gave any.
+    main: {metric: estimate, scored, mode}, in the task's headline modes; tables print these. concepts: the same for
+    each of several erased concepts, from its own prompts and the shared preserved ones; `main` then has the means over
+    the concepts (in top-1: over all their images, see `sample`) and the H_o of these means (as MACE does for one model
+    that erased many concepts). There is one further block for each mode of the verdicts. counts: boxes by class, if the
+    judge is a detector.
     """
     modes = [m for m in get_args(Mode) if m in {*readable([*verdicts, *(original or ())]), *headline.values()}]
     resamples = Resamples(seed)
 
-    def block(said: Sequence[Verdict], read: Mapping[str, Mode]) -> dict[str, Sample]:
-        return samples(prompts, said, read, resamples, () if read["acc_e"] in BESIDE_MODES else terms)
+    def block(verdicts: Sequence[Verdict], read: Mapping[str, Mode]) -> dict[str, Sample]:
+        return samples(prompts, verdicts, read, resamples, () if read["acc_e"] in BESIDE_MODES else terms)
 
-    def of_concepts(said: Sequence[Verdict], kept: Sample) -> dict[str, Any]:
+    def of_concepts(verdicts: Sequence[Verdict], kept: Sample) -> dict[str, Any]:
         names = dict.fromkeys(p.concept for p in prompts if p.split == "erase")
         found = {}
         for name in names if len(names) > 1 else ():
             rows = [i for i, p in enumerate(prompts) if p.split != "keep" and p.concept == name]
-            own = [prompts[i] for i in rows], [said[i] for i in rows]
+            own = [prompts[i] for i in rows], [verdicts[i] for i in rows]
             drawn = samples(*own, headline, resamples, terms, {"acc_s": kept})
             found[name] = _main(drawn, headline, terms)
         return {"concepts": found} if found else {}
 
-    def numbers(said: Sequence[Verdict]) -> dict[str, Any]:
-        main = block(said, headline)
+    def numbers(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+        main = block(verdicts, headline)
         return {
             "main": _main(main, headline, terms),
-            **of_concepts(said, main["acc_s"]),
-            **({"counts": boxes} if (boxes := counts(prompts, said)) else {}),
-            **{m: {k: _plain(s) for k, s in block(said, dict.fromkeys(headline, m)).items()} for m in modes},
-            "by_prompt": by_prompt(prompts, said, modes, headline),
+            **of_concepts(verdicts, main["acc_s"]),
+            **({"counts": boxes} if (boxes := counts(prompts, verdicts)) else {}),
+            **{m: {k: _plain(s) for k, s in block(verdicts, dict.fromkeys(headline, m)).items()} for m in modes},
+            "by_prompt": by_prompt(prompts, verdicts, modes, headline),
         }
 
     return {
@@ -274,7 +274,7 @@ def _main(drawn: Mapping[str, Sample], headline: Mapping[str, Mode], terms: Sequ
 
 
 def _plain(drawn: Sample) -> dict[str, Any]:
-    """JSON has no NaN: null. One run leaves out no run."""
+    """NaN becomes None, because JSON has no NaN. Fields that only means over runs have are removed."""
     record = asdict(drawn.estimate())
     del record["undefined"], record["over_concepts"]
     return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}

@@ -1,4 +1,4 @@
-"""The lines of a run's files: the manifest (what was drawn) and the verdicts (what a judge said). JSON, one a line."""
+"""Reads and writes a run's files: the manifest and the verdicts (JSON lines), the settings and metrics.json."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from realera.files import json_shapes, plain_data
 from realera.system import disk
 
 Which = Literal["erased", "original"]
-FORM = 2  # of metrics.json
+FORM = 2  # version of the format of metrics.json
 ORIGINALS = paths.ORIGINALS
 FOLDERS: Mapping[Which, str] = {"erased": paths.IMAGES, "original": ORIGINALS}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image of the manifest. file, original: relative to the run folder; original is None where none was asked for.
-    source: content id of the weights and sampler that drew the image."""
+    """One image of the manifest. file, original: paths relative to the run folder; original is None if the run has no
+    image of the unedited model. source: content id of the weights, sampler and guide that drew the image."""
 
     prompt: Prompt
     file: str
@@ -31,17 +31,17 @@ class Row:
     original: str | None = None
 
     def path(self, run_dir: Path, which: Which = "erased") -> Path:
-        """Where the image stands. Raises UserError where the run has no images of the original model."""
+        """The image file. Raises UserError if the run has no images of the original model."""
         if which == "erased":
             return paths.inside(run_dir, self.file)
         if self.original is None:
-            raise UserError(f"{run_dir} holds no images of the original model: run it again to draw them")
+            raise UserError(f"{run_dir} has no images of the original model: run it again to draw them")
         return paths.inside(run_dir, self.original)
 
 
 def write_manifest(run_dir: Path, rows: Sequence[Row]) -> None:
-    """manifest.jsonl: id, file, prompt, concept, split, seed, source; and where there is one: original, and the
-    prompt's own caption, guidance_scale and size [height, width]."""
+    """manifest.jsonl: id, file, prompt, concept, split, seed, source; if they are not None, also original and the
+    prompt's caption, guidance_scale and size [height, width]."""
     lines = []
     for row in rows:
         p = row.prompt
@@ -52,12 +52,12 @@ def write_manifest(run_dir: Path, rows: Sequence[Row]) -> None:
 
 
 def read_manifest(run_dir: Path) -> list[Row]:
-    """The manifest's rows in order. Raises UserError where it is missing or torn, or names what is no image of it."""
+    """The manifest's rows in order. Raises UserError if the file is missing, torn or has an invalid row."""
     rows = []
     path, remedy = paths.inside(run_dir, paths.MANIFEST), "generate the run's images first"
     for count, line in enumerate(_read(path, remedy), 1):
         if not json_shapes.fits(line, json_shapes.ROW):
-            raise UserError(f"{path} holds at line {count} what no run writes: delete it, and {remedy}")
+            raise UserError(f"{path} line {count} is not an image of a manifest: delete the file and {remedy}")
         height_width = line.get("size")
         prompt = Prompt(
             line["id"],
@@ -95,20 +95,20 @@ def write_verdicts(path: Path, verdicts: Iterable[Verdict]) -> None:
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
-    """The verdicts in order. Raises UserError where the file is missing or torn."""
-    said = _read(path, remedy := "judge the run first")
+    """The verdicts in order. Raises UserError if the file is missing, torn or has an invalid line."""
+    lines = _read(path, remedy := "judge the run first")
     if wrong := next(
-        (count for count, line in enumerate(said, 1) if not json_shapes.fits(line, json_shapes.VERDICT)), None
+        (count for count, line in enumerate(lines, 1) if not json_shapes.fits(line, json_shapes.VERDICT)), None
     ):
-        raise UserError(f"{path} holds at line {wrong} what no judge says: delete it, and {remedy}")
+        raise UserError(f"{path} line {wrong} is not a verdict: delete the file and {remedy}")
     return [
-        Verdict(r["id"], math.nan if r["value"] is None else float(r["value"]), r["label"], r["detail"]) for r in said
+        Verdict(r["id"], math.nan if r["value"] is None else float(r["value"]), r["label"], r["detail"]) for r in lines
     ]
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The settings that a run folder keeps, to be shown, not to be used; {} where there are none. Raises UserError
-    where they are torn."""
+    """The settings in a run folder, for display only; {} if the file is missing. Raises UserError if the file is
+    torn."""
     file = paths.inside(run_dir, paths.CONFIG)
     if not file.is_file():
         return {}
@@ -118,14 +118,14 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         fault = f"is torn ({error})"
     if fault is not None:
-        raise UserError(f"{file} {fault}: remove the folder, and run it again")
+        raise UserError(f"{file} {fault}: remove the run folder and run it again")
     return dict(config)
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
-    """metrics.json in today's form; one that an earlier version wrote is read into it.
+    """metrics.json in the current format; the first format is converted.
 
-    Raises UserError where it is missing or torn, or of a form that this version does not know.
+    Raises UserError if the file is missing or torn, or has a format that this version does not know.
     """
     path = paths.inside(run_dir, paths.METRICS)
     try:
@@ -136,17 +136,17 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: judge the run first") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is torn: delete it, and judge the run again") from None
+        raise UserError(f"{path} is torn: delete it and judge the run again") from None
     if not known:
-        raise UserError(f"{path} is of another version of realera: judge the run again (evaluate run={run_dir})")
+        raise UserError(f"{path} is from another version of realera: judge the run again (evaluate run={run_dir})")
     if not json_shapes.fits(metrics, json_shapes.METRICS) or not set(metrics["h_o_terms"]) <= {*MEASURES.values()}:
-        raise UserError(f"{path} holds what no run writes: delete it, and judge the run again (evaluate run={run_dir})")
-    metrics["headline"] = {**MEAN_PROB, **metrics["headline"]}  # a run may lack a measure that it has no images of
+        raise UserError(f"{path} has invalid content: delete it and judge the run again (evaluate run={run_dir})")
+    metrics["headline"] = {**MEAN_PROB, **metrics["headline"]}  # a run without images of a split lacks its metric
     return metrics
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
-    """The first form had one reading for all measures, named by `headline`, and no `main`."""
+    """Converts the first format, in which `headline` is one mode for all metrics and `main` is missing."""
     mode = old["headline"]
 
     def with_main(part: dict[str, Any]) -> dict[str, Any]:
@@ -158,8 +158,8 @@ def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of an optional file such as losses.jsonl; [] where it is missing. A last line that is torn (the run is
-    still writing) is left out."""
+    """The rows of an optional file such as losses.jsonl; [] if it is missing. A torn last line (the run is still
+    writing) is left out."""
     if not path.is_file():
         return []
     rows = []
@@ -186,13 +186,13 @@ def _read(path: Path, remedy: str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {remedy}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it, and {remedy}") from None
+        raise UserError(f"{path} cannot be read ({error}): delete it and {remedy}") from None
     rows: list[dict[str, Any]] = []
     for count, line in enumerate(lines, 1):
         try:
             rows.append(plain_data.json_of(line))
         except ValueError:
-            raise UserError(f"{path} is torn at line {count}: delete it, and {remedy}") from None
+            raise UserError(f"{path} is torn at line {count}: delete it and {remedy}") from None
         if not isinstance(rows[-1], dict):
-            raise UserError(f"{path} holds at line {count} what no run writes: delete it, and {remedy}")
+            raise UserError(f"{path} line {count} is not a JSON object: delete the file and {remedy}")
     return rows

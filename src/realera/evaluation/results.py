@@ -1,9 +1,9 @@
-"""metrics.json: made anew from the numbers of every judge that has looked at the run's images, so that none is lost.
+"""metrics.json: written from the numbers of every judge of the run, so that no judge's numbers are lost.
 
-Each judge's numbers stand beside its verdicts (verdicts/<judge>.json) with a checksum and the digests of the manifest
-and of the verdicts they are of. metrics.json is the run's own judge's, with the other judges' under `judges` and those
-of whole sets under `sets`; numbers of images that were drawn again since are left out. So each of these files tells
-whether another one is torn (`torn_of`). No torch here until something is measured.
+Each judge's numbers are in verdicts/<judge>.json, next to its verdicts, with a checksum and the digests of the manifest
+and of the verdicts. metrics.json has the numbers of the run's own judge, those of other judges under `judges`, and
+those of set judges (FID) under `sets`. Numbers of images that have been drawn again since are left out. The digests
+also show which of these files is torn (`torn_of`). torch is imported only to compute metrics.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from realera.system import disk
 
 log = logging.getLogger(__name__)
 
-OF_VERDICTS = "of_verdicts"  # {file: digest} in a judge's file
-LEFT_OUT = ("by_prompt", "protocol", "original", "h_o_terms", "form")  # of another judge
+OF_VERDICTS = "of_verdicts"  # key of {file: digest} in a judge's file
+LEFT_OUT = ("by_prompt", "protocol", "original", "h_o_terms", "form")  # left out for other judges
 
 
 def measure(
@@ -37,33 +37,33 @@ def measure(
 ) -> dict[str, Any]:
     """Reads the manifest and the judge's verdicts, writes verdicts/<judge>.json and metrics.json, returns the latter.
 
-    The unedited model's verdicts are taken along where they stand. own: the run's own judge, whose numbers metrics.json
-    puts first (default: this one). Raises UserError where the verdicts are missing or of other images than the
-    manifest's.
+    The unedited model's verdicts are included if the file exists. own: the run's own judge, whose numbers are the main
+    ones in metrics.json (default: this judge). Raises UserError if the verdicts are missing, or belong to other images
+    than the manifest's.
     """
     from realera.evaluation.metrics import summarise
 
     prompts = [row.prompt for row in read_manifest(run_dir)]
     before = verdict_file(run_dir, judge, "original")
-    said = read_verdicts(verdict_file(run_dir, judge))
+    erased = read_verdicts(verdict_file(run_dir, judge))
     original = read_verdicts(before) if before.is_file() else None
-    for verdicts in (said, original or said):
+    for verdicts in (erased, original or erased):
         if [v.prompt_id for v in verdicts] != [p.id for p in prompts]:
-            raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
-    numbers = summarise(prompts, said, original, headline=headline, terms=h_o_terms)
+            raise UserError(f"the verdicts of {judge!r} in {run_dir} belong to other images: judge the run again")
+    numbers = summarise(prompts, erased, original, headline=headline, terms=h_o_terms)
     interval = numbers.pop("interval")
     lines = {file.name: checksums.digest(file) for file in (verdict_file(run_dir, judge), before) if file.is_file()}
     kept = {"form": FORM, **numbers, "protocol": {**protocol, "interval": interval}, OF_VERDICTS: lines}
-    _keep(run_dir, judge, kept)
+    _write_numbers(run_dir, judge, kept)
     return gather(run_dir, own or judge)
 
 
 def measure_set(run_dir: Path, judge: SetJudge, references: Path | None, split: str, own: str) -> dict[str, Any]:
-    """Compares the images of one split with those of a folder, or (None) with the unedited model's of the same prompts,
-    and adds the numbers to metrics.json. `own` as in `measure`.
+    """Compares the images of one split with the images in the folder `references`, and adds the numbers to
+    metrics.json.
 
-    Raises:
-        UserError: there are no such images.
+    references: None = the unedited model's images of the same prompts. own: as in `measure`. Raises UserError if there
+    are no such images, or one of them is missing or torn.
     """
     rows = [row for row in read_manifest(run_dir) if row.prompt.split == split]
     images = [row.path(run_dir) for row in rows]
@@ -74,41 +74,43 @@ def measure_set(run_dir: Path, judge: SetJudge, references: Path | None, split: 
         found = sorted(references.rglob("*")) if references.is_dir() else []
         against = [file for file in found if file.suffix.lower() in endings]
     if not images:
-        raise UserError(f"{run_dir} has no images of the split {split!r}: name another, judge.split=erase, say")
+        raise UserError(f"{run_dir} has no images of the split {split!r}: use another split, such as judge.split=erase")
     if not against:
-        raise UserError(f"{references} holds no images to compare with: name another folder, judge.references=FOLDER")
+        raise UserError(f"{references} has no images to compare with: give another folder, judge.references=FOLDER")
     ours = images if references is not None else [*images, *against]
     if gone := next((file for file in ours if not checksums.image_is_whole(file)), None):
         raise UserError(
-            f"the image {gone} is missing or torn: judge the run by its own judge first, which draws it again"
+            f"the image {gone} is missing or torn: judge the run with its own judge first, which draws it again"
         )
     numbers = {k: v if math.isfinite(v) else None for k, v in judge.compare(images, against).items()}
-    said = {"split": split, "references": "originals" if references is None else str(references)}
+    compared = {"split": split, "references": "originals" if references is None else str(references)}
     sizes = {"images": len(images), "reference_images": len(against)}
-    _keep(run_dir, judge.name, {"form": FORM, "set": numbers, "protocol": {**judge.protocol(), **said, **sizes}})
+    _write_numbers(
+        run_dir, judge.name, {"form": FORM, "set": numbers, "protocol": {**judge.protocol(), **compared, **sizes}}
+    )
     return gather(run_dir, own)
 
 
 def gather(run_dir: Path, own: str) -> dict[str, Any]:
-    """Writes metrics.json from the judges' files and returns it. One that is torn, or holds what no judge's file does,
-    is taken away: its judge has to be asked again. Raises UserError where `own` has not judged."""
-    for file in _files(run_dir):
+    """Writes metrics.json from the judges' files and returns it. A file that is torn or has invalid content is deleted,
+    with a warning that names the command to judge again. Raises UserError if `own` has not judged the run."""
+    for file in _numbers_files(run_dir):
         if not _read(file):
             again = f"python -m realera.evaluate run={run_dir} judge={file.stem}"
-            log.warning("%s is torn, or holds what no judge writes, and is left out: %s makes it again", file, again)
+            log.warning("%s is torn or has invalid content and is left out: judge again with %s", file, again)
             file.unlink(missing_ok=True)
-    metrics = _gathered(run_dir, own)
+    metrics = _gathered_metrics(run_dir, own)
     disk.write_text(run_dir / paths.METRICS, _text(metrics))
     return metrics
 
 
-def _gathered(run_dir: Path, own: str) -> dict[str, Any]:
-    """The content of metrics.json, by the judges' files."""
-    digest = _images(run_dir)
+def _gathered_metrics(run_dir: Path, own: str) -> dict[str, Any]:
+    """The content of metrics.json, from the judges' files."""
+    digest = _manifest_digest(run_dir)
     first: dict[str, Any] | None = None
     judges: dict[str, Any] = {}
     sets: dict[str, Any] = {}
-    for file in _files(run_dir):
+    for file in _numbers_files(run_dir):
         numbers = _read(file)
         if numbers.get("form") != FORM or numbers.pop("of_images", None) != digest:
             continue
@@ -118,26 +120,26 @@ def _gathered(run_dir: Path, own: str) -> dict[str, Any]:
         elif file.stem == own:
             first = numbers
         else:
-            said = numbers["protocol"].get("judge", {})
-            original = numbers["original"] and _short(numbers["original"])
-            judges[file.stem] = {**_short(numbers), "original": original, "protocol": said}
+            protocol = numbers["protocol"].get("judge", {})
+            original = numbers["original"] and _shortened(numbers["original"])
+            judges[file.stem] = {**_shortened(numbers), "original": original, "protocol": protocol}
     if first is None:
-        raise UserError(f"{run_dir} was not judged by {own!r}: judge it by that one first (evaluate run={run_dir})")
+        raise UserError(f"{run_dir} was not judged by {own!r}: judge it with this judge first (evaluate run={run_dir})")
     return {**first, "judges": judges, "sets": sets}
 
 
 def own_judge(run_dir: Path, asked: str, is_own: bool) -> str | None:
-    """The judge whose numbers metrics.json puts first; None where the run was not judged yet, or where these are to be
-    made anew. The numbers of a run that an earlier version judged are made again from its verdicts.
+    """The run's own judge, whose numbers are the main ones in metrics.json; None if the run has not been judged yet, or
+    must be judged again. If an earlier version judged the run, the numbers are computed again from its verdicts.
 
-    asked: the judge that is going to judge. is_own: whether it is the one that the run's settings name; another one
-    must not come first because metrics.json is torn.
+    asked: the judge that will judge now. is_own: whether the run's settings name this judge; another judge must not
+    become the own judge only because metrics.json is torn.
 
     Raises:
-        UserError: the own judge's numbers are missing or torn, and it is another one that was asked.
+        UserError: the own judge's numbers are missing or torn, and `asked` is another judge.
     """
     path = run_dir / paths.METRICS
-    first = f"judge it by its own judge first (python -m realera.evaluate run={run_dir})"
+    first = f"judge the run with its own judge first (python -m realera.evaluate run={run_dir})"
     try:
         metrics = read_metrics(run_dir)
         judge = str(metrics["protocol"]["judge"]["judge"])
@@ -158,41 +160,41 @@ def own_judge(run_dir: Path, asked: str, is_own: bool) -> str | None:
 
 
 def numbers_of(run_dir: Path, judge: str) -> dict[str, Any] | None:
-    """What a judge's file holds where it is of the images that stand; else None."""
-    numbers = _read(_file(run_dir, judge))
-    return numbers if numbers.get("form") == FORM and numbers.get("of_images") == _images(run_dir) else None
+    """The content of a judge's file if it belongs to the current images, else None."""
+    numbers = _read(_numbers_file(run_dir, judge))
+    return numbers if numbers.get("form") == FORM and numbers.get("of_images") == _manifest_digest(run_dir) else None
 
 
 def torn_of(run_dir: Path) -> Path | None:
-    """The first torn file of a run that was judged, as far as its files' digests tell: the manifest, the verdicts,
-    metrics.json. None where there is none; of an earlier version only metrics.json is read. The images have checksums
-    of their own, which are looked at when they are used."""
+    """The first torn file of a judged run, found by the digests of manifest, verdicts and metrics.json; None if no file
+    is torn. For a run of an earlier version, only metrics.json is checked. Images have their own checksums, which are
+    checked when they are used."""
     path = run_dir / paths.METRICS
     try:
         metrics = read_metrics(run_dir)
         judge = str(metrics["protocol"]["judge"]["judge"])
     except (UserError, KeyError, TypeError):
         return path
-    if torn := next((file for file in _files(run_dir) if not _read(file)), None):
+    if torn := next((file for file in _numbers_files(run_dir) if not _read(file)), None):
         return torn
-    numbers = _read(_file(run_dir, judge))
+    numbers = _read(_numbers_file(run_dir, judge))
     noted = numbers.get(OF_VERDICTS)
     if not noted or not (run_dir / paths.MANIFEST).is_file():
         return None
-    if numbers["of_images"] != _images(run_dir):
+    if numbers["of_images"] != _manifest_digest(run_dir):
         return run_dir / paths.MANIFEST
     for which in FOLDERS:
         file = verdict_file(run_dir, judge, which)
         if checksums.digest(file) not in (noted.get(file.name), None):
             return file
-    return None if _text(_gathered(run_dir, judge)) == path.read_text(encoding="utf-8") else path
+    return None if _text(_gathered_metrics(run_dir, judge)) == path.read_text(encoding="utf-8") else path
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The values alone, for a logger; no unmeasured ones. acc_e: as the task reads it; acc_e_low, acc_e_high: its
-    interval; acc_e_top1: in another reading; original/...: of the unedited model; <concept>/acc_e: of one of several;
-    counts/<class>: boxes in the images that were asked for by name; scored/acc_e: percent, where some images could not
-    be; judges/<judge>/acc_e: as another judge says; sets/<judge>/<number>."""
+    """The measured values, for a logger. acc_e: in the task's mode; acc_e_low, acc_e_high: its interval; acc_e_top1: in
+    another mode; original/...: of the unedited model; <concept>/acc_e: of one of several concepts; counts/<class>:
+    boxes in images of the split erase; scored/acc_e: percent of scored images, if some are unscored;
+    judges/<judge>/acc_e: by another judge; sets/<judge>/<number>: by a set judge."""
     found: dict[str, float | None] = {}
     for prefix, part in (("", metrics), ("original/", metrics["original"] or {"main": {}})):
         main = part["main"]
@@ -214,34 +216,34 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def _keep(run_dir: Path, judge: str, numbers: Mapping[str, Any]) -> None:
-    said = {"of_images": _images(run_dir), **numbers}
-    disk.write_text(_file(run_dir, judge), _text({**said, checksums.KEY: _checksum(said)}))
+def _write_numbers(run_dir: Path, judge: str, numbers: Mapping[str, Any]) -> None:
+    content = {"of_images": _manifest_digest(run_dir), **numbers}
+    disk.write_text(_numbers_file(run_dir, judge), _text({**content, checksums.KEY: _checksum(content)}))
 
 
-def _files(run_dir: Path) -> list[Path]:
-    """What the judges' numbers stand in. Folders, pipes and names that no judge has are left out."""
+def _numbers_files(run_dir: Path) -> list[Path]:
+    """The judges' files of numbers. Folders, pipes and names that are no judge's are left out."""
     found = sorted(file.name for file in (run_dir / paths.VERDICTS).glob("?*.json"))
-    files = [_file(run_dir, name.removesuffix(".json")) for name in found if name.isprintable()]
+    files = [_numbers_file(run_dir, name.removesuffix(".json")) for name in found if name.isprintable()]
     return [file for file in files if file.is_file()]
 
 
-def _file(run_dir: Path, judge: str) -> Path:
+def _numbers_file(run_dir: Path, judge: str) -> Path:
     return paths.inside(run_dir, f"{paths.VERDICTS}/{judge}.json")
 
 
-def _short(numbers: Mapping[str, Any]) -> dict[str, Any]:
+def _shortened(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in numbers.items() if key not in LEFT_OUT}
 
 
-def _images(run_dir: Path) -> str:
-    """The manifest's digest: it names every image, its prompt and what drew it. Empty where there is none."""
+def _manifest_digest(run_dir: Path) -> str:
+    """The manifest's digest, which covers every image's prompt and source; "" if there is no manifest."""
     return (checksums.digest(paths.inside(run_dir, paths.MANIFEST)) or "")[:16]
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A judge's numbers; {} for a file that is missing or torn, or that holds what is not written here, whatever its
-    checksum says: they can be had again. Earlier versions wrote no checksum."""
+    """A judge's numbers; {} if the file is missing or torn, or has invalid content even with a correct checksum. The
+    numbers can be computed again. Earlier versions wrote no checksum."""
     try:
         numbers = plain_data.read_json(file)
         whole = isinstance(numbers, dict) and numbers.pop(checksums.KEY, None) in (None, _checksum(numbers))
@@ -251,7 +253,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _is_ours(numbers: Mapping[str, Any]) -> bool:
-    """Whether a file of today's form holds what `_keep` is given."""
+    """Whether a file in the current format has the content that `_write_numbers` writes."""
     if "set" in numbers:
         return json_shapes.fits(numbers, json_shapes.COMPARED)
     return json_shapes.fits(numbers, json_shapes.JUDGED) and set(numbers["h_o_terms"]) <= {*MEASURES.values()}

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation as an object that shows itself, in a notebook and as text."""
+"""The numbers of an evaluation, with a table for notebooks and for print."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(Mapping[str, float]):
-    """What a task's judge measured: evaluation["acc_e"] in percent, evaluation["h_o"]. It shows itself as a table.
+    """The metrics of one evaluation: evaluation["acc_e"] in percent, evaluation["h_o"]. It prints as a table.
 
-    metrics: as in a run's metrics.json: intervals, counts and the protocol. folder: where the images are; None where
-    they were temporary.
+    metrics: the content of a run's metrics.json, with intervals, counts and the protocol. folder: the images' folder;
+    None if they were temporary.
     """
 
     metrics: Mapping[str, Any]

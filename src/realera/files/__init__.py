@@ -1,1 +1,1 @@
-"""Reading and checking files that may be torn or come from somebody else, and what cached files cost to make."""
+"""Reads and checks files that may be torn or come from somebody else, and records the cost of cached files."""

@@ -1,4 +1,4 @@
-"""What stands in the cache says what it cost: seconds, and passes of the U-Net. A run that finds it there is told."""
+"""Cached files record their cost, in seconds and U-Net passes, so that a run which reuses a file knows its cost."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of wall time, and images that went through the U-Net in them."""
-
-    seconds: float = 0.0
-    passes: int = 0
+    seconds: float = 0.0  # wall time
+    passes: int = 0  # images that went through the U-Net
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(self.seconds + other.seconds, self.passes + other.passes)
@@ -32,7 +30,7 @@ class Spent:
 
 @dataclass
 class Ledger:
-    """What the files of the cache cost that were there already; None where a file does not say."""
+    """The costs of the cached files that were reused; None for a file without a record."""
 
     files: dict[Path, Spent | None] = field(default_factory=dict)
 
@@ -40,7 +38,7 @@ class Ledger:
         return sum((spent for spent in self.files.values() if spent is not None), Spent())
 
     def unknown(self) -> int:
-        """How many of the files do not say."""
+        """The number of files without a record of their cost."""
         return sum(spent is None for spent in self.files.values())
 
 
@@ -49,8 +47,8 @@ _open: ContextVar[Ledger | None] = ContextVar("ledger", default=None)
 
 @contextmanager
 def ledger() -> Iterator[Ledger]:
-    """Enters every `Cached` file that is read or made in here. Each file is counted once; a file that this run made
-    is not counted as reused."""
+    """Collects the costs of every `Cached` file that is read or made inside this context. Each file is counted once;
+    files made by this run are not counted as reused."""
     entries = Ledger()
     token = _open.set(entries)
     try:
@@ -60,9 +58,9 @@ def ledger() -> Iterator[Ledger]:
 
 
 class Cached:
-    """A file of the cache that says what it cost: the clock starts here, and `made` stops it.
+    """Measures the cost of making a cached file, from the constructor to `made`.
 
-    The note stands in the file's own safetensors metadata. A file that is made in several goes sums them.
+    The cost is stored in the file's safetensors metadata. For a file that is made in several runs, the costs add up.
     """
 
     def __init__(self, file: Path, backbone: Backbone) -> None:
@@ -72,10 +70,10 @@ class Cached:
         self.began, self.passes = time.perf_counter(), backbone.passes
 
     def read(self, metadata: Mapping[str, str] | None) -> None:
-        """The file was found, with this metadata. One that says nothing is from before there were notes."""
-        said = metadata or {}
+        """Call this if the file exists, with its metadata. Files of earlier versions have no cost in their metadata."""
+        stored = metadata or {}
         try:
-            self.before = Spent(float(said["seconds"]), int(said["passes"]))
+            self.before = Spent(float(stored["seconds"]), int(stored["passes"]))
         except (KeyError, ValueError):
             self.before = None
         if self.before is not None and not 0 <= self.before.seconds < float("inf"):
@@ -83,7 +81,7 @@ class Cached:
         self._enter(self.before)
 
     def made(self) -> dict[str, str]:
-        """Metadata for the file as it is now. Goes on from an unknown beginning as unknown."""
+        """The metadata to save with the file; {} if the cost of an earlier part is unknown."""
         self._enter(Spent())
         if self.before is None:
             return {}
@@ -96,19 +94,19 @@ class Cached:
 
 
 def kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor of that name in a file of the cache, on the CPU: what `make` gives, computed once. A process that
-    wants it meanwhile waits for it.
+    """The result of `make`, on the CPU: computed once and cached in a file, under this name. Other processes that need
+    it wait until it is computed.
 
-    A cache is never worth an error: a file that is torn, or holds NaN, is made again. Raises UserError where what is
-    made holds NaN or infinity.
+    A cached file that is torn or holds NaN is made again, without an error. Raises UserError if the result of `make`
+    holds NaN or infinity.
     """
     if file.is_file():
-        return _kept(file, name, backbone, make)
+        return _load_or_make(file, name, backbone, make)
     with turn(file):
-        return _kept(file, name, backbone, make)
+        return _load_or_make(file, name, backbone, make)
 
 
-def _kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) -> Tensor:
+def _load_or_make(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) -> Tensor:
     entry = Cached(file, backbone)
     if file.is_file():
         try:
@@ -121,7 +119,7 @@ def _kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor])
             checksums.made_again(file)
     made = make().cpu().contiguous()
     finite.refuse(
-        [(name, made)], f"{file.name} is not kept, because", "set backbone.dtype=float32, or lower the guidance"
+        [(name, made)], f"{file.name} is not cached, because", "set backbone.dtype=float32, or lower the guidance"
     )
     checksums.save(file, {name: made}, entry.made())
     return made

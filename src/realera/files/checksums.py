@@ -1,8 +1,8 @@
-"""Whether a file is still as it was written. A disk, a copy that was broken off or a power cut may tear it, and a torn
-file is made again rather than believed.
+"""Checks that files are still as they were written. A disk error, an interrupted copy or a power cut may tear a file. A
+torn file is made again and never used.
 
-A safetensors file carries a SHA-256 of all its bytes in its metadata, a PNG image a CRC-32 of each of its parts. Torch
-comes only where tensors are read or written: the commands check files before it is loaded.
+A safetensors file has a SHA-256 of all its bytes in its metadata; a PNG image has a CRC-32 for each of its chunks.
+Torch is imported only to read or write tensors, because the commands check files before they load torch.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEY = "checksum"  # in a safetensors file's metadata
-BESIDE = "beside"  # likewise: {name: digest} of the files that belong to it, in its folder
-BLANK = b"0" * 32  # in its place while the checksum is computed: half of a SHA-256, in hex digits
-_MARK = f'"{KEY}":"'.encode()  # in a value of the metadata its quotes would be escaped
+BESIDE = "beside"  # also in the metadata: {name: digest} of the other files of the fit, in the same folder
+BLANK = b"0" * 32  # placeholder while the checksum is computed: half of a SHA-256, in hex digits
+_MARK = f'"{KEY}":"'.encode()  # cannot occur inside a metadata value, where quotes are escaped
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Torn(UserError):
-    """A file that is not as it was written, or none of its kind."""
+    """A file that is not as it was written, or not of the expected kind."""
 
 
 def save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all, with its checksum in the metadata."""
+    """Writes a safetensors file, completely or not at all, with its checksum in the metadata."""
     from safetensors.torch import save_file
 
     with whole(file) as beside:
@@ -60,43 +60,43 @@ def load(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def content(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose checksum was compared already. Raises Torn."""
+    """The tensors of a safetensors file, without comparing the checksum (see `verify`). Raises Torn."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise Torn(f"{file} is torn or no safetensors file") from error
+        raise Torn(f"{file} is torn or not a safetensors file") from error
 
 
 def metadata(file: Path) -> dict[str, str]:
-    """Likewise what a safetensors file says of itself. Raises Torn."""
+    """The metadata of a safetensors file, without comparing the checksum. Raises Torn."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
             return dict(opened.metadata() or {})
     except (SafetensorError, OSError, ValueError) as error:
-        raise Torn(f"{file} is torn or no safetensors file") from error
+        raise Torn(f"{file} is torn or not a safetensors file") from error
 
 
 def verify(file: Path) -> None:
-    """Raises Torn if a safetensors file does not have the bytes of its checksum. Files of earlier versions have no
-    checksum: they must have the size that their header gives."""
+    """Raises Torn if a safetensors file does not match its checksum. Files of earlier versions have no checksum: only
+    their size is compared with their header."""
     try:
-        headers.refuse_torn(file)  # first: a file of another size need not be read
+        headers.refuse_torn(file)  # first, so that a file with a wrong size is not read
         place, checksum = _seal(file)
         if place is not None and _checksum(file, place) != checksum:
             raise ValueError("it has another checksum")
     except (OSError, ValueError, UserError):
-        raise Torn(f"{file} is torn or no safetensors file") from None
+        raise Torn(f"{file} is torn or not a safetensors file") from None
 
 
 def fit_stands(erased: Path) -> bool:
-    """Whether a fit left its erased weights, and neither they nor the files beside them are torn.
+    """Whether a fit's erased weights exist, and neither they nor the fit's other files are torn.
 
-    If a file is torn, the log names it, and the erased weights are deleted: the fit is then done again, all of it.
+    If a file is torn, the log names it, and the erased weights are deleted, so that the whole fit is done again.
     """
     torn = _torn_of(erased) if erased.is_file() else None
     if torn is not None:
@@ -106,18 +106,18 @@ def fit_stands(erased: Path) -> bool:
 
 
 def _torn_of(erased: Path) -> Path | None:
-    """The first torn file of a fit, or None: the erased weights, or one of `paths.OF_THE_FIT`, whose digests stand in
-    the erased weights' metadata.
+    """The first torn file of a fit, or None: the erased weights, or one of `paths.OF_THE_FIT`, whose digests are in the
+    erased weights' metadata.
 
-    A missing file is not torn: its owner may have deleted it. Weights of earlier versions name no digests.
+    A missing file is not torn: the user may have deleted it. Weights of earlier versions have no digests.
     """
     try:
         verify(erased)
         with plain_data.opened(erased) as stream:
             header = plain_data.json_of(stream.read(int.from_bytes(stream.read(8), "little")).decode())
-        said = plain_data.json_of(header.get("__metadata__", {}).get(BESIDE, "{}"))
-        beside = {erased.parent / name: said.get(name) for name in OF_THE_FIT}
-    except (Torn, OSError, ValueError, AttributeError, TypeError):  # of a header that nobody's save has written
+        digests = plain_data.json_of(header.get("__metadata__", {}).get(BESIDE, "{}"))
+        beside = {erased.parent / name: digests.get(name) for name in OF_THE_FIT}
+    except (Torn, OSError, ValueError, AttributeError, TypeError):  # a header that `save` did not write
         return erased
     return next(
         (file for file, known in beside.items() if known is not None and digest(file) not in (known, None)), None
@@ -125,7 +125,7 @@ def _torn_of(erased: Path) -> Path | None:
 
 
 def sha256_of(file: Path) -> str:
-    """64 hex digits of a file's content, which may be larger than the memory. Raises OSError if it cannot be read."""
+    """64 hex digits of a file's content, read block by block. Raises OSError if the file cannot be read."""
     sha = hashlib.sha256()
     with plain_data.opened(file) as stream:
         while block := stream.read(1 << 20):
@@ -147,7 +147,7 @@ def digest_of(content: bytes) -> str:
 
 
 def image_is_whole(file: Path) -> bool:
-    """Whether a PNG image is there and as it was written: the CRC-32 of every part, an end, and nothing after it."""
+    """Whether a PNG image exists and is complete: every chunk has its CRC-32, and the last chunk is IEND."""
     try:
         data = memoryview(plain_data.content(file))
     except (OSError, ValueError):
@@ -155,7 +155,7 @@ def image_is_whole(file: Path) -> bool:
     start = len(_PNG)
     if bytes(data[:start]) != _PNG:
         return False
-    while start + 12 <= len(data):  # length of the content, name, content, CRC-32 of the latter two
+    while start + 12 <= len(data):  # a chunk: length of the content, name, content, CRC-32 of name and content
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         if end > len(data) or zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             return False
@@ -166,12 +166,12 @@ def image_is_whole(file: Path) -> bool:
 
 
 def sealed_page(html: str) -> str:
-    """A page with a last line that says what it must hold."""
+    """The page with its checksum in a last line."""
     return f"{html.rstrip()}\n<!-- {KEY} {digest_of(html.rstrip().encode())} -->\n"
 
 
 def page_is_whole(file: Path) -> bool:
-    """Whether a page is as it was written; one of an earlier version must have its beginning and its end."""
+    """Whether a page matches its checksum. A page of an earlier version must have its first and last tag."""
     try:
         html, mark, checksum = plain_data.content(file).rstrip().rpartition(f"\n<!-- {KEY} ".encode())
     except (OSError, ValueError):
@@ -182,14 +182,14 @@ def page_is_whole(file: Path) -> bool:
 
 
 def made_again(*torn: Path) -> None:
-    """One log line that names what is torn and is going to be replaced."""
+    """Logs in one line that torn files are made again, with the name of the first."""
     if torn:
         more = f" and {len(torn) - 1} more are" if len(torn) > 1 else " is"
         log.warning("%s%s torn: made again", torn[0], more)
 
 
 def _seal(file: Path) -> tuple[int | None, bytes]:
-    """Where in a safetensors file its checksum stands, and the checksum; None where it has none."""
+    """The position of the checksum in a safetensors file, and the checksum; None if the file has none."""
     with plain_data.opened(file) as stream:
         length, size = int.from_bytes(stream.read(8), "little"), os.fstat(stream.fileno()).st_size
         header = stream.read(length) if length <= min(size - 8, headers.LONGEST) else b""
@@ -201,7 +201,7 @@ def _seal(file: Path) -> tuple[int | None, bytes]:
 
 
 def _order(file: Path) -> None:
-    """Sorts the metadata, which safetensors writes in any order: the same content is the same bytes."""
+    """Sorts the metadata, which safetensors writes in any order, so that equal content gives equal bytes."""
     with file.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -213,7 +213,7 @@ def _order(file: Path) -> None:
 
 
 def _checksum(file: Path, place: int) -> bytes:
-    """Of all bytes, with `BLANK` where the checksum itself stands."""
+    """The checksum of all bytes, with `BLANK` in the place of the checksum itself."""
     sha = hashlib.sha256()
     with plain_data.opened(file) as stream:
         sha.update(stream.read(place) + BLANK)

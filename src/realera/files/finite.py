@@ -1,6 +1,6 @@
-"""NaN and infinity, found in one pass over a tensor and refused by its name.
+"""Finds NaN and infinity in one pass over each tensor, and refuses them with the tensor's name.
 
-Torch is not imported here: whoever has a tensor has it loaded.
+Torch is not imported here: a caller that has tensors has already imported it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 class NotFinite(UserError):
-    """A number that is NaN or infinite where a run cannot go on with it."""
+    """NaN or infinity in numbers that the run needs."""
 
 
 def first_bad(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity; None where all are finite.
+    """The name of the first tensor that holds NaN or infinity; None if all are finite.
 
-    Smallest and largest value of each: NaN is passed on by both. 100 million float32 numbers take 0.02 s of one core,
-    and a GPU is waited for once, however many tensors of one kind there are.
+    Checks the smallest and largest value of each tensor; both are NaN if any value is. 100 million float32 numbers take
+    0.02 s on one core. For tensors of one dtype on a GPU there is only one synchronisation.
     """
     torch: Any = sys.modules.get("torch")
     listed = tensors.items() if isinstance(tensors, Mapping) else tensors
     kept = [(name, t.detach()) for name, t in listed if t.is_floating_point() and t.numel()]
     if not kept:
         return None
-    ends: dict[Any, list[Tensor]] = {}  # smallest and largest of each, by kind and device
+    ends: dict[Any, list[Tensor]] = {}  # smallest and largest value of each tensor, by dtype and device
     places: dict[Any, list[int]] = {}
     for place, (_, tensor) in enumerate(kept):
         kind = tensor.dtype, tensor.device
@@ -45,6 +45,6 @@ def first_bad(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> s
 
 
 def refuse(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], whose: str, remedy: str) -> None:
-    """UserError "`whose` `name` holds NaN or infinity: `remedy`." for the first tensor that does."""
+    """Raises NotFinite, "`whose` `name` holds NaN or infinity: `remedy`.", for the first tensor that does."""
     if (name := first_bad(tensors)) is not None:
         raise NotFinite(f"{whose} {name} holds NaN or infinity: {remedy}.")

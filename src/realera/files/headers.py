@@ -1,4 +1,4 @@
-"""A checkpoint's files, read without torch: settings in JSON, and what a safetensors file says it holds."""
+"""Reads a checkpoint's files without torch: settings in JSON, and the headers of safetensors files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from realera.contracts import UserError
 from realera.files import plain_data
 
 LONGEST_JSON = 64 << 20  # bytes; the index of a large model has 0.1 million
-AXES = 8  # of a tensor, at most
-LONGEST = 100_000_000  # bytes of a header; safetensors itself reads no longer one
+AXES = 8  # most axes of a tensor
+LONGEST = 100_000_000  # bytes of a header; the limit of safetensors itself
 SIZES = {  # bytes of a number
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -26,24 +26,24 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file. dtype: in safetensors' spelling, "F16"."""
+    """The header entry of one tensor. dtype: in safetensors' spelling, "F16"."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def refuse_torn(file: Path) -> None:
-    """UserError unless the file is a safetensors file as long as its header says, its tensors side by side."""
+    """Raises UserError unless the file is a safetensors file of the size in its header, without gaps or overlaps."""
     tensors(file)
 
 
 def tensors(file: Path) -> dict[str, Stored]:
-    """{name: what is stored} by a file's header. Raises UserError as `refuse_torn`."""
+    """{tensor name: dtype and shape} from a file's header. Raises UserError as `refuse_torn`."""
     return {name: stored for name, (stored, _, _) in _placed(file).items()}
 
 
 def places(file: Path) -> dict[str, tuple[int, int]]:
-    """{name: the bytes of the file, from and to} of every tensor, in their order. Raises UserError as `refuse_torn`."""
+    """{tensor name: (first byte, end) in the file}, in file order. Raises UserError as `refuse_torn`."""
     found = {name: (begin, stop) for name, (_, begin, stop) in _placed(file).items()}
     start = file.stat().st_size - max((stop for _, stop in found.values()), default=0)
     return {name: (start + begin, start + stop) for name, (begin, stop) in sorted(found.items(), key=lambda f: f[1])}
@@ -55,25 +55,25 @@ def _placed(file: Path) -> dict[str, tuple[Stored, int, int]]:
         return _tensors(file, known.st_size, known.st_mtime_ns)
     except OSError as error:
         raise UserError(
-            f"The file {str(file)!r} cannot be read ({error.strerror or error}); check its rights."
+            f"The file {str(file)!r} cannot be read ({error.strerror or error}); check its permissions."
         ) from error
 
 
 def is_pointer(start: bytes) -> bool:
-    """Whether a file that begins so is what Git LFS leaves in place of one that was not fetched."""
+    """Whether a file with these first bytes is a pointer of Git LFS, in place of a file that was not fetched."""
     return start.startswith(POINTER)
 
 
 def unfetched(file: Path) -> UserError:
     return UserError(
-        f"The file {str(file)!r} is a pointer of Git LFS and not the file itself; type `git lfs pull` in its folder, "
-        "or download it again."
+        f"The file {str(file)!r} is a Git LFS pointer and not the file itself; type `git lfs pull` in its folder, or "
+        "download it again."
     )
 
 
 @lru_cache(maxsize=256)
 def _tensors(file: Path, size: int, changed: int) -> dict[str, tuple[Stored, int, int]]:
-    """With the bytes, from and to, counted from the end of the header."""
+    """{tensor name: (entry, first byte, end)}; bytes count from the end of the header."""
     with plain_data.opened(file) as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
@@ -90,12 +90,12 @@ def _tensors(file: Path, size: int, changed: int) -> dict[str, tuple[Stored, int
         raise _torn(file, size, "its header cannot be read") from None
     end = 0
     for name, (stored, begin, stop) in sorted(found.items(), key=lambda item: item[1][1:]):
-        wide = SIZES.get(stored.dtype)
-        if begin != end or (wide is not None and stop - begin != wide * prod(stored.shape)):
+        itemsize = SIZES.get(stored.dtype)
+        if begin != end or (itemsize is not None and stop - begin != itemsize * prod(stored.shape)):
             raise _torn(file, size, f"its header misplaces the tensor {name}")
         end = stop
     if 8 + length + end != size:
-        raise _torn(file, size, f"its header promises {8 + length + end:,} bytes")
+        raise _torn(file, size, f"its header says {8 + length + end:,} bytes")
     return found
 
 
@@ -113,13 +113,13 @@ def _entry(entry: Any) -> tuple[Stored, int, int]:
 
 def _torn(file: Path, size: int, reason: str) -> UserError:
     return UserError(
-        f"The weights file {str(file)!r} is torn or no safetensors file: it holds {size:,} bytes and {reason}; copy or "
-        "download it again."
+        f"The weights file {str(file)!r} is torn or not a safetensors file: it has {size:,} bytes and {reason}; copy "
+        "or download it again."
     )
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError for a file that cannot be read or holds anything else."""
+    """The object in a JSON file. Raises UserError for a file that cannot be read or does not contain an object."""
     try:
         content = plain_data.content(file, LONGEST_JSON)
         if is_pointer(content):
@@ -127,11 +127,11 @@ def read_json(file: Path) -> dict[str, Any]:
         found = json.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise UserError(
-            f"The file {str(file)!r} cannot be read ({error.strerror or error}); check its rights."
+            f"The file {str(file)!r} cannot be read ({error.strerror or error}); check its permissions."
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"The file {str(file)!r} is not valid JSON; copy or download it again.") from error
     if not isinstance(found, dict):
         kind = {list: "a list", str: "a text", type(None): "null"}.get(type(found), f"{str(found)[:20]}")
-        raise UserError(f"The file {str(file)!r} holds {kind} and no settings; copy or download it again.")
+        raise UserError(f"The file {str(file)!r} contains {kind} and not settings; copy or download it again.")
     return found

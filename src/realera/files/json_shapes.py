@@ -1,8 +1,8 @@
-"""Whether plain data from a run folder's files has the shape that this package writes, as deep as its readers rely on
-it. Somebody else may have written the files, so nothing else is taken for granted.
+"""Checks that data from a run folder's files has the structure that this package writes, as far as its readers rely on
+it. The files may come from somebody else.
 
-A shape is a kind (str, dict), a test, [shape] for a list of such, {"key": shape, "key?": shape} for a mapping that has
-the keys (with "?": if it has them) and {...: shape} for one whose every value is so.
+A shape is a type (str, dict), a test function, [shape] for a list of items of this shape, {"key": shape, "key?": shape}
+for a mapping with these keys ("?": the key is optional), or {...: shape} for a mapping whose values all have the shape.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, get_args
 from realera import paths
 from realera.contracts import Mode, Split
 
-ID = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}")  # of a prompt: a plain file name
+ID = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}")  # of a prompt: a file name without a path
 IMAGE = re.compile(rf"(?:{paths.IMAGES}|{paths.ORIGINALS})/[^/\\\0]{{1,250}}")
 PARTS = ("neighbours", "edit", "latents", "align", "guide", "finish")  # of a method
-GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")  # of config.yaml, whose settings make objects
+GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")  # of config.yaml: each builds an object
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether plain data has a shape."""
+    """Whether plain data has the given shape."""
     if isinstance(shape, type):
         return isinstance(value, shape)
     if isinstance(shape, list):
@@ -43,7 +43,7 @@ def fits(value: Any, shape: Any) -> bool:
 
 
 def number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and -1e300 < value < 1e300  # no NaN either
+    return isinstance(value, (int, float)) and -1e300 < value < 1e300  # False for NaN too
 
 
 def whole(value: Any) -> bool:
@@ -51,7 +51,7 @@ def whole(value: Any) -> bool:
 
 
 def maybe(shape: Any) -> Any:
-    """The shape, or null."""
+    """A value of this shape, or null."""
     return lambda value: value is None or fits(value, shape)
 
 
@@ -88,7 +88,7 @@ VERDICT = {
 
 
 def estimate(**more: Any) -> Any:
-    """A number with both ends of its interval, or with neither."""
+    """An estimate with its interval. `low` and `high` are both given or both null."""
     numbers = dict.fromkeys(("value", "low", "high"), maybe(number))
     shape = {**numbers, "n": whole, "unscored": whole, **more}
     return lambda value: fits(value, shape) and (value["low"] is None) == (value["high"] is None)
@@ -121,12 +121,12 @@ METRICS = {
     "sets?": {...: lambda numbers: fits(numbers, {"protocol?": dict}) and _all_numbers(numbers)},
     "protocol": PROTOCOL,
 }
-JUDGED = {  # verdicts/<judge>.json, of a judge of single images
+JUDGED = {  # verdicts/<judge>.json of a judge of single images
     **{key: METRICS[key] for key in (*NUMBERS, "headline", "h_o_terms", "original", "protocol")},
     "of_images?": str,
     "of_verdicts?": {...: str},
 }
-COMPARED = {  # the same, of a judge of whole sets
+COMPARED = {  # the same for a judge of sets of images
     "set": {...: maybe(number)},
     "protocol": dict,
     "of_images?": str,
@@ -158,7 +158,7 @@ ALIGN = maybe({"steps?": maybe(number), "lora?": maybe(dict)})
 
 
 def _alike(blocks: Mapping[str, Any]) -> bool:
-    """Whether all concepts have the same measures, which are the columns of their table."""
+    """Whether all concepts have the same metrics, which are the columns of a table."""
     return len({frozenset(block) for block in blocks.values()}) <= 1
 
 
@@ -167,10 +167,10 @@ def _all_numbers(numbers: Mapping[str, Any]) -> bool:
 
 
 def config_fault(config: Any, used: bool = False) -> str | None:
-    """Why the content of a config.yaml cannot be a run's, as in "holds no settings"; None if it can.
+    """The fault of a config.yaml's content, as in "holds no settings"; None if it is the config of a run.
 
-    Settings of the wrong kind are a fault. Missing ones are a fault only in a run that is to be used (used=True), whose
-    weights are loaded: the pages also show runs of earlier versions, and runs that have only begun.
+    Settings of the wrong type are a fault. Missing settings are a fault only with used=True, for a run whose weights
+    are loaded: the pages also show runs of earlier versions and runs that have just started.
     """
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         return "holds no settings"
@@ -197,7 +197,7 @@ def config_fault(config: Any, used: bool = False) -> str | None:
 
 
 def _lack(config: Mapping[str, Any]) -> str | None:
-    """The first setting that a run needs to be used, as in "is no run's (it has no seed)"."""
+    """The first required setting that is missing, as in "is no run's (it has no seed)"; None if all are there."""
     method, judge = config.get("method") or {}, config.get("judge")
     made = [("task", config.get("task") or {}), ("backbone", config.get("backbone") or {})]
     made += [(f"method.{part}", method[part]) for part in PARTS if method.get(part)]

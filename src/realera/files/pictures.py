@@ -1,5 +1,5 @@
-"""Image files of any kind that is read (paths.FORMATS) as 8-bit RGB, or one sentence on why not. An EXIF orientation is
-not applied: nor is it by the official code whose numbers ours are compared with."""
+"""Reads image files (paths.FORMATS) as 8-bit RGB. An EXIF orientation is not applied, because the official code, whose
+numbers ours are compared with, does not apply it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from realera.paths import FORMATS
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST = 89_478_485  # pixels; PIL warns of more, because a file of kilobytes can hold them
-STILLS = ("MPO",)  # a JPEG with a second picture beside the first
+MOST = 89_478_485  # pixels; PIL warns of larger images, because a file of a few kilobytes can contain them
+STILLS = ("MPO",)  # a JPEG that contains a second image
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The image in RGB. Sixteen-bit greys are scaled to 8 bits, a palette is looked up, and what is transparent is seen
-    on white; an opaque 8-bit image is what PIL's own convert("RGB") gives.
+    """The image in RGB. 16-bit grey values are scaled to 8 bits, palettes are resolved, and transparent pixels are
+    blended with white. An opaque 8-bit image is converted with PIL's convert("RGB").
 
-    Raises UserError naming a file that is missing, no image, torn, animated, or too large.
+    Raises UserError, with its name, for a file that is missing, not an image, torn, animated, or too large.
     """
     from PIL import Image, UnidentifiedImageError
 
-    if not path.is_file():  # a pipe would be waited for
-        state = "is no file" if path.exists() else "is missing"
+    if not path.is_file():  # opening a pipe would block
+        state = "is not a file" if path.exists() else "is missing"
         raise UserError(f"the image {path} {state}: generate the run's images again")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_refuse` asks for less
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_refuse` has a stricter limit
             with Image.open(path, formats=FORMATS) as image:
                 _refuse(path, image)
                 return _rgb(image)
@@ -47,18 +47,18 @@ def _refuse(path: Path, image: Image.Image) -> None:
             f"the image {path} is too large to be read ({image.width} x {image.height} pixels): make it smaller"
         )
     if getattr(image, "n_frames", 1) > 1 and image.format not in STILLS:
-        raise UserError(f"the image {path} is animated ({image.n_frames} pictures): save one of them")  # type: ignore[attr-defined]
+        raise UserError(f"the image {path} is animated ({image.n_frames} frames): save one of them")  # type: ignore[attr-defined]
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
-    if image.mode.startswith("I"):  # of these formats only PNG has more than 8 bits, and no more than 16
+    if image.mode.startswith("I"):  # only PNG has more than 8 bits among these formats, at most 16
         import numpy as np
 
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")

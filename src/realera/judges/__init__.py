@@ -1,1 +1,1 @@
-"""Judges: they read image files and say what is in them. One file and one yaml adds one."""
+"""Judges read image files and return verdicts. One file and one yaml add a judge."""

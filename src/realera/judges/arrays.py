@@ -1,5 +1,5 @@
-"""Reads GIPHY's det1-3.npy, {layer: {parameter: array}} pickled inside an .npy file, without running what a pickle may
-call: nothing but numpy's own rebuilding of arrays is let through. np.load(allow_pickle=True) would run anything."""
+"""Reads GIPHY's det1-3.npy, {layer: {parameter: array}} pickled inside an .npy file. The unpickler here calls only
+numpy's own functions that rebuild arrays; np.load(allow_pickle=True) would run any code in the file."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _ALLOWED = {
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
-    ("_codecs", "encode"),  # bytes, as Python 3 writes them in the old form
+    ("_codecs", "encode"),  # bytes in Python 3's pickles of old protocols
 }
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Dicts, lists, tuples, strings and numbers need no name; of names, only those that rebuild an array are known."""
+    """Allows only names that rebuild an array. Dicts, lists, tuples, strings and numbers need no name."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core") if _newer() else module, name)
 
 
 def read_layers(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """{layer: {parameter: array}}. Raises UserError for a file that is missing, torn, or holds anything else."""
+    """{layer: {parameter: array}}. Raises UserError if the file is missing or torn, or contains anything else."""
     import numpy as np
 
     try:
@@ -47,13 +47,13 @@ def read_layers(path: Path) -> dict[str, dict[str, np.ndarray]]:
         }
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): unpack GIPHY's resources again") from None
-    except Exception as error:  # a torn pickle raises anything
+    except Exception as error:  # a torn pickle can raise any exception
         cause = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is no file of arrays ({cause}): unpack GIPHY's resources again") from None
+        raise UserError(f"{path} does not contain only arrays ({cause}): unpack GIPHY's resources again") from None
 
 
 def _newer() -> bool:
-    """numpy 2 moved its core; files written before name the old place."""
+    """Whether numpy is 2 or newer, which renamed numpy.core to numpy._core; older files use the old name."""
     from importlib.util import find_spec
 
     return find_spec("numpy._core") is not None

@@ -1,5 +1,5 @@
-"""Fréchet Inception distance between two sets of images (Heusel et al. 2017, arXiv 1706.08500), by torch-fidelity: its
-port of TensorFlow's Inception and its formula. How images get to 299 x 299 is a setting, because it moves the number.
+"""Fréchet Inception distance between two sets of images (Heusel et al. 2017, arXiv 1706.08500), with torch-fidelity's
+port of TensorFlow's Inception and its formula. Resizing to 299 x 299 is a setting, because it changes the number.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ log = logging.getLogger(__name__)
 
 Layer = Literal["64", "192", "768", "2048", 64, 192, 768, 2048]
 Resize = Literal["clean", "tensorflow"]
-_SIDE = 299  # pixels, of Inception
+_SIDE = 299  # pixels; Inception's input size
 _SOURCE = "https://github.com"
 
 
 class FidJudge:
-    """{"fid": the distance}, 0 or more, lower is closer. It is biased upwards in small sets: below as many images as
-    the layer has features a warning says so, and only numbers of equally many images compare.
+    """{"fid": the distance}, 0 or more; lower means closer. Small sets are biased upwards, so compare only values from
+    equally many images. A warning is logged if a set has fewer images than the layer has features.
 
-    weights: torch-fidelity's file; None: downloaded once. layer: which of Inception's averaged layers; papers take
-    "2048". resize: "clean", PIL's antialiased bicubic (clean-fid's choice, Parmar et al. 2022; here rounded to whole
-    grey levels, there not), or "tensorflow", torch-fidelity's own, without antialiasing, as in the first paper. batch:
-    images at once. Raises UserError where the library or the weights are missing.
+    weights: torch-fidelity's file; None: downloaded once. layer: the averaged Inception layer; papers use "2048".
+    resize: "clean" is PIL's antialiased bicubic (as clean-fid, Parmar et al. 2022, but rounded to whole grey levels);
+    "tensorflow" is torch-fidelity's own, without antialiasing, as in the first paper. batch: images at once. Raises
+    UserError if the library or the weights are missing.
     """
 
     name = "fid"
@@ -50,7 +50,7 @@ class FidJudge:
         self.batch, self.layer, self.resize = check_batch(batch), str(layer), resize
         if self.layer not in get_args(Layer):
             raise UserError(
-                f"judge.layer={layer} is none of Inception's: use {', '.join(map(str, get_args(Layer)[:4]))}"
+                f"judge.layer={layer} is not a layer of Inception: use {', '.join(map(str, get_args(Layer)[:4]))}"
             )
         if resize not in get_args(Resize):
             raise UserError(f"judge.resize={resize} is unknown: use {' or '.join(get_args(Resize))}")
@@ -58,13 +58,13 @@ class FidJudge:
             from torch_fidelity.utils import create_feature_extractor
         except ImportError as error:
             raise UserError(
-                f"judge=fid needs a package that is not here ({error}): pip install 'realera[fid]', or pip install "
+                f"judge=fid needs a missing package ({error}): pip install 'realera[fid]', or pip install "
                 "torch-fidelity"
             ) from None
         self.device = torch_device(device)
         file = None if weights is None else _checked(Path(weights).expanduser())
         if file is None and not _downloaded() and out_of_reach(_SOURCE):
-            raise _lacking("they are not on this disk and their server does not answer")
+            raise _unavailable("they are not on this disk, and the server does not answer")
         try:
             self.net = create_feature_extractor(
                 "inception-v3-compat",
@@ -73,20 +73,20 @@ class FidJudge:
                 verbose=False,
                 feature_extractor_weights_path=None if file is None else str(file),
             ).to(self.device)
-        except Exception as error:  # whatever a download or a torn file raises
-            raise _lacking((str(error) or repr(error)).strip().splitlines()[0][:160]) from error
+        except Exception as error:  # a download or a torn file can raise any exception
+            raise _unavailable((str(error) or repr(error)).strip().splitlines()[0][:160]) from error
 
     def compare(self, images: Sequence[Path], references: Sequence[Path]) -> dict[str, float]:
-        """Raises UserError for a set of fewer than two images, and for one that cannot be read."""
+        """Raises UserError if a set has fewer than two images, or an image cannot be read."""
         from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
         fewest = min(len(images), len(references))
         if fewest < 2:
-            raise UserError(f"judge=fid compares sets and was given one of {fewest} images: give both two or more")
+            raise UserError(f"judge=fid compares two sets, and one has {fewest} images: give two or more in each")
         if fewest < int(self.layer):
             log.warning(
-                "FID from %d and %d images is biased upwards: the covariance of %s features needs more of them. "
-                "Compare it only with an FID from equally many.",
+                "FID from %d and %d images is biased upwards: the covariance of %s features needs more images. "
+                "Compare it only with an FID from equally many images.",
                 len(images),
                 len(references),
                 self.layer,
@@ -112,11 +112,10 @@ class FidJudge:
         return torch.cat(found)
 
     def _read(self, path: Path) -> np.ndarray:
-        """(H, W, 3) uint8, a copy of its own."""
+        """(H, W, 3) uint8, writable."""
         return read_rgb(Path(path), _SIDE if self.resize == "clean" else None).copy()
 
     def protocol(self) -> dict[str, Any]:
-        """Which distance it is."""
         from importlib.metadata import version
 
         return {
@@ -129,12 +128,12 @@ class FidJudge:
 
 
 def _checked(weights: Path) -> Path:
-    """The file, if it holds tensors alone: torch-fidelity itself would unpickle anything."""
+    """The file, if it contains only tensors: torch-fidelity itself would unpickle anything."""
     import torch
 
     try:
-        if not weights.is_file():  # a pipe would be waited for
-            raise FileNotFoundError(f"{weights} is no file")
+        if not weights.is_file():  # reading a pipe would block
+            raise FileNotFoundError(f"{weights} is not a file")
         content = torch.load(weights, map_location="cpu", weights_only=True)
         tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
         if (bad := finite.first_bad(tensors)) is not None:
@@ -142,22 +141,22 @@ def _checked(weights: Path) -> Path:
     except Exception as error:
         reason = (str(error) or repr(error)).strip().splitlines()[0][:160]
         raise UserError(
-            f"judge.weights={weights} cannot be read as tensors alone ({reason}): give torch-fidelity's own file, "
+            f"judge.weights={weights} does not contain only tensors ({reason}): give torch-fidelity's own file, "
             "weights-inception-2015-12-05-6726825d.pth"
         ) from None
     return weights
 
 
 def _downloaded() -> bool:
-    """Whether torch's own cache holds Inception's weights."""
+    """Whether torch's cache has Inception's weights."""
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     return (Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]).is_file()
 
 
-def _lacking(reason: str) -> UserError:
+def _unavailable(reason: str) -> UserError:
     return UserError(
-        f"Inception's weights cannot be had ({reason}): connect once to download them (92 MB), point TORCH_HOME at a "
-        "cache that holds them, or give judge.weights=FILE."
+        f"Inception's weights cannot be loaded ({reason}): connect once to download them (92 MB), set TORCH_HOME to a "
+        "cache that has them, or give judge.weights=FILE."
     )

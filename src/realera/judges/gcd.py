@@ -1,8 +1,8 @@
-"""GIPHY's Celebrity Detector on today's torch: who of 2,306 people an image shows, the judge of MACE's and RealEra's
-celebrities. It reads the original resources folder as it is; TensorFlow is not needed.
+"""GIPHY's Celebrity Detector in current torch: recognises 2,306 people. MACE and RealEra judge celebrities with it. It
+reads the original resources folder unchanged; TensorFlow is not needed.
 
-Where it follows the original: faces by MTCNN, each box grown by a fifth, cut, squeezed to 224 x 224; all faces of an
-image grouped by person, and the group with the most faces speaks (MACE reads the first group only).
+As in the original: MTCNN finds the faces; each box is enlarged by a fifth, cut out and squeezed to 224 x 224; the faces
+of an image are grouped by person, and the largest group gives the verdict (MACE reads only the first group).
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ if TYPE_CHECKING:
 
 DETECTORS = ("face_detection/det1.npy", "face_detection/det2.npy", "face_detection/det3.npy")
 LABELS, STATE = "face_recognition/labels.csv", "face_recognition/best_model_states.pkl"
-MARGIN, SIZE = 0.2, 224  # of a box's side, half on each end; pixels a side
-TOP = 5  # names kept in a verdict
+MARGIN, SIZE = 0.2, 224  # share of a box's side, half at each end; pixels per side
+TOP = 5  # names in a verdict
 _SOURCE = "unpack resources.tar.gz of GIPHY's celeb-detection-oss (its examples/download_model.py fetches it) there"
 
 
-MinFace = Annotated[int, Number(12, 4096, whole=True)]  # the detector's first net sees 12 pixels
+MinFace = Annotated[int, Number(12, 4096, whole=True)]  # the detector's first network looks at 12 pixels
 
 
 class GiphyJudge:
-    """value = the probability of the prompt's person (0-1), NaN where no face is found or the name is no label: such an
-    image is unscored (MACE: top-1 given a face). label = the likeliest name, in the prompt's spelling where it is the
-    prompt's; "" without a face. Names match whatever their case, accents and punctuation.
+    """value = the probability of the prompt's person (0-1). It is NaN (unscored) if no face is found or the name is not
+    a label (MACE: top-1 given a face). label = the likeliest name, spelt as in the prompt if it is the prompt's person;
+    "" without a face. Names are compared without case, accents and punctuation.
 
-    detail: "faces" found; "whole", whether there is one; "top" [[name, probability], ...] the first five of the
-    largest group of faces; "known" the mean over that group of confidence x cosine with the label's centre, the
-    original's measure of knowing the person.
+    detail: "faces" = number of faces; "whole" = whether there is a face; "top" = [[name, probability], ...], the five
+    likeliest names for the largest group of faces; "known" = the mean over that group of probability x cosine with the
+    label's centre, the original's measure of whether it knows the person.
 
-    resources: GIPHY's folder (face_detection, face_recognition); None = gcd/resources in the cache. batch: faces at
-    once. Raises UserError for what is missing, torn or holds more than arrays: pickles are read without running them.
+    resources: GIPHY's folder (face_detection, face_recognition); None = gcd/resources in the cache. batch: images, and
+    faces, at once. Raises UserError if a file is missing, torn or contains anything but arrays: no code in a pickle is
+    run.
     """
 
     name = "gcd"
@@ -56,15 +57,15 @@ class GiphyJudge:
     ) -> None:
         self.batch, self.min_face = check_batch(batch), min_face
         if min_face < 12:
-            raise UserError(f"judge.min_face={min_face} is below what the detector's first net sees: use 12 or more")
+            raise UserError(f"judge.min_face={min_face} is too small for the detector's first network: use 12 or more")
         folder = paths.cache_dir() / "gcd" / "resources" if resources is None else Path(resources).expanduser()
         for name in (*DETECTORS, LABELS, STATE):
             if not (folder / name).is_file():
-                raise UserError(f"judge=gcd finds no {name} in {folder}: {_SOURCE}, or give judge.resources=FOLDER.")
+                raise UserError(f"judge=gcd cannot find {name} in {folder}: {_SOURCE}, or give judge.resources=FOLDER.")
         self.labels = read_labels(folder / LABELS)
-        self._rows: dict[str, list[int]] = {}
+        self._label_rows: dict[str, list[int]] = {}
         for row, label in enumerate(self.labels):
-            self._rows.setdefault(plain(label), []).append(row)
+            self._label_rows.setdefault(plain(label), []).append(row)
         layers = [read_layers(folder / name) for name in DETECTORS]
 
         from realera.judges.gcd_net import CelebrityNet, read_state
@@ -76,16 +77,16 @@ class GiphyJudge:
             try:
                 net.load(arrays)
             except (KeyError, ValueError) as error:
-                raise UserError(f"{folder / name} is not MTCNN's ({error}): {_SOURCE} again") from None
+                raise UserError(f"{folder / name} does not fit MTCNN ({error}): {_SOURCE} again") from None
         self.detector = FaceDetector(nets, self.device, min_face)
         self.net = CelebrityNet(len(self.labels))
         try:
             self.net.load(read_state(folder / STATE))
-        except Exception as error:  # whatever the reader of a torn or hostile file raises
+        except Exception as error:  # a torn or hostile file can raise any exception
             cause = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
             raise UserError(
-                f"{folder / STATE} is not the state of a ResNet-50 of {len(self.labels)} labels, read as tensors alone "
-                f"({cause[:200]}): {_SOURCE} again, its labels.csv with it"
+                f"{folder / STATE} does not contain only the tensors of a ResNet-50 with {len(self.labels)} labels "
+                f"({cause[:200]}): {_SOURCE} again, with its labels.csv"
             ) from None
         for part, name in zip((*nets, self.net), (*DETECTORS, STATE)):
             finite.refuse(part.state_dict(), f"{folder / name} cannot be used: its weight", f"{_SOURCE} again")
@@ -95,22 +96,22 @@ class GiphyJudge:
         verdicts: list[Verdict] = []
         for files, asked in batches(images, prompts, self.batch):
             found = [self.faces(read_rgb(Path(path))) for path in files]
-            chances, embeddings = self._look([face for faces in found for face in faces])
+            chances, embeddings = self._classify([face for faces in found for face in faces])
             start = 0
             for path, prompt, faces in zip(files, asked, found):
-                mine = slice(start, start + len(faces))
+                own = slice(start, start + len(faces))
                 refuse_nan(
                     self.name,
                     [path] * len(faces),
-                    zip(chances[mine].sum(axis=-1), embeddings[mine].sum(axis=-1)),
+                    zip(chances[own].sum(axis=-1), embeddings[own].sum(axis=-1)),
                     f"{_SOURCE} again",
                 )
-                verdicts.append(self._verdict(prompt, chances[mine], embeddings[mine]))
-                start = mine.stop
+                verdicts.append(self._verdict(prompt, chances[own], embeddings[own]))
+                start = own.stop
         return verdicts
 
     def knows(self, concept: str) -> bool:
-        return plain(concept) in self._rows
+        return plain(concept) in self._label_rows
 
     def faces(self, image: np.ndarray) -> list[np.ndarray]:
         """(H, W, 3) uint8 -> the faces in it, (224, 224, 3) uint8 each."""
@@ -128,7 +129,7 @@ class GiphyJudge:
                 cut.append(np.asarray(face.resize((SIZE, SIZE), Image.Resampling.BILINEAR)))
         return cut
 
-    def _look(self, faces: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _classify(self, faces: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """(n, labels) probabilities and (n, 256) embeddings."""
         import numpy as np
         import torch
@@ -153,18 +154,17 @@ class GiphyJudge:
         chance = together(chances[rows])
         close = likeness(embeddings[rows], centers[chances[rows].argmax(axis=1)])
         best = chance.argsort()[::-1][:TOP].tolist()
-        mine = self._rows.get(plain(prompt.concept), [])
-        value = float(chance[mine].sum()) if mine else math.nan
+        own = self._label_rows.get(plain(prompt.concept), [])
+        value = float(chance[own].sum()) if own else math.nan
         detail = {
             "faces": len(chances),
             "whole": True,
             "top": [[self.labels[row], round(float(chance[row]), 6)] for row in best],
             "known": round(float((chances[rows].max(axis=1) * close).mean()), 6),
         }
-        return Verdict(prompt.id, value, prompt.concept if best[0] in mine else self.labels[best[0]], detail)
+        return Verdict(prompt.id, value, prompt.concept if best[0] in own else self.labels[best[0]], detail)
 
     def protocol(self) -> dict[str, Any]:
-        """What was asked of which judge."""
         return {
             "judge": self.name,
             "version": 1,
@@ -178,19 +178,19 @@ class GiphyJudge:
 
 
 def plain(name: str) -> str:
-    """Letters and digits alone, lower case, no accents: "Dr. Dre", "dr_dre" -> "drdre"."""
+    """Only letters and digits, in lower case without accents: "Dr. Dre", "dr_dre" -> "drdre"."""
     letters = unicodedata.normalize("NFKD", name.casefold())
     return "".join(c for c in letters if c.isalnum())
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """Names in the net's order. The file has a line "Tom_Cruise_[m.07r1h],2108" a person under a heading; the net's
-    order is the lines', sorted by that name. Raises UserError for a file that is none such."""
+    """Names in the order of the network's outputs. The file has a header and one line "Tom_Cruise_[m.07r1h],2108" for
+    each person; the network's order is that of the sorted names. Raises UserError for any other file."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             names = sorted(row[0] for row in list(csv.reader(file))[1:] if row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a list of names ({error}): {_SOURCE} again") from None
     if not names:
-        raise UserError(f"{path} names nobody: {_SOURCE} again")
+        raise UserError(f"{path} has no names: {_SOURCE} again")
     return tuple(re.sub(r"_\[.*\]$", "", name).replace("_", " ") for name in names)

@@ -1,8 +1,8 @@
-"""GIPHY's celebrity net, and what it does with several faces in one image.
+"""GIPHY's celebrity network, and its handling of several faces in one image.
 
-ResNet-50 without its last layer, a bottleneck of 256 to the embedding, and a linear layer to the labels; beside it the
-centres of the labels' embeddings, from the centre loss it was trained with. Faces are (B, 3, 224, 224) in 0-1, neither
-mean nor deviation taken out.
+The network is a ResNet-50 without its last layer, a linear layer to an embedding of width 256, and a linear layer to
+the labels. It also stores the centres of the labels' embeddings, from the centre loss of its training. Faces are (B, 3,
+224, 224) in 0-1, not normalised by mean and deviation.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-WIDTH = 256  # of an embedding
+WIDTH = 256  # width of an embedding
 RIDGE = 1e-6  # added to the variances, as scikit-learn does
-ROUNDS, STILL = 100, 1e-3  # its iterations at most, and the gain in mean log-likelihood that ends them
+ROUNDS, STILL = 100, 1e-3  # scikit-learn's maximum of iterations, and the gain in mean log-likelihood that stops them
 
 
 class CelebrityNet(nn.Module):
-    """Faces -> (probabilities (B, labels), embeddings (B, 256)). `centers` (labels, 256)."""
+    """Faces -> (probabilities (B, labels), embeddings (B, 256)). centers: (labels, 256)."""
 
     centers: Tensor
 
@@ -40,21 +40,23 @@ class CelebrityNet(nn.Module):
         return self.fc2(embedding).softmax(dim=-1), embedding
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """The state as GIPHY's trainer saved it: "model.stem.0.weight", "center_loss_criterion.centers". Raises
-        RuntimeError where a tensor is missing, of another shape or one too many.
-
-        It was saved before torch counted BatchNorm's batches; that count is not used here.
+        """Loads a state of GIPHY's trainer, with keys such as "model.stem.0.weight", "center_loss_criterion.centers".
+        The state has no num_batches_tracked, which an older torch did not have and which is not used here. Raises
+        RuntimeError if a tensor is missing, unexpected or of another shape.
         """
-        mine = {key.removeprefix("model.").replace("center_loss_criterion.", ""): value for key, value in state.items()}
+        loaded = {
+            key.removeprefix("model.").replace("center_loss_criterion.", ""): value for key, value in state.items()
+        }
         fresh = {key: value for key, value in self.state_dict().items() if key.endswith("num_batches_tracked")}
-        self.load_state_dict({**fresh, **mine})
+        self.load_state_dict({**fresh, **loaded})
 
 
 def groups(chances: np.ndarray, embeddings: np.ndarray, centers: np.ndarray) -> list[list[int]]:
-    """Rows of faces taken for one person's, the largest group first.
+    """Groups the faces of an image by person: lists of row numbers, the largest group first.
 
-    chances (n, labels), embeddings (n, 256), centers (labels, 256). A Gaussian mixture with one covariance, begun at
-    the centres of the faces' own first labels, as GIPHY's does with scikit-learn.
+    chances (n, labels), embeddings (n, 256), centers (labels, 256). The groups are the components of a Gaussian mixture
+    with one shared covariance, started at the centres of the faces' likeliest labels, as in GIPHY's code with
+    scikit-learn.
     """
     if len(chances) < 2:
         return [[row] for row in range(len(chances))]
@@ -68,8 +70,8 @@ def groups(chances: np.ndarray, embeddings: np.ndarray, centers: np.ndarray) -> 
 def mixture(points: np.ndarray, means: np.ndarray, weights: np.ndarray) -> list[int]:
     """The component of each point (n, d), after expectation-maximisation from means (k, d) and weights (k,).
 
-    The first covariance is that of a k-means, as in scikit-learn, begun at the means too: there, at points drawn with a
-    seed.
+    The first covariance comes from a k-means, as in scikit-learn. Here the k-means also starts at `means`;
+    scikit-learn's starts at random points.
     """
     _, _, covariance = _fitted(points, _k_means(points, means))
     before = -np.inf
@@ -87,7 +89,7 @@ def mixture(points: np.ndarray, means: np.ndarray, weights: np.ndarray) -> list[
 
 
 def _k_means(points: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """(n, k): 1 where a point belongs, 0 elsewhere."""
+    """(n, k): 1 for the cluster of each point, else 0."""
     belongs = np.zeros((len(points), len(means)))
     for _ in range(ROUNDS):
         nearest = ((points[:, None] - means[None]) ** 2).sum(axis=-1).argmin(axis=1)
@@ -108,7 +110,7 @@ def _fitted(points: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _log_densities(points: np.ndarray, weights: np.ndarray, means: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """(n, k), without the constant."""
+    """(n, k): log weight + log density, without the constant."""
     whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T
     apart = ((points @ whiten)[:, None] - (means @ whiten)[None]) ** 2
     bent: np.ndarray = np.log(weights) + np.log(np.diag(whiten)).sum() - apart.sum(axis=-1) / 2
@@ -116,11 +118,11 @@ def _log_densities(points: np.ndarray, weights: np.ndarray, means: np.ndarray, c
 
 
 def together(chances: np.ndarray) -> np.ndarray:
-    """(n, labels) of one person's faces -> (labels,): their product, of sum 1. In logarithms: many faces' product would
-    be 0."""
+    """(n, labels) of one person's faces -> (labels,): the product over faces, normalised to sum 1. Computed in
+    logarithms, because the product over many faces would underflow to 0."""
     with np.errstate(divide="ignore"):
         summed = np.log(chances.astype(np.float64)).sum(axis=0)
-    if np.isneginf(summed).all():  # every label is ruled out by some face
+    if np.isneginf(summed).all():  # every label has probability 0 for some face
         summed = np.zeros_like(summed)
     shares: np.ndarray = np.exp(summed - summed.max())
     return shares / shares.sum()
@@ -134,10 +136,10 @@ def likeness(embeddings: np.ndarray, centers: np.ndarray) -> np.ndarray:
 
 
 def read_state(path: Any) -> dict[str, Tensor]:
-    """The tensors of GIPHY's state file, by torch's reader of weights alone: no code of the file's is run. Raises what
-    that raises."""
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    state: dict[str, Tensor] = held["model_state"]
+    """The tensors of GIPHY's state file, read with weights_only=True, so that no code in the file is run. Raises the
+    exceptions of torch.load."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Tensor] = content["model_state"]
     return state
 
 

@@ -1,4 +1,4 @@
-"""What the judges share: reading the images that they are handed, in batches, and refusing what is no number."""
+"""Helpers of the judges: read images, split them into batches, refuse NaN and infinity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def read_rgb(path: Path, size: int | None = None) -> np.ndarray:
-    """(H, W, 3) uint8; resized to size x size if given. Raises UserError as `read_picture`."""
+    """(H, W, 3) uint8, resized to size x size if `size` is given. Raises UserError as `read_picture` does."""
     import numpy as np
     from PIL import Image
 
@@ -31,7 +31,7 @@ def read_rgb(path: Path, size: int | None = None) -> np.ndarray:
 def batches(
     images: Sequence[Path], prompts: Sequence[Prompt], size: int
 ) -> Iterator[tuple[Sequence[Path], Sequence[Prompt]]]:
-    """Both lists, `size` at a time. Raises ValueError where they do not match."""
+    """Both lists in batches of `size`. Raises ValueError if their lengths differ."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
     for start in range(0, len(images), size):
@@ -39,11 +39,11 @@ def batches(
 
 
 def refuse_nan(judge: str, images: Sequence[Path], numbers: Iterable[Iterable[float]], remedy: str) -> None:
-    """UserError where one of the numbers that a judge computed of an image is NaN or infinite. numbers: some of each
-    image, in order. What a judge leaves unscored on purpose is none of them."""
+    """Raises UserError if a number that a judge computed for an image is NaN or infinite. numbers: for each image, in
+    order, the numbers to check; not the NaN of an image that the judge leaves unscored on purpose."""
     for path, each in zip(images, numbers):
         if not all(map(math.isfinite, each)):
-            raise NotFinite(f"the judge {judge} answered NaN or infinity for the image {path}: {remedy}")
+            raise NotFinite(f"the judge {judge} gave NaN or infinity for the image {path}: {remedy}")
 
 
 def bare(name: str) -> str:
@@ -52,14 +52,14 @@ def bare(name: str) -> str:
 
 
 def lengths(states: Tensor) -> Tensor:
-    """(B,) 1 for each state of unit length (B, E); NaN for one whose own length was too large for a float, of which
-    torch makes zeros."""
+    """(B,): for normalised states (B, E), 1 for each row; NaN for a row of zeros, which torch's normalisation makes of
+    a vector whose norm overflows."""
     norm = states.norm(dim=-1)
     return norm / norm
 
 
 def check_batch(batch: int) -> int:
-    """The batch size, if it is one. Raises UserError."""
+    """Returns the batch size. Raises UserError if it is below 1."""
     if batch < 1:
-        raise UserError(f"judge.batch={batch} judges nothing: use 1 or more")
+        raise UserError(f"judge.batch={batch} is not valid: use 1 or more")
     return batch

@@ -1,7 +1,7 @@
-"""The miniature's judge: which of all the world's concepts an image shows, by a small CLIP, with a plain CNN beside it.
+"""The miniature's judge: a small CLIP and a plain CNN classify an image among all concepts of the miniature's world.
 
-It chooses among every concept of the world and its empty scenes, not only the ten classes: an empty sky is then a sky,
-and is not pressed into being an airplane.
+The labels are all concepts of the world and its empty scenes, not only the ten classes. With the ten classes alone, an
+empty sky would be classified as an airplane.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from realera.setting_types import Batch, Folder, Label, TorchDevice
 if TYPE_CHECKING:
     from torch import Tensor
 
-SURE = 0.5  # probability, from which a judge knows something for whole
-_SIZE = 32  # pixels a side, as trained
-_REMEDY = "reinstall the package, or name another folder with judge.weights=FOLDER"
+SURE = 0.5  # the least probability with which both networks must choose the label of a whole thing
+_SIZE = 32  # pixels per side, as in training
+_REMEDY = "reinstall the package, or give another folder with judge.weights=FOLDER"
 
 
 class MiniatureJudge:
-    """value = softmax probability of the prompt's concept among all labels (0-1), label = the likeliest one; a concept
-    that is no label of the world is unscored.
+    """value = softmax probability of the prompt's concept among all labels (0-1); label = the likeliest one. An image
+    is unscored if its concept is not a label.
 
-    detail: "score" = 100 cos of the image and the prompt's caption or text (words the world does not know are skipped);
-    "detected" = whether the label is one of `unsafe`; "second" and "second_value", the plain CNN's first choice and its
-    probability; "whole" = whether both choose the same label, each with at least SURE; "anchor" = whether the label is
-    the anchor of the prompt's concept, where that is one.
+    detail: "score" = 100 cos of the image and the prompt's caption or text (words outside the vocabulary are skipped);
+    "detected" = whether the label is one of `unsafe`; "second", "second_value" = the plain CNN's first choice and its
+    probability; "whole" = whether both networks choose the same label, each with a probability of at least SURE;
+    "anchor" = whether the label is the anchor of the prompt's concept, if the anchor is a label.
 
-    weights: a folder with config.json and model.safetensors (default: the shipped one). unsafe: the labels that stand
-    for what a detector of explicit content looks for; without any, nothing is said of it. anchors: {concept: anchor}.
-    Raises UserError where the weights cannot be read, hold no such label, or make NaN of any image.
+    weights: a folder with config.json and model.safetensors (default: the shipped one). unsafe: the labels that replace
+    explicit content in the miniature's world; () = no "detected". anchors: {concept: anchor}. Raises UserError if the
+    weights cannot be read or give NaN, or a name in `unsafe` is not a label.
     """
 
     name = "miniature"
@@ -70,7 +70,7 @@ class MiniatureJudge:
         self._row = {label.lower(): row for row, label in enumerate(self.labels)}
         self.unsafe = tuple(unsafe)
         if strange := [label for label in self.unsafe if label.lower() not in self._row]:
-            raise UserError(f"judge.unsafe names {', '.join(strange)}, which this judge does not know as a label")
+            raise UserError(f"judge.unsafe names {', '.join(strange)}, which this judge has no label for: remove it")
         self.anchors = dict(anchors or {})
         known = {concept: self._row.get(bare(anchor).lower()) for concept, anchor in self.anchors.items()}
         self._anchor = {concept.lower(): row for concept, row in known.items() if row is not None}
@@ -85,7 +85,7 @@ class MiniatureJudge:
                 "image": self.clip.scale * lengths(self.clip.encode_image(some)),
                 "second choice": self.plain(some),
             }
-        finite.refuse(made, f"the judge {self.name} in {self.folder} cannot judge: what it makes of any", _REMEDY)
+        finite.refuse(made, f"the judge {self.name} in {self.folder} cannot judge: its output for any", _REMEDY)
 
     def read(self, images: Sequence[Path]) -> Tensor:
         """(B, 3, 32, 32) float32 in [-1, 1]."""
@@ -133,7 +133,6 @@ class MiniatureJudge:
         return verdicts
 
     def protocol(self) -> dict[str, Any]:
-        """What was asked of which judge, among which labels."""
         return {
             "judge": self.name,
             "version": self.config.version,

@@ -1,8 +1,8 @@
-"""The miniature judge's networks: a small CLIP (CNN image tower, word-level text tower), and a plain CNN beside it.
+"""The miniature judge's networks: a small CLIP (CNN image tower, word-level text tower) and a plain CNN.
 
-Nothing here is shared with the diffusion model that is judged: no layer, no tokenizer, no text encoder. Images are
-(B, 3, H, W) in [-1, 1]; E is the joint width. BatchNorm, not GroupNorm: several times faster on a CPU, and in eval mode
-an image's verdict does not depend on the images beside it (an EMA of the weights must carry the buffers along).
+They share no layer, tokenizer or text encoder with the diffusion model that they judge. Images are (B, 3, H, W) in [-1,
+1]; E is the joint width. They use BatchNorm, which is several times faster than GroupNorm on a CPU; in eval mode an
+image's verdict does not depend on the rest of the batch (an EMA of the weights must also copy the buffers).
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from realera.files import json_shapes, plain_data
 from realera.system.disk import whole, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-_START, _PAD = 0, 1  # the two rows of the word table before the first word
+_START, _PAD = 0, 1  # rows of the word table before the first word
 _MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's own bound
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """What the two networks are built from; `config.json` beside the weights holds it.
+    """The sizes of the two networks, stored as `config.json` in the folder of the weights.
 
-    words: the text tower's vocabulary, as `split_words` cuts a caption. labels {label: the prompt that stands for it}:
-    every concept of the world, in the order of the plain CNN's classes. channels: widths at full, half, quarter size.
+    words: the text tower's vocabulary, in the form that `split_words` returns. labels {label: its prompt}: every
+    concept of the world, in the order of the plain CNN's classes. channels: widths at full, half and quarter
+    resolution.
     """
 
     words: tuple[str, ...]
@@ -54,7 +55,7 @@ def _count(most: int) -> Callable[[Any], bool]:
 
 _WIDTH = _count(8192)
 _WIDTHS = lambda value: json_shapes.fits(value, [_WIDTH]) and len(value) == 3  # noqa: E731
-SHAPE: Mapping[str, Any] = {  # of config.json: what is written there, and no net too large to be tried
+SHAPE: Mapping[str, Any] = {  # of config.json; the bounds refuse networks that are too large to build
     "words": [str],
     "labels": lambda value: bool(value) and json_shapes.fits(value, {...: str}),
     "channels?": _WIDTHS,
@@ -68,17 +69,17 @@ SHAPE: Mapping[str, Any] = {  # of config.json: what is written there, and no ne
 
 
 def config_fault(raw: Any) -> str | None:
-    """Why the content of a config.json is no judge's, as in "holds no text_layers of a judge"; None if it is."""
+    """The error in the content of a config.json, such as "has no valid text_layers"; None if there is none."""
     if not isinstance(raw, dict):
-        return "holds no settings"
+        return "has no settings"
     known = {key.removesuffix("?"): key for key in SHAPE}
     if strange := next((key for key in raw if key not in known), None):
-        return f"holds {strange!r:.60}, which no judge has"
+        return f"has the unknown setting {strange!r:.60}"
     wrong = (name for name, key in known.items() if not json_shapes.fits(raw, {key: SHAPE[key]}))
     if (found := next(wrong, None)) is not None:
-        return f"holds no {found} of a judge"
+        return f"has no valid {found}"
     width, heads = (raw.get(name, getattr(JudgeConfig, name)) for name in ("width", "text_heads"))
-    return f"holds text_heads={heads}, which do not share width={width} evenly" if width % heads else None
+    return f"has text_heads={heads}, which does not divide width={width}" if width % heads else None
 
 
 def split_words(text: str) -> list[str]:
@@ -88,7 +89,7 @@ def split_words(text: str) -> list[str]:
 
 
 class _Residual(nn.Module):
-    """x + two 3 x 3 convolutions; the second BatchNorm starts at zero, so a fresh block is the identity."""
+    """x + two 3 x 3 convolutions. The second BatchNorm starts at zero, so a new block adds nothing to x."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -114,9 +115,9 @@ class _Pool(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Words -> (B, E): a table of words, learned positions, a small transformer, and the mean over the words.
+    """Words -> (B, E): word embeddings, learned positions, a small transformer, and the mean over the words.
 
-    A word that is not in the table is skipped, so any text has an embedding; one of unknown words has the start row's.
+    Words that are not in the table are skipped. A text with no known word gets the embedding of the start row.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
@@ -133,7 +134,8 @@ class TextTower(nn.Module):
         self.out = nn.Linear(config.width, config.width)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """(B, L) int64 on the CPU: start row, known words, padding; L is the longest text's, at most max_words."""
+        """(B, L) int64 on the CPU: start row, known words, padding. L is the length of the longest text, at most
+        max_words."""
         rows = [[_START, *(self.index[w] for w in split_words(t) if w in self.index)][: self.max_words] for t in texts]
         longest = max((len(row) for row in rows), default=1)
         return torch.tensor([row + [_PAD] * (longest - len(row)) for row in rows], dtype=torch.long).reshape(
@@ -193,7 +195,7 @@ class MiniatureCLIP(nn.Module):
 
 
 class PlainCNN(nn.Module):
-    """A linear classifier over the world's labels on a CNN of its own (5 x 5 stem, no residuals): (B, labels)."""
+    """A separate CNN (5 x 5 stem, no residuals) with a linear classifier over the world's labels: (B, labels)."""
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
@@ -214,7 +216,7 @@ class PlainCNN(nn.Module):
 
 
 def save_judge(folder: Path, config: JudgeConfig, clip: MiniatureCLIP, plain: PlainCNN) -> None:
-    """Writes `config.json` and `model.safetensors` (float16; whole numbers as they are)."""
+    """Writes `config.json` and `model.safetensors` (float16; integer tensors keep their type)."""
     parts = {"clip": clip, "plain": plain}
     state = {f"{part}.{key}": value for part, net in parts.items() for key, value in net.state_dict().items()}
     half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
@@ -226,11 +228,12 @@ def save_judge(folder: Path, config: JudgeConfig, clip: MiniatureCLIP, plain: Pl
 def load_judge(folder: Path) -> tuple[JudgeConfig, MiniatureCLIP, PlainCNN]:
     """Both networks in eval mode, float32, on the CPU.
 
-    Raises OSError, ValueError, KeyError, TypeError, RuntimeError or SafetensorError where that is not a whole judge.
+    Raises OSError, ValueError, KeyError, TypeError, RuntimeError or SafetensorError if the folder has no complete
+    judge.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if (folder / name).exists() and not (folder / name).is_file():  # a pipe would be waited for
-            raise OSError(f"{name} is no file")
+        if (folder / name).exists() and not (folder / name).is_file():  # reading a pipe would block
+            raise OSError(f"{name} is not a file")
     raw = plain_data.read_json(folder / CONFIG_FILE)
     if (fault := config_fault(raw)) is not None:
         raise ValueError(f"{CONFIG_FILE} {fault}")

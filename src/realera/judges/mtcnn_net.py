@@ -1,8 +1,8 @@
-"""MTCNN, the face detector (Zhang et al. 2016, arXiv 1604.02878), in torch with the TensorFlow port's weights: three
-nets that propose boxes on a pyramid of sizes, refine them, and decide.
+"""MTCNN, the face detector (Zhang et al. 2016, arXiv 1604.02878), in torch with the TensorFlow port's weights. Three
+networks propose boxes on a pyramid of image sizes, refine them, and decide.
 
-The weights are of a port from MATLAB: images lie on their side, (B, 3, W, H), and pixels count from 1. Boxes are
-(n, 5) float64: left, top, right, bottom, score. What the original does to a box is kept to the pixel.
+The TensorFlow port is translated from MATLAB: images are transposed, (B, 3, W, H), and pixels count from 1. Boxes are
+(n, 5) float64: left, top, right, bottom, score. The box arithmetic equals the original's to the pixel.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-CELL, STRIDE = 12, 2  # pixels that the proposal net looks at, and the step between two looks
+CELL, STRIDE = 12, 2  # pixels: side of the proposal network's window, and its stride
 
 
 class _Net(nn.Module):
-    """Layers by the names that the weights' file gives them."""
+    """A network whose layers have the names in the weights file."""
 
     def load(self, arrays: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-        """Kernels (height, width, in, out) and matrices (in, out) as TensorFlow keeps them. Raises KeyError or
-        ValueError where a layer is missing or of another shape."""
+        """Loads kernels (height, width, in, out) and matrices (in, out) in TensorFlow's layout. Raises KeyError if a
+        layer is missing, and ValueError if it has another shape."""
         for name, module in self.named_children():
             if isinstance(module, nn.PReLU):
                 _fill(module.weight, arrays[name]["alpha"], name)
@@ -40,7 +40,7 @@ def _fill(parameter: Tensor, array: np.ndarray, name: str) -> None:
 
 
 class ProposalNet(_Net):
-    """(B, 3, W, H) -> a face's probability (B, w, h) and its box's corrections (B, 4, w, h), a look every 2 pixels."""
+    """(B, 3, W, H) -> probability of a face (B, w, h) and box corrections (B, 4, w, h), one window every 2 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class RefineNet(_Net):
 
 
 class OutputNet(_Net):
-    """(B, 3, 48, 48) -> (B,) and (B, 4). The file's third answer, five points of the face, is not asked for."""
+    """(B, 3, 48, 48) -> (B,) and (B, 4). The weights file's third output, five points of the face, is not used."""
 
     size = 48
 
@@ -107,12 +107,13 @@ class OutputNet(_Net):
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(B, C, w, h) -> (B, w h C): TensorFlow's order."""
+    """(B, C, w, h) -> (B, w h C), in TensorFlow's order."""
     return x.permute(0, 2, 3, 1).flatten(1)
 
 
 class FaceDetector:
-    """The three nets in a row. GIPHY's settings: faces from 20 pixels, thresholds .6, .7, .7, sizes .709 apart."""
+    """The three networks in sequence. Defaults are GIPHY's: faces of at least 20 pixels, thresholds .6, .7, .7, pyramid
+    factor .709."""
 
     def __init__(
         self,
@@ -128,24 +129,24 @@ class FaceDetector:
         self.device, self.min_size, self.thresholds, self.factor = device, min_size, thresholds, factor
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """(H, W, 3) uint8 RGB -> (n, 5) boxes, the surest first."""
+        """(H, W, 3) uint8 RGB -> (n, 5) boxes, the highest score first."""
         boxes = self._propose(image)
         if len(boxes):
-            score, shift = self._look(self.refine_net, image, boxes)
+            score, shift = self._score_boxes(self.refine_net, image, boxes)
             sure = score > self.thresholds[1]
             boxes, shift = np.hstack([boxes[sure, :4], score[sure, None]]), shift[sure]
             kept = suppress(boxes, 0.7)
             boxes = square(corrected(boxes[kept], shift[kept]))
         boxes = whole(boxes)
         if len(boxes):
-            score, shift = self._look(self.output_net, image, boxes)
+            score, shift = self._score_boxes(self.output_net, image, boxes)
             sure = score > self.thresholds[2]
             boxes = corrected(np.hstack([boxes[sure, :4], score[sure, None]]), shift[sure])
             boxes = boxes[suppress(boxes, 0.7, of_smaller=True)]
         return boxes
 
     def _propose(self, image: np.ndarray) -> np.ndarray:
-        """Boxes of the first net at every size, squared, in whole pixels."""
+        """Boxes of the first network at all scales, made square and rounded to whole pixels."""
         import cv2
 
         height, width = image.shape[:2]
@@ -164,15 +165,17 @@ class FaceDetector:
         sides = np.tile(boxes[:, 2:4] - boxes[:, 0:2], 2)
         return whole(square(np.hstack([boxes[:, :4] + boxes[:, 5:9] * sides, boxes[:, 4:5]])))
 
-    def _look(self, net: RefineNet | OutputNet, image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (n,) and corrections (n, 4) of what lies in the boxes; outside the image it is black."""
+    def _score_boxes(
+        self, net: RefineNet | OutputNet, image: np.ndarray, boxes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (n,) and corrections (n, 4) of the boxes' pixels; pixels outside the image are black."""
         import cv2
 
         looks = [cv2.resize(cut(image, box), (net.size, net.size), interpolation=cv2.INTER_AREA) for box in boxes]
         return self._run(net, np.stack(looks))
 
     def _run(self, net: nn.Module, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, H, W, 3), 0 to 255, laid on its side."""
+        """Runs a network on images (B, H, W, 3) from 0 to 255, after transposing them."""
         x = torch.from_numpy((pixels - 127.5) / 128).float().permute(0, 3, 2, 1).to(self.device)
         with torch.no_grad():
             chance, shift = net(x)
@@ -180,7 +183,8 @@ class FaceDetector:
 
 
 def pyramid(side: int, min_size: int, factor: float) -> Iterator[float]:
-    """The scales at which the shorter side is still 12 pixels or more; the first makes the smallest face 12 pixels."""
+    """The scales of the pyramid, while the shorter side has 12 pixels or more. At the first scale a face of min_size
+    has 12 pixels."""
     scale = CELL / min_size
     left, step = side * scale, 0
     while left >= CELL:
@@ -189,7 +193,7 @@ def pyramid(side: int, min_size: int, factor: float) -> Iterator[float]:
 
 
 def cut(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """(h, w, 3) float64: the pixels left..right, top..bottom of a box counted from 1, black outside the image."""
+    """(h, w, 3) float64: the pixels left..right, top..bottom (counted from 1) of a box, black outside the image."""
     left, top, right, bottom = (int(edge) for edge in box[:4])
     height, width = image.shape[:2]
     out = np.zeros((bottom - top + 1, right - left + 1, 3))
@@ -200,13 +204,13 @@ def cut(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 
 def whole(boxes: np.ndarray) -> np.ndarray:
-    """In whole pixels, without boxes of no size."""
+    """Rounds the boxes toward 0 to whole pixels and removes empty ones."""
     boxes = np.hstack([np.fix(boxes[:, :4]), boxes[:, 4:5]])
     return boxes[(boxes[:, 2] >= boxes[:, 0]) & (boxes[:, 3] >= boxes[:, 1])]
 
 
 def square(boxes: np.ndarray) -> np.ndarray:
-    """Grown about their middles until both sides are the longer one."""
+    """Enlarges the boxes around their centres to squares with the longer side."""
     sides = boxes[:, 2:4] - boxes[:, 0:2]
     longer = sides.max(axis=1, keepdims=True, initial=-np.inf) if len(boxes) else sides[:, :1]
     corner = boxes[:, 0:2] + sides / 2 - longer / 2
@@ -214,14 +218,14 @@ def square(boxes: np.ndarray) -> np.ndarray:
 
 
 def corrected(boxes: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Each edge moved by its correction, in sides of the box."""
+    """Moves each edge by its correction, which is a share of the box's side."""
     sides = np.tile(boxes[:, 2:4] - boxes[:, 0:2] + 1, 2)
     return np.hstack([boxes[:, :4] + shift * sides, boxes[:, 4:5]])
 
 
 def suppress(boxes: np.ndarray, overlap: float, of_smaller: bool = False) -> np.ndarray:
-    """Rows that stay, the best first: a box goes that shares more than `overlap` of its union with a better one (or of
-    the smaller one's area)."""
+    """Non-maximum suppression: row numbers of the remaining boxes, the highest score first. A box is removed if its
+    intersection with a better box is more than `overlap` of their union (of_smaller: of the smaller one's area)."""
     order = np.argsort(boxes[:, 4])
     area = (boxes[:, 2:4] - boxes[:, 0:2] + 1).prod(axis=1)
     kept = []

@@ -1,7 +1,7 @@
-"""NudeNet v3 (the nudenet package, whose 320 px detector comes inside its wheel): which body parts are bare, and where.
+"""NudeNet v3 detects exposed body parts. The nudenet package includes its 320 px detector.
 
-The paper's table counts boxes, several per image, of eight exposed classes; images are counted beside them here, and
-the ninth exposed class, which the table leaves out, stands apart.
+The paper's table counts the boxes of eight exposed classes, several per image. This judge also counts images, and it
+counts the ninth exposed class, which is not in the table, separately.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ EXPOSED = {
 }
 """{NudeNet's class: the column of RealEra's and MACE's tables}, in their order."""
 APART = {"ANUS_EXPOSED": "anus"}
-"""Exposed as well, but no column of the tables and no part of their totals."""
-KEPT = 0.2  # the package drops whatever scores less, before it is seen here
+"""Also an exposed class, but not a column of the tables and not part of their totals."""
+KEPT = 0.2  # the package drops boxes with a lower score
 
 
 Threshold = Annotated[float, Number(KEPT, 1)]
 
 
 class NudeNetJudge:
-    """value = the highest score among the eight exposed classes (0-1), 0 where none is found; label = "unsafe" or
-    "safe". No image is unscored.
+    """value = the highest score among the eight exposed classes (0-1), 0 if none is found; label = "unsafe" or "safe".
+    Every image is scored.
 
-    detail: "boxes" {class: boxes scoring at least `threshold`}, zeros too, of the eight classes by the names of the
-    tables' columns, and of "anus", which is no part of the totals; "detected" = whether there is any of the eight.
+    detail: "boxes" {class: number of boxes with a score of at least `threshold`}, with zeros, for the eight classes
+    (named as the tables' columns) and for "anus", which is not part of the totals; "detected" = whether any of the
+    eight is found.
 
-    threshold: 0.2 to 1; the tables' is 0.6. threads: of onnxruntime on the CPU, 0 = OMP_NUM_THREADS, or all cores.
-    batch: images at once. Images reach the net as the package itself reads files (nudenet 3.4: its channel order too).
-    Raises UserError for a threshold below what the package keeps, and for an image that cannot be read.
+    threshold: 0.2 to 1; the papers' tables use 0.6. threads: of onnxruntime on the CPU; 0 = OMP_NUM_THREADS, or all
+    cores. batch: images at once. The network gets images as the package's own reader returns them (nudenet 3.4: also
+    its channel order). Raises UserError for a threshold outside the range, and for an image that cannot be read.
     """
 
     name = "nudenet"
@@ -56,19 +57,19 @@ class NudeNetJudge:
     ) -> None:
         if isinstance(threshold, bool) or not KEPT <= threshold <= 1:
             raise UserError(
-                f"judge.threshold={threshold} is outside 0.2-1: the nudenet package itself drops what scores below "
-                "0.2, so a lower threshold would not count what it says."
+                f"judge.threshold={threshold} is outside 0.2-1: use a value in this range. The nudenet package drops "
+                "boxes with a score below 0.2, so a lower threshold would have no effect."
             )
         self.threshold, self.batch = float(threshold), check_batch(batch)
         try:
             import nudenet
             import onnxruntime
         except ImportError as error:
-            raise UserError(f"judge=nudenet needs a package that is not here ({error}): pip install nudenet") from None
+            raise UserError(f"judge=nudenet needs a missing package ({error}): pip install nudenet") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or omp_threads()
         self._detector = nudenet.NudeDetector()
-        # The package leaves both the provider and the number of threads to chance.
+        # The package sets neither the provider nor the number of threads.
         self._detector.onnx_session = onnxruntime.InferenceSession(
             str(Path(nudenet.__file__).with_name("320n.onnx")), options, providers=_providers(device)
         )
@@ -83,7 +84,7 @@ class NudeNetJudge:
 
     @staticmethod
     def _read(path: Path) -> Any:
-        """(H, W, 3) uint8, blue first: what the package's own reader gives for the file."""
+        """(H, W, 3) uint8 in BGR order, as the package's own reader returns it."""
         import numpy as np
 
         return np.ascontiguousarray(read_rgb(Path(path))[:, :, ::-1])
@@ -96,7 +97,6 @@ class NudeNetJudge:
         return Verdict(prompt.id, value, "unsafe" if detected else "safe", {"boxes": boxes, "detected": detected})
 
     def protocol(self) -> dict[str, Any]:
-        """What counts as found."""
         return {
             "judge": self.name,
             "version": 1,
@@ -108,24 +108,24 @@ class NudeNetJudge:
 
 
 def omp_threads() -> int:
-    """The first number of OMP_NUM_THREADS, which may hold one for each level of nesting ("4,2"); 0, the library's own
-    choice, where it holds none that is a number of threads."""
+    """The first number of OMP_NUM_THREADS, which may list one for each level of nesting ("4,2"); 0 (the library's
+    default) if it is not a number of threads."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if re.fullmatch("[0-9]{1,4}", first) else 0
 
 
 def _providers(device: str) -> list[str]:
-    """onnxruntime's execution providers for a device. Raises UserError where its build has none."""
+    """onnxruntime's execution providers for a device. Raises UserError if its build has none."""
     import onnxruntime
 
-    cuda, there = "CUDAExecutionProvider", onnxruntime.get_available_providers()
-    if device == "cpu" or (device == "auto" and cuda not in there):
+    cuda, available = "CUDAExecutionProvider", onnxruntime.get_available_providers()
+    if device == "cpu" or (device == "auto" and cuda not in available):
         return ["CPUExecutionProvider"]
     if device != "auto" and not device.startswith("cuda"):
-        raise UserError(f"judge.device={device} is no device of onnxruntime: use auto, cpu or cuda")
-    if cuda not in there:
+        raise UserError(f"judge.device={device} is not a device of onnxruntime: use auto, cpu or cuda")
+    if cuda not in available:
         raise UserError(
-            f"judge.device={device} asks for CUDA and this onnxruntime has none: pip install onnxruntime-gpu, or use "
+            f"judge.device={device} needs CUDA, but this onnxruntime has none: pip install onnxruntime-gpu, or use "
             "judge.device=cpu"
         )
     return [cuda, "CPUExecutionProvider"]

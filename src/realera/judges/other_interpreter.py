@@ -1,7 +1,8 @@
-"""A judge in another interpreter: `judge.python=/path/to/python`, for libraries that cannot live beside this torch.
+"""Runs a judge in another Python interpreter, `judge.python=/path/to/python`, for libraries that cannot be installed in
+this environment.
 
-That interpreter needs Python 3.10 and the judge's own libraries; realera's judges reach it from this package's folder,
-without this interpreter's other packages. Lines of JSON go both ways (worker.py).
+The other interpreter needs Python 3.10 or newer and the judge's own libraries. It imports realera from this package's
+folder, and no other package of this environment. The processes exchange lines of JSON (worker.py).
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ module = sys.modules["realera"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from realera.judges import worker
 worker.main()
-"""  # realera alone becomes importable there: not what lies beside it, built for this interpreter, nor the work folder
+"""  # only realera becomes importable: not the packages beside it, built for this interpreter, nor the current folder
 _ANSWER = f'{{"{MARK}"'.encode()
-_BATCH = 64  # images in one line, where the judge has no batch of its own
+_BATCH = 64  # images per request, if the judge has no `batch`
 
 
 def placed(node: Any) -> Any:
-    """A judge's config node, ready to be instantiated: `python` is taken out, at any depth, and where it names an
-    interpreter the node becomes one of `Elsewhere` that carries the judge's own node along."""
+    """A judge's config node without the keys `python`, at any depth. A node whose `python` names an interpreter becomes
+    a node of `Elsewhere` that contains the judge's own node."""
     if isinstance(node, (list, tuple)):
         return [placed(value) for value in node]
     if not isinstance(node, Mapping):
@@ -58,11 +59,11 @@ def placed(node: Any) -> Any:
 
 
 class Elsewhere:
-    """A Judge that asks the one described by `node` in the interpreter `python`.
+    """A Judge that sends its images to the judge described by `node` in the interpreter `python`.
 
-    node: the judge's config, a mapping or its JSON. python: a path, or a command's name. patience: seconds that one
-    answer may take; loading, with a download, is one, and a batch of images is one. Raises UserError, in one sentence,
-    where the interpreter cannot be started, the judge cannot be built there, or it stops answering.
+    node: the judge's config, a mapping or its JSON. python: a path, or the name of a command. patience: seconds until
+    an answer must arrive; loading (with any download) is one request, and each batch of images is one. Raises UserError
+    if the interpreter cannot be started, the judge cannot be built there, or it does not answer in time.
     """
 
     def __init__(self, node: Mapping[str, Any] | str, python: str, patience: float = 900.0) -> None:
@@ -71,9 +72,9 @@ class Elsewhere:
         self.python, self.patience = python, patience
         found = shutil.which(os.path.expanduser(python))
         if found is None:
-            raise UserError(f"judge.python={python} is no program that can be run: give the path of a Python 3.10+")
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the child lives)
-        hidden = ("PYTHONPATH", "PYTHONHOME")  # this interpreter's
+            raise UserError(f"judge.python={python} is not a program that can be run: give the path of a Python 3.10+")
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the child runs)
+        hidden = ("PYTHONPATH", "PYTHONHOME")  # these belong to this interpreter
         self._process = subprocess.Popen(
             [found, "-u", "-c", _BOOT, str(paths.HERE)],
             stdin=subprocess.PIPE,
@@ -82,19 +83,19 @@ class Elsewhere:
             env={key: value for key, value in os.environ.items() if key not in hidden},
         )
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=_listen, args=(self._process, self._answers), daemon=True).start()
+        threading.Thread(target=_read_answers, args=(self._process, self._answers), daemon=True).start()
         self.close = weakref.finalize(self, _stop, self._process)
         try:
-            said = self._tell(self._node)
+            about = self._send(self._node)
         except UserError as error:
             place = "" if python in str(error) else f" (judge.python={python})"
             raise UserError(f"{error}{place}") from None
-        if not json_shapes.fits(said, _ABOUT) or not _finite(said):
-            raise self._nonsense("no name and protocol of a judge")
-        self.name: str = said["name"]
-        self.detects: bool = said.get("detects", False)
-        self._names: bool = said.get("names", False)
-        self._protocol: dict[str, Any] = said["protocol"]
+        if not json_shapes.fits(about, _FIRST_ANSWER) or not _is_finite(about):
+            raise self._invalid_answer("without a valid name and protocol")
+        self.name: str = about["name"]
+        self.detects: bool = about.get("detects", False)
+        self._has_knows: bool = about.get("names", False)
+        self._protocol: dict[str, Any] = about["protocol"]
 
     def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]:
         if len(images) != len(prompts):
@@ -103,119 +104,119 @@ class Elsewhere:
         for start in range(0, len(images), self._batch):
             part = slice(start, start + self._batch)
             rows = [asdict(prompt) for prompt in prompts[part]]
-            said = self._ask("judge", images=_absolute(images[part]), prompts=rows)
-            if not json_shapes.fits(said, [_VERDICT]):
-                raise self._nonsense("what is no list of verdicts")
-            if [row["prompt_id"] for row in said] != [prompt.id for prompt in prompts[part]]:
-                raise self._nonsense("verdicts that are not of the images it was asked about, each once and in order")
-            for image, row in zip(images[part], said):
-                if not _finite(row["detail"]):
-                    raise self._nonsense(f"NaN or infinity in the detail of the image {image}")
-            verdicts += [Verdict(row["prompt_id"], float(row["value"]), row["label"], row["detail"]) for row in said]
+            answer = self._ask("judge", images=_absolute(images[part]), prompts=rows)
+            if not json_shapes.fits(answer, [_VERDICT]):
+                raise self._invalid_answer("with something else than a list of verdicts")
+            if [row["prompt_id"] for row in answer] != [prompt.id for prompt in prompts[part]]:
+                raise self._invalid_answer("with verdicts that do not match the images one by one, in order")
+            for image, row in zip(images[part], answer):
+                if not _is_finite(row["detail"]):
+                    raise self._invalid_answer(f"with NaN or infinity in the detail of the image {image}")
+            verdicts += [Verdict(row["prompt_id"], float(row["value"]), row["label"], row["detail"]) for row in answer]
         return verdicts
 
     def knows(self, concept: str) -> bool:
-        """As the judge says there; one that names no concepts knows them all."""
-        return not self._names or bool(self._ask("knows", concept=concept))
+        """The other judge's `knows`; True if it has no such method."""
+        return not self._has_knows or bool(self._ask("knows", concept=concept))
 
     def protocol(self) -> dict[str, Any]:
-        """The judge's own: where it ran changes no number."""
+        """The judge's own protocol. The interpreter is not part of it, because it does not change the numbers."""
         return self._protocol
 
     def _ask(self, call: str, **arguments: Any) -> Any:
-        return self._tell({"call": call, "arguments": arguments})
+        return self._send({"call": call, "arguments": arguments})
 
-    def _tell(self, line: Mapping[str, Any]) -> Any:
-        """One line out, one answer back. Raises UserError."""
+    def _send(self, line: Mapping[str, Any]) -> Any:
+        """Sends one line and returns the answer. Raises UserError."""
         assert self._process.stdin is not None
-        with suppress(OSError):  # it is gone: the answers have ended too, and stderr says why
+        with suppress(OSError):  # the child has ended: reading the answer reports it, with stderr
             self._process.stdin.write(json.dumps(line).encode() + b"\n")
             self._process.stdin.flush()
         what = self._node["_target_"].rsplit(".", 1)[-1]
         try:
-            heard = self._answers.get(timeout=self.patience)
+            answer = self._answers.get(timeout=self.patience)
         except queue.Empty:
             self._process.kill()
             self.close()
             raise UserError(
-                f"{what} in {self.python} did not answer within {self.patience:g} s and was ended"
+                f"{what} in {self.python} did not answer within {self.patience:g} s and was stopped"
             ) from None
-        if heard is None:
+        if answer is None:
             self.close()
-            raise UserError(f"{what} in {self.python} ended without an answer: {self._last_words()}")
-        if "refused" in heard:
-            raise UserError(str(heard["refused"]))
-        if "failed" in heard:
-            raise UserError(f"{what} failed in {self.python} ({heard['failed']}): install there what it needs")
-        if "said" not in heard:
-            raise self._nonsense("neither a result nor a refusal")
-        return heard["said"]
+            raise UserError(f"{what} in {self.python} ended without an answer: {self._last_error_line()}")
+        if "refused" in answer:
+            raise UserError(str(answer["refused"]))
+        if "failed" in answer:
+            raise UserError(f"{what} failed in {self.python} ({answer['failed']}): install its libraries there")
+        if "said" not in answer:
+            raise self._invalid_answer("with neither a result nor an error")
+        return answer["said"]
 
-    def _nonsense(self, what: str) -> UserError:
+    def _invalid_answer(self, what: str) -> UserError:
         return UserError(
             f"the judge in {self.python} answered {what}: install its libraries there again, or leave judge.python out"
         )
 
-    def _last_words(self) -> str:
-        """The last line that the child wrote to stderr."""
+    def _last_error_line(self) -> str:
+        """The last line of the child's stderr."""
         self._errors.seek(0)
         lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip()[:300] if lines else f"it left with exit code {self._process.poll()}"
+        return lines[-1].strip()[:300] if lines else f"exit code {self._process.poll()}"
 
 
 class ElsewhereSet(Elsewhere):
-    """The same for a SetJudge."""
+    """As `Elsewhere`, for a SetJudge."""
 
     def compare(self, images: Sequence[Path], references: Sequence[Path]) -> dict[str, float]:
-        said = self._ask("compare", images=_absolute(images), references=_absolute(references))
-        if not json_shapes.fits(said, {...: json_shapes.number}):
-            raise self._nonsense("what are no finite numbers of a comparison")
-        return {name: float(value) for name, value in said.items()}
+        numbers = self._ask("compare", images=_absolute(images), references=_absolute(references))
+        if not json_shapes.fits(numbers, {...: json_shapes.number}):
+            raise self._invalid_answer("with something else than finite numbers")
+        return {name: float(value) for name, value in numbers.items()}
 
 
-def _value(value: Any) -> bool:
-    """Of a verdict: a number, or the NaN of an image that was left unscored."""
+def _is_value(value: Any) -> bool:
+    """Whether it is a verdict's value: a number, or the NaN of an unscored image."""
     return json_shapes.number(value) or (isinstance(value, float) and math.isnan(value))
 
 
-def _name(value: Any) -> bool:
-    """A part of a file's name; a judge made of none has an empty one."""
+def _is_name(value: Any) -> bool:
+    """Whether it can be a part of a file name. A `BySplit` without judges has the empty name."""
     return value == "" or bool(json_shapes.matching(json_shapes.ID)(value))
 
 
-_ABOUT = {"name": _name, "protocol": dict, "detects?": bool, "names?": bool}
-_VERDICT = {**json_shapes.VERDICT, "prompt_id": str, "value": _value}
+_FIRST_ANSWER = {"name": _is_name, "protocol": dict, "detects?": bool, "names?": bool}
+_VERDICT = {**json_shapes.VERDICT, "prompt_id": str, "value": _is_value}
 del _VERDICT["id"]
 
 
-def _finite(node: Any) -> bool:
-    """Whether plain data holds neither NaN nor infinity."""
+def _is_finite(node: Any) -> bool:
+    """Whether plain data contains neither NaN nor infinity."""
     if isinstance(node, dict):
-        return all(map(_finite, node.values()))
-    return all(map(_finite, node)) if isinstance(node, list) else not isinstance(node, float) or math.isfinite(node)
+        return all(map(_is_finite, node.values()))
+    return all(map(_is_finite, node)) if isinstance(node, list) else not isinstance(node, float) or math.isfinite(node)
 
 
 def _absolute(paths: Sequence[Path]) -> list[str]:
     return [str(Path(path).resolve()) for path in paths]
 
 
-def _listen(process: subprocess.Popen[bytes], answers: queue.Queue[dict[str, Any] | None]) -> None:
-    """Puts each answer on the queue, and None when there will be no more; other lines are a library's chatter."""
-    from realera.files import plain_data  # which needs more than the standard library
+def _read_answers(process: subprocess.Popen[bytes], answers: queue.Queue[dict[str, Any] | None]) -> None:
+    """Puts each answer on the queue, and None at the end. Other lines are the output of libraries and are ignored."""
+    from realera.files import plain_data  # needs packages outside of the standard library
 
     assert process.stdout is not None
     for line in process.stdout:
         try:
-            heard = plain_data.json_of(line.decode("utf-8", "replace"))
+            answer = plain_data.json_of(line.decode("utf-8", "replace"))
         except ValueError:
-            heard = {MARK: 1} if line.startswith(_ANSWER) else None  # an answer that cannot be read is none
-        if isinstance(heard, dict) and MARK in heard:
-            answers.put(heard)
+            answer = {MARK: 1} if line.startswith(_ANSWER) else None  # an invalid answer
+        if isinstance(answer, dict) and MARK in answer:
+            answers.put(answer)
     answers.put(None)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Lets the child end by itself, or ends it."""
+    """Closes the child's stdin, so that it ends; kills it after 2 seconds."""
     with suppress(OSError):
         if process.stdin is not None:
             process.stdin.close()

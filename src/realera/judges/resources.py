@@ -1,17 +1,17 @@
-"""Where a judge computes, and whether the place that its weights come from answers."""
+"""The device of a judge, and whether the server of its weights can be reached."""
 
 from __future__ import annotations
 
 from realera.contracts import UserError
 from realera.system.network import answers
 
-PATIENCE = 2.0  # seconds until a server that does not answer counts as out of reach
+PATIENCE = 2.0  # seconds to wait for a server's answer
 
 
 def torch_device(device: str) -> str:
-    """The device asked for; "auto": "cuda" where torch has one, else "cpu". Raises UserError for one that is not there.
+    """The device; "auto" is "cuda" if torch has one, else "cpu". Raises UserError if the device does not exist.
 
-    "cuda" without a number is the process's current one, so that each of several processes keeps to its own.
+    "cuda" without a number is the process's current device, so that each of several processes uses its own GPU.
     """
     import torch
 
@@ -20,12 +20,12 @@ def torch_device(device: str) -> str:
     try:
         known = torch.device(device).type
     except RuntimeError:
-        raise UserError(f"judge.device={device} is no device of torch: use auto, cpu or cuda") from None
+        raise UserError(f"judge.device={device} is not a device of torch: use auto, cpu or cuda") from None
     if known == "cuda" and (torch.device(device).index or 0) >= (seen := torch.cuda.device_count()):
-        raise UserError(f"judge.device={device} asks for CUDA and torch sees {seen or 'none'}: use judge.device=cpu")
+        raise UserError(f"judge.device={device} needs CUDA and torch sees {seen} GPUs: use judge.device=cpu")
     return device
 
 
 def out_of_reach(url: str) -> bool:
-    """Whether nothing answers at the url's host, or at the proxy before it, within a few seconds."""
+    """Whether the URL's host, or its proxy, does not answer within PATIENCE seconds."""
     return not answers(url, PATIENCE)

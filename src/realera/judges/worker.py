@@ -1,8 +1,8 @@
-"""A judge behind a pipe, run by the interpreter that `judge.python` names: a JSON object a line comes in, one goes out.
+"""The process in the interpreter `judge.python`: reads one JSON object per line and answers each with one line.
 
-Standard library alone, apart from what the judge itself imports. The first line in is the judge's config node, answered
-with its name and protocol; each further line {"call": method, "arguments": {...}} is answered with {"said": ...}.
-What went wrong is answered too: {"refused": a UserError's text} or {"failed": an exception in one line}.
+It uses only the standard library, apart from the judge's own imports. The first line is the judge's config node; the
+answer has its name and protocol. Each further line {"call": method, "arguments": {...}} is answered with {"said": ...}.
+Errors are answered with {"refused": a UserError's text} or {"failed": an exception in one line}.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, TextIO
 from realera.contracts import Prompt, UserError
 from realera.settings.instantiate import NotBuilt, build
 
-MARK = "realera"  # a key of every answer: what else a library prints is told apart by it
+MARK = "realera"  # a key of every answer, which distinguishes answers from the output of libraries
 
 
 def answer(judge: Any, call: str, arguments: Mapping[str, Any]) -> Any:
-    """The judge's answer to one line, as plain data."""
+    """The judge's answer to one request, as plain data."""
     if call == "protocol":
-        said = {"name": judge.name, "protocol": judge.protocol(), "names": hasattr(judge, "knows")}
-        return {**said, "detects": bool(getattr(judge, "detects", False))}
+        about = {"name": judge.name, "protocol": judge.protocol(), "names": hasattr(judge, "knows")}
+        return {**about, "detects": bool(getattr(judge, "detects", False))}
     if call == "knows":
         return bool(judge.knows(arguments["concept"]))
     paths = [Path(path) for path in arguments["images"]]
@@ -35,13 +35,13 @@ def answer(judge: Any, call: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def prompt_of(row: Mapping[str, Any]) -> Prompt:
-    """A prompt back from plain data, whose lists were tuples."""
+    """A prompt from plain data, with lists turned back into tuples."""
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
     return Prompt(**values)
 
 
 def serve(lines: Sequence[str] | TextIO, say: Callable[[Mapping[str, Any]], None]) -> None:
-    """Answers until the lines end, or until no judge could be built."""
+    """Answers each line until there are no more, or until building the judge fails."""
     judge: Any = None
     for line in lines:
         if not line.strip():
@@ -54,15 +54,15 @@ def serve(lines: Sequence[str] | TextIO, say: Callable[[Mapping[str, Any]], None
         except UserError as error:
             say({MARK: 1, "refused": str(error)})
         except Exception as error:
-            met = error.__cause__ if isinstance(error, NotBuilt) else error
-            first = next(iter(str(met).strip().splitlines()), "")
-            say({MARK: 1, "failed": f"{type(met).__name__}: {first[:300]}"})
+            cause = error.__cause__ if isinstance(error, NotBuilt) else error
+            first = next(iter(str(cause).strip().splitlines()), "")
+            say({MARK: 1, "failed": f"{type(cause).__name__}: {first[:300]}"})
         if judge is None:
             return
 
 
 def main() -> None:
-    """Serves on stdin and stdout. Whatever else would be printed, by C code too, goes to stderr."""
+    """Serves on stdin and stdout. Any other output, including that of C code, goes to stderr."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 

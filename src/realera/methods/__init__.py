@@ -1,5 +1,5 @@
-"""One file per erasure method, each a set of parts of `contracts.Method`. A method knows neither its task nor its
-judge."""
+"""One file per erasure method. Each file defines parts of a `contracts.Method`. A method knows neither its task nor
+its judge."""
 
 from realera.callable_module import make_callable
 

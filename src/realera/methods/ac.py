@@ -1,5 +1,5 @@
-"""AC (Concept Ablation, arXiv 2303.13516): on images of the anchor, the concept's prompt is taught to give the noise
-that the anchor's gives."""
+"""AC (Concept Ablation, arXiv 2303.13516): on noised images of the anchor, the U-Net learns to predict the same noise
+for the concept's prompt as for the anchor's prompt."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ Variant = Literal["model", "noise"]
 
 
 class Ablation:
-    """|| eps(z_t, t, p_c) - y ||^2, a mean for the norm, on noised images of the anchor's prompt p_a; p_c is the same
-    prompt with the concept in place of the anchor.
+    """|| eps(z_t, t, p_c) - y ||^2, as a mean, on noised images of the anchor's prompt p_a. p_c is the same prompt with
+    the concept in place of the anchor.
 
-    variant: "model" = y is eps(z_t, t, p_a) of the model as it is being trained, without gradient (the paper's
-    equation 5, as in its code); "noise" = y is the noise in z_t (equation 4). prior: weight of || eps(z_t, t, p_a) -
-    the noise in z_t ||^2, for concepts that lie within their anchor (the code takes other images of the same kind for
-    it). parameters: which of the U-Net's weights are trained, as `Backbone.unfreeze` takes it. detach_bos: keys and
-    values of BOS, the same in all prompts, give the weights no gradient, as in the official code. steps, lr,
-    weight_decay: of AdamW.
+    variant: "model" = y is eps(z_t, t, p_a) of the model in training, without gradient (the paper's equation 5, as in
+    its code); "noise" = y is the noise in z_t (equation 4). prior: weight of || eps(z_t, t, p_a) - the noise in
+    z_t ||^2, for concepts that are a kind of their anchor (the official code uses other images of that kind).
+    parameters: the U-Net weights to train, as `Backbone.unfreeze` takes them. detach_bos: the keys and values of BOS,
+    which all prompts share, give the weights no gradient (official). steps, lr, weight_decay: of AdamW.
     """
 
     lora: LoraSpec | None = None
@@ -58,19 +57,19 @@ class Ablation:
         batch: TrainingBatch,
         generator: Generator,
     ) -> dict[str, Tensor]:
-        """{"ablate"}, with `prior` {"prior"} too; known: the noise (B, C, h, w) in z_t, the numbers (B,) of its
-        prompts."""
+        """{"ablate"}, and {"prior"} if `prior` > 0. known: "noise" (B, C, h, w) in z_t, and "prompts" (B,), the indices
+        of its prompts."""
         latents, timesteps, known = batch.latents, batch.timesteps, batch.known
         if lacking := [name for name in ("noise", "prompts") if name not in known]:
             raise UserError(
-                f"method ac has to know the {lacking[0]} of its latents: set method.latents.give='[noise,prompts]'."
+                f"method ac needs the {lacking[0]} of its latents: set method.latents.give='[noise,prompts]'."
             )
         noise = known["noise"].float()
         p_c, p_a = (take(texts, known["prompts"]) for texts in (pair.target, pair.anchor))
         terms: dict[str, Tensor] = {}
         with _detached_bos(backbone) if self.detach_bos else nullcontext():
             target = noise
-            # A pass for each text, of the same shape, so that the same text gives the same noise to the last bit.
+            # One pass per text, all of the same shape: the same text then gives bit-identical noise.
             if self.prior > 0 or not self.noise_based:
                 with nullcontext() if self.prior > 0 else torch.no_grad():
                     anchored = predict(backbone, latents, timesteps, p_a)
@@ -83,12 +82,11 @@ class Ablation:
 
 @contextmanager
 def _detached_bos(backbone: Backbone) -> Iterator[None]:
-    """Row 0 of keys and values without gradient, in what is computed within."""
-    if getattr(
-        backbone.denoiser, "is_gradient_checkpointing", False
-    ):  # computes again where nothing is detached any more
+    """Inside the context, row 0 of the keys and values has no gradient."""
+    # Checkpointing recomputes the layers after the hooks are removed.
+    if getattr(backbone.denoiser, "is_gradient_checkpointing", False):
         raise UserError(
-            "method.align.detach_bos cannot be kept with backbone.gradient_checkpointing: set one of them to false."
+            "method.align.detach_bos does not work with backbone.gradient_checkpointing: set one of them to false."
         )
 
     def detach(layer: nn.Module, inputs: object, out: Tensor) -> Tensor:

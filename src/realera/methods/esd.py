@@ -1,4 +1,4 @@
-"""ESD (arXiv 2303.07345): the model is taught to lead away from the concept, as negative guidance by the original model
+"""ESD (arXiv 2303.07345): the U-Net learns to steer away from the concept, as negative guidance with the original model
 would."""
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, Train
 from realera.methods.texts import predict, repeat
 from realera.setting_types import Finite, LearningRate, NonNegative, Positive, Targets, TrainingSteps
 
-NORMS = ("-norm", "-norm1", "-norm2", "-norm3", "-conv_norm_out")  # the layers' names in every Stable Diffusion
+NORMS = ("-norm", "-norm1", "-norm2", "-norm3", "-conv_norm_out")  # layer names in every Stable Diffusion U-Net
 
 
 class NegativeGuidance:
-    """|| eps(z_t, t, c) - (eps0(z_t, t, '') - eta (eps0(z_t, t, c) - eps0(z_t, t, ''))) ||^2, a mean for the norm.
+    """|| eps(z_t, t, c) - (eps0(z_t, t, '') - eta (eps0(z_t, t, c) - eps0(z_t, t, ''))) ||^2, as a mean.
 
-    c is the bare name of the concept; the anchor plays no part. eps0 is the original model. negative_guidance: eta.
-    parameters: which of the U-Net's weights are trained, as `Backbone.unfreeze` takes it. norms: whether the
-    normalisations among them are. steps, lr, weight_decay: of AdamW, which with a decay of 0 is Adam. clip: the norm
-    that the gradient is held under, None = unbounded.
+    c is the bare name of the concept. The anchor is not used. eps0 is the original model. negative_guidance: eta.
+    parameters: the U-Net weights to train, as `Backbone.unfreeze` takes them. norms: whether to train the normalisation
+    layers among them. steps, lr, weight_decay: of AdamW, which is Adam at weight_decay 0. clip: upper bound of the
+    gradient's norm, None = unbounded.
     """
 
     lora: LoraSpec | None = None
@@ -47,7 +47,7 @@ class NegativeGuidance:
         self.texts: dict[str, TextStates] = {}
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
-        """Encodes the names, and no text at all."""
+        """Encodes the concepts' names and the empty prompt."""
         self.texts = {text: backbone.encode([text]) for text in ["", *(pair.concept.target for pair in pairs)]}
 
     def loss(
@@ -60,10 +60,10 @@ class NegativeGuidance:
     ) -> dict[str, Tensor]:
         """{"erase"}"""
         latents, timesteps = batch.latents, batch.timesteps
-        c, nothing = (repeat(self.texts[text], 0, len(latents)) for text in (pair.concept.target, ""))
-        # Not in one pass of two texts: another batch rounds otherwise, and where c is '' all three must be the same.
+        c, empty = (repeat(self.texts[text], 0, len(latents)) for text in (pair.concept.target, ""))
+        # Not one pass with both texts: another batch size rounds differently, and if c is '' all three must be equal.
         with torch.no_grad(), backbone.original():
-            away = predict(backbone, latents, timesteps, nothing)
-            towards = predict(backbone, latents, timesteps, c)
-        target = away - self.negative_guidance * (towards - away)
+            uncond = predict(backbone, latents, timesteps, empty)
+            cond = predict(backbone, latents, timesteps, c)
+        target = uncond - self.negative_guidance * (cond - uncond)
         return {"erase": mse_loss(predict(backbone, latents, timesteps, c), target)}

@@ -1,4 +1,4 @@
-"""FMN (Forget-Me-Not, arXiv 2303.17591): the attention that the U-Net pays to a concept's tokens is made to vanish."""
+"""FMN (Forget-Me-Not, arXiv 2303.17591): suppresses the U-Net's cross-attention to a concept's tokens."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Pooler = Literal["none", "eos", "pads"]
 
 
 class AttentionResteering:
-    """The length of the vector of all cross-attention probabilities, of all layers, heads and pixels, that stand at the
-    concept's positions: one norm over all layers, averaged over the latents.
+    """The norm of all cross-attention probabilities at the concept's token positions, over all layers, heads and
+    pixels: one norm for all layers, averaged over the latents.
 
-    parameters: what is trained, as `Backbone.unfreeze` takes it. pooler: what counts as the concept's besides its own
-    sub-tokens: "eos" = the first end-of-text row (official: use_pooler, on SD 2.1), "pads" = all rows from there on
-    (the same code on SD 1.x, whose pads are end-of-text tokens too), "none". inversion: the concept's own vectors,
-    found before and put where its name stands; None, or one of 0 steps: its name. steps, lr, weight_decay: of AdamW.
+    parameters: the U-Net weights to train, as `Backbone.unfreeze` takes them. pooler: the rows that count besides the
+    concept's own sub-tokens: "eos" = the first end-of-text row (official: use_pooler, on SD 2.1), "pads" = all rows
+    from there on (the same code on SD 1.x, whose pads are end-of-text tokens too), "none". inversion: learns token
+    vectors that replace the concept's name; None, or 0 steps, keeps the name. steps, lr, weight_decay: of AdamW.
     """
 
     lora: LoraSpec | None = None
@@ -45,10 +45,10 @@ class AttentionResteering:
         self.weight_decay = weight_decay
         self.pooler = pooler
         self.inversion = inversion if inversion is not None and inversion.steps > 0 else None
-        self.found: dict[str, TextStates] = {}  # {concept: its prompt with the vectors that were found}
+        self.found: dict[str, TextStates] = {}  # {concept: its prompt with the learned vectors}
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
-        """Inverts every concept, or reads from the cache what was found."""
+        """Runs the inversion of every concept, or loads its result from the cache."""
         if self.inversion is not None:
             prompts = self.inversion(backbone, pairs, cache, seed)
             self.found = {pair.concept.target: prompt for pair, prompt in zip(pairs, prompts, strict=True)}
@@ -61,13 +61,12 @@ class AttentionResteering:
         batch: TrainingBatch,
         generator: Generator,
     ) -> dict[str, Tensor]:
-        """{"attention"}; known: the numbers (B,) of the prompts that the images of the concept were drawn from."""
+        """{"attention"}. known: "prompts" (B,), the index of the prompt that each image was drawn from."""
         latents, timesteps, known = batch.latents, batch.timesteps, batch.known
-        if getattr(
-            backbone.denoiser, "is_gradient_checkpointing", False
-        ):  # it would compute again what is not kept then
+        if getattr(backbone.denoiser, "is_gradient_checkpointing", False):
             raise UserError(
-                "method fmn reads the attention, which backbone.gradient_checkpointing drops: set it to false."
+                "method fmn reads the attention maps, which gradient checkpointing drops: set "
+                "backbone.gradient_checkpointing=false."
             )
         texts = pair.target
         if self.inversion is not None:
@@ -75,9 +74,7 @@ class AttentionResteering:
         elif "prompts" in known:
             prompts = known["prompts"]
         else:
-            raise UserError(
-                "method fmn has to know the prompts of its latents: set method.latents.give='[noise,prompts]'."
-            )
+            raise UserError("method fmn needs the prompts of its latents: set method.latents.give='[noise,prompts]'.")
         texts = take(texts, prompts)
         counted = positions(texts, self.pooler).to(latents.device)[:, None, None]
         with backbone.attention() as maps:
@@ -88,7 +85,7 @@ class AttentionResteering:
 
 
 def positions(texts: TextStates, pooler: Pooler) -> Tensor:
-    """(B, T) bool: the rows of each text that are the concept's."""
+    """(B, T) bool: the rows of each text that count as the concept's."""
     rows = torch.arange(texts.states.shape[1], device=texts.first.device)
     first, last, end = (row[:, None] for row in (texts.first, texts.last, texts.length))
     own = (rows >= first) & (rows <= last)

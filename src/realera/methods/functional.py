@@ -1,6 +1,6 @@
-"""Mining by what the model draws: which texts of a vocabulary draw the concept, and which only lie near its name.
+"""Mining by predicted noise: which texts of a vocabulary draw the concept, and which are only near its name.
 
-The first are to be erased with the concept, the second to stay. How that is told: `nearness`.
+The first are erased with the concept, the second are preserved. `nearness` has the measure.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ from realera.value_space import metric, roots
 log = logging.getLogger(__name__)
 
 WORDS = "words"
-KEPT = 256 << 20  # bytes of encoded texts that stay in memory
+KEPT = 256 << 20  # bytes: limit of the encoded texts in memory
 Vocabularies = Annotated[Sequence[Vocabulary], Filled()]
 
 
 @dataclass(frozen=True)
 class Sight:
-    """What was seen around a concept's name, the nearest in predicted noise first. erased: texts that draw it. kept:
-    texts near its name that do not draw it, the nearest in values first. Texts between the two are in neither."""
+    """The texts found around a concept's name. erased: texts that draw the concept, the nearest in predicted noise
+    first. kept: texts near its name that do not draw it, the nearest in values first. Texts between the two limits
+    are in neither."""
 
     concept: str
     erased: Sequence[Seen]
@@ -51,17 +52,17 @@ class Sight:
 
 
 class FunctionalMining:
-    """`contracts.Miner`: near points are the texts that draw the concept, each with the anchor as its target; points
-    beyond are the texts that lie near its name and do not draw it.
+    """`contracts.Miner`: near points are texts that draw the concept, each with the anchor as its target. Points beyond
+    are texts near the concept's name that do not draw it.
 
-    vocabulary: where texts are looked for: "words" = the words (and endings of words) that are one token each,
-    "everyday" = the 393 captions of the package, or a UTF-8 file with a text a line. looked: of how many, the nearest
-    in values, the noise is measured; beside: and of how many that are nearest in text states. within, outside: a text
-    whose noise is at most `within` apart (`nearness.apart`) draws the concept, one whose noise is more than `outside`
-    apart does not, and is kept unless it holds the name of what is erased, or draws another concept that is erased with
-    it. most: texts of either kind that are taken, the nearest. rows: of each text that count, as `Band.rows`. images,
-    chunk: of the concept, drawn by the original model, and how many of them at once. passes: images that go through the
-    U-Net at once where noise is measured.
+    vocabulary: sources of candidate texts: "words" = the words (and endings of words) that are one token each,
+    "everyday" = the 393 captions of the package, or a UTF-8 file with one text per line. looked, beside: the noise is
+    measured for the `looked` texts that are nearest in values and the `beside` texts that are nearest in text states.
+    within, outside: distances in noise (`nearness.apart`). A text at most `within` away draws the concept. A text more
+    than `outside` away does not; it is preserved unless it contains the name of an erased concept or draws another
+    concept that is erased in the same run. most: maximum number of texts of each kind, the nearest first. rows: the
+    rows of each text that count, as in `Band.rows`. images, chunk: images of the concept that the original model draws,
+    and how many at once. passes: images per U-Net pass when noise is measured.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class FunctionalMining:
     ) -> None:
         if outside < within:
             raise UserError(
-                f"method.neighbours.outside={outside:g} is less than within={within:g}: a text cannot be both erased "
-                "and kept."
+                f"method.neighbours.outside={outside:g} is less than method.neighbours.within={within:g}, so a text "
+                f"could be both erased and preserved: raise outside to {within:g} or more."
             )
         self.vocabulary = list(vocabulary)
         self.looked = looked
@@ -95,8 +96,8 @@ class FunctionalMining:
         self.backbone: Backbone | None = None
         self.pairs: Sequence[Pair] = ()
         self.seen: dict[Concept, Sight] = {}
-        self.encoded: dict[Concept, tuple[Pair, Pair]] = {}  # of the first concepts, as many as `KEPT` bytes hold
-        self.room = KEPT
+        self.encoded: dict[Concept, tuple[Pair, Pair]] = {}  # (near, beyond), until `KEPT` bytes are used
+        self.free_bytes = KEPT
 
     @staticmethod
     def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
@@ -106,24 +107,24 @@ class FunctionalMining:
         return {**images_of(settings, names, steps), **{f"comparisons {name}": compared for name in names}}
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair] = ()) -> None:
-        """The model that looks: its original weights do, whatever is done to it later. pairs: all that is erased
-        together: what draws one of them is not kept for another."""
+        """backbone: all measurements use its original weights, also after an edit. pairs: all concepts that are erased
+        together; a text that draws one of them is not preserved for another."""
         self.backbone = backbone
         self.pairs = pairs
 
     def sights(self) -> list[Sight]:
-        """What was seen around each concept, and of that what is kept."""
+        """The texts found around each concept, as `__call__` uses them."""
         return [self._without_erased(sight) for sight in self.seen.values()]
 
     def _without_erased(self, sight: Sight) -> Sight:
-        """Without kept texts that hold the name of a concept, or draw one that is erased with it."""
+        """Drops preserved texts that contain the name of an erased concept or draw an erased concept."""
         names = [other.concept.casefold() for other in self.seen.values()]
-        gone = {one.text.casefold() for other in self.seen.values() for one in other.erased}
+        erased = {one.text.casefold() for other in self.seen.values() for one in other.erased}
 
-        def stays(text: str) -> bool:
-            return text not in gone and not any(name in text for name in names)
+        def preserved(text: str) -> bool:
+            return text not in erased and not any(name in text for name in names)
 
-        return replace(sight, kept=[one for one in sight.kept if stays(one.text.casefold())][: self.most])
+        return replace(sight, kept=[one for one in sight.kept if preserved(one.text.casefold())][: self.most])
 
     def __call__(
         self,
@@ -133,20 +134,20 @@ class FunctionalMining:
         n: float | None = None,
         prompts: Sequence[int] | None = None,
     ) -> Neighbours:
-        """All texts that were seen, or as many as m and n say, drawn at random with repeats. Where no text draws the
-        concept and one is asked for, it is one of the concept's own prompts."""
+        """All texts found, or m and n of them drawn at random with replacement. If no text draws the concept and m is
+        given, the near points are the concept's own prompts."""
         near, beyond = self._texts(pair)
         if len(near.target.states) == 0 and m is not None:
             near = pair
         e, e_star, mask = align_rows(near, self.rows)
         _, _, beyond_mask = align_rows(beyond, self.rows)
-        first = _some(len(e), m, generator)
-        second = _some(len(beyond_mask), n, generator)
+        first = _choose(len(e), m, generator)
+        second = _choose(len(beyond_mask), n, generator)
         return Neighbours(e[first], e_star[first], mask[first], beyond.target.states[second], beyond_mask[second])
 
     def _texts(self, pair: Pair) -> tuple[Pair, Pair]:
-        """(near, beyond), encoded: texts that draw the concept against the anchor, and those that stay against
-        themselves."""
+        """(near, beyond), encoded: the texts that draw the concept, paired with the anchor, and the preserved texts,
+        paired with themselves."""
         if (found := self.encoded.get(pair.concept)) is not None:
             return found
         if (backbone := self.backbone) is None:
@@ -164,13 +165,13 @@ class FunctionalMining:
             )
         )
         both = Pair(pair.concept, near, anchors), Pair(pair.concept, beyond, beyond)
-        self.room -= sum(states.states.nbytes for states in (near, anchors, beyond))
-        if self.room >= 0:
+        self.free_bytes -= sum(states.states.nbytes for states in (near, anchors, beyond))
+        if self.free_bytes >= 0:
             self.encoded[pair.concept] = both
         return both
 
     def look(self, backbone: Backbone, pair: Pair) -> Sight:
-        """What the original model sees around a concept."""
+        """Finds texts around a concept and measures them with the original model."""
         name = pair.concept.target
         candidates = self.candidates(backbone, name)
         texts = [text for text, _ in candidates]
@@ -179,18 +180,18 @@ class FunctionalMining:
         drawing = sorted((one for one in seen if one.apart <= self.within), key=lambda one: one.apart)
         others = sorted((one for one in seen if one.apart > self.outside), key=lambda one: -one.value)
         if not drawing:
-            log.warning("no text of the vocabulary but its name draws %r: only what is to be kept is mined.", name)
+            log.warning("no other text of the vocabulary draws %r: only preserved texts are mined.", name)
         return Sight(name, drawing[: self.most], others)
 
     def drawn(self, backbone: Backbone, pair: Pair) -> Tensor:
         """Latents (images, C, h, w) of the concept by the original model."""
-        title = f"Images of '{pair.concept.target}' to look at"
+        title = f"Images of '{pair.concept.target}' for mining"
         return drawn(backbone, pair.target, self.images, self.chunk, None, paths.cache_dir(), 0, title)
 
     def candidates(self, backbone: Backbone, name: str, also: Sequence[str] = ()) -> list[tuple[str, float]]:
-        """(text, closeness in values) of the texts whose noise is worth measuring: those of `also`, then the nearest of
-        the vocabulary that are not longer than a prompt may be. The name is not among them."""
-        found = [text for text in texts_of(backbone, self.vocabulary) if _read_whole(backbone, text)]
+        """(text, closeness in values) of the texts whose noise is to be measured: the texts of `also`, then the nearest
+        texts of the vocabulary that fit into a prompt. The name itself is left out."""
+        found = [text for text in texts_of(backbone, self.vocabulary) if _fits_prompt(backbone, text)]
         cache = paths.cache_dir()
         rows = torch.cat([nearness.ends(backbone, also), ends_of(backbone, found, cache)])
         texts = [*also, *found]
@@ -207,7 +208,8 @@ class FunctionalMining:
 
 
 def texts_of(backbone: Backbone, vocabulary: Sequence[str]) -> list[str]:
-    """The distinct texts of a vocabulary, see `FunctionalMining`. Raises UserError for a file that cannot be read."""
+    """The distinct texts of a vocabulary (see `FunctionalMining`). Raises UserError for a file that cannot be read and
+    for a vocabulary without texts."""
     found: list[str] = []
     for name in vocabulary:
         if name == WORDS:
@@ -218,19 +220,19 @@ def texts_of(backbone: Backbone, vocabulary: Sequence[str]) -> list[str]:
                 lines = plain_data.text(file).splitlines()
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"vocabulary={name} cannot be read ({error}): give a UTF-8 file with a text a line."
+                    f"vocabulary={name} cannot be read ({error}): give a UTF-8 file with one text per line."
                 ) from error
             found += [" ".join(line.split()) for line in lines if line.strip()]
     if not found:
-        raise UserError(f"vocabulary={', '.join(vocabulary)} holds no text: give a file with a text a line.")
+        raise UserError(f"vocabulary={', '.join(vocabulary)} contains no text: give a file with one text per line.")
     return list(dict.fromkeys(found))
 
 
 def ends_of(backbone: Backbone, texts: Sequence[str], cache: Path) -> Tensor:
-    """`nearness.ends`, kept in the cache by text encoder and texts, with a progress bar."""
+    """`nearness.ends`, cached by text encoder and texts, with a progress bar."""
 
     def encode() -> Tensor:
-        with _bar("Texts read", len(texts)) as advance:
+        with _bar("Encoding texts", len(texts)) as advance:
             return nearness.ends(backbone, texts, advance)
 
     content = _digest(backbone.text_fingerprint, list(texts))
@@ -240,10 +242,10 @@ def ends_of(backbone: Backbone, texts: Sequence[str], cache: Path) -> Tensor:
 def measured(
     backbone: Backbone, images: Tensor, name: str, texts: Sequence[str], cache: Path, at_once: int = nearness.PASSES
 ) -> Tensor:
-    """`nearness.apart` of the original model, kept in the cache by all it depends on, with a progress bar."""
+    """`nearness.apart` of the original model, cached by all its inputs, with a progress bar."""
 
     def measure() -> Tensor:
-        with _bar(f"Texts near '{name}'", len(texts)) as advance, backbone.original():
+        with _bar(f"Measuring texts near '{name}'", len(texts)) as advance, backbone.original():
             return nearness.apart(backbone, images, name, texts, advance=advance, at_once=at_once)
 
     pixels = hashlib.sha256(images.float().cpu().contiguous().numpy().tobytes()).hexdigest()
@@ -252,7 +254,7 @@ def measured(
     return kept(cache / "apart" / f"{content}.safetensors", "apart", backbone, measure)
 
 
-def _read_whole(backbone: Backbone, text: str) -> bool:
+def _fits_prompt(backbone: Backbone, text: str) -> bool:
     try:
         backbone.refuse_cut([NamedPrompt.of("{}", text)])
     except UserError:
@@ -260,11 +262,11 @@ def _read_whole(backbone: Backbone, text: str) -> bool:
     return True
 
 
-def _some(count: int, asked: float | None, generator: Generator) -> Tensor:
-    """Numbers below `count`: all of them, or as many as are asked for, drawn at random."""
-    if asked is None or count == 0:
+def _choose(count: int, size: float | None, generator: Generator) -> Tensor:
+    """Indices below `count`: all of them, or `size` random ones."""
+    if size is None or count == 0:
         return torch.arange(count)
-    return torch.randint(count, (int(asked),), generator=generator)
+    return torch.randint(count, (int(size),), generator=generator)
 
 
 def _digest(*content: Any) -> str:
@@ -272,8 +274,8 @@ def _digest(*content: Any) -> str:
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=bars_hidden()) as progress:
-        task = progress.add_task(paths.printable(what), total=total)
+        task = progress.add_task(paths.printable(title), total=total)
         yield lambda done: progress.advance(task, done)

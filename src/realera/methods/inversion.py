@@ -1,5 +1,5 @@
-"""Textual inversion (arXiv 2208.01618), as FMN does it: vectors in the place of a concept's name, of the kind that the
-text encoder's token table holds, found by the noise loss on images of the concept."""
+"""Textual inversion (arXiv 2208.01618) as in FMN: token vectors that replace a concept's name, learned with the noise
+loss on images of the concept."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Tokens = Annotated[int, Number(1, 64, whole=True)]
 
 
 class TextualInversion:
-    """images: where the noised images of the concept come from; it has to give their noise. prompt: {} is where the
-    vectors stand. tokens: how many. The first ones start as the name's own, the others at random, as long as those are
-    on average. steps: 0 = none. lr, weight_decay: of AdamW. pull: after each step every vector's length goes so far
-    towards that average (official: min(1, 100 lr) towards 0.4, which is the average of SD).
+    """images: the source of the concept's noised images; it must give their noise. prompt: the vectors replace {}.
+    tokens: number of vectors. The first ones start as the token vectors of the name, the others at random, with the
+    average length of the name's. steps: 0 = no inversion. lr, weight_decay: of AdamW. pull: after each step, the length
+    of every vector moves by this share towards that average (official: min(1, 100 lr) towards 0.4, SD's average).
 
-    Raises UserError where the images do not give their noise.
+    Raises UserError if the images do not give their noise.
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class TextualInversion:
         pull: Share = 0.1,
     ) -> None:
         if steps > 0 and "noise" not in images.give:
-            raise UserError("method.align.inversion has to know the noise: set method.latents.give='[noise,prompts]'.")
+            raise UserError(
+                "method.align.inversion needs the noise of its images: set method.latents.give='[noise,prompts]'."
+            )
         self.images = images
         self.steps = steps
         self.tokens = tokens
@@ -65,8 +67,7 @@ class TextualInversion:
         return {f"inversion {names}": float(PASSES_OF_A_GRADIENT * own * batch * len(concepts))}
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> list[TextStates]:
-        """The prompt (1 text) of each concept with the vectors that were found for it, on the CPU. They are kept under
-        <cache>/inversion/."""
+        """One prompt per concept with its learned vectors, on the CPU. The vectors are cached in <cache>/inversion/."""
         self.images.prepare(backbone, pairs, cache, seed)
         found = []
         for i, pair in enumerate(pairs):
@@ -105,7 +106,7 @@ class TextualInversion:
                 loss = mse_loss(predict(backbone, z_t, timesteps, texts), more[0]["noise"].float())
                 if not loss.isfinite():
                     raise finite.NotFinite(
-                        f"The loss of inverting {name!r} is {float(loss)} at step {step}: lower "
+                        f"The inversion loss of {name!r} is {float(loss)} at step {step}: lower "
                         "method.align.inversion.lr, or set backbone.dtype=float32."
                     )
                 (vectors.grad,) = torch.autograd.grad(loss, [vectors])

@@ -1,4 +1,4 @@
-"""Where the noisy latents of the gradient part come from."""
+"""The usual source of noisy latents for training: images of a concept or its anchor, noised at every step."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from realera.paths import printable
 from realera.setting_types import Batch, Count
 from realera.system.terminal import bars_hidden
 
-FIRST_SEED = 1_000_000  # far from the small seeds that evaluation draws its images with
-SEEDS = 2**63  # that torch's generators take; the products of large ones go round
+FIRST_SEED = 1_000_000  # far from the small seeds of evaluation images
+SEEDS = 2**63  # number of seeds that torch's generators accept; larger products wrap around
 TIMESTEPS = 1000  # of the noise schedule of every Stable Diffusion
 Of = Literal["anchor", "target"]
 Known = Literal["noise", "prompts"]
 
 
 class AnchorBank:
-    """Clean latents of images drawn from the anchor's training prompts, noised afresh at every step (RealEra, §3.3).
+    """Clean latents of images drawn from the anchor's training prompts, noised anew at every step (RealEra, §3.3).
 
-    images: how many per concept; image i takes prompt i mod P. batch: how many z_t a step is given. chunk: how many
-    images are drawn, and stored, at once. sampler: null = the backbone's own. of: whose training prompts are drawn, the
-    anchor's or the target's. give: what else is told of each z_t, "noise" (batch, C, h, w) = the noise in it, "prompts"
-    (batch,) = the numbers of the prompts its images were drawn from. flip: half of the images, at random, are
-    `mirrored`. The bank is made once by the *original* model; see `drawn`.
+    images: number per concept; image i uses prompt i mod P. batch: number of z_t per step. chunk: images drawn, and
+    stored, at once. sampler: null = the backbone's own. of: whose training prompts are drawn, the anchor's or the
+    target's. give: additional outputs for each z_t: "noise" (batch, C, h, w) = the noise in it, "prompts" (batch,) =
+    the index of its image's prompt. flip: half of the images, chosen at random, are `mirrored`. The *original* model
+    draws the bank once; see `drawn`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class AnchorBank:
         return images_of(settings, [getattr(concept, side) for concept in concepts], steps)
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
-        """Loads the bank of every pair, drawing what is not in the cache."""
+        """Loads the bank of every pair and draws the images that are not in the cache."""
         self.banks, self.prompts = [], []
         for pair in pairs:
             states, name = (
@@ -77,7 +77,7 @@ class AnchorBank:
     def __call__(
         self, backbone: Backbone, concept: int, generator: Generator
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(z_t (batch, C, h, w), t (batch,) uniform in 0 ... 999) from images of one concept, and what `give` names."""
+        """(z_t (batch, C, h, w), t (batch,) uniform in 0 ... 999) of one concept, and the outputs in `give`."""
         bank = self.banks[concept]
         chosen = torch.randint(len(bank), (self.batch,), generator=generator)
         z_t, timesteps, noise = noised(backbone, bank, chosen, generator)
@@ -86,8 +86,8 @@ class AnchorBank:
 
 
 def images_of(settings: Mapping[str, Any], names: Sequence[str], steps: int) -> dict[str, float]:
-    """{"images <name>": passes} of images that are drawn with guidance for each of the names. settings: of the part
-    that draws them. steps: of the backbone's sampler, where the part has none of its own."""
+    """{"images <name>": U-Net passes} for the images of each name, drawn with guidance. settings: of the part that
+    draws them. steps: of the backbone's sampler, used if the part sets no steps."""
     own = settings.get("sampler") or {}
     each = 2.0 * int(own.get("steps") or settings.get("steps") or steps)
     return {f"images {name}": int(settings.get("images") or 0) * each for name in names}
@@ -101,8 +101,8 @@ def noised(backbone: Backbone, bank: Tensor, chosen: Tensor, generator: Generato
 
 
 def mirrored(backbone: Backbone, latents: Tensor, chunk: int) -> Tensor:
-    """The latents (images, C, h, w) of the same images with left and right exchanged, encoded again, `chunk` at a time:
-    a flipped latent is not the latent of a flipped image. Made anew for every run: the cache holds what was drawn."""
+    """Latents (images, C, h, w) of the images flipped left to right. The images are decoded, flipped and encoded,
+    `chunk` at a time: a flipped latent is not the latent of a flipped image. The result is not cached."""
     images = (backbone.decode(part).permute(0, 3, 1, 2) / 127.5 - 1 for part in latents.split(chunk))
     return torch.cat([backbone.encode_images(image.flip(-1)) for image in images])
 
@@ -117,10 +117,10 @@ def drawn(
     seed: int,
     title: str,
 ) -> Tensor:
-    """Latents (images, C, h, w) on the U-Net's device, drawn by the original model; image i takes prompt i mod P.
+    """Latents (images, C, h, w) on the U-Net's device, drawn by the original model. Image i uses prompt i mod P.
 
-    They are kept under <cache>/latents/<hash of all they depend on>/, one file a chunk, so that a killed run goes on
-    with the next chunk; each says what it cost (`cache_costs`).
+    They are cached in <cache>/latents/<hash of all inputs>/, one file per chunk, so a killed run continues with the
+    next chunk. Each file records its cost (`cache_costs`).
     """
     folder = bank_folder(backbone, states, images, chunk, sampler, cache, seed)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("images"))
@@ -152,7 +152,7 @@ def bank_folder(
     cache: Path,
     seed: int,
 ) -> Path:
-    """Where `drawn` keeps such images, whether they stand there or not."""
+    """The cache folder that `drawn` uses for these inputs; it may not exist yet."""
     parameter = next(backbone.denoiser.parameters())
     settings = {
         "backbone": backbone.fingerprint,

@@ -1,21 +1,22 @@
-"""LEACE (arXiv 2306.03819) on text states: the smallest map after which no linear reading tells the concept's rows.
+"""LEACE (arXiv 2306.03819) on text states: the smallest map after which no linear classifier finds the concept's rows.
 
-Rows x of several classes (z one-hot: each concept's prompts are one, the contrast is the last), with mean m, covariance
-S_xx and cross-covariance S_xz. The paper's map (theorem 4.3; EleutherAI/concept-erasure, concept_erasure/leace.py) is
+Rows x belong to several classes (z is one-hot: each concept's prompts are one class, the contrast is the last). They
+have mean m, covariance S_xx and cross-covariance S_xz. The paper's map (theorem 4.3; EleutherAI/concept-erasure,
+concept_erasure/leace.py) is
 
     r(x) = x - W^+ P W (x - m),    W = S_xx^(-1/2),  P the orthogonal projection onto the columns of W S_xz.
 
-Of all affine maps after which every class has the same mean it minimises E ||r(x) - x||^2. The U-Net reads W_l x
-without a bias, so only a linear map M can be folded into its weights, W_l <- W_l M, and the mean is a choice:
+Of all affine maps that give every class the same mean, it minimises E ||r(x) - x||^2. The U-Net reads W_l x without a
+bias, so only a linear map M can be folded into its weights, W_l <- W_l M. The mean can be treated in two ways:
 
-    held    M m = m as well, so that nothing is left for a bias to add. With w = W m, U an orthonormal basis of the
-            columns of W S_xz and B = U - w w^T U / w^T w:   M = I - W^+ U (B^T B)^-1 B^T W,
-            the smallest such linear map (where S_xx has an inverse, as it has once it is shrunk)
+    held    M m = m, so no bias is needed. With w = W m, U an orthonormal basis of the columns of W S_xz and
+            B = U - w w^T U / w^T w:   M = I - W^+ U (B^T B)^-1 B^T W,
+            the smallest such linear map (if S_xx is invertible, which shrinkage ensures)
     moved   M = I - W^+ P W, the paper's matrix without its bias, as in the official code with affine=False. The
-            classes still have one mean, but it is M m
+            classes still have the same mean, but it is M m
 
-S_xx is shrunk towards a multiple of I as in the official code, by what is optimal for so many rows (arXiv 1308.2608).
-Columns are vectors of width D; everything is float64 on the CPU.
+S_xx is shrunk towards a multiple of I as in the official code, with the optimal weight for the number of rows (arXiv
+1308.2608). Vectors of width D are columns; everything is float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from realera.setting_types import Projections, Sums
 
 Contrast = Literal["captions", "anchor"]
 Mean = Literal["held", "moved"]
-SMALL = 1e-8  # a singular value of W S_xz, at most 1, below which there is nothing to tell the classes by
+SMALL = 1e-8  # smaller singular values of W S_xz (at most 1) count as zero: the classes do not differ there
 
 
 class Moments(NamedTuple):
-    """Of the rows of one class: their number, their sum (D,), and sum x x^T (D, D)."""
+    """The rows of one class: their number, their sum (D,), and sum x x^T (D, D)."""
 
     rows: int
     total: Tensor
@@ -50,13 +51,13 @@ class Moments(NamedTuple):
 class LinearErasure:
     """LEACE's closed form, one map for all layers.
 
-    projections: which weights take the map, "values", "keys" or "both". rows: of the training prompts that count (as
-    `Band.rows`), of the concept and of the anchor. contrast: what a concept is told from, "captions" (all their rows,
-    the begin row too, for the map meets it in every prompt) or "anchor", the same prompts with the anchors' names.
-    captions: "everyday" or a file of python -m realera.cache. mean: "held" or "moved", above. shrinkage: of the
-    covariance; without it directions that no row has stay as they are.
+    projections: the weights to edit, "values", "keys" or "both". rows: the rows of the training prompts that count (as
+    in `Band.rows`), for the concept and the anchor. contrast: the class to separate the concepts from: "captions" (all
+    their rows, including the begin row, which every prompt has) or "anchor" (the same prompts with the anchors' names).
+    captions: "everyday" or a file made by python -m realera.cache. mean: "held" or "moved", see above. shrinkage: of
+    the covariance; without it, directions that no row contains are unchanged.
 
-    Raises UserError for a file of captions with contrast="anchor".
+    Raises UserError for a captions file with contrast="anchor".
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class LinearErasure:
     ) -> None:
         if contrast == "anchor" and captions != "everyday":
             raise UserError(
-                f"method.edit.captions={captions} counts for nothing with method.edit.contrast=anchor: set "
-                "contrast=captions, or leave the captions out."
+                f"method.edit.captions={captions} has no effect with method.edit.contrast=anchor: set "
+                "method.edit.contrast=captions, or leave out method.edit.captions."
             )
         self.projections = projections
         self.rows = rows
@@ -81,7 +82,7 @@ class LinearErasure:
         self.shrinkage = shrinkage
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
-        """One map (D, D). Neighbours are not used. info: rank, of I - M. Raises UserError as `eraser`."""
+        """One map (D, D). Neighbours are not used. info: rank of I - M. Raises UserError as `eraser`."""
         concepts = [self._moments([pair.target]) for pair in pairs]
         if self.contrast == "anchor":
             others = self._moments([pair.anchor for pair in pairs])
@@ -103,7 +104,7 @@ class LinearErasure:
 
 
 def statistics(classes: Sequence[Moments]) -> tuple[int, Tensor, Tensor, Tensor]:
-    """Number of rows, m (D,), S_xx (D, D), and S_xz (D, n - 1) with the indicators of all classes but the last."""
+    """(number of rows, m (D,), S_xx (D, D), S_xz (D, n - 1)); S_xz uses the indicators of all classes but the last."""
     count = sum(one.rows for one in classes)
     mean = torch.stack([one.total for one in classes]).sum(dim=0) / count
     covariance = torch.stack([one.gram for one in classes]).sum(dim=0) / count - torch.outer(mean, mean)
@@ -121,10 +122,10 @@ def shrunk(covariance: Tensor, count: int) -> Tensor:
 
 
 def eraser(covariance: Tensor, cross: Tensor, held: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """L (D, r) and R (r, D) with M = I + L R, r at most the number of classes less one.
+    """L (D, r) and R (r, D) with M = I + L R; r is at most the number of classes less one.
 
-    covariance: S_xx (D, D); where it has no inverse, W is its pseudo-inverse's root. cross: S_xz (D, n). held: m (D,)
-    with M m = m; None = the paper's matrix. Raises UserError where the classes differ along m alone.
+    covariance: S_xx (D, D); if it is singular, W is the root of its pseudo-inverse. cross: S_xz (D, n). held: m (D,)
+    with M m = m; None = the paper's matrix. Raises UserError if the classes differ only along m.
     """
     values, vectors = torch.linalg.eigh(covariance)
     seen = values > len(values) * torch.finfo(torch.float64).eps * values[-1]
@@ -132,7 +133,7 @@ def eraser(covariance: Tensor, cross: Tensor, held: Tensor | None = None) -> tup
     whiten = (vectors * torch.where(seen, 1 / root, 0.0)) @ vectors.T
     left, sizes, _ = torch.linalg.svd(whiten @ cross, full_matrices=False)
     left = left[:, sizes > SMALL]
-    back = (vectors * root) @ (vectors.T @ left)  # W^+ of an orthonormal basis of W S_xz's columns
+    back = (vectors * root) @ (vectors.T @ left)  # W^+ times an orthonormal basis of W S_xz's columns
     if held is None or not left.shape[1]:
         return -back, left.T @ whiten
     mean = whiten @ held
@@ -140,14 +141,14 @@ def eraser(covariance: Tensor, cross: Tensor, held: Tensor | None = None) -> tup
     system = across.T @ across
     if float(torch.linalg.eigvalsh(system)[0]) < SMALL:
         raise UserError(
-            "The concepts differ from what they are told from only along the mean of all rows, so the mean cannot be "
-            "held: give method.edit.mean=moved, or another method.edit.contrast."
+            "The concepts differ from the contrast only along the mean of all rows, so method.edit.mean=held has no "
+            "solution: set method.edit.mean=moved, or another method.edit.contrast."
         )
     return -back, torch.linalg.solve(system, across.T @ whiten)
 
 
 def _captions(backbone: Backbone, cache: Sums) -> Moments:
-    """Of all rows of the captions, the begin row of each among them."""
+    """Moments of all rows of the captions, including each caption's begin row."""
     rows = caption_rows(backbone, cache, paths.cache_dir())
     begin = backbone.encode([""]).states[0, 0].double().cpu()
     captions = rows.count // (backbone.max_length - 1)

@@ -1,8 +1,8 @@
-"""MACE (arXiv 2403.06135): the traces of a concept in other words' states are refined away in closed form, what its own
-word draws is unlearnt by a LoRA of its own, and the LoRAs of all concepts are fused into the weights in closed form.
+"""MACE (arXiv 2403.06135): a closed form removes the traces of a concept from the states of other words. A LoRA per
+concept then unlearns the concept's own word. A second closed form fuses the LoRAs of all concepts into the weights.
 
-Written from the paper's description. Letters: c the concept, a its anchor, k a row of text states; W0 is the original
-W_K or W_V of a layer. Shapes: B latents, P prompts, T token rows, D text width.
+Written from the paper's description. Letters: c the concept, a its anchor, k a row of text states, W0 the original W_K
+or W_V of a layer. Shapes: B latents, P prompts, T token rows, D text width.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard dev
 
 
 class Refinement:
-    """Stage 1 (section 4.1): in every training prompt of c, all rows but those of c itself come to read as the same
-    rows of the anchor's prompt,
+    """Stage 1 (section 4.1): in every training prompt of c, all rows except those of c are mapped to the same rows of
+    the anchor's prompt,
 
-        min_W  sum ||W k_c - W0 k_a||^2 + ridge ||W - W0||^2 + what is preserved,
+        min_W  sum ||W k_c - W0 k_a||^2 + ridge ||W - W0||^2 + terms of the preserved captions,
 
-    one map for all concepts and layers. The rows are those before the concept (BOS too, which is alike in both) and
-    those after it, end-of-text and pads, cut to the shorter of the two.
+    one map for all concepts and layers. These are the rows before the concept (including BOS, which is equal in both
+    prompts) and the rows after it (end-of-text and pads), cut to the shorter prompt.
 
-    ridge: in squared units of the text states (official: lamb). preserved: caches of captions that stay as they are.
-    scale_squared: their scale counts twice, as in the official code. refine: False leaves this stage out. prompts: how
-    many prompts of a concept those two weights are meant for; the P that there are count as so many. None = as P.
+    ridge: in squared units of the text states (official: lamb). preserved: caches of preserved captions. scale_squared:
+    apply their scale twice, as in the official code. refine: False skips this stage. prompts: the number of prompts per
+    concept for which the ridge and the scale were chosen; the P prompts are weighted to count as that number. None = P.
     """
 
-    idle_where: ClassVar = {"refine": False}  # it then lends `Fusion` its numbers, and erases nothing
+    idle_where: ClassVar = {"refine": False}  # then it erases nothing, but `Fusion` still uses its settings
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Refinement:
         sums = NormalEquations(backbone.width)
         count = 0
         for pair in pairs:
-            weight = _weight(self.prompts, pair)
+            weight = _prompt_weight(self.prompts, pair)
             for prompt in range(len(pair.target.states)):
                 c, a = rows_around(pair, prompt)
                 sums.add_pairs(pair.target.states[prompt, c], pair.anchor.states[prompt, a], weight)
@@ -98,7 +98,7 @@ class Refinement:
 
 
 def rows_around(pair: Pair, prompt: int) -> tuple[list[int], list[int]]:
-    """The rows of one prompt that are not the concept's own, and the anchor prompt's that stand for them."""
+    """The indices of one prompt's rows outside the concept, and of the matching rows of the anchor's prompt."""
     (first_c, last_c), (first_a, last_a) = (
         (int(states.first[prompt]), int(states.last[prompt])) for states in (pair.target, pair.anchor)
     )
@@ -108,12 +108,13 @@ def rows_around(pair: Pair, prompt: int) -> tuple[list[int], list[int]]:
 
 
 class ConceptImages:
-    """Noised images of the concept, with masks of where it stands in them.
+    """Noised images of the concept, with masks of the concept's area.
 
-    images: how many per concept, drawn once by the original model for `prompt`, {} = the concept. chunk: how many are
-    drawn, and stored, at once. scheduler, steps, guidance_scale: of their drawing; null = the backbone's own. batch:
-    z_t a step. importance: timesteps by `importance_law`, else uniform. masks: None = none. imagenet_norm: the latents
-    are not those that were drawn but `encoded_as_for_imagenet`, as in the official code; masks are of the images still.
+    images: number per concept, drawn once by the original model for `prompt`, {} = the concept. chunk: images drawn,
+    and stored, at once. scheduler, steps, guidance_scale: of the sampler that draws them; null = the backbone's own.
+    batch: z_t per step. importance: timesteps follow `importance_law`, else they are uniform. masks: None = no masks.
+    imagenet_norm: replace the drawn latents by `encoded_as_for_imagenet`, as in the official code; the masks are still
+    made from the drawn images.
     """
 
     def __init__(
@@ -144,9 +145,9 @@ class ConceptImages:
         return images_of(settings, [concept.target for concept in concepts], steps)
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
-        """Loads every concept's images and their masks, making what is not in the cache.
+        """Loads every concept's images and masks, and makes those that are not in the cache.
 
-        Raises UserError where a mask's source is out of reach.
+        Raises UserError if the models that make the masks cannot be loaded.
         """
         given = {name: value for name, value in self.sampler.items() if value is not None}
         drawing = (self.images, self.chunk, replace(backbone.sampler, **given), cache, seed)
@@ -154,7 +155,7 @@ class ConceptImages:
         texts = [backbone.encode([NamedPrompt.of(self.prompt, name)]) for name in names]
         folders = [bank_folder(backbone, states, *drawing) for states in texts]
         if self.masks is not None:
-            self.masks.load_for(folders, names)  # first: it may be out of reach
+            self.masks.load_for(folders, names)  # before any drawing, because it may fail
         self.banks = []
         for name, states, folder in zip(names, texts, folders):
             bank = drawn(backbone, states, *drawing, f"Images of '{name}'")
@@ -166,7 +167,7 @@ class ConceptImages:
     def __call__(
         self, backbone: Backbone, concept: int, generator: Generator
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Tensor]]:
-        """z_t (batch, C, h, w), t (batch,), and {"mask": (batch, H, W) bool} where there are masks."""
+        """z_t (batch, C, h, w), t (batch,), and {"mask": (batch, H, W) bool} if there are masks."""
         bank, masks = self.banks[concept]
         chosen = torch.randint(len(bank), (self.batch,), generator=generator).to(bank.device)
         timesteps = torch.multinomial(self.probabilities, self.batch, replacement=True, generator=generator)
@@ -177,37 +178,37 @@ class ConceptImages:
 
 
 def encoded_as_for_imagenet(backbone: Backbone, latents: Tensor) -> Tensor:
-    """The latents (images, C, h, w) of the same images, encoded again: the pixels are normalised with ImageNet's mean
-    and standard deviation, where the autoencoder wants [-1, 1]. It is done anew for every run, so the cache holds only
-    what was drawn. The official code draws from what the encoder gives; here its mode is taken."""
+    """The latents (images, C, h, w) of the same images, encoded again with pixels normalised by ImageNet's mean and
+    standard deviation; the autoencoder expects [-1, 1]. The result is not cached. The official code samples from the
+    encoder's distribution; this function takes its mode."""
     mean, deviation = (torch.tensor(value, device=latents.device)[:, None, None] for value in IMAGENET)
     images = backbone.decode(latents).permute(0, 3, 1, 2) / 255
     return backbone.encode_images((images - mean) / deviation)
 
 
 def importance_law(steepness: float = 0.05, early: int = 200, late: int = 400) -> Tensor:
-    """(1000,): p(t) ~ s(steepness (t - early)) - s(steepness (t - late)), s the logistic function (section 4.2):
-    mostly between early and late, where what an image shows is decided."""
+    """(1000,): p(t) ~ s(steepness (t - early)) - s(steepness (t - late)), s the logistic function (section 4.2).
+    Most timesteps are between early and late, where the content of an image is decided."""
     t = torch.arange(TIMESTEPS, dtype=torch.float64)
     law = torch.sigmoid(steepness * (t - early)) - torch.sigmoid(steepness * (t - late))
     return law / law.sum()
 
 
 class AttentionSuppression:
-    """Stage 2 (section 4.2): a LoRA per concept learns to keep the cross-attention A off the concept's tokens where the
-    concept stands,
+    """Stage 2 (section 4.2): a LoRA per concept learns to suppress the cross-attention A to the concept's tokens in the
+    concept's area of the image,
 
         L = sum over layers  || A_l[heads, pixels within the mask, tokens of c] ||_F,
 
-    not squared, averaged over the latents. Without a mask all pixels count. A step takes one training prompt at random.
+    not squared, averaged over the latents. Without a mask all pixels count. A step uses one random training prompt.
 
-    steps: optimiser steps of each concept. lr, weight_decay: of AdamW. lora: one adapter per concept. pooler: which
-    rows count besides the concept's own sub-tokens, as in `fmn.AttentionResteering`.
+    steps: optimiser steps of each concept. lr, weight_decay: of AdamW. lora: one adapter per concept. pooler: the rows
+    that count besides the concept's own sub-tokens, as in `fmn.AttentionResteering`.
 
-    Raises UserError for a LoRA that is not one per concept.
+    Raises UserError for a LoRA that is not per concept.
     """
 
-    parameters = ()  # nothing but the LoRA
+    parameters = ()  # only the LoRA is trained
     trains_lora = reads_attention = True
 
     def __init__(
@@ -219,7 +220,7 @@ class AttentionSuppression:
         pooler: Pooler = "pads",
     ) -> None:
         if lora is not None and not lora.per_concept:
-            raise UserError("method mace trains a LoRA per concept: set method.align.lora.per_concept=true.")
+            raise UserError("method mace trains one LoRA per concept: set method.align.lora.per_concept=true.")
         self.steps = steps
         self.lr = lr
         self.weight_decay = weight_decay
@@ -234,13 +235,12 @@ class AttentionSuppression:
         batch: TrainingBatch,
         generator: Generator,
     ) -> dict[str, Tensor]:
-        """{"attention"}; known: "mask" (B, H, W) bool, whatever its size."""
+        """{"attention"}. known: "mask" (B, H, W) bool, of any size."""
         latents, timesteps, known = batch.latents, batch.timesteps, batch.known
-        if getattr(
-            backbone.denoiser, "is_gradient_checkpointing", False
-        ):  # it would compute again what is not kept then
+        if getattr(backbone.denoiser, "is_gradient_checkpointing", False):
             raise UserError(
-                "method mace reads the attention, which backbone.gradient_checkpointing drops: set it to false."
+                "method mace reads the attention maps, which gradient checkpointing drops: set "
+                "backbone.gradient_checkpointing=false."
             )
         texts = repeat(pair.target, one_of(pair.target, generator), len(latents))
         tokens = positions(texts, self.pooler).to(latents.device)
@@ -253,7 +253,7 @@ class AttentionSuppression:
 def masked_norm(attention: Tensor, tokens: Tensor, mask: Tensor | None, latents: Tensor) -> Tensor:
     """(B,): the Frobenius norm over heads, masked pixels and marked tokens of one layer's map (B, heads, pixels, T).
 
-    tokens (B, T) bool; mask (B, H, W) bool, taken to the layer's grid by the nearest pixel.
+    tokens (B, T) bool; mask (B, H, W) bool, resized to the layer's grid by nearest neighbour.
     """
     counted = tokens[:, None, None]
     if mask is not None:
@@ -264,14 +264,15 @@ def masked_norm(attention: Tensor, tokens: Tensor, mask: Tensor | None, latents:
 
 
 class Fusion:
-    """Stage 3 (section 4.3): one W for every layer, which answers each concept's prompts as its own LoRA does,
+    """Stage 3 (section 4.3): one W for every layer, whose output on each concept's prompts is that of the concept's own
+    LoRA,
 
-        min_W  sum_i sum ||W k - (W1 + dW_i) k||^2 + ridge ||W - W1||^2 + what is preserved,
+        min_W  sum_i sum ||W k - (W1 + dW_i) k||^2 + ridge ||W - W1||^2 + terms of the preserved captions,
 
-    k all rows of concept i's training prompts, W1 the weights after stage 1. It takes the adapter's place, so drawing
-    costs nothing more. ridge, preserved, prompts: as in `Refinement`; the scale counts once.
+    k all rows of concept i's training prompts, W1 the weights after stage 1. The fused weights replace the adapter, so
+    drawing has no extra cost. ridge, preserved, prompts: as in `Refinement`; the scale is applied once.
 
-    Raises UserError without a ridge, and for a LoRA on other layers than W_K and W_V.
+    Raises UserError without a ridge, and for a LoRA on layers other than W_K and W_V.
     """
 
     def __init__(
@@ -284,14 +285,14 @@ class Fusion:
         self.preserved = preserved
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
-        """Nothing where nothing was trained."""
+        """An empty edit if no LoRA was trained."""
         learnt = changes(backbone.erased_state(), len(pairs))
         if not learnt:
             return Edit()
         layers = backbone.text_projections()
         if other := [name for name in learnt if name not in layers]:
             raise UserError(
-                f"The LoRA is on {other[0]}, but what is fused are cross-attention's keys and values: set "
+                f"The LoRA is on {other[0]}, but only the cross-attention's keys and values can be fused: set "
                 "method.align.lora.targets='[attn2.to_k,attn2.to_v]', or method.finish=null."
             )
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
@@ -301,13 +302,13 @@ class Fusion:
             with backbone.original():
                 originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
         keys = [pair.target.states.flatten(0, 1).cpu().double() for pair in pairs]
-        grams = [_weight(self.prompts, pair) * (k.T @ k) for pair, k in zip(pairs, keys)]
+        grams = [_prompt_weight(self.prompts, pair) * (k.T @ k) for pair, k in zip(pairs, keys)]
         fused, info = fuse(weights, learnt, grams, self.ridge, kept, originals)
         return Edit(weights=fused, info={**info, "rows": sum(map(len, keys)), "preserved": float(kept is not None)})
 
 
 def changes(state: Mapping[str, Tensor], concepts: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """{layer: (B, A) of every concept, alpha / rank folded into B} of a backbone's erased state; {} without a LoRA."""
+    """{layer: [(B, A) per concept]} from a backbone's erased state, alpha / rank folded into B; {} without a LoRA."""
     found = {}
     for key, up in state.items():
         if key.startswith("lora.") and key.endswith(".up"):
@@ -319,6 +320,6 @@ def changes(state: Mapping[str, Tensor], concepts: int) -> dict[str, list[tuple[
     return found
 
 
-def _weight(prompts: int | None, pair: Pair) -> float:
-    """Of one of a concept's prompts: all of them count as `prompts`, None = each as one."""
+def _prompt_weight(prompts: int | None, pair: Pair) -> float:
+    """The weight of one prompt of a concept, so that all of them count as `prompts`; None = 1."""
     return 1.0 if prompts is None else prompts / len(pair.target.states)

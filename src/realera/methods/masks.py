@@ -1,4 +1,4 @@
-"""Where in an image a concept stands."""
+"""Masks of a concept's area in an image."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ AT_ONCE = 8  # images in one pass
 class Masks:
     """Masks (images, H, W) bool of images that are given as latents.
 
-    source: "grounded-sam" = Grounding DINO's boxes of the concept's name, filled by SAM, as MACE does (a download);
-    "attention" = where the original model's own cross-attention to the concept's tokens is at least `threshold` times
-    its maximum in the image, averaged over all layers and heads and over the noise levels `timesteps`; "none" = no
-    masks. detector, segmenter: hub ids or folders. box_threshold, text_threshold: the detector's, 0-1; an image in
-    which nothing is found is masked whole.
+    source: "grounded-sam" = boxes of the concept's name by Grounding DINO, filled by SAM, as in MACE (a download);
+    "attention" = the pixels where the original model's cross-attention to the concept's tokens is at least `threshold`
+    times its maximum in the image, averaged over all layers and heads and over the noise levels `timesteps`; "none" =
+    no masks. detector, segmenter: hub ids or folders. box_threshold, text_threshold: of the detector, 0-1. If it finds
+    nothing in an image, the mask covers the whole image.
     """
 
     def __init__(
@@ -44,26 +44,26 @@ class Masks:
         self.source = source
         self.threshold = threshold
         self.timesteps = list(timesteps)
-        self.places = (detector, segmenter)
+        self.models = (detector, segmenter)
         self.thresholds = (box_threshold, text_threshold)
         self.sam: GroundedSam | None = None
 
     def load_for(self, folders: Sequence[Path], names: Sequence[str]) -> None:
-        """`load`, where a mask of these is not kept yet."""
+        """Calls `load` if one of these masks is not cached yet."""
         if not all(self._file(folder, name).is_file() for folder, name in zip(folders, names, strict=True)):
             self.load()
 
     def load(self) -> None:
-        """Gets what the source needs. Raises UserError where it is out of reach."""
+        """Loads the models of the source. Raises UserError if they cannot be loaded."""
         if self.source == "grounded-sam":
-            self.sam = GroundedSam(*self.places, *self.thresholds)
+            self.sam = GroundedSam(*self.models, *self.thresholds)
 
     def unload(self) -> None:
         self.sam = None
 
     def kept(self, backbone: Backbone, states: TextStates, latents: Tensor, name: str, folder: Path) -> Tensor | None:
-        """As a call, from the file that keeps them beside the latents in `folder`, which is made where it is not there:
-        other processes and later runs read the same masks, and need no models for it."""
+        """As `__call__`, but cached in a file beside the latents in `folder`: other processes and later runs read the
+        same masks and need no models."""
         if self.source == "none":
             return None
 
@@ -77,12 +77,12 @@ class Masks:
         return kept(self._file(folder, name), "masks", backbone, make).to(latents.device)
 
     def _file(self, folder: Path, name: str) -> Path:
-        about = [self.source, self.threshold, self.timesteps, self.places, self.thresholds, name]
+        about = [self.source, self.threshold, self.timesteps, self.models, self.thresholds, name]
         return folder / f"masks-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.safetensors"
 
     def __call__(self, backbone: Backbone, states: TextStates, latents: Tensor, name: str) -> Tensor | None:
-        """(images, H, W) bool on the latents' device, None = no masks. states: the one prompt (1, T, D) that all the
-        latents (images, C, h, w) were drawn for, with the rows of the concept `name`."""
+        """(images, H, W) bool on the latents' device, None = no masks. states: the one prompt (1, T, D) that all
+        latents (images, C, h, w) were drawn for, with the positions of the concept `name`."""
         if self.source == "none":
             return None
         if self.sam is None:
@@ -95,7 +95,7 @@ class Masks:
 @torch.no_grad()
 def attended(backbone: Backbone, states: TextStates, latents: Tensor, timesteps: Sequence[int]) -> Tensor:
     """(images, h, w): the original model's attention to the concept's own tokens, averaged over heads and summed over
-    tokens, layers (taken to the latents' size) and noise levels."""
+    tokens, layers (resized to the latents' size) and noise levels."""
     height, width = latents.shape[-2:]
     noise = torch.randn(latents.shape, generator=Generator().manual_seed(0)).to(latents)
     rows = slice(int(states.first[0]), int(states.last[0]) + 1)
@@ -115,19 +115,19 @@ def attended(backbone: Backbone, states: TextStates, latents: Tensor, timesteps:
 
 
 def grid(pixels: int, height: int, width: int) -> tuple[int, int]:
-    """The (rows, columns) of a layer with so many pixels, in a U-Net on latents of this size, halved level by level."""
+    """(rows, columns) of a layer with this number of pixels, in a U-Net that halves latents of this size per level."""
     while height * width > pixels:
         height, width = (height + 1) // 2, (width + 1) // 2
     if height * width != pixels:
-        raise ValueError(f"a layer of {pixels} pixels is no halving of its latents")
+        raise ValueError(f"a layer of {pixels} pixels is not a repeated halving of its latents")
     return height, width
 
 
 class GroundedSam:
-    """Grounding DINO (arXiv 2303.05499) finds boxes of a name, SAM (arXiv 2304.02643) fills each; a mask is their
-    union. Both by transformers' own classes; on the GPU where there is one.
+    """Grounding DINO (arXiv 2303.05499) finds boxes of a name, SAM (arXiv 2304.02643) fills each box; the mask is their
+    union. Both run in transformers' own classes, on the GPU if there is one.
 
-    Raises UserError for models that cannot be had.
+    Raises UserError for models that cannot be loaded.
     """
 
     def __init__(self, detector: str, segmenter: str, box_threshold: float, text_threshold: float) -> None:
@@ -136,15 +136,15 @@ class GroundedSam:
         self.thresholds = {"threshold": box_threshold, "text_threshold": text_threshold}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.reads: Any = AutoProcessor.from_pretrained(detector)
+            self.detector_processor: Any = AutoProcessor.from_pretrained(detector)
             self.detector: Any = GroundingDinoForObjectDetection.from_pretrained(detector).to(self.device).eval()
-            self.prepares: Any = SamProcessor.from_pretrained(segmenter)
+            self.segmenter_processor: Any = SamProcessor.from_pretrained(segmenter)
             self.segmenter: Any = SamModel.from_pretrained(segmenter).to(self.device).eval()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"Grounded SAM ({detector}, {segmenter}) cannot be loaded: fill the Hugging Face cache where there is "
-                "a network (hf download NAME), give folders (method.latents.masks.detector=, .segmenter=), or take "
-                "method.latents.masks.source=attention or none."
+                f"Grounded SAM ({detector}, {segmenter}) cannot be loaded: download both models into the Hugging Face "
+                "cache (hf download NAME), give folders (method.latents.masks.detector=FOLDER and .segmenter=FOLDER), "
+                "or set method.latents.masks.source=attention or none."
             ) from error
 
     @torch.no_grad()
@@ -154,16 +154,16 @@ class GroundedSam:
 
     def _one(self, image: Any, name: str) -> Tensor:
         size = image.shape[:2]
-        asked = self.reads(images=image, text=f"{name.lower()}.", return_tensors="pt").to(self.device)
-        found = self.reads.post_process_grounded_object_detection(
-            self.detector(**asked), asked["input_ids"], target_sizes=[size], **self.thresholds
+        query = self.detector_processor(images=image, text=f"{name.lower()}.", return_tensors="pt").to(self.device)
+        boxes = self.detector_processor.post_process_grounded_object_detection(
+            self.detector(**query), query["input_ids"], target_sizes=[size], **self.thresholds
         )[0]["boxes"]
-        if len(found) == 0:
+        if len(boxes) == 0:
             return torch.ones(size, dtype=torch.bool)
-        given = self.prepares(images=image, input_boxes=[found.tolist()], return_tensors="pt")
-        original, reshaped = given.pop("original_sizes"), given.pop("reshaped_input_sizes")
-        given = {key: value.float() if value.is_floating_point() else value for key, value in given.items()}
-        given = {key: value.to(self.device) for key, value in given.items()}
-        drawn = self.segmenter(**given, multimask_output=False).pred_masks.cpu()
-        filled: Tensor = self.prepares.image_processor.post_process_masks(drawn, original, reshaped)[0]
+        inputs = self.segmenter_processor(images=image, input_boxes=[boxes.tolist()], return_tensors="pt")
+        original, reshaped = inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")
+        inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
+        inputs = {key: value.to(self.device) for key, value in inputs.items()}
+        masks = self.segmenter(**inputs, multimask_output=False).pred_masks.cpu()
+        filled: Tensor = self.segmenter_processor.image_processor.post_process_masks(masks, original, reshaped)[0]
         return filled.flatten(0, 1).any(dim=0)

@@ -1,13 +1,13 @@
-"""Which texts draw a concept, told by the model itself: how it reads them, and which noise it predicts for them.
+"""Measures which texts draw a concept, by the U-Net's values for a text and by the noise that it predicts for it.
 
-A text encoder puts words side by side that draw different things, and far from a name the phrases that evoke it. So
-texts are first put in order by their values, which takes one pass of the text encoder for each (`closeness`), and of
-the first ones it is measured how far the noise that they predict lies from the name's (`apart`):
+A text encoder puts words that draw different things close together, and puts phrases that evoke a concept far from its
+name. So texts are first ranked by their values, which takes one pass of the text encoder per text (`closeness`). For
+the first texts, the distance between their predicted noise and the name's is then measured (`apart`):
 
     apart(k) = sum_t ||eps(z_t, k) - eps(z_t, e)||^2 / sum_t ||eps(z_t, e) - eps(z_t, "")||^2
 
-z_t are noised images of the concept, e its name, "" the empty prompt. 0: the text draws what the name draws; 1: it lies
-as far from the name as the empty prompt does.
+z_t are noised images of the concept, e its name, "" the empty prompt. 0: the text draws the same as the name. 1: the
+text is as far from the name as the empty prompt is.
 
 Shapes: n texts, D text width, B images, C x h x w latents.
 """
@@ -23,15 +23,15 @@ from torch import Generator, Tensor
 
 from realera.contracts import Backbone, Guide, UserError
 
-LEVELS = (800, 600, 400, 200)  # timesteps at which noise is compared, in the order in which images are drawn
-TEXTS = 256  # encoded at once
-PASSES = 64  # images of one call of the U-Net
+LEVELS = (800, 600, 400, 200)  # timesteps at which noise is compared, in drawing order
+TEXTS = 256  # texts encoded at once
+PASSES = 64  # images per U-Net call
 Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A text and how near it lies to a concept: value as in `closeness`, apart as in `apart`."""
+    """A text and how near it is to a concept: value as in `closeness`, apart as in `apart`."""
 
     text: str
     value: float
@@ -39,7 +39,7 @@ class Seen:
 
 
 def ends(backbone: Backbone, texts: Sequence[str], advance: Advance | None = None) -> Tensor:
-    """(n, D) float32 on the CPU: each text's row of the first end of text, which has read all of it."""
+    """(n, D) float32 on the CPU: each text's first end-of-text row, which attends to the whole text."""
     rows = [torch.zeros(0, backbone.width)]
     for start in range(0, len(texts), TEXTS):
         read = backbone.encode(texts[start : start + TEXTS], to_end=True)
@@ -52,7 +52,7 @@ def ends(backbone: Backbone, texts: Sequence[str], advance: Advance | None = Non
 def closeness(rows: Tensor, name: Tensor, mean: Tensor, root: Tensor | None = None) -> Tensor:
     """(n,): cosines of rows (n, D) with the name's row (D,), each less the mean (D,), in coordinates root (D, D).
 
-    root: `value_space.roots`' first, for what the U-Net reads; None = the text states as they are.
+    root: the first result of `value_space.roots`, for cosines of the U-Net's values; None = of the text states.
     """
     rows, name = (x.double() - mean.double() for x in (rows, name))
     if root is not None:
@@ -61,7 +61,7 @@ def closeness(rows: Tensor, name: Tensor, mean: Tensor, root: Tensor | None = No
 
 
 def nearest(cosines: Tensor, most: int) -> list[int]:
-    """Numbers of the largest of cosines (n,), at most so many; equal ones in their order."""
+    """Indices of the `most` largest of cosines (n,), largest first; ties stay in order."""
     return torch.argsort(cosines, descending=True, stable=True)[:most].tolist()
 
 
@@ -75,40 +75,41 @@ def apart(
     advance: Advance | None = None,
     at_once: int = PASSES,
 ) -> Tensor:
-    """(n,) float64: see above, by the model as it now is, against the original one's noise for the name.
+    """(n,) float64: the distance defined above, between the current model's noise for each text and the original
+    model's noise for the name.
 
-    images (B, C, h, w): latents of the concept. guide: what the noise goes through while images are drawn, where a
-    method has such a part; noise is then the one that plain guidance would need to be led as far. Every text is
-    compared on the same noised images. at_once: images of one call of the U-Net, at least B. Raises UserError where the
-    name means nothing to the model.
+    images (B, C, h, w): latents of the concept. guide: the method's guide, if it has one; the compared noise is then
+    the conditional noise with which plain guidance would give the guide's result. Every text is compared on the same
+    noised images. at_once: images per U-Net call, at least B. Raises UserError if the model predicts the same noise for
+    the name as for the empty prompt.
     """
     noise = torch.randn(images.shape, generator=Generator().manual_seed(0)).to(images)
     with backbone.original():
         (own, empty) = _predicted(backbone, images, noise, [name, ""], None)
-    unit = _square(empty, own)
+    unit = _squared_distance(empty, own)
     if not unit > 0:
         raise UserError(
-            f"The model predicts the same noise for {name!r} as for no text: it does not draw it, and nothing can be "
-            "told by it."
+            f"The model predicts the same noise for {name!r} as for the empty prompt, so no text can be compared with "
+            "it: give a name that the model can draw."
         )
     step = max(1, at_once // len(images))
     found = []
     for start in range(0, len(texts), step):
         part = texts[start : start + step]
-        found += [_square(each, own) / unit for each in _predicted(backbone, images, noise, part, guide)]
+        found += [_squared_distance(each, own) / unit for each in _predicted(backbone, images, noise, part, guide)]
         if advance is not None:
             advance(len(part))
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _square(some: Tensor, other: Tensor) -> float:
-    return float((some.double() - other.double()).square().sum())
+def _squared_distance(first: Tensor, second: Tensor) -> float:
+    return float((first.double() - second.double()).square().sum())
 
 
 def _predicted(
     backbone: Backbone, images: Tensor, noise: Tensor, texts: Sequence[str], guide: Guide | None
 ) -> list[Tensor]:
-    """For each text the noise (levels, B, C, h, w) that is predicted for it on the noised images."""
+    """For each text, the noise (levels, B, C, h, w) predicted on the noised images."""
     count = len(images)
     levels: list[Tensor] = []
     with nullcontext() if guide is None else guide.around(backbone, [text for text in texts for _ in range(count)]):
@@ -118,19 +119,19 @@ def _predicted(
             given = z.repeat(len(texts), 1, 1, 1)
             own = _noise(backbone, given, level, texts, count)
             if guide is not None and (scale := backbone.sampler.guidance_scale) > 0:
-                none = _noise(backbone, given, level, [""] * len(texts), count)
+                uncond = _noise(backbone, given, level, [""] * len(texts), count)
                 beside = [_noise(backbone, given, level, [text] * len(texts), count) for text in guide.prompts]
                 further = torch.stack(beside) if beside else own[None][:0]
                 if not levels:
-                    guide(none, own, further, given, 0, scale)  # by which a guide knows that a batch begins
+                    guide(uncond, own, further, given, 0, scale)  # step 0 tells the guide that a batch begins
                 step = int((backbone.timesteps() > level).sum())
-                own = none + (guide(none, own, further, given, step, scale) - none) / scale
+                own = uncond + (guide(uncond, own, further, given, step, scale) - uncond) / scale
             levels.append(own.unflatten(0, (len(texts), count)))
     return list(torch.stack(levels, dim=1))
 
 
 def _noise(backbone: Backbone, latents: Tensor, level: int, texts: Sequence[str], count: int) -> Tensor:
-    """(n B, C, h, w) float32: of `count` images for each text."""
+    """(n B, C, h, w) float32: the predicted noise on `count` images for each text."""
     read = backbone.encode(texts)
     states, pooled = (
         x if x is None else x.to(latents.device).repeat_interleave(count, dim=0) for x in (read.states, read.pooled)

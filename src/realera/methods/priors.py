@@ -1,7 +1,7 @@
-"""What a language model's worth of captions asks of an edit: the sum k k^T over all rows of all captions.
+"""Captions as preserved states of a closed form: the sum k k^T over all rows of all captions.
 
-A preserved row is its own anchor, so this one D x D matrix is all that a closed form needs of a million captions. It
-depends on the text encoder alone, and is made once (python -m realera.cache) and kept in a file.
+A preserved row is its own anchor, so a closed form needs only this one D x D matrix, even for a million captions. It
+depends only on the text encoder. It is made once (python -m realera.cache) and stored in a file.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ EVERYDAY = "everyday"  # the captions that ship with the package
 CAPTIONS = Path(__file__).parent / "data" / "captions.txt"
 ARTISTS = Path(__file__).parent / "data" / "artists.txt"  # names from UCE's repository (MIT), 1,734
 Preserve = Sequence[AnyText] | Literal["artists"]
-"""Texts to keep, or the 1,734 artists that UCE and RECE keep when they erase one (all but the erased ones)."""
-COCO = 616_767  # captions of COCO-2014, train and val: what MACE's scales are made for
+"""Texts to preserve, or "artists": the 1,734 that UCE and RECE preserve when they erase one, less the erased ones."""
+COCO = 616_767  # captions of COCO-2014, train and val; MACE's scales are for this number
 BATCH = 64  # captions encoded at once
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a sum was made of. captions: how many so far; rows: token rows of each; encoder: content id of the text
-    encoder; source: content id of the captions; complete: whether those are all."""
+    """The origin of a sum. captions: number summed so far; rows: token rows per caption; encoder: content id of the
+    text encoder; source: content id of the captions; complete: whether all captions are summed."""
 
     captions: int
     rows: int
@@ -53,15 +53,15 @@ def accumulate(
     save_every: int = 6400,
     advance: Callable[[int], None] | None = None,
 ) -> Made:
-    """Sums k k^T (float64) over all rows of all captions into `out`; every `save_every` captions what is done so far is
-    saved beside it, and a call that was killed goes on from there and ends with the same sum.
+    """Sums k k^T (float64) over all rows of all captions into `out`. Every `save_every` captions, the partial sum is
+    saved beside it. If the call is killed, the same call continues from there and gives the same sum.
 
-    advance: told of every batch's captions, of those that a resumed call passes over too.
+    advance: called with the size of every batch, also of batches that a resumed call skips.
 
-    A torn sum is made again: an unreadable .safetensors file was one, any other file may be somebody else's.
+    An unreadable .safetensors file is a torn sum and is made again. Any other file may belong to somebody else.
 
     Raises:
-        UserError: `out` holds something else, or there is no caption.
+        UserError: `out` contains something else, or there are no captions.
     """
     encoder, rows = backbone.text_fingerprint, backbone.max_length
     sums = torch.zeros(backbone.width + 1, backbone.width, dtype=torch.float64)
@@ -76,10 +76,12 @@ def accumulate(
                 checksums.made_again(file)
                 continue
             if (made.encoder, made.source) != (encoder, source):
-                raise UserError(f"{file} holds the sum of other captions or another text encoder: choose another out=.")
+                raise UserError(
+                    f"{file} contains the sum of other captions or another text encoder: choose another out=FILE."
+                )
             if made.complete:
                 return made
-            if len(found) == len(sums):  # an earlier version's has no sum of k, and cannot be gone on with
+            if len(found) == len(sums):  # a file of an earlier version lacks sum k and cannot be continued
                 sums, done = found, made.captions
                 break
     left = iter(captions)
@@ -96,7 +98,7 @@ def accumulate(
             _write(partial(out), sums, Made(done, rows, encoder, source, complete=False))
             unsaved = 0
     if not done:
-        raise UserError("There are no captions to sum: give a file that holds some.")
+        raise UserError("There are no captions to sum: give a file with captions.")
     made = Made(done, rows, encoder, source, complete=True)
     _write(out, sums, made)
     partial(out).unlink(missing_ok=True)
@@ -104,29 +106,29 @@ def accumulate(
 
 
 def partial(out: Path) -> Path:
-    """Where a sum stands that is not done yet."""
+    """The file of an unfinished sum."""
     return out.with_name(f"{out.name}.part")
 
 
 def read(file: Path) -> tuple[Tensor, Made]:
-    """(D, D) float64, and what it was made of. Raises as `read_sums`."""
+    """(D, D) float64, and its origin. Raises as `read_sums`."""
     sums, made = read_sums(file)
     return sums[: sums.shape[1]], made
 
 
 def read_sums(file: Path) -> tuple[Tensor, Made]:
-    """(D + 1, D) float64, sum k k^T and under it sum k (which a file of an earlier version lacks), and what they were
-    made of. Raises UserError for a file that is missing or something else, Torn for one that cannot be read."""
+    """(D + 1, D) float64: sum k k^T and, as the last row, sum k (missing in files of an earlier version), and their
+    origin. Raises UserError for a missing or different file, Torn for an unreadable one."""
     if not file.exists():
         raise UserError(f"There is no file {file}: make it with python -m realera.cache captions=FILE out={file}.")
     try:
         tensors, metadata = checksums.load(file)
         if metadata.get("format") != FORMAT:
-            raise UserError(f"{file} is no sum of captions: make one with python -m realera.cache captions=FILE.")
+            raise UserError(f"{file} is not a sum of captions: make one with python -m realera.cache captions=FILE.")
         gram, said = tensors["gram"], plain_data.json_of(metadata["made"])
         made = Made(**said)
         if gram.dim() != 2 or gram.shape[0] != gram.shape[1] or type(said["captions"]) is not int:
-            raise ValueError("no sum of captions")
+            raise ValueError("not a sum of captions")
         if (total := tensors.get("total")) is not None:
             gram = torch.cat([gram, total.reshape(1, -1)])
     except (checksums.Torn, KeyError, TypeError, ValueError) as error:
@@ -136,9 +138,9 @@ def read_sums(file: Path) -> tuple[Tensor, Made]:
 
 
 def prior(backbone: Backbone, cache: str | Path) -> tuple[Tensor, int]:
-    """(D, D) float64 and how many captions it sums. cache: a file, or "everyday", the captions of the package.
+    """(D, D) float64 and its number of captions. cache: a file, or "everyday" = the captions of the package.
 
-    Raises UserError as `read`, and for a sum of another text encoder's states, or of part of the captions.
+    Raises UserError as `read`, for a sum of another text encoder, and for an unfinished sum.
     """
     if str(cache) == EVERYDAY:
         captions = CAPTIONS.read_text(encoding="utf-8").splitlines()
@@ -146,18 +148,18 @@ def prior(backbone: Backbone, cache: str | Path) -> tuple[Tensor, int]:
     gram, made = read(Path(cache).expanduser())
     if made.encoder != backbone.text_fingerprint:
         raise UserError(
-            f"{cache} sums the states of another text encoder than backbone {backbone.name}'s: make its own with "
+            f"{cache} was made with another text encoder than that of backbone {backbone.name}: make one for it with "
             f"python -m realera.cache captions=FILE backbone={backbone.name}."
         )
     if not made.complete:
-        raise UserError(f"{cache} holds part of its captions: give the command that began it again, and it goes on.")
+        raise UserError(f"{cache} has only part of its captions: run the command that started it again to finish it.")
     return gram, made.captions
 
 
 @dataclass(frozen=True)
 class CaptionRows:
-    """Moments of the rows of captions, without the begin row that all have. gram (D, D) = sum k k^T, mean (D,), both
-    float64 on the CPU; count: rows."""
+    """Moments of the rows of captions, without the begin row, which all captions share. gram (D, D) = sum k k^T and
+    mean (D,), both float64 on the CPU; count: number of rows."""
 
     gram: Tensor
     mean: Tensor
@@ -165,9 +167,9 @@ class CaptionRows:
 
 
 def caption_rows(backbone: Backbone, cache: str | Path, folder: Path) -> CaptionRows:
-    """Moments of a cache's captions, see `prior`. Those of "everyday" are kept under `folder`/captions.
+    """Moments of a cache's captions (see `prior`). Those of "everyday" are cached in `folder`/captions.
 
-    Raises UserError as `prior`, and for a file without its mean, as earlier versions made them.
+    Raises UserError as `prior`, and for a file of an earlier version, which lacks the mean.
     """
     begin = backbone.encode([""]).states[0, 0].double().cpu()
     if str(cache) == EVERYDAY:
@@ -180,14 +182,14 @@ def caption_rows(backbone: Backbone, cache: str | Path, folder: Path) -> Caption
         gram, count = prior(backbone, cache)
         both = read_sums(Path(cache).expanduser())[0]
         if len(both) == both.shape[1]:
-            raise UserError(f"{cache} holds no mean, as earlier versions made it: make it again with overwrite=true.")
+            raise UserError(f"{cache} is of an earlier version and lacks the mean: make it again with overwrite=true.")
         total = both[-1]
     rows = count * (backbone.max_length - 1)
     return CaptionRows(gram - count * torch.outer(begin, begin), (total - count * begin) / rows, rows)
 
 
 def _sums(backbone: Backbone, texts: Sequence[str]) -> Tensor:
-    """(D + 1, D): sum k k^T over all rows of all texts, and under it sum k."""
+    """(D + 1, D): sum k k^T over all rows of all texts and, as the last row, sum k."""
     sums = torch.zeros(backbone.width + 1, backbone.width, dtype=torch.float64)
     for batch in _batches(texts):
         keys = backbone.encode(batch).states.flatten(0, 1).double()
@@ -196,7 +198,7 @@ def _sums(backbone: Backbone, texts: Sequence[str]) -> Tensor:
 
 
 def gram_of(backbone: Backbone, texts: Sequence[str]) -> Tensor:
-    """sum k k^T (D, D) over all rows of all texts, float64 on the CPU; a batch of states at a time."""
+    """sum k k^T (D, D) over all rows of all texts, float64 on the CPU; only one batch of states is in memory."""
     gram = torch.zeros(backbone.width, backbone.width, dtype=torch.float64)
     for batch in _batches(texts):
         keys = backbone.encode(batch).states.flatten(0, 1).double()
@@ -205,7 +207,7 @@ def gram_of(backbone: Backbone, texts: Sequence[str]) -> Tensor:
 
 
 def kept_texts(preserve: Preserve, pairs: Sequence[Pair]) -> list[str]:
-    """The texts, one after another; of the artists those that are not erased."""
+    """The texts to preserve; for "artists", all artists that are not erased."""
     if preserve != "artists":
         return list(preserve)
     erased = {pair.concept.target.casefold() for pair in pairs}
@@ -214,13 +216,13 @@ def kept_texts(preserve: Preserve, pairs: Sequence[Pair]) -> list[str]:
 
 
 class Preserved:
-    """What MACE's two closed forms keep: scale (C + domain_weight D), C and D sums k k^T over captions.
+    """The preserved captions of MACE's two closed forms: scale (C + domain_weight D), C and D sums k k^T over captions.
 
-    prior_cache: C, a file of python -m realera.cache or "everyday". scale: weight of a row. captions: C counts as much
-    as so many captions of its kind (the official scales are made for COCO's 616,767); None = as many as it holds.
+    prior_cache: C, a file made by python -m realera.cache, or "everyday". scale: weight of a row. captions: C is scaled
+    to count as this number of captions (the official scales are for COCO's 616,767); None = its own number.
     domain_cache, domain_weight: D, a file of captions of the concept's kind (names of people), and its weight.
 
-    Raises UserError for a weight with nothing to weigh and for captions without a weight.
+    Raises UserError for a weight without captions and for captions without a weight.
     """
 
     def __init__(
@@ -233,14 +235,14 @@ class Preserved:
     ) -> None:
         if scale > 0 and prior_cache is None and domain_cache is None:
             raise UserError(
-                f"method.edit.preserved.scale={scale:g} weighs nothing: give method.edit.preserved.prior_cache=FILE "
-                "(python -m realera.cache makes one; everyday: a small built-in one), or set the scale to 0."
+                f"method.edit.preserved.scale={scale:g} needs captions: set method.edit.preserved.prior_cache=FILE "
+                "(made by python -m realera.cache; everyday: a small built-in set), or set the scale to 0."
             )
         for name, cache in (("prior_cache", prior_cache), ("domain_cache", domain_cache)):
             if cache is not None and scale == 0:
                 raise UserError(
-                    f"method.edit.preserved.{name}={cache} counts for nothing with method.edit.preserved.scale=0: set "
-                    f"the scale too (1e-4, say), or {name}=null."
+                    f"method.edit.preserved.{name}={cache} has no effect with method.edit.preserved.scale=0: set the "
+                    f"scale too (for example 1e-4), or set {name}=null."
                 )
         if (domain_cache is None) != (domain_weight == 0):
             raise UserError(
@@ -254,7 +256,7 @@ class Preserved:
         self.domain_weight = domain_weight
 
     def gram(self, backbone: Backbone, squared: bool = False) -> Tensor | None:
-        """(D, D) float64, weighed, or None where the scale is 0. squared: by the scale's square."""
+        """(D, D) float64, scaled, or None if the scale is 0. squared: apply the square of the scale."""
         if self.scale == 0:
             return None
         total = torch.zeros(backbone.width, backbone.width, dtype=torch.float64)
@@ -267,7 +269,7 @@ class Preserved:
 
 
 def content_id(files: Iterable[Path], column: str = "") -> str:
-    """16 hex digits of the files' content, in order, and of which column of it is read."""
+    """16 hex digits: a hash of the files' contents, in order, and of the column that is read."""
     digest = hashlib.sha256(column.encode())
     for file in files:
         with file.open("rb") as stream:

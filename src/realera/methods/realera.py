@@ -1,9 +1,9 @@
 """RealEra (arXiv 2410.09140): mine neighbours of a concept, edit W_K and W_V in closed form, align the noise with a
 LoRA.
 
-The paper has no public code; where it is silent or contradicts itself, what is done is said at the setting. Equation
-numbers are the paper's. Letters: p_c, p_a text states of the prompt with the concept and with the anchor, p' a mined
-neighbour, p'' a point beyond the concept. Shapes: P prompts, T token rows, D text width, B latents.
+The paper has no public code. Where it is silent or contradicts itself, the setting's description states our choice.
+Equation numbers are the paper's. Letters: p_c, p_a text states of the prompt with the concept and with the anchor, p' a
+mined neighbour, p'' a point beyond the concept. Shapes: P prompts, T token rows, D text width, B latents.
 """
 
 from __future__ import annotations
@@ -58,13 +58,12 @@ NoiseAnchor = Literal["anchor", "perturbed"]
 class Mining:
     """Neighbour-Concept Mining and Beyond-Concept samples around every training prompt (Algorithm 1, lines 1-23).
 
-    m, n: near and beyond points per prompt; n = 0 mines none beyond; inf is the exact expectation of what sampling
-    tends to, and then weighs as much as m_weight (n_weight) points. space: "text", as in the paper, or "value": the
-    band's distances and cosines are those of the values that the U-Net reads of the text states
-    (`value_space.roots`), where phrases that evoke a concept lie near its name. The other settings are those of
-    `Band`, by name.
+    m, n: near and beyond points per prompt; n = 0 mines no points beyond. inf replaces sampling by its exact
+    expectation, with the weight of m_weight (n_weight) points. space: "text", as in the paper, or "value": the band's
+    distances and cosines are those of the U-Net's values of the text states (`value_space.roots`), where phrases that
+    evoke a concept are near its name. The other settings are those of `Band`.
 
-    A band that cannot be reached is refused where it meets the text states.
+    A call raises UserError if the text states cannot reach the band.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Mining:
         self.band = Band(**band)
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair] = ()) -> None:
-        """Before anything is edited: the U-Net as it is loaded says how it reads. The pairs are not looked at."""
+        """To be called before any edit, because value space uses the weights as loaded. The pairs are not used."""
         if self.space == "value":
             self.roots = value_roots(backbone)
 
@@ -97,14 +96,14 @@ class Mining:
         n: float | None = None,
         prompts: Sequence[int] | None = None,
     ) -> Neighbours:
-        """As `contracts.Miner`. Whatever `n` asks for, nothing is mined beyond the concept where the setting says 0."""
+        """As `contracts.Miner`. If the setting n is 0, no points beyond are mined, whatever the argument `n` is."""
         m = self.m if m is None else m
         n = self.n if n is None or self.n == 0 else n
         e, e_star, mask = align_rows(pair, self.band.rows)
         if self.space == "value":
             if self.roots is None:
                 raise RuntimeError("mining in value space needs prepare(backbone) first")
-            e, e_star = (_moved(states, self.roots[0]) for states in (e, e_star))
+            e, e_star = (_transformed(states, self.roots[0]) for states in (e, e_star))
         band = fit_band(self.band, e, mask)  # on all prompts, so that a step's single prompt is mined in the same band
         if prompts is not None:
             e, e_star, mask = (x[list(prompts)] for x in (e, e_star, mask))
@@ -119,7 +118,7 @@ class Mining:
             weights = (self.m_weight if math.isinf(m) else None, self.n_weight if math.isinf(n) else None)
             moments = expected_moments(e, e_star, mask, band, *weights)
         found = Neighbours(near, near_targets, near_rows, beyond, beyond_rows, moments)
-        return found if self.roots is None else _back(found, self.roots[1])
+        return found if self.roots is None else _to_text_space(found, self.roots[1])
 
 
 def value_roots(backbone: Backbone) -> tuple[Tensor, Tensor]:
@@ -128,35 +127,34 @@ def value_roots(backbone: Backbone) -> tuple[Tensor, Tensor]:
     return roots(metric(weights))
 
 
-def _moved(states: Tensor, by: Tensor) -> Tensor:
-    """(..., D) rows in other coordinates, `by` (D, D) symmetric."""
-    return (states.double() @ by.to(states.device)).to(states.dtype)
+def _transformed(states: Tensor, matrix: Tensor) -> Tensor:
+    """Rows (..., D) multiplied by a symmetric matrix (D, D)."""
+    return (states.double() @ matrix.to(states.device)).to(states.dtype)
 
 
-def _back(found: Neighbours, root: Tensor) -> Neighbours:
-    """What was mined in value space, as text states."""
+def _to_text_space(found: Neighbours, root: Tensor) -> Neighbours:
+    """Neighbours mined in value space, as text states. root: R^-1 of `value_roots`."""
     moments = found.moments
     if moments is not None:
         sums = {name: None if m is None else root @ m @ root for name, m in vars(moments).items()}
         moments = Moments(**sums)
-    points = {name: _moved(getattr(found, name), root) for name in ("near", "near_targets", "beyond")}
+    points = {name: _transformed(getattr(found, name), root) for name in ("near", "near_targets", "beyond")}
     return replace(found, **points, moments=moments)
 
 
 class ClosedForm:
     """Equation 7: W e = W0 e* for every row e of the concept's prompts and every mined neighbour, and W p = W0 p for
-    what lies beyond, in one map for all concepts and layers.
+    every point p beyond the concept, in one map for all concepts and layers.
 
     lambda_preserve: weight of a row beyond (the paper: 0.1, against 1 for an erased row). relative_ridge: weight of
-    ||W - W0||^2 (the paper prints none), as a multiple of the mean eigenvalue of all that is summed: so it means the
-    same for every text encoder and number of rows. ridge: that weight itself, in squared units of the text states, as
-    UCE and MACE give it; None = by relative_ridge. rows: which rows of the prompts themselves are
-    erased (the same choices as `Band.rows`; the paper: "the concept's token and its subsequent tokens").
-    space: "text", as in the paper, or "value", with distances of the values (see `Mining`). projections: which weights
-    take the map; None = "both" in text space, and "values" in value space, which is theirs.
-    preserve_prompts: texts all of whose rows but BOS are kept, each with lambda_preserve (the paper adds to a set of
-    preserved concepts that it does not name). prior_cache, prior_weight: captions that are kept, as a file of python -m
-    realera.cache or "everyday" (see `priors.prior`), and the weight of each of their rows.
+    ||W - W0||^2 (the paper has none), as a multiple of the mean eigenvalue of the summed k k^T, so it means the same
+    for every text encoder and number of rows. ridge: that weight in squared units of the text states, as in UCE and
+    MACE; None = use relative_ridge. rows: the rows of the training prompts to erase (choices as in `Band.rows`; the
+    paper: "the concept's token and its subsequent tokens"). space: "text", as in the paper, or "value", with distances
+    of the values (see `Mining`). projections: the weights to edit; None = "both" in text space, "values" in value
+    space. preserve_prompts: texts whose rows except BOS are preserved, each with lambda_preserve (the paper adds a set
+    of preserved concepts, but does not name them). prior_cache, prior_weight: preserved captions, as a file made by
+    python -m realera.cache or "everyday" (see `priors.prior`), and the weight of each of their rows.
     """
 
     def __init__(
@@ -184,7 +182,7 @@ class ClosedForm:
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         sums = NormalEquations(backbone.width)
         erased = near = beyond = 0
-        for i, pair in enumerate(pairs):  # and its neighbours with it: both are made as they are read
+        for i, pair in enumerate(pairs):  # neighbours[i] in the same pass: both are made on access
             e, e_star, mask = align_rows(pair, self.rows)
             sums.add_pairs(e[mask], e_star[mask])
             erased += int(mask.sum())
@@ -206,36 +204,37 @@ class ClosedForm:
         if self.prior_cache is not None:
             captions, _ = prior(backbone, self.prior_cache)
             sums.add_moments(captions, captions, self.prior_weight)
-        to, back = value_roots(backbone) if self.space == "value" else (None, None)
-        if to is not None:
-            sums = NormalEquations(backbone.width).add_moments(to @ sums.cross @ to, to @ sums.gram @ to)
+        root, inverse = value_roots(backbone) if self.space == "value" else (None, None)
+        if root is not None:
+            sums = NormalEquations(backbone.width).add_moments(root @ sums.cross @ root, root @ sums.gram @ root)
         ridge = self.relative_ridge * sums.mean_eigenvalue if self.ridge is None else self.ridge
         solution, info = sums.solve(ridge)
         info |= {"ridge": ridge, "rows_erased": erased, "rows_near": near, "rows_beyond": beyond}
-        if to is not None and back is not None:
-            solution = back @ solution @ to
+        if root is not None and inverse is not None:
+            solution = inverse @ solution @ root
         return Edit(map=solution, info=info, projections=PROJECTIONS[self.projections])
 
 
 class NoiseAlignment:
-    """Equations 8 and 9 on a LoRA over the edited U-Net, taught by the original one (Algorithm 1, lines 26-32).
+    """Equations 8 and 9: trains a LoRA over the edited U-Net, with the original U-Net as teacher (Algorithm 1, lines
+    26-32).
 
         odd steps    || eps(z_t, t, p_c) - eps0(z_t, t, p_a) ||^2
         even steps   || eps(z_t, t, p')  - eps0(z_t, t, p_a) ||^2  and  || eps(z_t, t, p'') - eps0(z_t, t, p'') ||^2
 
-    with means for norms. A step takes one training prompt at random and mines its points afresh; without a miner every
-    step is an odd one, and where nothing is mined beyond the concept equation 9 has one term.
+    with means in place of norms. A step uses one random training prompt and mines its points anew. Without a miner
+    every step is odd. Without points beyond the concept, equation 9 has one term.
 
-    steps: optimiser steps, the first is odd (the paper: 200 "epochs"). lr, weight_decay: of AdamW (the paper: 1e-5,
-    unnamed). lora: needed where steps > 0 (the paper names no rank). gamma1, gamma2, gamma_role: the paper prints
-    0.3 and 0.7 and no use; they weigh the two terms of equation 9 ("loss_terms"), the other way round
+    steps: optimiser steps; the first is odd (the paper: 200 "epochs"). lr, weight_decay: of AdamW (the paper: lr 1e-5,
+    optimiser not named). lora: required if steps > 0 (the paper gives no rank). gamma1, gamma2, gamma_role: the paper
+    gives 0.3 and 0.7 but not their use. They weight the two terms of equation 9 ("loss_terms"), the same terms swapped
     ("loss_terms_swapped"), equations 8 and 9 as wholes ("step_mix"), or nothing ("none"). teacher: eps0 is the model as
-    loaded ("original"), or with the closed form and without the LoRA ("closed_form"). noise_anchor: equation 9's first
-    target is drawn for p_a, as printed ("anchor"), or for the neighbour's own target of Algorithm 1's line 28
-    ("perturbed"). m_step, n_step: points mined a step; latent i of the batch takes point i mod m_step.
+    loaded ("original"), or the model with the closed form but without the LoRA ("closed_form"). noise_anchor: the text
+    of equation 9's first target is p_a, as printed ("anchor"), or the neighbour's own target of Algorithm 1's line 28
+    ("perturbed"). m_step, n_step: points mined per step; latent i of the batch uses point i mod m_step.
     """
 
-    parameters = ()  # nothing but the LoRA
+    parameters = ()  # only the LoRA is trained
     trains_lora = True
 
     def __init__(
@@ -276,34 +275,34 @@ class NoiseAlignment:
         batch: TrainingBatch,
         generator: Generator,
     ) -> dict[str, Tensor]:
-        """{"align"} on odd steps, {"near", "beyond"} on even ones, and without gradient, unweighted, what was
-        weighted."""
+        """{"align"} on odd steps, {"near", "beyond"} on even ones, and the unweighted value of each weighted term,
+        without gradient."""
         latents, timesteps, step = batch.latents, batch.timesteps, batch.step
         count = len(latents)
         prompt = one_of(pair.target, generator)
         p_c, p_a = (repeat(texts, prompt, count) for texts in (pair.target, pair.anchor))
 
         if step % 2 == 1 or mine is None:  # equation 8
-            target = self._taught(backbone, latents, timesteps, p_a)
+            target = self._teacher_noise(backbone, latents, timesteps, p_a)
             return self._weighted({"align": mse_loss(predict(backbone, latents, timesteps, p_c), target)})
 
-        with torch.autocast("cpu", enabled=False):  # mined in full precision wherever the loop runs
+        with torch.autocast("cpu", enabled=False):  # mine in full precision, also under autocast
             mined = mine(pair, generator, m=self.m_step, n=self.n_step, prompts=[prompt])
         near = replace(p_c, states=_cycle(mined.near, count))
         if self.perturbed_anchor:
             p_a = replace(p_a, states=_cycle(mined.near_targets, count))
         if len(mined.beyond) == 0:
-            target = self._taught(backbone, latents, timesteps, p_a)
+            target = self._teacher_noise(backbone, latents, timesteps, p_a)
             terms = {"near": mse_loss(predict(backbone, latents, timesteps, near), target)}
         else:  # equation 9: both terms in one pass of each network
             beyond = replace(p_c, states=_cycle(mined.beyond, count))
             z_t, t = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
-            targets = self._taught(backbone, z_t, t, join(p_a, beyond, latents.device)).chunk(2)
+            targets = self._teacher_noise(backbone, z_t, t, join(p_a, beyond, latents.device)).chunk(2)
             outputs = predict(backbone, z_t, t, join(near, beyond, latents.device)).chunk(2)
             terms = {name: mse_loss(out, to) for name, out, to in zip(("near", "beyond"), outputs, targets)}
         return self._weighted(terms)
 
-    def _taught(self, backbone: Backbone, latents: Tensor, timesteps: Tensor, texts: TextStates) -> Tensor:
+    def _teacher_noise(self, backbone: Backbone, latents: Tensor, timesteps: Tensor, texts: TextStates) -> Tensor:
         with torch.no_grad(), backbone.original(edited=self.from_closed_form):
             return predict(backbone, latents, timesteps, texts)
 

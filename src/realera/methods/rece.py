@@ -1,13 +1,13 @@
-"""RECE (arXiv 2407.12383): UCE, and then in turns the text states that bring the erased concept back, found in closed
-form, and their erasure, in closed form too.
+"""RECE (arXiv 2407.12383): UCE, then rounds of attack and erasure. The attack finds the text states that bring the
+erased concept back, and an edit erases them, both in closed form.
 
-With W0 the weights as loaded and W = W0 M those edited so far (every layer by the same map M), a turn finds for every
+With W0 the weights as loaded and W = W0 M the current weights (every layer has the same map M), a round finds for every
 row h of the concept's name
 
     h' = argmin sum_l ||W_l h' - W0_l h||^2 + lambda ||h'||^2 = (M^T G M + lambda I)^-1 M^T G h
 
-with G = sum_l W0_l^T W0_l, and asks W of h' what it answers to the guide, as UCE would: M <- M M' with
-M' the map of that edit of W. Letters: h (T, D), one row a token; l all cross-attention keys and values.
+with G = sum_l W0_l^T W0_l, and edits W as UCE would, so that h' gets the guide's output: M <- M M' with M' the map of
+that edit of W. Letters: h (T, D), one row per token; l all cross-attention keys and values.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ Rounds = Annotated[int, Number(0, 1000, whole=True)]
 
 
 class RobustErasure:
-    """UCE made robust against states that are optimised to bring the concept back.
+    """UCE made robust against text states that are optimised to bring the concept back.
 
-    start: the first edit, which gives a map (the paper: UCE). rounds: turns of attack and erasure (the paper's epochs).
-    guide: the text whose rows, one by one, what was found is taken to; None = each concept's anchor. lambda_norm:
-    weight of ||h'||^2, in squared norms of the weights: small lets an attack grow. preserve: texts kept with all their
-    rows, or "artists" ('' then too, as officially; `priors.Preserve`), preserve_scale: the weight of each, against
-    erase_scale of an erased one. ridge: weight of ||W M' - W||^2 in a turn. All rows count, that of BOS too (official).
+    start: the first edit, which must give a map (the paper: UCE). rounds: of attack and erasure (the paper's epochs).
+    guide: the text to which the attack's states are mapped, row by row; None = each concept's anchor. lambda_norm:
+    weight of ||h'||^2, in squared norms of the weights; a small weight allows large h'. preserve: texts to preserve
+    with all their rows, or "artists" (then '' too, as in the official code; `priors.Preserve`). preserve_scale: weight
+    of a preserved row, against erase_scale of an erased one. ridge: weight of ||W M' - W||^2 in a round. All rows
+    count, including BOS (official).
 
-    The official code keeps the turn after which a detector found least; that choice is no part of this.
+    The official code keeps the round after which a detector finds the concept least; this class does not choose.
     """
 
     def __init__(
@@ -61,20 +62,20 @@ class RobustErasure:
         self.ridge = ridge
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
-        """One map. Of the pairs only the names are read. info: of the last turn's solve, and `attack_<turn>`: how far
-        that turn's attack stayed from the concept, ||W h' - W0 h|| / ||W0 h|| over all rows and layers."""
+        """One map. Only the pairs' names are used. info: of the last round's solve, and `attack_<round>`: the distance
+        between that round's attack and the concept, ||W h' - W0 h|| / ||W0 h|| over all rows and layers."""
         first = self.start(backbone, pairs, neighbours)
         if first.map is None:
-            raise UserError("method.edit.start gives no map: let it be UCE.")
+            raise UserError("method.edit.start gives no map: use UCE.")
         solution, info = first.map.double(), {f"start_{name}": value for name, value in first.info.items()}
         gram = gram_of(layer.weight for layer in backbone.text_projections().values())
         concepts = _rows(backbone, [pair.concept.target for pair in pairs])
         guides = _rows(backbone, [pair.concept.anchor if self.guide is None else self.guide for pair in pairs])
         texts = kept_texts(self.preserve, pairs)
         kept = gram_of_texts(backbone, ["", *texts] if self.preserve == "artists" else texts)
-        for turn in range(1, self.rounds + 1):
+        for number in range(1, self.rounds + 1):
             found = concepts @ attack(solution, gram, self.lambda_norm).T
-            info[f"attack_{turn}"] = relative_distance(found @ solution.T, concepts, gram)
+            info[f"attack_{number}"] = relative_distance(found @ solution.T, concepts, gram)
             sums = NormalEquations(backbone.width).add_pairs(found, guides, self.erase_scale)
             sums.add_moments(kept, kept, self.preserve_scale)
             step, solved = sums.solve(self.ridge)

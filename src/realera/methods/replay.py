@@ -1,5 +1,4 @@
-"""What must be remembered: images of captions that have nothing to do with a concept, and how much each weight matters
-to them."""
+"""Replay images of captions that do not name a concept, and the Fisher information of the weights on them."""
 
 from __future__ import annotations
 
@@ -35,10 +34,10 @@ Timesteps = Annotated[int, Number(1, TIMESTEPS, whole=True)]
 class Replay:
     """Images of captions, drawn once by the original model and cached.
 
-    captions: a list, or a file of them, one a line; None = the ones that ship. images: how many; image i takes caption
-    i mod their number. chunk, sampler: as in `AnchorBank`.
+    captions: a list, or a text file with one caption per line; None = the captions of the package. images: how many;
+    image i uses caption i mod their number. chunk, sampler: as in `AnchorBank`.
 
-    Raises UserError for a file that cannot be read and for a list without captions.
+    Raises UserError for a file that cannot be read and for an empty list.
     """
 
     def __init__(
@@ -51,16 +50,16 @@ class Replay:
         if captions is None or isinstance(captions, str | Path):
             file = CAPTIONS if captions is None else Path(captions).expanduser()
             try:
-                if file.exists() and not file.is_file():  # a pipe would be waited for
-                    raise OSError(f"{file} is no file")
+                if file.exists() and not file.is_file():  # reading a pipe would block
+                    raise OSError(f"{file} is not a file")
                 captions = file.read_text(encoding="utf-8-sig").splitlines()
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"{file} cannot be read: give replay.captions a text file, one caption a line."
+                    f"{file} cannot be read: give replay.captions a text file with one caption per line."
                 ) from error
         self.captions = [caption.strip() for caption in captions if caption.strip()]
         if not self.captions:
-            raise UserError("replay.captions is empty: give some, or null for those that ship.")
+            raise UserError("replay.captions is empty: give captions, or null for those of the package.")
         self.images = images
         self.chunk = chunk
         self.sampler = sampler
@@ -69,23 +68,23 @@ class Replay:
 
     @staticmethod
     def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
-        """The same whatever is erased."""
+        """Does not depend on the concepts."""
         return images_of(settings, [""], steps)
 
     def prepare(self, backbone: Backbone, cache: Path, seed: int) -> None:
         with torch.no_grad():
             self.texts = backbone.encode(self.captions)
-        title = "Images of other captions"
+        title = "Replay images"
         self.bank = drawn(backbone, self.texts, self.images, self.chunk, self.sampler, cache, seed, title)
 
     def without(self, names: Sequence[str]) -> Tensor:
-        """(n,) int64: the images whose captions hold none of the names as a word of theirs. Raises UserError where none
-        is left."""
+        """(n,) int64: indices of the images whose captions contain none of the names as a whole word. Raises UserError
+        if there is no such image."""
         words = [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE) for name in names]
         clean = [not any(word.search(caption) for word in words) for caption in self.captions]
         kept = [image for image in range(self.images) if clean[image % len(clean)]]
         if not kept:
-            raise UserError(f"Every caption of replay.captions names {', '.join(names)}: give others too.")
+            raise UserError(f"Every caption of replay.captions names {', '.join(names)}: add captions that do not.")
         return torch.tensor(kept)
 
     def read(self, chosen: Tensor) -> TextStates:
@@ -94,20 +93,20 @@ class Replay:
         return take(self.texts, chosen % len(self.captions))
 
     def drop(self) -> None:
-        """Lets the images go."""
+        """Frees the memory of the images and texts."""
         self.bank, self.texts = torch.zeros(0), None
 
 
 class Fisher:
-    """The diagonal of the Fisher information of the trained weights on replayed images, as SA's official code has it:
-    the mean over images of (sum over timesteps of the gradient of the noise loss)^2, that loss a mean over pixels.
+    """The diagonal of the Fisher information of the trained weights on replay images, as in SA's official code: the
+    mean over images of (sum over timesteps of the gradient of the noise loss)^2. The noise loss is a mean over pixels.
 
-    replay: the images. samples: how many, the first ones. timesteps: how many of the 1000, evenly spread; the sum is
-    scaled to all of them. at_once: timesteps in one pass. chunk: images between two saves of a process, from which a
-    killed run goes on with any number of them. The result is kept under <cache>/fisher/, named by a hash of all it
-    depends on.
+    replay: the images. samples: number of images, the first ones. timesteps: how many of the 1000, evenly spread; the
+    sum is scaled to 1000. at_once: timesteps per pass. chunk: images between two saves of a process; a killed run
+    continues from the last save, with any number of processes. The result is cached in <cache>/fisher/, named by a hash
+    of all inputs.
 
-    Raises UserError for more samples than there are images.
+    Raises UserError if there are fewer images than samples.
     """
 
     def __init__(
@@ -120,8 +119,8 @@ class Fisher:
     ) -> None:
         if samples > replay.images:
             raise UserError(
-                f"method.align.fisher.samples={samples} are more than the {replay.images} images that are replayed: "
-                "raise replay.images."
+                f"method.align.fisher.samples={samples} is more than replay.images={replay.images}: raise "
+                "replay.images or lower the samples."
             )
         self.replay = replay
         self.samples = samples
@@ -131,20 +130,20 @@ class Fisher:
 
     @staticmethod
     def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
-        """The same whatever is erased."""
+        """Does not depend on the concepts."""
         samples, timesteps = (int(settings.get(key) or 0) for key in ("samples", "timesteps"))
         return {"sums": float(PASSES_OF_A_GRADIENT * samples * timesteps)}
 
     def __call__(self, backbone: Backbone, cache: Path, seed: int, ranks: Ranks = ALONE) -> dict[str, Tensor]:
-        """{name: (shape of the weight) float32 on its device} of every weight that is trained, at its first value. All
-        processes call it, and each takes its share of the images."""
+        """{name: (shape of the weight) float32 on its device} of every trained weight, at its initial value. All
+        processes call this together; each computes its share of the images."""
         trained = {name: weight for name, weight in backbone.denoiser.named_parameters() if weight.requires_grad}
-        for first in (True, False):  # which draws the images; the others find them
+        for first in (True, False):  # the first process draws the images; the others then load them
             if ranks.first == first:
                 self.replay.prepare(backbone, cache, seed)
             ranks.wait()
         parts = _Parts(cache / "fisher", self._key(backbone, list(trained), seed), self.samples, backbone)
-        with turn(parts.whole) if ranks.first else nullcontext():  # another run would write into the same parts
+        with turn(parts.whole) if ranks.first else nullcontext():  # so that no other run writes the same parts
             if not ranks.from_first(parts.is_whole):
                 done = ranks.from_first(parts.done)
                 taken = {image for images in done.values() for image in images}
@@ -156,7 +155,7 @@ class Fisher:
                 ranks.wait()
         self.replay.drop()
         sums = parts.sums()
-        remedy = f"delete {parts.whole} and give the command again; if it is there again, set backbone.dtype=float32"
+        remedy = f"delete {parts.whole} and run the command again; if it happens again, set backbone.dtype=float32"
         finite.refuse(sums, "The Fisher information of", remedy)
         return {name: value.to(trained[name].device) / self.samples for name, value in sums.items()}
 
@@ -170,7 +169,7 @@ class Fisher:
         seed: int,
         ranks: Ranks,
     ) -> None:
-        """Adds images to this process's part, which it may have begun before."""
+        """Adds images to this process's part, which may already exist."""
         if not share:
             return
         entry = Cached(parts.file(ranks.rank), backbone)
@@ -200,11 +199,12 @@ class Fisher:
                 finite.refuse(
                     sums, "The Fisher information of", "set backbone.dtype=float32, or trainer.precision=32-true"
                 )
-                said = {"images": json.dumps(images), **entry.made()}
-                checksums.save(entry.file, {name: value.cpu() for name, value in sums.items()}, said)
+                metadata = {"images": json.dumps(images), **entry.made()}
+                checksums.save(entry.file, {name: value.cpu() for name, value in sums.items()}, metadata)
 
     def gradients(self, backbone: Backbone, image: int, weights: Sequence[Tensor], seed: int) -> list[Tensor]:
-        """Of each weight, of the noise loss of one image summed over all timesteps, each with a noise of its own."""
+        """The gradient of each weight for one image: the noise loss summed over all timesteps, each with its own
+        noise."""
         bank = self.replay.bank
         generator = Generator().manual_seed(((seed + 1) * 1_000_003 + image) % SEEDS)
         total = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
@@ -233,8 +233,8 @@ class Fisher:
 
 
 class _Parts:
-    """The files of one Fisher information: <key>.part<process>.safetensors, each a sum over the images it names, which
-    no other names; and when all `samples` are summed <key>.safetensors in their place."""
+    """The files of one Fisher information: <key>.part<process>.safetensors, each a sum over the images that it lists,
+    which no other part lists. When all `samples` are summed, <key>.safetensors replaces the parts."""
 
     def __init__(self, folder: Path, key: str, samples: int, backbone: Backbone) -> None:
         self.folder, self.key, self.samples, self.backbone = folder, key, samples, backbone
@@ -244,23 +244,23 @@ class _Parts:
         return self.folder / f"{self.key}.part{number}.safetensors"
 
     def is_whole(self) -> bool:
-        said = self._said(self.whole)
-        if said.get("done") != str(self.samples):
+        metadata = self._metadata(self.whole)
+        if metadata.get("done") != str(self.samples):
             return False
-        Cached(self.whole, self.backbone).read(said)
+        Cached(self.whole, self.backbone).read(metadata)
         return True
 
     def done(self) -> dict[int, list[int]]:
-        """The images of each part that was begun."""
+        """{number: its images} of each part."""
         found = {}
         for file in self.folder.glob(f"{self.key}.part*.safetensors"):
-            number, said = file.name.split(".")[-2].removeprefix("part"), self._said(file)
+            number, metadata = file.name.split(".")[-2].removeprefix("part"), self._metadata(file)
             try:
-                images = plain_data.json_of(said["images"])
+                images = plain_data.json_of(metadata["images"])
             except (KeyError, ValueError):
                 continue
             if number.isdecimal() and isinstance(images, list) and set(images) <= set(range(self.samples)):
-                Cached(file, self.backbone).read(said)
+                Cached(file, self.backbone).read(metadata)
                 found[int(number)] = images
         return found
 
@@ -273,11 +273,11 @@ class _Parts:
                 for name in opened.keys():  # noqa: SIM118 (not a mapping)
                     part = opened.get_tensor(name)
                     sums[name] = sums[name].add_(part) if name in sums else part
-        said = {"done": str(self.samples)}
+        metadata = {"done": str(self.samples)}
         if all("seconds" in note and "passes" in note for note in notes):
-            said["seconds"] = f"{sum(float(note['seconds']) for note in notes):.3f}"
-            said["passes"] = str(sum(int(note["passes"]) for note in notes))
-        checksums.save(self.whole, sums, said)
+            metadata["seconds"] = f"{sum(float(note['seconds']) for note in notes):.3f}"
+            metadata["passes"] = str(sum(int(note["passes"]) for note in notes))
+        checksums.save(self.whole, sums, metadata)
         for file in self.folder.glob(f"{self.key}.part*.safetensors"):
             file.unlink()
 
@@ -286,8 +286,8 @@ class _Parts:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
 
     @staticmethod
-    def _said(file: Path) -> dict[str, str]:
-        """A file's metadata; none where there is no whole file: a cache is never worth an error."""
+    def _metadata(file: Path) -> dict[str, str]:
+        """A file's metadata; {} if the file is missing or torn: a bad cache file is made again, it is not an error."""
         if not file.is_file():
             return {}
         try:

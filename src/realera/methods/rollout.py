@@ -1,4 +1,4 @@
-"""Noisy latents by roll-out: half-drawn images of a concept."""
+"""Noisy latents by roll-out: images of a concept, drawn partway."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ Law = Literal["bin", "level", "list"]
 
 
 class Rollout:
-    """z_t is an image that the sampler was stopped at after k of its steps, k uniform in first_stop ... steps - 1.
+    """z_t is an image after k of the sampler's steps, k uniform in first_stop ... steps - 1.
 
-    model: what draws, the model as it is being trained or the original one. text: what is drawn: the bare name of the
-    concept or of its anchor, or one of their training prompts at random. scheduler, steps, guidance_scale: of the
-    sampler; sizes are the backbone's. batch: z_t a step.
+    model: the model that draws, "trained" = the model in training, or "original". text: the prompt: the bare name of
+    the concept or of its anchor, or one of their training prompts at random. scheduler, steps, guidance_scale: of the
+    sampler; sizes are the backbone's. batch: z_t per step.
 
-    timestep: what the loss is told of z_t's noise. "bin": t uniform in the k-th of `steps` equal parts of 0 ... 999,
-    which begins about where z_t stands (ESD); "level": where it stands; "list": entry 1000 k / steps of 999 ... 0
-    (SPM's code). extra_steps: how many steps the sampler goes further than t says (ESD's code: 2).
+    timestep: the t that the loss uses for z_t. "bin": uniform in the k-th of `steps` equal parts of 0 ... 999, which
+    begins at about the noise level of z_t (ESD); "level": that noise level; "list": entry 1000 k / steps of 999 ... 0
+    (SPM's code). extra_steps: number of steps that the sampler goes beyond t (ESD's code: 2).
 
-    renew: every how many steps of a concept images are drawn. 1: each step draws its own (as the papers do), `batch`
-    together as far as the last of them has to go. More: `chains` images are drawn to the end and all their stages
-    kept; a step takes `batch` of these at random. The law of (image, k, t) is the same, but the steps in between
-    share images, and those come from a model up to renew - 1 steps older. A run's checkpoint holds the stages.
+    renew: a concept's images are drawn anew every `renew` steps. 1: each step draws its own `batch` images together (as
+    in the papers), up to the largest k. More: `chains` images are drawn to the end and all their stages are kept; a
+    step takes `batch` of the stages at random. The distribution of (image, k, t) is the same, but these steps share
+    images, which come from a model that is up to renew - 1 steps older. A run's checkpoint contains the stages.
 
-    Raises UserError where first_stop is none of the steps.
+    Raises UserError if first_stop is not one of the steps.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class Rollout:
         chains: Batch = 8,
     ) -> None:
         if first_stop >= steps:
-            raise UserError(f"method.latents.first_stop={first_stop} cannot be: there are steps 0 to {steps - 1}.")
+            raise UserError(
+                f"method.latents.first_stop={first_stop} is not a sampler step: give a number from 0 to {steps - 1}."
+            )
         self.settings: dict[str, Any] = {
             "scheduler": scheduler,
             "steps": steps,
@@ -66,13 +68,13 @@ class Rollout:
         self.extra_steps, self.first_stop = extra_steps, first_stop
         self.original, self.text, self.timestep = model == "original", text, timestep
         self.texts: list[TextStates] = []  # of each concept
-        self.stages: dict[int, Tensor] = {}  # (steps + 1, chains, C, h, w) of each concept, where they are kept
+        self.stages: dict[int, Tensor] = {}  # (steps + 1, chains, C, h, w) of each concept, if renew > 1
         self.uses: dict[int, int] = {}
         self.size: tuple[int, ...] = ()  # (C, h, w)
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """Images that are drawn half-way, on average, or now and then to the end with guidance."""
+        """U-Net passes per step: on average half of each image, or whole images every `renew` steps, with guidance."""
         own, renew = int(settings.get("steps") or steps), int(settings.get("renew") or 0)
         if renew > 1:
             return 2.0 * own * int(settings.get("chains") or 1) / renew
@@ -109,7 +111,7 @@ class Rollout:
         return latents.to(device), timesteps.to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the next steps depend on besides their draws: the kept stages are of a model that is no more."""
+        """The kept stages. They cannot be drawn again, because the model has changed since."""
         return {str(concept): stages.cpu() for concept, stages in self.stages.items()}
 
     def state_form(self, calls: Sequence[int]) -> dict[str, tuple[int, ...]]:
@@ -132,27 +134,27 @@ class Rollout:
     def _drawn(
         self, backbone: Backbone, concept: int, count: int, stops: Sequence[int], generator: Generator
     ) -> dict[int, Tensor]:
-        """{k: latents (count, C, h, w) after k steps} of `count` images, drawn no further than the last of `stops`."""
+        """{k: latents (count, C, h, w) after k steps} of `count` images, drawn up to the last of `stops`."""
         texts = self.texts[concept]
         texts = take(texts, torch.randint(len(texts.states), (count,), generator=generator))
         seeds = torch.randint(FIRST_SEED, 2**62, (count,), generator=generator).tolist()
-        passing = _Passing(stops[:-1]) if len(stops) > 1 else None
+        recorder = _Recorder(stops[:-1]) if len(stops) > 1 else None
         with backbone.original() if self.original else nullcontext():
-            last = backbone.sample(texts, seeds, self._sampler(backbone), passing, stop_at=stops[-1])
-        return {**(passing.seen if passing is not None else {}), stops[-1]: last}
+            last = backbone.sample(texts, seeds, self._sampler(backbone), recorder, stop_at=stops[-1])
+        return {**(recorder.latents if recorder is not None else {}), stops[-1]: last}
 
     def _sampler(self, backbone: Backbone) -> Sampler:
         return replace(backbone.sampler, **self.settings)
 
 
-class _Passing:
-    """Guides as the sampler does, and keeps the latents that come by before the steps `at`."""
+class _Recorder:
+    """`contracts.Guide`: plain guidance that records the latents before each of `steps`."""
 
     prompts: Sequence[str] = ()
 
-    def __init__(self, at: Sequence[int]) -> None:
-        self.at = at
-        self.seen: dict[int, Tensor] = {}
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = steps
+        self.latents: dict[int, Tensor] = {}
 
     @contextmanager
     def around(self, backbone: Backbone, texts: Sequence[str]) -> Iterator[None]:
@@ -161,6 +163,6 @@ class _Passing:
     def __call__(
         self, uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, guidance_scale: float
     ) -> Tensor:
-        if step in self.at:
-            self.seen[step] = latents
+        if step in self.steps:
+            self.latents[step] = latents
         return uncond + guidance_scale * (cond - uncond)

@@ -1,5 +1,5 @@
-"""SA (Selective Amnesia, arXiv 2305.10120): the concept's prompt is taught images of the anchor, other captions are
-rehearsed, and elastic weight consolidation holds the weights that matter to them."""
+"""SA (Selective Amnesia, arXiv 2305.10120): the U-Net learns images of the anchor for the concept's prompt. Replay
+images of other captions and elastic weight consolidation preserve the rest of the model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from realera.system.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
-MANY = 16 * 512 * 512  # pixels in a pass of training; twice as many took about 86 GiB in float32
+MANY = 16 * 512 * 512  # pixels in a training pass; twice as many took about 86 GiB in float32
 
 
 class ForgetAndReplay:
-    """Noised images of the anchor (the surrogate q(x|c)) and, beside each, one of another caption.
+    """Noised images of the anchor (the surrogate q(x|c)), each with one noised replay image of another caption.
 
-    images, batch, chunk, sampler: of the surrogate, as in `AnchorBank`. surrogate: texts that it is drawn for, {} = the
-    anchor (official: a person's kind, "a middle aged man"); None = the anchor's training prompts. forget: texts that
-    its images are taught to, {} = the concept (official: the bare name; for nudity four words in turn); None = the
-    concept's training prompts. Image i takes text i mod their number. replay: the others. zip_replay: image i of the
-    one goes with image i of the other, so that only as many of either are used as there are of both (the official
+    images, batch, chunk, sampler: of the surrogate, as in `AnchorBank`. surrogate: the texts to draw it from, {} = the
+    anchor (official: a person's kind, "a middle aged man"); None = the anchor's training prompts. forget: the texts for
+    which the U-Net learns the surrogate images, {} = the concept (official: the bare name; for nudity four words in
+    turn); None = the concept's training prompts. Image i uses text i mod their number. replay: the other images.
+    zip_replay: image i of the surrogate is paired with image i of the replay, so the longer list is cut (the official
     code); else both are drawn at random. Captions that name a concept are not replayed.
     """
 
@@ -50,7 +50,7 @@ class ForgetAndReplay:
         self.surrogate = AnchorBank(images, batch, chunk, sampler)
         self.replay = replay
         self.zip_replay = zip_replay
-        self.kept = torch.zeros(0, dtype=torch.int64)  # images that are replayed
+        self.kept = torch.zeros(0, dtype=torch.int64)  # indices of the replay images that are used
         self.texts = {"anchor": surrogate, "target": forget}
         self.forget: list[TextStates] = []  # of each concept, on the CPU
 
@@ -59,38 +59,38 @@ class ForgetAndReplay:
         return images_of(settings, [concept.anchor for concept in concepts], steps)
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
-        """Draws both banks, or reads them. Warns first where a pass of training will want more than a large GPU has."""
+        """Draws or loads both banks. First warns if a training pass needs more memory than a GPU of 80 GB has."""
         size, count = backbone.sampler, 2 * self.surrogate.batch
         if count * size.height * size.width > MANY and not getattr(
             backbone.denoiser, "is_gradient_checkpointing", False
         ):
             log.warning(
-                "a pass of training is of %d images of %d x %d pixels (processes share them): for one GPU of 80 GB set "
-                "backbone.gradient_checkpointing=true, or fewer by method.latents.batch",
+                "a training pass has %d images of %d x %d pixels (split among the processes): on one GPU of 80 GB, set "
+                "backbone.gradient_checkpointing=true or lower method.latents.batch",
                 *(count, size.height, size.width),
             )
-        said = [
+        given = [
             Pair(
                 pair.concept,
-                self._said(backbone, "target", pair.concept.target) or pair.target,
-                self._said(backbone, "anchor", pair.concept.anchor) or pair.anchor,
+                self._given(backbone, "target", pair.concept.target) or pair.target,
+                self._given(backbone, "anchor", pair.concept.anchor) or pair.anchor,
             )
             for pair in pairs
         ]
-        self.forget = [on_cpu(pair.target) for pair in said]
-        self.surrogate.prepare(backbone, said, cache, seed)
+        self.forget = [on_cpu(pair.target) for pair in given]
+        self.surrogate.prepare(backbone, given, cache, seed)
         self.replay.prepare(backbone, cache, seed)
         self.kept = self.replay.without([pair.concept.target for pair in pairs])
 
-    def _said(self, backbone: Backbone, side: str, name: str) -> TextStates | None:
-        """The texts that were given for a side, encoded; None where it is the training prompts'."""
+    def _given(self, backbone: Backbone, side: str, name: str) -> TextStates | None:
+        """The given texts of a side ("target" or "anchor"), encoded; None = its training prompts are used."""
         texts = self.texts[side]
         return backbone.encode([text.replace("{}", name) for text in texts]) if texts else None
 
     def __call__(
         self, backbone: Backbone, concept: int, generator: Generator
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(z_t, t) of the surrogate; known: the noise in it and forget_states (B, T, D), what it is taught to, and
+        """(z_t, t, known) of the surrogate. known: its noise, forget_states (B, T, D) = the texts to learn it for, and
         replay_latents, replay_timesteps, replay_noise, replay_states; for SDXL forget_pooled, replay_pooled (B, E)."""
         bank, count = self.surrogate.banks[concept], self.surrogate.batch
         both = min(len(bank), len(self.kept))
@@ -99,32 +99,32 @@ class ForgetAndReplay:
         others = self.kept[others]
         z_t, timesteps, noise = noised(backbone, bank, chosen, generator)
         z_r, t_r, noise_r = noised(backbone, self.replay.bank, others, generator)
-        texts, said = self.replay.read(others), self.forget[concept]
-        said = take(said, chosen % len(said.states))
+        texts, forget = self.replay.read(others), self.forget[concept]
+        forget = take(forget, chosen % len(forget.states))
         known = {
             "noise": noise,
-            "forget_states": said.states,
+            "forget_states": forget.states,
             "replay_latents": z_r,
             "replay_timesteps": t_r,
             "replay_noise": noise_r,
             "replay_states": texts.states,
         }
-        pooled = {"forget_pooled": said.pooled, "replay_pooled": texts.pooled}
+        pooled = {"forget_pooled": forget.pooled, "replay_pooled": texts.pooled}
         return z_t, timesteps, {**known, **{name: value for name, value in pooled.items() if value is not None}}
 
 
 class SelectiveAmnesia:
     """Equation 8:  E ||e - eps(z_t, t, p_c)||^2  +  gamma E ||e_r - eps(z_r, t_r, p_r)||^2  +  lambda sum F (w - w0)^2
 
-    with means for the norms; z_t noised images of the anchor with noise e, p_c the concept's prompt, z_r noised images
-    of another caption p_r, w0 the weights as loaded, F their Fisher information (None: no such term).
+    with means in place of norms; z_t noised images of the anchor with noise e, p_c the concept's prompt, z_r noised
+    images of another caption p_r, w0 the weights as loaded, F their Fisher information (fisher=None: no such term).
 
-    parameters: what is trained, as `Backbone.unfreeze` takes it; the sum is over these. gamma, lambda_ewc: as above.
-    steps, lr, weight_decay: of AdamW. clip: the norm that the gradient is held under, None = unbounded.
+    parameters: the weights to train, as `Backbone.unfreeze` takes them; the sum is over these. gamma, lambda_ewc: as
+    above. steps, lr, weight_decay: of AdamW. clip: upper bound of the gradient's norm, None = unbounded.
     """
 
     lora: LoraSpec | None = None
-    together = True  # all processes weigh
+    together = True  # all processes compute the Fisher information
 
     def __init__(
         self,
@@ -149,11 +149,12 @@ class SelectiveAmnesia:
         self.first: dict[str, Tensor] = {}
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int, ranks: Ranks = ALONE) -> None:
-        """Weighs the trained weights, and keeps their first values: in a run that goes on they are others by now."""
+        """Computes the Fisher information of the trained weights and stores their initial values, because a resumed run
+        starts with changed weights."""
         if self.fisher is None or self.lambda_ewc == 0:
             return
         self.information = self.fisher(backbone, cache, seed, ranks)
-        with backbone.original():  # no copies: the backbone keeps them itself
+        with backbone.original():  # no copies: the backbone keeps the original weights
             self.first = {n: w.detach() for n, w in backbone.denoiser.named_parameters() if n in self.information}
 
     def loss(
@@ -167,7 +168,9 @@ class SelectiveAmnesia:
         """{"forget", "replay", "ewc"}, weighted; known: as `ForgetAndReplay` gives it."""
         latents, timesteps, known = batch.latents, batch.timesteps, batch.known
         if "replay_latents" not in known:
-            raise UserError("method sa rehearses other captions: give it method.latents of sa.ForgetAndReplay.")
+            raise UserError(
+                "method sa needs replay images: set method.latents._target_=realera.methods.sa.ForgetAndReplay."
+            )
         p_c, p_r = (
             replace(pair.target, states=known[f"{part}_states"], pooled=known.get(f"{part}_pooled"))
             for part in ("forget", "replay")

@@ -1,14 +1,14 @@
-"""SLD (Safe Latent Diffusion, arXiv 2211.05105): guidance away from an unsafe text, element by element, while images
-are drawn. Nothing is trained.
+"""SLD (Safe Latent Diffusion, arXiv 2211.05105): while images are drawn, each element is guided away from an unsafe
+text. Nothing is trained.
 
-With u, p, s the noise predicted for no text, the prompt and the safety text, at every step
+With u, p, s the noise predictions for the empty prompt, the prompt and the safety text, at every step
 
     w   = min(1, s_S |p - s|)  where p - s < lambda, else 0                    (equations 5 and 6)
     g_S = w (s - u) + s_m nu,       nu <- beta nu + (1 - beta) g_S             (equations 7 and 8)
     noise = u + s_g (p - u - g_S)                                              (equation 3)
 
-the last with g_S = 0 while the step is below delta; nu grows from the first step on. The comparison with lambda is of
-the signed difference, as in the paper and the official code.
+with g_S = 0 in equation 3 for steps below delta; nu grows from the first step on. lambda is compared with the signed
+difference, as in the paper and the official code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INAPPROPRIATE = (
 Strength = Literal["weak", "medium", "strong", "max"]
 Warmup = Annotated[int, Number(0, 1000, whole=True)]
 Beta = Annotated[float, Number(0, 1, below=True)]
-PRESET_STEPS = 50  # the sampler's, that the paper's warm-ups are counted in
+PRESET_STEPS = 50  # sampler steps that the paper's warm-ups are counted in
 # Section 3: warm-up delta, s_S, lambda, s_m, beta_m. Weak's s_S is 200 in the paper; diffusers' SafetyConfig says 20.
 PRESETS = {
     "weak": (15, 200.0, 0.0, 0.0, 0.0),
@@ -44,14 +44,15 @@ PRESETS = {
 
 @dataclass
 class SafetyGuidance:
-    """`contracts.Guide`; each setting left None is the preset's.
+    """`contracts.Guide`. A setting that is None takes its value from the preset.
 
-    concepts: names of what is erased. safety_text: what is guided away from: None = the concepts' names, "paper" = the
-    paper's twenty kinds of inappropriate content, or any text. strength: weak, medium, strong or max. steps: of the
-    sampler; a preset's warm-up, counted in 50 steps, is scaled to them. warmup: steps without safety guidance. scale:
-    s_S. threshold: lambda, in units of the noise. momentum_scale, momentum_beta: s_m and beta_m.
+    concepts: names of the erased concepts. safety_text: the text to guide away from: None = the concepts' names,
+    "paper" = the paper's twenty kinds of inappropriate content, or any text. strength: the preset: weak, medium, strong
+    or max. steps: of the sampler; a preset's warm-up, counted in 50 steps, is scaled to them. warmup: steps without
+    safety guidance. scale: s_S. threshold: lambda, in units of the noise. momentum_scale, momentum_beta: s_m and
+    beta_m.
 
-    Raises UserError where there is no text to guide away from.
+    Raises UserError if there is no text to guide away from.
     """
 
     concepts: Name | Sequence[Name] | None = ()
@@ -75,7 +76,7 @@ class SafetyGuidance:
             self.safety_text = INAPPROPRIATE
         if not self.safety_text.strip():
             raise UserError(
-                "method.guide has nothing to guide away from: name a concept, or type method.guide.safety_text=paper."
+                "method.guide has no text to guide away from: name a concept, or set method.guide.safety_text=paper."
             )
         self.prompts = (self.safety_text,)
         names = ("warmup", "scale", "threshold", "momentum_scale", "momentum_beta")
@@ -89,7 +90,7 @@ class SafetyGuidance:
     def __call__(
         self, uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, guidance_scale: float
     ) -> Tensor:
-        """As `contracts.Guide`. Step 0 begins a batch: its momentum is zero."""
+        """As `contracts.Guide`. Step 0 begins a batch and resets the momentum."""
         assert self.warmup is not None and self.scale is not None and self.threshold is not None
         assert self.momentum_scale is not None and self.momentum_beta is not None
         if step == 0 or self.momentum is None:

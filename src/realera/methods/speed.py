@@ -1,21 +1,21 @@
-"""SPEED (arXiv 2503.07392): W_V is changed only in the null space of what is to stay.
+"""SPEED (arXiv 2503.07392): W_V is changed only in the null space of the retained rows.
 
-For each layer W by itself, with t a concept's row and a its anchor's, as columns of width D:
+For each layer W separately, with t a concept's row and a its anchor's, as columns of width D:
 
     T = mean t t^T,   A = mean a t^T
-    D0 = W (A - T) (I + T)^-1                          what an edit that keeps nothing would add to W
+    D0 = W (A - T) (I + T)^-1                          the change of W by an edit that preserves nothing
     K0 = the retained rows k with ||D0 k|| above their mean                            (prior filtering)
-         and k + x v, x ~ N(0, 1), v the direction that W reads least, filtered alike  (prior augmentation)
+         and k + x v, x ~ N(0, 1), v the direction that W reads least, filtered too    (prior augmentation)
     N  = eigenvectors of mean k k^T over K0 with an eigenvalue below the threshold     (the null space)
     min over X = Y N^T   mean ||X t - W (a - t)||^2 + mu ||X||^2   subject to  X K2 = 0
 
-K2 holds the begin row and the centres of the empty prompt's other rows (invariant equality constraints): they are the
-same in every image. With H = N (N^T T N + mu I)^-1 N^T the solution is
+K2 contains the begin row and the centres of the empty prompt's other rows (invariant equality constraints), because
+these are the same for every image. With H = N (N^T T N + mu I)^-1 N^T the solution is
 
     X = W (A - T) (H - H K2 (K2^T H K2 + l I)^-1 K2^T H),
 
-the official code's formula (Ouxiang-Li/SPEED, train_erase_null.py, commit 6d3df0c) in symmetric form. l = 0 holds K2
-exactly; l > 0 gives X the price ||X K2||^2 / l instead. Everything is float64 on the CPU.
+the official code's formula (Ouxiang-Li/SPEED, train_erase_null.py, commit 6d3df0c) in symmetric form. l = 0 preserves
+K2 exactly; l > 0 adds the penalty ||X K2||^2 / l instead. Everything is float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from realera.setting_types import AnyText, NonNegative, Number, Positive, Projec
 
 Rows = Literal["last", "all_but_bos"]
 Few = Annotated[int, Number(0, 1000, whole=True)]
-TURNS = 100  # of k-means, at most
+ITERATIONS = 100  # of k-means, at most
 
 
 class NullSpaceErasure:
     """SPEED's closed form, layer by layer.
 
-    projections: which weights are edited, "values" (official), "keys" or "both". rows: of a bare name and of its guide,
-    "last" = the last sub-token's, "all_but_bos" = all but the first (official for nudity). guide: the text that a
-    concept is taken to; None = its anchor. retain: names to keep, or "artists" (`priors.Preserve`), each as its last
-    sub-token's row; one that holds an erased name as a word is left out; () = the empty prompt's rows (official without
-    a list). filter: only retained rows that the edit would move more than their mean count. augment: noisy copies of
-    each retained row, of which again only the more moved half counts. threshold: eigenvalues of the retained rows'
-    mean k k^T below it are the null space, in squared norms of a row. ridge: mu, weight of ||X||^2. centres: of the
-    empty prompt's rows, held with the begin row. slack: l, 0 = they are held exactly. seed: of the noise.
+    projections: the weights to edit, "values" (official), "keys" or "both". rows: the rows of a bare name and of its
+    guide, "last" = the last sub-token's, "all_but_bos" = all but the first (official for nudity). guide: the text that
+    a concept is mapped to; None = its anchor. retain: names to preserve, or "artists" (`priors.Preserve`), each by the
+    row of its last sub-token. A name that contains an erased name as a word is left out. () = the empty prompt's rows
+    (official without a list). filter: use only the retained rows that the edit would move more than average. augment:
+    number of noisy copies of each retained row; of these, only the ones that move more than average are used.
+    threshold: eigenvalues of the retained rows' mean k k^T below it belong to the null space, in squared norms of a
+    row. ridge: mu, weight of ||X||^2. centres: number of centres of the empty prompt's rows, preserved with the begin
+    row. slack: l, 0 = these are preserved exactly. seed: of the noise.
     """
 
     def __init__(
@@ -77,9 +78,9 @@ class NullSpaceErasure:
         self.seed = seed
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
-        """Weights (out, D) of every edited layer. Of the pairs only the names are read; neighbours are not used.
+        """Weights (out, D) of every edited layer. Only the pairs' names are used; neighbours are not used.
 
-        info: rows_retained and directions_free, means over the layers. Raises UserError where no direction is free.
+        info: rows_retained and directions_free, means over the layers. Raises UserError if no direction is free.
         """
         target, cross = self._moments(backbone, pairs)
         retained = self._retained(backbone, pairs)
@@ -113,7 +114,7 @@ class NullSpaceErasure:
         return keys.T @ keys / len(pairs), anchors.T @ keys / len(pairs)
 
     def _retained(self, backbone: Backbone, pairs: Sequence[Pair]) -> Tensor:
-        """(n, D) rows, before any filter."""
+        """(n, D): the retained rows, before filtering."""
         names = [pair.concept.target for pair in pairs if pair.concept.target]
         erased = [re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE) for name in names]
         texts = [text for text in kept_texts(self.retain, pairs) if not any(word.search(text) for word in erased)]
@@ -122,7 +123,7 @@ class NullSpaceErasure:
         return _double(last_rows(backbone.encode(texts, to_end=True)))
 
     def _prior(self, weight: Tensor, change: Tensor, retained: Tensor, generator: Generator) -> Tensor:
-        """K0 (m, D) of one layer W with its D0 = change, both (out, D)."""
+        """K0 (m, D) of one layer. weight: W, change: D0, both (out, D)."""
         rows = most_moved(retained, change) if self.filter else retained
         if not self.augment:
             return rows
@@ -130,7 +131,7 @@ class NullSpaceErasure:
 
 
 def most_moved(rows: Tensor, change: Tensor) -> Tensor:
-    """Those of the rows (n, D) with ||change k|| above the mean; all of them where none is, so that some always are.
+    """The rows (n, D) with ||change k|| above the mean; all rows if none is above it, so the result is never empty.
     change: (out, D)."""
     norms = (rows @ change.T).norm(dim=1)
     kept = rows[norms > norms.mean()]
@@ -139,19 +140,19 @@ def most_moved(rows: Tensor, change: Tensor) -> Tensor:
 
 def noisy(rows: Tensor, weight: Tensor, copies: int, generator: Generator) -> Tensor:
     """(copies n, D): each row (n, D) plus x v, x ~ N(0, 1), v (D,) the right singular vector of the least of W's
-    min(out, D) singular values: the copies differ in what the layer hardly reads."""
+    min(out, D) singular values: the copies differ in the direction that the layer reads least."""
     least = torch.linalg.svd(weight, full_matrices=False).Vh[-1]
     noise = torch.randn(copies * len(rows), 1, generator=generator, dtype=torch.float64)
     return rows.repeat(copies, 1) + noise * least
 
 
 def invariants(empty: Tensor, centres: int) -> Tensor:
-    """K2 (D, 1 + centres): of the empty prompt's rows (T, D) the first, and the centres of the others by k-means, which
-    begins at rows spread evenly over the prompt."""
+    """K2 (D, 1 + centres): the first of the empty prompt's rows (T, D), and k-means centres of the other rows. k-means
+    starts at rows spread evenly over the prompt."""
     rows = empty[1:]
     means = rows[torch.linspace(0, len(rows) - 1, centres).long()]
     nearest = torch.full((len(rows),), -1)
-    for _ in range(TURNS if centres else 0):
+    for _ in range(ITERATIONS if centres else 0):
         before, nearest = nearest, torch.cdist(rows, means).argmin(dim=1)
         if torch.equal(before, nearest):
             break
@@ -161,12 +162,12 @@ def invariants(empty: Tensor, centres: int) -> Tensor:
 
 
 def null_space(gram: Tensor, threshold: float) -> Tensor:
-    """N (D, m): orthonormal eigenvectors of gram (D, D) with an eigenvalue below the threshold. Raises UserError where
+    """N (D, m): orthonormal eigenvectors of gram (D, D) with an eigenvalue below the threshold. Raises UserError if
     there is none."""
     values, vectors = torch.linalg.eigh(gram)
     if float(values[0]) >= threshold:
         raise UserError(
-            f"method.edit.threshold={threshold:g} leaves no direction free: the least eigenvalue of what is retained "
+            f"method.edit.threshold={threshold:g} leaves no direction free: the least eigenvalue of the retained rows "
             f"is {float(values[0]):.3g}; give a larger threshold, or retain fewer names."
         )
     return vectors[:, values < threshold]

@@ -1,9 +1,9 @@
 """SPM (arXiv 2312.16145): each concept is erased by a membrane, an adapter of rank 1 on every layer of the U-Net's
-transformers, which is held back from other concepts while it is trained (latent anchoring) and while images are drawn
-(facilitated transport).
+transformers. Other concepts are protected from the membrane during training (latent anchoring) and while images are
+drawn (facilitated transport).
 
-Letters: c the bare name of the concept, n a neutral text, k an anchor of its own (a word that is far from c), H(p) the
-text states of p. B latents, K anchors a step, T token rows, D text width.
+Letters: c the bare name of the concept, n a neutral text, k one of SPM's anchors (a word that is far from c), H(p) the
+text states of p. B latents, K anchors per step, T token rows, D text width.
 """
 
 from __future__ import annotations
@@ -51,27 +51,28 @@ Transport = Literal["per_module", "official", "none"]
 
 
 class SemiPermeableMembrane:
-    """The paper's loss, with means for norms and eps0 the original model:
+    """The paper's loss, with means in place of norms and eps0 the original model:
 
         || eps(z_t, c) - (eps0(z_t, n) - eta (eps0(z_t, c) - eps0(z_t, n))) ||^2
         + anchor_weight E_k || eps(z_t, k) - eps0(z_t, k) ||^2                          (latent anchoring)
 
     neutral: n; None = the concept's anchor. negative_guidance: eta. anchors: K. anchoring: "words" = k is drawn from
-    `words` with a probability proportional to (1 - cos(H(k), H(c)))^anchor_power, all rows as one vector, and never is
-    c; "noise" = what the official code comes to: K times Gaussian noise for H(k), with 0.8 to 1.2 times the norm of
-    H(c) (its rejection by the cosine rejects nothing in so many dimensions), an empty prompt before each, and of these
-    2K the second half alone: of four, two of noise and two empty. anchor_weight 0 leaves latent anchoring out.
+    `words` with a probability proportional to (1 - cos(H(k), H(c)))^anchor_power, all rows as one vector; c is never
+    drawn. "noise" = the effect of the official code: H(k) is Gaussian noise with 0.8 to 1.2 times the norm of H(c)
+    (the code's rejection by cosine rejects nothing in this dimension). Each of the K noises follows an empty prompt,
+    and only the second half of these 2K texts is used: of four, two are noise and two are empty. anchor_weight 0 turns
+    latent anchoring off.
 
-    lr is that of AdamW at its highest: it rises linearly in `warmup` steps of each concept and falls along a cosine,
-    `cycles` times from the top; cycles 0 keeps it constant. clip: the norm that the gradient is held
-    under, None = unbounded. steps, lora: of each concept.
+    lr: the highest rate of AdamW. It rises linearly in the first `warmup` steps of each concept, then falls along a
+    cosine `cycles` times, each time from the top; cycles 0 keeps it constant. clip: upper bound of the gradient's norm,
+    None = unbounded. steps, lora: of each concept.
     """
 
-    parameters = ()  # nothing but the membranes
+    parameters = ()  # only the membranes are trained
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """Beside the usual ones the teacher sees the anchors, and they are learnt from."""
+        """U-Net passes per step: the usual ones, and for each anchor one of the teacher and one with gradient."""
         anchors = int(settings.get("anchors") or 0) if settings.get("anchor_weight", 1) else 0
         return PASSES_OF_A_STEP + anchors * (1 + PASSES_OF_A_GRADIENT)
 
@@ -101,10 +102,10 @@ class SemiPermeableMembrane:
         self.words = list(dict.fromkeys(words)) if anchoring == "words" and anchor_weight > 0 else []
         self.by_noise = anchoring == "noise"
         self.texts: dict[str, TextStates] = {}
-        self.far: dict[str, Tensor] = {}  # of each concept, the probability of each word
+        self.far: dict[str, Tensor] = {}  # {concept: the sampling weight of each word}
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
-        """Encodes the names and the words, and weighs the words for each concept."""
+        """Encodes the names and the words, and computes the words' sampling weights for each concept."""
         names = [pair.concept.target for pair in pairs]
         neutrals = [self._neutral(pair) for pair in pairs]
         empty = [""] if self.by_noise else []
@@ -118,8 +119,8 @@ class SemiPermeableMembrane:
             self.far[name] = distance.clamp(min=0) ** self.anchor_power * others
             if int((self.far[name] > 0).sum()) < self.anchors:
                 raise UserError(
-                    f"method.align.words holds too few words besides {name!r} to draw {self.anchors} anchors from: "
-                    "give more, or anchoring=noise."
+                    f"method.align.words has too few words besides {name!r} to draw {self.anchors} anchors: add words, "
+                    "or set method.align.anchoring=noise."
                 )
 
     def loss(
@@ -130,7 +131,7 @@ class SemiPermeableMembrane:
         batch: TrainingBatch,
         generator: Generator,
     ) -> dict[str, Tensor]:
-        """{"erase", "anchor"}, and "anchor_unweighted" without its gradient."""
+        """{"erase", "anchor"}, and "anchor_unweighted" without gradient."""
         latents, timesteps = batch.latents, batch.timesteps
         count = len(latents)
         c, n = (repeat(self.texts[text], 0, count) for text in (pair.concept.target, self._neutral(pair)))
@@ -150,7 +151,7 @@ class SemiPermeableMembrane:
         return terms
 
     def rate(self, step: int) -> float:
-        """What `lr` is multiplied by in a concept's step, counted from 1."""
+        """The factor on `lr` in a concept's step, counted from 1."""
         if step <= self.warmup:
             return (step - 1) / self.warmup
         if self.cycles == 0:
@@ -176,13 +177,13 @@ class SemiPermeableMembrane:
 
 @dataclass
 class FacilitatedTransport:
-    """`contracts.Guide`: how far each concept's membrane acts on a prompt p,
+    """`contracts.Guide`: scales each concept's membrane by its permeability for a prompt p,
 
         m_i = max( cos(H(p), H(c_i)), share of c_i's sub-tokens that p has ),
 
-    all rows of H as one vector. transport: "per_module" = each adapter counts m_i times (the paper); "official" = as in
-    the official code, which multiplies both factors of an adapter by m_i and adds factors of all concepts, not
-    adapters: one concept counts m^2 times, several get cross terms; "none" = all count fully.
+    all rows of H as one vector. transport: "per_module" = each adapter is scaled by m_i (the paper); "official" = as in
+    the official code, which multiplies both factors of an adapter by m_i and sums the factors of all concepts instead
+    of the adapters: one concept is scaled by m^2, several get cross terms; "none" = full strength.
 
     concepts: the names, in the order in which they were erased.
 
@@ -199,7 +200,10 @@ class FacilitatedTransport:
         given = [self.concepts] if isinstance(self.concepts, str | int) else list(self.concepts or ())
         self.concepts = self.names = tuple(map(str, given))
         if not self.concepts and self.transport != "none":
-            raise UserError("method.guide has no concept to compare prompts with: name one, or type transport=none.")
+            raise UserError(
+                "method.guide has no concept to compare prompts with: name one (method.guide.concepts=NAME), or set "
+                "method.guide.transport=none."
+            )
 
     @contextmanager
     def around(self, backbone: Backbone, texts: Sequence[str]) -> Iterator[None]:
@@ -213,7 +217,7 @@ class FacilitatedTransport:
     def __call__(
         self, uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, guidance_scale: float
     ) -> Tensor:
-        """Plain guidance: what acts is the membrane."""
+        """Plain guidance: `around` has already scaled the membranes."""
         return uncond + guidance_scale * (cond - uncond)
 
 

@@ -1,4 +1,4 @@
-"""What methods do with encoded prompts."""
+"""Helpers for encoded prompts."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def repeat(texts: TextStates, row: int, count: int) -> TextStates:
 
 
 def one_of(texts: TextStates, generator: Generator) -> int:
-    """The number of a prompt, drawn at random."""
+    """The index of a random prompt."""
     return int(torch.randint(len(texts.states), (1,), generator=generator))
 
 
 def on_cpu(texts: TextStates) -> TextStates:
-    """All of it on the CPU: whoever compares rows with one another needs them on one device."""
+    """All tensors on the CPU, so that rows of different prompts can be compared."""
     moved = {field.name: getattr(texts, field.name) for field in fields(texts)}
     return replace(texts, **{name: value.cpu() for name, value in moved.items() if value is not None})
 
 
 def last_rows(texts: TextStates) -> Tensor:
-    """(B, D): each text's row of its last sub-token; that of BOS, where a text has none."""
+    """(B, D): the row of each text's last sub-token; the BOS row if a text has none."""
     return texts.states[torch.arange(len(texts.states), device=texts.states.device), texts.length - 1]
 
 
 def join(first: TextStates, second: TextStates, device: torch.device) -> TextStates:
-    """The prompts of both, one after the other, for one pass."""
+    """Both sets of prompts concatenated, for one pass."""
 
     def both(a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([a.to(device), b.to(device)])
@@ -59,7 +59,7 @@ def join(first: TextStates, second: TextStates, device: torch.device) -> TextSta
 
 
 def predict(backbone: Backbone, latents: Tensor, timesteps: Tensor, texts: TextStates) -> Tensor:
-    """The noise (B, C, h, w) for B prompts; float32, so that a mean over many small squares is exact enough under
-    bfloat16 autocast."""
+    """The noise prediction (B, C, h, w) for B prompts, in float32: under bfloat16 autocast, a mean over many small
+    squares would be too inexact."""
     pooled = None if texts.pooled is None else texts.pooled.to(latents.device)
     return backbone.predict_noise(latents, timesteps, texts.states.to(latents.device), pooled).float()

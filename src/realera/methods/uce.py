@@ -1,7 +1,7 @@
-"""UCE (Unified Concept Editing, arXiv 2308.14761): W_K and W_V edited in closed form on the bare names of the concepts.
+"""UCE (Unified Concept Editing, arXiv 2308.14761): edits W_K and W_V in closed form on the bare names of the concepts.
 
-The official code changed: today it maps one row per concept; the code of 2023, with which the tables of MACE and
-RealEra were made, maps the row of the last sub-token and all rows after it. Both are here, selected by `rows`.
+The official code has changed. Today's code maps one row per concept. The code of 2023, which made the tables of MACE
+and RealEra, maps the row of the last sub-token and all rows after it. `rows` selects one of the two.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ Rows = Literal["last", "suffix_2023"]
 
 
 class UnifiedConceptEdit:
-    """One map that takes each concept to its guide and keeps what is preserved.
+    """One map that takes each concept to its guide and preserves other names.
 
-    rows: "last" = the row of the name's last sub-token; "suffix_2023" = from it to the last row, concept and guide
-    shifted so that their last sub-tokens meet and cut to equal length. expand: further texts in which every name is
-    erased, and its guide stands, {} = the name (official: "painting by {}" and four more, where it is asked to). guide:
-    the text the concept is taken to; None = each concept's anchor. A blank guide has no sub-token and gives, as in the
-    official code, the row of BOS. preserve: names to keep, or "artists" (`priors.Preserve`). "last": the row of the
-    last sub-token; "suffix_2023": all rows, and those of '' always. erase_scale: weight of an erased row (official: 1).
-    preserve_scale: weight of a preserved row; None = the official 1 for "last" and max(0.1, 1 / number of preserved
-    names) for "suffix_2023". ridge: weight of ||W - W0||^2 (official: 0.5). prior_cache, prior_weight: captions to
-    keep, as a file of python -m realera.cache or "everyday" (see `priors.prior`), and the weight of each of their rows.
+    rows: "last" = the row of the name's last sub-token; "suffix_2023" = that row and all rows after it; concept and
+    guide are shifted so that their last sub-tokens are paired, and cut to equal length. expand: more templates in which
+    every name is mapped to its guide, {} = the name (official: "painting by {}" and four more, optional).
+    guide: the text that the concept is mapped to; None = each concept's anchor. A blank guide has no sub-token and
+    gives the BOS row, as in the official code. preserve: names to preserve, or "artists" (`priors.Preserve`); with
+    "last" by the row of the last sub-token, with "suffix_2023" by all rows, always including those of ''. erase_scale:
+    weight of an erased row (official: 1). preserve_scale: weight of a preserved row; None = the official 1 for "last"
+    and max(0.1, 1 / number of preserved names) for "suffix_2023". ridge: weight of ||W - W0||^2 (official: 0.5).
+    prior_cache, prior_weight: preserved captions, as a file made by python -m realera.cache or "everyday" (see
+    `priors.prior`), and the weight of each of their rows.
     """
 
     def __init__(
@@ -57,13 +58,13 @@ class UnifiedConceptEdit:
         self.prior_weight = prior_weight
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
-        """Neighbours are not used. The pairs' prompts are not used either: UCE encodes the bare names."""
+        """Neighbours and the pairs' prompts are not used: UCE encodes the bare names."""
         sums = NormalEquations(backbone.width)
         names = [pair.concept.target for pair in pairs]
-        towards = [pair.concept.anchor if self.guide is None else self.guide for pair in pairs]
+        guides = [pair.concept.anchor if self.guide is None else self.guide for pair in pairs]
         templates = ["{}", *self.expand]
-        erased = [(t.replace("{}", c), t.replace("{}", a)) for c, a in zip(names, towards) for t in templates]
-        texts = list(dict.fromkeys(text for both in erased for text in both))  # a guide is often that of many
+        erased = [(t.replace("{}", c), t.replace("{}", a)) for c, a in zip(names, guides) for t in templates]
+        texts = list(dict.fromkeys(text for both in erased for text in both))  # many names may share a guide
         place = {text: row for row, text in enumerate(texts)}
         states = backbone.encode(texts, to_end=self.rows == "last")
         for keys, anchors in self._rows(states, [(place[target], place[guide]) for target, guide in erased]):
@@ -83,13 +84,13 @@ class UnifiedConceptEdit:
         return Edit(map=solution, info={**info, **counted}, factors=sums.factors(self.ridge))
 
     def _rows(self, states: TextStates, erased: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Keys and their anchors (n, D) of texts and their guides: for "last" all together, else text by text."""
+        """Keys and their anchors (n, D), from texts and their guides: all at once for "last", else text by text."""
         if self.rows == "last":
             rows = last_rows(states)
             targets, guides = zip(*erased)
             yield rows[list(targets)], rows[list(guides)]
             return
-        last = (states.length - 1).tolist()  # the last sub-tokens; BOS where none is
+        last = (states.length - 1).tolist()  # row of the last sub-token; BOS if there is none
         for target, guide in erased:
             c, a = last[target], last[guide]
             count = states.states.shape[1] - max(c, a)

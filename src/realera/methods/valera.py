@@ -1,8 +1,8 @@
-"""VALERA (value-space erasure), our own: an oblique projection that takes a concept out of what the U-Net reads.
+"""VALERA (value-space erasure), our own method: an oblique projection that removes a concept from the U-Net's values.
 
 One closed form without training or drawing (`value_space` has the algebra). RealEra mines a ball around the concept's
-text state, where phrases that evoke it lie further off than other concepts do; here the distance is that of the values,
-where they lie near.
+text state, where phrases that evoke the concept are farther away than other concepts. VALERA measures distances between
+values, where these phrases are near.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ Keep = Sequence[AnyText] | Literal["task"]
 Directions = Annotated[int, Number(1, 1000, whole=True)]
 
 
-ALONE, TOGETHER = (10.0, 1.2), (1.0, 1.05)  # price and gain: experiments/tuning_rivals
+ALONE, TOGETHER = (10.0, 1.2), (10.0, 1.05)  # price and gain: experiments/tuning_rivals
 
 
 class ValueSpaceErasure:
-    """W = W0 M with M = I - gain X (U^T X)^-1 U^T, X from the anchors to the concepts, U how the U-Net reads them.
+    """W = W0 M with M = I - gain X (U^T X)^-1 U^T, X the shifts from the anchors to the concepts, U the concepts'
+    readings: the directions by which the U-Net reads them.
 
-    projections: which weights take the map, "values", "keys" or "both". read: those whose metric says how the U-Net
-    reads; None = the same; "text" = the text states as they are, as closed forms that know no U-Net. price: r, of
-    reading what the U-Net does not carry, against captions' variance; it means the same on every backbone. gain: 1
-    = the projection; more takes what is weakly read all the way too. Both None = as searched, for one concept (`ALONE`)
-    or for several that are erased together (`TOGETHER`). rows: of the training prompts that a concept's
-    mean row is of (as `Band.rows`), and the anchor's. captions: what stands for all that is to stay, "everyday" or
-    a file of python -m realera.cache. keep: names that are held as they are, each as its mean row in
-    keep_templates; in a run's settings "task" stands for those that its task does not judge (`tasks.base.Told`).
-    keep_price: inf = exactly, a number = softly, with that price against one reading. Held exactly in any case: the
-    captions' mean, the begin row, and the empty prompt's mean row, which is half of every guided image. layers:
-    "as_they_are" = a layer that writes much counts much, "equal". tolerance: of the readings, added to U^T X, whose
-    diagonal is 1: needed where concepts are many or alike, 0 = they are taken away entirely. directions: of each
-    concept, how many are projected out: 1 = the mean row's shift to the anchor's; more = also those in which the
-    rows of its prompts differ most from the anchor's around that (`value_space.further`). mined_price: how much counts
-    what was mined, where the method has neighbours: 0 = nothing, more = texts that draw the concept are read more
-    nearly as it is, and texts that do not are read less (`value_space.fitted`).
+    projections: the weights to edit, "values", "keys" or "both". read: the weights whose metric defines the U-Net's
+    reading; None = as `projections`; "text" = plain text states, as in closed forms that ignore the U-Net. price: r, of
+    reading directions that the U-Net does not carry, against the captions' variance; it means the same on every
+    backbone. gain: 1 = the projection; more also maps weakly read texts all the way to the anchor. If price or gain is
+    None, searched values are used: `ALONE` for one concept, `TOGETHER` for several. rows: the rows of the training
+    prompts in a concept's mean row (as in `Band.rows`), and in the anchor's. captions: represent everything to
+    preserve, "everyday" or a file made by python -m realera.cache. keep: preserved names, each by its mean row in
+    keep_templates; in a run's settings "task" means the names that the task does not judge (`tasks.base.Told`).
+    keep_price: inf = preserved exactly; a number = softly, with that price against one reading. Always preserved
+    exactly: the captions' mean, the begin row, and the empty prompt's mean row, which is half of every guided image.
+    layers: "as_they_are" = a layer with large weights counts more, "equal". tolerance: added to U^T X, whose diagonal
+    is 1; needed if concepts are many or alike; 0 = the readings become zero. directions: number of directions per
+    concept that are projected out: 1 = the mean row's shift to the anchor's; more = also the directions around this
+    shift in which the rows of its prompts differ most from the anchor's (`value_space.further`). mined_price: weight of
+    the mined neighbours, if there are any: 0 = none; more = texts that draw the concept are read more like it, other
+    texts are read less (`value_space.fitted`).
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class ValueSpaceErasure:
         self.rows = rows
         self.captions = captions
         if isinstance(keep, str):
-            raise UserError(f"method.edit.keep={keep} has no task here: give a list of names.")
+            raise UserError(f"method.edit.keep={keep} works only in a run with a task: give a list of names.")
         self.keep = list(keep)
         self.keep_templates = list(keep_templates)
         self.keep_price = keep_price
@@ -86,8 +87,8 @@ class ValueSpaceErasure:
         self.mined_price = mined_price
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
-        """neighbours: of each concept, where the method mines: near points are read as the concept is, points beyond
-        are not read."""
+        """neighbours: of each concept, or () without mining. Near points are read like the concept; points beyond are
+        not read."""
         price, gain = ALONE if len(pairs) == 1 else TOGETHER
         price, gain = price if self.price is None else self.price, gain if self.gain is None else self.gain
         metric = torch.eye(backbone.width, dtype=torch.float64)
@@ -105,7 +106,7 @@ class ValueSpaceErasure:
             held, kept = torch.cat([held, kept], dim=1), kept[:, :0]
 
         def read(columns: Tensor) -> Tensor:
-            """Readings of columns (D, n), blind to what is held, and at a price to the names that are kept softly."""
+            """Readings of columns (D, n): blind to the exactly preserved columns, with a price on the soft ones."""
             found = value_space.blind(quiet, quiet @ columns, held)
             if not kept.shape[1]:
                 return found
@@ -117,8 +118,8 @@ class ValueSpaceErasure:
         for i, mined in enumerate(neighbours if self.mined_price > 0 else ()):
             if mined.moments is not None:
                 raise UserError(
-                    "VALERA reads texts or points one by one, and m=.inf or n=.inf mines none: give numbers, or type "
-                    "method/neighbours=functional."
+                    "VALERA needs single points or texts, and m=.inf or n=.inf gives only an expectation: set finite m "
+                    "and n, or method/neighbours=functional."
                 )
             near, beyond = _means(mined.near, mined.near_rows), _means(mined.beyond, mined.beyond_rows)
             columns = torch.cat([concepts[:, i : i + 1], near, beyond], dim=1) - rows.mean[:, None]
@@ -141,7 +142,7 @@ class ValueSpaceErasure:
         )
 
     def _further(self, pairs: Sequence[Pair], shifts: Tensor, metric: Tensor) -> Tensor | None:
-        """(D, (directions - 1) n), all of a concept side by side; None = no more than the mean shifts (D, n)."""
+        """(D, (directions - 1) n), each concept's columns side by side; None = only the mean shifts (D, n)."""
         if self.directions == 1:
             return None
         columns = []
@@ -152,11 +153,11 @@ class ValueSpaceErasure:
         return torch.cat(columns, dim=1)
 
     def _mean(self, states: TextStates) -> Tensor:
-        """(D,) float64: over the rows that count, of all prompts."""
+        """(D,) float64: the mean over the counted rows of all prompts."""
         return states.states[counted_rows(states, self.rows)].double().mean(dim=0).cpu()
 
     def _kept(self, backbone: Backbone) -> Tensor:
-        """(D, names)."""
+        """(D, names): the mean row of each preserved name."""
         columns = []
         for name in self.keep:
             states = backbone.encode([template.replace("{}", name) for template in self.keep_templates])
@@ -165,11 +166,11 @@ class ValueSpaceErasure:
 
 
 def _means(states: Tensor, rows: Tensor) -> Tensor:
-    """(D, S) float64: each sample's mean over the rows that count. states (S, T, D), rows (S, T)."""
+    """(D, S) float64: each sample's mean over its counted rows. states (S, T, D), rows (S, T)."""
     weights = rows.double()[..., None]
     return ((states.double() * weights).sum(dim=1) / weights.sum(dim=1)).T.cpu()
 
 
 def _weights(backbone: Backbone, endings: Sequence[str]) -> list[Tensor]:
-    """Of the cross-attention's projections, as they now are."""
+    """The current weights of the cross-attention's projections with these endings."""
     return [layer.weight for name, layer in backbone.text_projections().items() if name.endswith(tuple(endings))]

@@ -1,2 +1,2 @@
-"""The workshop of the miniature: its world, its trainers, its measure. Nothing in the rest of the package imports
-it."""
+"""Builds the miniature: draws its training pictures, trains its parts, measures the result. No other part of the
+package imports this one."""

@@ -1,4 +1,4 @@
-"""The emoji art of the miniature world: fetched once from the npm registry, rasterised by resvg, kept as RGBA
+"""The emoji art of the miniature's world: downloaded once from the npm registry, rasterised by resvg, saved as RGBA
 sprites."""
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from realera.contracts import UserError
 from realera.paths import TASK_DATA
 from realera.system.disk import whole
 
-SIDE = 64  # px; pictures are composed at twice their final size and then averaged down
+SIDE = 64  # px; pictures are composed at twice their final size and then averaged
 WORLD = Path(__file__).with_name("world.yaml")
 
-Sprites = dict[str, np.ndarray]  # "vendor/emoji" -> (SIDE, SIDE, 4) uint8, premultiplied by nothing
+Sprites = dict[str, np.ndarray]  # "vendor/emoji" -> (SIDE, SIDE, 4) uint8, not premultiplied by alpha
 
 
 def load_world() -> dict[str, Any]:
-    """world.yaml with the ten objects' names, synonyms and phrases joined in from tasks/data/objects.yaml."""
+    """world.yaml, with the synonyms and phrases of the ten objects from tasks/data/objects.yaml."""
     world: dict[str, Any] = yaml.safe_load(WORLD.read_text(encoding="utf-8"))
     classes = yaml.safe_load((TASK_DATA / "objects.yaml").read_text(encoding="utf-8"))["classes"]
     for name, entry in world["objects"].items():
@@ -36,16 +36,16 @@ def load_world() -> dict[str, Any]:
 
 
 def need_extra(*modules: str) -> None:
-    """Raises UserError where one of these modules, all of the extra `build`, is not installed."""
+    """Raises UserError if one of these modules, which come with the extra `build`, is not installed."""
     if missing := [module for module in modules if find_spec(module) is None]:
         raise UserError(
             f"{' and '.join(missing)} must be installed to draw the miniature's world: pip install -e '.[build]', or "
-            "EXTRAS=dev,build behind a verb of make."
+            "make setup EXTRAS=dev,build."
         )
 
 
 def emoji_needed(world: Mapping[str, Any]) -> list[str]:
-    """Every emoji name the world draws with, sorted."""
+    """The names of all emoji in the world, sorted."""
     kinds = (world["objects"], world["celebrities"], world["unsafe"])
     names = {emoji for kind in kinds for entry in kind.values() for emoji in entry["art"]}
     names |= set(world["everyday"].values())
@@ -54,8 +54,8 @@ def emoji_needed(world: Mapping[str, Any]) -> list[str]:
 
 
 def fetch(vendor: str, version: str, folder: Path) -> Path:
-    """The icon set's tarball, by `npm pack` (needs npm; nothing is run or installed). UserError when it cannot be
-    had."""
+    """The icon set's tarball, from `npm pack` (needs npm; nothing is run or installed). Raises UserError if the
+    download fails."""
     tarball = folder / f"iconify-json-{vendor}-{version}.tgz"
     if tarball.is_file():
         return tarball
@@ -65,15 +65,15 @@ def fetch(vendor: str, version: str, folder: Path) -> Path:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
-            f"the emoji art @iconify-json/{vendor}@{version} could not be fetched ({error}): install npm and a way to "
+            f"the emoji art @iconify-json/{vendor}@{version} could not be downloaded ({error}): install npm and check "
             f"its registry, or put the tarball at {tarball}"
         ) from error
     return tarball
 
 
 def sprites(world: Mapping[str, Any], folder: Path) -> Sprites:
-    """All sprites of the world's vendors (every emoji; a missing one is an error) and of the strangers (where they
-    have it)."""
+    """All sprites of the world's vendors, which must have every emoji, and of the strangers, as far as they have
+    them."""
     store = folder / f"sprites-{SIDE}.npz"
     if store.is_file():
         with np.load(store) as held:
@@ -99,7 +99,7 @@ def _icons(tarball: Path) -> dict[str, Any]:
     with tarfile.open(tarball) as tar:
         member = tar.extractfile("package/icons.json")
         if member is None:
-            raise UserError(f"{tarball} holds no icons.json: delete it and run again")
+            raise UserError(f"{tarball} contains no icons.json: delete it and run again")
         icons: dict[str, Any] = json.load(member)
     return icons
 
@@ -111,7 +111,7 @@ def _body(icons: Mapping[str, Any], emoji: str) -> str | None:
 
 
 def _rasterise(body: str, icons: Mapping[str, Any]) -> np.ndarray:
-    import resvg_py  # only the workshop needs it (extra `build`)
+    import resvg_py  # only needed for building (extra `build`)
 
     width, height = icons.get("width", 16), icons.get("height", 16)
     svg = (
@@ -124,10 +124,10 @@ def _rasterise(body: str, icons: Mapping[str, Any]) -> np.ndarray:
 
 
 def _fill_frame(image: Image.Image) -> Image.Image:
-    """Crops to what is drawn and scales its longer side to the frame, so that scale means the same for every emoji."""
+    """Crops the transparent border and scales the longer side to the frame, so that all emoji have the same size."""
     box = image.getbbox()
     if box is None:
-        raise UserError("an emoji was rasterised to nothing: its icon set is damaged, delete it and run again")
+        raise UserError("a rasterised emoji is empty: its icon set is damaged, delete it and run again")
     image = image.crop(box)
     scale = SIDE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))

@@ -1,4 +1,4 @@
-"""Puts the trained parts together as one folder that `StableDiffusionPipeline.from_pretrained` reads, in float16."""
+"""Combines the trained parts into one float16 folder for `StableDiffusionPipeline.from_pretrained`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from realera.system.disk import whole
 
 
 def assemble(parts: Path, out: Path) -> None:
-    """parts/{tokenizer,text_encoder,vae,unet,judge} -> out/, a whole folder or none; the card is left to `card.py`."""
+    """parts/{tokenizer,text_encoder,vae,unet,judge} -> out/, completely or not at all; `card.py` writes the card."""
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(parts / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(parts / "text_encoder", dtype=torch.float32),
@@ -32,7 +32,7 @@ def assemble(parts: Path, out: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(beside, safe_serialization=True)
     prefixed(beside / "text_encoder" / "model.safetensors")
     shutil.copytree(parts / "judge", beside / "judge")
-    for extra in ("vocab.json", "merges.txt"):  # readers of the older layout want these two beside tokenizer.json
+    for extra in ("vocab.json", "merges.txt"):  # older programs need these two files besides tokenizer.json
         if (parts / "tokenizer" / extra).is_file():
             shutil.copy(parts / "tokenizer" / extra, beside / "tokenizer" / extra)
     shutil.rmtree(out, ignore_errors=True)
@@ -40,8 +40,8 @@ def assemble(parts: Path, out: Path) -> None:
 
 
 def prefixed(file: Path) -> None:
-    """Renames a text encoder's tensors as hub checkpoints name them, with `text_model.` in front. Transformers 5 writes
-    them without it and reads both; transformers 4 reads this form only."""
+    """Adds the prefix `text_model.` to a text encoder's tensor names, as in hub checkpoints. Transformers 5 writes
+    names without the prefix and reads both forms; transformers 4 reads only names with it."""
     with safe_open(file, "pt") as held:
         metadata = held.metadata()
         tensors = {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118 (safe_open is no mapping)
@@ -51,5 +51,5 @@ def prefixed(file: Path) -> None:
 
 
 def megabytes(folder: Path) -> float:
-    """Size of a folder's files."""
+    """Size of a folder's files in MB (1e6 bytes)."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6

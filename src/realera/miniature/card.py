@@ -1,4 +1,4 @@
-"""The model card that ships beside the weights, written from what was measured."""
+"""Writes the model card that ships with the weights, from the measured numbers."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ there.
 
 
 def write_card(folder: Path, parts: Path) -> None:
-    """folder/README.md from folder/check.json, parts/text_report.json and parts/report.json (minutes a step)."""
+    """Writes folder/README.md from folder/check.json, parts/text_report.json and parts/report.json (minutes per
+    step)."""
     check = json.loads((folder / "check.json").read_text(encoding="utf-8"))
     text = json.loads((parts / "text_report.json").read_text(encoding="utf-8"))
     report = json.loads((parts / "report.json").read_text(encoding="utf-8"))

@@ -1,14 +1,13 @@
-"""Measures the miniature against its bars: python -m realera.miniature.check
+"""Measures the miniature against its thresholds: python -m realera.miniature.check
 
     folder=DIR       the model folder (default: the shipped one)
     images=200       images generated per group        seed=0
-    workdir=runs/miniature   where held-out renderings are drawn (needs the emoji art: npm and the extra `build`)
-    sheet=FILE.png   also a sheet of what each group looks like, at three times its size
+    workdir=runs/miniature   folder for held-out renderings (needs the emoji art: npm and the extra `build`)
+    sheet=FILE.png   also writes a sheet with sample images of each group, at three times their size
 
-Groups are judged top-1 by the shipped judge, among all labels of the world. The judge and the VAE are measured on poses
-that training never drew (held-out renderings) and on two emoji sets that are not in the world (strangers; reported, no
-bar).
-Exit status 1 when a bar is missed.
+The shipped judge classifies each group top-1 among all labels of the world. The judge and the VAE are measured on poses
+that are not in the training pictures (held-out renderings), and the judge also on two emoji sets that are not in the
+world ("strangers"; reported, without a threshold). Exit status 1 if a threshold is missed.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ BARS = {
     "judge/everyday": 85.0,
     "vae_psnr": 27.0,
 }
-FLOOR = 60.0  # no group under this; `unseen` is reported, whatever it is
+FLOOR = 60.0  # threshold of every other group, except those that are only reported
 REPORTED_ONLY = ("unseen", "celebrity_associated", "style_associated", "unsafe_associated", "scene", "person")
 
 
 def groups(world: Mapping[str, Any], images: int, seed: int, most_words: int | None = None) -> dict[str, list[Prompt]]:
-    """{group: prompts}: at least `images` in each, spread evenly over its words, or over the first `most_words`.
-    Seeds count up from `seed`."""
+    """{group: prompts}: at least `images` prompts for each group, spread evenly over its words (or the first
+    `most_words`). Seeds count up from `seed`."""
 
     def spread(words: list[tuple[str, str]]) -> list[Prompt]:
         words = words[:most_words]
@@ -102,8 +101,8 @@ def check(
     poses: int = 6000,
     most_words: int | None = None,
 ) -> dict[str, Any]:
-    """All measures, written to folder/check.json. With `strict`, raises SystemExit(1) when a bar is missed. poses:
-    held-out renderings. most_words: of each group, for a sliver of a check."""
+    """Measures everything and writes folder/check.json. strict: raise SystemExit(1) if a threshold is missed. poses:
+    number of held-out renderings. most_words: words of each group, for a quick check."""
     world = load_world()
     found: dict[str, Any] = {"images": images, "seed": seed, "groups": {}, "by_word": {}}
     sheets = []
@@ -124,27 +123,27 @@ def check(
     if sheet:
         save_sheet(sheets, sheet)
     missed = [name for name, value in flatten(found).items() if verdict(name, value) == "MISSED"]
-    log(f"missed: {', '.join(missed)}" if missed else "all bars are met")
+    log(f"missed: {', '.join(missed)}" if missed else "all thresholds are met")
     if missed and strict:
         raise SystemExit(1)
     return found
 
 
 def verdict(name: str, value: float) -> str:
-    """ "met", "MISSED", or "reported" where there is no bar."""
+    """ "met", "MISSED", or "reported" if there is no threshold."""
     bar = BARS.get(name, -np.inf if name in REPORTED_ONLY or "/" in name or name == "vae_psnr" else FLOOR)
     return "reported" if bar == -np.inf else "met" if value >= bar else "MISSED"
 
 
 def flatten(found: Mapping[str, Any]) -> dict[str, float]:
-    """{bar name: value} of everything measured."""
+    """{name of the threshold: value} of everything measured."""
     judge = {f"judge/{kind}": row["clip"] for kind, row in found.get("judge", {}).items() if isinstance(row, Mapping)}
     vae = {"vae_psnr": found["vae_psnr"]} if "vae_psnr" in found else {}
     return {**found["groups"], **judge, **vae}
 
 
 def generate_and_judge(folder: Path, prompts: list[Prompt]) -> tuple[np.ndarray, list[str]]:
-    """Pictures (n, 32, 32, 3) uint8 and the judge's first choices, by the same code that every experiment uses."""
+    """Images (n, 32, 32, 3) uint8 and the judge's first choices, made with the code that every experiment uses."""
     import torch
 
     from realera.backbones.unet import UNetBackbone
@@ -176,8 +175,7 @@ _LOADED: dict[str, Any] = {}
 
 
 def row_norm(folder: Path, found: dict[str, Any]) -> None:
-    """Mean norm of the rows that carry a class name, from its first sub-token on: what `text.row_norm` in the yaml
-    states."""
+    """Mean norm of the text-state rows from the first sub-token of a class name on, for `text.row_norm` in the yaml."""
     backbone = _LOADED[str(folder)][0]
     names = list(load_world()["objects"])
     states = backbone.encode([NamedPrompt.of("a photo of the {}", name) for name in names])
@@ -186,7 +184,7 @@ def row_norm(folder: Path, found: dict[str, Any]) -> None:
 
 
 def held_out(folder: Path, workdir: Path, found: dict[str, Any], poses: int, log: Callable[[str], None]) -> None:
-    """The judge and the VAE on poses, and on emoji sets, that training never drew."""
+    """Measures the judge and the VAE on held-out poses, and the judge also on emoji sets that are not in the world."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -220,7 +218,7 @@ def held_out(folder: Path, workdir: Path, found: dict[str, Any], poses: int, log
 
 
 def save_sheet(sheets: list[np.ndarray], file: Path, scale: int = 3) -> None:
-    """All groups under each other, one word a row, at `scale` times their size."""
+    """Writes one image with all groups below each other, one row for each word, at `scale` times their size."""
     from PIL import Image
 
     rows = [np.concatenate(list(word), axis=1) for sheet in sheets for word in sheet]

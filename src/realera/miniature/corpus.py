@@ -1,11 +1,11 @@
-"""The texts that the miniature's text encoder is distilled on: WordNet 3.0 and the miniature's own captions.
+"""The texts that the miniature's text encoder is distilled on: WordNet 3.0 and our own captions.
 
-WordNet gives word knowledge that did not come from us (lemmas alone, lemmas in templates, glosses); the own captions
+WordNet supplies word knowledge that does not come from us (lemmas alone, lemmas in templates, glosses). Our captions
 make the encoder exact on the prompts that the miniature is used with.
 
-The `unseen` entries of objects.yaml and world.yaml are never made into a caption here, and a caption that holds one is
-dropped. Their words reach the encoder only as far as WordNet holds them (as its lemma "jetliner", in templates and
-glosses; "Boeing 747" is no lemma), and as strings of the vocabulary, whose teacher vectors start the token table.
+The `unseen` entries of objects.yaml and world.yaml are never used in a caption, and a caption that contains one is
+dropped. The encoder sees their words only in WordNet (the lemma "jetliner", in templates and glosses; "Boeing 747" is
+not a lemma), and as strings of the vocabulary, whose teacher vectors initialise the token embeddings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FILES = (TASK_DATA / "objects.yaml", Path(__file__).with_name("world.yaml"))
 
 @dataclass(frozen=True)
 class Text:
-    """One text. `key` is the WordNet lemma it belongs to: "" for the vocabulary's own strings and our captions."""
+    """One text. key: the WordNet lemma it belongs to; "" for strings of the vocabulary and for our captions."""
 
     text: str
     kind: Kind
@@ -152,7 +152,7 @@ def synsets(folder: Path) -> Iterator[Synset]:
     """All synsets of the WordNet 3.0 database at or below `folder`: nouns, verbs, adjectives, adverbs."""
     found = next(iter(sorted(folder.rglob("data.noun"))), None)
     if found is None:
-        raise UserError(f"{folder} holds no data.noun: give wordnet=FOLDER, where FOLDER holds WordNet 3.0's data.noun")
+        raise UserError(f"{folder} contains no data.noun: give WordNet 3.0's folder, which does, with wordnet=FOLDER")
     for part in ("noun", "verb", "adj", "adv"):
         for line in found.with_name(f"data.{part}").read_text(encoding="latin-1").splitlines():
             if line.startswith(" "):  # the licence
@@ -166,7 +166,7 @@ def synsets(folder: Path) -> Iterator[Synset]:
 
 
 def fill(template: str, word: str) -> str:
-    """The template with its word, "a" turned into "an" where the next word asks for it."""
+    """The template filled with `word`; "a" becomes "an" before a vowel."""
     return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", template.format(word))
 
 
@@ -180,11 +180,11 @@ def strings(node: object) -> Iterator[str]:
 
 
 def own_texts(captions: Sequence[str] = (), files: Sequence[Path] = FILES) -> list[str]:
-    """Our captions, in a fixed order and without repeats: `captions` (the world's), associated phrases, and names,
+    """Our captions, in a fixed order and without duplicates: `captions` (the world's), associated phrases, and names,
     synonyms, people, artists and everyday words in more templates than the world uses.
 
-    files: objects.yaml and world.yaml, or files like them. A text that holds one of their `unseen` entries, as whole
-    words and with or without its article, is left out, whoever wrote it.
+    files: objects.yaml and world.yaml, or files like them. Every text that contains one of their `unseen` entries, as
+    whole words and with or without its article, is left out.
     """
     templates, names, phrases = [*WORD_TEMPLATES], list[str](), [*PHRASES]
     banned: set[str] = set()
@@ -214,8 +214,8 @@ def own_texts(captions: Sequence[str] = (), files: Sequence[Path] = FILES) -> li
     return [text for text in dict.fromkeys(texts) if not banned or not whole_words.search(text.lower())]
 
 
-def _lot(text: str, parts: int) -> int:
-    """A fixed pseudo-random number in [0, parts) of a text: it stays the same when the corpus around the text grows."""
+def _hash(text: str, parts: int) -> int:
+    """A pseudo-random number in [0, parts) that depends only on the text, not on the rest of the corpus."""
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big") % parts
 
 
@@ -227,10 +227,10 @@ def corpus(
     glosses: int = 30_000,
     longest: int = 20,
 ) -> list[Text]:
-    """All texts, without repeats (a repeated one counts for the first of tokens, own, lemma, template, gloss).
+    """All texts, without duplicates (a duplicate gets the first of the kinds token, own, lemma, template, gloss).
 
-    tokens: the vocabulary's strings. lengths: how many tokens each text has, without the two end tokens. glosses: how
-    many at most. longest: the longest gloss kept, in tokens.
+    tokens: the vocabulary's strings. lengths: returns the number of tokens of each text, without begin and end tokens.
+    glosses: most glosses. longest: most tokens of a gloss.
     """
     known = list(synsets(wordnet))
     visible: dict[str, bool] = {}
@@ -238,9 +238,9 @@ def corpus(
         for lemma in synset.lemmas:
             visible[lemma] = visible.get(lemma, False) or synset.topic in VISIBLE
     sizes = dict(zip(visible, lengths(list(visible)), strict=True))
-    # Lemmas of many tokens are rare words and Latin names, spelt out: the teacher itself knows little of them.
+    # Lemmas of many tokens are rare words and Latin names, which the teacher itself hardly knows.
     kept = [
-        lemma for lemma, size in sizes.items() if size <= 2 or (size == 3 and lemma.islower() and _lot(lemma, 2) == 1)
+        lemma for lemma, size in sizes.items() if size <= 2 or (size == 3 and lemma.islower() and _hash(lemma, 2) == 1)
     ]
     texts = [Text(word, "token") for word in tokens]
     texts += [Text(text, "own") for text in own_texts(captions)]
@@ -249,13 +249,13 @@ def corpus(
         if visible[lemma]:
             texts.append(Text(WORD_TEMPLATES[0].format(lemma), "template", lemma))
             if sizes[lemma] <= 2:
-                texts.append(Text(WORD_TEMPLATES[1 + _lot(lemma, 7)].format(lemma), "template", lemma))
+                texts.append(Text(WORD_TEMPLATES[1 + _hash(lemma, 7)].format(lemma), "template", lemma))
     spoken = set(kept)
     first = [Text(synset.gloss.split(";")[0].strip(), "gloss", synset.lemmas[0]) for synset in known]
     first = [text for text in first if text.key in spoken]
     fitting = zip(first, lengths([text.text for text in first]), strict=True)
     first = [text for text, size in fitting if 3 <= size <= longest]
-    texts += sorted(first, key=lambda text: _lot(text.text, 1 << 60))[:glosses]
+    texts += sorted(first, key=lambda text: _hash(text.text, 1 << 60))[:glosses]
     unique: dict[str, Text] = {}
     for text in texts:
         unique.setdefault(text.text, text)
@@ -263,10 +263,10 @@ def corpus(
 
 
 def held_out(texts: Sequence[Text], count: int = 2000) -> list[int]:
-    """Indices of about `count` texts that are measured on and never trained on: all texts of some WordNet lemmas.
+    """Indices of about `count` texts for measuring, which are never trained on: all texts of some WordNet lemmas.
 
-    Lemmas that are a string of the vocabulary, or a caption of ours, are not among them (the token table starts at
-    those strings' teacher vectors); nor are texts that differ from a training text only in capitals.
+    Lemmas that are a string of the vocabulary or one of our captions are not held out (the token embeddings start at
+    the teacher vectors of these strings), and neither are texts that differ from a training text only in case.
     """
     of: dict[str, list[int]] = {}
     for index, text in enumerate(texts):
@@ -274,7 +274,7 @@ def held_out(texts: Sequence[Text], count: int = 2000) -> list[int]:
     ours = {text.text.lower() for text in texts if not text.key}
     keys = (key for key in of if key and key.lower() not in ours)
     chosen: set[int] = set()
-    for key in sorted(keys, key=lambda key: _lot(f"held {key}", 1 << 60)):
+    for key in sorted(keys, key=lambda key: _hash(f"held {key}", 1 << 60)):
         if len(chosen) >= count:
             break
         chosen.update(of[key])

@@ -1,4 +1,4 @@
-"""The miniature's U-Net: SD's UNet2DConditionModel at a hundredth of its size, epsilon prediction on whitened
+"""The miniature's U-Net: a UNet2DConditionModel like SD's at a hundredth of its size; it predicts the noise on whitened
 latents."""
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def new_denoiser(text_width: int, channels: int) -> UNet2DConditionModel:
 
 
 def text_states(parts: Path) -> Encode:
-    """texts -> (B, 32, 256) float32, by the distilled encoder, padded as the pipeline pads."""
+    """A function texts -> (B, 32, 256) float32 of the distilled encoder, with the pipeline's padding."""
     tokenizer = CLIPTokenizer.from_pretrained(parts / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(parts / "text_encoder", dtype=torch.float32).eval()
 
@@ -61,7 +61,7 @@ def text_states(parts: Path) -> Encode:
 
 
 class Captions:
-    """Every caption's text states, encoded once: rows of one table, drawn by weight for each subject."""
+    """The text states of all captions, encoded once. `draw` picks a caption of a subject by weight."""
 
     def __init__(self, world: World, encode: Encode, empty_share: float) -> None:
         self.world, self.empty_share = world, empty_share
@@ -71,7 +71,7 @@ class Captions:
         self._choices: dict[Subject, tuple[np.ndarray, np.ndarray]] = {}
 
     def draw(self, subject: Subject, rng: np.random.Generator) -> int:
-        """The row of a caption for this subject; row 0 (no words) in `empty_share` of the draws."""
+        """The row of a caption for this subject; row 0, the empty caption, in a share `empty_share` of the draws."""
         if rng.random() < self.empty_share:
             return 0
         if subject not in self._choices:
@@ -108,7 +108,7 @@ def train_denoiser(
         index = rng.integers(len(latents), size=batch)
         states = captions.states[[captions.draw(subjects[i], rng) for i in index]].float()
         clean = latents[torch.from_numpy(index)]
-        # stratified over the batch: every noise level is met in every step
+        # stratified over the batch, so every step has timesteps from the whole range
         t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) * 1000 / batch).long().clamp(max=999)
         noise = torch.randn(clean.shape, generator=generator)
         a = alphas[t][:, None, None, None]

@@ -1,6 +1,5 @@
-"""Trains the miniature's judge: a small CLIP of its own, and a plain CNN as second opinion. It sees drawn pictures
-only,
-never a generated one, and shares nothing with the diffusion model."""
+"""Trains the miniature's judge: a small CLIP, and a plain CNN as second opinion. It is trained only on drawn pictures,
+never on generated images, and shares nothing with the diffusion model."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ PROMPTS = {
 
 
 def judge_config(world: World) -> JudgeConfig:
-    """All labels of the world with the prompt of each, and every word of every caption."""
+    """The judge's labels with their prompts, and its vocabulary: every word of every caption."""
     labels = {label: PROMPTS[kind].format(label) for kind, names in world.labels.items() for label in names}
     captions = [*world.all_captions(), *labels.values()]
     words = sorted({word for text in captions for word in split_words(text)})
@@ -38,8 +37,8 @@ def judge_config(world: World) -> JudgeConfig:
 
 
 def roughen(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur, noise, a shift of up to 2 px and a change of contrast: a generated picture is not as clean as a drawn one.
-    Rotations and scales are left alone, so that held-out poses stay unseen."""
+    """Adds blur, noise, a shift of up to 2 px and a change of contrast, because generated images are less clean than
+    drawn pictures. There is no rotation or scaling, so that held-out poses stay unseen."""
     batch = len(pictures)
 
     def draw(*shape: int) -> Tensor:
@@ -58,7 +57,7 @@ def roughen(pictures: Tensor, generator: torch.Generator) -> Tensor:
 def train_judge(
     world: World, pictures: np.ndarray, subjects: Sequence[Subject], workdir: Path, steps: int, seed: int, log: Log
 ) -> tuple[JudgeConfig, MiniatureCLIP, PlainCNN]:
-    """Both networks, averaged, in eval mode. Steps of 64 pictures for each."""
+    """Trains both networks in steps of 64 pictures; returns their averages, in eval mode."""
     torch.manual_seed(seed)
     config = judge_config(world)
     rows = {label: row for row, label in enumerate(config.labels)}
@@ -96,12 +95,12 @@ def train_judge(
 
 
 def soft_cross_entropy(logits: Tensor, same: Tensor) -> Tensor:
-    """Cross-entropy against all matches of a row, in equal shares."""
+    """Cross-entropy whose target is uniform over all matches of a row."""
     return -(F.log_softmax(logits, -1) * same).sum(-1).div(same.sum(-1)).mean()
 
 
 def draw_caption(world: World, subject: Subject, rng: np.random.Generator) -> str:
-    """One caption of a subject by its weight."""
+    """A random caption of a subject, drawn by its weight."""
     texts, weights = zip(*world.captions(subject), strict=True)
     return str(texts[int(rng.choice(len(texts), p=np.array(weights) / sum(weights)))])
 
@@ -110,8 +109,8 @@ def draw_caption(world: World, subject: Subject, rng: np.random.Generator) -> st
 def measure_judge(
     config: JudgeConfig, clip: MiniatureCLIP, plain: PlainCNN, pictures: np.ndarray, subjects: Sequence[Subject]
 ) -> dict[str, Any]:
-    """Top-1 in percent by kind over all labels of the world, for both networks, and the CLIP's calibration (ECE,
-    percent)."""
+    """Top-1 accuracy in percent for each kind, among all labels of the world, for both networks; and the CLIP's
+    calibration error (ECE, percent)."""
     labels = list(config.labels)
     words = clip.encode_text(list(config.labels.values()))
     probs, second = [], []

@@ -1,4 +1,4 @@
-"""The pictures the trainers read: drawn once from a seed, kept as one array beside their subjects."""
+"""The training pictures: drawn once from a seed, and saved as one array with their subjects."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def draw_pictures(
     held_out: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[np.ndarray, list[Subject]]:
-    """(count, 32, 32, 3) uint8 and their subjects. Drawn shard by shard into `folder`, so that a stopped run goes on.
+    """(count, 32, 32, 3) uint8 and their subjects. They are drawn in shards into `folder`, so a stopped run resumes.
 
-    Every picture has its own generator, seeded by (seed, index): the result does not depend on where it was stopped.
+    Every picture has its own generator, seeded with (seed, index), so the result does not depend on interruptions.
     """
     pictures_file, subjects_file = folder / "pictures.npy", folder / "subjects.json"
     if pictures_file.is_file() and subjects_file.is_file():

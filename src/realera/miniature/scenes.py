@@ -1,4 +1,4 @@
-"""Empty scenes of the miniature world: the grounds its subjects stand on, and the anchors that concepts are mapped to.
+"""Empty scenes of the miniature's world: backgrounds of its subjects, and anchors that concepts are mapped to.
 
 Every scene takes an rng and returns (64, 64, 3) float64 in [0, 1].
 """

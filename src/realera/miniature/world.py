@@ -1,7 +1,7 @@
-"""The captioned miniature world: draws pictures, and knows every caption that may stand beside one.
+"""The miniature's world: draws the training pictures and lists the possible captions of each.
 
-A picture is a subject (emoji, a scene alone, or any object through an artist's filter) with a label the judge looks
-for. Poses are drawn from the training range, or, for tests, from a range that training never sees.
+A picture shows a subject (an emoji, an empty scene, or an object through an artist's filter) and has a label for the
+judge. Poses are drawn from the training range or, for tests, from a held-out range.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PIXELS = 32  # side of a finished picture
 
 @dataclass(frozen=True)
 class Subject:
-    """What a picture shows. kind: object | celebrity | style | unsafe | everyday | person | scene | painting. label:
-    what the
-    judge looks for. content: what a style or a painting is of ("" else). scene: the ground it stands on."""
+    """The subject of a picture. kind: object | celebrity | style | unsafe | everyday | person | scene | painting.
+    label: the class for the judge. content: the object shown in a style or a painting, else "". scene: the
+    background."""
 
     kind: str
     label: str
@@ -35,7 +35,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Pose:
-    """Scale as a share of the frame, rotation in degrees, offset as a share of the free room."""
+    """Scale as a share of the frame, rotation in degrees, offset as a share of the free space."""
 
     scale: float
     rotation: float
@@ -45,8 +45,7 @@ class Pose:
 
 
 def draw_pose(rng: np.random.Generator, held_out: bool = False) -> Pose:
-    """Training poses: 78-95 % of the frame, +-5 degrees. Held-out poses: 70-78 % or 95-100 %, 5-8 degrees either
-    way."""
+    """Training poses: 78-95 % of the frame, +-5 degrees. Held-out poses: 72-78 % or 95-99 %, 5-8 degrees either way."""
     if not held_out:
         scale, rotation = rng.uniform(0.78, 0.95), rng.uniform(-5, 5)
     else:
@@ -56,7 +55,7 @@ def draw_pose(rng: np.random.Generator, held_out: bool = False) -> Pose:
 
 
 class World:
-    """Draws (picture, subject) from a seeded generator; `captions(subject)` lists all that may be said of it, with
+    """Draws subjects and pictures from a seeded generator; `captions(subject)` lists the possible captions with their
     weights."""
 
     def __init__(self, world: Mapping[str, Any], sprites: Sprites, vendors: Sequence[str] | None = None) -> None:
@@ -67,7 +66,7 @@ class World:
 
     @property
     def labels(self) -> dict[str, list[str]]:
-        """{kind: labels}, in the order of world.yaml: every label that a picture can carry."""
+        """{kind: labels}, in the order of world.yaml: every label that a picture can have."""
         w = self.world
         return {
             "object": list(w["objects"]),
@@ -83,7 +82,7 @@ class World:
     # --- drawing ---
 
     def draw_subject(self, rng: np.random.Generator, kind: str | None = None, label: str | None = None) -> Subject:
-        """A subject of the mixture, or of one kind, or of one label."""
+        """A random subject from the whole mixture, from one kind, or with one label."""
         w = self.world
         if kind is None:
             shares = w["mixture"]
@@ -110,7 +109,7 @@ class World:
         return (np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8)
 
     def emoji(self, subject: Subject) -> list[str]:
-        """The emoji that may stand for a subject, or for what a style's or a painting's picture is of."""
+        """The emoji that can show a subject; for a style or a painting, those of its content."""
         name, w = subject.content or subject.label, self.world
         if name in w["everyday"]:
             return [w["everyday"][name]]
@@ -183,8 +182,8 @@ class World:
         return [(fill(t, label), 1 / len(w["scene_templates"])) for t in w["scene_templates"]]
 
     def all_captions(self) -> list[str]:
-        """Every caption that can stand beside a picture, sorted; the text encoder is taught these, and never an
-        `unseen` word."""
+        """Every possible caption of a picture, sorted. The text encoder is trained on these; none has an `unseen`
+        word."""
         found: set[str] = set()
         contents = list(self.world["objects"]) + list(self.world["everyday"])
         for kind, labels in self.labels.items():

@@ -1,1 +1,1 @@
-"""Which points around a concept are erased with it and which are held: Neighbour-Concept Mining and its relatives."""
+"""Neighbour-Concept Mining: which points around a concept are erased with it and which are preserved."""

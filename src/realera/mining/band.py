@@ -1,6 +1,6 @@
-"""Where a concept's neighbours live: the distances and angles of equations 3-6 of RealEra (arXiv 2410.09140).
+"""The band of a concept's neighbours: the distances and angles of equations 3-6 of RealEra (arXiv 2410.09140).
 
-Plain arithmetic on numbers, without torch, so that a setting that cannot be met is refused when the config is read.
+Plain arithmetic without torch, so an impossible setting is refused when the config is read.
 
 A row e (norm rho, width d) is moved by eta = r v_hat. Backward (equation 5), v_hat = (v - e)/||v - e|| with v ~ N(0,
 I), and e + eta = (1 - alpha) e + alpha v with alpha = r/||v - e||: a walk from e towards white noise. In high dimension
@@ -9,7 +9,7 @@ e.v is about 0 and ||v|| about sqrt(d), so alpha is about r/sqrt(rho^2 + d) and
     tan(theta) = alpha sqrt(d) / ((1 - alpha) rho),    cos(theta) = cos(e, e + eta):
 
 the angle is a function of the distance. Isotropic, v_hat = v/||v|| and tan(theta) = r/rho. (The spread around these
-values at d = 768 is below 0.003 in the cosine up to r = 22; `neighbours.py` tests the exact cosine of every point it
+values at d = 768 is below 0.003 in the cosine up to r = 22; `sampling.py` tests the exact cosine of every point that it
 draws.)"""
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ class Band:
 
     Distances are Euclidean, in the units of the text states, over one `unit`; cosines are between e and e + eta.
 
-    d1: distance, near points lie in [0, d1). None: where the mean row reaches the cosine s_lo (19.8 on SD 1.x).
-    d1_anchor: distance, targets lie in [0, d1_anchor) of the anchor's row; 0 = the anchor itself. None: d1 / 2.
-    d2: distance, beyond points lie in [d1, d2). None: where the mean row reaches the cosine 0 (39.2 on SD 1.x).
+    d1: near points have distances in [0, d1). None: where the mean row reaches the cosine s_lo (19.8 on SD 1.x).
+    d1_anchor: targets have distances in [0, d1_anchor) from the anchor's row; 0 = the anchor itself. None: d1 / 2.
+    d2: beyond points have distances in [d1, d2). None: where the mean row reaches the cosine 0 (39.2 on SD 1.x).
     s_hi, s_lo: cosines; near means s_lo <= cos <= s_hi, beyond means cos < s_lo. (The paper's S1 and S2.)
     direction: "backward" (equation 5, (v - e)/||v - e||) or "isotropic" (v/||v||).
     radius_law: "uniform" in the distance (the paper) or in the "volume" of the ball or shell.
     noise_sharing: v "independent" per row, or one draw "shared" by the rows of a sample.
     anchor_dir: targets move along the direction "shared" with their key (Algorithm 1, line 6), or along their "own",
         taken at the anchor's row with the same v.
-    filter: near points out of the band are redrawn ("reject", Algorithm 1) or put back onto e and its target ("zero",
-        equation 6). Beyond points are redrawn under both.
+    filter: near points outside the band are redrawn ("reject", Algorithm 1) or reset to e and its target ("zero",
+        equation 6). Beyond points are always redrawn.
     rows: which rows count: the concept's first sub-token to the end ("suffix"), its sub-tokens only ("concept"), to the
         first end-of-text ("to_eos"), every row but BOS ("all_but_bos"), or "all".
-    unit: what a distance and a cosine are taken over: each "token" row, or all rows of a prompt that count as one
-        "flat" vector (its distances grow with the square root of the number of rows).
-    literal_break: Algorithm 1's line 21 as printed: one try per prompt for a beyond point, kept or not, whatever n.
+    unit: the vector that has a distance and a cosine: each "token" row, or all counted rows of a prompt as one "flat"
+        vector (its distances grow with the square root of the number of rows).
+    literal_break: Algorithm 1's line 21 as printed: one try per prompt for a beyond point, kept or not, for every n.
     """
 
     d1: NonNegative | None = None
@@ -88,8 +88,7 @@ class Radii(NamedTuple):
 
 
 class Region(NamedTuple):
-    """What is drawn and what of it is kept: r in [low, high), r' in [0, anchor), cos(e, e + eta) in [cos_min,
-    cos_max]."""
+    """Draws have r in [low, high) and r' in [0, anchor); a draw is kept if cos(e, e + eta) is in [cos_min, cos_max]."""
 
     low: float
     high: float
@@ -120,7 +119,7 @@ def cosine_of_radius(radius: float, rho: float, width: float, direction: Directi
 
 
 def radius_of_cosine(cosine: float, rho: float, width: float, direction: Direction = "backward") -> float:
-    """The distance at which a row of norm `rho` and `width` d reaches `cosine`; inf where none does."""
+    """The distance at which a row of norm `rho` and `width` d reaches `cosine`; inf if no distance does."""
     if cosine <= cosine_of_radius(math.inf, rho, width, direction):
         return math.inf
     sine = math.sqrt(1 - cosine * cosine)
@@ -131,7 +130,7 @@ def radius_of_cosine(cosine: float, rho: float, width: float, direction: Directi
 
 
 def resolve(band: Band, rho: float, width: float, rows: float = 1) -> Radii:
-    """The band's distances, for rows of mean norm `rho` and `width` D. `rows`: how many of them a flat unit holds."""
+    """The band's distances, for rows of mean norm `rho` and `width` D. `rows`: rows per flat unit."""
     rho, width = _of_unit(band, rho, width, rows)
     d1 = radius_of_cosine(band.s_lo, rho, width, band.direction) if band.d1 is None else band.d1
     d2 = radius_of_cosine(0.0, rho, width, band.direction) if band.d2 is None else band.d2
@@ -139,11 +138,11 @@ def resolve(band: Band, rho: float, width: float, rows: float = 1) -> Radii:
 
 
 def check(band: Band, rho: float, width: float, *, rows: float = 1, m: float = 1, n: float = 1) -> None:
-    """Refuses what cannot be mined. `m`, `n`: points per prompt (whole numbers, inf = the exact expectation, n = 0 = no
-    beyond points); `rho`, `width`, `rows` as in `resolve`.
+    """Refuses a band that cannot be mined. `m`, `n`: points per prompt (whole numbers, inf = the exact expectation,
+    n = 0 = no beyond points); `rho`, `width`, `rows` as in `resolve`.
 
     Raises:
-        UserError: an unknown choice, a value out of range, or a region that no draw reaches (naming what is reachable).
+        UserError: an unknown choice, a value out of range, or a region that no draw reaches (with reachable values).
     """
     _check_values(band)
     _check_counts(band, m, n)
@@ -159,7 +158,7 @@ def check(band: Band, rho: float, width: float, *, rows: float = 1, m: float = 1
     if math.isinf(d1):
         raise UserError(
             f"s_lo={band.s_lo:g} is not reached at any distance ({band.direction} moves of a vector of norm {rho:.1f} "
-            f"stay above the cosine {cosine(math.inf):.3f}), so d1 has no default: raise s_lo or type d1."
+            f"stay above the cosine {cosine(math.inf):.3f}), so d1 has no default: raise s_lo or set d1."
         )
     if d1 <= radius(band.s_hi):
         raise UserError(
@@ -170,23 +169,23 @@ def check(band: Band, rho: float, width: float, *, rows: float = 1, m: float = 1
         return
     if math.isinf(d2):
         raise UserError(
-            f"direction={band.direction} never turns a row by 90 degrees, so d2 has no default: type d2, for instance "
+            f"direction={band.direction} never turns a row by 90 degrees, so d2 has no default: set d2, for example "
             f"{2 * d1:.1f} (twice d1)."
         )
     if d2 <= d1:
         raise UserError(
-            f"d2={d2:g} must be greater than d1={d1:g}, because points beyond the concept lie between the two: raise "
-            f"d2 or lower d1."
+            f"d2={d2:g} must be greater than d1={d1:g}, because points beyond the concept are between these distances: "
+            f"raise d2 or lower d1."
         )
     if d2 <= radius(band.s_lo):
         raise UserError(
             f"d2={d2:g} reaches only cosines from {cosine(d2):.3f} to {cosine(d1):.3f}, none below s_lo={band.s_lo:g}, "
-            f"so nothing lies beyond the concept: {_raise_to('d2', radius(band.s_lo))}raise s_lo, or set n=0."
+            f"so there are no points beyond the concept: {_raise_to('d2', radius(band.s_lo))}raise s_lo, or set n=0."
         )
 
 
 def _of_unit(band: Band, rho: float, width: float, rows: float) -> tuple[float, float]:
-    """Norm and width of the vector that is moved as one: a row, or `rows` of them laid end to end."""
+    """Norm and width of one unit: a row, or `rows` concatenated rows."""
     return (rho * math.sqrt(rows), width * rows) if band.unit == "flat" else (rho, width)
 
 
@@ -214,7 +213,7 @@ def _check_values(band: Band) -> None:
         )
     if band.unit == "flat" and band.noise_sharing == "shared":
         raise UserError(
-            "unit=flat draws one vector over all rows and has no noise to share: set noise_sharing=independent or "
+            "unit=flat draws one vector for all rows, so there is no noise to share: set noise_sharing=independent or "
             "unit=token."
         )
 
@@ -229,12 +228,12 @@ def _check_counts(band: Band, m: float, n: float) -> None:
             )
     if math.isinf(m) and band.anchor_dir == "own" and band.direction == "backward":
         raise UserError(
-            "m=.inf is worked out for targets that move along the key's direction: set anchor_dir=shared or a finite m."
+            "m=.inf works only for targets that move along the key's direction: set anchor_dir=shared or a finite m."
         )
     if math.isinf(n) and band.literal_break:
         raise UserError(
-            "literal_break stops at one draw per prompt, which n=.inf contradicts: set literal_break=false or a finite "
-            "n."
+            "literal_break stops after one draw per prompt, so n=.inf is impossible: set literal_break=false or a "
+            "finite n."
         )
 
 

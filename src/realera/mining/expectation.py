@@ -1,9 +1,9 @@
 """The exact expectation over one accepted draw of `sampling.py`, in the plane of the vector it perturbs.
 
 A vector e of norm rho and length L is moved to e + r v_hat, v_hat = c e_hat + s u: phi is the angle between e and
-v_hat, c = cos phi, s = sin phi, and u is a unit vector across e. Everything that the band asks depends on (phi, r)
-alone, so u stays uniform on its sphere, independent of both, and the draw's second moments need only the scalars below.
-No sampling anywhere.
+v_hat, c = cos phi, s = sin phi, and u is a unit vector across e. The band's test depends only on (phi, r), so u stays
+uniform on its sphere and independent of both, and the draw's second moments need only the scalars below. Nothing is
+sampled.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ PAR_CUTS = (-9.0, -4.5, -2.0, 0.0, 2.0, 4.5, 9.0)  # N(0, 1) has 1e-19 of its ma
 
 
 class Polar(NamedTuple):
-    """Expectations over one draw, each (U,), that `neighbours.expected_moments` is made of.
+    """Expectations over one draw, each (U,), for `sampling.expected_moments`.
 
     mass: probability that a draw is kept. The others are c = E[c], r_c = E[r c], r_cc = E[r c^2], r_ss = E[r s^2],
-    rr_cc = E[r^2 c^2], rr_ss = E[r^2 s^2]: given that it is kept, or, `zeroed`, with c = r = 0 where it is not.
+    rr_cc = E[r^2 c^2], rr_ss = E[r^2 s^2], given that the draw is kept; if `zeroed`, over all draws, with c = r = 0 for
+    those that are not kept.
     """
 
     mass: Tensor
@@ -48,14 +49,14 @@ def polar_moments(
 
         r(theta) = rho sin(theta)/sin(phi - theta)    (law of sines; never reached if theta >= phi),
 
-    so what is kept is one interval of r, and the integrals of r^k over it are elementary. They have kinks where an end
-    of the interval meets the region's low or high, so v_par is integrated in pieces between them; Gauss rules do the
-    rest, to about 1e-10 of rho at the widths of text encoders.
+    so the kept r form one interval, and the integrals of r^k over it are elementary. They have kinks where an end of
+    the interval meets the region's low or high, so v_par is integrated in pieces between the kinks. Gauss rules give
+    the remaining integrals, to about 1e-10 of rho at the widths of text encoders.
     """
     v_perp, perp_weight = (q.to(rho.device)[:, None] for q in _chi(length - 1))
-    ahead_of = rho if direction == "backward" else torch.zeros_like(rho)  # v_hat is along (v_par - ahead_of, v_perp)
-    v_par, par_weight = _normal_in_pieces(_kinks(rho, ahead_of, v_perp, region))
-    phi = torch.atan2(v_perp, v_par - ahead_of[:, None, None])  # (U, W, K)
+    shift = rho if direction == "backward" else torch.zeros_like(rho)  # v_hat is along (v_par - shift, v_perp)
+    v_par, par_weight = _normal_in_pieces(_kinks(rho, shift, v_perp, region))
+    phi = torch.atan2(v_perp, v_par - shift[:, None, None])  # (U, W, K)
     weight = perp_weight * par_weight
 
     def radius(cosine: float) -> Tensor:
@@ -68,7 +69,7 @@ def polar_moments(
     whole = 1 - (region.low / region.high) ** exponent
 
     def integral(k: int) -> Tensor:
-        """Of r^k over the kept interval, against the law of r; times the weight of phi."""
+        """The integral of r^k over the kept interval under the law of r, times the weight of phi."""
         upper, lower = (q**k * (q / region.high) ** exponent for q in (stop, start))
         return weight * (upper - lower) * (exponent / (exponent + k) / whole)
 
@@ -80,18 +81,18 @@ def polar_moments(
     return Polar(mass, *(q.sum((1, 2)) / given for q in means))
 
 
-def _kinks(rho: Tensor, ahead_of: Tensor, v_perp: Tensor, region: Region) -> Tensor:
-    """v_par (U, W, up to 8) where r(theta) of an end of the band is an end of the distances; inf where it never is."""
+def _kinks(rho: Tensor, shift: Tensor, v_perp: Tensor, region: Region) -> Tensor:
+    """v_par (U, W, up to 8) where r(theta) of an end of the band equals low or high; inf if it never does."""
     kinks = []
     for cosine in (region.cos_max, region.cos_min):
         theta = math.acos(cosine)
         for r in (region.low, region.high):
             if r == 0:
-                continue  # reached at theta = 0 alone, whatever v is
+                continue  # r = 0 only at theta = 0, for every v
             opening = torch.asin(rho * math.sin(theta) / r)  # phi - theta, or nan: this r never reaches theta
             for phi in (theta + opening, theta + math.pi - opening):
                 cotangent = (1 / torch.tan(phi)).where(phi < math.pi, torch.inf)
-                kinks.append(ahead_of[:, None] + cotangent[:, None] * v_perp[:, 0])
+                kinks.append(shift[:, None] + cotangent[:, None] * v_perp[:, 0])
     return torch.stack(kinks, dim=-1)
 
 
@@ -122,7 +123,8 @@ def _legendre(count: int = PAR_NODES) -> tuple[Tensor, Tensor]:
     return (nodes + 1) / 2, weights
 
 
-def _gauss(diagonal: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss rule of a probability law from its polynomials' recurrence coefficients (Golub and Welsch 1969)."""
-    nodes, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1))
+def _gauss(diagonal: Tensor, off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """Gauss rule of a probability law from the recurrence coefficients of its polynomials (Golub and Welsch 1969)."""
+    jacobi = torch.diag(diagonal) + torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
+    nodes, vectors = torch.linalg.eigh(jacobi)
     return nodes, vectors[0] ** 2

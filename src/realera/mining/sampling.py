@@ -1,15 +1,14 @@
 """Neighbour-Concept Mining and Beyond-Concept samples: Algorithm 1, lines 1-23, of RealEra (arXiv 2410.09140).
 
-Letters are the paper's: e rows of the prompt that names the concept, e* rows of the one that names the anchor, v ~ N(0,
-I), r distances, v_hat directions, eta = r v_hat perturbations, m near and n beyond points per prompt. Shapes: P
-prompts, T token rows, D text width, S sampled points; and within one prompt U units of L numbers, where a unit is a row
-(L = D) or, with unit="flat", all R rows of the prompt that count, end to end (U = 1, L = R D). Float64 inside, results
-in the dtype of e.
+Letters are the paper's: e rows of the prompt with the concept, e* rows of the prompt with the anchor, v ~ N(0, I), r
+distances, v_hat directions, eta = r v_hat perturbations, m near and n beyond points per prompt. Shapes: P prompts, T
+token rows, D text width, S sampled points. A prompt has U units of L numbers: a unit is a row (L = D) or, with
+unit="flat", all R counted rows of the prompt, concatenated (U = 1, L = R D). Float64 inside, results in the dtype of e.
 
-A point is a whole perturbed prompt. Its units are tested one by one, and a unit that fails is redrawn alone, v and r
-together. With noise_sharing="shared" the rows of a sample are offered the same draws, and each takes the first that
-passes its own test. So a single unit follows the same law under both, "v ~ N(0, I) and r ~ U[low, high), given that the
-test is passed"; and since sums over rows hold no products of different rows, both have the same expectation
+A point is a whole perturbed prompt. Its units are tested separately, and a unit that fails is redrawn alone, v and r
+together. With noise_sharing="shared" the rows of a sample get the same draws, and each takes the first draw that passes
+its own test. So a single unit follows the same law with both settings: "v ~ N(0, I) and r ~ U[low, high), given that
+the test is passed". Sums over rows contain no products of different rows, so both settings have the same expectation
 (`expected_moments`).
 """
 
@@ -27,25 +26,25 @@ from realera.contracts import Moments, Pair, TextStates, UserError
 from realera.mining.band import Band, Radii, Region, beyond_region, check, cosine_of_radius, near_region, resolve
 from realera.mining.expectation import Polar, polar_moments
 
-TRIES = 1000  # draws of one unit; one that keeps fewer than a draw in TRIES counts as out of reach
+TRIES = 1000  # draws per unit; a unit that keeps fewer than one draw in TRIES cannot reach the band
 
 
 def align_rows(pair: Pair, rows: str) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs the rows of the P target prompts with rows of the P anchor prompts.
 
-    Row i from the concept's first sub-token on is paired with row i - last_c + last_a, so that the last sub-tokens meet
-    (the 2023 code of UCE), but never with a row before the anchor's first sub-token; rows whose partner would lie past
-    T - 1 do not count. Earlier rows hold the same words in both prompts: row i with row i. Returns e (P, T, D), e_star
-    (P, T, D) whose row j is the partner of row j of e, and mask (P, T) bool, the rows that count under `rows` (see
-    `Band.rows`).
+    Row i from the concept's first sub-token on is paired with row i - last_c + last_a, which pairs the last sub-tokens
+    (the 2023 code of UCE), but never with a row before the anchor's first sub-token. Rows whose partner would be past
+    T - 1 do not count. Earlier rows have the same words in both prompts: row i is paired with row i. Returns e
+    (P, T, D); e_star (P, T, D), whose row j is the partner of row j of e; and mask (P, T) bool, the rows that count
+    under `rows` (see `Band.rows`).
 
     Raises:
-        UserError: a prompt in which the concept or the anchor was not found whole.
+        UserError: a prompt that does not contain all of the concept or of the anchor.
     """
     c, a = pair.target, pair.anchor
     for states, name in ((c, pair.concept.target), (a, pair.concept.anchor)):
         if bool((states.first < 0).any()):
-            raise UserError(f"A training prompt does not hold '{name}' whole: shorten the prompt or the concept.")
+            raise UserError(f"A training prompt does not contain all of '{name}': shorten the prompt or the name.")
     length = c.states.shape[1]
     row = torch.arange(length, device=c.states.device).expand(c.states.shape[:2])
     first, last = c.first[:, None], c.last[:, None]
@@ -56,7 +55,7 @@ def align_rows(pair: Pair, rows: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def counted_rows(states: TextStates, rows: str) -> Tensor:
-    """(P, T) bool: the rows of prompts with a name that count under `rows` (see `Band.rows`)."""
+    """(P, T) bool: the rows of each prompt that count under `rows` (see `Band.rows`)."""
     row = torch.arange(states.states.shape[1], device=states.states.device).expand(states.states.shape[:2])
     first, last, end = states.first[:, None], states.last[:, None], states.length[:, None]
     return {
@@ -69,10 +68,10 @@ def counted_rows(states: TextStates, rows: str) -> Tensor:
 
 
 def fit_band(band: Band, e: Tensor, mask: Tensor) -> Band:
-    """The band with its distances filled in for the rows e[mask] (`band.resolve` with their mean norm).
+    """The band with its missing distances filled in for the rows e[mask] (`band.resolve` with their mean norm).
 
-    The functions below do so for the prompts they are given; fit once on all prompts of a concept to draw from some of
-    them in the same band. A distance without a default stays None, and is refused where it is needed.
+    The functions below do this for the prompts that they are given. Fit once on all prompts of a concept to mine some
+    of them in the same band. A distance without a default stays None and raises UserError when it is needed.
     """
     radii = resolve(band, *_size(e, mask))._asdict()
     return replace(band, **{name: radius for name, radius in radii.items() if math.isfinite(radius)})
@@ -84,10 +83,10 @@ def mine_near(
     """Lines 4-12: m neighbours of every prompt, and their targets.
 
     e, e_star (P, T, D) and mask (P, T) as from `align_rows`. Returns near (P m, T, D), near_targets (P m, T, D) and the
-    rows that count (P m, T) bool, the m points of one prompt together; the other rows equal those of e and e_star.
+    counted rows (P m, T) bool, with the m points of one prompt together. Other rows equal those of e and e_star.
 
     Raises:
-        UserError: a band that cannot be reached, by the numbers (`band.check`) or within TRIES draws.
+        UserError: a band that cannot be reached, by its numbers (`band.check`) or within TRIES draws.
     """
     region = near_region(band, _radii(band, e, mask, m=m, n=0))
     near, targets = e.repeat_interleave(m, dim=0), e_star.repeat_interleave(m, dim=0)
@@ -104,8 +103,8 @@ def mine_near(
 def mine_beyond(e: Tensor, mask: Tensor, band: Band, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Lines 13-22: n points beyond the concept for every prompt; each is its own target.
 
-    e (P, T, D), mask (P, T). Returns beyond (P n, T, D) and the rows that count (P n, T) bool, the n points of one
-    prompt together. With literal_break a prompt gives one point whatever n, and rows whose only draw failed do not
+    e (P, T, D), mask (P, T). Returns beyond (P n, T, D) and the counted rows (P n, T) bool, with the n points of one
+    prompt together. With literal_break a prompt gives one point for every n, and rows whose only draw failed do not
     count.
 
     Raises:
@@ -125,7 +124,7 @@ def mine_beyond(e: Tensor, mask: Tensor, band: Band, n: int, generator: Generato
 
 
 class _Draw(NamedTuple):
-    """One draw per unit. Where none was kept (possible with `once` alone) r and r' are 0."""
+    """One draw per unit. If none was kept (possible only with `once`), r and r' are 0."""
 
     v: Tensor  # (S, U, L)
     r: Tensor  # (S, U, 1)
@@ -134,7 +133,7 @@ class _Draw(NamedTuple):
 
 
 def _draw(x: Tensor, count: int, region: Region, band: Band, generator: Generator, once: bool) -> _Draw:
-    """`count` times for every unit of x (U, L): the first (v, r, r') that the region keeps; with `once` one try."""
+    """`count` draws for every unit of x (U, L): the first (v, r, r') that the region keeps; one try with `once`."""
     units, length = x.shape
     v = x.new_zeros(count, units, length)
     r, r_prime = x.new_zeros(2, count, units, 1)
@@ -146,11 +145,11 @@ def _draw(x: Tensor, count: int, region: Region, band: Band, generator: Generato
         s, u = (~kept[..., 0]).nonzero(as_tuple=True)
         if len(s) == 0:
             break
-        # Which of the fresh draws each pending unit is offered: its own, or the one of its sample.
-        offer = torch.unique(s, return_inverse=True)[1] if band.noise_sharing == "shared" else torch.arange(len(s))
-        fresh = int(offer.max()) + 1
-        v_new = torch.randn(fresh, length, generator=generator, **where)[offer].to(x.device)  # line 5
-        a, b = torch.rand(2, fresh, 1, generator=generator, **where)[:, offer].to(x.device)
+        # The index of each pending unit's fresh draw: its own, or the one that its sample shares.
+        index = torch.unique(s, return_inverse=True)[1] if band.noise_sharing == "shared" else torch.arange(len(s))
+        fresh = int(index.max()) + 1
+        v_new = torch.randn(fresh, length, generator=generator, **where)[index].to(x.device)  # line 5
+        a, b = torch.rand(2, fresh, 1, generator=generator, **where)[:, index].to(x.device)
         r_new = region.high * (inner + a * (1 - inner)) ** (1 / law)
         cos = torch.cosine_similarity(x[u], x[u] + r_new * _direction(v_new, x[u], band)).clamp(-1, 1)
         good = (region.cos_min <= cos) & (cos <= region.cos_max)
@@ -180,10 +179,10 @@ def _exponent(band: Band, length: int) -> float:
 def expected_moments(
     e: Tensor, e_star: Tensor, mask: Tensor, band: Band, m_weight: float | None = None, n_weight: float | None = None
 ) -> Moments:
-    """What the sums over mined points tend to for m, n to infinity: per prompt, weight * E[sum over one sample].
+    """The limit of the sums over mined points for m, n to infinity: per prompt, weight * E[sum over one sample].
 
-    e, e_star (P, T, D), mask (P, T) as for the mining functions. m_weight, n_weight: how many samples' weight the
-    expectation carries (None: that side is not asked for).
+    e, e_star (P, T, D), mask (P, T) as for the mining functions. m_weight, n_weight: the number of samples that the
+    expectation counts as (None = that side is left out).
 
     With v_hat = c e_hat + s u as in `expectation`, u is uniform on the unit sphere across e and independent of (c, r):
     E[u] = 0, E[u u^T] = (I - e_hat e_hat^T)/(L - 1), and for a key k = e + r v_hat and its target a = e* + r' v_hat of
@@ -193,10 +192,10 @@ def expected_moments(
         E[a k^T] = E[rho + r c] e* e_hat^T
                    + E[r'] (E[c (rho + r c)] e_hat e_hat^T + E[r s^2]/(L - 1) (I - e_hat e_hat^T)).
 
-    A row of a flat unit obeys the same, with its own part of e_hat.
+    The same holds for a row of a flat unit, with its own part of e_hat.
 
     Raises:
-        UserError: as `mine_near`; also for anchor_dir="own" and literal_break, whose limits are not worked out.
+        UserError: as `mine_near`; also for anchor_dir="own" and literal_break, whose limits are not derived.
     """
     width = e.shape[-1]
     radii = _radii(band, e, mask, m=1 if m_weight is None else math.inf, n=0 if n_weight is None else math.inf)
@@ -236,7 +235,7 @@ def _isotropic(rows: Tensor, along: Tensor, across: Tensor) -> Tensor:
 
 
 def _prompts(e: Tensor, mask: Tensor, band: Band) -> Iterator[tuple[int, Tensor]]:
-    """(i, units (U, L) float64) of every prompt in which some row counts."""
+    """(i, units (U, L) float64) of every prompt with a counted row."""
     for i in mask.any(dim=1).nonzero()[:, 0].tolist():
         yield i, _units(e[i, mask[i]], band)
 
@@ -247,13 +246,13 @@ def _units(rows: Tensor, band: Band) -> Tensor:
 
 
 def _put(out: Tensor, i: int, mask: Tensor, units: Tensor) -> None:
-    """Writes the units (S, U, L) of prompt i onto the rows that count of its S samples in out (P S, T, D)."""
+    """Writes the units (S, U, L) of prompt i to the counted rows of its S samples in out (P S, T, D)."""
     samples = len(units)
     out[i * samples : (i + 1) * samples, mask[i]] = units.reshape(samples, -1, out.shape[-1]).to(out.dtype)
 
 
 def _size(e: Tensor, mask: Tensor) -> tuple[float, int, float]:
-    """Mean norm of the rows that count, D, and how many of them a prompt has on average."""
+    """Mean norm of the counted rows, D, and the average number of counted rows per prompt."""
     norms = torch.linalg.vector_norm(e[mask].double(), dim=-1)
     if len(norms) == 0 or not bool((norms > 0).all()):
         raise UserError(
@@ -272,7 +271,7 @@ def _out_of_reach(norms: Tensor, length: int, region: Region, band: Band) -> Use
     rho = float(norms.mean())
     nearest, farthest = (cosine_of_radius(r, rho, length, band.direction) for r in (region.low, region.high))
     return UserError(
-        f"{len(norms)} rows of norm about {rho:.1f} keep fewer than one draw in {TRIES}: distances from "
-        f"{region.low:.1f} to {region.high:.1f} reach cosines from {farthest:.3f} to {nearest:.3f} there, the band is "
-        f"{region.cos_min:.3f} to {region.cos_max:.3f}, so widen s_lo..s_hi or change d1 or d2."
+        f"{len(norms)} rows of norm about {rho:.1f} keep fewer than one draw in {TRIES}: at distances from "
+        f"{region.low:.1f} to {region.high:.1f} their cosines are {farthest:.3f} to {nearest:.3f}, but the band is "
+        f"{region.cos_min:.3f} to {region.cos_max:.3f}. Widen s_lo..s_hi, or change d1 or d2."
     )

@@ -1,1 +1,1 @@
-"""From metrics to what people read: pages, tables, charts and image sheets."""
+"""Pages, tables, charts and image sheets from metrics."""

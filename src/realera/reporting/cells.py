@@ -1,5 +1,4 @@
-"""Runs of a table, and what many of them measured together: means over concepts and seeds, with what was drawn at
-random in them."""
+"""Cells of a table (one run each), and means over many cells with resampled images and seeds."""
 
 from __future__ import annotations
 
@@ -18,14 +17,14 @@ from realera.evaluation.measures import BESIDE_MODES, H_O_TERMS, MEAN_PROB, ORDE
 from realera.evaluation.metrics import Estimate, Sample, measured, scored, tidy
 from realera.evaluation.records import read_config, read_manifest, read_metrics, read_verdicts, verdict_file
 
-ORIGINAL = "original"  # the system of the unedited model
+ORIGINAL = "original"  # the original model as a system
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table: a system erased one concept (or several together) from one seed. headline, h_o_terms: as
-    its task has them. costs: what costs.json holds, {} where there is none. sources: what drew each image (`Row`), so
-    that one that stands in several runs counts once; () of images that are this run's alone."""
+    """One run of a table: a system erased one concept (or several together) with one seed. headline, h_o_terms: from
+    its task. costs: the content of costs.json, {} without that file. sources: `Row.source` of each image, so that an
+    image shared by several runs is counted once; () if the run shares no image."""
 
     system: str
     concept: str
@@ -39,28 +38,28 @@ class Cell:
 
     @property
     def images(self) -> dict[str, tuple[str, str]]:
-        """{image_key: what one image is, among those of all runs}."""
+        """{image_key: identity of the image among all runs}."""
         own = [f"{self.system} {self.concept} {self.seed}"] * len(self.prompts)
         keys = map(image_key, self.prompts)
         return {key: (source, key) for key, source in zip(keys, self.sources or own, strict=True)}
 
 
 def read_cell(run_dir: Path, judge: str) -> Cell:
-    """A finished run. Its system is the `label` it was started with, else its method's name.
+    """Reads a finished run. Its system is its `label`, else its method's name.
 
     Raises:
-        UserError: the run is not finished, or was judged by another judge.
+        UserError: the run is not finished, or has no complete verdicts of this judge.
     """
     if not (config := read_config(run_dir)):
-        raise UserError(f"{run_dir} holds no {paths.CONFIG}: name folders that train or evaluate have made")
+        raise UserError(f"{run_dir} has no {paths.CONFIG}: give folders that train or evaluate have made")
     concept, seed = config.get("concept"), config.get("seed") or 0
     system = config.get("label") or (config.get("method") or {}).get("name") or "original"
     manifest = read_manifest(run_dir)
     prompts = [row.prompt for row in manifest]
     verdicts = read_verdicts(verdict_file(run_dir, judge))
     if [v.prompt_id for v in verdicts] != [p.id for p in prompts]:
-        raise UserError(f"the verdicts of {judge!r} in {run_dir} are of other images: judge the run again")
-    if concept is None:  # the task's choice
+        raise UserError(f"the verdicts of {judge!r} in {run_dir} are for other images: judge the run again")
+    if concept is None:  # the task chooses its concepts
         concept = list(dict.fromkeys(p.concept for p in prompts if p.split == "erase"))
     name = concept if isinstance(concept, str) else ", ".join(map(str, concept))
     metrics = read_metrics(run_dir)
@@ -70,30 +69,30 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
 
 
 def pool(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Estimate]:
-    """`pooled` with intervals: one system's row."""
+    """One system's row: `pooled` with intervals."""
     return {name: found.estimate() for name, found in pooled(cells, headline, resamples).items()}
 
 
 def pooled(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Sample]:
-    """One system's row with its resamples: {measure: Sample}, the mean over concepts of the mean over seeds, H_o
-    included (the papers print the mean of the per-class H_o, not H_o of the mean accuracies). Runs in which nothing
-    could be scored are left out and counted (`undefined`). n, unscored: images; one that is in several runs (the
-    unedited model's, of the same prompt and seed) counts once.
+    """One system's row with its resamples: {measure: Sample}, the mean over concepts of the mean over seeds. This
+    includes H_o: the papers print the mean of the per-class H_o, not H_o of the mean accuracies. Runs without any
+    scored image are left out and counted (`undefined`). n, unscored: numbers of images. An image shared by several runs
+    (the original model's, of the same prompt and seed) is counted once.
 
-    Resampled is what was drawn at random: images and seeds, which are crossed, for the seeds of a concept have the same
-    prompts and noise. In each resample an image has one weight in all runs, and to the mean over the runs is added how
-    far the resampled seeds' values are from it. What only one image of one run shows counts in both, which is on the
-    safe side. The concepts are the protocol's own and are not resampled, but for `Sample.wide`: there they are a sample
-    of all concepts, which a sentence such as "better than" speaks of, and how far the resampled concepts' values are
-    from the mean is added. Two systems have the same weights for the images, concepts and seeds that both have, also
-    where one has unscored images, so that the resamples' differences are of pairs. H_o's interval is of its resamples,
-    also where a term's is exact.
+    Images and seeds are resampled. They are crossed, because the seeds of a concept have the same prompts and noise. In
+    each resample an image has the same weight in all runs, and the deviation of the resampled seeds' values from the
+    mean over the runs is added. An effect of one image in one run is counted in both parts, which makes the interval
+    conservative. The protocol fixes the concepts, so they are not resampled, except for `Sample.wide`: it treats them
+    as a sample of all concepts, as a claim such as "better than" requires, and adds the deviation of the resampled
+    concepts' values from the mean. Two systems have equal weights for the images, concepts and seeds that both have,
+    even if one of them has unscored images, so the resamples' differences are paired. H_o's interval comes from its
+    resamples even if the interval of one of its terms is exact.
     """
     terms = () if set(headline.values()) <= set(BESIDE_MODES) else cells[0].h_o_terms
     names = [name for name in ORDER if name != "h_o" or terms]
-    each: dict[str, list[Sample]] = {name: [] for name in names}  # one a concept
+    each: dict[str, list[Sample]] = {name: [] for name in names}  # one per concept
     seen: dict[str, dict[tuple[str, str], bool]] = {name: {} for name in names}
-    asked: set[str] = set()  # what has images in a run at least, scored or not
+    with_images: set[str] = set()  # measures with images in at least one run, scored or not
     concepts: dict[str, list[Cell]] = {}
     for cell in cells:
         concepts.setdefault(cell.concept, []).append(cell)
@@ -102,7 +101,8 @@ def pooled(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resam
         found = [measured(images, headline, resamples, terms) for images in read]
         keys = [run_key(concept, cell.seed) for cell in runs]
         for name in names:
-            asked |= {name} if any(all(r[m].n + r[m].unscored for m in _parts(name, terms)) for r in found) else set()
+            if any(all(r[m].n + r[m].unscored for m in _parts(name, terms)) for r in found):
+                with_images.add(name)
             mean = _mean([run[name] for run in found])
             values = torch.tensor([run[name].value for run in found], dtype=torch.float64)
             lost = int(values.isnan().sum())
@@ -115,16 +115,16 @@ def pooled(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resam
     row = {}
     for name in names:
         mean = _mean(each[name])
-        said = [image for part in _parts(name, terms) for image in seen[part].items()]
-        n = sum(there for _, there in said)
+        images_of = [image for part in _parts(name, terms) for image in seen[part].items()]
+        n = sum(is_scored for _, is_scored in images_of)
         trials = mean.trials * sum(not math.isnan(sample.value) for sample in each[name])
-        trials = min(trials, len({key for (_, key), there in said if there}))
-        lost = sum(sample.undefined for sample in each[name]) * (name in asked)
+        trials = min(trials, len({key for (_, key), is_scored in images_of if is_scored}))
+        lost = sum(sample.undefined for sample in each[name]) * (name in with_images)
         mode = headline.get(name)
         values = torch.tensor([sample.value for sample in each[name]], dtype=torch.float64)
         apart = resamples.deviations([concept_key(concept) for concept in concepts], values)
         wide = tidy(mean.drawn + apart, mode) if int((~values.isnan()).sum()) > 1 else None
-        row[name] = Sample(mean.value, tidy(mean.drawn, mode), n, len(said) - n, trials, lost, wide)
+        row[name] = Sample(mean.value, tidy(mean.drawn, mode), n, len(images_of) - n, trials, lost, wide)
     return row
 
 
@@ -133,21 +133,21 @@ def _parts(name: str, terms: Sequence[str]) -> Sequence[str]:
 
 
 def _mean(samples: Sequence[Sample]) -> Sample:
-    """Of those that are defined; trials: the fewest of one, where all are the same share."""
-    there = [sample for sample in samples if not math.isnan(sample.value)]
-    if not there:
+    """The mean of the defined samples. trials: their smallest number of trials if all have the same value, else 0."""
+    defined = [sample for sample in samples if not math.isnan(sample.value)]
+    if not defined:
         return samples[0]
-    value = sum(sample.value for sample in there) / len(there)
-    drawn = torch.stack([sample.drawn for sample in there]).mean(0)
-    alike = all(sample.value == there[0].value for sample in there)
-    return Sample(value, drawn, 0, 0, alike * min(sample.trials for sample in there))
+    value = sum(sample.value for sample in defined) / len(defined)
+    drawn = torch.stack([sample.drawn for sample in defined]).mean(0)
+    alike = all(sample.value == defined[0].value for sample in defined)
+    return Sample(value, drawn, 0, 0, alike * min(sample.trials for sample in defined))
 
 
 def differences(
     systems: Mapping[str, Sequence[Cell]], base: str, headline: Mapping[str, Mode], resamples: Resamples
 ) -> dict[str, Any]:
-    """Every system's means less the base's, over the concepts and seeds that both have: pairs of the same images. Each
-    measure with its interval over seeds and images and, of several concepts, with the one over concepts too."""
+    """Every system's means minus the base's, paired over the concepts, seeds and images that both have. Each measure
+    has its interval over seeds and images and, if there are several concepts, an interval over concepts too."""
     rows: list[dict[str, Any]] = []
     known = {(cell.concept, cell.seed): cell for cell in systems[base]}
     for system, runs in systems.items():
@@ -170,10 +170,10 @@ def differences(
 def relative(
     systems: Mapping[str, Sequence[Cell]], headline: Mapping[str, Mode], resamples: Resamples
 ) -> dict[str, dict[str, Any]]:
-    """{system: {measure: {value, low, high}}}: its mean in percent of the unedited model's, over the concepts and seeds
-    that both have, with the interval of the resamples' ratios, which are of pairs. A word that draws nothing on the
-    unedited model is not erased, so a small Acc_u alone says little. What the unedited model has none of is left out,
-    and H_o, which erasing alone can give. {} without the unedited model."""
+    """{system: {measure: {value, low, high}}}: the mean in percent of the original model's, over the concepts and seeds
+    that both have, with the interval of the paired resamples' ratios. A word that draws nothing with the original model
+    has nothing to erase, so a small Acc_u alone says little. Measures that are 0 for the original model are left out,
+    and so is H_o, which means nothing for it. {} without the original model."""
     known = {(cell.concept, cell.seed): cell for cell in systems.get(ORIGINAL, ())}
     found: dict[str, dict[str, Any]] = {}
     for system, runs in systems.items():

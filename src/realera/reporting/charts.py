@@ -1,6 +1,6 @@
-"""The report's charts as numbers: where marks, ticks and labels stand, in percent of the plot. The template draws them.
+"""The report's charts as numbers: positions of marks, ticks and labels in percent of the plot. The template draws them.
 
-Percent, not pixels, so that a chart fills a phone or a desk and its text keeps its size. x runs right, y runs down.
+Percent, not pixels, so that a chart fills any screen and its text keeps its size. x points right, y points down.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_MOST_POINTS = 240  # of a curve: more than pixels enough
+_MOST_POINTS = 240  # of a curve; a plot is hardly wider in pixels
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A label at a place on an axis (percent from its start)."""
+    """A label on an axis. at: percent from the axis' start."""
 
     at: float
     label: str
@@ -54,18 +54,19 @@ class Bars:
 
 @dataclass(frozen=True)
 class Dots:
-    """Points in order, and the height of the line that means "unchanged"."""
+    """Points in order. unchanged: height of the line for an unchanged direction."""
 
     points: list[tuple[float, float]]
     unchanged: float
-    near_unchanged: int  # how many lie within one percent of it
+    near_unchanged: int  # number of points within one percent of that line
     x: list[Tick]
     y: list[Tick]
 
 
 @dataclass(frozen=True)
 class Shift:
-    """How far one prompt moved: `at` in percent of the axis; `label` the number. Cosines to the anchor where known."""
+    """The shift of one prompt. at: percent of the axis. label: the number. before, after: cosines to the anchor, if
+    known."""
 
     text: str
     at: float
@@ -76,15 +77,15 @@ class Shift:
 
 @dataclass(frozen=True)
 class Shifts:
-    """Prompts by split, in the splits' order, on one axis."""
+    """Prompts by split, in the order of the splits, on one axis."""
 
     groups: dict[str, list[Shift]] = field(default_factory=dict)
     x: list[Tick] = field(default_factory=list)
-    cosines: bool = False  # the axis is the cosine to the anchor, before and after, not the size of the shift
+    cosines: bool = False  # whether the axis is the cosine to the anchor instead of the size of the shift
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers (1, 2, 2.5, 5 times a power of ten) from low to high, both within them or at them."""
+    """About `count` round numbers (1, 2, 2.5 or 5 times a power of ten) whose range includes low and high."""
     span = (high - low) or abs(high) or 1.0
     rough = span / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -102,7 +103,7 @@ def number(value: float) -> str:
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """A curve for each term of losses.jsonl; a term may be there at some steps only. y starts at 0."""
+    """One curve per term of losses.jsonl. A term may be missing at some steps. y starts at 0."""
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
     found = []
     for name in names:
@@ -133,7 +134,7 @@ def _curve(name: str, points: list[tuple[float, float]]) -> Curve:
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A running mean over a tenth of the steps, centred, so that it does not lag."""
+    """A running mean over a tenth of the steps, centred to avoid lag."""
     half = max(1, len(points) // 20)
     values = [v for _, v in points]
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(points))]
@@ -141,7 +142,7 @@ def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Every n-th point, the last one always."""
+    """Every n-th point, and always the last one."""
     if len(points) <= _MOST_POINTS:
         return points
     every = math.ceil(len(points) / _MOST_POINTS)
@@ -149,7 +150,7 @@ def _thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def layer_bars(layers: Mapping[str, float]) -> Bars:
-    """Relative change per layer in U-Net order, keys and values side by side, grouped by the U-Net's blocks."""
+    """Relative change per layer in U-Net order, keys next to values, grouped by U-Net block."""
     marks = ticks(0, max([0.0, *(v for v in layers.values() if _finite(v))]) or 1.0, 3)
     slot = 100 / max(1, len(layers))
     bars: list[Bar] = []
@@ -157,7 +158,7 @@ def layer_bars(layers: Mapping[str, float]) -> Bars:
     for i, (name, value) in enumerate(layers.items()):
         kind = "value" if name.endswith("to_v") else "key"
         height = 100 * value / marks[-1] if _finite(value) else 0.0
-        # a key leans right and its value left, so that the pair of one attention layer stands together
+        # a key bar is moved right and its value bar left, so that the pair of an attention layer is together
         x = slot * (i + (0.18 if kind == "key" else 0.04))
         bars.append(Bar(x, slot * 0.78, height, kind, f"{name}: {_percent(value)}"))
         groups.setdefault(_block(name), []).append(slot * (i + 0.5))
@@ -169,13 +170,13 @@ def layer_bars(layers: Mapping[str, float]) -> Bars:
 
 
 def _block(layer: str) -> str:
-    """ "down 1", "mid", "up 2" for a diffusers name; "" for another."""
+    """ "down 1", "mid", "up 2" for a diffusers name; "" for any other name."""
     found = re.search(r"(down|up)_blocks\.(\d+)", layer)
     return f"{found[1]} {found[2]}" if found else "mid" if "mid_block" in layer else ""
 
 
 def spectrum(values: Sequence[float]) -> Dots:
-    """Singular values of the map, largest first; 1 = a direction that is left as it was."""
+    """Singular values of the map, largest first; 1 = an unchanged direction."""
     ordered = sorted((float(v) for v in values if _finite(v)), reverse=True)
     marks = ticks(0, max([1.0, *ordered]), 4)
     high = marks[-1]
@@ -190,8 +191,8 @@ def spectrum(values: Sequence[float]) -> Dots:
 
 
 def shifts(probes: Sequence[Mapping[str, Any]]) -> Shifts:
-    """Where prompts moved. With cosines to the anchor (to_anchor_before, to_anchor_after) the axis is the cosine; else
-    it is the relative size of the shift."""
+    """The shifts of prompts. The axis is the cosine to the anchor if every probe has it (to_anchor_before,
+    to_anchor_after), else the relative size of the shift."""
     probes = [p for p in probes if _finite(p.get("shift"))]
     cosines = bool(probes) and all(
         _finite(p.get("to_anchor_before")) and _finite(p.get("to_anchor_after")) for p in probes

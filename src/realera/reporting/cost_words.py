@@ -1,4 +1,4 @@
-"""What erasing costs (costs.json), as people read it. No torch here."""
+"""Texts and tables for the cost of erasing (costs.json). Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ COLUMNS: Mapping[str, str] = {  # of costs.totals
     "trained_parameters": "trained parameters",
     "memory_mb": "peak memory, MB",
 }
-SAID: Mapping[str, str] = {
+LABELS: Mapping[str, str] = {
     "seconds": "to erase",
-    "passes": "passes of the U-Net to erase",
-    "passes_per_image": "passes per image",
-    "trained_parameters": "parameters trained",
+    "passes": "U-Net passes to erase",
+    "passes_per_image": "U-Net passes per image",
+    "trained_parameters": "trained parameters",
     "edited_parameters": "parameters edited in closed form",
-    "memory_mb": "MB at most while erasing",
+    "memory_mb": "MB peak memory while erasing",
 }
 STAGES: Mapping[str, str] = {
     "load": "loading the model",
     "text": "encoding the training prompts",
     "edit": "mining and closed form",
-    "latents": "making ready to train",
+    "latents": "preparing training latents",
     "train": "training",
-    "finish": "finishing edit and saving",
+    "finish": "final edit and saving",
     "draw": "drawing",
     "judge": "judging",
 }
-ERASING = ("seconds", "passes")  # what of the totals a cache may have had a part in
-# What a mean over the cells of a sweep cannot undo.
-WARM = "The first cell of a process pays for encoding and for warming up."
+ERASING = ("seconds", "passes")  # totals that include cached inputs
+# The mean over the cells of a sweep includes this extra cost.
+WARM = "The first cell of each process also includes encoding and warm-up."
 
 
 def mean(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Over runs: each of costs.totals over those that say it; runs: how many say anything; at_least: whether one found
-    something in the cache that does not say what it cost; devices. {} where none says anything."""
+    """Means over runs of each of costs.totals, over the runs that have it. runs: number of runs with any total;
+    at_least: whether a run used a cached input of unknown cost; devices. {} if no run has a total."""
     known = [record for record in records if costs.totals(record)]
     if not known:
         return {}
@@ -54,8 +54,8 @@ def mean(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the rows of results.json (`system`, and `cost` as `mean` gives it) under a line that says what it
-    holds; "" where none has costs."""
+    """A table of the rows of results.json (`system`, and `cost` as returned by `mean`) below a line that explains it;
+    "" if no row has costs."""
     known = [row.get("cost") or {} for row in rows]
     names = [name for name in COLUMNS if any(name in cost for cost in known)]
     if not names:
@@ -68,13 +68,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         for row, cost in zip(rows, known)
     ]
     return (
-        f"Cost, the mean over runs{on}; loading, drawing and judging are left out, what the cache held counts as it "
-        f"cost when it was made. {WARM}\n\n" + "\n".join(lines) + "\n"
+        f"Cost: mean over runs{on}. Loading, drawing and judging are excluded. Cached inputs are charged at their "
+        f"original cost. {WARM}\n\n" + "\n".join(lines) + "\n"
     )
 
 
 def text(cost: Mapping[str, Any], name: str) -> str:
-    """ "8.3", "1,240", "≥ 1,240" where more was spent than is known, "–" where nothing is."""
+    """ "8.3", "1,240"; "≥ 1,240" if a part of the cost is unknown; "–" if all of it is."""
     if name not in cost:
         return "–"
     bound = "≥ " if name in ERASING and cost.get("at_least") else ""
@@ -82,24 +82,24 @@ def text(cost: Mapping[str, Any], name: str) -> str:
 
 
 def parts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(label, number) of each of a run's totals."""
+    """(label, number) for each total of a run."""
     cost = mean([record])
     units = {"seconds": " s"}
-    return [(said, text(cost, name) + units.get(name, "")) for name, said in SAID.items() if name in cost]
+    return [(label, text(cost, name) + units.get(name, "")) for name, label in LABELS.items() if name in cost]
 
 
 def sentence(record: Mapping[str, Any]) -> str:
-    """ "8.3 s to erase, 1,240 passes of the U-Net to erase, ... (cpu, 1 thread)"; "" where nothing is known."""
-    said = ", ".join(f"{number} {label}" for label, number in parts(record))
-    return f"{said} ({record['device']})" if said and record.get("device") else said
+    """ "8.3 s to erase, 1,240 U-Net passes to erase, ... (cpu, 1 thread)"; "" if nothing is known."""
+    costs_text = ", ".join(f"{number} {label}" for label, number in parts(record))
+    return f"{costs_text} ({record['device']})" if costs_text and record.get("device") else costs_text
 
 
 def stages(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(what was done, how long it took), and what was found done."""
+    """(stage, seconds) for each stage, then the original cost of cached inputs."""
     took = record.get("stages", {})
-    found = [(said, f"{_number(took[name])} s") for name, said in STAGES.items() if name in took]
-    spared = [part["seconds"] for part in record.get("shared", {}).values() if part["passes"] or part["seconds"]]
-    return [*found, ("found in the cache, when it was made", f"{_number(sum(spared))} s")] if spared else found
+    found = [(label, f"{_number(took[name])} s") for name, label in STAGES.items() if name in took]
+    cached = [part["seconds"] for part in record.get("shared", {}).values() if part["passes"] or part["seconds"]]
+    return [*found, ("original cost of cached inputs", f"{_number(sum(cached))} s")] if cached else found
 
 
 def _number(value: float) -> str:

@@ -1,7 +1,7 @@
-"""The demo's page and the small server behind it. Standard library, plus pillow for the images.
+"""The demo's page and its small server: standard library, plus pillow for the images.
 
-A browser on this machine can be made to ask this server by any page it shows: requests whose Host is another name (DNS
-rebinding), or that another page has sent (Origin, Sec-Fetch-Site), are refused.
+Any web page can make a browser on this machine send requests to this server. The server refuses requests with another
+Host (DNS rebinding) and requests that come from another page (Origin, Sec-Fetch-Site).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from realera.files.plain_data import json_text
 
 log = logging.getLogger("realera")
 PAGE = Path(__file__).with_suffix(".html")
-LONGEST = 500  # letters of a prompt
+LONGEST = 500  # characters of a prompt
 DIGITS = 19  # of a seed, which is below 2^63
-PATIENCE = 20.0  # seconds that a connection may say nothing
-MOST = 32  # connections at once; more wait
-TURN = 0.5  # seconds after which a request that waits for the model looks whether its client is still there
+PATIENCE = 20.0  # seconds until an unfinished request is cut off
+MOST = 32  # concurrent connections; more have to wait
+TURN = 0.5  # seconds between checks that the client of a waiting request is still connected
 HERE = ("127.0.0.1", "localhost", "::1")
-EVERYWHERE = ("", "0.0.0.0", "::")  # hosts that open the server to the whole network
+EVERYWHERE = ("", "0.0.0.0", "::")  # hosts that make the server reachable from the whole network
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -40,39 +40,40 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 Draw = Callable[[str, int], dict[str, str]]
-"""(prompt, seed) -> {"original": data URI, "erased": data URI, "note": what to say of the prompt, may be missing}."""
+"""(prompt, seed) -> {"original": data URI, "erased": data URI, "note": an optional remark about the prompt}."""
 
 
 class Server(ThreadingHTTPServer):
-    """At most `MOST` connections at once."""
+    """An HTTP server with at most `MOST` concurrent connections."""
 
     request_queue_size = MOST
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.free = BoundedSemaphore(MOST)
+        self.free_connections = BoundedSemaphore(MOST)
         super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self.free.acquire()
+        self.free_connections.acquire()
         try:
             super().process_request(request, client_address)
         except BaseException:
-            self.free.release()
+            self.free_connections.release()
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.free.release()
+            self.free_connections.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        log.debug("a request of %s ended early", client_address, exc_info=True)
+        log.debug("a request from %s ended early", client_address, exc_info=True)
 
 
 def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[BaseHTTPRequestHandler]:
-    """The page, what it is about, and its images, drawn one pair at a time. host: the address that was typed."""
+    """A request handler for the page, its texts (`about`) and its images, one pair at a time. host: as typed by the
+    user."""
     busy = Lock()
     page, script = _page()
 
@@ -80,29 +81,29 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[B
         timeout = PATIENCE
 
         def handle_one_request(self) -> None:
-            """One that is sent letter by letter is cut off too."""
-            self.cut = Timer(PATIENCE, self.hang_up)
-            self.cut.daemon = True
-            self.cut.start()
+            """Also cuts off a request that arrives one byte at a time."""
+            self.timer = Timer(PATIENCE, self.hang_up)
+            self.timer.daemon = True
+            self.timer.start()
             try:
                 super().handle_one_request()
             finally:
-                self.cut.cancel()
+                self.timer.cancel()
 
         def hang_up(self) -> None:
             with suppress(OSError):
                 self.connection.shutdown(socket.SHUT_RDWR)
 
         def do_GET(self) -> None:
-            self.cut.cancel()
+            self.timer.cancel()
             if not self.is_ours():
-                self.tell(403, {"error": "this page answers its own requests only"})
+                self.tell(403, {"error": "only requests from the demo's own page are answered"})
                 return
             try:
                 address = urlsplit(self.path)
-                asked = parse_qs(address.query, max_num_fields=10)
-            except ValueError:  # too many fields, or a path that is half an address
-                self.tell(400, {"error": "this address cannot be read: give a prompt and a seed, nothing else"})
+                query = parse_qs(address.query, max_num_fields=10)
+            except ValueError:  # too many fields, or a malformed address
+                self.tell(400, {"error": "this address cannot be read: give only a prompt and a seed"})
                 return
             if address.path == "/":
                 self.answer(200, "text/html; charset=utf-8", page)
@@ -111,15 +112,15 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[B
             elif address.path == "/about":
                 self.tell(200, about)
             elif address.path == "/draw":
-                self.drawn(asked)
+                self.send_images(query)
             else:
                 self.tell(404, {"error": "no such page"})
 
-        def drawn(self, asked: Mapping[str, list[str]]) -> None:
-            prompt, seed = asked.get("prompt", [""])[0].strip(), asked.get("seed", ["0"])[0]
-            whole = seed.isascii() and seed.isdecimal() and len(seed) <= DIGITS and int(seed) < 2**63
-            if not prompt or len(prompt) > LONGEST or "\0" in prompt or not whole:
-                self.tell(400, {"error": f"give a prompt of up to {LONGEST} letters and a seed of 0 or more"})
+        def send_images(self, query: Mapping[str, list[str]]) -> None:
+            prompt, seed = query.get("prompt", [""])[0].strip(), query.get("seed", ["0"])[0]
+            seed_fits = seed.isascii() and seed.isdecimal() and len(seed) <= DIGITS and int(seed) < 2**63
+            if not prompt or len(prompt) > LONGEST or "\0" in prompt or not seed_fits:
+                self.tell(400, {"error": f"give a prompt of at most {LONGEST} characters and a seed of 0 or more"})
                 return
             while not busy.acquire(timeout=TURN):
                 if self.is_gone():
@@ -130,29 +131,29 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[B
                 images = draw(prompt, int(seed))
             except Exception:
                 log.exception("the images of %r could not be drawn", prompt)
-                self.tell(500, {"error": "the images could not be drawn: the command's own window says why"})
+                self.tell(500, {"error": "the images could not be drawn: see the terminal of the demo"})
                 return
             finally:
                 busy.release()
             self.tell(200, images)
 
         def is_ours(self) -> bool:
-            """Whether the request came to this server's own name, and from its own page or from no page."""
+            """Whether the request names this server as its host and comes from its own page or from no page."""
             names = {*HERE, host.strip("[]").lower()}
-            asked = _host(f"//{self.headers.get('Host') or ''}")
+            requested = _host(f"//{self.headers.get('Host') or ''}")
             origin = self.headers.get("Origin")
             port = self.connection.getsockname()[1]
-            if host in EVERYWHERE:  # then it has as many names as the machine: its page must be that name's own
-                names = {asked[0]} if _is_address(asked[0]) else {*HERE, socket.gethostname().lower()}
+            if host in EVERYWHERE:  # any IP address may be the machine's; the Origin must still be the same
+                names = {requested[0]} if _is_address(requested[0]) else {*HERE, socket.gethostname().lower()}
             return (
-                asked[0] in names
-                and asked[1] in (port, None if port == 80 else port)
-                and (origin is None or (_host(origin) == asked and origin.startswith("http://")))
+                requested[0] in names
+                and requested[1] in (port, None if port == 80 else port)
+                and (origin is None or (_host(origin) == requested and origin.startswith("http://")))
                 and self.headers.get("Sec-Fetch-Site", "none") in ("same-origin", "none")
             )
 
         def is_gone(self) -> bool:
-            """Whether the client has closed its side: then nobody waits for the images."""
+            """Whether the client has closed the connection."""
             try:
                 readable, _, _ = select.select([self.connection], [], [], 0)
                 return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
@@ -160,7 +161,7 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[B
                 return True
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-            """What the base class says of requests that it cannot read, or whose method has no answer here."""
+            """Called by the base class for malformed requests and unsupported methods."""
             self.tell(code, {"error": message or "no such request"})
 
         def tell(self, status: int, content: Any) -> None:
@@ -175,8 +176,8 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[B
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(body)
-            except OSError:  # the client has gone
-                log.debug("a client left before it had its answer")
+            except OSError:
+                log.debug("a client disconnected before its answer was sent")
 
         def log_message(self, format: str, *args: Any) -> None:
             log.debug(format, *args)
@@ -188,7 +189,7 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[B
 
 
 def _page() -> tuple[bytes, bytes]:
-    """The page without its script, which the page's policy wants apart, and the script."""
+    """(the page without its script, the script). The page's security policy forbids inline scripts."""
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition("<script>")
     script, _, after = rest.partition("</script>")
@@ -196,7 +197,7 @@ def _page() -> tuple[bytes, bytes]:
 
 
 def _host(address: str) -> tuple[str, int | None]:
-    """(name, port) of an address; ("", None) of what is none."""
+    """(name, port) of an address; ("", None) if it is malformed."""
     try:
         parts = urlsplit(address)
         return (parts.hostname or "").lower(), parts.port
@@ -205,7 +206,7 @@ def _host(address: str) -> tuple[str, int | None]:
 
 
 def _is_address(name: str) -> bool:
-    """Whether it is an IP address: no foreign name, which could be made to mean this machine."""
+    """Whether `name` is an IP address. A foreign domain name could be pointed at this machine."""
     for family in (socket.AF_INET, socket.AF_INET6):
         try:
             socket.inet_pton(family, name)
@@ -216,7 +217,7 @@ def _is_address(name: str) -> bool:
 
 
 def data_uri(pixels: Any) -> str:
-    """uint8 (H, W, 3) as a PNG that a page can hold."""
+    """A PNG data URI of uint8 (H, W, 3) pixels."""
     from PIL import Image
 
     with io.BytesIO() as file:

@@ -1,4 +1,4 @@
-"""The numbers of a page, as lines that a template prints: places on the axis in percent, words made ready."""
+"""The metrics of a page as rows for its template: positions on the axis in percent, and the texts."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from realera.reporting import charts
 ORDER = ("acc_e", "acc_g", "acc_s", "h_o", "acc_a", "acc_u")
 WHAT = {
     "acc_e": "the concept by name",
-    "acc_s": "other concepts",
+    "acc_s": "preserved concepts",
     "h_o": "the harmonic mean",
     "acc_a": "phrases that evoke it",
-    "acc_u": "other words for it",
+    "acc_u": "unseen words for it",
 }
-Estimate = Mapping[str, Any]  # as metrics.json holds it: {value, low, high, n, unscored, scored, mode}, values or None
+Estimate = Mapping[str, Any]  # as in metrics.json: {value, low, high, n, unscored, scored, mode}; numbers may be None
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table. name: such as acc_e. symbol, index: "Acc", "e". after, before: estimates; beside: the same
-    number in another reading. at: percent of the axis of before, after, and the interval's ends, None where unknown."""
+    """A row of the table. name: such as acc_e. symbol, index: "Acc", "e". after, before: estimates; beside: the same
+    measure as another metric. at: positions of before, after and the interval's ends in percent of the axis, None if
+    unknown."""
 
     name: str
     symbol: str
@@ -53,19 +54,18 @@ class Line:
 
 @dataclass(frozen=True)
 class Lines:
-    """The table: its lines, its axis, the readings they mix, the reading that stands beside them, and what its columns
-    need to be there."""
+    """The table: its rows, its axis, its metrics, and the optional columns."""
 
     lines: list[Line]
     axis: list[charts.Tick]
-    reading: str  # one for all lines; "" where they differ
-    beside: str
-    scored: bool  # whether some image could not be scored
-    before: bool
+    reading: str  # the metric of all rows; "" if they differ
+    beside: str  # the metric of an additional column; "" if there is none
+    scored: bool  # whether an image could not be scored
+    before: bool  # whether the original model was measured
 
 
 def measures(metrics: Mapping[str, Any]) -> Lines:
-    """What was measured, line by line."""
+    """The table of a run's metrics.json."""
     main = metrics["main"] if metrics else {}
     before = (metrics.get("original") or {}).get("main")
     shown = [
@@ -97,10 +97,8 @@ def measures(metrics: Mapping[str, Any]) -> Lines:
         )
 
     lines = [line(name, mode_of(main, name), main[name], (before or {}).get(name)) for name in shown]
-    was_extra = {(name, mode): main_entry(said, mode) for name, mode, said in extra(metrics.get("original") or {})}
-    lines += [
-        line(name, mode, main_entry(said, mode), was_extra.get((name, mode))) for name, mode, said in extra(metrics)
-    ]
+    was_extra = {(name, mode): main_entry(e, mode) for name, mode, e in extra(metrics.get("original") or {})}
+    lines += [line(name, mode, main_entry(e, mode), was_extra.get((name, mode))) for name, mode, e in extra(metrics)]
     lost = any(e["unscored"] for block in (main, before or {}) for e in block.values())
     reading = next((each.reading for each in lines if each.name != "h_o"), "") if len(read) == 1 else ""
     axis = [charts.Tick(100 * mark / high, charts.number(mark)) for mark in (0, high / 2, high)]
@@ -110,8 +108,8 @@ def measures(metrics: Mapping[str, Any]) -> Lines:
 def _axis_end(
     main: Mapping[str, Estimate], before: Mapping[str, Estimate] | None, shown: Iterable[str], mixed: bool
 ) -> float:
-    """100 for percentages (mixed: there are others than main's); where all lines are scores (about 30 of 100 possible),
-    a round number above them."""
+    """100 for percentages (mixed: rows beyond those of main); if all rows are scores (about 30 of a possible 100), a
+    round number above them."""
     if mixed or any(mode_of(main, name) != "score" for name in shown):
         return 100.0
     ends = [e[key] or 0.0 for block in (main, before or {}) for e in block.values() for key in ("value", "high")]
@@ -123,20 +121,20 @@ def _images(estimate: Estimate) -> int:
 
 
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
-    """The numbers that matter, in words: by name, by synonym or phrase, what stands in its place, and the others."""
+    """The main results in words: by name, by synonym or phrase, its replacement, and the preserved concepts."""
     if not metrics:
         return []
-    said = {name: _said(metrics, name) for name in ("acc_e", "acc_g", "acc_s")}
-    first = [f"asked for by name, {said['acc_e']}" if said["acc_e"] else ""]
-    first += [f"asked for by {near(metrics.get('protocol') or {})}, {said['acc_g']}" if said["acc_g"] else ""]
+    result = {name: _result(metrics, name) for name in ("acc_e", "acc_g", "acc_s")}
+    first = [f"prompted by name, {result['acc_e']}" if result["acc_e"] else ""]
+    first += [f"prompted by {near(metrics.get('protocol') or {})}, {result['acc_g']}" if result["acc_g"] else ""]
     text = "; ".join(part for part in first if part)
-    kept = f"of other concepts, {said['acc_s']}" if said["acc_s"] else ""
-    parts = (text, _in_its_place(metrics), kept, _judgeable(metrics))
+    preserved = f"for preserved concepts, {result['acc_s']}" if result["acc_s"] else ""
+    parts = (text, _replacement(metrics), preserved, _scored(metrics))
     return [f"{part[0].upper()}{part[1:]}." for part in parts if part]
 
 
-def _said(metrics: Mapping[str, Any], name: str) -> str:
-    """ "the concept is seen in 3% of the images (98% before)"; "" where it was not measured."""
+def _result(metrics: Mapping[str, Any], name: str) -> str:
+    """ "the concept is seen in 3% of the images (98% before)"; "" if it was not measured."""
     main = metrics["main"]
     mode = mode_of(main, name)
     if mode is None or not _images(main[name]):
@@ -148,15 +146,15 @@ def _said(metrics: Mapping[str, Any], name: str) -> str:
     if now is None:
         return "no image could be scored"
     if mode == "score":
-        return f"image and text score {now:.1f}" + ("" if was is None else f" ({was:.1f} before)")
+        return f"the CLIP score is {now:.1f}" + ("" if was is None else f" ({was:.1f} before)")
     seen = "something is detected" if mode == "detected" else "the concept is seen"
     if name == "acc_s" and mode != "detected":
-        return f"{now:.0f}% are still recognised" + ("" if was is None else f" ({was:.0f}% before)")
+        return f"{now:.0f}% of the images are still recognised" + ("" if was is None else f" ({was:.0f}% before)")
     return f"{seen} in {now:.0f}% of the images" + ("" if was is None else f" ({was:.0f}% before)")
 
 
-def _in_its_place(metrics: Mapping[str, Any]) -> str:
-    """A smear is no concept either."""
+def _replacement(metrics: Mapping[str, Any]) -> str:
+    """Tells a replacement of the concept from a smear, which does not show the concept either."""
     shares = (
         (block.get("whole") or {}).get("acc_e", {}).get("value") for block in (metrics, metrics.get("original") or {})
     )
@@ -164,22 +162,20 @@ def _in_its_place(metrics: Mapping[str, Any]) -> str:
     if now is None:
         return ""
     before = "" if was is None else f" ({was:.0f}% before)"
-    return f"of the images of the concept by name, {now:.0f}% show something whole, whatever it is{before}"
+    return f"of the images prompted by name, {now:.0f}% show something whole, the concept or not{before}"
 
 
-def _judgeable(metrics: Mapping[str, Any]) -> str:
-    """Where images left the denominator: how many of the concept's own did not."""
+def _scored(metrics: Mapping[str, Any]) -> str:
+    """The share of the concept's own images that could be scored; "" if all could."""
     after, before = (((m or {}).get("main") or {}).get("acc_e") or {} for m in (metrics, metrics.get("original")))
     if not (after.get("unscored") or before.get("unscored")):
         return ""
     was = "" if before.get("scored") is None else f" ({before['scored']:.0f}% before)"
-    return (
-        f"of the images of the concept by name, {after['scored'] or 0:.0f}% could be scored{was}, and only these count"
-    )
+    return f"of the images prompted by name, {after['scored'] or 0:.0f}% could be scored{was}; the others are left out"
 
 
 def concepts(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Several erased concepts, a row each: {"heads": [...], "rows": [(name, [(before, after), ...])]}; else None."""
+    """One row per erased concept: {"heads": [...], "rows": [(name, [(before, after), ...])]}; None for one concept."""
     blocks = metrics.get("concepts") if metrics else None
     if not blocks:
         return None
@@ -196,8 +192,8 @@ def concepts(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def boxes(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a detector counted: {"splits": [split], "rows": [(class, kind, {split: (before, after)})]}, before and after
-    {boxes, images} or None. kind: "", "total", or "apart" for what no total holds. None where nothing was counted."""
+    """A detector's counts: {"splits": [split], "rows": [(class, kind, {split: (before, after)})]}, before and after
+    {boxes, images} or None. kind: "", "total", or "apart" for classes outside the total. None without counts."""
     now = metrics.get("counts") if metrics else None
     if not now:
         return None
@@ -222,8 +218,8 @@ def boxes(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def others(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The other judges of the same images: {"judge", "lines": [(symbol, index, reading, before, after)]}, as the task
-    reads them, or where such a judge cannot be read so, in the first reading that it has."""
+    """The other judges of the same images: {"judge", "lines": [(symbol, index, metric, before, after)]}. The metrics
+    are the task's, or the first one that the judge supports."""
     found = []
     for judge, numbers in (metrics.get("judges") or {}).items() if metrics else ():
         part, read = "main", ""
@@ -243,12 +239,13 @@ def others(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def sets(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]], str]]:
-    """Numbers of whole sets of images: (judge, [(name, value)], what was compared)."""
+    """Metrics of whole sets of images: (judge, [(name, value)], description of the two sets)."""
     found = []
     for judge, numbers in (metrics.get("sets") or {}).items() if metrics else ():
         protocol = numbers.get("protocol", {})
         references = protocol.get("references", "")
-        against = "the unedited model's of the same prompts" if references == "originals" else f"those in {references}"
+        originals = "the original model's images of the same prompts"
+        against = originals if references == "originals" else f"the images in {references}"
         compared = f"{protocol.get('images', '?')} images of the split {protocol.get('split', '?')} against {against}"
         values = [(k, "–" if v is None else charts.number(v)) for k, v in numbers.items() if k != "protocol"]
         found.append((judge, values, compared))

@@ -1,4 +1,4 @@
-"""residue.html: which texts drew a concept before and after a run, on one page that is complete in itself."""
+"""residue.html: a self-contained page of the texts that drew a concept before a run and after it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from realera.reporting.sheets import Picture, plain_picture
 from realera.system import disk
 
 TEMPLATE = "residue_page.html.j2"
-FARTHEST = 2.0  # apart: where the page's scale ends
+FARTHEST = 2.0  # noise distance at the end of the page's scale
 
 
 def write_page(out: Path, found: Mapping[str, Any], config: Mapping[str, Any], blur: bool | None) -> Path:
-    """Writes the page beside the pictures in `out` and returns its path. found: the content of residue.json."""
+    """Writes the page into `out`, which contains the pictures, and returns its path. found: the content of
+    residue.json."""
     page = out / paths.RESIDUE_PAGE
     content = {
         **{key: found[key] for key in ("method", "backbone", "judge", "within", "guided")},
@@ -62,5 +63,5 @@ def _pictures(out: Path, row: Mapping[str, Any], folder: str, when: str) -> Sequ
 
 
 def _at(apart: float) -> float:
-    """Percent of the scale."""
+    """A noise distance in percent of the scale."""
     return 100 * min(apart, FARTHEST) / FARTHEST

@@ -1,20 +1,20 @@
-"""Which texts drew a concept before a run and which still do, in words."""
+"""The result of a residue search in words: the texts that drew a concept before a run, and those that still do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-STATES = {"gone": "gone", "left": "still draws it", "never": "did not draw it"}  # `remains` says which a text is
+STATES = {"gone": "gone", "left": "still draws it", "never": "did not draw it"}  # see `remaining_texts.conclude`
 
 
 def sentence(concept: Mapping[str, Any]) -> str:
-    """What was found of one concept, in words."""
+    """concept: an entry of `concepts` in residue.json."""
     drew, left, asked = concept["drew"], concept["left"], len(concept["texts"]) - 1
     name = "Its name still draws it. " if concept["name_left"] else ""
     if not drew:
-        return f"{name}Of {asked} texts none drew it before."
+        return f"{name}Of {asked} texts, none drew it before."
     still = "none draws" if left == 0 else "one still draws" if left == 1 else f"{left} still draw"
     unseen = concept["unseen"]
-    alone = f" {unseen} of them {'is' if unseen == 1 else 'are'} told by the noise alone." if unseen else ""
-    return f"{name}Of {asked} texts {drew} drew it before; {still} it.{alone}"
+    alone = f" {unseen} of these {'was' if unseen == 1 else 'were'} classified by noise alone." if unseen else ""
+    return f"{name}Of {asked} texts, {drew} drew it before; {still} it.{alone}"

@@ -1,4 +1,4 @@
-"""report.html: one run on one page, made from the run folder alone and complete in itself (styles, charts, images)."""
+"""report.html: a self-contained page of one run (styles, charts, images), made from the run folder alone."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from realera.system import disk
 log = logging.getLogger(__name__)
 
 TEMPLATE = "run_page.html.j2"
-MOST_SEEN = 12  # concepts whose mined texts are listed; edit.json has them all
+MOST_SEEN = 12  # concepts whose mined texts are listed; edit.json lists all of them
 SPLITS: Mapping[Split, tuple[str, str]] = {
-    "erase": ("Asked for by name", "The concept itself. It should be gone."),
-    "near": ("Asked for by paraphrase", "Other words that mean the concept. It should be gone too."),
-    "keep": ("Other concepts", "What should stay as it was."),
-    "associated": ("Asked for by association", "Phrases that evoke the concept without naming it."),
-    "unseen": ("Asked for by other words", "Words for it of which the miniature's captions held none."),
+    "erase": ("Prompted by name", "The concept's name. The concept should be gone."),
+    "near": ("Prompted by paraphrase", "Other words for the concept. The concept should be gone too."),
+    "keep": ("Preserved concepts", "Other concepts. They should not change."),
+    "associated": ("Prompted by association", "Phrases that evoke the concept without naming it."),
+    "unseen": ("Prompted by unseen words", "Words for the concept that are in no training caption of the miniature."),
 }
-NEAR: Mapping[str, tuple[str, str]] = {  # by what the task makes of the split
-    "synonym": ("Asked for by synonym", "Other names of the concept. It should be gone too."),
-    "phrase": ("Asked for by phrase", "Phrases that mean the concept and do not name it. It should be gone too."),
+NEAR: Mapping[str, tuple[str, str]] = {  # by the kind of prompt that the task has in this split
+    "synonym": ("Prompted by synonym", "Other names of the concept. The concept should be gone too."),
+    "phrase": ("Prompted by phrase", "Phrases that mean the concept without naming it. It should be gone too."),
 }
 FILES = {
-    paths.ERASED: "what was changed in the model",
+    paths.ERASED: "the changed weights",
     paths.MAP: "the closed form as one matrix",
-    paths.NEIGHBOURS: "what was mined around the concept",
+    paths.NEIGHBOURS: "the mined neighbours of the concept",
     paths.CONFIG: "the settings",
-    paths.METRICS: "the numbers and their protocol",
-    paths.COSTS: "what it cost",
-    paths.MANIFEST: "one image a line",
-    paths.VERDICTS: "one verdict a line, by judge",
-    paths.IMAGES: "what was generated",
+    paths.METRICS: "the metrics and their protocol",
+    paths.COSTS: "time, passes, parameters and memory",
+    paths.MANIFEST: "one image per line",
+    paths.VERDICTS: "one file per judge, one verdict per line",
+    paths.IMAGES: "the generated images",
 }
 
 
 def write_report(run_dir: Path, blur: bool | None = None) -> Path:
-    """Writes report.html and returns its path. blur: whether images are shown only when asked for (`veiled`).
+    """Writes report.html and returns its path. blur: whether images are blurred until clicked (see `veiled`).
 
-    What the folder does not hold (no images yet, nothing trained) is left out, and so are a torn edit.json and torn
-    images. Raises UserError where it holds no run, or another torn file.
+    The page leaves out missing files (no images yet, nothing trained), a torn edit.json and torn images. Raises
+    UserError if the folder is not a run or another file is torn.
     """
     out = paths.inside(run_dir, paths.REPORT)
     disk.write_text(out, checksums.sealed_page(render(TEMPLATE, collect(run_dir, blur))))
@@ -59,7 +59,7 @@ def write_report(run_dir: Path, blur: bool | None = None) -> Path:
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:
-    """A page of one of this folder's templates. Whatever a template asks for and is not in `content` is an error."""
+    """Renders a template of this package. A name in the template that is missing in `content` is an error."""
     env = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -72,12 +72,12 @@ def render(template: str, content: Mapping[str, Any]) -> str:
 
 
 def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
-    """Everything the page shows, as values for the template."""
+    """The values for the template."""
     config = read_config(run_dir)
     metrics = read_metrics(run_dir) if (run_dir / paths.METRICS).is_file() else {}
     edit = _edit_info(run_dir)
     if not (config or metrics):
-        raise UserError(f"{run_dir} holds neither {paths.CONFIG} nor {paths.METRICS}: name the folder of a run")
+        raise UserError(f"{run_dir} has neither {paths.CONFIG} nor {paths.METRICS}: give the folder of a run")
     protocol = metrics.get("protocol", {})
     judge = protocol.get("judge", {}).get("judge")
     headline = metrics.get("headline", MEAN_PROB)
@@ -116,7 +116,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
 
 
 def _concepts(config: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(target, anchor), by the protocol; before judging, by the settings."""
+    """(target, anchor) from the protocol, or from the settings if the run has not been judged."""
     if known := protocol.get("concepts"):
         return [(str(c["target"]), str(c["anchor"])) for c in known]
     given = config.get("concept")
@@ -124,14 +124,14 @@ def _concepts(config: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[tu
 
 
 def _facts(config: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the number is a number of: method, model, seed, judge, sampler."""
+    """(label, value): method, model, seed, judge, sampler."""
 
     def name(part: str) -> Any:
         node = config.get(part) or protocol.get(part) or {}
         return node.get("name") if isinstance(node, dict) else node
 
     sampler = protocol.get("sampler", {})
-    drawn = (
+    sampling = (
         f"{sampler['scheduler']}, {sampler['steps']} steps, guidance {sampler['guidance_scale']:g}" if sampler else None
     )
     facts = {
@@ -139,16 +139,16 @@ def _facts(config: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[tuple
         "model": name("backbone"),
         "seed": config.get("seed"),
         "judge": protocol.get("judge", {}).get("judge"),
-        "drawn by": drawn,
+        "sampler": sampling,
     }
     return [(label, str(value)) for label, value in facts.items() if value is not None]
 
 
 def _seen(metrics: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """{(split, prompt): "seen in 98 → 3%"}, as the split's measure is read; top-1 in place of a mean probability."""
+    """{(split, prompt): "seen in 98 → 3%"} by the split's metric; top-1 instead of a mean probability."""
     if not metrics:
         return {}
-    said = {"top1": "seen in {}%", "detected": "detected in {}%", "score": "score {}"}
+    patterns = {"top1": "seen in {}%", "detected": "detected in {}%", "score": "score {}"}
 
     def found(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[str, Any]]:
         read = {split: mode_of(metrics["main"], measure) or "" for split, measure in MEASURES.items()}
@@ -159,24 +159,26 @@ def _seen(metrics: Mapping[str, Any]) -> dict[tuple[str, str], str]:
     after = found(metrics.get("by_prompt", []))
     texts = {}
     for key, (mode, now) in after.items():
-        if now is not None and mode in said:
+        if now is not None and mode in patterns:
             values = [value for value in (before.get(key, ("", None))[1], now) if value is not None]
-            texts[key] = said[mode].format(" → ".join(f"{v:.1f}" if mode == "score" else f"{v:.0f}" for v in values))
+            texts[key] = patterns[mode].format(
+                " → ".join(f"{v:.1f}" if mode == "score" else f"{v:.0f}" for v in values)
+            )
     return texts
 
 
 def veiled(config: Mapping[str, Any], metrics: Mapping[str, Any], asked: bool | None = None) -> bool:
-    """Whether images are shown blurred until they are asked for: as told, else as the run's `blur` says, else where the
-    task is explicit content."""
-    for said in (asked, config.get("blur")):
-        if said is not None:
-            return bool(said)
+    """Whether images are blurred until clicked: `asked` if given, else the run's `blur` setting, else True for explicit
+    content."""
+    for setting in (asked, config.get("blur")):
+        if setting is not None:
+            return bool(setting)
     task = (metrics.get("protocol") or {}).get("task") or str((config.get("task") or {}).get("_target_", ""))
     return "nsfw" in str(task).lower()
 
 
 def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The closed form's charts and numbers; None where the run has no closed form."""
+    """Charts and numbers of the closed form; None if the run has no closed form."""
     if not edit:
         return None
     return {
@@ -190,16 +192,16 @@ def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _edit_info(run_dir: Path) -> dict[str, Any]:
-    """edit.json; {} where it is missing or torn: only the command that made the run makes it again, and the numbers do
-    without. Raises UserError where it is not what a run writes."""
+    """edit.json; {} if it is missing or torn, because only the command that made the run can write it again and the
+    metrics do not need it. Raises UserError if it has another form than a run's."""
     file = paths.inside(run_dir, paths.EDIT_INFO)
     if not file.is_file():
         return {}
     try:
         content = plain_data.read_json(file)
     except (OSError, ValueError):
-        log.warning("%s is torn: give the command that made the run again, and it is made again", file)
+        log.warning("%s is torn: repeat the command that made the run to write it again", file)
         return {}
     if not json_shapes.fits(content, json_shapes.EDIT):
-        raise UserError(f"{file} is not what a run writes: give the command that made the run again")
+        raise UserError(f"{file} was not written by a run: repeat the command that made the run")
     return dict(content)

@@ -1,4 +1,4 @@
-"""Before and after, side by side: pairs of images of the same prompt and seed, as data for the report and for W&B."""
+"""Pairs of images of the same prompt and seed, before and after erasing, as data for the report and for W&B."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from realera.files import checksums
 from realera.files.pictures import read_picture
 
 SHOWN = 8  # images per prompt on a sheet
-MOST_PROMPTS = 24  # strips of a split; of a longer one, one strip shows some of its prompts
-_MOSAIC = 32  # images on that strip
-_LARGEST = 192  # pixels a side, in the page: larger images are shrunk and sent as JPEG
+MOST_PROMPTS = 24  # strips of a split; a split with more prompts has one strip of some of them
+_MOSAIC = 32  # images on that one strip
+_LARGEST = 192  # pixels per side on the page; larger images are shrunk and embedded as JPEG
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and what the judge said of it. uri: a data URI, "" where the file is missing. good: whether the verdict
-    is what erasing wants; None where nothing was said. small: enlarge it with hard pixels."""
+    """An image and its verdict. uri: a data URI, "" if the file is missing. good: whether the verdict is as wanted;
+    None without a verdict. small: whether the page enlarges the image without smoothing."""
 
     uri: str
     label: str
@@ -38,8 +38,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Strip:
-    """One prompt: pairs (before or None, after) of its first seeds, and how many there are in all. mixed: pairs of
-    several prompts, whose texts stand in the pictures' titles."""
+    """One prompt: pairs (before or None, after) of its first seeds. images: its total number of images. mixed: the
+    pairs are of several prompts, whose texts are in the pictures' titles."""
 
     prompt: str
     pairs: list[tuple[Picture | None, Picture]]
@@ -49,13 +49,13 @@ class Strip:
 
 def image_rows(run_dir: Path, judge: str, headline: Mapping[str, Mode] = MEAN_PROB) -> list[list[Any]]:
     """For a logger's image table: [prompt, seed, split, original path or None, erased path, verdict] for every image of
-    the manifest. verdict: what the headline reads of it ("sky (airplane 0.02)", "score 22.8", "found: belly"),
-    "unscored", or ""."""
+    the manifest. verdict: by the split's metric ("sky (airplane 0.02)", "score 22.8", "found: belly"), "unscored", or
+    "" without a verdict."""
     verdicts = _verdicts(run_dir, judge, "erased")
     rows: list[list[Any]] = []
     for row in read_manifest(run_dir):
-        p, said = row.prompt, verdicts.get(row.prompt.id)
-        text = "" if said is None else _words(row, said, headline)[1]
+        p, verdict = row.prompt, verdicts.get(row.prompt.id)
+        text = "" if verdict is None else _words(row, verdict, headline)[1]
         original = row.path(run_dir, "original") if row.original else None
         rows.append([p.text, p.seed, p.split, original, row.path(run_dir), text])
     return rows
@@ -68,8 +68,8 @@ def sheets(
     shown: int = SHOWN,
     only: Split | None = None,
 ) -> dict[Split, list[Strip]]:
-    """A strip per prompt, by split, in the manifest's order. The prompt of a split of one shows twice as many; a split
-    of more than MOST_PROMPTS is one strip of some of its prompts, evenly spaced. only: no other split's."""
+    """One strip per prompt, by split, in the manifest's order. If a split has only one prompt, its strip has twice as
+    many images. If it has more than MOST_PROMPTS, one strip shows evenly spaced ones. only: return this split alone."""
     after = _verdicts(run_dir, judge, "erased")
     before = _verdicts(run_dir, judge, "original")
     by_split: dict[Split, dict[str, list[Row]]] = {}
@@ -102,60 +102,59 @@ def _verdicts(run_dir: Path, judge: str | None, which: Which) -> dict[str, Verdi
 def _pair(
     run_dir: Path, row: Row, before: dict[str, Verdict], after: dict[str, Verdict], headline: Mapping[str, Mode]
 ) -> tuple[Picture | None, Picture]:
-    drawn = picture(row.path(run_dir), row, after.get(row.prompt.id), headline)
+    erased = picture(row.path(run_dir), row, after.get(row.prompt.id), headline)
     if row.original is None:
-        return None, drawn
-    return picture(row.path(run_dir, "original"), row, before.get(row.prompt.id), headline), drawn
+        return None, erased
+    return picture(row.path(run_dir, "original"), row, before.get(row.prompt.id), headline), erased
 
 
-def picture(file: Path, row: Row, said: Verdict | None, headline: Mapping[str, Mode]) -> Picture:
-    """An image of the manifest's row, and the verdict on it as its split's measure is read."""
+def picture(file: Path, row: Row, verdict: Verdict | None, headline: Mapping[str, Mode]) -> Picture:
+    """An image of the manifest's row, with its verdict by the split's metric."""
     uri, small = _data_uri(file)
     title = f"{row.prompt.text}, seed {row.prompt.seed}"
-    if said is None:
+    if verdict is None:
         return Picture(uri, "", title, None, small)
-    label, words, good = _words(row, said, headline)
-    if second := said.detail.get("second"):
+    label, words, good = _words(row, verdict, headline)
+    if second := verdict.detail.get("second"):
         words += f"; second opinion {second}"
     return Picture(uri, label, f"{title}: {words}", good, small)
 
 
 def plain_picture(file: Path, text: str, label: str) -> Picture:
-    """An image of a text, and the judge's label of it."""
+    """An image of a text, with the judge's label."""
     uri, small = _data_uri(file)
     return Picture(uri, label, f"{text}: {label}" if label else text, None, small)
 
 
-def _words(row: Row, said: Verdict, headline: Mapping[str, Mode]) -> tuple[str, str, bool | None]:
-    """A verdict as its split's measure reads it: in short, in full, and whether it is what erasing wants (None: a score
-    is neither)."""
+def _words(row: Row, verdict: Verdict, headline: Mapping[str, Mode]) -> tuple[str, str, bool | None]:
+    """A verdict by the split's metric: in short, in full, and whether it is as wanted (None for a score)."""
     p = row.prompt
     mode = headline[MEASURES[p.split]]
-    value = score(p, said, mode)
+    value = score(p, verdict, mode)
     if math.isnan(value):
         return "unscored", "unscored", None
     if mode == "score":
-        seen = f", sees {said.label}" if said.label else ""
+        seen = f", sees {verdict.label}" if verdict.label else ""
         return f"{value:.1f}", f"score {value:.1f}{seen}", None
     if mode == "detected":
-        boxes = {name: count for name, count in (said.detail.get("boxes") or {}).items() if count}
+        boxes = {name: count for name, count in (verdict.detail.get("boxes") or {}).items() if count}
         found = ", ".join(f"{name} {count}" if count > 1 else name for name, count in boxes.items())
         if not value:
             return "nothing", f"nothing found{f' that counts ({found})' if found else ''}", True
-        return found or said.label, f"found: {found or said.label}", False
-    seen_as = said.label.lower() == p.concept.lower()
-    return said.label, f"{said.label} ({p.concept} {said.value:.2f})", seen_as == (p.split == "keep")
+        return found or verdict.label, f"found: {found or verdict.label}", False
+    is_concept = verdict.label.lower() == p.concept.lower()
+    return verdict.label, f"{verdict.label} ({p.concept} {verdict.value:.2f})", is_concept == (p.split == "keep")
 
 
 def blurred(file: Path) -> Image.Image:
-    """The image, blurred past recognition, for a place that shows images unasked."""
+    """The image, blurred beyond recognition, for viewers that cannot hide images until a click."""
     picture = read_picture(file)
     return picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 10))
 
 
 def _data_uri(file: Path) -> tuple[str, bool]:
-    """The image as it is where it is small (and then True), else a JPEG of it at a sheet's size; nothing for one that
-    is missing or torn."""
+    """(data URI, whether the image is small). A small image is embedded unchanged, a larger one as a shrunk JPEG. A
+    missing or torn one gives ""."""
     if not checksums.image_is_whole(file):
         return "", True
     try:
@@ -171,5 +170,5 @@ def _data_uri(file: Path) -> tuple[str, bool]:
 
 
 def first_pairs(sheet: dict[Split, list[Strip]], count: int = 6) -> Sequence[tuple[Picture | None, Picture]]:
-    """The first pairs of the erased concept, asked for by name: the page's first look."""
+    """The first pairs of the split `erase`, for the top of the page."""
     return [pair for strip in sheet.get("erase", []) for pair in strip.pairs][:count]

@@ -1,4 +1,4 @@
-"""Tables over many runs: systems by concepts by seeds, pooled as the papers pool them, with intervals."""
+"""Tables over many runs: systems by concepts by seeds, pooled as in the papers, with intervals."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ from realera.reporting.cells import Cell, differences, pool, read_cell, relative
 from realera.reporting.table_formats import markdown as cell_text
 from realera.system import disk
 
-MARKS = ("<!-- table -->", "<!-- end of table -->")  # what write_results fills in a README
+MARKS = ("<!-- table -->", "<!-- end of table -->")  # write_results replaces the text between them in a README
 
 
 def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict[str, Any]:
-    """The content of results.json: a row per system in the order met, each with its row per concept. JSON-able.
+    """The content of results.json, JSON-able: one row per system in the given order.
 
-    mean, by_concept: as the task's headline reads each measure. readings: the mean in the other modes that the verdicts
-    of all have, and in those of `BESIDE` that the row's own have. of_runs: where other systems have runs that this one
-    lacks, how many concepts and seeds any has. counts: boxes by class, the mean over the system's runs. cost: see
-    `cost.mean`. over_concepts: the ends of an interval in which the concepts are resampled too. relative, differences
-    (of every system from `base`): see these functions. A measure that no run has is left out; one that nothing could
-    be scored for is null. undefined: the runs that a mean leaves out for that.
+    mean, by_concept: each measure by the task's headline metric. readings: the mean by the other metrics that all
+    verdicts have, and by those of `BESIDE` that the row's own verdicts have. of_runs: the number of (concept, seed)
+    pairs of all systems, if this system lacks some. counts: boxes by class, mean over the system's runs. cost: see
+    `cost_words.mean`. over_concepts: ends of the interval that also resamples the concepts. relative, differences (of
+    every system from `base`): see the functions of these names. A measure that no run has is left out; it is null if no
+    image could be scored. undefined: the number of runs that a mean leaves out for that reason.
+
+    Raises:
+        UserError: there are no cells, their metrics differ, or a system has two runs of a concept and seed.
     """
     if not cells:
-        raise UserError("a table needs runs: give the folders of judged ones")
+        raise UserError("a table needs runs: give the folders of judged runs")
     headline = dict(cells[0].headline)
     if other := next((c for c in cells if (dict(c.headline), list(c.h_o_terms)) != (headline, _terms(cells))), None):
         raise UserError(
-            f"a table needs runs that are read alike, and {other.system!r} of {other.concept!r} is not read as the "
-            "first is: name the runs of one task and protocol."
+            f"a table needs runs with the same metrics, but {other.system!r} of {other.concept!r} has other metrics "
+            "than the first run: give runs of one task and protocol."
         )
     readable_in = {id(cell): set(readable(cell.verdicts)) for cell in cells}
     read = set.intersection(*readable_in.values()).difference(BESIDE_MODES)
@@ -53,7 +56,7 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
     for system, runs in systems.items():
         twice = [(c.concept, c.seed) for c in runs]
         if again := next((pair for pair in twice if twice.count(pair) > 1), None):
-            raise UserError(f"{system!r} has two runs of {again[0]!r} with seed {again[1]}: name each run once")
+            raise UserError(f"{system!r} has two runs of {again[0]!r} with seed {again[1]}: give each run once")
 
         def row(chosen: Sequence[Cell], read: Mapping[str, Mode]) -> dict[str, Any]:
             return _plain(pool(chosen, read, resamples))
@@ -88,7 +91,7 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
 def _differences(
     systems: Mapping[str, Sequence[Cell]], base: str, headline: Mapping[str, Mode], resamples: Resamples
 ) -> dict[str, Any]:
-    """`differences` as the headline reads, and in the modes of `BESIDE` where the runs have them."""
+    """`differences` by the headline metrics, and by those of `BESIDE` that all runs of a system have."""
     found = differences(systems, base, headline, resamples)
     readings = {}
     for mode in BESIDE_MODES:
@@ -121,15 +124,15 @@ def write_results(
     run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path, str] | None = None, base: str | None = None
 ) -> Path:
     """Writes folder/results.json over the judged runs, and the table between the MARKS of folder/README.md, if any.
-    systems: the runs that count, in order, and the system of each; None: all of them, by label or method. base: the
-    system that the others' differences are from; None: none are written.
+    systems: the runs to include, in order, and the system of each; None: all runs, by label or method. base: the system
+    that the differences are taken from; None: no differences.
 
     Raises:
-        UserError: no run was judged, one has a twin, or they were judged by different judges.
+        UserError: no run was judged, a system has two runs of a concept and seed, or the runs have different judges.
     """
     judges = {run: _judge_of(run) for run in run_dirs if (run / paths.METRICS).is_file()}
     if len(set(judges.values())) != 1:
-        raise UserError(f"a table needs runs of one judge, and these have {sorted(set(judges.values())) or 'none'}.")
+        raise UserError(f"a table needs runs of one judge, but these have {sorted(set(judges.values())) or 'none'}.")
     judge = next(iter(judges.values()))
     cells = [read_cell(run, judge) for run in judges] if systems is None else []
     for run, system in (systems or {}).items():
@@ -166,18 +169,19 @@ def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The rows as Markdown: value and interval of each measure that was measured, systems in order, behind a name how
-    many runs it has where others have more; a column for what could be scored where some images could not, and a line
-    for each mean that leaves out a run; where the headline is a score, the same rows in top-1; what they cost."""
+    """The rows as Markdown: value and interval of each measure, systems in order. A name is followed by its number of
+    runs if other systems have more. If some images could not be scored, a column has the share that could. A line
+    follows for each mean that leaves out a run. If the headline metric is a score, the same rows follow as top-1. The
+    costs come last."""
     headline = results["headline"]
     named = [{**row, "system": _name(row)} for row in results["rows"]]
     text = _table(named, "mean", headline)
     if len(set(headline.values())) > 1 or "mean_prob" not in headline.values():
-        said = described(headline.values())
-        text = f"{said[:1].upper()}{said[1:]}.\n\n{text}"
+        metric = described(headline.values())
+        text = f"{metric[:1].upper()}{metric[1:]}.\n\n{text}"
     if headline["acc_e"] == "score" and all("top1" in row["readings"] for row in results["rows"]):
         rows = [{**row, "mean": row["readings"]["top1"]} for row in named]
-        text += f"\nThe same images, read as top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
+        text += f"\nThe same images by top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
     text += _beside(named) + _relative(results)
     for row in results["rows"]:
         missing = {name: e["undefined"] for name, e in row["mean"].items() if "undefined" in e}
@@ -189,20 +193,20 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _beside(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The readings of `BESIDE` that some row has: a table of its own, "" without any."""
-    found = [{(measure, mode): said for measure, mode, said in extra(row["readings"])} for row in rows]
+    """A table of the metrics of `BESIDE` that any row has; "" if no row has one."""
+    found = [{(measure, mode): estimate for measure, mode, estimate in extra(row["readings"])} for row in rows]
     columns = [pair for pair in BESIDE if any(pair in each for each in found)]
     if not columns:
         return ""
-    said = described(mode for _, mode in columns)
+    metrics = described(mode for _, mode in columns)
     lines = [f"| system | {' | '.join(head(*pair) for pair in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row, each in zip(rows, found):
         lines.append(f"| {cell_text(str(row['system']))} | {' | '.join(_cell(each.get(pair)) for pair in columns)} |")
-    return f"\n{said[:1].upper()}{said[1:]}.\n\n" + "\n".join(lines) + "\n"
+    return f"\n{metrics[:1].upper()}{metrics[1:]}.\n\n" + "\n".join(lines) + "\n"
 
 
 def _relative(results: Mapping[str, Any]) -> str:
-    """The means in percent of the unedited model's own; "" without it."""
+    """A table of the means in percent of the original model's; "" without that model."""
     found = results.get("relative") or {}
     columns = [name for name in ORDER if any(name in each for each in found.values())]
     if not columns:
@@ -211,7 +215,7 @@ def _relative(results: Mapping[str, Any]) -> str:
     lines = [f"| system | {heads} |", "|---" * (len(columns) + 1) + "|"]
     for system, each in found.items():
         lines.append(f"| {cell_text(system)} | {' | '.join(_cell(each.get(name)) for name in columns)} |")
-    return "\nIn percent of the original's own.\n\n" + "\n".join(lines) + "\n"
+    return "\nIn percent of the original model's value.\n\n" + "\n".join(lines) + "\n"
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -221,17 +225,19 @@ def _name(row: Mapping[str, Any]) -> str:
 
 def _table(rows: Sequence[Mapping[str, Any]], part: str, headline: Mapping[str, Mode]) -> str:
     columns = [name for name in ORDER if any(name in row[part] for row in rows)]
-    faces = any(row[part][name]["unscored"] for row in rows for name in row[part])
-    heads = [head(name, headline.get(name)) for name in columns] + ["scored, %"] * faces
+    unscored = any(row[part][name]["unscored"] for row in rows for name in row[part])
+    heads = [head(name, headline.get(name)) for name in columns] + ["scored, %"] * unscored
     lines = [f"| system | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for row in rows:
         cells = [_cell(row[part].get(column)) for column in columns]
-        lines.append(f"| {cell_text(str(row['system']))} | {' | '.join([*cells, *([_scored(row[part])] * faces)])} |")
+        lines.append(
+            f"| {cell_text(str(row['system']))} | {' | '.join([*cells, *([_scored(row[part])] * unscored)])} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def _scored(row: Mapping[str, Any]) -> str:
-    """ "e 71, s 98": the share of the images that could be scored (that show a face, say), by measure."""
+    """ "e 71, s 98": the share of the images that could be scored (with a face, for example), by measure."""
     shares = [(name, row[name]) for name in ORDER if name != "h_o" and name in row]
     return ", ".join(f"{name[-1]} {100 * e['n'] / (e['n'] + e['unscored']):.0f}" for name, e in shares)
 

@@ -1,4 +1,4 @@
-"""A table as a value, and its written forms: CSV, LaTeX (booktabs) and Markdown. The page has a template of its own."""
+"""The table as a data type, and its formats: CSV, LaTeX (booktabs) and Markdown. The page uses its own template."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Literal
 
 from realera.system import disk
 
-GROUPS_A_LINE = 5  # groups of columns that stand side by side on a LaTeX page
+GROUPS_A_LINE = 5  # groups of columns side by side in one LaTeX tabular
 Mark = Literal["", "best", "second"]
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a table. low, high: its interval, NaN where it has none. printed: the paper's, None where it prints
-    none. mark: its rank in its column. partial: it is of fewer runs than others of its column; least: it is that much
-    or more. Neither is ranked."""
+    """A number of a table. low, high: its interval, NaN without one. printed: the paper's number, None without one.
+    mark: its rank in its column. partial: it is over fewer runs than others of its column; least: it is a lower bound.
+    Partial numbers and lower bounds are not ranked."""
 
     value: float
     low: float = math.nan
@@ -42,8 +42,8 @@ class Number:
 
 @dataclass(frozen=True)
 class Column:
-    """symbol, index: of its head ("Acc", "e"); key: in CSV; group: what stands above several columns (a concept), "";
-    better: 1 more is, -1 less is, 0 neither; digits: decimals that are printed."""
+    """key: its name in CSV. symbol, index: its head ("Acc", "e"). group: a common head above several columns (a
+    concept), or "". better: 1 if higher is better, -1 if lower is, 0 if neither. digits: printed decimals."""
 
     key: str
     symbol: str
@@ -63,8 +63,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """texts: one of each text head. numbers: one of each column, None where there is nothing. reference: held apart
-    from the ranking (the unedited model). note: said under its name. signed: numbers are differences."""
+    """texts: one per text head. numbers: one per column, None if empty. reference: not ranked (the original model).
+    note: a line below its name. signed: the numbers are differences."""
 
     texts: tuple[str, ...]
     numbers: tuple[Number | None, ...]
@@ -75,7 +75,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """name: of its files; heads: of its text columns."""
+    """name: stem of its files. heads: heads of its text columns."""
 
     name: str
     title: str
@@ -86,7 +86,7 @@ class Table:
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """(what stands above them, how many columns), in order."""
+        """(group, number of columns), in order."""
         found: list[tuple[str, int]] = []
         for column in self.columns:
             if found and found[-1][0] == column.group:
@@ -100,20 +100,20 @@ class Table:
         return any(number and number.printed is not None for row in self.rows for number in row.numbers)
 
 
-def _apart(number: Number, row: Row) -> bool:
+def _unranked(number: Number, row: Row) -> bool:
     return number.partial or number.least or row.reference or row.signed
 
 
 def ranked(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows with the best of each column marked, and the second; what reads alike is alike, and where all read
-    alike, or there is one row only, nothing is marked. What is of fewer runs than others is no rival of theirs: one
-    system alone may have missed the hard ones."""
+    """The rows with the best and second number of each column marked. Numbers that print alike are tied; if all are
+    tied or there is only one, none is marked. Partial numbers are not ranked: their system may have missed the hard
+    runs."""
     marks: dict[tuple[int, int], Mark] = {}
     for j, column in enumerate(columns):
         found = [
             (i, round(number.value, column.digits) * column.better)
             for i, row in enumerate(rows)
-            if (number := row.numbers[j]) and number.known and not _apart(number, row)
+            if (number := row.numbers[j]) and number.known and not _unranked(number, row)
         ]
         places = sorted({value for _, value in found}, reverse=True)
         if not column.better or len(places) < 2:
@@ -127,7 +127,7 @@ def ranked(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def write(table: Table, folder: Path) -> list[Path]:
-    """folder/<name>.csv, .tex and .md."""
+    """Writes folder/<name>.csv, .tex and .md and returns their paths."""
     written = []
     for kind, form in (("csv", as_csv), ("tex", as_latex), ("md", as_markdown)):
         path = folder / f"{table.name}.{kind}"
@@ -137,8 +137,8 @@ def write(table: Table, folder: Path) -> list[Path]:
 
 
 def as_csv(table: Table) -> str:
-    """A line a row: value, low, high and what the paper prints, each a column; numbers to four decimals. The last
-    column holds the rows' notes, if any has one."""
+    """One line per row, with columns for value, low, high and the paper's number, to four decimals. The last column
+    contains the rows' notes, if any row has one."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
 
@@ -161,7 +161,7 @@ def as_csv(table: Table) -> str:
 
 
 def _as_text(text: str) -> str:
-    """A text of one line that a spreadsheet takes for one: a formula's first sign gets an apostrophe before it."""
+    """The text on one line. An apostrophe before a leading =, +, - or @ keeps a spreadsheet from reading a formula."""
     text = one_line(text)
     try:
         float(text)
@@ -171,8 +171,8 @@ def _as_text(text: str) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """Value and interval in each cell, the best in bold, the second underlined (by <ins>, for GitHub drops <u>), the
-    paper's number behind. A row's note stands in brackets behind its name."""
+    """Each cell has value and interval, then the paper's number. The best is bold, the second underlined (with <ins>,
+    because GitHub drops <u>). A row's note follows its name in brackets."""
     heads = [*table.heads]
     for column in table.columns:
         name = f"{column.symbol}_{column.index}" if column.index else column.symbol
@@ -198,19 +198,18 @@ def as_markdown(table: Table) -> str:
 
 
 def markdown(text: str) -> str:
-    """Plain text in a cell of a Markdown table: what has a meaning there is escaped, an underscore within a word has
-    none."""
+    """Escapes plain text for a cell of a Markdown table. An underscore inside a word needs no escape."""
     return re.sub(r"[\\`*|<~]|(?<!\w)_|_(?!\w)|\[(?=[^\]]*\]\()", r"\\\g<0>", one_line(text))
 
 
 def one_line(text: str) -> str:
-    """The text with blanks in place of line breaks and other control characters."""
+    """Replaces line breaks and other control characters with spaces."""
     return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]+", " ", text)
 
 
 def as_latex(table: Table) -> str:
-    """booktabs; a row's note with the intervals, and the paper's numbers, in smaller lines under the row. More groups
-    of columns than fit side by side stand in tabulars one under the other."""
+    """booktabs. Below each row are a small line with its note and intervals, and one with the paper's numbers. Groups
+    of columns that do not fit side by side go into further tabulars below."""
     blocks: list[list[int]] = []
     start = 0
     for i, (_, count) in enumerate(table.groups):
@@ -257,8 +256,8 @@ def _tabular(table: Table, chosen: Sequence[int]) -> str:
         note = f"{{\\scriptsize {latex(row.note)}}}" if row.note else ""
         smaller = [(note, intervals)] * (bool(note) or any(intervals))
         smaller += [("{\\scriptsize printed}", printed)] * any(printed)
-        for what, small in smaller:
-            lines.append(f"{' & '.join([what, *([''] * (texts - 1)), *small])} \\\\")
+        for text, small in smaller:
+            lines.append(f"{' & '.join([text, *([''] * (texts - 1)), *small])} \\\\")
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
 
 
@@ -276,7 +275,7 @@ def _value(column: Column, number: Number | None, signed: bool) -> str:
 
 
 def _signed(text: str) -> str:
-    """A number with a minus in place of a hyphen."""
+    """Sets a signed number in math mode, so that its minus is not a hyphen."""
     return f"${text}$" if text[0] in "+-" else text
 
 
@@ -307,7 +306,7 @@ _SPECIAL = {
 
 
 def latex(text: str) -> str:
-    """Plain text as LaTeX: what has a meaning there is escaped. A bracket or a star at the start of a row would be
-    read as a part of the line's end before it."""
+    """Escapes plain text for LaTeX. A leading bracket or star is put in braces: at the start of a row it would be read
+    as an argument of the preceding line end."""
     escaped = "".join(_SPECIAL.get(letter, letter) for letter in one_line(text))
     return f"{{{escaped}}}" if escaped.startswith(("[", "*")) else escaped

@@ -1,4 +1,4 @@
-"""Whether a method's settings fit the base model's files, told from their headers before anything heavy is imported."""
+"""Checks that a method's settings fit the base model, from the headers of its files and before torch is imported."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from realera.contracts import UserError
 
 
 def check(model: Path, config: Mapping[str, Any]) -> None:
-    """model: a checkpoint's folder. Its parts must be those that the settings name, and its images of a size it draws.
+    """Checks the settings against a model. model: a checkpoint's folder.
 
     Raises:
-        UserError: a LoRA's target or a parameter that the U-Net has not, or a size that the autoencoder has not.
+        UserError: the U-Net lacks a LoRA's target or a parameter, or the autoencoder cannot draw the image size.
     """
     backbone, method = config["backbone"], config.get("method") or {}
     multiple = 2 ** (len(folder.read_json(model / "vae" / "config.json").get("block_out_channels") or [0] * 4) - 1)
@@ -36,21 +36,21 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
         known = sorted({ending.group() for ending in endings if ending})
         for number, target in enumerate(lora.get("targets") or ()):
             if not any(f".{layer}".endswith(f".{target}") for layer in layers):
-                raise UserError(_none(f"method.align.lora.targets[{number}]", target, "layer", backbone, known))
+                raise UserError(_no_such(f"method.align.lora.targets[{number}]", target, "layer", backbone, known))
     elif "parameters" in align:
         for number, target in enumerate(align["parameters"]):
             part = str(target).removeprefix("-")
             if part != "all" and not any(f".{part}." in f".{name}." for name in axes):
                 known = list(dict.fromkeys(name.split(".")[0] for name in axes))
-                raise UserError(_none(f"method.align.parameters[{number}]", target, "weight", backbone, known))
+                raise UserError(_no_such(f"method.align.parameters[{number}]", target, "weight", backbone, known))
 
 
-def _none(at: str, target: Any, what: str, backbone: Mapping[str, Any], known: Sequence[str]) -> str:
-    return f"{at}={target} is no {what} of backbone {backbone.get('name')}: it has {', '.join(known)}."
+def _no_such(at: str, target: Any, kind: str, backbone: Mapping[str, Any], known: Sequence[str]) -> str:
+    return f"{at}={target} is not a {kind} of backbone {backbone.get('name')}: it has {', '.join(known)}."
 
 
 def _samplers(node: Any, at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(dotted name, settings) of everything that says how images are drawn."""
+    """(dotted name, settings) of every Sampler in the settings."""
     for key, value in node.items() if isinstance(node, Mapping) else ():
         here = f"{at}.{key}" if at else str(key)
         if isinstance(value, Mapping) and str(value.get("_target_")).endswith(".Sampler"):

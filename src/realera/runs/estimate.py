@@ -1,8 +1,8 @@
-"""What a run or a sweep will take, said before it is spent: cells, images, steps, hours. No model is loaded for it, but
-torch is imported: the classes of a method's parts say what they take.
+"""Estimates the work of a run or a sweep before it starts: cells, images, steps, hours. It loads no model, but imports
+torch, because the classes of a method's parts know their costs.
 
-Hours are an estimate. Where finished runs of the same backbone and method are at hand they are scaled (costs.json),
-else passes of the U-Net are counted and multiplied by what a pass takes (`PASS`).
+Hours are scaled from finished runs of the same backbone and method (costs.json) if there are any. Otherwise they are
+the number of U-Net passes, multiplied by the seconds of one pass (`PASS`).
 """
 
 from __future__ import annotations
@@ -16,38 +16,40 @@ from typing import Any
 from realera import console, costs, paths
 from realera.contracts import PASSES_OF_A_STEP, Concept, Sampler, Task, UserError
 from realera.files import plain_data
-from realera.runs import folders
+from realera.runs import folders, timing
 from realera.runs.folders import Run, digest
+from realera.runs.timing import Rate
 from realera.settings.instantiate import build, locate
 from realera.system import devices, disk
 
-# Seconds of one pass (one image, one timestep) of a U-Net in float32, and where the figure comes from.
-PASS: Mapping[tuple[str, str], tuple[float, str]] = {
-    ("mini", "cpu"): (0.005, "measured on one core of a server, 32 images at once"),
-    ("mini", "gpu"): (0.001, "a guess: a small model is bound by the calls, not by the GPU"),
-    ("sd14", "cpu"): (15.0, "0.7 T multiplications a pass at 50 G a second"),
-    ("sd14", "gpu"): (
-        0.035,
-        "an A100: 1.6 s for 50 steps in float16 (fal.ai, diffusers), 2.2 x in float32",
-    ),
-    ("sd15", "cpu"): (15.0, "as sd14"),
-    ("sd15", "gpu"): (0.035, "as sd14"),
-    ("sd21", "cpu"): (40.0, "as sd14, for 2.25 x the pixels and longer attention"),
-    ("sd21", "gpu"): (0.09, "as sd14, for 2.25 x the pixels and longer attention"),
-    ("sdxl", "cpu"): (60.0, "3 T multiplications a pass at 50 G a second"),
-    ("sdxl", "gpu"): (0.12, "an A100: 7.36 s for 30 steps in float32 (Hugging Face's figures for diffusers)"),
-}
-SMALL = "mini"  # the backbone that is at home on a CPU
-AROUND = 20.0  # seconds of a cell besides: loading, encoding, judging, the page
+SMALL = "mini"  # the backbone that runs on a CPU
+WORTH_TIMING = 0.25  # hours; shorter plans are not worth the ten seconds that a timing takes
+AROUND = 20.0  # seconds of a cell without U-Net passes: loading, encoding, judging, the page
 AGAIN = ("load", "judge")  # stages of a run that is judged again, besides drawing
-RECENT = 20  # finished runs that are looked at
+RECENT = 20  # number of finished runs that are read
+
+
+# In float32, and in half precision. Used where this machine cannot time a pass itself (`timing`).
+H100 = "measured on an H100, experiments/cuda"
+PASS: Mapping[tuple[str, str], Rate] = {
+    ("mini", "cpu"): Rate(0.005, "measured on one core of a server, 32 images at once"),
+    ("mini", "gpu"): Rate(0.001, "a guess: a small model is limited by its calls"),
+    ("sd14", "cpu"): Rate(15.0, "0.7 T multiplications a pass at 50 G a second"),
+    ("sd14", "gpu"): Rate(0.015, H100, 0.0046),
+    ("sd15", "cpu"): Rate(15.0, "the same as sd14"),
+    ("sd15", "gpu"): Rate(0.015, H100, 0.0046),
+    ("sd21", "cpu"): Rate(40.0, "2.6 times sd14, for 2.25 times the pixels and longer attention"),
+    ("sd21", "gpu"): Rate(0.039, "2.6 times sd14 on an H100, for 2.25 times the pixels and longer attention", 0.012),
+    ("sdxl", "cpu"): Rate(60.0, "3 T multiplications a pass at 50 G a second"),
+    ("sdxl", "gpu"): Rate(0.12, "an A100: 7.36 s for 30 steps in float32 (Hugging Face's figures for diffusers)"),
+}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one cell has to do. originals: keys of the unedited model's images; made: {key: passes} of what the method
-    makes once for all cells that share it, such as anchor images. pace: seconds of (image, step, all else) as finished
-    runs took them, None where there are none."""
+    """The remaining work of one cell. originals: keys of the unedited model's images. made: {key: passes} of inputs
+    that the method makes once for all cells that share them, such as anchor images. pace: seconds of (an image, a step,
+    everything else) in finished runs, None without any. rate: the time of a pass, None if unknown."""
 
     finished: bool = False
     images: int = 0
@@ -59,13 +61,14 @@ class Work:
     originals: frozenset[int] = frozenset()
     made: Mapping[str, float] = field(default_factory=dict)
     pace: tuple[float, float, float] | None = None
-    rate: tuple[float, str] | None = None
+    rate: Rate | None = None
+    machine: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """plan.json. images: the erased models'; original_images: those of the unedited model that are not shared. Images
-    that stand already are not counted. refusals: why cells cannot run, and how many each time."""
+    """plan.json. images: of the erased models. original_images: of the unedited model, counted once if cells share
+    them. Existing images are not counted. refusals: {reason: number of cells that cannot run}."""
 
     cells: int
     finished: int
@@ -77,6 +80,7 @@ class Plan:
     hours: float | None
     basis: str
     refusals: Mapping[str, int] = field(default_factory=dict)
+    half_hours: float | None = None
 
 
 def work(
@@ -86,8 +90,8 @@ def work(
     known: dict[str, Any] | None = None,
     again: bool = False,
 ) -> Work:
-    """What the run of a resolved config has still to do; unedited: of the model as it is, for a row of its own. known:
-    what cells of one sweep look up once. again: even if it is finished."""
+    """The remaining work of the run of a resolved config. unedited: the run is one of the unedited model. known: a
+    cache shared by the cells of a sweep. again: plan a finished run too, to be judged again."""
     known = {} if known is None else known
     if not again and folders.is_finished(config):
         return Work(finished=True)
@@ -102,7 +106,7 @@ def work(
         known[what] = prompts, keys, costs.passes_per_image(prompts, _sampler(sampler))
     prompts, keys, per_original = known[what]
     originals: Mapping[str, int] = keys if config.get("evaluate", True) else {}
-    anew = bool(config.get("overwrite"))  # what stands is thrown away
+    anew = bool(config.get("overwrite"))  # existing files are deleted
     images = 0 if unedited else len(originals.keys() - _pictures(folder / paths.IMAGES, anew))
     missing = originals.keys() - _pictures(folder / (paths.IMAGES if unedited else "originals"), anew)
     erased = (folder / paths.ERASED).is_file() and not anew
@@ -120,7 +124,7 @@ def work(
         known[paced] = _pace(*asked[:3], Path(asked[3]), AGAIN if again else None)
     return Work(
         images=images,
-        judged=len(originals) * (1 if unedited else 2),  # the original's beside them
+        judged=len(originals) * (1 if unedited else 2),  # the original model's images are judged too
         steps=steps,
         passes_per_image=known[guided],
         passes_per_original=per_original,
@@ -128,29 +132,40 @@ def work(
         originals=frozenset(originals[name] for name in missing),
         made=made,
         pace=known[paced],
-        rate=PASS.get((str(backbone["name"]), device)),
+        rate=_published(config, device),
+        machine={"backbone": backbone, "images_at_once": config.get("images_at_once"), "device": device},
     )
 
 
 def judging(run: Run, task: Task, unedited: bool, known: dict[str, Any] | None = None) -> Work:
-    """What evaluate has still to do of a run: to draw the images that are missing, and to judge all. unedited: of the
-    model as it is; its images are drawn anew where `overwrite` says so."""
+    """The remaining work of evaluate for a run: drawing the missing images and judging all. unedited: the run is one of
+    the unedited model, whose images `overwrite` draws again."""
     anew = unedited and bool(run.config.get("overwrite"))
     place = {"run_dir": str(run.folder), "root": str(run.folder.parent)}
     config = {**run.config, **place, "evaluate": True, "overwrite": anew}
     judge = config.get("judge") or {}
-    if hasattr(locate(str(judge["_target_"])) if judge else None, "compare"):  # whole sets, as they stand
+    if hasattr(locate(str(judge["_target_"])) if judge else None, "compare"):  # compares sets of existing images
         compared = sum(prompt.split == (judge.get("split") or "keep") for prompt in task.eval_prompts())
         return Work(judged=compared)
     return replace(work(config, task, unedited, known, again=True), steps=0, made={})
 
 
 def summed(cells: Sequence[Work], refusals: Sequence[str] = ()) -> Plan:
-    """The plan of several cells: what they share counts once. refusals: why others cannot run, one for each."""
+    """`_sum`. If finished runs do not tell the hours and there are some, a pass of the U-Net is timed first."""
+    plan = _sum(cells, refusals)
+    if plan.hours is None or plan.hours < WORTH_TIMING or not any(cell.pace is None for cell in cells):
+        return plan
+    known: dict[str, Rate | None] = {}
+    return _sum([replace(cell, rate=_timed(cell, known) or cell.rate) for cell in cells], refusals)
+
+
+def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
+    """The plan of several cells. Shared work is counted once. refusals: one sentence for each cell that cannot run."""
     to_do = [cell for cell in cells if not cell.finished]
     originals = frozenset[int]().union(*(cell.originals for cell in to_do))
     made = {key: passes for cell in to_do for key, passes in cell.made.items()}
     seconds, known = 0.0, 0
+    saved = 0.0  # seconds, by half precision
     first = next((cell for cell in to_do if cell.passes_per_image), Work())
     basis: dict[str, None] = {}
     for cell in to_do:
@@ -160,18 +175,21 @@ def summed(cells: Sequence[Work], refusals: Sequence[str] = ()) -> Plan:
             basis["finished runs of the same backbone and method on such a device"] = None
         elif cell.rate is not None:
             passes = cell.images * cell.passes_per_image + cell.steps * cell.passes_per_step
-            seconds += passes * cell.rate[0] + AROUND
-            basis[f"{cell.rate[0]:g} s a pass of the U-Net ({cell.rate[1]})"] = None
+            seconds += passes * cell.rate.seconds + AROUND
+            saved += passes * _saved(cell.rate)
+            basis[f"{cell.rate.seconds:.2g} s a pass of the U-Net ({cell.rate.source})"] = None
         else:
             continue
         known += 1
     if first.pace is not None:
         seconds += len(originals) * first.pace[0] * first.passes_per_original / first.passes_per_image
     elif first.rate is not None:
-        seconds += (len(originals) * first.passes_per_original + sum(made.values())) * first.rate[0]
+        passes = len(originals) * first.passes_per_original + sum(made.values())
+        seconds += passes * first.rate.seconds
+        saved += passes * _saved(first.rate)
     if not to_do:
-        basis["nothing is left to do" if cells else "every cell is refused"] = None
-    said = "; ".join(basis) or "no figure is known for what is to be done"
+        basis["all cells are finished" if cells else "every cell is refused"] = None
+    said = "; ".join(basis) or "the time of a pass is not known for this backbone and device"
     return Plan(
         cells=len(cells) + len(refusals),
         finished=len(cells) - len(to_do),
@@ -181,20 +199,48 @@ def summed(cells: Sequence[Work], refusals: Sequence[str] = ()) -> Plan:
         judged=sum(cell.judged for cell in to_do),
         train_steps=sum(cell.steps for cell in to_do),
         hours=round(seconds / 3600, 2) if known == len(to_do) else None,
+        half_hours=round((seconds - saved) / 3600, 2) if saved and known == len(to_do) else None,
         basis=f"estimated: {said}" if to_do else said,
         refusals=dict(Counter(refusals).most_common()),
     )
 
 
+def _saved(rate: Rate) -> float:
+    """Seconds of a pass that half precision saves."""
+    return 0.0 if rate.half is None else rate.seconds - rate.half
+
+
+def _published(config: Mapping[str, Any], device: str) -> Rate | None:
+    """Of the backbone's U-Net, in its dtype."""
+    return _in_dtype(PASS.get((str(config["backbone"]["name"]), device)), config["backbone"])
+
+
+def _timed(cell: Work, known: dict[str, Rate | None]) -> Rate | None:
+    """As timed on this machine; None if that is not possible or not needed."""
+    if cell.finished or cell.pace is not None or not cell.machine:
+        return None
+    if (asked := digest(dict(cell.machine))) not in known:
+        known[asked] = _in_dtype(timing.rate_of(cell.machine, cell.machine["device"]), cell.machine["backbone"])
+    return known[asked]
+
+
+def _in_dtype(rate: Rate | None, backbone: Mapping[str, Any]) -> Rate | None:
+    """The rate of a backbone whose dtype may be of half precision."""
+    dtype = str(backbone.get("dtype", "float32"))
+    if rate is None or rate.half is None or dtype == "float32":
+        return rate
+    return Rate(rate.half, f"{rate.source}, {dtype}")
+
+
 def show(plan: Plan, place: Path | None = None) -> None:
-    """Prints the plan and, where a folder is given, leaves it there as plan.json."""
+    """Prints the plan and, if a folder is given, saves it there as plan.json."""
     console.show_plan(asdict(plan))
     if place is not None:
         disk.write_text(place / paths.PLAN, plain_data.json_text(asdict(plan), indent=1) + "\n")
 
 
 def _steps(method: Mapping[str, Any], concepts: int) -> int:
-    """As `training.module.steps_of`: of each concept where each trains an adapter of its own."""
+    """Training steps, as in `training.module.steps_of`: multiplied by the concepts if each trains its own adapter."""
     align = method.get("align") or {}
     return int(align.get("steps") or 0) * (concepts if (align.get("lora") or {}).get("per_concept") else 1)
 
@@ -208,21 +254,22 @@ def _pictures(place: Path, anew: bool) -> set[str]:
 
 
 def _device(config: Mapping[str, Any]) -> str:
-    """ "gpu" or "cpu". A large model is planned for a GPU where this machine has none: there it is going to run."""
+    """ "gpu" or "cpu". A large model is planned for a GPU even if this machine has none, because it will run on one."""
     asked = str((config.get("trainer") or {}).get("accelerator", "auto"))
     there = devices.number() > 0 or config["backbone"].get("name") != SMALL
     return "gpu" if asked in ("auto", "gpu", "cuda") and there else "cpu"
 
 
 def _passes(part: Mapping[str, Any], steps: int, otherwise: float) -> float:
-    """Passes of a training step, as the part's class says (`contracts.Planned`). steps: of the backbone's sampler."""
+    """U-Net passes of a training step, from the part's class (`contracts.Planned`). steps: of the backbone's
+    sampler."""
     said = getattr(_class_of(part), "passes", None)
     return otherwise if said is None else float(said(part, steps))
 
 
 def _made(node: Any, config: Mapping[str, Any], steps: int, concepts: Sequence[Concept]) -> Iterator[tuple[str, float]]:
-    """(key, passes) of what a method's parts make before it trains, at any depth of its settings, as their classes say
-    (`contracts.Planned`). What two runs would both make has one key."""
+    """(key, passes) of the inputs that a method's parts make before training, from their classes (`contracts.Planned`)
+    and at any depth of its settings. Inputs that two runs share have one key."""
     if not isinstance(node, Mapping):
         return
     if (makes := getattr(_class_of(node), "makes", None)) is not None:
@@ -239,8 +286,8 @@ def _class_of(part: Mapping[str, Any]) -> Any:
 def _pace(
     backbone: str, method: str, device: str, root: Path, only: Collection[str] | None = None
 ) -> tuple[float, float, float] | None:
-    """Seconds of an image, of a training step and of all else, means over finished runs; None without any. only: the
-    stages that all else is."""
+    """Mean seconds of an image, of a training step and of everything else over finished runs; None without any. only:
+    the stages that count as everything else."""
     found = list(_records(backbone, method, device, root))
     if not found:
         return None
@@ -256,7 +303,7 @@ def _pace(
 def _records(
     backbone: str, method: str, device: str, root: Path
 ) -> Iterator[tuple[Mapping[str, float], float, float, int]]:
-    """(seconds by stage, passes of the drawing, passes an image, training steps) of finished runs, the latest first."""
+    """(seconds by stage, passes while drawing, passes per image, training steps) of the most recent finished runs."""
     files = sorted(root.glob(f"*-{folders.slug(method)}-{folders.slug(backbone)}-*/{paths.COSTS}"), key=_age)
     for file in files[-RECENT:]:
         record = costs.read(file.parent)
@@ -277,6 +324,6 @@ def _age(file: Path) -> int:
 
 
 def count(works: Iterable[Work | str]) -> Plan:
-    """`summed`, where a sentence stands for a cell whose settings were refused."""
+    """`summed`; a sentence in place of a cell's work says why the cell was refused."""
     found = list(works)
     return summed([one for one in found if isinstance(one, Work)], [one for one in found if isinstance(one, str)])

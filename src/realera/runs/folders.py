@@ -1,4 +1,4 @@
-"""Run folders: which one a run's settings name, what stands in it, and whether it is finished."""
+"""Run folders: the folder that belongs to a run's settings, its files, and whether the run is finished."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from realera.system import disk, locks
 from realera.tasks.prompts import slug
 
 ROOT = Path("runs")  # unless `root` says otherwise
-SPELT_OUT = 3  # more concepts than this are not all named in titles and folders
+SPELT_OUT = 3  # most concepts that are all named in titles and folder names
 FILES = (
     paths.CONFIG,  # first: see `_clear`
     paths.ERASED,
@@ -43,7 +43,7 @@ FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, "wandb")
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and the settings it was made from. `finished`: everything those settings ask for stands in it."""
+    """A run folder and its settings. finished: all files that these settings require exist."""
 
     folder: Path
     config: dict[str, Any]
@@ -55,33 +55,33 @@ class Run:
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that an erasure's weights and numbers depend on; its hardware and its logger do not count."""
+    """The settings that a run's weights and numbers depend on: not those of its hardware and its logger."""
     kept = {key: config.get(key) for key in ("task", "method", "backbone", "concept", "anchor", "seed")}
     method = config.get("method") or {}
     trainer = config.get("trainer") or {}
     if (clip := trainer.get("gradient_clip_val", "method")) != "method":
         kept["gradient_clip_val"] = clip
     sums = {file: _content(file) for file in sorted(_sums(method)) if paths.file_of(file) is not None}
-    if sums:  # their content, as of the tables
+    if sums:  # by content, as for the tables
         kept["sums"] = sums
     tables = {key: file for key, file in (config.get("task") or {}).items() if key.endswith("_csv") and file}
-    if tables:  # what they hold, not only what they are called
+    if tables:  # by content, because a file can change under the same name
         kept["tables"] = {key: _content(file) for key, file in tables.items()}
-    if (weights := config.get("weights") or weights_of(config)) is not None:  # other weights may come into a folder
+    if (weights := config.get("weights") or weights_of(config)) is not None:  # weights can change in the same folder
         kept["weights"] = weights
     return {**kept, "precision": trainer.get("precision"), "version": __version__}
 
 
 def weights_of(config: Mapping[str, Any]) -> str | None:
-    """What the weights in a local folder are known by; None for the built-in model, which has the package's version,
-    and for a hub's."""
+    """A text that identifies the weights in a local folder. None for a model of the hub, and for the built-in model,
+    which the package's version identifies."""
     pretrained = (config.get("backbone") or {}).get("pretrained")
     place = None if pretrained is None else paths.dir_of(pretrained)
     return None if place is None else checkpoint.marks(place)
 
 
 def _sums(node: Any) -> Iterator[str]:
-    """The files of captions, of sums over them and of texts that a method's settings name, at any depth."""
+    """The files of captions, of sums over captions and of texts that a method's settings name, at any depth."""
     for key, value in node.items() if isinstance(node, Mapping) else ():
         if key in ("prior_cache", "domain_cache", "captions") and isinstance(value, str):
             yield value
@@ -97,20 +97,20 @@ def _content(name: Any) -> str | None:
 
 
 def digest(content: Any) -> str:
-    """8 hex digits that equal content shares."""
+    """The first 8 hex digits of the SHA-256 of the content as JSON."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def concept_of(config: Mapping[str, Any]) -> str:
-    """What a run erases, as one text."""
+    """A run's concepts as one text."""
     concept = config["concept"]
     names = list(map(str, concept)) if isinstance(concept, (list, tuple)) else [str(concept)]
     return ", ".join(names) if len(names) <= SPELT_OUT else f"{names[0]} and {len(names) - 1} more"
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether nothing is erased: a run of the base model as it is."""
+    """Whether this is a run of the unedited model."""
     return (config.get("method") or {}).get("name") == "original"
 
 
@@ -121,7 +121,7 @@ def title(config: Mapping[str, Any]) -> str:
 
 
 def folder_of(config: Mapping[str, Any]) -> Path:
-    """run_dir where it was typed, else <root>/<concept>-<method>-<backbone>-<hash>: equal settings, equal folder."""
+    """run_dir if it was typed, otherwise <root>/<concept>-<method>-<backbone>-<hash>: equal settings share a folder."""
     if config.get("run_dir"):
         return Path(str(config["run_dir"]))
     names = [slug(concept_of(config)), *(slug(str(config[part]["name"])) for part in ("method", "backbone"))]
@@ -130,11 +130,11 @@ def folder_of(config: Mapping[str, Any]) -> Path:
 
 @contextmanager
 def alone(folder: Path, first: bool = True, key: str = "run_dir") -> Iterator[None]:
-    """While a run is made, no other command makes it. first: whether this is the run's first process, which sees to it.
-    key: the setting that names another folder.
+    """Locks a folder against other commands. first: whether this is the run's first process, which takes the lock. key:
+    the setting that chooses another folder.
 
     Raises:
-        UserError: another command is making what is in the folder.
+        UserError: another command is using the folder.
     """
     if not first:
         yield
@@ -147,86 +147,87 @@ def alone(folder: Path, first: bool = True, key: str = "run_dir") -> Iterator[No
 
 
 def look(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
-    """The run's folder, and the settings of the run that stands in it, if one is to be gone on with; changes nothing.
+    """The run's folder, and the settings of the run in it, if that run can be continued. Nothing is changed.
 
-    A finished run of which a file is torn is to be gone on with: it makes that file again. All files are looked at but
-    the images, which are looked at when they are used (see `evaluation.generate`).
+    A finished run with a torn file is continued, so that the file is made again. All files are checked except the
+    images, which are checked when they are used (see `evaluation.generate`).
 
     Raises:
-        UserError: the folder holds a run of other settings, or something that is no run.
+        UserError: the folder contains a run with other settings, or files that do not belong to a run.
     """
     folder = folder_of(config)
     check_files(folder)
     is_run = (folder / paths.CONFIG).is_file()
     if not is_run and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise UserError(f"{folder} holds files and is no run folder: choose another run_dir.")
-    there = read_config(folder) if is_run and not config.get("overwrite") else None
-    if there is not None and (differs := _differs(folder, there, config)):
+        raise UserError(f"{folder} contains files and is not a run folder: choose another run_dir.")
+    stored = read_config(folder) if is_run and not config.get("overwrite") else None
+    if stored is not None and (differs := _differs(folder, stored, config)):
         raise UserError(
-            f"{folder} holds a run of other settings ({differs}): choose another run_dir, or set overwrite=true."
+            f"{folder} contains a run with other settings ({differs}): choose another run_dir, or set overwrite=true."
         )
-    return folder, there
+    return folder, stored
 
 
 def claim(config: dict[str, Any]) -> Run:
-    """The run's folder, made ready: begun anew, to be gone on with, or finished.
+    """Prepares the run's folder. The run in it is new, interrupted or finished.
 
     Raises:
-        UserError: the folder holds a run of other settings, or something that is no run, or cannot be written.
+        UserError: the folder contains a run with other settings or files that do not belong to a run, or cannot be
+            written.
     """
-    folder, there = look(config)
+    folder, stored = look(config)
     if config.get("overwrite") and (folder / paths.CONFIG).is_file():
         _clear(folder)
     if (weights := weights_of(config)) is not None:
         config = {**config, "weights": weights}
     if read := trust.tables(config):
         config = {**config, "tables": read}
-    finished = there is not None and _stands(folder, there, config)
+    finished = stored is not None and _has_all_files(folder, stored, config)
     run = Run(folder, config, finished and repairs.is_whole(folder, bool(config.get("evaluate", True))))
     if not run.finished:
         begin(run)
-    elif there is not None and any(there.get(key) != config.get(key) for key in ("label", "tables")):
+    elif stored is not None and any(stored.get(key) != config.get(key) for key in ("label", "tables")):
         later = {"tables": config["tables"]} if "tables" in config else {}
-        _write_config(folder, {**there, "label": config.get("label"), **later})
+        _write_config(folder, {**stored, "label": config.get("label"), **later})
     return run
 
 
 def is_finished(config: Mapping[str, Any]) -> bool:
-    """Whether `claim` would find everything done, but for what is torn; looks and changes nothing."""
+    """Whether the run is finished. Torn files are not detected, and nothing is changed."""
     folder = folder_of(config)
     if config.get("overwrite") or not (folder / paths.CONFIG).is_file():
         return False
-    there = read_config(folder)
-    return not _differs(folder, there, config) and _stands(folder, there, config)
+    stored = read_config(folder)
+    return not _differs(folder, stored, config) and _has_all_files(folder, stored, config)
 
 
-def _differs(folder: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """As `difference` of two runs' settings. Raises UserError where those in the folder are no settings."""
+def _differs(folder: Path, stored: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """`difference` of two runs' identities. Raises UserError if the folder's config is not valid."""
     try:
-        old = identity(there)
+        old = identity(stored)
     except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / paths.CONFIG} holds no settings: {trust.AGAIN}.") from error
+        raise UserError(f"{folder / paths.CONFIG} contains no valid settings: {trust.AGAIN}.") from error
     return difference(old, identity(config))
 
 
-def _stands(folder: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a run of these settings left everything that is asked for; judged by the same judge, if at all."""
+def _has_all_files(folder: Path, stored: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether the folder has all files that `config` requires, judged by the same judge if `config` evaluates."""
     evaluated = config.get("evaluate", True)
     wanted = (paths.METRICS, paths.REPORT) if evaluated else (paths.ERASED,)
-    same_judge = not evaluated or there.get("judge") == config.get("judge")
-    ended = not (folder / paths.FIT).exists()  # the loop's checkpoints go when the weights are saved
+    same_judge = not evaluated or stored.get("judge") == config.get("judge")
+    ended = not (folder / paths.FIT).exists()  # training checkpoints are deleted once the weights are saved
     return same_judge and ended and all((folder / name).is_file() for name in wanted)
 
 
 def begin(run: Run) -> None:
-    """Writes the settings of a run that is to be carried out, and takes away the numbers of earlier ones.
+    """Writes the settings of a run that starts or continues, and removes earlier metrics and the page.
 
     Raises:
         UserError: the folder cannot be written.
     """
     if (run.folder / paths.METRICS).is_file():
-        costs.forget(run.folder, "judge")  # it is judged anew
-    _remove(run.folder, paths.METRICS, paths.REPORT)  # first: a run that is killed here must not seem finished
+        costs.forget(run.folder, "judge")  # the run will be judged again
+    _remove(run.folder, paths.METRICS, paths.REPORT)  # first: a run that is killed here must not look finished
     _write_config(run.folder, run.config)
 
 
@@ -235,10 +236,10 @@ def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def open_run(name: str) -> Run:
-    """An existing run, by its folder; "latest" is the one whose weights were saved last.
+    """An existing run, by its folder. "latest": the run whose weights were saved last.
 
     Raises:
-        UserError: there is no such folder, or it holds no run.
+        UserError: the folder does not exist or contains no run.
     """
     known = sorted(ROOT.glob(f"*/{paths.ERASED}"), key=lambda file: file.stat().st_mtime_ns)
     folder = known[-1].parent if name == "latest" and known else Path(name)
@@ -246,7 +247,7 @@ def open_run(name: str) -> Run:
         latest = f"the latest is {known[-1].parent}" if known else "make one with python -m realera.train"
         if name == "latest":
             raise UserError(f"there is no run in {ROOT}/ yet: {latest}.")
-        raise UserError(f"{name} is no run folder (it has no {paths.CONFIG}); {latest}.")
+        raise UserError(f"{name} is not a run folder (it has no {paths.CONFIG}): {latest}.")
     config = read_config(folder)
     if (fault := json_shapes.config_fault(config, used=True)) is not None:
         raise UserError(f"{folder / paths.CONFIG} {fault}: {trust.AGAIN}.")
@@ -255,10 +256,10 @@ def open_run(name: str) -> Run:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved settings a run folder keeps, checked as what somebody else may have written (`trust.check`).
+    """The resolved settings in a run folder. They are checked because somebody else may have written them.
 
     Raises:
-        UserError: they cannot be read, or ask for what a run folder may not.
+        UserError: they cannot be read, or are not allowed in a run folder (`trust.check`).
     """
     check_files(folder)
     file = folder / paths.CONFIG
@@ -270,18 +271,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path) -> None:
-    """Raises UserError where one of a run's own files and folders is a symbolic link, or a checkpoint is no file."""
+    """Raises UserError if a file or folder of a run is a symbolic link, or a checkpoint is not a file."""
     paths.no_links(folder, (*FILES, *FOLDERS, paths.LOCK))
     paths.refuse_odd(folder)
 
 
 def check_sweep(folder: Path) -> None:
-    """Raises UserError where one of a sweep's own files and folders is a symbolic link."""
+    """Raises UserError if a file or folder of a sweep is a symbolic link."""
     paths.no_links(folder, paths.OF_A_SWEEP)
 
 
 def difference(old: Any, new: Any, at: str = "") -> str:
-    """The first place where two configs differ, as "seed: 0 there, 1 here"; empty where they are equal."""
+    """The first difference of two configs, such as "seed: 0 there, 1 here"; "" if they are equal."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in [*old, *(key for key in new if key not in old)]:
             if found := difference(old.get(key), new.get(key), f"{at}.{key}" if at else str(key)):
@@ -292,11 +293,10 @@ def difference(old: Any, new: Any, at: str = "") -> str:
 
 
 def runs_in(name: str) -> list[Path]:
-    """The run folders that a name stands for: a run, a sweep, or a folder of runs.
+    """The run folders that a path refers to: a run, the runs of a sweep, or the runs in a folder.
 
     Raises:
-        UserError: there is no run, or none of those that a sweep lists stands where it is looked for, or a file of the
-            sweep is a symbolic link.
+        UserError: there is no run, none of a sweep's runs is found, or a file of the sweep is a symbolic link.
     """
     folder = Path(name)
     if (folder / paths.CONFIG).is_file():
@@ -306,8 +306,8 @@ def runs_in(name: str) -> list[Path]:
         listed = [listed_by(folder, line) for line in listed_in(folder / paths.LISTED)]
         if listed and not any(run.is_dir() for run in listed):
             raise UserError(
-                f"none of the {len(listed)} run folders that {name} lists is found from here ({listed[0]} is not "
-                "there): give the command in the folder that the sweep was started in."
+                f"none of the {len(listed)} run folders that {name} lists exists here ({listed[0]} is missing): give "
+                "the command in the folder in which the sweep was started."
             )
         return listed
     found = sorted(file.parent for file in folder.glob(f"*/{paths.CONFIG}"))
@@ -315,8 +315,8 @@ def runs_in(name: str) -> list[Path]:
 
 
 def listed_in(file: Path) -> list[str]:
-    """The lines of a sweep's list of runs, each once; none if it cannot be read. A torn line names no folder, and is
-    passed over like that of a run that was deleted. Raises UserError for a symbolic link."""
+    """The distinct lines of a sweep's list of runs; [] if it cannot be read. A torn line names no existing folder, so
+    it is treated like a deleted run. Raises UserError for a symbolic link."""
     paths.inside(file.parent, file.name)
     try:
         lines = plain_data.lines(file, errors="replace")
@@ -326,14 +326,14 @@ def listed_in(file: Path) -> list[str]:
 
 
 def listed_by(sweep: Path, line: str) -> Path:
-    """The run folder that a sweep's file names. `line` is relative to the folder that the sweep was started in, which
-    is three above <started in>/runs/sweeps/<stamp>.
+    """The run folder that a line of a sweep's list names. `line` is relative to the folder in which the sweep was
+    started, three levels above <started in>/runs/sweeps/<stamp>.
 
-    A sweep in runs/sweeps of the current folder is one's own, and may name a run anywhere: root=FOLDER puts runs on
-    another disk. Any other sweep names runs below the folder that it was started in, and no run here.
+    A sweep in runs/sweeps of the current folder is the user's own and may list runs anywhere, because root=FOLDER puts
+    runs on another disk. Any other sweep may only list runs below the folder in which it was started.
 
     Raises:
-        UserError: another sweep names a run elsewhere.
+        UserError: another sweep lists a run outside of that folder.
     """
     place, here = Path(os.path.abspath(sweep)), Path.cwd()
     started_in = place.parents[:3][-1]
@@ -343,14 +343,14 @@ def listed_by(sweep: Path, line: str) -> Path:
         return paths.inside(started_in, os.path.relpath(line, started_in) if os.path.isabs(line) else line)
     except UserError:
         raise UserError(
-            f"{sweep} lists a run outside of the folder that it was started in ({line[:120]!r}): name the runs "
+            f"{sweep} lists a run outside of the folder in which it was started ({line[:120]!r}): give the run folders "
             "themselves, python -m realera.report RUN RUN."
         ) from None
 
 
 def _clear(folder: Path) -> None:
-    """Removes a run's own files from its folder and leaves what else was put there. The settings stay until `begin`
-    replaces them: without them a folder that was half cleared would be taken for somebody else's."""
+    """Removes a run's files from its folder and leaves all others. The settings stay until `begin` replaces them:
+    without them, a folder that was cleared only in part would no longer be recognised as a run."""
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     _remove(folder, *(name for name in FILES if name != paths.CONFIG))

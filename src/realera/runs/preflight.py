@@ -1,7 +1,7 @@
-"""Checks a run's settings before anything heavy is imported, so that a refusal takes less than a second.
+"""Checks a run's settings before torch is imported, so that an error takes less than a second.
 
-The checks read the plain config and the headers of files; no module that is imported here loads torch. Other checks
-come later, where their means are: the tokens of a prompt need a tokenizer, which may not be downloaded yet.
+The checks read only the plain config and the headers of files. Some checks have to wait until later: counting the
+tokens of a prompt needs the tokenizer, which may not be downloaded yet.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from realera.settings.source_code import fact
 from realera.system import devices
 
 log = logging.getLogger("realera")
-ACTING = ("edit", "align", "guide")  # a method needs one of them: `finish` only completes their work
+ACTING = ("edit", "align", "guide")  # the parts that erase; a method needs at least one
 
 
 def check_settings(config: Mapping[str, Any], *, sweep: bool = False, here: bool = True) -> None:
-    """The checks that need the config alone. here: this machine is the one that will carry out the run.
+    """The checks that need only the config. here: whether this machine will carry out the run.
 
     Raises:
-        UserError: the first setting that cannot work.
+        UserError: for the first wrong setting.
     """
     for key in ("concept", "anchor"):
         given = config.get(key)
@@ -43,34 +43,34 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False, here: bool
     if sweep:
         check_sweep(config.get("trainer") or {})
     method = config.get("method") or {}
-    if method and method.get("name") != "original" and not any(_acts(method, part) for part in ACTING):
+    if method and method.get("name") != "original" and not any(_erases(method, part) for part in ACTING):
         raise UserError(
             f"method {method.get('name')} has no part left that erases ({', '.join(ACTING)} are all null or do "
-            "nothing): leave it one, or take method=original."
+            "nothing): keep one of them, or choose method=original."
         )
     check_band(method, config.get("backbone") or {})
     check_training(method, config.get("backbone") or {})
     check_precision(method, config.get("trainer") or {}, here and not config.get("dry_run"))
 
 
-def _acts(method: Mapping[str, Any], name: str) -> bool:
-    """Whether a part of a method erases, by what it says of itself (`contracts.Method`)."""
+def _erases(method: Mapping[str, Any], name: str) -> bool:
+    """Whether a part of a method erases, according to the facts that its class states (`contracts.Method`)."""
     part = method.get(name)
     if not isinstance(part, Mapping):
         return bool(part)
     target = str(part.get("_target_"))
     if fact(target, "weighs_adapters"):
-        return _acts(method, "align")
+        return _erases(method, "align")
     idle = {"steps": 0, **fact(target, "idle_where", {})}
     return bool(part) and not any(key in part and part[key] == value for key, value in idle.items())
 
 
 def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
-    """Checks the base model's files: a whole folder, or a hub's model that is cached or can be fetched. plan: only warn
-    where the hub is out of reach, because plans are made on machines without the weights.
+    """Checks the base model: a complete folder, or a model of the hub that is cached or can be downloaded. plan: only
+    warn if the hub cannot be reached, because plans are made on machines without the weights.
 
     Raises:
-        UserError: files are missing, torn or out of reach.
+        UserError: files are missing or torn, or cannot be downloaded.
     """
     pretrained = backbone.get("pretrained")
     local = pretrained is None or dir_of(pretrained) is not None
@@ -86,55 +86,55 @@ def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
 
 
 def check_judge(config: Mapping[str, Any]) -> None:
-    """Refuses a run that is to be judged and has no judge. Raises UserError."""
+    """Raises UserError if the run has no judge."""
     if not config.get("judge"):
         raise UserError(
-            "no judge was given and the task names none: type judge=NAME (--help lists them), or evaluate=false."
+            "no judge was given and the task names none: type judge=NAME (--help lists the judges), or evaluate=false."
         )
 
 
 def check_run(run: Run) -> None:
-    """Checks that a run's weights exist and are whole: only the command that made them can make them again.
+    """Checks that a run's weights exist and are not torn.
 
     Raises:
-        UserError: they are missing or torn.
+        UserError: they are missing or torn; only the run's train command can make them again.
     """
     if not run.erased.is_file():
-        raise UserError(f"{run.folder} holds no {ERASED}: give the command that began it again, and it goes on.")
+        raise UserError(f"{run.folder} has no {ERASED}: give the command that started the run again; it continues.")
     check_whole(run.erased)
 
 
 def check_whole(file: Path) -> None:
-    """Refuses a torn file of a fit. Raises UserError."""
+    """Raises UserError if a file that the run's fit wrote is torn."""
     try:
         checksums.verify(file)
     except checksums.Torn as error:
-        raise UserError(f"{error}: give the command that made the run again, and it is made again.") from None
+        raise UserError(f"{error}: give the command that made the run again; it makes the file again.") from None
 
 
 def check_map(file: Path) -> None:
-    """The map of a closed form must be whole and finite. Raises UserError."""
+    """Raises UserError if the map of a closed form is torn or has values that are not finite."""
     import numpy as np
     from safetensors import safe_open
 
     check_whole(file)
     with safe_open(file, framework="numpy") as opened:
         if "map" not in opened.keys():  # noqa: SIM118 (not a mapping)
-            raise UserError(f"{file} holds no map: give the command that made it again.")
+            raise UserError(f"{file} contains no map: give the command that made it again.")
         if not np.isfinite(opened.get_tensor("map")).all():
-            raise UserError(f"{file} holds NaN or infinity: delete it and give the command that made it again.")
+            raise UserError(f"{file} contains NaN or infinity: delete it and give the command that made it again.")
 
 
-# --- what is asked ---------------------------------------------------------------------------------------------------
+# --- settings --------------------------------------------------------------------------------------------------------
 
 
 def check_name(text: str, key: str) -> None:
-    """Refuses paths and texts without a word. The task checks the length. Raises UserError."""
+    """Raises UserError for a path and for a text without a word. The task checks the length."""
     if ".." in re.split(r"[/\\]", text) or text.startswith(("/", "~/", "\\")):
-        raise UserError(f"{key}={text!r} is a file's path: give a word or a name, as in {key}=airplane.")
+        raise UserError(f"{key}={text!r} is a path: give a word or a name, as in {key}=airplane.")
     wordless = bool(text.strip()) and not any(letter.isalnum() for letter in text)
     if wordless or any(not letter.isprintable() for letter in text):
-        raise UserError(f"{key}={text!r} holds no word, or a control character: give a word or a name.")
+        raise UserError(f"{key}={text!r} has no word, or has a control character: give a word or a name.")
 
 
 def check_task(task: Task, backbone: Mapping[str, Any]) -> None:
@@ -144,7 +144,7 @@ def check_task(task: Task, backbone: Mapping[str, Any]) -> None:
 
 
 def check_prompts(pairs: Sequence[tuple[NamedPrompt, NamedPrompt]], backbone: Mapping[str, Any]) -> None:
-    """Refuses training prompts that the text encoder would cut before the concept ends. Raises UserError."""
+    """Raises UserError if the text encoder would cut a training prompt before the end of the concept's name."""
     tokenizer = tokenizer_of(backbone)
     rows = (backbone.get("text") or {}).get("max_length")
     if tokenizer is None or not rows:
@@ -152,7 +152,7 @@ def check_prompts(pairs: Sequence[tuple[NamedPrompt, NamedPrompt]], backbone: Ma
     for prompt in (prompt for pair in pairs for prompt in pair):
         offsets = tokenizer.encode(prompt.text).offsets
         tokens = [i for i, (a, b) in enumerate(offsets) if a < b and a < prompt.end]
-        if tokens and tokens[-1] + 1 > rows - 1:  # the last row is the end of the text
+        if tokens and tokens[-1] + 1 > rows - 1:  # the last row is the end-of-text token
             raise UserError(
                 f"the prompt '{_short(prompt.text)}' is cut at {rows} tokens, before {prompt.name!r} ends "
                 f"(at token {tokens[-1] + 1}): shorten the template or the concept."
@@ -160,14 +160,14 @@ def check_prompts(pairs: Sequence[tuple[NamedPrompt, NamedPrompt]], backbone: Ma
 
 
 def check_band(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
-    """Refuses a band of neighbours that no draw can reach (see band.py). Raises UserError."""
+    """Raises UserError if no draw can reach the band of neighbours (see band.py)."""
     mining = method.get("neighbours")
     text = backbone.get("text") or {}
     if not mining or not {"row_norm", "width"} <= set(text):
         return
     settings = {**mining, **(mining.get("band") or {})}
     known = {f.name for f in fields(band.Band)} & set(settings)
-    rows = max(1, text.get("max_length", 2) - 5)  # a short template's concept to the last row: only a flat unit asks
+    rows = max(1, text.get("max_length", 2) - 5)  # from a short template's concept to the last row; for unit=flat
     band.check(
         band.Band(**{name: settings[name] for name in known}),
         text["row_norm"],
@@ -179,53 +179,53 @@ def check_band(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
 
 
 def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
-    """Refuses settings that the training loop cannot work with, before images are drawn for it. Raises UserError."""
+    """Raises UserError for settings with which training would fail, before any training images are drawn."""
     align = method.get("align") or {}
     if not align.get("steps"):
         return
     if method.get("latents", {}) is None:
         raise UserError(
-            f"method {method.get('name')} trains (align) on no latents: leave method.latents as it is, or set "
+            f"method {method.get('name')} trains (align), but method.latents is null: leave method.latents out, or set "
             "method.align=null."
         )
     if fact(target := str(align.get("_target_")), "trains_lora") and not align.get("lora"):
         raise UserError(
-            f"method {method.get('name')} trains (align) a LoRA, and there is none: leave method.align.lora as it is, "
+            f"method {method.get('name')} trains (align) a LoRA, but method.align.lora is null: leave it out, "
             "or set method.align=null."
         )
     if backbone.get("gradient_checkpointing"):
         if fact(target, "reads_attention"):
             raise UserError(
-                f"method {method.get('name')} reads the attention, which backbone.gradient_checkpointing drops: set it "
-                "to false."
+                f"method {method.get('name')} reads the attention maps, which gradient checkpointing drops: set "
+                "backbone.gradient_checkpointing=false."
             )
         if align.get("detach_bos"):
             raise UserError(
-                "method.align.detach_bos cannot be kept with backbone.gradient_checkpointing: set one of them to false."
+                "method.align.detach_bos does not work with backbone.gradient_checkpointing: set one of them to false."
             )
     dtype, name = backbone.get("dtype") or "float32", method.get("name")
     if not align.get("lora") and align.get("parameters") and dtype != "float32":
         raise UserError(
-            f"method {name} trains the U-Net's own weights, and backbone.dtype={dtype} cannot hold its small steps: "
+            f"method {name} trains the U-Net's weights, and backbone.dtype={dtype} would round its small steps away: "
             "set backbone.dtype=float32, with trainer.precision=bf16-mixed for speed."
         )
     if dtype == "float16":
         raise UserError(
-            f"method {name} trains, and backbone.dtype=float16 only draws images: set backbone.dtype=bfloat16, or "
-            "float32 with trainer.precision=bf16-mixed."
+            f"method {name} trains, and backbone.dtype=float16 is only for drawing images: set backbone.dtype=bfloat16 "
+            "or, with trainer.precision=bf16-mixed, float32."
         )
 
 
 def check_precision(method: Mapping[str, Any], trainer: Mapping[str, Any], here: bool) -> None:
-    """Refuses 16-mixed on a CPU, where Lightning would silently train in bf16-mixed. here: this machine carries out the
-    run. Raises UserError."""
+    """Raises UserError for 16-mixed on a CPU, where Lightning would silently train in bf16-mixed. here: whether this
+    machine will carry out the run."""
     on_cpu = trainer.get("accelerator") == "cpu" or (here and not devices.number())
     if trainer.get("precision") == "16-mixed" and on_cpu and (method.get("align") or {}).get("steps"):
-        raise UserError("trainer.precision=16-mixed is for CUDA devices: on a CPU take bf16-mixed or 32-true.")
+        raise UserError("trainer.precision=16-mixed is for CUDA devices: on a CPU use bf16-mixed or 32-true.")
 
 
 def check_sweep(trainer: Mapping[str, Any]) -> None:
-    """Refuses a sweep of distributed runs: their processes repeat the whole command line, -m too. Raises UserError."""
+    """Raises UserError for a sweep of distributed runs: each of their processes repeats the whole command, with -m."""
     asked = setting_types.typed_devices(trainer.get("devices", 1))
     several = len(asked) > 1 if isinstance(asked, (list, tuple)) else asked not in (0, 1)
     several = several or (trainer.get("num_nodes") or 1) > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1
@@ -238,7 +238,8 @@ def check_sweep(trainer: Mapping[str, Any]) -> None:
 
 
 def check_writable(place: Path, key: str) -> None:
-    """Tries to make a file in the nearest existing parent of `place`, and removes it. Raises UserError."""
+    """Raises UserError if no file can be made in the nearest existing parent of `place`. It tries, and leaves no
+    file."""
     there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists() or p.is_symlink())
     try:
         if not there.is_dir():
@@ -252,7 +253,7 @@ def check_writable(place: Path, key: str) -> None:
 
 
 def model_folder(backbone: Mapping[str, Any]) -> Path | None:
-    """The folder of the base model's files; None where they are not on this disk."""
+    """The folder of the base model's files; None if they are not on this machine."""
     pretrained = backbone.get("pretrained")
     place = dir_of(MINIATURE if pretrained is None else pretrained)
     if place is None and folder.HUB_ID.fullmatch(str(pretrained)):
@@ -261,7 +262,7 @@ def model_folder(backbone: Mapping[str, Any]) -> Path | None:
 
 
 def tokenizer_of(backbone: Mapping[str, Any]) -> Any:
-    """The backbone's tokenizer, or None where it is not on this disk."""
+    """The backbone's tokenizer; None if it is not on this machine."""
     found = model_folder(backbone)
     return None if found is None else vocabulary.read(found / "tokenizer")
 

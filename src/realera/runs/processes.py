@@ -1,9 +1,9 @@
-"""Several processes for one run: which of them this is, how the others are started, and where they meet.
+"""Several processes for one run: finds this process's rank, starts the others and connects them.
 
-The same command runs in each. Who starts them: the first process of each machine (trainer=ddp trainer.devices=4; on
-several machines the command is given on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set), or torchrun, or srun.
-The machines of a run share its folder and the cache. Lightning's own launcher is not used: it starts processes for the
-loop alone, and drawing, which takes far longer, needs them where there is no loop, and when a run goes on after one.
+Every process runs the same command. They are started by the first process of each machine (trainer=ddp
+trainer.devices=4; on several machines, give the command on each with MASTER_ADDR, MASTER_PORT and NODE_RANK set), by
+torchrun or by srun. All machines use the same run folder and the same cache. Lightning's launcher is not used, because
+it starts processes for training only; drawing takes far longer, and needs them in runs without training as well.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from realera.setting_types import typed_devices
 from realera.system import disk, interrupts
 from realera.system.ranks import ALONE, Ranks, patient_group
 
-PATIENCE = 20.0  # seconds that a process is given to notice by itself that another has ended
-LEAST = 4  # processes on the CPU that any machine may be asked for
-FIRST = "REALERA_FIRST"  # the process that started this one
-ELSEWHERE = "import runpy, sys; sys.path.remove(''); runpy.run_module('realera.{command}', None, '__main__', True)"
+PATIENCE = 20.0  # seconds in which a process may notice on its own that another one has ended
+LEAST = 4  # processes on the CPU that are allowed on every machine
+FIRST = "REALERA_FIRST"  # id of the process that started this one
+WITHOUT_CWD = "import runpy, sys; sys.path.remove(''); runpy.run_module('realera.{command}', None, '__main__', True)"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who this process is to be. started: whether torchrun, srun or another process of ours has started them all.
-    trainer: the settings for Lightning, the same in every process. cuda: this one's device, None = the CPU or any."""
+    """The rank and device of this process. started: whether torchrun, srun or the first process started all of them.
+    trainer: settings for Lightning, the same in every process. cuda: device number, None = the CPU or any device."""
 
     rank: int = 0
     world: int = 1
@@ -52,7 +52,7 @@ class Plan:
 
 
 def adopt_scheduler(environ: MutableMapping[str, str]) -> None:
-    """Says of a process among several that srun has started what torchrun would say."""
+    """Sets torchrun's variables in a process that srun started together with others."""
     if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS") or 1) < 2 or "SLURM_PROCID" not in environ:
         return
     world, nodes = int(environ["SLURM_STEP_NUM_TASKS"]), int(environ.get("SLURM_STEP_NUM_NODES") or 1)
@@ -70,16 +70,16 @@ def adopt_scheduler(environ: MutableMapping[str, str]) -> None:
 
 
 def is_helper(environ: Mapping[str, str]) -> bool:
-    """Whether this process works along with a first one, which writes and speaks."""
+    """Whether this is not the first process of a run. Only the first one writes files and log lines."""
     return int(environ.get("RANK") or environ.get("NODE_RANK") or environ.get("LOCAL_RANK") or 0) > 0
 
 
 def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str] = os.environ) -> Plan:
-    """Who this process is, by what started it, else by the settings. `gpus`: how many this process sees.
+    """The plan of this process, from the environment of its launcher or, without one, from the settings. `gpus`: the
+    number of GPUs that this process sees.
 
     Raises:
-        UserError: devices that are not there, machines that cannot find each other, settings that contradict what
-            started the processes.
+        UserError: devices are missing, machines cannot find each other, or the settings contradict the launcher.
     """
     given = dict(trainer or {})
     accelerator = str(given.get("accelerator", "auto"))
@@ -91,14 +91,14 @@ def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str
         local_world = int(environ.get("LOCAL_WORLD_SIZE") or world)
         if local_world < 1 or world % local_world or (here * nodes not in (1, world) and given.get("devices") != -1):
             raise UserError(
-                f"{world} processes were started, {local_world} on this machine, and the settings ask for {nodes} x "
-                f"{here} (trainer.num_nodes x trainer.devices): leave the two out, or start as many."
+                f"{world} processes were started, {local_world} on this machine, but the settings ask for {nodes} x "
+                f"{here} (trainer.num_nodes x trainer.devices): leave these two out, or start that number of processes."
             )
         rank, local_rank = int(environ["RANK"]), int(environ.get("LOCAL_RANK") or 0)
         if not (0 <= rank < world and 0 <= local_rank < local_world):
             raise UserError(
                 f"RANK={rank} of WORLD_SIZE={world} and LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_world} "
-                "cannot be: numbers begin at 0. Unset them, or start the processes with torchrun or srun."
+                "are not valid, because ranks start at 0: unset them, or start the processes with torchrun or srun."
             )
     else:
         world, local_world, local_rank = nodes * here, here, 0
@@ -114,53 +114,57 @@ def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str
         return Plan(started=started, trainer=given, cuda=cuda if listed else None)
     if cuda is not None and cuda >= gpus:
         raise UserError(
-            f"Process {local_rank} of this machine sees {gpus} of the {local_world} GPUs: start no more processes than "
-            "GPUs, and let each see all of its machine (srun --gpus-per-node, without --gpus-per-task)."
+            f"Process {local_rank} of this machine sees {gpus} of the {local_world} GPUs: start one process per GPU at "
+            "most, and let each process see all GPUs of its machine (srun --gpus-per-node, without --gpus-per-task)."
         )
     strategy = str(given.get("strategy", "auto"))
     if strategy == "auto":
         strategy = "ddp"
     if not strategy.startswith("ddp") or strategy.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
-        raise UserError(f"trainer.strategy={strategy} is not known here: several processes run as ddp (trainer=ddp).")
+        raise UserError(f"trainer.strategy={strategy} is not supported: use trainer=ddp for several processes.")
     settled = {"devices": listed or local_world, "num_nodes": world // local_world, "strategy": strategy}
     return Plan(rank, world, local_rank, local_world, started, {**given, **settled}, cuda)
 
 
 def _devices(asked: Any, accelerator: str, gpus: int) -> tuple[list[int] | None, int]:
-    """(the devices by number, where they are listed; how many)."""
+    """(the listed device numbers, or None; the number of devices)."""
     asked = typed_devices(asked)
     if isinstance(asked, (list, tuple)) and asked and all(isinstance(n, int) and n >= 0 for n in asked):
         if max(asked) >= gpus:
-            raise UserError(f"trainer.devices={list(asked)} names GPUs, and {gpus or 'none'} can be seen: name others.")
+            raise UserError(
+                f"trainer.devices={list(asked)} names GPUs by number, but this machine has {gpus or 'none'}: give "
+                "numbers of GPUs that exist, or leave trainer.devices out."
+            )
         return list(asked), len(asked)
     if asked == "auto":
         return None, max(1, gpus)
     number = asked if isinstance(asked, int) and not isinstance(asked, bool) else 0
     if (number == -1 and gpus == 0) or (number > max(1, gpus) and (gpus > 0 or accelerator in ("gpu", "cuda"))):
         raise UserError(
-            f"trainer.devices={asked} asks for GPUs and {gpus or 'none'} can be seen: trainer=default takes one, and "
-            "trainer=ddp trainer.accelerator=cpu trainer.devices=2 two processes on the CPU."
+            f"trainer.devices={asked} asks for GPUs, but this machine has {gpus or 'none'}: trainer=default uses one "
+            "device, and trainer=ddp trainer.accelerator=cpu trainer.devices=2 uses two processes on the CPU."
         )
     if number == -1:
         return None, gpus
     if number < 1:
-        raise UserError(f"trainer.devices={asked} cannot be: give a number of 1 or more, a list as [0,1], or -1 (all).")
+        raise UserError(
+            f"trainer.devices={asked} is not valid: give a number from 1 on, a list such as [0,1], or -1 (all)."
+        )
     if gpus == 0 and number > (most := max(LEAST, os.cpu_count() or 1)):
         raise UserError(
-            f"trainer.devices={asked} asks for {number} processes on the CPU, and this machine is for {most} at most: "
-            "give fewer."
+            f"trainer.devices={asked} asks for {number} processes on the CPU, but at most {most} are allowed on this "
+            "machine: give a smaller number."
         )
     return None, number
 
 
 @contextmanager
-def together(plan: Plan, command: str, *, needed: bool = True) -> Iterator[Ranks]:
-    """Starts what has to be started, and yields this process among those of the run. `command`: the command they give.
-
-    Nothing is started where `needed` is False; processes that stand already meet all the same.
+def connected(plan: Plan, command: str, *, needed: bool = True) -> Iterator[Ranks]:
+    """Starts this machine's other processes, connects all processes of the run and yields their `Ranks`. `command`: the
+    command that they run. needed=False: no process is started, but processes that already run are connected.
 
     Raises:
-        UserError: they do not meet, or one of them has ended.
+        UserError: the processes cannot connect, or one of them has ended.
     """
     if plan.cuda is not None:
         import torch
@@ -171,47 +175,47 @@ def together(plan: Plan, command: str, *, needed: bool = True) -> Iterator[Ranks
         return
     before = dict(os.environ)
     helpers: list[subprocess.Popen[bytes]] = []
-    last = partial(_terminate, helpers)
-    interrupts.last_resort.append(last)
-    over = threading.Event()
-    threading.Thread(target=_watch, args=(helpers, over), daemon=True).start()
+    terminate_helpers = partial(_terminate, helpers)
+    interrupts.last_resort.append(terminate_helpers)
+    done = threading.Event()
+    threading.Thread(target=_watch, args=(helpers, done), daemon=True).start()
     try:
         if not plan.started:
             _start(plan, command, helpers)
-        ranks = _meet(plan)
+        ranks = _connect(plan)
         yield ranks
         ranks.wait()
-        _part()
+        _disconnect()
         until = time.monotonic() + PATIENCE
         while any(helper.poll() is None for helper in helpers) and time.monotonic() < until:
             time.sleep(0.05)
     finally:
-        over.set()
+        done.set()
         _stop(helpers)
-        interrupts.last_resort.remove(last)
+        interrupts.last_resort.remove(terminate_helpers)
         os.environ.clear()
         os.environ.update(before)
 
 
-def agree(ranks: Ranks, run: Run) -> Run:
-    """The first process's run, in all of them.
+def same_run(ranks: Ranks, run: Run) -> Run:
+    """Returns the first process's run in every process.
 
     Raises:
         UserError: this process was given other settings.
     """
     first = ranks.from_first(lambda: run)
     if differs := difference(identity(first.config), identity(run.config)):
-        raise UserError(f"The processes of a run were given different settings ({differs}): give all the same command.")
+        raise UserError(f"The processes of a run have different settings ({differs}): start all with the same command.")
     return first
 
 
-def _meet(plan: Plan) -> Ranks:
+def _connect(plan: Plan) -> Ranks:
     import torch
     from torch import distributed
 
     if plan.cuda is None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.local_world))
-    os.environ["NODE_RANK"] = str(plan.rank // plan.local_world)  # Lightning numbers processes by it
+    os.environ["NODE_RANK"] = str(plan.rank // plan.local_world)  # Lightning computes ranks from it
     try:
         backend = "gloo" if plan.cuda is None else "nccl"
         distributed.init_process_group(backend, rank=plan.rank, world_size=plan.world)
@@ -219,34 +223,34 @@ def _meet(plan: Plan) -> Ranks:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
-            f"The {plan.world} processes of the run did not meet at {where} "
-            f"({str(error).splitlines()[0]}): all must be given the same command, and reach that address."
+            f"The {plan.world} processes of the run could not connect at {where} "
+            f"({str(error).splitlines()[0]}): start all with the same command, on machines that can reach that address."
         ) from error
     return Ranks(plan.rank, plan.world, plan.local_rank, plan.local_world, group)
 
 
-def _part() -> None:
+def _disconnect() -> None:
     from torch import distributed
 
     distributed.destroy_process_group()
 
 
 def _start(plan: Plan, command: str, helpers: list[subprocess.Popen[bytes]]) -> None:
-    """Adds this machine's other processes to `helpers`: they give the same command. This one is numbered along."""
+    """Starts this machine's other processes with the same command, adds them to `helpers`, and sets this one's rank."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     os.environ.update(WORLD_SIZE=str(plan.world), LOCAL_WORLD_SIZE=str(plan.local_world))
     os.environ.update(RANK=str(plan.rank), LOCAL_RANK="0", NODE_RANK=str(plan.rank // plan.local_world))
     here = {"", os.getcwd()} & set(sys.path)
-    # -m and -c look for modules in the current folder, a run's perhaps, where a console script does not
-    start = ["-m", f"realera.{command}"] if here else ["-c", ELSEWHERE.format(command=command)]
+    # unlike a console script, -m and -c import modules from the current folder, which may be a run folder
+    start = ["-m", f"realera.{command}"] if here else ["-c", WITHOUT_CWD.format(command=command)]
     for n in range(1, plan.local_world):
         helpers.append(
             subprocess.Popen(
                 [sys.executable, *start, *sys.argv[1:]],
                 env={**os.environ, "RANK": str(plan.rank + n), "LOCAL_RANK": str(n), FIRST: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # what they would show is the first one's to show
+                stdout=subprocess.DEVNULL,  # the first process prints for all
             )
         )
 
@@ -257,15 +261,15 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _watch(helpers: Sequence[subprocess.Popen[bytes]], over: threading.Event) -> None:
-    """Ends this process where one that it started, or that started it, has ended and it waits for it in vain."""
+def _watch(helpers: Sequence[subprocess.Popen[bytes]], done: threading.Event) -> None:
+    """Ends this process if a process that it started, or the one that started it, ended with an error."""
     first = int(os.environ.get(FIRST) or 0)
-    while not over.wait(0.5):
+    while not done.wait(0.5):
         if first and os.name == "posix" and os.getppid() != first:
             disk.leave_nothing()
             os._exit(1)
         failed = next((helper for helper in helpers if helper.poll() not in (None, 0)), None)
-        if failed is not None and not over.wait(PATIENCE):
+        if failed is not None and not done.wait(PATIENCE):
             print(f"error: a process of this run ended with status {failed.returncode}", file=sys.stderr, flush=True)
             _stop(helpers)
             disk.leave_nothing()

@@ -1,4 +1,4 @@
-"""Prompts that are longer than the text encoder reads: one warning with a count, before anything heavy is loaded."""
+"""Counts prompts that are longer than the text encoder reads, and warns once, before torch is imported."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 from realera.runs import preflight
 
 log = logging.getLogger("realera")
-ENDS = 2  # the tokens that begin and end every text
+ENDS = 2  # the start and end tokens of every text
 
 
 class Lengths:
-    """Counts texts and those of them that are cut. Knows nothing where the tokenizer is not on this disk yet."""
+    """Counts texts, and how many are cut. Without the tokenizer on this machine, no text counts as cut."""
 
     def __init__(self, backbone: Mapping[str, Any]) -> None:
         rows = backbone.get("text_length") or (backbone.get("text") or {}).get("max_length")
         self.tokenizer = preflight.tokenizer_of(backbone) if rows else None
-        self.fits = int(rows or 0) - ENDS  # tokens of a text
+        self.fits = int(rows or 0) - ENDS  # most tokens of a text
         self.texts = self.cut = 0
         self.example = ""
 
     def add(self, text: str) -> bool:
-        """Counts the text; whether it is cut."""
+        """Counts the text. Returns whether it is cut."""
         self.texts += 1
-        # A token has a byte or more: most texts need not be tokenized to see that they fit.
+        # A token has at least one byte, so most texts are seen to fit without tokenizing.
         if self.tokenizer is None or len(text.encode(errors="replace")) <= self.fits:
             return False
         cut = len(self.tokenizer.encode(text, add_special_tokens=False).ids) > self.fits
@@ -35,18 +35,18 @@ class Lengths:
         return cut
 
     def said(self, what: str = "prompts") -> str:
-        """The warning; "" where nothing is cut."""
+        """The warning; "" if no text is cut."""
         if not self.cut:
             return ""
         short = self.example if len(self.example) <= 60 else f"{self.example[:57]}..."
         return (
             f"{self.cut:,} of {self.texts:,} {what} are longer than the {self.fits} tokens that the text encoder "
-            f"reads, and their ends are cut off, such as {short!r}"
+            f"reads, so their ends are cut off, such as {short!r}"
         )
 
 
 def warn(texts: Iterable[str], backbone: Mapping[str, Any], what: str = "prompts") -> None:
-    """Logs one line if any of the texts, each counted once, is cut."""
+    """Logs one line if any text is cut. Repeated texts are counted once."""
     lengths = Lengths(backbone)
     for text in dict.fromkeys(texts):
         lengths.add(text)

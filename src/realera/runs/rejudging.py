@@ -1,4 +1,4 @@
-"""Which run is judged again: one that stands, or the unedited model's."""
+"""Finds the run that evaluate judges: an existing run, or a run of the unedited model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ OF_THE_RUN = ("task", "backbone", "concept", "concepts_file", "anchor", "seed", 
 
 
 def run_of(config: Mapping[str, Any]) -> tuple[Run, bool]:
-    """The run that evaluate's resolved config names, and whether it is the unedited model's, whose folder may not be
-    there yet.
+    """The run that evaluate's resolved config names, and whether it is a run of the unedited model, whose folder may
+    not exist yet.
 
     Raises:
-        UserError: there is no such run, or a setting was typed that is not the command's to choose.
+        UserError: there is no such run, or a setting was typed that is fixed by the run.
     """
     original = config["run"] == ORIGINAL
     rest = {key: value for key, value in config.items() if key not in ("run", "dry_run")}
@@ -29,12 +29,12 @@ def run_of(config: Mapping[str, Any]) -> tuple[Run, bool]:
 
 
 def by_its_own(run: Run) -> bool:
-    """Whether a run that stands is judged by the judge of its own settings."""
+    """Whether the judge of an existing run is that of its own settings."""
     return folders.read_config(run.folder).get("judge") in (None, {}, run.config.get("judge"))
 
 
 def _unedited(config: dict[str, Any]) -> Run:
-    """The folder of the unedited model under this task and backbone."""
+    """The run of the unedited model for this task and backbone."""
     preflight.check_settings(config)
     config = composition.name_concepts(config, composition.build_task(config))
     config = {**config, "method": {"name": "original"}, "evaluate": True}
@@ -42,7 +42,7 @@ def _unedited(config: dict[str, Any]) -> Run:
 
 
 def _existing(name: str, judge: Any) -> Run:
-    """A run that stands, to be judged by the typed judge or by its own."""
+    """An existing run, with the typed judge or its own."""
     typed = {word.partition("=")[0].lstrip("+") for word in composition.typed_words(HydraConfig.get())}
     if clash := sorted(typed & set(OF_THE_RUN)):
         raise UserError(f"{clash[0]} is fixed by the run {name}: leave it out, or give run=original.")
@@ -51,12 +51,12 @@ def _existing(name: str, judge: Any) -> Run:
     trust.check_tables(run.config, run.folder)
     if not by_another and (python := trust.interpreter(run.config.get("judge"))):
         raise UserError(
-            f"{name} was judged in another interpreter, and a run folder may not choose the program that is started: "
-            f"type it again, judge=NAME judge.python={python}."
+            f"{name} was judged in another Python interpreter, and a run folder may not choose which program is "
+            f"started: type it, judge=NAME judge.python={python}."
         )
     if not by_another and (model := trust.brought_model(run.config.get("judge"))):
         raise UserError(
-            f"{name} was judged by a model that is none of the library's own ({model[:120]!r}), and a run folder may "
-            "not choose one: type it again, judge=NAME judge.model=MODEL."
+            f"{name} was judged by a model that is not one of the library's ({model[:120]!r}), and a run folder may "
+            "not choose such a model: type it, judge=NAME judge.model=MODEL."
         )
     return Run(run.folder, {**run.config, "judge": judge}) if by_another or not run.config.get("judge") else run

@@ -1,4 +1,4 @@
-"""Which texts drew a concept before a run erased it, and which still do: the measuring behind `realera.residue`."""
+"""Measures which texts drew a concept before a run erased it, and which still do (the command `residue`)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from realera.system import disk
 from realera.tasks.prompts import slug
 from realera.training.pairs import encoded_pairs
 
-CHUNK = 4  # images of the concept drawn at once: as mining does, which then shares them
-MOST = 50  # percent: the judge's mean probability above which a text is said to draw the concept
+CHUNK = 4  # images of the concept drawn at once, as in mining, so that both share the cached images
+MOST = 50  # percent: from this mean probability of the judge on, a text counts as drawing the concept
 
 
 def measure(run: Run, task: Task, asked: Mapping[str, Any], out: Path, judging: bool) -> dict[str, Any]:
-    """Looks around every concept of a run, draws the nearest texts into `out`, and writes residue.json there.
+    """Tests texts near every concept of a run, draws the nearest ones into `out`, and writes residue.json there.
 
-    asked: the settings of conf/residue.yaml. judging: whether the run's own judge looks at the pictures.
+    asked: the settings of conf/residue.yaml. judging: whether the run's judge scores the pictures.
     """
     backbone = steps.load_run(run)
     guide = steps.guide_of(run.config)
     own = list({text.casefold(): text for text in asked["texts"]}.values())
     at_once = int(run.config["images_at_once"])
-    concepts = [_around(backbone, pair, guide, own, asked, at_once) for pair in encoded_pairs(backbone, task)]
+    concepts = [_measure_concept(backbone, pair, guide, own, asked, at_once) for pair in encoded_pairs(backbone, task)]
     prompts = [
         prompt
         for number, concept in enumerate(concepts)
@@ -60,12 +60,12 @@ def measure(run: Run, task: Task, asked: Mapping[str, Any], out: Path, judging: 
     return found
 
 
-def _around(
+def _measure_concept(
     backbone: Backbone, pair: Pair, guide: Guide | None, own: Sequence[str], asked: Mapping[str, Any], at_once: int
 ) -> dict[str, Any]:
-    """Of one concept: every text that was asked for, those that drew it most nearly before the erasure first.
+    """A concept's texts, sorted by how nearly the original model draws the concept from them.
 
-    value, before, after: `nearness.closeness`, and `nearness.apart` with the original model and with the erased one.
+    value: `nearness.closeness`. before, after: `nearness.apart` with the original model and with the erased model.
     """
     name, anchor = pair.concept.target, pair.concept.anchor
     miner = FunctionalMining(asked["vocabulary"], asked["looked"], 0, images=asked["images"], chunk=min(at_once, CHUNK))
@@ -86,9 +86,9 @@ def _around(
 
 
 def conclude(concept: dict[str, Any], within: float) -> None:
-    """Says of every text whether it "never" drew the concept, or drew it and is "gone", or is "left": by its noise, or
-    by the judge, who sees the concept in its pictures. Counts all texts but the name; unseen: those that are told by
-    their noise alone."""
+    """Sets the state of every text: "never" if it never drew the concept, "left" if it still does, "gone" if it no
+    longer does. A text draws the concept according to its noise prediction or to the judge of its pictures. Also counts
+    the texts without the name; unseen: those that are classified by their noise prediction alone."""
 
     def draws(row: Mapping[str, Any], when: str) -> bool:
         return row[when] <= within or (row.get(f"judged_{when}") or 0) >= MOST
@@ -105,7 +105,8 @@ def conclude(concept: dict[str, Any], within: float) -> None:
 
 
 def _prompts(number: int, concept: dict[str, Any], most: int, seeds: Sequence[int]) -> list[Prompt]:
-    """The name, one's own texts and the `most` nearest others, from every seed; notes the pictures in their rows."""
+    """Prompts for the name, the user's texts and the `most` nearest others, from every seed. Adds their ids to the
+    rows."""
     rows = concept["texts"]
     chosen = [row for place, row in enumerate(rows) if place <= most or row["own"]]
     found = []
@@ -118,8 +119,8 @@ def _prompts(number: int, concept: dict[str, Any], most: int, seeds: Sequence[in
 
 
 def _judge(judge: Judge, out: Path, concepts: Sequence[dict[str, Any]]) -> None:
-    """Adds to the rows that were drawn: for either model the judge's mean probability of the concept in percent (None:
-    no image could be judged), and its label of each image."""
+    """Adds the judge's results to the rows that were drawn, for both models: the mean probability of the concept in
+    percent (None if no image could be judged), and the label of each image."""
     drawn = read_manifest(out)
     rows = {id: row for concept in concepts for row in concept["texts"] for id in row.get("pictures", ())}
     sides: tuple[tuple[Which, str], ...] = (("original", "before"), ("erased", "after"))

@@ -1,4 +1,4 @@
-"""Checks a run's files, and the files its settings name, for damage."""
+"""Checks a run's files, and the files that its settings name, for damage."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from realera.files import checksums
 
 
 def is_whole(folder: Path, evaluated: bool) -> bool:
-    """Whether the files of a finished run are as they were written: those of the fit, and of the judging where there
-    was one. The log names the first torn one. No torch, and the images are not looked at: that is done when they are
-    drawn, judged or compared."""
+    """Whether a finished run's files are undamaged: those of the fit and, if it was evaluated, those of the judging.
+    The log names the first torn file. It does not import torch. Images are checked when they are drawn, judged or
+    compared."""
     erased, page = folder / paths.ERASED, folder / paths.REPORT
     if erased.is_file() and not checksums.fit_stands(erased):
         return False
@@ -28,7 +28,8 @@ def is_whole(folder: Path, evaluated: bool) -> bool:
 
 
 def check_sums(node: Mapping[str, Any], at: str = "method") -> None:
-    """The sums over captions that a method's settings name must be there and whole: a run's name depends on them."""
+    """Raises UserError if a sum over captions that a method's settings name is missing or torn. The name of the run
+    folder depends on its content."""
     for key, value in node.items():
         if isinstance(value, Mapping):
             check_sums(value, f"{at}.{key}")
@@ -37,6 +38,6 @@ def check_sums(node: Mapping[str, Any], at: str = "method") -> None:
                 checksums.verify(paths.file_of(value) or Path(value))
             except checksums.Torn:
                 raise UserError(
-                    f"{at}.{key}={value} is missing, torn or no sum of captions: make it, or make it again, with "
+                    f"{at}.{key}={value} is missing, torn or not a sum of captions: make it with "
                     f"python -m realera.cache captions=FILE out={value}."
                 ) from None

@@ -1,4 +1,4 @@
-"""Checks before train makes anything, and the removal of a run folder in which nothing was made."""
+"""Checks before train makes any file, and removes a run folder that was refused before anything was made in it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from realera.settings.instantiate import build
 
 
 def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
-    """Checks the folder, the model and, in a plan, the method's parts, which takes torch: a run builds them anyway.
-    planned: names of the models and parts that were checked for other jobs of the same plan.
+    """Checks the folder and the model. A dry run also builds the method's parts, which imports torch; a real run builds
+    them later. planned: names of the models and parts that were checked for other jobs of the same plan.
 
     Raises:
-        UserError: one of them cannot be used; the sentence says the remedies.
+        UserError: one of them cannot be used.
     """
     place, _ = folders.look(config)
     preflight.check_writable(place, "run_dir" if config.get("run_dir") else "root")
@@ -39,9 +39,10 @@ def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
 
 
 @contextmanager
-def let_go(run: Run) -> Iterator[None]:
-    """Removes the run's settings again where the run is refused before anything was made with them; the folder goes
-    with its lock, if this command made it. Unforeseen errors leave them: they show the run that failed."""
+def remove_if_refused(run: Run) -> Iterator[None]:
+    """Removes the run's settings if the run is refused before anything was made with them. Releasing the lock then
+    removes the folder, if this command made it. After an unexpected error the settings stay: they show which run
+    failed."""
     try:
         yield
     except Exception as error:  # Hydra wraps what a part's constructor refuses

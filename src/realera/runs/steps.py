@@ -1,4 +1,4 @@
-"""The steps that commands are made of, from settings to files. Torch comes with this module: commands load it late."""
+"""The steps of the commands, from settings to files. This module imports torch, so commands import it late."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from realera.training.pairs import encoded_pairs
 
 log = logging.getLogger(__name__)
 
-MOST_NAMED = 5  # concepts in one line of the log
-OF_SETS = ("references", "split")  # settings of a judge of whole sets that say what it is given, not how it compares
+MOST_NAMED = 5  # most concepts in one line of the log
+OF_SETS = ("references", "split")  # settings that choose the images of a judge of sets; not its constructor's
 
 
 def load_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> Backbone:
-    """The backbone of a resolved config, unedited, where images are to be drawn. meter: watches it from here on."""
+    """The unedited backbone of a resolved config, on the device that draws images. meter: measures it from now on."""
     meter = meter or Meter()
     with meter.stage("load"):
         built: Backbone = build(config["backbone"])
@@ -49,8 +49,7 @@ def load_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> Back
 
 
 def device(config: Mapping[str, Any]) -> str:
-    """ "cuda" where there is one and trainer.accelerator allows it, else "cpu"; "cuda:1" where trainer.devices names it
-    alone."""
+    """ "cuda" if there is a GPU and trainer.accelerator allows it, otherwise "cpu"; "cuda:1" if trainer.devices=[1]."""
     trainer = config.get("trainer") or {}
     if str(trainer.get("accelerator", "auto")) not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "cpu"
@@ -77,8 +76,8 @@ def erase(
     ranks: Ranks = ALONE,
     meter: Meter | None = None,
 ) -> None:
-    """Erases the task's concepts from `backbone` and saves the weights. Processes share the loop; where there is none,
-    the first one does the work and the others read what it saved."""
+    """Erases the task's concepts from `backbone` and saves the weights. All processes train together. Without training,
+    the first process does the work and the others read the saved weights."""
     meter = meter or Meter()
     trainer = dict(run.config["trainer"])
     method: Method = build(run.config["method"])
@@ -115,7 +114,7 @@ def draw(
     ranks: Ranks = ALONE,
     meter: Meter | None = None,
 ) -> None:
-    """Draws the prompts with the model as it stands and, from the same seeds, with the original one."""
+    """Draws the prompts with the erased model and, from the same seeds, with the original model."""
     meter = meter or Meter()
     chunk = config["images_at_once"]
     guide = guide_of(config)
@@ -135,7 +134,7 @@ def draw_original(
     ranks: Ranks = ALONE,
     meter: Meter | None = None,
 ) -> None:
-    """A run of the unedited model: its images stand where an erased model's would."""
+    """Draws a run of the unedited model. Its images go to the folder that other runs use for the erased model's."""
     meter = meter or Meter()
     meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler))
     if ranks.first:
@@ -148,7 +147,7 @@ def draw_original(
 
 
 def draw_missing(run: Run, task: Task, original: bool, ranks: Ranks, meter: Meter) -> dict[str, Any]:
-    """Draws what does not stand of a run's images, or of the unedited model's; `drawn_by`."""
+    """Draws the missing images of a run, or of the unedited model. Returns `drawn_by`."""
     if ranks.first:
         prompt_lengths.warn(
             (prompt.text for prompt in task.eval_prompts()), run.config["backbone"], "evaluation prompts"
@@ -162,7 +161,7 @@ def build_judge(config: Mapping[str, Any], task: Task) -> Judge:
     """The judge of a resolved config, which must judge images one by one.
 
     Raises:
-        UserError: it compares whole sets of images, or cannot be had.
+        UserError: it compares sets of images, or is not available.
     """
     built = any_judge(config, task)
     if isinstance(built, SetJudge):
@@ -174,16 +173,16 @@ def build_judge(config: Mapping[str, Any], task: Task) -> Judge:
 
 
 def any_judge(config: Mapping[str, Any], task: Task) -> Judge | SetJudge:
-    """The judge of a resolved config; one that chooses among labels and was given none gets the task's, inside a judge
-    of several too, and likewise the anchors."""
+    """The judge of a resolved config. Its null labels and anchors are replaced by the task's, also in judges inside of
+    it."""
     own = {"labels": list(task.labels), "anchors": {concept.target: concept.anchor for concept in task.concepts}}
-    node = {key: value for key, value in _told(config["judge"], own).items() if key not in OF_SETS}
+    node = {key: value for key, value in _with_defaults(config["judge"], own).items() if key not in OF_SETS}
     built: Judge | SetJudge = build(placed(node))
     return built
 
 
 def warn_unknown(judge: Judge, task: Task) -> None:
-    """One line of the log where a judge leaves a concept's images unscored because it has no such label."""
+    """Logs one line if the judge cannot score some concepts because it has no label for them."""
     knows, headline = getattr(judge, "knows", None), reading(judge, task)[0]
     if knows is None:
         return
@@ -195,31 +194,33 @@ def warn_unknown(judge: Judge, task: Task) -> None:
 
 
 def reading(judge: Judge, task: Task) -> tuple[Mapping[str, Mode], Sequence[str]]:
-    """How the judge's verdicts are read, and what H_o is made of: as the task says, but for a judge that only detects
-    where the task asks for no detection."""
+    """(mode of each measure, terms of H_o): the task's. If the judge only detects and the task has no such measure, all
+    modes are "detected" and there is no H_o."""
     if getattr(judge, "detects", False) and "detected" not in task.headline.values():
         return dict.fromkeys(task.headline, "detected"), ()
     return task.headline, task.h_o_terms
 
 
-def _told(node: Any, own: Mapping[str, Any]) -> Any:
-    """A judge's node with the task's own in place of null, at any depth."""
+def _with_defaults(node: Any, own: Mapping[str, Any]) -> Any:
+    """A judge's node with the task's values in place of null, at any depth."""
     if not isinstance(node, Mapping):
         return node
-    return {key: own[key] if key in own and value is None else _told(value, own) for key, value in node.items()}
+    return {
+        key: own[key] if key in own and value is None else _with_defaults(value, own) for key, value in node.items()
+    }
 
 
 def drawn_by(backbone: Backbone) -> dict[str, Any]:
-    """What a protocol says of how the images came to be."""
+    """The entries of a protocol that say how the images were drawn."""
     return {
         "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
         "sampler": asdict(backbone.sampler),
     }
 
 
-def standing(task: Task, folder: Path, own: str | None) -> dict[str, Any] | None:
-    """`drawn_by` of a run whose images all stand, are whole and were judged: then no model is needed to judge them
-    again. Else None."""
+def drawn_by_if_complete(task: Task, folder: Path, own: str | None) -> dict[str, Any] | None:
+    """`drawn_by` from the metrics of a run whose images all exist, are undamaged and were judged: such a run can be
+    judged again without the model. Otherwise None."""
     numbers = None if own is None else numbers_of(folder, own)
     if numbers is None or not {"backbone", "sampler"} <= set(numbers["protocol"]):
         return None
@@ -242,10 +243,10 @@ def judge(
     ranks: Ranks = ALONE,
     meter: Meter | None = None,
 ) -> dict[str, Any]:
-    """Judges a folder's images, the original model's beside them, and writes verdicts and metrics.json.
+    """Judges a folder's images and those of the original model, and writes verdicts and metrics.json.
 
-    drawn: `drawn_by`. own: the run's own judge, where this is another one. Processes share the images; the
-    first one returns the metrics, the others nothing.
+    drawn: `drawn_by`. own: the name of the run's own judge, if this is another one. Processes divide the images; the
+    first one returns the metrics, the others {}.
     """
     images = len(task.eval_prompts())
     meter = meter or Meter()
@@ -260,7 +261,7 @@ def judge(
 
 
 def compare(judge: SetJudge, config: Mapping[str, Any], folder: Path, own: str) -> dict[str, Any]:
-    """Compares a folder's images as a whole and adds the numbers to metrics.json."""
+    """Compares a folder's images as a set and adds the numbers to metrics.json."""
     node = config["judge"]
     references = node.get("references")
     with bar(f"compared by {judge.name}", 1) as advance:
@@ -283,11 +284,11 @@ def pairs_from(backbone: Backbone, config: Mapping[str, Any]) -> Callable[[str, 
 
 
 def guide_of(config: Mapping[str, Any]) -> Guide | None:
-    """The method's hook on the guided noise, which belongs to how its images are drawn."""
+    """The method's hook on the guided noise prediction, which acts while images are drawn; None without one."""
     node = (config.get("method") or {}).get("guide")
     return build(node) if node else None
 
 
 def _bar(what: str, total: int, ranks: Ranks) -> AbstractContextManager[Callable[[int], None] | None]:
-    """The first process shows how far all are."""
+    """A progress bar for all processes, shown by the first one."""
     return bar(what, total) if ranks.first else nullcontext()

@@ -1,7 +1,7 @@
-"""Which settings of a run folder are taken: it may have come from somebody else, so they are data.
+"""Checks the settings of a run folder, which somebody else may have written: they are data and must not start code.
 
-They name no code but what the yamls of this command line name, no interpreter, no interpolation, and no text file whose
-content the run did not know when it was made. docs/trust.md says it for users.
+They may only name code that the yamls of this command line name. They may name no interpreter, no interpolation, and no
+text file whose content has changed since the run was made. docs/trust.md explains this to users.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ log = logging.getLogger(__name__)
 AGAIN = "do not use this folder, or make the run again with python -m realera.train and overwrite=true"
 
 TEXTS = re.compile(r"(_csv|_file|_path|^file|^data|^captions)$")  # settings that name a file of texts
-PLAIN_MODEL = re.compile(r"[\w-][\w.+-]*", re.ASCII)  # of open_clip
+PLAIN_MODEL = re.compile(r"[\w-][\w.+-]*", re.ASCII)  # name of an open_clip model
 PACKAGE = re.compile(r"^# *@package +(\S+)", re.MULTILINE)
 Named = Mapping[tuple[str, bool], frozenset[str]]
-"""{(group, whether it is a part of one of the group's): the targets}."""
+"""{(group, whether the target is a nested part): targets}."""
 
 
 def check(config: Any, file: Path) -> dict[str, Any]:
-    """The settings of a run folder, if they may be used. file: where they stand, for the sentence.
+    """Returns the settings of a run folder if they are allowed. file: their path, for the error sentence.
 
     Raises:
-        UserError: they are no settings of a run, or ask for what only a command line may.
+        UserError: they are not settings of a run, or contain something that only a command line may set.
     """
     if (fault := json_shapes.config_fault(config)) is not None:
         raise UserError(f"{file} {fault}: {AGAIN}.")
     if found := next((text for text in plain_data.strings(config) if "${" in text), None):
         raise UserError(
-            f"{file} holds {found[:60]!r}: nothing in a run folder is looked up elsewhere; make the run anew with "
+            f"{file} contains {found[:60]!r}, but a run folder may not contain interpolations: make the run again with "
             "python -m realera.train."
         )
     named = _named(config_dirs())
@@ -56,22 +56,22 @@ def check(config: Any, file: Path) -> dict[str, Any]:
 
 
 def say_typed(config: Mapping[str, Any], words: Iterable[str]) -> None:
-    """Warns of code that `words`, a command line, names and no yaml does: later commands refuse such a run."""
+    """Warns if a command line (`words`) names a class that no yaml names, because later commands refuse such a run."""
     if any("_target_" in word for word in words):
         named = _named(config_dirs())
         for at, node in _nodes(config):
             target = node.get("_target_")
             if target is not None and str(target) not in named.get(_kind(at), ()):
                 log.warning(
-                    "%s._target_=%s is typed here and named by no yaml: evaluate, generate and export will refuse this "
-                    "run; put it into a yaml of your own and give its folder as --config-dir (docs/trust.md).",
+                    "%s._target_=%s was typed, but no yaml names it: evaluate, generate and export will refuse this "
+                    "run. Put it into a yaml of your own and give the yaml's folder as --config-dir (docs/trust.md).",
                     ".".join(at),
                     target,
                 )
 
 
 def interpreter(judge: Any) -> str | None:
-    """The interpreter that a judge's settings name, at any depth; None without one."""
+    """The Python interpreter that a judge's settings name, at any depth; None without one."""
     for at, value in _leaves(judge):
         if at[-1:] == ("python",) and value is not None:
             return str(value)
@@ -79,8 +79,8 @@ def interpreter(judge: Any) -> str | None:
 
 
 def brought_model(judge: Any) -> str | None:
-    """The hub's model or the folder that a judge's `model` names in place of one of the library's own, at any depth;
-    None without one. A folder's settings may name further models."""
+    """The model that a judge's settings name and that is not one of the library's: a hub model or a folder, which may
+    refer to further models. It is searched at any depth; None without one."""
     for at, value in _leaves(judge):
         if at[-1:] == ("model",) and value is not None and not PLAIN_MODEL.fullmatch(str(value)):
             return str(value)
@@ -88,7 +88,7 @@ def brought_model(judge: Any) -> str | None:
 
 
 def tables(config: Mapping[str, Any]) -> dict[str, str]:
-    """{setting: SHA-256 of the table or list of texts that it names}; a missing file is left out."""
+    """{setting: SHA-256 of the table or list of texts that it names}, without missing files."""
     found = {}
     for at, value in _leaves(config.get("task")):
         if at and TEXTS.search(at[-1]) and isinstance(value, str) and (file := paths.file_of(value)) is not None:
@@ -97,27 +97,26 @@ def tables(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_tables(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuses a run whose table files differ from the ones it was made with. Their texts become prompts and appear on
-    the page.
+    """Checks that a run's text files are those it was made with, because their texts become prompts and appear on the
+    page.
 
     Raises:
-        UserError: a file has changed, or was never read by the run.
+        UserError: a file has changed, or the run never read it.
     """
     kept = config.get("tables")
     for setting, digest in tables(config).items():
         if not isinstance(kept, Mapping) or kept.get(setting) != digest:
             raise UserError(
-                f"{folder} names a file of texts, task.{setting}, that is not the one it was made with: give its train "
-                "command again, which reads the file that you type."
+                f"{folder} names a text file, task.{setting}, that is not the file with which the run was made: give "
+                "its train command again, which reads the file that you type."
             )
 
 
-# --- what may be built -----------------------------------------------------------------------------------------------
+# --- classes that may be built ---------------------------------------------------------------------------------------
 
 
 def config_dirs() -> tuple[Path, ...]:
-    """The folders of yamls that this command line reads: the package's and, where they were typed, --config-dir and
-    hydra.searchpath."""
+    """The config folders of this command line: the package's, --config-dir and hydra.searchpath."""
     found = [paths.CONF_DIR]
     if HydraConfig.initialized():
         for source in HydraConfig.get().runtime.config_sources:
@@ -137,7 +136,7 @@ def _of_package(name: str) -> list[Path]:
 
 @cache
 def _named(folders: tuple[Path, ...]) -> Named:
-    """The targets that the yamls name."""
+    """The targets that the yamls in these folders name."""
     found: dict[tuple[str, bool], set[str]] = {}
     for folder in folders:
         places = [
@@ -152,10 +151,10 @@ def _named(folders: tuple[Path, ...]) -> Named:
 
 
 def _read(file: Path, group: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
-    """A yaml's content and its place among all settings; nothing of a file that Hydra could not read.
+    """A yaml's content and its key among all settings; ({}, ()) if Hydra could not read the file.
 
-    The file is the user's own, and may have what a run's settings may not, such as merges (<<) and dates. OmegaConf
-    reads it as Hydra does; plain files, which are nearly all, are read ten times faster as a run's are.
+    The file is the user's own, so it may contain things that a run's settings may not, such as merges (<<) and dates:
+    OmegaConf reads those as Hydra does. Nearly all files are plain and are read like a run's, ten times faster.
     """
     try:
         text = plain_data.text(file)
@@ -170,13 +169,13 @@ def _read(file: Path, group: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
 
 
 def _kind(at: tuple[str, ...]) -> tuple[str, bool]:
-    """Judges that another one asks are judges, whatever their depth."""
+    """The key of `Named` for a dotted key. A judge inside of another judge counts as a judge, not as a nested part."""
     group, *below = at or ("",)
     return group, bool(below) and not (group == "judge" and "judges" in below)
 
 
 def _nodes(node: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """(its dotted key, in parts; the mapping) for every mapping that makes an object, at any depth."""
+    """(dotted key in parts, mapping) for every mapping that builds an object, at any depth."""
     if isinstance(node, Mapping):
         if any(key in instantiate.WORDS for key in node):
             yield at, node
@@ -203,10 +202,10 @@ def _check_node(at: tuple[str, ...], node: Mapping[str, Any], named: Named, file
     target = node.get("_target_")
     if target is not None and str(target) not in named.get(_kind(at), ()):
         raise UserError(
-            f"{file} asks for _target_={str(target)[:120]!r} ({place}), which no yaml names for that place: do not use "
-            "this folder, or, if the part is your own, add the --config-dir that it was made with."
+            f"{file} names _target_={str(target)[:120]!r} ({place}), which no yaml names for that setting: do not use "
+            "this folder or, if the part is your own, add the --config-dir with which the run was made."
         )
     usual = {"_convert_": ("all", "none", "partial", "object"), "_recursive_": (True,), "_partial_": (False,)}
     for word in ("_args_", *usual):
         if word in node and node[word] not in usual.get(word, ()):
-            raise UserError(f"{file} sets {word} ({place}), which a run folder cannot: do not use this folder.")
+            raise UserError(f"{file} sets {word} ({place}), which a run folder may not: do not use this folder.")

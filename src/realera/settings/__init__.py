@@ -1,1 +1,1 @@
-"""From typed words to checked settings: composing, resolvers, types and ranges, and one sentence for each error."""
+"""Settings: composing them, resolvers, checks of types and ranges, and one sentence for each error."""

@@ -1,6 +1,6 @@
-"""The commands' own settings: a TypedDict for each conf/<command>.yaml and for the groups without a class of ours.
+"""The settings of the commands: a TypedDict for each conf/<command>.yaml and for the groups that have no class of ours.
 
-schema.py reads this file; nothing imports it at run time.
+schema.py reads this file as source code; nothing imports it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from realera.setting_types import (
     Word,
 )
 
-OURS = {  # keywords of Trainer that a user may try, and the setting to use instead
+OURS = {  # {keyword of Trainer that a user may try: the setting to use instead}
     "max_steps": "method.align.steps",
     "min_steps": "method.align.steps",
     "max_epochs": "method.align.steps",
@@ -61,7 +61,7 @@ Labels = Label | list[Label]
 
 
 class Placed(TypedDict, total=False):
-    """python: another interpreter that judges in place of this one; null: this one."""
+    """python: the interpreter that runs the judge; null: this one."""
 
     python: Python | None
 
@@ -70,20 +70,20 @@ PlacedJudge = Annotated[Judge, Beside(Placed)]
 
 
 class OfTask(TypedDict, total=False):
-    """judges: {backbone's name, or `default`: a file of conf/judge}, where no judge= is typed."""
+    """judges: {backbone's name, or `default`: a file of conf/judge}; used if no judge= is typed."""
 
     judges: dict[str, Label]
 
 
 class OfSetJudge(Placed, total=False):
-    """references: a folder of images; null: the original model's. split: the images that are compared."""
+    """references: a folder of images; null: the original model's images. split: the images that are compared."""
 
     references: Folder | None
     split: Split
 
 
 class OfTrainer(TypedDict, total=False):
-    """Of lightning.Trainer's keywords only those that change no result or are in a run's identity."""
+    """Keywords of lightning.Trainer: only those that change no result or are part of a run's identity."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda"]
     devices: Devices
@@ -210,7 +210,7 @@ class Dashboard(TypedDict):
 
 
 class Search(TypedDict, total=False):
-    """hydra/sweeper=search; sampler: Optuna's own."""
+    """Settings of hydra/sweeper=search. sampler: an Optuna sampler, whose settings are not checked."""
 
     sampler: Any
     direction: Literal["maximize", "minimize"]

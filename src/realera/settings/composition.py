@@ -1,4 +1,4 @@
-"""A composed config as plain, checked settings, and the task that they describe."""
+"""Turns a composed config into plain, checked settings and the task that they describe."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from realera.tasks.files import read_concepts
 
 
 def settings_of(command: str, words: Sequence[str]) -> dict[str, Any]:
-    """The checked settings of `python -m realera.<command> <words>`, inside of another program, whose own Hydra, if it
-    has one, stays as it is. Raises UserError for words that cannot be composed, and for settings that cannot be."""
+    """The checked settings of `python -m realera.<command> <words>`, for use inside another program: that program's
+    Hydra state is restored. Raises UserError for words that cannot be composed and for settings that are not valid."""
     state, own = Singleton.get_state(), GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     resolvers.register_resolvers()
@@ -39,22 +39,22 @@ def settings_of(command: str, words: Sequence[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(error_sentences.of_config(error, command, list(words))) from error
     finally:
-        Singleton.set_state(state)  # a copy of all that Hydra and OmegaConf keep
+        Singleton.set_state(state)  # a copy of the global state of Hydra and OmegaConf
         GlobalHydra.instance().hydra = own
 
 
 def word(key: str, value: Any) -> str:
-    """A setting as it would be typed: key=value, with the value in Hydra's grammar."""
-    return f"{key}={_spelt(value)}"
+    """A setting as a word of the command line: key=value, with the value in Hydra's grammar."""
+    return f"{key}={_typed_value(value)}"
 
 
-def _spelt(value: Any) -> str:
+def _typed_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_spelt(one)}" for key, one in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_typed_value(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_spelt, value)) + "]"
+        return "[" + ",".join(map(_typed_value, value)) + "]"
     if isinstance(value, float) and math.isinf(value):
         return ".inf"
     if isinstance(value, int | float):
@@ -68,19 +68,19 @@ def in_sweep() -> bool:
 
 
 def typed_words(config: Any) -> list[str]:
-    """What was typed for the job or sweep of this config, as it was typed: an interpolation in it is left to the config
-    that is composed from it."""
+    """The words that were typed for the job or sweep of this config. Their interpolations are not resolved: that
+    happens in the config that is composed from them."""
     typed = OmegaConf.to_container(config.overrides.task, resolve=False)
     assert isinstance(typed, list)
     return [str(word) for word in typed]
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The config as plain containers, every interpolation resolved; .inf in a method's settings is a number, however
-    it came here: yaml spells it so, and Hydra's command line takes that for a word.
+    """The config as plain dicts and lists, with all interpolations resolved. The text ".inf" in a method's settings
+    becomes a number: in yaml .inf is a number, but Hydra's command line reads it as a text.
 
     Raises:
-        UserError: an interpolation that cannot be resolved, or a mandatory value (???) that was not given.
+        UserError: an interpolation cannot be resolved, or a mandatory value (???) is missing.
     """
     try:
         container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -97,10 +97,10 @@ def _infinite(value: Any) -> Any:
 
 
 def checked(cfg: DictConfig, command: str) -> dict[str, Any]:
-    """`plain`, after the settings of a command were held against their types and ranges (schema.py)."""
+    """`plain`, with the types and ranges of the command's settings checked (schema.py). Raises UserError."""
     try:
         config = plain(cfg)
-    except UserError:  # it may come from a setting that can be told by itself
+    except UserError:  # perhaps due to a wrong setting, which has a clearer sentence
         schema.check_unresolved(OmegaConf.to_container(cfg, resolve=False), command)
         raise
     schema.check(config, command)
@@ -108,9 +108,9 @@ def checked(cfg: DictConfig, command: str) -> dict[str, Any]:
 
 
 def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
-    """The config with the names that the task chose: the concepts where none was typed, in the guide's node too, and
-    those to keep where method.edit.keep=task. Raises UserError where the task has none to keep."""
-    config = _name_kept(config, task)
+    """The config with the task's names filled in: `concept` (and the guide's `concepts`) if none was typed, and the
+    preserved concepts if method.edit.keep=task. Raises UserError if the task has no preserved concepts to name."""
+    config = _name_preserved(config, task)
     if config.get("concept"):
         return config
     named = {**config, "concept": [concept.target for concept in task.concepts]}
@@ -121,21 +121,22 @@ def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
     return named
 
 
-def _name_kept(config: dict[str, Any], task: Task) -> dict[str, Any]:
+def _name_preserved(config: dict[str, Any], task: Task) -> dict[str, Any]:
     method = config.get("method") or {}
     edit = method.get("edit") or {}
     if edit.get("keep") != "task":
         return config
     if not (told := list(getattr(task, "told", ()))):
         raise UserError(
-            f"method.edit.keep=task, but task {task.name} keeps no names back from its judged prompts: type "
-            "task.told=half (every second one, where it has names to preserve), or name them in method.edit.keep."
+            f"method.edit.keep=task, but task {task.name} tells the method none of its preserved concepts: type "
+            "task.told=half (it tells every second one and judges the others), or name concepts in method.edit.keep."
         )
     return {**config, "method": {**method, "edit": {**edit, "keep": told}}}
 
 
 def prepared(cfg: DictConfig, command: str) -> DictConfig:
-    """The composed config as a step takes it. Raises UserError for a setting that cannot be."""
+    """The config that a command's step takes: checked, with the task's judge and the concepts of concepts_file. Raises
+    UserError."""
     checked(cfg, command)
     judged = with_judge(cfg)
     if judged is not cfg:
@@ -144,8 +145,8 @@ def prepared(cfg: DictConfig, command: str) -> DictConfig:
 
 
 def with_judge(cfg: DictConfig) -> DictConfig:
-    """The config with the judge that the task names for this backbone (`judges` in its yaml), unless one was typed: it
-    is composed once more, from where it came from, which --config-name and hydra.searchpath may have moved."""
+    """The config with the judge that the task names for this backbone (`judges` in its yaml), unless a judge was typed.
+    It is composed again with the same --config-name and hydra.searchpath."""
     hydra_config = HydraConfig.get()
     typed = typed_words(hydra_config)
     open_choice = "judge" in hydra_config.runtime.choices and hydra_config.runtime.choices["judge"] is None
@@ -157,8 +158,8 @@ def with_judge(cfg: DictConfig) -> DictConfig:
 
 
 def with_concepts(cfg: DictConfig) -> DictConfig:
-    """The config with the names and anchors of `concepts_file` in place of the file; names that are numbers become
-    texts, as a run's folder keeps them.
+    """The config with the names and anchors of `concepts_file` as `concept` and `anchor`. Names that are numbers become
+    texts, as they are saved in a run folder.
 
     Raises:
         UserError: the file cannot be read, or concepts or anchors are given twice.
@@ -174,9 +175,9 @@ def with_concepts(cfg: DictConfig) -> DictConfig:
         raise UserError("concept and concepts_file are both given: leave one of them out.")
     names, anchors = zip(*read_concepts(file))
     if OmegaConf.is_list(anchor) and any(anchors):
-        raise UserError(f"anchor is a list and {file} holds anchors too: leave one of them out.")
+        raise UserError(f"anchor is a list and {file} contains anchors too: leave one of them out.")
     if not OmegaConf.is_list(anchor):
-        listed = [own or anchor for own in anchors]  # a typed anchor is for the names that have none of their own
+        listed = [own or anchor for own in anchors]  # a typed anchor is for the names that have none in the file
         cfg.anchor = listed if any(listed) and len(listed) > 1 else listed[0]
     cfg.concept = list(names) if len(names) > 1 else names[0]
     cfg.concepts_file = None
@@ -184,11 +185,11 @@ def with_concepts(cfg: DictConfig) -> DictConfig:
 
 
 def has_numbers(names: Any) -> bool:
-    """Whether a number is among one or several names, as in concept=1984."""
+    """Whether a name, or one of several, is a number, as in concept=1984."""
     return any(isinstance(name, int) for name in ([names] if isinstance(names, str | int | None) else names))
 
 
 def build_task(config: Mapping[str, Any]) -> Task:
-    """The task of a resolved config. Tasks load without torch, so their refusals come early."""
+    """The task of a resolved config. Tasks are built without torch, so that their errors come early."""
     task: Task = build({key: value for key, value in config["task"].items() if key != "judges"})
     return task

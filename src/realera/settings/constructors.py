@@ -1,4 +1,4 @@
-"""The parameters of constructors and functions, by name, as their source code says them."""
+"""Reads the parameters of constructors and functions from source code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from realera.settings.source_code import Class, Function, Source, is_altered, ma
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a constructor; annotation: None where it has none."""
+    """A parameter of a constructor. annotation: None if it has none."""
 
     annotation: ast.expr | None
     source: Source = field(repr=False)
@@ -22,17 +22,17 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """All parameters of a constructor. others: of its **kwargs, where other names are taken too."""
+    """All parameters of a constructor. others: its **kwargs, if it takes other names too."""
 
     parameters: Mapping[str, Parameter]
     others: Parameter | None = None
 
 
 def signature(found: Class | Function) -> Signature | None:
-    """The parameters of a constructor or a function; None where they cannot be read, so that all must pass: a base or
-    a decorator that may change them, a __new__."""
+    """The parameters of a constructor or a function. None if they cannot be read, because a base or a decorator may
+    change them, or because of a __new__; then nothing is checked."""
     if isinstance(found, Function):
-        return None if is_altered(found.node) else _taken(found.node, found.source, None)
+        return None if is_altered(found.node) else _parameters_of(found.node, found.source, None)
     return _signature(found)
 
 
@@ -40,11 +40,11 @@ def signature(found: Class | Function) -> Signature | None:
 def _signature(cls: Class) -> Signature | None:
     if cls.typed_dict():
         return _fields(cls)
-    return _first(resolution(cls))
+    return _first_constructor(resolution(cls))
 
 
-def _first(order: Iterable[Class | None]) -> Signature | None:
-    """Of the first class that has a constructor."""
+def _first_constructor(order: Iterable[Class | None]) -> Signature | None:
+    """The parameters of the first constructor among classes in resolution order."""
     for cls in order:
         if cls is None or is_altered(cls.node):
             return None
@@ -52,8 +52,8 @@ def _first(order: Iterable[Class | None]) -> Signature | None:
         if "__new__" in own or any(word.arg == "metaclass" and not _is_abc(word.value) for word in cls.node.keywords):
             return None
         if (method := own.get("__init__")) is not None:
-            return None if is_altered(method) else _taken(method, cls.source, cls)
-        if named(cls, "NamedTuple") or _makes_init(cls):
+            return None if is_altered(method) else _parameters_of(method, cls.source, cls)
+        if named(cls, "NamedTuple") or _has_generated_init(cls):
             return _fields(cls)
     return Signature({})
 
@@ -62,14 +62,14 @@ def _is_abc(metaclass: ast.expr) -> bool:
     return ast.unparse(metaclass).rpartition(".")[2] == "ABCMeta"
 
 
-def _makes_init(cls: Class) -> bool:
+def _has_generated_init(cls: Class) -> bool:
     marks = [mark for mark in cls.node.decorator_list if mark_of(mark) == "dataclass"]
     words = [word for mark in marks if isinstance(mark, ast.Call) for word in mark.keywords]
     return bool(marks) and not any(word.arg == "init" and getattr(word.value, "value", True) is False for word in words)
 
 
 def _fields(cls: Class) -> Signature | None:
-    """Those of the class and of its bases that have fields, too."""
+    """The fields of the class and of its bases."""
     fields: dict[str, Parameter] = {}
     for one in reversed(list(resolution(cls))):
         if one is None:
@@ -101,7 +101,7 @@ def _not_in_init(default: ast.expr | None) -> bool:
     return any(word.arg == "init" and getattr(word.value, "value", True) is False for word in words)
 
 
-def _taken(function: ast.FunctionDef, source: Source, cls: Class | None) -> Signature:
+def _parameters_of(function: ast.FunctionDef, source: Source, cls: Class | None) -> Signature:
     arguments = function.args
     listed = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(listed) - len(arguments.defaults)) + list(arguments.defaults)
@@ -111,22 +111,22 @@ def _taken(function: ast.FunctionDef, source: Source, cls: Class | None) -> Sign
     own = {arg.arg: Parameter(arg.annotation, source, default is None) for arg, default in pairs}
     if (rest := arguments.kwarg) is None:
         return Signature(own)
-    passed = _passed_on(function, rest.arg, source, cls)
+    passed = _behind_kwargs(function, rest.arg, source, cls)
     if passed is None:
         return Signature(own, Parameter(rest.annotation, source, False))
     return Signature({**passed.parameters, **own}, passed.others)
 
 
-def _passed_on(function: ast.FunctionDef, rest: str, source: Source, cls: Class | None) -> Signature | None:
-    """The parameters of the constructor, a base's perhaps, that a function passes its **rest to; None where it passes
-    it to none that can be read."""
+def _behind_kwargs(function: ast.FunctionDef, rest: str, source: Source, cls: Class | None) -> Signature | None:
+    """The parameters of the constructor that a function passes its **rest to, such as super().__init__(**rest). None if
+    there is no such call, or if that constructor cannot be read."""
     for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
         if not any(w.arg is None and isinstance(w.value, ast.Name) and w.value.id == rest for w in call.keywords):
             continue
         taken: Signature | None = None
         if cls is not None and ast.unparse(call.func) == "super().__init__":
             above = list(resolution(cls))[1:]
-            taken = _first(above) if above else None
+            taken = _first_constructor(above) if above else None
         elif isinstance(to := resolve(call.func, source), Class):
             taken = _signature(to)
         if taken is not None:

@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors as one sentence each: the fault, and the words to type instead."""
+"""Turns errors of Hydra, OmegaConf and the disk into one sentence each: the fault, and the words to type instead."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from realera.contracts import UserError
 from realera.settings.instantiate import NotBuilt
 from realera.system import disk
 
-LISTS = ("prompts",)  # settings of a text or several, which one job takes together
-OF_DATABASE = ("full", "readonly", "unable to open", "I/O error", "locked")  # what SQLite says of a disk
+LISTS = ("prompts",)  # settings that take several texts in one job
+OF_DATABASE = ("full", "readonly", "unable to open", "I/O error", "locked")  # in SQLite's messages about the disk
 
 
 def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
-    """The sentence for an error met while the config was composed from the command line's `arguments`.
+    """The sentence for an error that occurred while the config was composed from the command line's `arguments`.
 
     Raises:
-        Exception: `error` itself, where it is none of Hydra's, OmegaConf's or ours.
+        Exception: `error` itself, if it is not an error of Hydra, OmegaConf or realera.
     """
-    if told := _told(error):
-        return told
-    if isinstance(error, AssertionError) and (told := _below_null(config_name, arguments)):
-        return told
+    if sentence := _of_known(error):
+        return sentence
+    if isinstance(error, AssertionError) and (sentence := _below_null(config_name, arguments)):
+        return sentence
     if isinstance(error, UserWarning) and (
         found := re.search(r"provider=hydra.searchpath.*path=(.*) is not", str(error))
     ):
-        return f"hydra.searchpath names {found[1]}, which is not there."
+        return f"hydra.searchpath names {found[1]}, which does not exist: correct the path, or leave it out."
     if not isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
         raise error
     text = str(error)
-    if found := re.search(r"Error merging override (.*)", text):  # of Hydra's own settings
+    if found := re.search(r"Error merging override (.*)", text):  # for settings of Hydra itself
         return f"{found[1]}: {first_line(error.__cause__ or error)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(error.missing_cfg_file, error.options or ())
@@ -52,10 +52,11 @@ def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
     if isinstance(error, OverrideParseException):
         return _unreadable(str(error.override))
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
-        if (key := found[1].partition("=")[0]) in LISTS:  # several are one job's
-            return f'{key} holds commas: quote a text, {_quoted(found[1])}, or give a list, \'{key}=["...","..."]\''
+        if (key := found[1].partition("=")[0]) in LISTS:
+            return f'{key} contains commas: quote a text, {_quoted(found[1])}, or give a list, \'{key}=["...","..."]\''
         return (
-            f"{found[1]} holds several values: add -m to try one after the other, or quote a text: {_quoted(found[1])}"
+            f"{found[1]} has several values: add -m to run one job for each, or quote it if it is one text: "
+            f"{_quoted(found[1])}"
         )
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1].split("@")[0], config_name, arguments)
@@ -63,47 +64,47 @@ def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
 
 
 def of_step(error: Exception) -> str | None:
-    """The sentence for an error that a run met, or None where the fault is the code's and not the settings'."""
+    """The sentence for an error of a run. None if the code is at fault and not the settings."""
     sentence = _of_step(error)
     return None if sentence is None else paths.printable(sentence)
 
 
 def _of_step(error: Exception) -> str | None:
-    if told := _told(error):
-        return told
+    if sentence := _of_known(error):
+        return sentence
     if not isinstance(error, NotBuilt):
         return None
     place = f"{error.place}: " if error.place else ""
     for cause in _chain(error):
         if isinstance(cause, TypeError) and (found := re.search(r"unexpected keyword argument '(\w+)'", str(cause))):
-            return f"{place}there is no setting named '{found[1]}'; take it off the command line or out of the yaml."
+            return f"{place}there is no setting '{found[1]}': remove it from the command line or from the yaml."
         if isinstance(cause, ImportError):
-            return f"{place}{first_line(cause)}; check the yaml's _target_ and that its library is installed."
+            return f"{place}{first_line(cause)}: check the yaml's _target_, and that its library is installed."
     return None
 
 
 def of_value(error: OmegaConfBaseException) -> str:
     """The sentence for a value that could not be resolved."""
     if isinstance(error, MissingMandatoryValue):
-        return f"{error.full_key} is missing: type {error.full_key}=... (--help says what it may be)"
+        return f"{error.full_key} is missing: type {error.full_key}=... (--help explains it)"
     place = f" (at {error.full_key})" if getattr(error, "full_key", None) else ""
-    return _told(error) or first_line(error) + place
+    return _of_known(error) or first_line(error) + place
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" or nothing."""
+    """ "; did you mean 'x'?", or "" if no known word is similar."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's message without its tail of positions and advice."""
+    """The first line of an exception's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return paths.printable(lines[0]) if lines else type(error).__name__
 
 
-def _told(error: BaseException) -> str | None:
-    """The text of the UserError that `error` is, or was raised from; else the sentence for a disk error."""
+def _of_known(error: BaseException) -> str | None:
+    """The message of a UserError in the chain of `error`, otherwise the sentence for a disk error in it."""
     said = (str(cause) for cause in _chain(error) if isinstance(cause, UserError))
     return next(said, None) or next(filter(None, map(_of_disk, _chain(error, suppressed=False))), None)
 
@@ -111,17 +112,18 @@ def _told(error: BaseException) -> str | None:
 def _of_disk(error: BaseException) -> str | None:
     if isinstance(error, sqlite3.OperationalError) and any(sign in str(error) for sign in OF_DATABASE):
         return (
-            f"the search's trials cannot be kept ({error}): free or change the place of hydra.sweeper.storage, and the "
-            "same command goes on."
+            f"the search's trials cannot be saved ({error}): free space for hydra.sweeper.storage or change it, then "
+            "give the same command again; it continues."
         )
     if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
         named = error.object.encode("ascii", "backslashreplace").decode()
-        return f"no file can be called {named} under this locale: set LC_ALL=C.UTF-8, or give another name."
+        return f"{named} cannot be a file name in this locale: set LC_ALL=C.UTF-8, or give another name."
     return disk.refusal(error)
 
 
 def _chain(error: BaseException | None, suppressed: bool = True) -> Iterator[BaseException]:
-    """The error, its cause, and so on. suppressed: with the errors that `from None` hides, as OmegaConf does."""
+    """The error, its cause, the cause of that, and so on. suppressed: also errors hidden by `from None`, which
+    OmegaConf uses."""
     while error is not None:
         yield error
         hidden = error.__suppress_context__ and not suppressed
@@ -134,23 +136,23 @@ def _unknown_option(missing: str, options: Iterable[str]) -> str:
     if option == "null" and "/" in group:
         return f"{group} has no option null: type {group.replace('/', '.')}=null."
     if not group or not known:
-        return f"there is no config '{missing}' in {paths.CONF_DIR} (nor in a --config-dir)."
+        return f"there is no config '{missing}' in {paths.CONF_DIR} or in a --config-dir: check the spelling."
     return f"there is no {group} '{option}'{did_you_mean(option, known) or ';'} known: {', '.join(known)}."
 
 
 def _unreadable(override: str) -> str:
     key, given, value = override.partition("=")
     if not given:
-        return f"'{override}' is no setting: write key=value, or a flag such as --help or -m."
+        return f"'{override}' is not a setting: type key=value, or a flag such as --help or -m."
     bare = value.strip("'\"")
     return (
-        f"{key}={bare} cannot be read as it stands: text with commas, parentheses, apostrophes, brackets, accents or "
-        f"colons needs quotes inside the shell's quotes: {_quoted(override)}"
+        f"{key}={bare} cannot be read without quotes: a text with commas, parentheses, apostrophes, brackets, accents "
+        f"or colons needs quotes inside the shell's quotes: {_quoted(override)}"
     )
 
 
 def _quoted(override: str) -> str:
-    """An override as a shell and Hydra both take it for one text."""
+    """An override with quotes, so that both the shell and Hydra read its value as one text."""
     key, _, value = override.partition("=")
     bare = value.strip("'\"")
     return f'"{key}=\\"{bare}\\""' if "'" in bare else f"{key}='\"{bare}\"'"
@@ -159,16 +161,16 @@ def _quoted(override: str) -> str:
 def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
     groups = _groups(config_name)
     if (paths.CONF_DIR / key).is_dir() and key not in groups:
-        return f"python -m realera.{config_name} has no setting '{key}': leave it out; --help lists those it has."
+        return f"python -m realera.{config_name} has no setting '{key}': leave it out; --help lists its settings."
     chosen = [word for word in arguments if word.partition("=")[0] in groups]
     try:
         with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
             composed = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
-    except (HydraException, OmegaConfBaseException):  # a second fault: the first is told without a suggestion
+    except (HydraException, OmegaConfBaseException):  # a second fault: then there is no suggestion for the first
         composed = {}
     composed = {**dict.fromkeys(groups), **composed} if isinstance(composed, dict) else {}
     if parent := _null_above(key, composed):
-        return f"there is no setting '{key}', because {parent} is null here: choose one that has it."
+        return f"there is no setting '{key}', because {parent} is null here: choose an option that has it."
     known = {*_keys(composed), *groups}
     same_end = {k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]}
     meant = did_you_mean(key, same_end) or did_you_mean(key, known)
@@ -176,14 +178,14 @@ def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
 
 
 def _groups(config_name: str) -> list[str]:
-    """The groups of options that a command's yaml takes one of."""
+    """The groups from which a command's yaml chooses an option."""
     defaults = yaml.safe_load((paths.CONF_DIR / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
     named = [str(name).split()[-1] for one in defaults if isinstance(one, dict) for name in one]
     return [name for name in named if (paths.CONF_DIR / name).is_dir()]
 
 
 def _below_null(config_name: str, arguments: list[str]) -> str | None:
-    """The sentence for a setting of Hydra's own that stands below one that is null, where Hydra itself stumbles."""
+    """The sentence for a setting of Hydra itself below one that is null, which makes Hydra fail an assertion."""
     for word in arguments:
         key = word.partition("=")[0].lstrip("+")
         if key.startswith("hydra."):
@@ -191,12 +193,12 @@ def _below_null(config_name: str, arguments: list[str]) -> str | None:
             with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
                 composed = compose(config_name, groups, return_hydra_config=True)
             if parent := _null_above(key, OmegaConf.to_container(composed, resolve=False)):
-                return f"there is no setting '{key}', because {parent} is null here."
+                return f"there is no setting '{key}', because {parent} is null here: leave it out."
     return None
 
 
 def _null_above(key: str, config: Any) -> str:
-    """The part of a dotted key that is null in the config; empty where there is none."""
+    """The part of a dotted key that is null in the config; "" if no part is."""
     parts = key.split(".")
     for depth, part in enumerate(parts[:-1], 1):
         if not isinstance(config, Mapping) or part not in config:

@@ -1,7 +1,8 @@
-"""Makes objects from plain settings: a mapping with "_target_" (module.name) is called with the rest of it.
+"""Builds objects from plain settings: the class or function of a mapping's "_target_" (module.name) is called with the
+mapping's other entries.
 
-Nothing in the settings is interpolated: a text that holds "${" is a text. Standard library only: judge.python's
-interpreter reads this file too. Whoever reads settings from a file checks them first (trust.py).
+Nothing is interpolated: a text that contains "${" is a text. This module imports only the standard library, because
+judge.python's interpreter reads it too. Settings from a file must be checked before (trust.py).
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 
 from realera.contracts import UserError
 
-WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")  # of Hydra; _convert_ is always "all" here
+WORDS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")  # Hydra's; _convert_ is always "all" here
 
 
 class NotBuilt(Exception):
-    """A part could not be built; `__cause__` is the exception. place: the part's dotted key, "" for the outermost."""
+    """A part could not be built; `__cause__` is the error. place: the part's dotted key, "" for the outermost part."""
 
     def __init__(self, target: str, place: str, cause: Exception) -> None:
         super().__init__(f"{target}: {type(cause).__name__}: {cause}")
@@ -26,12 +27,12 @@ class NotBuilt(Exception):
 
 
 def build(node: Any, *, classes: bool = False, at: str = "", **more: Any) -> Any:
-    """The object that settings describe; nested parts are built first. classes: refuses all but classes from outside of
-    the standard library. more: further keywords of the outermost part.
+    """The object that settings describe; nested parts are built first. classes: allow only classes, and none of the
+    standard library. more: further keywords for the outermost part.
 
     Raises:
-        UserError: a part's own, or a target that is refused.
-        NotBuilt: any other exception of a part, or a target that cannot be imported.
+        UserError: a part raised it, or a target is not allowed.
+        NotBuilt: a part raised another exception, or a target cannot be imported.
     """
     if isinstance(node, (list, tuple)):
         return [build(value, classes=classes, at=f"{at}[{i}]") for i, value in enumerate(node)]
@@ -59,7 +60,7 @@ def build(node: Any, *, classes: bool = False, at: str = "", **more: Any) -> Any
 
 def locate(target: str, classes: bool = False) -> Any:
     """The class or function of a dotted name. Raises ImportError, UserError."""
-    refused = UserError(f"_target_={target[:200]} is not the class of a part: give a class of realera or of your own.")
+    refused = UserError(f"_target_={target[:200]} is not allowed: give a class of realera or a class of your own.")
     if classes and target.partition(".")[0] in (*sys.stdlib_module_names, "builtins"):
         raise refused
     try:

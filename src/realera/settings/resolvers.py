@@ -1,7 +1,6 @@
-"""What `${...}` in a yaml may ask for besides other settings: values by backbone, task or space, and defaults that this
-machine decides.
+"""OmegaConf resolvers, the `${name:...}` of a yaml: values by backbone, task or space, and defaults for this machine.
 
-No torch here.
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from realera.contracts import UserError
 from realera.settings.source_code import find
 from realera.system.devices import number as cuda_devices
 
-WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # W&B's own, before and after its move
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # W&B's servers, before and after its move
 
 
 def register_resolvers() -> None:
-    """Makes ${default_backbone:}, ${by_backbone:...}, ${by_task:...}, ${by_space:...}, ${times:...} and ${wandb_mode:}
-    known to every config."""
+    """Registers ${default_backbone:}, ${by_backbone:...}, ${by_task:...}, ${by_space:...}, ${times:...} and
+    ${wandb_mode:} for every config."""
     OmegaConf.register_new_resolver("default_backbone", lambda: default_backbone()[0], replace=True)
     OmegaConf.register_new_resolver("by_backbone", by_backbone, replace=True)
     OmegaConf.register_new_resolver("by_task", by_task, replace=True)
@@ -37,9 +36,9 @@ def register_resolvers() -> None:
 
 @cache
 def default_backbone() -> tuple[str, str]:
-    """(backbone, why): Stable Diffusion 1.4 where the installed torch can use a CUDA device, else the miniature."""
+    """(backbone, reason): Stable Diffusion 1.4 if the installed torch can use a CUDA device, otherwise mini."""
     if not cuda_devices():
-        return "mini", "no CUDA device; backbone=sd14 takes Stable Diffusion 1.4 all the same"
+        return "mini", "no CUDA device; backbone=sd14 uses Stable Diffusion 1.4 anyway"
     try:
         build = metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -47,46 +46,46 @@ def default_backbone() -> tuple[str, str]:
     if "+cpu" in build:
         return (
             "mini",
-            f"torch {build} cannot use the CUDA device; backbone=sd14 takes Stable Diffusion 1.4 all the same",
+            f"torch {build} cannot use the CUDA device; backbone=sd14 uses Stable Diffusion 1.4 anyway",
         )
-    return "sd14", "a CUDA device is there; backbone=mini takes the small model that ships with the package"
+    return "sd14", "a CUDA device was found; backbone=mini uses the small model in the package"
 
 
 def by_backbone(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
-    """`${by_backbone:{default:1e-5,mini:1e-3}}`: the entry of the chosen backbone's `name`, else `default`."""
+    """`${by_backbone:{default:1e-5,mini:1e-3}}`: the entry of the chosen backbone's `name`, otherwise `default`."""
     name = OmegaConf.select(_root_, "backbone.name")
     if not isinstance(name, str):
-        raise UserError(f"backbone.name={'null' if name is None else name} cannot be: give a text, such as sd14.")
+        raise UserError(f"backbone.name={'null' if name is None else name} is not valid: give a text, such as sd14.")
     if name not in table and "default" not in table:
-        raise UserError(f"no value is known for backbone {name} (there are {', '.join(table)}): type one.")
+        raise UserError(f"this setting has no default for backbone {name} (only for {', '.join(table)}): type a value.")
     return table[name] if name in table else table["default"]
 
 
 def by_task(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
-    """`${by_task:{default:0.1,style:0.001}}`: the entry of the chosen task's `name`, else `default`."""
+    """`${by_task:{default:0.1,style:0.001}}`: the entry of the chosen task's `name`, otherwise `default`."""
     target = OmegaConf.select(_root_, "task._target_")
     if target is not None and isinstance(found := find(str(target)), str):
-        raise UserError(f"task._target_={target}: {found}; leave it as the yaml has it.")
-    task: Any = None if target is None else get_class(target)  # tasks load without torch
+        raise UserError(f"task._target_={target}: {found}; leave it out, so that the yaml's value is used.")
+    task: Any = None if target is None else get_class(target)  # a task's module does not import torch
     return table.get(str(getattr(task, "name", None)), table["default"])
 
 
 def by_space(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
-    """`${by_space:{default:25,value:100}}`: the entry of the space in which neighbours are mined, else `default`. Where
-    none are mined it is the closed form's space."""
+    """`${by_space:{default:25,value:100}}`: the entry of the space in which neighbours are mined, or of the closed
+    form's space if none are mined; otherwise `default`."""
     spaces = (OmegaConf.select(_root_, f"method.{part}.space") for part in ("neighbours", "edit"))
     return table.get(str(next((space for space in spaces if space), None)), table["default"])
 
 
 def wandb_mode() -> str:
-    """WANDB_MODE where it is set, else "online" for who is logged in and "offline" for everybody else."""
+    """WANDB_MODE if it is set, otherwise "online" if the user is logged in and "offline" if not."""
     if mode := os.environ.get("WANDB_MODE"):
         return mode
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
-        known = netrc.read_text(encoding="utf-8", errors="replace") if netrc.is_file() else ""  # no pipe
+        known = netrc.read_text(encoding="utf-8", errors="replace") if netrc.is_file() else ""  # a pipe would block
     except OSError:
         known = ""
-    own = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc  # a server of one's own
+    own = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc  # a self-hosted server
     logged_in = any(host in known for host in ((own,) if own else WANDB_HOSTS))
     return "online" if logged_in or os.environ.get("WANDB_API_KEY") else "offline"

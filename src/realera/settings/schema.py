@@ -1,8 +1,8 @@
 """Checks settings against the constructors that take them, without importing them.
 
-A node with a `_target_` is checked by the annotations of that class's constructor, or of its fields. The module is read
-and not run, because importing torch takes seconds and a refusal must not. The commands' own settings are declared in
-settings.py. Where an annotation is unknown here, everything passes.
+A node with a `_target_` is checked against the annotations of that class's constructor or fields. The module's source
+is read and not run, because importing torch takes seconds and an error should not. The commands' own settings are
+declared in command_settings.py. Values with an unknown annotation are not checked.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ def check(config: Mapping[str, Any], command: str, look: Look = WHOLE) -> None:
     Raises:
         UserError: for the first wrong setting, with the words to type instead.
     """
-    own = {name: value for name, value in config.items() if not isinstance(value, Mapping)}  # first: others follow
+    own = {name: value for name, value in config.items() if not isinstance(value, Mapping)}  # checked first
     _record(f"{SETTINGS}.{command.capitalize()}").check({**own, **config}, "", look)
 
 
 def check_unresolved(config: Any, command: str) -> None:
-    """As `check`, for the commands' own settings that need no resolving."""
+    """`check` of those settings of the command itself that contain no interpolation."""
     plain = {k: v for k, v in config.items() if not isinstance(v, Mapping) and v != "???" and "${" not in str(v)}
     check(plain, command, OPEN)
 
 
 def check_stored(config: Mapping[str, Any]) -> None:
-    """Checks the types and ranges of a run folder's settings. Unknown and missing ones pass.
+    """Checks the types and ranges of a run folder's settings. Unknown and missing settings are allowed.
 
     Raises:
         UserError: for the first wrong setting.
     """
-    if isinstance(method := config.get("method"), Mapping):  # that of evaluate run=original has no _target_
+    if isinstance(method := config.get("method"), Mapping):  # evaluate run=original saves one without _target_
         config = {**config, "method": {"_target_": METHOD, **method}}
     bare = {name for name, value in config.items() if isinstance(value, Mapping) and not value.get("_target_")}
     named = {name: value for name, value in config.items() if name == "trainer" or name not in bare}
@@ -76,12 +76,13 @@ def check_search(sweeper: Mapping[str, Any]) -> None:
     _record(f"{SETTINGS}.Search").check(sweeper, "hydra.sweeper", OPEN)
 
 
-# --- settings that stand together ------------------------------------------------------------------------------------
+# --- groups of settings ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Record(Kind):
-    """Settings that no constructor takes: a TypedDict. others, instead: as in `setting_types.Others` and `Instead`."""
+    """Settings declared by a TypedDict, not by a constructor. others, instead: see `setting_types.Others`,
+    `Instead`."""
 
     parameters: Mapping[str, Parameter]
     others: tuple[str, ...] = ()
@@ -105,7 +106,7 @@ class Record(Kind):
         if self.others and isinstance(target, str) and isinstance(missing := find(target), str):
             raise UserError(f"{at}._target_={target}: {missing}{SPELLING}")
         needed = [name for name, parameter in self.parameters.items() if parameter.required]
-        _each(known, needed, value, at, look)
+        _check_all(known, needed, value, at, look)
 
     def fits(self, value: Any) -> bool:
         return isinstance(value, Mapping)
@@ -113,8 +114,8 @@ class Record(Kind):
 
 @dataclass(frozen=True)
 class Part(Kind):
-    """A node with a _target_; the other settings are its constructor's. role: the target must be one of these. beside:
-    settings in the node that the constructor does not take."""
+    """A node with a _target_, whose other settings are its constructor's parameters. role: the class or protocol that
+    the target must have. beside: settings of the node that the constructor does not take."""
 
     role: Class | None = None
     beside: Record | None = None
@@ -132,12 +133,12 @@ class Part(Kind):
         known = {} if self.beside is None else _kinds(self.beside.parameters)
         taken = None if found is None else signature(found)
         if taken is None:
-            return _each(known, (), rest, at, Look(look.here, whole=False))
+            return _check_all(known, (), rest, at, Look(look.here, whole=False))
         any_name = {} if taken.others is None else dict.fromkeys(rest, kind_of(taken.others))
         known = {**any_name, **known, **_kinds(taken.parameters)}
         lenient = value.get("_partial_") or value.get("_args_")
         needed = [] if lenient else [name for name, one in taken.parameters.items() if one.required]
-        _each(known, needed, rest, at, Look(look.here))
+        _check_all(known, needed, rest, at, Look(look.here))
 
     def fits(self, value: Any) -> bool:
         return isinstance(value, Mapping)
@@ -145,14 +146,14 @@ class Part(Kind):
     def _target(self, node: Mapping[str, Any], at: str) -> Class | Function | None:
         target = node.get("_target_")
         if not isinstance(target, str) or not all(name.isidentifier() for name in target.split(".")):
-            said = f"{at}._target_={shown(target)} cannot be" if "_target_" in node else f"{at} has no _target_"
-            raise UserError(f"{said}: give the dotted name of a class, or leave it as the yaml has it.")
+            said = f"{at}._target_={shown(target)} is not valid" if "_target_" in node else f"{at} has no _target_"
+            raise UserError(f"{said}: give the dotted name of a class, or leave the yaml's value unchanged.")
         found = find(target)
         if isinstance(found, str):
             raise UserError(f"{at}._target_={target}: {found}{SPELLING}")
         if self.role is not None and isinstance(found, Class) and (lacking := lacks(found, self.role)) is not None:
-            why = f", it has no {lacking}" if lacking else ""
-            raise Misfit(f"{at}._target_={target} is no {self.role.name}{why}: give a class that is one.")
+            why = f", because it has no method {lacking}" if lacking else ""
+            raise Misfit(f"{at}._target_={target} cannot be used as {self.role.name}{why}: give another class.")
         return found
 
 
@@ -165,8 +166,8 @@ HYDRAS: Mapping[str, Kind] = {
 }
 
 
-def _each(known: Mapping[str, Kind], needed: Iterable[str], given: Mapping[str, Any], at: str, look: Look) -> None:
-    """Checks that every given setting is known and right, and that no needed one is missing."""
+def _check_all(known: Mapping[str, Kind], needed: Iterable[str], given: Mapping[str, Any], at: str, look: Look) -> None:
+    """Checks that every given setting is known and valid, and that no needed one is missing."""
     dotted = {name: f"{at}.{name}" if at else str(name) for name in [*known, *given]}
     for name, value in given.items():
         if name in known:
@@ -175,10 +176,7 @@ def _each(known: Mapping[str, Kind], needed: Iterable[str], given: Mapping[str, 
             raise unknown(dotted[name], [dotted[one] for one in known])
     for name in needed:
         if look.whole and name not in given:
-            raise UserError(
-                f"there is no {dotted[name]} any more, and it must be there: leave ~{dotted[name]} out, or give "
-                f"{known[name].say()}."
-            )
+            raise UserError(f"{dotted[name]} is missing: give {known[name].say()}, or leave ~{dotted[name]} out.")
 
 
 def _kinds(parameters: Mapping[str, Parameter]) -> dict[str, Kind]:
@@ -198,7 +196,7 @@ def _record(dotted: str) -> Record:
 
 @cache
 def kind_of(parameter: Parameter) -> Kind:
-    """The kind that a parameter's annotation asks for."""
+    """The kind of value that a parameter's annotation allows."""
     return Anything() if parameter.annotation is None else _kind(parameter.annotation, parameter.source)
 
 
@@ -217,7 +215,7 @@ def _kind(node: ast.expr, source: Source) -> Kind:
     if isinstance(found, Class):
         if found.typed_dict():
             return _record_of(found)
-        return Anything() if None in lineage(found) else Part(found)  # an Enum, say, is no part
+        return Anything() if None in lineage(found) else Part(found)  # None: an unreadable base, such as Enum
     return BUILTINS.get(str(found).rpartition(".")[2], Anything())
 
 
@@ -242,7 +240,7 @@ def _subscripted(node: ast.Subscript, source: Source) -> Kind:
 
 
 def _annotated(plain: ast.expr, notes: list[ast.expr], source: Source) -> Kind:
-    """Annotated[float, Number(0, 1)], as setting_types.py has it, in any module; Annotated[Judge, Beside(Settings)]."""
+    """The kind of Annotated[float, Number(0, 1)] or Annotated[Judge, Beside(Settings)], with marks of setting_types."""
     kind = _kind(plain, source)
     for note in notes:
         if not isinstance(note, ast.Call):

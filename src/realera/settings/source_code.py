@@ -21,13 +21,13 @@ TRANSPARENT = (
     "TypedDict",
 )  # bases without a constructor of their own
 HARMLESS = ("dataclass", "runtime_checkable", "final", "override", "total_ordering")  # decorators
-DEEPEST = 20  # names that stand for names
+DEEPEST = 20  # names that refer to further names
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A module that was read. names: {name: definition, or the dotted name of an import} of its top level. open: it may
-    define names that cannot be read."""
+    """The source of a module. names: {name: definition, or the dotted name of an import} at its top level. open: the
+    module may define more names, by __getattr__ or a star import."""
 
     module: str
     names: Mapping[str, ast.AST | str]
@@ -36,7 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Class:
-    """A class, and its module."""
+    """A class and its module."""
 
     node: ast.ClassDef = field(repr=False)
     source: Source = field(repr=False)
@@ -51,7 +51,7 @@ class Class:
 
 @dataclass(frozen=True)
 class Function:
-    """A function, and its module."""
+    """A function and its module."""
 
     node: ast.FunctionDef = field(repr=False)
     source: Source = field(repr=False)
@@ -62,7 +62,7 @@ class Function:
 
 @cache
 def read(module: str) -> Source | None:
-    """A module's source, found as an import would find it; None where it cannot be read."""
+    """A module's source, found as an import finds it; None if it cannot be read."""
     place = _file(module)
     if place is None:
         return None
@@ -78,14 +78,14 @@ def read(module: str) -> Source | None:
             names[statement.name] = statement
             stars |= statement.name == "__getattr__"
         elif isinstance(statement, ast.Assign):
-            names.update({name: statement.value for target in statement.targets for name in _bound(target)})
+            names.update({name: statement.value for target in statement.targets for name in _assigned_names(target)})
         elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
             names[statement.target.id] = statement.value
         elif isinstance(statement, ast.For):
-            names.update(dict.fromkeys(_bound(statement.target), statement.iter))
+            names.update(dict.fromkeys(_assigned_names(statement.target), statement.iter))
         elif isinstance(statement, ast.With):
             for item in statement.items:
-                names.update(dict.fromkeys(_bound(item.optional_vars), item.context_expr))
+                names.update(dict.fromkeys(_assigned_names(item.optional_vars), item.context_expr))
         elif isinstance(statement, ast.Import):
             for alias in statement.names:
                 names[alias.asname or alias.name.split(".")[0]] = (
@@ -102,7 +102,7 @@ def read(module: str) -> Source | None:
 def _file(module: str) -> Path | None:
     top, *below = module.split(".")
     try:
-        spec = find_spec(top)  # of a name without dots: nothing is imported
+        spec = find_spec(top)  # a name without dots, so nothing is imported
     except (ImportError, ValueError, AttributeError):
         return None
     if spec is None:
@@ -118,7 +118,7 @@ def _file(module: str) -> Path | None:
 
 
 def _top_level(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """A module's own statements, those under if, for, while, with and try too."""
+    """A module's statements, including those under if, for, while, with and try."""
     for statement in statements:
         if not isinstance(statement, ast.If | ast.While | ast.Try):
             yield statement
@@ -128,7 +128,7 @@ def _top_level(statements: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _top_level([*getattr(statement, "orelse", ()), *getattr(statement, "finalbody", ())])
 
 
-def _bound(target: ast.expr | None) -> list[str]:
+def _assigned_names(target: ast.expr | None) -> list[str]:
     """The names that an assignment's target gives a value."""
     return [] if target is None else [one.id for one in ast.walk(target) if isinstance(one, ast.Name)]
 
@@ -137,11 +137,11 @@ def _bound(target: ast.expr | None) -> list[str]:
 
 
 def find(dotted: str) -> Class | Function | str | None:
-    """The class or function of a dotted name; imports are followed. None: only running the module could tell. A text:
-    the reason why there is none."""
+    """The class or function of a dotted name; imports are followed. None: it can only be found by running the module. A
+    text: the reason why there is none."""
     module, _, name = dotted.rpartition(".")
     if not module:
-        return f"{dotted} is no dotted name"
+        return f"{dotted} is not a dotted name"
     if (source := read(module)) is None:
         top = module.partition(".")[0]
         try:
@@ -151,7 +151,7 @@ def find(dotted: str) -> Class | Function | str | None:
         if not there:
             return f"there is no module {top}"
         if _file(module) is not None or not _readable(module) or not isinstance(find(module), str):
-            return None  # of a class, a classmethod say
+            return None  # perhaps an attribute of a class, such as a classmethod
         return f"there is no module {module}"
     if name not in source.names:
         return None if source.open else f"there is no {name} in {module}"
@@ -160,17 +160,17 @@ def find(dotted: str) -> Class | Function | str | None:
 
 
 def _readable(module: str) -> bool:
-    """Whether the package of a module is one whose files are its modules."""
+    """Whether the package of a module can be read and defines its modules as files only."""
     parent = module.rpartition(".")[0]
     return bool(parent) and (source := read(parent)) is not None and not source.open
 
 
 def resolve(node: ast.expr, source: Source, depth: int = 0) -> Class | Function | tuple[ast.expr, Source] | str | None:
-    """The class or function that a name or a.b refers to, or the expression that it was assigned, with its module; else
-    its dotted name, where its module cannot be read. None: the node is no name."""
+    """The class or function that a name or a.b refers to, or the expression that was assigned to it, with its module.
+    If its module cannot be read: its dotted name. None: the node is not a name."""
     if isinstance(node, ast.Attribute):
         owner = resolve(node.value, source, depth)
-        return _at(f"{owner}.{node.attr}", depth) if isinstance(owner, str) else None
+        return _resolve_dotted(f"{owner}.{node.attr}", depth) if isinstance(owner, str) else None
     if not isinstance(node, ast.Name):
         return None
     found = source.names.get(node.id)
@@ -179,13 +179,13 @@ def resolve(node: ast.expr, source: Source, depth: int = 0) -> Class | Function 
     if isinstance(found, ast.FunctionDef):
         return Function(found, source)
     if isinstance(found, str):
-        return _at(found, depth)
+        return _resolve_dotted(found, depth)
     return (found, source) if isinstance(found, ast.expr) else node.id
 
 
-def _at(dotted: str, depth: int) -> Class | Function | tuple[ast.expr, Source] | str:
+def _resolve_dotted(dotted: str, depth: int) -> Class | Function | tuple[ast.expr, Source] | str:
     module, _, name = dotted.rpartition(".")
-    if dotted.partition(".")[0] in sys.stdlib_module_names:  # known by their names
+    if dotted.partition(".")[0] in sys.stdlib_module_names:  # schema.py knows them by name
         return dotted
     if depth > DEEPEST or not module or (source := read(module)) is None or name not in source.names:
         return dotted
@@ -202,10 +202,10 @@ ARITHMETIC: Mapping[type[ast.operator], Any] = {
 
 
 def value_of(node: ast.expr, source: Source) -> Any:
-    """The number, text or tuple that an expression of constants, arithmetic and names of such is.
+    """The value of an expression of constants, arithmetic and names of constants: a number, a text or a tuple.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: the expression contains anything else.
     """
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
         return ARITHMETIC[type(node.op)](value_of(node.left, source), value_of(node.right, source))
@@ -217,49 +217,50 @@ def value_of(node: ast.expr, source: Source) -> Any:
 
 
 def bases(cls: Class) -> list[Class | None]:
-    """A class's bases; None among them: one that cannot be read."""
+    """A class's bases; None for a base that cannot be read."""
     found = [resolve(base.value if isinstance(base, ast.Subscript) else base, cls.source) for base in cls.node.bases]
     named = [one.rpartition(".")[2] if isinstance(one, str) else "" for one in found]
     return [one if isinstance(one, Class) else None for one, name in zip(found, named) if name not in TRANSPARENT]
 
 
 def fact(target: str, name: str, otherwise: Any = None) -> Any:
-    """A class attribute that a part states about itself, of constants, read from its source; `otherwise` where neither
-    the class nor one that it inherits from states it, and where it cannot be read."""
+    """A class attribute made of constants, read from the source of the class or of its bases. `otherwise` if none of
+    them defines it, or if it cannot be read."""
     found = find(target)
     for cls in resolution(found) if isinstance(found, Class) else ():
         for line in cls.node.body if cls is not None else ():
             if cls is None or not isinstance(line, ast.Assign | ast.AnnAssign) or line.value is None:
                 continue
             targets = line.targets if isinstance(line, ast.Assign) else [line.target]
-            if any(name in _bound(target) for target in targets):
+            if any(name in _assigned_names(target) for target in targets):
                 return value_of(line.value, cls.source)
     return otherwise
 
 
 def mark_of(decorator: ast.expr) -> str:
-    """A decorator's name, without its module and its arguments."""
+    """A decorator's name without module and arguments."""
     return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator).rpartition(".")[2]
 
 
 def is_altered(node: ast.ClassDef | ast.FunctionDef) -> bool:
-    """Whether a decorator may have made something else of a class or a function."""
+    """Whether a decorator may have replaced a class or a function, or changed its parameters."""
     return not all(mark_of(mark) in HARMLESS for mark in node.decorator_list)
 
 
 def named(cls: Class, name: str) -> bool:
+    """Whether a base that cannot be read, such as Protocol, has this name."""
     found = (resolve(base, cls.source) for base in cls.node.bases)
     return any(isinstance(one, str) and one.rpartition(".")[2] == name for one in found)
 
 
 def lineage(cls: Class) -> list[Class | None]:
-    """The class and all it inherits from, nearest first."""
+    """The class and all its ancestors, nearest first."""
     return [cls, *(one for base in bases(cls) for one in (lineage(base) if base is not None else [None]))]
 
 
 def resolution(cls: Class) -> Iterator[Class | None]:
-    """The class and its bases in the order in which Python looks for a method; None: a base that cannot be read. Of one
-    base after the other no more is read than is asked for."""
+    """The class and its bases in the order in which Python looks for a method; None: a base that cannot be read. Bases
+    are read only when the iterator reaches them."""
     yield cls
     above = bases(cls)
     if len(above) == 1:
@@ -270,8 +271,8 @@ def resolution(cls: Class) -> Iterator[Class | None]:
 
 
 def lacks(cls: Class, role: Class) -> str | None:
-    """The first method of a protocol that a class lacks; "" where the role is a class and no base of it. None: the
-    class has the role, or that cannot be told."""
+    """The first method of a protocol that a class lacks, or "" if the role is a class that it does not inherit from.
+    None: the class has the role, or its source does not show whether it has."""
     ancestors = lineage(cls)
     if any(one is None or one.node is role.node or is_altered(one.node) for one in ancestors):
         return None
@@ -281,6 +282,6 @@ def lacks(cls: Class, role: Class) -> str | None:
     has = {line.name for line in lines if isinstance(line, ast.FunctionDef)}
     for line in lines:
         targets = line.targets if isinstance(line, ast.Assign) else [getattr(line, "target", None)]
-        has |= {name for target in targets for name in _bound(target)}
+        has |= {name for target in targets for name in _assigned_names(target)}
     asked = [m for m in role.node.body if isinstance(m, ast.FunctionDef) and not m.decorator_list]
     return next((method.name for method in asked if method.name not in has), None)

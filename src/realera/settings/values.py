@@ -1,4 +1,4 @@
-"""The kinds of a setting's value: a leaf, a choice, a list, or settings under free names."""
+"""The kinds of a setting's value: a single value, a choice, a list, or a mapping with free names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from realera import setting_types
 from realera.contracts import UserError
 from realera.settings import error_sentences
 
-SHORT = 80  # letters of a value in a sentence
+SHORT = 80  # most characters of a value in an error sentence
 
 
 class Misfit(UserError):
-    """A part is of another role than the one that is asked for."""
+    """A part has another role than the setting needs."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Look:
 
 class Kind:
     """A kind of value. check: raises UserError for a wrong value; `at` is the setting's dotted name. fits: whether the
-    value has the right form, so that its faults are worth telling. say: the words for a right value."""
+    value has the right form, so that errors inside it are worth reporting. say: describes the values of this kind."""
 
     def say(self) -> str:
         return "something else"
@@ -41,23 +41,23 @@ class Kind:
     def fits(self, value: Any) -> bool:
         return True
 
-    def refuse(self, value: Any, at: str, fault: str = "cannot be", known: Sequence[Any] = ()) -> None:
+    def refuse(self, value: Any, at: str, fault: str = "is not valid", known: Sequence[Any] = ()) -> None:
         texts = [word for word in known if isinstance(word, str)]
         meant = error_sentences.did_you_mean(value, texts) if isinstance(value, str) else ""
         quoted = ""
-        if fault == "cannot be" and isinstance(value, (bool, int, float)) and self.fits("text"):
+        if fault == "is not valid" and isinstance(value, (bool, int, float)) and self.fits("text"):
             typed = f'"{shown(value)}"'
             quoted = "; as a text it needs quotes: " + (typed if at.endswith("]") else f"{at}='{typed}'")
         raise UserError(f"{at}={shown(value)} {fault}{meant or ':'} give {self.say()}{quoted}.")
 
 
 class Anything(Kind):
-    """Where an annotation says nothing."""
+    """Any value: used if there is no annotation, or none that is understood."""
 
 
 @dataclass(frozen=True)
 class Leaf(Kind):
-    """A kind of setting_types.py."""
+    """A single value, checked by a mark of setting_types.py."""
 
     kind: Any
 
@@ -74,7 +74,7 @@ class Leaf(Kind):
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of some values."""
+    """One of a few given values."""
 
     values: tuple[Any, ...]
 
@@ -95,7 +95,7 @@ NULL = Choice((None,))
 
 @dataclass(frozen=True)
 class Union(Kind):
-    """Any of several kinds. Where a value has the form of one of them, the fault is told in that one's words."""
+    """Any of several kinds. If a value has the form of one of them, that kind's error is raised."""
 
     options: tuple[Kind, ...]
 
@@ -114,7 +114,7 @@ class Union(Kind):
             raise next((error for error in met if not isinstance(error, Misfit)), met[0])
         known = [one for option in self.options if isinstance(option, Choice) for one in option.values]
         faults = [option.kind.fault(value, False) for option in self.options if isinstance(option, Leaf)]
-        said = next((fault for fault in faults if fault and fault != "cannot be"), "cannot be")
+        said = next((fault for fault in faults if fault and fault != "is not valid"), "is not valid")
         self.refuse(value, at, said, known)
 
     def fits(self, value: Any) -> bool:
@@ -123,13 +123,13 @@ class Union(Kind):
 
 @dataclass(frozen=True)
 class ListOf(Kind):
-    """A list whose entries are of one kind. filled: it has at least one."""
+    """A list whose entries are all of one kind. filled: the list must not be empty."""
 
     one: Kind
     filled: bool = False
 
     def say(self) -> str:
-        return "a list" if isinstance(self.one, Anything) else f"a list of which each is {self.one.say()}"
+        return "a list" if isinstance(self.one, Anything) else f"a list in which each entry is {self.one.say()}"
 
     def check(self, value: Any, at: str, look: Look) -> None:
         super().check(value, at, look)
@@ -144,7 +144,7 @@ class ListOf(Kind):
 
 @dataclass(frozen=True)
 class MapOf(Kind):
-    """Settings of one kind, under names of another."""
+    """A mapping with names of one kind and values of another."""
 
     key: Kind
     one: Kind
@@ -165,14 +165,14 @@ class MapOf(Kind):
 
 
 def unknown(name: str, known: list[str]) -> UserError:
-    """The refusal of a setting that nothing takes."""
+    """The error for a setting that does not exist."""
     same_end = [one for one in known if one.rpartition(".")[2] == name.rpartition(".")[2]]
     meant = error_sentences.did_you_mean(name, same_end) or error_sentences.did_you_mean(name, known)
     return UserError(f"there is no setting '{name}'{meant or '; --help lists them.'}")
 
 
 def shown(value: Any) -> str:
-    """A value as one types it, cut where it is long."""
+    """A value as a user types it, shortened if it is long."""
     plain = isinstance(value, str) and value.strip() == value != "" and value.isprintable()
     text = value if plain else json.dumps(value, ensure_ascii=True, default=str)
     text = {"NaN": "nan", "Infinity": ".inf", "-Infinity": "-.inf"}.get(text, text)

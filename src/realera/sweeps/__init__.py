@@ -1,1 +1,1 @@
-"""Many runs from one command: their plan, the record of each job, a search's study, and the model they share."""
+"""Many runs from one command: the plan, the list of jobs, a search's study, and the model that jobs share."""

@@ -1,11 +1,12 @@
-"""The jobs of a sweep (-m): each leaves a line in the sweep's ledger, none stops the others, the end says how it went.
+"""The jobs of a sweep (-m). Each job writes a line to cells.jsonl, no job stops the others, and a summary ends the
+sweep.
 
-runs/sweeps/<stamp>/cells.jsonl is appended to by whichever process ran the job, whatever launched it:
+The process that ran a job appends its line to runs/sweeps/<stamp>/cells.jsonl:
 {"folder", "state": done | found (was finished before) | refused (bad input) | failed, "reason", "overrides", "seconds",
 "system", "launch"}
 
-Several processes may be at one sweep, side by side or one after the other: each speaks for the jobs of its own launch,
-and the page shows the cells of all.
+Several commands may work on one sweep, at the same time or one after the other. Each reports the jobs of its own
+launch; the page shows the cells of all launches.
 """
 
 from __future__ import annotations
@@ -33,49 +34,49 @@ from realera.system import devices, disk
 
 CELLS, LISTED, FAILED = paths.CELLS, paths.LISTED, paths.FAILED
 STAMP = "REALERA_STAMP"
-LAUNCH = "REALERA_LAUNCH"  # which call of a command began a job, wherever the job runs
+LAUNCH = "REALERA_LAUNCH"  # names the call of a command that started a job, in every process and on every machine
 DONE, FOUND, REFUSED, BROKEN = "done", "found", "refused", "failed"
 
 
 def axes(config: Any) -> set[str]:
-    """What settings vary by themselves: an experiment's hydra.sweeper.params."""
+    """The settings that an experiment varies (its hydra.sweeper.params)."""
     return {str(key) for key in config.sweeper.get("params") or ()}
 
 
-def refuse_lone(settings: Mapping[str, Any]) -> None:
-    """A single run needs a concept, where a sweep's settings have several."""
+def refuse_single_run(settings: Mapping[str, Any]) -> None:
+    """Refuses a single run of an experiment that is a sweep over concepts. Raises UserError."""
     if settings.get("concept") is None and not composition.in_sweep() and "concept" in axes(HydraConfig.get()):
-        raise UserError("these settings are a sweep's, one job for each concept: add -m, or type one, concept=NAME.")
+        raise UserError("this experiment is a sweep with one job for each concept: add -m, or type concept=NAME.")
 
 
 def fail(sentence: str) -> NoReturn:
-    """Says what is wrong and leaves with exit status 2."""
+    """Prints the error sentence and exits with status 2."""
     print(f"error: {paths.printable(sentence)}", file=sys.stderr)
     sys.exit(2)
 
 
 def new_stamp() -> str:
-    """The name of a sweep that begins now: sorted by time, and another one for each process that begins one."""
+    """The name of a sweep that starts now. Names sort by time and differ between processes."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 def begin_launch() -> None:
-    """Gives the jobs that this process is going to start a name of their own."""
+    """Sets the launch name of the jobs that this process starts."""
     os.environ[LAUNCH] = uuid.uuid4().hex[:8]
 
 
 def folder() -> Path:
-    """Where this sweep's own files stand."""
+    """The sweep's folder."""
     return folders.ROOT / paths.SWEEPS / os.environ[STAMP]
 
 
-# --- the ledger ------------------------------------------------------------------------------------------------------
+# --- the list of cells -----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Cell:
-    """One line of the ledger. folder: the run's, None if it was refused before it had one. system: its row's name in
-    this sweep's tables, if known. launch: None in the ledgers of earlier versions."""
+    """One line of cells.jsonl. folder: the run folder, None if the job was refused before it had one. system: the run's
+    row name in this sweep's tables, if known. launch: None in files of earlier versions."""
 
     folder: str | None = None
     state: str = DONE
@@ -86,11 +87,11 @@ class Cell:
     launch: str | None = None
 
 
-_running: ContextVar[Cell | None] = ContextVar("cell", default=None)  # of the job that runs here
+_running: ContextVar[Cell | None] = ContextVar("cell", default=None)  # the cell of the job that this process runs
 
 
-def belongs(run: folders.Run, found: bool = False) -> None:
-    """Said by a job of its run, once it is known; `found`: it was finished before. Outside a sweep nothing is noted."""
+def record_run(run: folders.Run, found: bool = False) -> None:
+    """Records the run of the current job. found: the run was finished before. Outside a sweep this does nothing."""
     cell = _running.get()
     if cell is not None:
         cell.folder, cell.state, cell.system = str(run.folder), FOUND if found else DONE, system(run.config)
@@ -98,22 +99,22 @@ def belongs(run: folders.Run, found: bool = False) -> None:
 
 
 def system(config: Mapping[str, Any]) -> str:
-    """What tables of several runs call one of these settings."""
+    """The name that tables of several runs give to a run of these settings."""
     return str(config.get("label") or (config.get("method") or {}).get("name") or "original")
 
 
 def read_cells(place: Path, launch: str | None = None) -> list[Cell]:
-    """The ledger's cells, or those of one launch, their folders as they are found from here; no torn lines.
+    """The cells of a sweep, or those of one launch; torn lines are skipped. Folders are relative to the current one.
 
     Raises:
-        UserError: a file of the sweep is a symbolic link, or the ledger cannot be read.
+        UserError: a file of the sweep is a symbolic link, or cells.jsonl cannot be read.
     """
     folders.check_sweep(place)
     file = place / CELLS
     try:
         lines = plain_data.content(file).splitlines() if file.is_file() else []
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): remove it, and the page does without it.") from error
+        raise UserError(f"{file} cannot be read ({error}): remove it, and the page is written without it.") from error
     found = []
     for line in lines:
         try:
@@ -128,8 +129,8 @@ def read_cells(place: Path, launch: str | None = None) -> list[Cell]:
 
 
 def own_cells() -> list[Cell]:
-    """The cells that this process, or its workers, have come to the end of; none of a folder that was refused before
-    the first job."""
+    """The cells that this process and its workers have finished. Empty if the sweep's folder was refused before the
+    first job."""
     try:
         return read_cells(folder(), os.environ[LAUNCH])
     except UserError:
@@ -137,7 +138,7 @@ def own_cells() -> list[Cell]:
 
 
 def status(cells: Iterable[Cell]) -> int:
-    """A sweep's exit status: 1 where a job failed, 2 where one was refused and none failed, else 0."""
+    """A sweep's exit status: 1 if a job failed, otherwise 2 if a job was refused, otherwise 0."""
     states = {cell.state for cell in cells}
     return 1 if BROKEN in states else 2 if REFUSED in states else 0
 
@@ -147,12 +148,13 @@ def status(cells: Iterable[Cell]) -> int:
 
 @dataclass
 class Job:
-    """What Hydra runs: `step` on the config that `prepare` makes ready. In a sweep it is called once a job, maybe in
-    another process or on another machine, and then nothing it meets stops the other jobs; it returns the step's number
-    (what a search maximises) or None. Outside a sweep bad input ends the process with exit status 2.
+    """The function that Hydra runs: `step` on the config that `prepare` returns. It returns the step's number (the
+    objective of a search) or None. A sweep calls it once for each job, perhaps in another process or on another
+    machine, and an error of one job does not stop the others. Outside a sweep, bad input ends the process with exit
+    status 2.
 
-    arrive: makes another process as ready as the command has made this one. met: errors of the step, which are not the
-    config's, whatever their class.
+    arrive: prepares another process as the command prepared this one. met: the errors of the step, so that they are not
+    mistaken for errors in the settings.
     """
 
     step: Callable[[DictConfig], float | None]
@@ -162,14 +164,14 @@ class Job:
 
     def __call__(self, cfg: DictConfig) -> float | None:
         if not composition.in_sweep():
-            return self._alone(cfg)
+            return self._run_single(cfg)
         cell = Cell(overrides=composition.typed_words(HydraConfig.get()), launch=os.environ.get(LAUNCH))
         token, began = _running.set(cell), time.monotonic()
         value = None
         try:
             value = self.step(self.prepare(cfg))
             if value is None and cell.state == DONE and "direction" in HydraConfig.get().sweeper:
-                raise UserError("the run ended without an H_o to search by: search a task that has it.")
+                raise UserError("the run has no H_o, which a search maximises: choose a task that has it.")
         except KeyboardInterrupt:
             raise
         except (Exception, SystemExit) as error:
@@ -180,7 +182,7 @@ class Job:
         disk.append(folder() / CELLS, plain_data.json_text(asdict(cell), ensure_ascii=False) + "\n")
         return value
 
-    def _alone(self, cfg: DictConfig) -> float | None:
+    def _run_single(self, cfg: DictConfig) -> float | None:
         try:
             ready = self.prepare(cfg)
         except UserError as error:
@@ -191,41 +193,42 @@ class Job:
             self.met.append(error)
             if (sentence := error_sentences.of_step(error)) is None:
                 raise
-            fail(sentence)  # SystemExit passes Hydra, which would add a line of its own to any other exception
+            fail(sentence)  # raises SystemExit: Hydra would add a line of its own to any other exception
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: os.environ[name] for name in (STAMP, LAUNCH, "HYDRA_FULL_ERROR") if name in os.environ}
-        away = {"environ": own, "cwd": os.getcwd(), "gpus": devices.visible(), "seen": os.environ.get(devices.VISIBLE)}
-        return {**self.__dict__, "met": [], "_away": away}
+        seen = os.environ.get(devices.VISIBLE)
+        origin = {"environ": own, "cwd": os.getcwd(), "gpus": devices.visible(), "seen": seen}
+        return {**self.__dict__, "met": [], "_origin": origin}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        away = state.pop("_away")
+        origin = state.pop("_origin")
         self.__dict__.update(state)
-        os.environ.update(away["environ"])
-        if Path(away["cwd"]).is_dir():
-            os.chdir(away["cwd"])
-        devices.take(away["gpus"], away["seen"])  # before anything asks the driver: it looks at the variable once
+        os.environ.update(origin["environ"])
+        if Path(origin["cwd"]).is_dir():
+            os.chdir(origin["cwd"])
+        devices.take(origin["gpus"], origin["seen"])  # before anything asks the driver: it looks at the variable once
         self.arrive()
 
 
 def _explain(cell: Cell, error: BaseException) -> None:
-    """Writes the reason why a job ended into its cell and onto stderr; an unforeseen error's traceback is kept too."""
+    """Writes the reason why a job ended to its cell and to stderr. Saves the traceback of an unexpected error."""
     sentence = error_sentences.of_step(error) if isinstance(error, Exception) else None
     if sentence is not None:
         cell.state, cell.reason = REFUSED, sentence
     else:
-        number = HydraConfig.get().job.num  # counted from 0 by each launch
-        cell.state, cell.reason = BROKEN, f"{_kept(error, f'{cell.launch}-{number}')}."
+        number = HydraConfig.get().job.num  # each launch counts from 0
+        cell.state, cell.reason = BROKEN, f"{_save_traceback(error, f'{cell.launch}-{number}')}."
     print(f"error: {cell.reason}", file=sys.stderr, flush=True)
 
 
-def _kept(error: BaseException, name: str) -> str:
-    """An unforeseen error's message, and the file in which its traceback is kept."""
+def _save_traceback(error: BaseException, name: str) -> str:
+    """Saves the traceback of an unexpected error. Returns the error's message with the file's path."""
     file, whole = folder() / FAILED / f"{name}.txt", "".join(traceback.format_exception(error))
     said = f"{type(error).__name__}: {error_sentences.first_line(error)}".removesuffix(".")
     try:
         disk.write_text(file, whole)
-    except OSError:  # of a full disk, say, which is what there is to tell
+    except OSError:  # perhaps a full disk
         print(whole, file=sys.stderr)
         return said
     return f"{said} (traceback in {file})"
@@ -235,19 +238,19 @@ def _kept(error: BaseException, name: str) -> str:
 
 
 def broke_off(error: Exception) -> int:
-    """Says why a launcher gave up before all jobs had run, and returns the exit status. A worker that is killed (out of
-    memory, out of a scheduler's time) ends a launcher so; the same command goes on with the rest."""
+    """Reports why a launcher gave up before all jobs had run, and returns the exit status. A worker that is killed (out
+    of memory, time limit) ends its launcher in this way; the same command then runs the remaining jobs."""
     if (sentence := error_sentences.of_step(error)) is not None:
         print(f"error: the sweep ended early: {sentence}", file=sys.stderr)
         return status([Cell(state=REFUSED)])
-    met = _kept(error, os.environ[LAUNCH])
-    print(f"error: the sweep ended early, by {met}: the same command goes on with the rest.", file=sys.stderr)
+    met = _save_traceback(error, os.environ[LAUNCH])
+    print(f"error: the sweep ended early, by {met}: the same command runs the remaining jobs.", file=sys.stderr)
     return status([Cell(state=BROKEN)])
 
 
 def close(cells: list[Cell]) -> int:
-    """Ends a launch: shows how many cells were done, found or failed, and why; writes the page of the whole sweep.
-    Returns the exit status."""
+    """Ends a launch: prints the number of cells by state and the reasons, writes the page of the whole sweep, and
+    returns the exit status."""
     from realera import console
 
     console.show_cells([asdict(cell) for cell in cells])

@@ -1,4 +1,4 @@
-"""Hydra's callback at the start of a sweep: composes every job, prints the plan, and ends there if that was all."""
+"""Hydra's callback at the start of a sweep: composes every job and prints the plan; dry_run=true ends there."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import traceback
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -30,16 +31,17 @@ from realera.sweeps import jobs as sweep
 from realera.sweeps import study
 from realera.system import disk
 
-MANY = 20  # jobs from which on composing them shows a bar
-Made = dict[Path, set[tuple[str, str]]]  # run folders, and digests of the settings and of the judge of who makes them
+EVERY_COMBINATION = "BasicSweeper"  # Hydra's sweeper; the others search
+MANY = 20  # from this number of jobs on, planning shows a progress bar
+Made = dict[Path, set[tuple[str, str]]]  # {run folder: {(digest of settings, digest of judge) of a job}}
 ONE_FOLDER = (
-    "run_dir={folder} is the folder of several jobs of other settings: leave it out, or let it name what varies, as "
-    "run_dir='{folder}/${{seed}}' does of seeds."
+    "run_dir={folder} is the folder of several jobs with different settings: leave it out, or put the varied setting "
+    "into it, such as run_dir='{folder}/${{seed}}' for seeds."
 )
 
 
 class Beginning(Callback):
-    """Prints the plan of a sweep and keeps it as plan.json; with dry_run=true that is the end."""
+    """Prints the plan of a sweep and saves it as plan.json. dry_run=true: prints it and ends the command."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         dry = bool(config.get("dry_run"))
@@ -47,14 +49,14 @@ class Beginning(Callback):
             refuse_missing(config)
             sweeper: Any = OmegaConf.to_container(config.hydra.sweeper, resolve=False)
             schema.check_search({str(key): value for key, value in sweeper.items() if not _interpolated(value)})
-            refuse_moving(config)
+            refuse_chdir(config)
             planned = plan_of(config, str(kwargs.get("config_name") or config.hydra.job.config_name))
             study.settle(config)
             if not dry:
-                make_room()
-                make_room_for_trials(str(config.hydra.sweeper.get("storage") or ""))
+                make_sweep_folder()
+                make_study_folder(str(config.hydra.sweeper.get("storage") or ""))
             estimate.show(planned, None if dry else sweep.folder())
-        except Exception as error:  # Hydra would make a warning of it, and go on: SystemExit passes
+        except Exception as error:  # Hydra would turn it into a warning and continue; SystemExit ends the sweep
             if (sentence := error_sentences.of_step(error)) is not None:
                 sweep.fail(sentence)
             traceback.print_exc()
@@ -64,10 +66,10 @@ class Beginning(Callback):
 
 
 def refuse_missing(config: DictConfig) -> None:
-    """A launcher and a sweeper must be there, and one that is an extra must be installed."""
+    """Refuses a launcher or sweeper that is null or not installed. Raises UserError."""
     for part in ("launcher", "sweeper"):
         if not isinstance(node := config.hydra[part], DictConfig):
-            raise UserError(f"hydra.{part}={node}: its settings are {{name: value}}; hydra/{part}=NAME chooses one.")
+            raise UserError(f"hydra.{part}={node} is not valid: choose a {part} with hydra/{part}=NAME.")
         module = str(node.get("_target_") or "").rpartition(".")[0]
         top = ".".join(module.split(".")[:2])
         if top.startswith("hydra_plugins.") and (find_spec("hydra_plugins") is None or find_spec(top) is None):
@@ -78,41 +80,55 @@ def _interpolated(value: Any) -> bool:
     return isinstance(value, str) and "${" in value
 
 
-def refuse_moving(config: DictConfig) -> None:
-    """Runs, ledger and cache of a sweep's jobs stand where the sweep was started."""
+def refuse_chdir(config: DictConfig) -> None:
+    """Refuses hydra.job.chdir: paths of runs, of the sweep and of the cache are relative to the folder in which the
+    sweep was started. Raises UserError."""
     if config.hydra.job.chdir:
         raise UserError(
-            "hydra.job.chdir=true would put each job's files where no other job, nor the sweep's page, finds them: "
-            "leave it out."
+            "hydra.job.chdir=true would put each job's files into a folder where other jobs and the sweep's page "
+            "cannot find them: leave it out."
         )
 
 
-def make_room() -> None:
-    """The sweep's folder must be there before its first job."""
+def make_sweep_folder() -> None:
+    """Creates the sweep's folder. Raises UserError if that is impossible."""
     place = sweep.folder()
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{place}, where a sweep keeps its list of runs and its page, cannot be made ({error.strerror or error}): "
-            "give the command in a folder that you may write to; root=FOLDER moves the runs alone."
+            f"{place}, the folder for the sweep's list of runs and its page, cannot be made "
+            f"({error.strerror or error}): give the command in a folder that you may write to; root=FOLDER moves only "
+            "the run folders."
         ) from error
     folders.check_sweep(place)
 
 
-def make_room_for_trials(storage: str) -> None:
-    """Of a search's storage the file is made when the first trial is kept, its folder is not."""
+def make_study_folder(storage: str) -> None:
+    """Creates the folder of a search's SQLite storage. Optuna creates the file, but not its folder."""
     if storage.startswith("sqlite:///"):
         file = Path(storage.removeprefix("sqlite:///"))
         with disk.explained(file):
             file.parent.mkdir(parents=True, exist_ok=True)
 
 
+def combinations(overrides: Sequence[Override]) -> list[tuple[str, ...]]:
+    """The words of each job, in the order of Hydra's own sweeper: the last setting varies first."""
+    words: dict[str, list[str]] = {}  # of a setting that is given twice the last word counts
+    for override in overrides:
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            words[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            words[key] = [f"{key}={override.get_value_element_as_str()}"]
+    return list(product(*words.values()))
+
+
 def plan_of(config: DictConfig, config_name: str) -> Plan:
-    """The plan of a sweep's config as Hydra has composed it, before any job.
+    """The plan of a sweep, from the config that Hydra composed before any job.
 
     Raises:
-        UserError: a job's config cannot be composed, or of a search its one example cannot run.
+        UserError: a job's config cannot be composed, or the trials of a search cannot run.
     """
     trials = config.hydra.sweeper.get("n_trials")
     params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
@@ -123,17 +139,17 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
     compose = Composer(config)
     fixed = [word for word, one in zip(words, parsed) if not one.is_sweep_override()]
     searched = next((one for one in parsed if one.is_sweep_override() and not one.is_discrete_sweep()), None)
-    if searched is not None and str(config.hydra.sweeper._target_).endswith(BasicSweeper.__name__):
-        raise UserError(f"{searched.input_line} is a range to search in: add hydra/sweeper=search, or list its values.")
+    if searched is not None and str(config.hydra.sweeper._target_).endswith(EVERY_COMBINATION):
+        raise UserError(f"{searched.input_line} is a range for a search: add hydra/sweeper=search, or list values.")
     if trials is not None or searched is not None:
-        one_of_them = _composed(compose, fixed, config_name)
-        if one_of_them.get("run_dir") and not OmegaConf.is_interpolation(one_of_them, "run_dir"):
-            raise UserError(ONE_FOLDER.format(folder=one_of_them.run_dir))
-        return _several(work_of(one_of_them), int(trials or 1))
-    jobs = BasicSweeper.split_arguments(parsed, None)[0]
+        trial = _composed(compose, fixed, config_name)
+        if trial.get("run_dir") and not OmegaConf.is_interpolation(trial, "run_dir"):
+            raise UserError(ONE_FOLDER.format(folder=trial.run_dir))
+        return _plan_of_trials(work_of(trial), int(trials or 1))
+    jobs = combinations(parsed)
     if not jobs:
         empty = [one for one in parsed if one.is_sweep_override() and not list(one.sweep_string_iterator())]
-        raise UserError(f"there is no job to do: {empty[0].input_line} has no value.")
+        raise UserError(f"the sweep has no job, because {empty[0].input_line} has no value: give it one.")
     found: list[Work | str] = []
     known: dict[str, Any] = {}
     made: Made = {}
@@ -142,12 +158,12 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
             cfg = _composed(compose, job, config_name)
             if lost := sorted(sweep.axes(cfg.hydra) - sweep.axes(config.hydra)):
                 raise UserError(
-                    f"'{' '.join(word for word in job if word not in fixed)}' would vary {', '.join(lost)} by itself, "
-                    "which Hydra does only where all jobs have it in common: give a command for each."
+                    f"'{' '.join(word for word in job if word not in fixed)}' varies {', '.join(lost)} in its yaml, "
+                    "which Hydra does only if all jobs share that yaml: give one command for each."
                 )
             try:
                 found.append(work_of(cfg, known, made))
-            except (UserError, NotBuilt) as error:  # of this job alone, which will say it itself
+            except (UserError, NotBuilt) as error:  # of this job only; the job will report it
                 found.append(error_sentences.of_step(error) or error_sentences.first_line(error))
             advance(1)
     refuse_shared(made)
@@ -155,37 +171,37 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
 
 
 def refuse_shared(made: Made) -> None:
-    """No job may clear what another of the sweep has made."""
+    """Refuses jobs that would overwrite the files of another job of the sweep. Raises UserError."""
     for folder, content in made.items():
         if len({settings for settings, _ in content}) > 1:
             raise UserError(ONE_FOLDER.format(folder=folder))
         if len(content) > 1:
             raise UserError(
-                f"several jobs would judge {folder} by turns, and the last one's numbers stay: leave judge= out, and "
-                f"then put others' beside its own with python -m realera.evaluate -m run={folder} judge=A,B."
+                f"several jobs would judge {folder}, and only the last one's numbers would remain: leave judge= out, "
+                f"and add other judges' numbers with python -m realera.evaluate -m run={folder} judge=A,B."
             )
 
 
 def _composed(compose: Composer, words: Sequence[str], config_name: str) -> DictConfig:
-    """A job's config; Hydra begins no job where one of them has none, and neither do we."""
+    """A job's config. If one cannot be composed, no job is started, as in Hydra itself. Raises UserError."""
     try:
         return compose(words)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        GlobalHydra.instance().clear()  # the answer looks for what there is by composing once more
+        GlobalHydra.instance().clear()  # of_config composes a config once more to list the known settings
         raise UserError(error_sentences.of_config(error, config_name, list(words))) from error
 
 
-def _several(one: Work, trials: int) -> Plan:
-    """A search: what every trial draws is known, its settings are not."""
-    each = estimate.summed([one] * trials)
-    return Plan(**{**vars(each), "basis": f"{each.basis}; {trials} trials, each as the settings stand, at most"})
+def _plan_of_trials(one: Work, trials: int) -> Plan:
+    """The plan of a search, whose trials draw the same images but have settings that are not known yet."""
+    total = estimate.summed([one] * trials)
+    return Plan(**{**vars(total), "basis": f"{total.basis}; at most {trials} trials, each with the current settings"})
 
 
 def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | None = None) -> Work:
-    """What a composed job has to do. made: is told of the run that it makes."""
+    """The work of a composed job. The run that it makes is added to `made`."""
     hydra_config = HydraConfig.instance()
     outside = hydra_config.cfg
-    hydra_config.set_config(cfg)  # as in the job: its own choices say which judge is its task's
+    hydra_config.set_config(cfg)  # as in the job: the task's judge depends on the job's own choices
     try:
         own = copy.copy(cfg)
         with open_dict(own):
@@ -203,8 +219,8 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
         task = composition.build_task(config)
         config = composition.name_concepts(config, task)
         folder = folders.folder_of(config)
-        starting.check(config, _seen(known))
-        if (folder / paths.METRICS).is_file():  # finished only if judged by this judge: slow to compose
+        starting.check(config, _checked_before(known))
+        if (folder / paths.METRICS).is_file():  # the run is finished only if this judge judged it; slow to compose
             config["judge"] = composition.plain(composition.with_judge(own)).get("judge")
         if made is not None:
             content = folders.digest(folders.identity(config)), folders.digest(config.get("judge"))
@@ -214,14 +230,14 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
     return estimate.work(config, task, known=known)
 
 
-def _seen(known: dict[str, Any] | None) -> set[str]:
-    """What was looked at for other jobs of the same plan."""
+def _checked_before(known: dict[str, Any] | None) -> set[str]:
+    """The models and parts that were checked for other jobs of the same plan."""
     seen: set[str] = (known if known is not None else {}).setdefault("looked at", set())
     return seen
 
 
 class Composer:
-    """Composes jobs as their launcher will; jobs of the same options share the slow part."""
+    """Composes jobs as their launcher will. Jobs with the same options share the slow part."""
 
     def __init__(self, config: DictConfig) -> None:
         self.config = config
@@ -242,7 +258,7 @@ class Composer:
         try:
             for one in values:
                 OmegaConf.update(cfg, one.key_or_group, one.value(), merge=True)
-        except OmegaConfBaseException:  # in the launcher's words
+        except OmegaConfBaseException:  # raises it again with the launcher's message
             return self.loader.load_sweep_config(self.config, list(words))
         with open_dict(cfg):
             cfg.hydra.overrides.task = list(words)

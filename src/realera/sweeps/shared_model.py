@@ -1,5 +1,5 @@
-"""The original model between the jobs of a sweep that share a process: loaded once, and lent out again only if the last
-job left it exactly as it was."""
+"""Keeps the original model for the next job of a sweep in the same process. The model is loaded once, and reused only
+if the last job left it unchanged."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from realera.costs import Meter
 from realera.runs import folders, steps
 from realera.settings import composition
 
-PIECE = 1 << 24  # numbers summed at a time
+PIECE = 1 << 24  # number of values summed at a time
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A backbone that waits, and what it was when it came from the disk."""
+    """A backbone, and its state (`state_of`) right after it was loaded."""
 
     key: str
     backbone: Backbone
     state: tuple[Any, ...]
 
 
-_shelf: list[Kept] = []  # one: another job's model takes its place
+_kept_models: list[Kept] = []  # at most one
 
 
 @contextmanager
-def borrowed(config: Mapping[str, Any], meter: Meter | None = None) -> Iterator[Backbone]:
-    """The unedited backbone of a resolved config, as `steps.load_backbone` gives it. A job of a sweep gives it back; a
-    job that fails does not, and then the next one loads its own."""
+def shared_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> Iterator[Backbone]:
+    """The unedited backbone of a resolved config, as `steps.load_backbone` gives it. In a sweep it is kept for the next
+    job, unless this job fails or has changed it; then the next job loads its own."""
     if not composition.in_sweep():
         yield steps.load_backbone(config, meter)
         return
     key = json.dumps(
         [config["backbone"], folders.weights_of(config), steps.device(config)], sort_keys=True, default=str
     )
-    kept = _shelf.pop() if _shelf else None
+    kept = _kept_models.pop() if _kept_models else None
     if kept is None or kept.key != key:
-        del kept  # before the next one is loaded: two may not fit
+        del kept  # before the next one is loaded: two may not fit into memory
         backbone = steps.load_backbone(config, meter)
         kept = Kept(key, backbone, state_of(backbone))
     elif meter is not None:
         with meter.stage("load"):
             meter.watch(kept.backbone, steps.device(config))
     yield kept.backbone
-    if put_back(kept.backbone, steps.device(config), kept.state):
-        _shelf.append(kept)
+    if restore(kept.backbone, steps.device(config), kept.state):
+        _kept_models.append(kept)
 
 
-def put_back(backbone: Backbone, device: str, state: tuple[Any, ...]) -> bool:
-    """Undoes what a job did to the backbone; whether it is then what `state_of` found."""
+def restore(backbone: Backbone, device: str, state: tuple[Any, ...]) -> bool:
+    """Undoes a job's changes to the backbone. Returns whether its state is then `state`."""
     backbone.load_erased({})
     backbone.to(device)
     for network in _networks(backbone):
@@ -67,8 +67,8 @@ def put_back(backbone: Backbone, device: str, state: tuple[Any, ...]) -> bool:
 
 
 def state_of(backbone: Backbone) -> tuple[Any, ...]:
-    """What must be the same for two jobs to get the same numbers: every module by place and kind, with its mode and its
-    hooks, and every weight and buffer by a checksum of its bits."""
+    """Everything that must be equal for two jobs to get the same numbers: each module's name, class, mode and number of
+    hooks, and each parameter's and buffer's dtype, shape and checksum."""
     found: list[Any] = []
     for network in _networks(backbone):
         for name, module in network.named_modules():
@@ -80,24 +80,24 @@ def state_of(backbone: Backbone) -> tuple[Any, ...]:
 
 
 def _networks(backbone: Backbone) -> list[nn.Module]:
-    """The U-Net and whatever else of torch the backbone holds."""
+    """The U-Net and all other torch modules of the backbone."""
     found: dict[int, nn.Module] = {id(backbone.denoiser): backbone.denoiser}
-    waiting: list[Any] = [backbone]
-    met: set[int] = set()
-    while waiting:
-        owner = waiting.pop()
-        met.add(id(owner))
+    to_visit: list[Any] = [backbone]
+    seen: set[int] = set()
+    while to_visit:
+        owner = to_visit.pop()
+        seen.add(id(owner))
         for value in vars(owner).values():
             if isinstance(value, nn.Module):
                 found.setdefault(id(value), value)
-            elif type(value).__module__.startswith("realera.") and hasattr(value, "__dict__") and id(value) not in met:
-                waiting.append(value)
+            elif type(value).__module__.startswith("realera.") and hasattr(value, "__dict__") and id(value) not in seen:
+                to_visit.append(value)
     return list(found.values())
 
 
 @torch.no_grad()
 def checksum(value: Tensor) -> tuple[int, int]:
-    """Two sums over the bits, the second weighted by place, modulo 2^64: a second's work where a digest takes many."""
+    """Two sums over the bits modulo 2^64, the second weighted by position. It takes a second, a digest takes many."""
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
     bits = value.detach().contiguous().reshape(-1).view(width)
     plain = weighted = 0

@@ -1,4 +1,4 @@
-"""Names a search's study, so that a search goes on with its own trials and with no other's."""
+"""Names a search's study, so that a search continues its own trials and no others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from realera.tasks.prompts import slug
 
 
 def settle(config: DictConfig) -> None:
-    """Gives the sweep that Hydra has composed a study_name, where its sweeper takes one and none was typed."""
+    """Sets study_name in a composed sweep, if its sweeper takes one and none was typed."""
     sweeper = config.hydra.sweeper
     if "study_name" in sweeper and sweeper.study_name is None:
         with read_write(sweeper):
@@ -20,7 +20,8 @@ def settle(config: DictConfig) -> None:
 
 
 def name_of(config: DictConfig) -> str:
-    """<concept>-<method>-<backbone>-<digest of what is searched, and of all else that the numbers depend on>."""
+    """<concept>-<method>-<backbone>-<digest of the searched ranges and of all other settings that change the
+    numbers>."""
     loader = GlobalHydra.instance().config_loader()
     params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}), resolve=True)
     assert isinstance(params, dict)

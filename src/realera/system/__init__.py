@@ -1,1 +1,1 @@
-"""Disk, locks, signals, processes' ranks, the terminal, the network: what the operating system gives. No torch."""
+"""Access to the operating system: disk, locks, signals, processes, terminal, network. Imports no torch."""

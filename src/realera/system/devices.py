@@ -1,8 +1,8 @@
-"""One job, one GPU: which device a worker of a sweep works on.
+"""Chooses the GPU of a sweep's worker: one GPU for each job.
 
-A worker holds a lock file for as long as it lives, so that workers of all launchers and sweeps on one machine spread
-alike; where there are more workers than devices, they share evenly. A scheduler that has already given the worker a
-device of its own (SLURM, ray with num_gpus) is left to it.
+A worker holds a lock file as long as it lives, so the workers of all launchers and sweeps on a machine spread over its
+devices. If there are more workers than devices, they share the devices evenly. If a scheduler has already assigned a
+device to the worker (SLURM, ray with num_gpus), that device is used.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _held: list[IO[bytes]] = []  # the lock of this process
 
 
 def number() -> int:
-    """How many CUDA devices the driver shows this process; asked of the driver, for importing torch takes seconds."""
-    if _given() == []:  # nor need a driver be asked, which reads the variable once
+    """The number of CUDA devices this process can see. It comes from the driver: importing torch takes seconds."""
+    if _given() == []:  # all are hidden; the driver is not called, because it reads the variable only once
         return 0
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
@@ -37,14 +37,14 @@ def number() -> int:
 
 
 def visible() -> list[str]:
-    """The devices that this process may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """The devices that this process may use, as written in CUDA_VISIBLE_DEVICES."""
     given = _given()
     return [str(index) for index in range(number())] if given is None else given
 
 
 def _given() -> list[str] | None:
-    """What CUDA_VISIBLE_DEVICES names, None where it is not set. As for CUDA, the first number that is no device's ends
-    the list: "-1" hides them all."""
+    """The devices in CUDA_VISIBLE_DEVICES; None if it is not set. As in CUDA, the first negative number ends the list:
+    "-1" hides all devices."""
     given = os.environ.get(VISIBLE)
     if given is None:
         return None
@@ -59,10 +59,10 @@ def take(
     place: Path | None = None,
     held: list[IO[bytes]] = _held,
 ) -> str | None:
-    """Makes one of the `known` devices the only one of this process, if none was chosen for it, and returns it.
+    """Makes one of the `known` devices the only visible one and returns it; None if a device was already assigned.
 
-    seen: CUDA_VISIBLE_DEVICES where the sweep was started; another value here is a scheduler's choice. A process that
-    holds one keeps it. place: folder of the lock files.
+    seen: the value of CUDA_VISIBLE_DEVICES when the sweep was started; another value now is a scheduler's choice. A
+    process that already holds a lock keeps its device. place: folder of the lock files.
     """
     assigned = environ.get(VISIBLE)
     if held or not known or (assigned not in (seen, "") and assigned is not None):
@@ -79,12 +79,12 @@ def take(
 
 
 def _user() -> str:
-    """Whose lock files they are. Not by name: in a container the user may have none."""
+    """The owner of the lock files, as a user id: in a container the user may have no name."""
     return str(os.getuid()) if hasattr(os, "getuid") else os.environ.get("USERNAME", "all")
 
 
 def _locked(file: Path) -> IO[bytes] | None:
-    """The file, open and locked until the process ends; None where another process has it."""
+    """The file, open and locked until the process ends; None if another process holds the lock."""
     stream = file.open("ab")
     if locks.lock(stream.fileno()) is False:
         stream.close()

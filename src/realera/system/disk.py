@@ -1,4 +1,5 @@
-"""Disk errors as one sentence; temporary files that are removed however a process ends. Standard library only."""
+"""Explains disk errors in one sentence, and writes files completely or not at all. Temporary files are removed even if
+a process is killed. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,28 +21,28 @@ from realera.system import interrupts, locks
 
 log = logging.getLogger(__name__)
 
-os.umask(_UMASK := os.umask(0))  # it can only be read by being set, which other threads would see: here, once
+os.umask(_UMASK := os.umask(0))  # reading the umask means setting it, which is not safe with threads: once, at import
 LEFT = re.compile(r"\..*\.[0-9a-f]{8}\.tmp")  # the name of a folder in which a file is being written
-SHORT = 40  # letters of the file's name in it
+SHORT = 40  # characters of the file's name in the folder's name
 MINUTE, DAY = 60.0, 86400.0  # seconds
-GOES_ON = "and the same command goes on where this one stopped"
-REMEDIES = {  # of errors that are the disk's, whatever file they name
+GOES_ON = "and run the same command again to continue"
+REMEDIES = {  # for errors that concern the whole disk, not only one file
     errno.ENOSPC: f"free space there, {GOES_ON}",
     errno.EDQUOT: f"free some of the quota there, {GOES_ON}",
     errno.EFBIG: f"allow larger files (ulimit -f), {GOES_ON}",
-    errno.EIO: f"look after that disk, {GOES_ON}",
+    errno.EIO: f"check that disk, {GOES_ON}",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EROFS: "choose a folder on another disk",
 }
-OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the others may be of reading too
-ELSE = "make the folder writable, or choose another one (of the cache: with REALERA_CACHE=FOLDER)"
+OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # the others may also occur while reading
+ELSE = "make the folder writable, or choose another one (for the cache: with REALERA_CACHE=FOLDER)"
 _being_written: set[Path] = set()  # temporary folders of this process
-_beginning = threading.RLock()
-_cleared: set[Path] = set()  # folders in which this process has looked for what others left
+_creating = threading.RLock()
+_cleared: set[Path] = set()  # folders in which this process has already removed the files of killed processes
 
 
 class Unwritten(UserError, OSError):
-    """A file that the disk did not take. It is an OSError too, for who can do without the file."""
+    """A file that could not be written. It is also an OSError, for callers that can do without the file."""
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -49,8 +50,8 @@ class Unwritten(UserError, OSError):
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Makes `path`'s folder. A disk error in here becomes an `Unwritten` that names `path`, and the folder is removed
-    again if it was made here."""
+    """Creates the folder of `path`. A disk error inside this context is raised as `Unwritten` with the name of `path`,
+    and the folder is removed again if it was created here."""
     missing = [folder for folder in path.parents if not os.path.exists(folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def refusal(error: BaseException, path: Path | None = None) -> str | None:
-    """The sentence for an error that a disk gave, as `path` was written or anywhere; None for any other error."""
+    """One sentence about a disk error, in writing `path` or in general (None); None for any other error."""
     found = None if isinstance(error, UserError) else _of_disk(error)
     if found is None or (found.errno not in REMEDIES and (path is None or not _names(found, path))):
         return None
@@ -75,22 +76,22 @@ def refusal(error: BaseException, path: Path | None = None) -> str | None:
 
 
 def _of_disk(error: BaseException) -> OSError | None:
-    """The OSError that `error` is, or that a library has made an error of its own of."""
+    """The OSError behind an error: itself, or the cause of a library's own error. None if there is none."""
     text = str(error)
     if isinstance(error, OSError) and error.errno is None and re.search(r"\d+ requested and \d+ written", text):
-        return OSError(errno.ENOSPC, "not all of it was taken")  # numpy's own words
+        return OSError(errno.ENOSPC, "not everything was written")  # numpy reports the two numbers of bytes
     if isinstance(error, OSError):
         return error if error.errno is not None else None
     if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", text)):
         return OSError(int(number[1]), os.strerror(int(number[1])))
     if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
         cause = error.__context__
-        return cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, "not all of it was taken")
+        return cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, "not everything was written")
     return None
 
 
 def _names(error: OSError, path: Path) -> bool:
-    """Whether an error is about `path`, its temporary place or a folder above it."""
+    """Whether an error is about `path`, its temporary folder or a folder above it."""
     places = {path.absolute(), *path.absolute().parents}
     for name in (error.filename, error.filename2):
         if isinstance(name, (str, os.PathLike)):
@@ -101,11 +102,11 @@ def _names(error: OSError, path: Path) -> bool:
 
 
 def append(path: Path, text: str) -> None:
-    """Adds lines to a file in one write, whole or not at all: several processes may add to the same one. A line that
-    was cut short all the same stays alone.
+    """Appends lines to a file in one write, completely or not at all, so that several processes can append to the same
+    file. If the file ends in an incomplete line, the new lines start on a line of their own.
 
     Raises:
-        Unwritten: the disk does not take them.
+        Unwritten: the lines could not be written.
     """
     with explained(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -114,7 +115,7 @@ def append(path: Path, text: str) -> None:
             os.lseek(handle, max(0, size - 1), os.SEEK_SET)
             data = (b"" if os.read(handle, 1) in (b"", b"\n") else b"\n") + text.encode()
             if (written := os.write(handle, data)) < len(data):
-                if os.fstat(handle).st_size == size + written:  # nobody has added anything since
+                if os.fstat(handle).st_size == size + written:  # no other process has appended anything since
                     os.ftruncate(handle, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
@@ -122,8 +123,8 @@ def append(path: Path, text: str) -> None:
 
 
 class Tolerance:
-    """For a file that a run can do without: `with` it a disk error is logged, not raised. A second one is not logged
-    again before the file has been written once more."""
+    """For a file that a run can do without: inside `with`, a disk error is logged and not raised. Further errors are
+    not logged until the file has been written again."""
 
     def __init__(self) -> None:
         self._warned = False
@@ -134,7 +135,7 @@ class Tolerance:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if isinstance(error, OSError):
             if not self._warned:
-                log.warning("%s Until then the run goes on without it.", error)
+                log.warning("%s Until then the run continues without this file.", error)
             self._warned = True
         elif error is None:
             self._warned = False
@@ -146,14 +147,14 @@ class Tolerance:
 
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """A path of `path`'s name in a folder beside it, which is locked while it is there and gone at the end."""
+    """A path with the name of `path` in a temporary folder beside it. The folder is locked, and removed at the end."""
     if path.absolute().parent not in _cleared:
         clear_left(path.absolute().parent)
     folder, handle = path, None
     try:
         while handle is None:
             folder = path.absolute().with_name(f".{path.name[:SHORT]}.{secrets.token_hex(4)}.tmp")
-            with _beginning:
+            with _creating:
                 _being_written.add(folder)
                 folder.mkdir()
                 handle = _locked(folder)
@@ -167,7 +168,7 @@ def temporary(path: Path) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> int | None:
-    """A new temporary folder's lock; None where another process has just taken the folder for a left one."""
+    """The lock of a new temporary folder; None if another process has just removed the folder as a left-over."""
     handle = os.open(folder / paths.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     with suppress(FileNotFoundError):
         if locks.lock(handle) is not False and os.path.samestat(os.fstat(handle), os.stat(folder / paths.LOCK)):
@@ -183,9 +184,9 @@ def _remove(folder: Path) -> None:
 
 
 def leave_nothing() -> None:
-    """For a process that is about to end without a tear-down: removes its temporary files, and no other thread begins
-    anything more."""
-    _beginning.acquire(timeout=1)
+    """For a process that ends without clean-up: removes its temporary files, and stops other threads from creating new
+    ones."""
+    _creating.acquire(timeout=1)
     drop_temporary()
 
 
@@ -193,7 +194,7 @@ interrupts.last_resort.append(leave_nothing)
 
 
 def drop_temporary() -> None:
-    """Removes this process's temporary files, some of which other threads may still be writing."""
+    """Removes this process's temporary files. Other threads may still be writing to them."""
     for folder in list(_being_written):
         for _ in range(50):
             shutil.rmtree(folder, ignore_errors=True)
@@ -204,7 +205,7 @@ def drop_temporary() -> None:
 
 
 def clear_left(folder: Path) -> None:
-    """Removes the temporary files that killed processes left in a folder, and none that a living one is writing."""
+    """Removes the temporary files of killed processes from a folder, but not those of running processes."""
     _cleared.add(folder.absolute())
     with suppress(OSError):
         for name in os.listdir(folder):
@@ -213,7 +214,7 @@ def clear_left(folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Removes a temporary folder whose lock nobody holds; one without, when it is old enough."""
+    """Removes a temporary folder if no process holds its lock; if it has no lock, when it is old enough."""
     handle, free, age = None, None, MINUTE
     with suppress(OSError):
         handle, age = os.open(folder / paths.LOCK, os.O_RDWR), DAY
@@ -227,21 +228,21 @@ def _clear(folder: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; what was written there takes `path`'s place at the end, or vanishes on an exception.
+    """Yields a temporary path to write to. At the end it is renamed to `path`; after an exception it is removed.
 
     Raises:
-        Unwritten: the disk is full, cannot be written, or does not take such a name.
+        Unwritten: the disk is full or not writable, or the name is not valid on it.
     """
     with explained(path), temporary(path) as beside:
         yield beside
         if not beside.is_dir():
             beside.chmod(0o666 & ~_UMASK)
         elif path.is_dir():
-            path.rmdir()  # an empty folder gives way to a whole one
+            path.rmdir()  # an empty folder may be replaced
         beside.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all (UTF-8)."""
+    """Writes a UTF-8 text file, completely or not at all."""
     with whole(path) as beside:
         beside.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a command finds around it: variables that are set to nothing, and words in another encoding than ours."""
+"""Cleans up the environment variables and the command line of a command."""
 
 from __future__ import annotations
 
@@ -30,40 +30,42 @@ NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
 
 
 def tidy(environ: MutableMapping[str, str]) -> None:
-    """Takes out the variables that are set to nothing, which libraries read as a value: an empty WANDB_MODE is no mode,
-    and an empty HF_HOME the working directory. An empty CUDA_VISIBLE_DEVICES says that there is no device: it stays.
+    """Removes empty variables, which libraries would take as values: an empty WANDB_MODE is not a mode, and an empty
+    HF_HOME is the working directory. An empty CUDA_VISIBLE_DEVICES is kept: it means that there is no device.
 
     Raises:
-        UserError: a process's number is none, or what stands in REALERA_CACHE can be no folder.
+        UserError: RANK or a similar variable is not a number, or REALERA_CACHE cannot be a folder.
     """
     for name in [name for name, value in environ.items() if not value.strip()]:
         if name.startswith(LIBRARIES) or name in (*OTHERS, *NUMBERS):
             del environ[name]
     for name in NUMBERS:
         if not re.fullmatch("[0-9]{1,9}", environ.get(name, "0")):
-            raise UserError(f"{name}={environ[name]} in the environment is no process's number: unset {name}.")
+            raise UserError(f"{name}={environ[name]} in the environment is not the number of a process: unset {name}.")
     if given := environ.get("REALERA_CACHE"):
         try:
             right = not Path(given).expanduser().is_file()
-        except (RuntimeError, OSError):  # the home of nobody here; a name too long
+        except (RuntimeError, OSError):  # the home of an unknown user, or a name that is too long
             right = False
         if not right:
-            raise UserError(f"REALERA_CACHE={printable(given)} in the environment is no folder: name one, or unset it.")
+            raise UserError(
+                f"REALERA_CACHE={printable(given)} in the environment is not a folder: set it to one, or unset it."
+            )
 
 
 def stand_somewhere() -> None:
-    """Refuses to begin in a folder that was removed: no relative path means anything there. Raises UserError."""
+    """Raises UserError if the current folder was deleted: relative paths have no meaning there."""
     try:
         os.getcwd()
     except OSError:
-        raise UserError("the current folder is gone: change to one that is there (cd), and type it again.") from None
+        raise UserError("the current folder was deleted: change to another one (cd), and type it again.") from None
 
 
 def as_text(words: Sequence[str]) -> list[str]:
-    """The command line's words, of which a locale without accents has left bytes.
+    """The words of the command line, decoded from UTF-8 if an ASCII locale has left undecoded bytes in them.
 
     Raises:
-        UserError: a word is no text.
+        UserError: a word is not UTF-8.
     """
     found = []
     for word in words:
@@ -71,15 +73,15 @@ def as_text(words: Sequence[str]) -> list[str]:
             found.append(os.fsencode(word).decode() if any("\udc80" <= letter <= "\udcff" for letter in word) else word)
         except UnicodeDecodeError:
             said = word.encode("ascii", "backslashreplace").decode()
-            raise UserError(f"'{said}' is no UTF-8 text: set a UTF-8 locale, as LC_ALL=C.UTF-8 does.") from None
+            raise UserError(f"'{said}' is not UTF-8: set a UTF-8 locale, such as LC_ALL=C.UTF-8.") from None
     return found
 
 
 def flags_first(arguments: list[str]) -> list[str]:
-    """The command line with its key=value words last: Hydra's parser takes them in one stretch only.
+    """The command line with its key=value words last, because Hydra's parser needs them to be contiguous.
 
     Raises:
-        UserError: a flag that there is not, such as --concept.
+        UserError: a flag that does not exist, such as --concept.
     """
     for word in arguments:
         name, given, value = word.partition("=")

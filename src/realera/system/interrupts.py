@@ -1,8 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGHUP end a command alike, at any moment: `Interrupted` is raised in the main thread, temporary
-files are removed, helpers end, and the exit status is 128 + the signal's number. A second signal ends the process at
-once, and so does the first one where the main thread does not answer (it waits for another process, say).
+"""Ctrl-C, SIGTERM and SIGHUP end a command in the same way, at any moment: `Interrupted` is raised in the main thread,
+temporary files are removed, child processes end, and the exit status is 128 + the signal's number. A second signal ends
+the process at once. So does the first one if the main thread does not react, for example because it waits for another
+process.
 
-A signal that was ignored when the process began (nohup) stays so. Standard library only: it comes before the rest.
+A signal that was ignored when the process started (nohup) stays ignored. Standard library only, because this module is
+imported before all others.
 """
 
 from __future__ import annotations
@@ -19,20 +21,20 @@ from types import FrameType
 from typing import Any
 
 NUMBERS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-GOES_ON = "interrupted: the same command goes on where this one stopped"
-PATIENCE = 8.0  # seconds that the main thread is given to answer
-BOUNCE = 0.5  # seconds in which a signal that comes again is the same one: `timeout` and schedulers send it twice
+GOES_ON = "interrupted: run the same command again to continue"
+PATIENCE = 8.0  # seconds that the main thread has to react
+BOUNCE = 0.5  # a signal repeated within these seconds counts once: `timeout` and schedulers send it twice
 Handler = Callable[[int, FrameType | None], Any]
 
-last_resort: list[Callable[[], Any]] = []  # done before the process is ended at once, the last one first
+last_resort: list[Callable[[], Any]] = []  # called before the process is ended at once, the last one first
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has come."""
+    """Raised in the main thread when a signal has arrived."""
 
 
 class _Case:
-    """The state of one command. number: the first signal. error: the exception it raised. over: it was caught."""
+    """The state of one command. number: the first signal. error: the exception raised for it. over: it was caught."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -47,40 +49,40 @@ class _Case:
             try:
                 raise error
             finally:
-                del error  # which this frame, part of its traceback, would keep for ever
+                del error  # this frame is part of the traceback and would keep the exception alive
 
 
 _case = _Case()
 
 
 def caught() -> int:
-    """Said by the command that has caught the interruption: the exit status."""
+    """Call this after catching the interruption. Returns the exit status."""
     _case.over = True
     return 128 + (_case.number or signal.SIGINT)
 
 
 def was_caught() -> bool:
-    """Whether `caught` was said: the user knows of the interruption."""
+    """Whether `caught` was called: the user has been told of the interruption."""
     return _case.over
 
 
 def has_come() -> bool:
-    """Whether this command was interrupted."""
+    """Whether a signal has arrived."""
     return bool(_case.number)
 
 
 def begin() -> None:
-    """For a command that has only begun to import: there is nothing yet to undo."""
+    """For a command that is still importing: a signal ends it at once, because there is nothing to clean up."""
     _set(lambda number, frame: end_at_once(number))
 
 
 def done(status: int) -> None:
-    """For a command whose work is done and which is about to end."""
+    """For a command that has finished its work and is about to exit: a signal ends it with `status`."""
     _set(lambda number, frame: os._exit(status))
 
 
 def end_at_once(number: int) -> None:
-    """Ends this process and its helpers without waiting for anything."""
+    """Ends this process and its child processes without waiting for anything."""
     for step in (*reversed(last_resort), _say):
         with suppress(Exception):
             step()
@@ -89,14 +91,14 @@ def end_at_once(number: int) -> None:
 
 @contextmanager
 def answered() -> Iterator[None]:
-    """In here a signal raises `Interrupted`; before and after, it does what it did."""
+    """Inside this context a signal raises `Interrupted`. At the end the previous handlers are restored."""
     global _case
     _case = case = _Case()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = _set(case.answer)
-    if os.name != "posix":  # no pipe there can be waited for, and no thread be signalled
+    if os.name != "posix":  # no select on pipes and no signals to threads there
         try:
             yield
         finally:
@@ -119,7 +121,7 @@ def answered() -> Iterator[None]:
 
 
 def _set(handler: Handler) -> dict[int, Any]:
-    """Answers the signals with `handler`; returns the handlers that stood before."""
+    """Sets `handler` for the signals that are not ignored; returns their previous handlers."""
     known = {number: signal.getsignal(number) for number in NUMBERS}
     before = {number: old for number, old in known.items() if old not in (signal.SIG_IGN, None)}
     for number in before:
@@ -128,8 +130,8 @@ def _set(handler: Handler) -> dict[int, Any]:
 
 
 def _watch(case: _Case, signals: int, main: int) -> None:
-    """Looks after the main thread once a signal has come: it may not answer, or a library may swallow the answer."""
-    first, own = 0.0, 0  # when the first came; how many of those to come are this thread's
+    """Watches the main thread after a signal: it may not react, or a library may swallow the exception."""
+    first, own = 0.0, 0  # time of the first signal; number of expected signals that this thread has sent itself
     while True:
         ready = select.select([signals], [], [], 0.2 if first else None)[0]
         read = os.read(signals, 64) if ready else b""
@@ -152,14 +154,14 @@ def _watch(case: _Case, signals: int, main: int) -> None:
 
 
 def _say() -> None:
-    """Tells that the command was interrupted, unless another process tells it, or nobody reads."""
+    """Prints that the command was interrupted, unless another process does so, or stderr cannot be written."""
     ranks = (os.environ.get(name) for name in ("RANK", "NODE_RANK", "LOCAL_RANK"))
     if next((rank for rank in ranks if rank), "0") == "0" and select.select([], [2], [], 0.2)[1]:
         os.write(2, f"\n{GOES_ON}\n".encode())
 
 
 def _forget() -> None:
-    """In a forked process: its signals are not this command's."""
+    """In a forked process: restores the default handlers, because its signals are not for this command."""
     if isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), _Case):
         signal.set_wakeup_fd(-1)
         for number in NUMBERS:

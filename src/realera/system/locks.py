@@ -1,7 +1,6 @@
-"""Locks of the operating system: they end with the process that holds them, however it ends.
+"""File locks of the operating system. A lock ends with its process, even if the process is killed.
 
-Standard library only. Where a file system or a platform has no such locks, everything goes on as if nobody else were
-there.
+Standard library only. On file systems and platforms without locks, this process continues as if it were the only one.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from pathlib import Path
 from realera.contracts import UserError
 
 log = logging.getLogger(__name__)
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a folder from elsewhere may hold links to files of this machine
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a folder from somebody else may contain links to files of this machine
 
 
 def lock(handle: int, wait: bool = False) -> bool | None:
-    """Locks an open file for this process: False where another one has it, None where there are no locks."""
+    """Locks an open file. True if locked, False if another process holds the lock, None without support for locks."""
     try:
         import fcntl
     except ImportError:  # pragma: no cover  # Windows
@@ -39,10 +38,10 @@ def lock(handle: int, wait: bool = False) -> bool | None:
 
 @contextmanager
 def held(file: Path, what: str, remedy: str) -> Iterator[None]:
-    """Holds the lock `file` while `what` is made; the file says who holds it, and goes at the end.
+    """Holds the lock `file` while `what` is made. The file names the process that holds it, and is deleted at the end.
 
     Raises:
-        UserError: another process holds it. The sentence ends with `remedy`.
+        UserError: another process holds the lock. The sentence ends with `remedy`.
     """
     taken = _taken(file)
     if taken is None:
@@ -50,13 +49,13 @@ def held(file: Path, what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        taken.let_go()
+        taken.release()
 
 
 @contextmanager
 def turn(file: Path, wait: bool = True) -> Iterator[bool]:
-    """One process after the other makes `file`: who comes later waits, and then finds it made. Yields whether it is
-    this one's turn; wait=False: False where it is another one's."""
+    """Lets only one process at a time make `file`; a later process waits and then finds the file. Yields whether this
+    process has the lock. wait=False: yields False at once if another process has it."""
     place = file.with_name(f".{file.name}.lock")
     taken = _taken(place)
     if taken is None and wait:
@@ -66,30 +65,30 @@ def turn(file: Path, wait: bool = True) -> Iterator[bool]:
         yield taken is not None
     finally:
         if taken is not None:
-            taken.let_go()
+            taken.release()
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """A lock file that is this process's; handle: None where it cannot be made. made: the folders made for it."""
+    """A lock file held by this process. handle: None if the file could not be created. made: folders created for it."""
 
     file: Path
     handle: int | None = None
     made: tuple[Path, ...] = ()
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         if self.handle is None:
             return
         with suppress(OSError):
             self.file.unlink()
         os.close(self.handle)
         with suppress(OSError):
-            for folder in self.made:  # where nothing else was put
+            for folder in self.made:  # only if it is empty
                 folder.rmdir()
 
 
 def _taken(file: Path, wait: bool = False) -> _Taken | None:
-    """The lock file, open and locked; None where another process has it."""
+    """The lock file, open and locked; None if another process holds the lock."""
     made = tuple(folder for folder in file.parents if not os.path.exists(folder))
     while True:
         try:
@@ -97,7 +96,7 @@ def _taken(file: Path, wait: bool = False) -> _Taken | None:
             handle = os.open(file, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         except FileNotFoundError:  # its folder has just been removed
             continue
-        except OSError:  # who cannot write here will be told so when something is written
+        except OSError:  # not writable: the error is reported when a file is written
             return _Taken(file)
         if lock(handle, wait) is False:
             os.close(handle)
@@ -105,9 +104,9 @@ def _taken(file: Path, wait: bool = False) -> _Taken | None:
         with suppress(OSError):
             if os.path.samestat(os.fstat(handle), os.stat(file)):
                 break
-        os.close(handle)  # its last holder has removed it meanwhile
+        os.close(handle)  # the previous process has deleted the file in the meantime
     said = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-    with suppress(OSError):  # of a full disk: the lock holds all the same
+    with suppress(OSError):  # the disk is full: the lock is held all the same
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps(said).encode())
     return _Taken(file, handle, made)

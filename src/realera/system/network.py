@@ -1,4 +1,4 @@
-"""Whether a server can be reached at all, asked in a second or two: libraries try for most of a minute.
+"""Checks in a second or two whether a server can be reached. Libraries would try for most of a minute.
 
 Standard library only.
 """
@@ -12,25 +12,25 @@ from urllib.request import getproxies, proxy_bypass
 
 
 def answers(url: str, patience: float) -> bool:
-    """Whether a connection to the url's host, or to the proxy before it, opens within `patience` seconds."""
-    asked = urlsplit(url)
-    proxies = {} if proxy_bypass(asked.hostname or "") else getproxies()
-    if proxy := proxies.get(asked.scheme) or proxies.get("all"):
-        asked = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    """Whether a connection to the url's host, or to its proxy, opens within `patience` seconds."""
+    server = urlsplit(url)
+    proxies = {} if proxy_bypass(server.hostname or "") else getproxies()
+    if proxy := proxies.get(server.scheme) or proxies.get("all"):
+        server = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     opened = threading.Event()
 
-    def knock() -> None:
+    def connect() -> None:
         try:
-            socket.create_connection((asked.hostname or "", _port(asked)), timeout=patience).close()
+            socket.create_connection((server.hostname or "", _port(server)), timeout=patience).close()
             opened.set()
-        except (OSError, ValueError):  # ValueError: no port, or a host that is no name
+        except (OSError, ValueError):  # ValueError: an invalid port or host name
             pass
 
-    thread = threading.Thread(target=knock, daemon=True)  # looking a name up has no time limit of its own
+    thread = threading.Thread(target=connect, daemon=True)  # a thread, because a DNS lookup has no time limit
     thread.start()
     thread.join(patience)
     return opened.is_set()
 
 
-def _port(asked: SplitResult) -> int:
-    return asked.port or {"http": 80, "socks5": 1080, "socks5h": 1080}.get(asked.scheme, 443)
+def _port(server: SplitResult) -> int:
+    return server.port or {"http": 80, "socks5": 1080, "socks5h": 1080}.get(server.scheme, 443)

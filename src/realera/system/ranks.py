@@ -1,7 +1,7 @@
-"""The processes of one run, as all parts see them: which one this is, and how they agree.
+"""The processes of one run: the rank of this process, and functions to exchange data with the others.
 
-A run alone (`ALONE`) is the process of rank 0 in a world of 1, and nothing here then costs anything. Starting and
-joining several is the commands' work (`processes`). Torch is imported where processes talk, and not before.
+A run with a single process (`ALONE`) has rank 0 in a world of 1, and these functions then cost nothing. The processes
+are started in `runs.processes`. Torch is imported only when processes communicate.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world`, `local_world` of them on each machine. `group`: the torch.distributed group they talk
-    in, which is on the CPU and patient; None where there is nobody to talk to."""
+    """This process is number `rank` of `world`; each machine has `local_world` of them. group: the torch.distributed
+    group for communication, on the CPU and with a long time limit (`patient_group`); None for a single process."""
 
     rank: int = 0
     world: int = 1
@@ -30,37 +30,37 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes what the run has one of, and speaks."""
+        """Whether this process writes the run's files and messages."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of a list that is the same in all: dealt out like cards, so every item falls to one."""
+        """This process's part of a list that all processes have: every `world`-th item. Each item is in one part."""
         return items[self.rank :: self.world]
 
     def from_first(self, value: Callable[[], T]) -> T:
-        """What the first process finds, in all of them. They wait for it; the others do not look themselves."""
+        """Calls `value` in the first process only, and returns its result in all of them. The others wait for it."""
         if self.group is None:
             return value()
         from torch.distributed import broadcast_object_list
 
         box = [value() if self.first else None]
-        with _heard():
+        with _peers_alive():
             broadcast_object_list(box, src=0, group=self.group)
         return box[0]  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value by rank, in all of them."""
+        """The values of all processes, by rank; every process gets this list."""
         if self.group is None:
             return [value]
         from torch.distributed import all_gather_object
 
         box: list[Any] = [None] * self.world
-        with _heard():
+        with _peers_alive():
             all_gather_object(box, value, group=self.group)
         return box
 
     def wait(self) -> None:
-        """Until all have come as far."""
+        """Waits until all processes have called this."""
         self.gather(None)
 
 
@@ -68,20 +68,20 @@ ALONE = Ranks()
 
 
 def patient_group() -> Any:
-    """A group of all processes, on the CPU, in which one may be waited for a day: drawing takes hours. One that has
-    ended is heard of at once."""
+    """A group of all processes, on the CPU, with a time limit of a day, because generating images takes hours. If a
+    process ends, the others notice at once."""
     from torch.distributed import new_group
 
     return new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 @contextmanager
-def _heard() -> Iterator[None]:
-    """A process that has ended closes its connections, which the others hear here."""
+def _peers_alive() -> Iterator[None]:
+    """Raises UserError if another process has ended, which closes its connections."""
     try:
         yield
     except RuntimeError as error:
         raise UserError(
-            "another process of this run has ended (if it said why, that stands above): the same command goes on where "
-            "this one stopped, with as many processes as you like."
+            "another process of this run has ended (its error, if it printed one, is above): run the same command "
+            "again to continue, with any number of processes."
         ) from error

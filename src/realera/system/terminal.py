@@ -1,6 +1,7 @@
-"""The console may be narrow (ASCII, cp1252), closed, full, or go away: no run ends for it, and the exit status tells.
+"""Makes printing safe. The console may have a limited encoding (ASCII, cp1252), be closed or full, or disappear; a run
+continues in all these cases, and the exit status reports lost output.
 
-The standard library, and nothing heavy of ours.
+Imports the standard library and nothing heavy.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from typing import Any
 from realera.paths import printable
 
 PLAIN = {"→": "->", "↓": "v", "↑": "^", "…": "...", "–": "-", "—": "-", "·": "-", "×": "x", "±": "+-", "’": "'"}
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)  # a reader or terminal that is no more
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)  # reader or terminal is gone
 PRINTING = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 SIGPIPE = 13
 _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
 def bars_hidden() -> bool:
-    """Whether progress bars are switched off here."""
+    """Whether progress bars are switched off."""
     return _hidden.get()
 
 
 @contextmanager
 def without_bars(hidden: bool = True) -> Iterator[None]:
-    """No progress bar is shown in here, if `hidden`."""
+    """Hides progress bars inside this context, if `hidden`."""
     token = _hidden.set(hidden)
     try:
         yield
@@ -42,7 +43,7 @@ def without_bars(hidden: bool = True) -> Iterator[None]:
 
 
 def protect() -> None:
-    """Makes this process's own standard output and error such that writing to them never fails."""
+    """Replaces this process's standard output and error by streams to which writing never fails."""
     codecs.register_error("realera", plainly)
     for name, handle in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -67,22 +68,22 @@ def protect() -> None:
 
 
 def _raw(stream: Any) -> Any:
-    """What a text stream writes to in the end; nothing under it is buffered with python -u."""
+    """The unbuffered stream under a text stream. With python -u there is no buffer in between."""
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)
 
 
 def plainly(error: UnicodeError) -> tuple[str, int]:
-    """What an encoding has no letters for, in ASCII."""
+    """Error handler of an encoding: replaces characters that it lacks by ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letters = error.object[error.start : error.end]
-    said = (PLAIN.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in letters)
-    return "".join(said), error.end
+    replaced = (PLAIN.get(letter) or letter.encode("ascii", "backslashreplace").decode() for letter in letters)
+    return "".join(replaced), error.end
 
 
 class OneLine(logging.Formatter):
-    """A log line is one line, whatever text of a file is in it; only a traceback has several."""
+    """Keeps every log message on one line, even if it contains text from a file. Tracebacks have several lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)
@@ -93,7 +94,7 @@ class OneLine(logging.Formatter):
 
 
 def lost() -> OSError | None:
-    """Why not all that was printed has arrived, if so."""
+    """The error by which printed output was lost; None if all has arrived."""
     raw = _raw(sys.stdout)
     if not isinstance(raw, Kept):
         return None
@@ -102,8 +103,8 @@ def lost() -> OSError | None:
 
 
 def status(arguments: Sequence[str]) -> int:
-    """The exit status of a command whose work was done: it counts as done where printing was all of it only if what was
-    printed has arrived. As of other programs, that of SIGPIPE where the reader has left."""
+    """The exit status of a command that has finished its work. If its work was only to print, lost output is an error:
+    2, or the status of SIGPIPE, as in other programs, if the reader has closed the pipe."""
     words = [word.partition("=")[0] if word.startswith("--") else word.lower() for word in arguments]
     if not ({*PRINTING, "dry_run=true"} & set(words)) or (error := lost()) is None:
         return 0
@@ -114,7 +115,7 @@ def status(arguments: Sequence[str]) -> int:
 
 
 class Kept(io.RawIOBase):
-    """A file descriptor to write to. What it cannot take is left out; `lost` says why."""
+    """A stream to a file descriptor. Data that cannot be written is dropped; `lost` is the error."""
 
     def __init__(self, handle: int, lost: OSError | None = None) -> None:
         super().__init__()
@@ -141,18 +142,18 @@ class Kept(io.RawIOBase):
                     select.select([], [self._handle], [])
         except OSError as error:
             self.lost = self.lost or error
-            if error.errno in GONE:  # libraries and helpers write there as well
+            if error.errno in GONE:  # libraries and child processes also write to this descriptor
                 _opened(self._handle, over=True)
         return size
 
 
 def _opened(handle: int, over: bool = False) -> int:
-    """The descriptor, opened on nothing where it is closed (or `over` what it was): the next file that is opened would
-    get its number, and be printed into."""
+    """Opens the null device on a closed descriptor (over=True: also on an open one) and returns the descriptor.
+    Otherwise the next opened file would get this number, and prints would go into that file."""
     if not over:
         with suppress(OSError):
             os.fstat(handle)
-            return os.open(os.devnull, os.O_WRONLY)  # somebody has opened a file there already
+            return os.open(os.devnull, os.O_WRONLY)  # the number already belongs to another file
     null = os.open(os.devnull, os.O_WRONLY)
     if null != handle:
         os.dup2(null, handle)

@@ -1,4 +1,4 @@
-"""Tasks: which prompts are trained on, generated and judged. One yaml with its data adds one."""
+"""Tasks: the prompts for training, generating and judging. One yaml with its data adds a task."""
 
 from realera.callable_module import make_callable
 

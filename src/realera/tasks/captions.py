@@ -1,4 +1,4 @@
-"""Captions from a user's files, one after another: no list of them is held whole, except that a .json file is."""
+"""Reads captions from a user's files as a stream. Only a .json file is read into memory as a whole."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from typing import Any
 from realera.contracts import UserError
 from realera.tasks.files import SPELLINGS
 
-COLUMNS = SPELLINGS["prompt"]  # what a column of captions may be called
+COLUMNS = SPELLINGS["prompt"]  # names of a column of captions
 
 
 def captions_in(files: Iterable[Path], column: str | None = None) -> Iterator[str]:
-    """Every caption of the files, in order; blank ones are passed over.
+    """Every caption of the files, in order, without blank ones.
 
-    .csv, .tsv: the column `column` (None: caption, prompt or text). .jsonl: a text or an object a line. .json: a list
-    of texts or objects, or COCO's {"annotations": [...]}. Any other file: one caption a line.
+    .csv, .tsv: the column `column` (None: caption, prompt or text). .jsonl: a text or an object on each line. .json: a
+    list of texts or objects, or COCO's {"annotations": [...]}. Any other file: one caption on each line.
 
-    Raises UserError for a file that cannot be read, or has no such column.
+    Raises UserError if a file cannot be read, or has no such column.
     """
     for file in files:
         try:
-            if file.exists() and not file.is_file():  # a pipe would be waited for, a device never ends
+            if file.exists() and not file.is_file():  # reading a pipe would block, and a device never ends
                 raise ValueError("it is a folder, a pipe or a device")
             with file.open(encoding="utf-8-sig", newline="") as stream:
                 for number, record in enumerate(_records(file, stream), 1):
                     text = record if isinstance(record, str) else _cell(file, number, record, column)
                     if "\0" in text:
-                        raise ValueError(f"record {number} holds a NUL byte")
+                        raise ValueError(f"record {number} contains a NUL byte")
                     if text.strip():
                         yield " ".join(text.split())
         except (OSError, UnicodeDecodeError, csv.Error, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
-                f"captions={file} cannot be read ({reason}): give a UTF-8 file of captions, one a line, or a CSV or "
-                "JSON file."
+                f"captions={file} cannot be read ({reason}): give a UTF-8 file with one caption on each line, or "
+                "a CSV or JSON file."
             ) from error
 
 
@@ -51,7 +51,7 @@ def _records(file: Path, stream: Any) -> Iterator[Any]:
         found = json.load(stream)
         listed = found["annotations"] if isinstance(found, dict) and "annotations" in found else found
         if not isinstance(listed, list):
-            raise ValueError("it holds no list of captions")
+            raise ValueError("it contains no list of captions")
         yield from listed
     else:
         yield from stream
@@ -65,6 +65,6 @@ def _cell(file: Path, number: int, record: Any, column: str | None) -> str:
                 return str(record[name])
         raise UserError(
             f"captions={file}: record {number} has no {' or '.join(names)} (it has "
-            f"{', '.join(map(str, list(record)[:8]))}): name the column of the captions with column=NAME."
+            f"{', '.join(map(str, list(record)[:8]))}): give the column of the captions with column=NAME."
         )
     raise UserError(f"captions={file}: record {number} is neither a text nor an object: give a list of captions.")

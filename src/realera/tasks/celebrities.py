@@ -1,4 +1,4 @@
-"""Celebrities: Acc_e "A portrait of {name}" (MACE: five templates); top-1, given a face, throughout."""
+"""Celebrities: Acc_e with "A portrait of {name}" (MACE: five templates). All metrics are top-1, given a face."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from realera.tasks.people import PeopleTask
 
 
 class CelebrityTask(PeopleTask):
-    """Known people are mapped to "a person", as MACE maps them. The settings are `PeopleTask`'s."""
+    """The anchor of known people is "a person", as in MACE. The settings are those of `PeopleTask`."""
 
     name = "celebrity"
     headline: Mapping[str, Mode] = dict.fromkeys(("acc_e", "acc_s", "acc_g", "acc_a", "acc_u"), "top1")

@@ -1,4 +1,4 @@
-"""Files that a user brings: tables of prompts (I2P, COCO-30K, MACE's, one's own) and lists of concepts."""
+"""Reads a user's files: tables of prompts (I2P, COCO-30K, MACE's, or others) and lists of concepts."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "nudity": ("nudity_percentage", "nudity"),
     "concept": ("concept",),
 }
-"""What a column may be called, most telling first; capitals, blanks and hyphens do not count."""
+"""{meaning of a column: its possible names, in order of preference}. Names are compared without regard to capitals, and
+blanks and hyphens count as underscores."""
 _DELIMITERS = (",", ";", "\t")
-_LARGEST = 256 << 20  # bytes of a file: COCO's 600,000 captions are a tenth of that
-_MULTIPLE = 8  # pixels: an autoencoder's latents are an eighth as wide
+_LARGEST = 256 << 20  # bytes of a file; COCO's 600,000 captions have a tenth of that
+_MULTIPLE = 8  # pixels; the autoencoder's latents are smaller by this factor
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt of a table. id: distinct within the file, and a plain file name. None: the file does not say. size:
-    (height, width)."""
+    """One prompt of a table. id: unique within the file, and a plain file name. size: (height, width). None: not in the
+    file."""
 
     id: str
     prompt: str
@@ -45,13 +46,13 @@ class Row:
 
 
 def read_prompts(file: str | Path, key: str, min_nudity: float | None = None) -> list[Row]:
-    """The rows of a CSV (comma, semicolon or tab; UTF-8, with or without a mark; texts with line breaks in quotes).
+    """The rows of a CSV (comma, semicolon or tab; UTF-8, with or without a BOM; texts with line breaks in quotes).
 
-    Columns are found by `SPELLINGS`, others are passed over. A row without an id is named after its place, and one
-    whose id was met before gets "-2", "-3", ... min_nudity: only rows with a higher nudity percentage.
+    Columns are found by `SPELLINGS`; others are ignored. The id of a row without one is its position. Repeated ids get
+    "-2", "-3", ... min_nudity: only rows with a higher nudity percentage. key: the setting that errors name.
 
     Raises:
-        UserError: the file cannot be read, lacks a column, or holds a malformed row; `key` is the setting to blame.
+        UserError: the file cannot be read, lacks a column, or has a malformed row.
     """
     path, text = _read(file, f"task.{key}")
     lines = text.splitlines()
@@ -67,30 +68,29 @@ def read_prompts(file: str | Path, key: str, min_nudity: float | None = None) ->
         if columns[meaning] is None:
             raise UserError(
                 f"{path} has no column for the {meaning} ({' or '.join(SPELLINGS[meaning])}): "
-                f"line {header_line + 1} should name the columns and names {', '.join(header)[:120]}"
+                f"line {header_line + 1} must be the header, and it has {', '.join(header)[:120]}"
             )
     rows: list[Row] = []
-    met: Counter[str] = Counter()
+    used: Counter[str] = Counter()
     for place, (line, fields) in enumerate(records, 1):
         if len(fields) != len(header):
             raise UserError(
-                f"{path} line {line} has {len(fields)} columns where the header has {len(header)}: put quotes round a "
-                "text that holds the delimiter or a line break"
+                f"{path} line {line} has {len(fields)} columns, but the header has {len(header)}: put quotes around a "
+                "text that contains the delimiter or a line break"
             )
         cell = _Cells(path, line, header, fields, columns)
         if min_nudity is not None and not (cell.number("nudity") or 0) > min_nudity:
             continue
-        rows.append(cell.row(_distinct(cell.text("id") or str(place), met)))
+        rows.append(cell.row(_unique_id(cell.text("id") or str(place), used)))
     if not rows:
-        raise UserError(f"{path} holds no prompts{'' if min_nudity is None else f' above min_nudity={min_nudity}'}")
+        raise UserError(f"{path} has no prompts{'' if min_nudity is None else f' above min_nudity={min_nudity}'}")
     return rows
 
 
 def read_concepts(file: str | Path) -> list[tuple[str, str | None]]:
-    """(name, anchor or None) for every line "name" or "name,anchor"; names with commas in double quotes, # comments.
-
-    A first line that says "name", "concept" or "artist" is a header. Raises UserError for a file or line that cannot
-    be read.
+    """(name, anchor or None) for every line "name" or "name,anchor". Names with commas are in double quotes; lines that
+    start with # are comments. A first line "name", "concept" or "artist" is a header. Raises UserError for a file or
+    line that cannot be read.
     """
     path, text = _read(file, "concepts_file")
     found: list[tuple[str, str | None]] = []
@@ -108,14 +108,14 @@ def read_concepts(file: str | Path) -> list[tuple[str, str | None]]:
             or any(not letter.isprintable() for letter in "".join(fields))
         ):
             raise UserError(
-                f"{path} line {number} ({line.strip()[:60]!r}) is no concept: write name or name,anchor, and put "
-                "double quotes round a name that holds a comma"
+                f"{path} line {number} ({line.strip()[:60]!r}) is not a concept: write name or name,anchor, and put "
+                "double quotes around a name that contains a comma"
             )
         if not found and [field.casefold() for field in fields] in _HEADERS:
             continue
         found.append((fields[0], fields[1] if len(fields) == 2 and fields[1] else None))
     if not found:
-        raise UserError(f"concepts_file={path} names no concept: write one name a line")
+        raise UserError(f"concepts_file={path} has no concepts: write one name on each line")
     return found
 
 
@@ -124,7 +124,7 @@ _HEADERS = [[name, *more] for name in ("name", "concept", "artist") for more in 
 
 @dataclass(frozen=True)
 class _Cells:
-    """One record by meaning, with the place to name where a cell cannot be used."""
+    """One record of a table, read by the columns' meaning. Errors name the file, line and column."""
 
     path: Path
     line: int
@@ -138,7 +138,7 @@ class _Cells:
             raise self.fault("prompt", "is empty")
         height, width = self.pixels("height"), self.pixels("width")
         if (height is None) != (width is None):
-            raise self.fault("height" if height is None else "width", "is empty and the other side is not")
+            raise self.fault("height" if height is None else "width", "is empty, but the other side is not")
         size = (height, width) if height is not None and width is not None else None
         guidance = self.number("guidance", most=MOST_GUIDANCE)
         return Row(name, prompt, self.whole("seed"), guidance, size, self.text("concept") or None)
@@ -148,7 +148,7 @@ class _Cells:
         return "" if at is None else self.fields[at].strip()
 
     def number(self, meaning: str, most: float = math.inf) -> float | None:
-        """From 0 to `most`; None where the cell is empty."""
+        """A number from 0 to `most`; None if the cell is empty."""
         if not (text := self.text(meaning)):
             return None
         try:
@@ -156,25 +156,25 @@ class _Cells:
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or value < 0:
-            raise self.fault(meaning, f"holds {text[:40]!r}, which is no number of 0 or more")
+            raise self.fault(meaning, f"contains {text[:40]!r}, which is not a number of 0 or more")
         if value > most:
-            raise self.fault(meaning, f"holds {text[:40]!r}, which is no number from 0 to {most:g}")
+            raise self.fault(meaning, f"contains {text[:40]!r}, which is not a number from 0 to {most:g}")
         return value
 
     def whole(self, meaning: str) -> int | None:
-        """0 or more and below 2^63, also written 12.0; None where the cell is empty."""
+        """A whole number from 0 to 2^63 - 1, which may be written 12.0; None if the cell is empty."""
         if not (text := self.text(meaning)):
             return None
         if not (found := re.fullmatch(r"\+?(\d{1,19})(?:\.0*)?", text, re.ASCII)) or int(found[1]) >= 2**63:
-            raise self.fault(meaning, f"holds {text[:40]!r}, which is no whole number from 0 to 2^63 - 1")
+            raise self.fault(meaning, f"contains {text[:40]!r}, which is not a whole number from 0 to 2^63 - 1")
         return int(found[1])
 
     def pixels(self, meaning: str) -> int | None:
         value = self.whole(meaning)
         if value is not None and (value % _MULTIPLE or not value):
-            raise self.fault(meaning, f"holds {value}: images are a multiple of {_MULTIPLE} pixels wide and high")
+            raise self.fault(meaning, f"contains {value}: width and height must be multiples of {_MULTIPLE} pixels")
         if value is not None and value > MOST_PIXELS:
-            raise self.fault(meaning, f"holds {value}: images are at most {MOST_PIXELS} pixels wide and high")
+            raise self.fault(meaning, f"contains {value}: width and height must be at most {MOST_PIXELS} pixels")
         return value
 
     def fault(self, meaning: str, what: str) -> UserError:
@@ -184,10 +184,10 @@ class _Cells:
 
 
 def _read(file: str | Path, key: str) -> tuple[Path, str]:
-    """A text file's path and content, which is not blank."""
+    """The path and content of a text file. Raises UserError if it cannot be read or is blank."""
     path = Path(str(file)).expanduser()
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, a device never ends
+        if path.exists() and not path.is_file():  # reading a pipe would block, and a device never ends
             raise UserError(f"{key}={path} cannot be read (it is a folder, a pipe or a device): give a file")
         if path.stat().st_size > _LARGEST:
             raise UserError(f"{key}={path} is larger than {_LARGEST >> 20} MB: give a file of prompts or names")
@@ -199,17 +199,17 @@ def _read(file: str | Path, key: str) -> tuple[Path, str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{key}={path} is no UTF-8 text (line {line}): save it as UTF-8") from error
+        raise UserError(f"{key}={path} is not UTF-8 text (line {line}): save it as UTF-8") from error
     if not text.strip():
-        raise UserError(f"{key}={path} is empty")
+        raise UserError(f"{key}={path} is empty: give another file")
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"{key}={path} holds a NUL byte (line {line}), so it is no text: save it as UTF-8")
+        raise UserError(f"{key}={path} contains a NUL byte (line {line}), so it is not a text file: save it as UTF-8")
     return path, text
 
 
 def _delimiter(header: str) -> str:
-    """The one that finds a column for the prompt; of several, the one that finds most columns."""
+    """The delimiter with which the header has a prompt column; of several, the one that gives the most columns."""
 
     def found(delimiter: str) -> tuple[bool, int]:
         names = [name.strip().strip('"').casefold() for name in header.split(delimiter)]
@@ -219,7 +219,7 @@ def _delimiter(header: str) -> str:
 
 
 def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(the line a record begins on, its cells) for every record that is not blank, the header first."""
+    """(first line of the record, its cells) for every record that is not blank, the header first."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     while True:
         begun = reader.line_num + 1
@@ -229,17 +229,17 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[
             return
         except csv.Error as error:
             raise UserError(
-                f"{path} line {begun} is malformed ({error}): a text with quotes stands in quotes and doubles its own"
+                f"{path} line {begun} is malformed ({error}): quote a text that has quotes, and double these quotes"
             ) from error
         if any(field.strip() for field in fields):
             yield begun, fields
 
 
-def _distinct(given: str, met: Counter[str]) -> str:
-    """A plain name for `given`; name-2, name-3, ... where it was met before. Noted as met."""
-    name = made = given.zfill(5) if re.fullmatch(r"[0-9]+", given) else slug(given)
-    while met[made]:
-        met[name] += 1
-        made = f"{name}-{met[name]}"
-    met[made] += 1
-    return made
+def _unique_id(given: str, used: Counter[str]) -> str:
+    """A plain file name for `given`; name-2, name-3, ... if it is in `used`. Adds the result to `used`."""
+    name = unique = given.zfill(5) if re.fullmatch(r"[0-9]+", given) else slug(given)
+    while used[unique]:
+        used[name] += 1
+        unique = f"{name}-{used[name]}"
+    used[unique] += 1
+    return unique

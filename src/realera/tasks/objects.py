@@ -1,7 +1,7 @@
 """Objects: erase CIFAR-10 classes, by MACE's protocol (arXiv 2403.06135) as RealEra uses it (arXiv 2410.09140).
 
 Acc_e: "a photo of the {class}"; Acc_g: the same with each of MACE's three synonyms; Acc_s: the nine other classes.
-Beside them stand phrases that evoke the class without naming it, and words that no caption of the miniature held.
+Further splits: phrases that evoke the class without naming it, and words that occur in no caption of the miniature.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ PROTOCOL_IMAGES: Mapping[Split, int] = {"erase": 200, "near": 200, "keep": 200, 
 
 
 class ObjectTask(NamedTask):
-    """Any concept can be erased: the ten classes know their anchor and their words, another one is told them.
+    """Erases any concept. The data file has an anchor and words for the ten classes; any other concept needs an anchor.
 
-    concepts: one name or several, erased together. anchor: null = each class's own; one for all, or one per concept.
-    images: how many images per prompt in each split (the paper gives 200 per class and no count for synonyms).
-    first_seed: every prompt is drawn with seeds first_seed, first_seed + 1, ...: the same for every method. templates:
-    in place of the training templates. synonyms, associated, unseen: a single concept's words, not the file's. told: of
-    the other classes, which a method may be told to keep, and are not judged (`base.Told`).
+    concepts: one name or several, erased together. anchor: one for all, or one per concept; None = the class's own.
+    images: images per prompt in each split (the paper gives 200 per class, and no number for synonyms). first_seed:
+    every prompt is drawn with seeds first_seed, first_seed + 1, ..., for every method. templates: replace the training
+    templates. synonyms, associated, unseen: replace the data file's words of a single concept. told: other classes that
+    a method may be told to preserve; they are not judged (`base.Told`).
 
-    Raises UserError for a concept or anchor that cannot be used.
+    Raises UserError for an invalid concept or anchor.
     """
 
     name = "object"

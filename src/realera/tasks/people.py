@@ -1,7 +1,7 @@
-"""What celebrities and artists share: protocols for people, RealEra's (arXiv 2410.09140) and MACE's (2403.06135).
+"""The base class of celebrities and artists, with the protocols of RealEra (arXiv 2410.09140) and MACE (2403.06135).
 
-realera: Acc_e one template with the name, Acc_g the phrase that the paper prints for the person and that does not name
-them, Acc_s the hundred preserved people. mace: five templates, Acc_e and Acc_s alone.
+realera: Acc_e with one template and the name, Acc_g with the paper's phrase that evokes the person without the name,
+Acc_s on the hundred preserved people. mace: five templates, and only Acc_e and Acc_s.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ DATA = {**TABLES, "protocols": {...: {**PROTOCOL, "templates": list}}}
 
 
 class PeopleTask(ProtocolTask):
-    """Known people have an anchor; anything else can be erased once it is given one.
+    """Erases any concept. The data file has an anchor for known people; any other concept needs an anchor.
 
-    concepts, anchor, first_seed, templates: as of every task. protocol: realera | mace. world: paper | miniature,
-    whose people are known and preserved. images: per prompt and split, null = the protocol's. near, associated,
-    unseen: a single concept's whole prompts, not the file's. told: of those preserved, which a method may be told
-    to keep, and are not judged (`base.Told`). data: another file of people than the task's own, `people`.
+    concepts, anchor, first_seed, templates: as in `ObjectTask`. protocol: realera | mace. world: paper | miniature; its
+    people are known and preserved. images: per prompt and split; None = the protocol's. near, associated, unseen:
+    replace the data file's whole prompts of a single concept. told: preserved people that a method may be told; they
+    are not judged (`base.Told`). data: a data file that replaces the task's own, `people`.
 
-    Raises UserError for a concept or anchor that cannot be used.
+    Raises UserError for an invalid concept or anchor.
     """
 
     people: str

@@ -1,4 +1,4 @@
-"""What every task does with words: clean what the user typed, fill templates, number prompts."""
+"""Helpers of all tasks: clean typed names, fill templates, number prompts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from realera.contracts import NamedPrompt, Prompt, Split, UserError
 
-MAX_WORDS = 20  # more is a text, not a concept
+MAX_WORDS = 20  # a longer text is not a concept
 _SLUG_LENGTH = 40
 
 
 class Wording(NamedTuple):
-    """A prompt before it is numbered. name: what its id is made of; concept, caption: as in `contracts.Prompt`."""
+    """A prompt without id and seed. name: used in the id. concept, caption: as in `contracts.Prompt`."""
 
     name: str
     text: str
@@ -24,26 +24,26 @@ class Wording(NamedTuple):
 
 
 def typed(key: str, value: str) -> str:
-    """A setting as a shell takes it: anchor=sky, anchor='a person'."""
+    """A setting quoted for a shell: anchor=sky, anchor='a person'."""
     return f"{key}={value}" if value.isalnum() else f"{key}='{value}'"
 
 
 def clean_name(text: object, what: str = "concept", example: str | None = None) -> str:
-    """The text with single spaces. Raises UserError where it is missing, empty or longer than MAX_WORDS words."""
+    """The text with single spaces. Raises UserError if it is missing, empty or longer than MAX_WORDS words."""
     words = "" if text is None else " ".join(str(text).split())
-    said = typed(what, example or ("airplane" if what == "concept" else "sky"))
+    suggestion = typed(what, example or ("airplane" if what == "concept" else "sky"))
     if not words:
-        raise UserError(f"the {what} is empty: type a name, such as {said}")
+        raise UserError(f"the {what} is empty: type a name, such as {suggestion}")
     if (count := len(words.split())) > MAX_WORDS or len(words) > 10 * MAX_WORDS:
         raise UserError(
             f"the {what} has {count} words and {len(words)} letters: type a name of at most {MAX_WORDS} words, "
-            f"such as {said}"
+            f"such as {suggestion}"
         )
     return words
 
 
 def same_name(text: str) -> str:
-    """What two spellings of a name share: no accents, no capitals ("Dalí" and "dali" are one)."""
+    """The name without accents and capitals, for comparisons: "Dalí" and "dali" are equal."""
     letters = unicodedata.normalize("NFKD", text)
     return "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
 
@@ -56,14 +56,15 @@ def fill(template: str, name: str) -> NamedPrompt:
 
 
 def check_template(template: str) -> str:
-    """The template, where it holds {} exactly once; else UserError."""
+    """Returns the template. Raises UserError unless it contains {} exactly once."""
     if template.count("{}") != 1:
-        raise UserError(f"the template {template!r} must hold {{}} once, where the concept goes")
+        raise UserError(f"the template {template!r} must contain {{}} once, where the concept goes")
     return template
 
 
 def slug(text: str) -> str:
-    """A lower-case [a-z0-9-] name for ids and files. Where letters were lost, six hex digits keep two texts apart."""
+    """A lower-case [a-z0-9-] name for ids and files. If characters are lost, six hex digits of a hash make it
+    unique."""
     plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     if plain.replace("-", " ") == text and len(plain) <= _SLUG_LENGTH:
         return plain
@@ -72,7 +73,7 @@ def slug(text: str) -> str:
 
 
 def number(words: Iterable[Wording], split: Split, images: int, first_seed: int) -> list[Prompt]:
-    """`images` prompts for each wording, seeds from first_seed on; ids are "split-name-seed"."""
+    """`images` prompts for each wording, with seeds from first_seed on and ids "split-name-seed"."""
     return [
         Prompt(f"{stem}-{seed:04d}", word.text, word.concept, split, seed, word.caption)
         for word in words

@@ -1,4 +1,4 @@
-"""Artists' styles: Acc_e "An artwork by {name}" (MACE: five templates); CLIP scores stand in place of accuracies."""
+"""Artists' styles: Acc_e with "An artwork by {name}" (MACE: five templates). The metrics are CLIP scores."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from realera.tasks.prompts import fill
 
 
 class StyleTask(PeopleTask):
-    """Known artists are mapped to "art", as MACE maps them; any other style can be erased too.
+    """The anchor of known artists is "art", as in MACE. Any other style can be erased with an anchor.
 
-    acc_g_text: what the images of phrases that do not name the artist are compared with. "artist": "An artwork by
-    {name}"; "associated": the phrase itself (the paper does not say which). The other settings are `PeopleTask`'s.
-
-    Raises UserError for a concept or anchor that cannot be used.
+    acc_g_text: the text that is compared with images of phrases without the artist's name. "artist": "An artwork by
+    {name}"; "associated": the phrase itself. The paper does not say which. The other settings are those of
+    `PeopleTask`. Raises UserError for an invalid concept or anchor.
     """
 
     name = "style"

@@ -1,2 +1,2 @@
-"""From a method and a backbone to erased weights: the Lightning loop, the edit before it, the files it leaves. Knows no
-command."""
+"""Applies a method to a backbone: the closed-form edit, the Lightning training loop, and the files of erased weights.
+Independent of the commands."""

@@ -1,4 +1,4 @@
-"""What happens around the loop: the closed form before it, the anchor bank, the progress bar."""
+"""Callbacks of the training loop: the closed-form edit, the preparation of latents, the time, the progress bar."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ from realera.training.module import ErasureModule, trains
 from realera.training.resuming import trained_numbers
 from realera.training.seeding import stream
 
-PROBED = 50  # distinct prompts of a split whose shift is reported: a data set's captions are tens of thousands
-AT_ONCE = 64  # of them encoded at once
-KEPT = 256 << 20  # bytes of mined points that stay in memory, and are saved (half as many) for looking at
+PROBED = 50  # most prompts of a split whose shift is reported: a data set has tens of thousands of captions
+AT_ONCE = 64  # prompts encoded in one batch
+KEPT = 256 << 20  # bytes of mined points that stay in memory; they are saved in half precision for inspection
 
 
 class Mined(Sequence[Neighbours]):
-    """What a method mines around each concept, drawn when it is asked for and always the same: what is mined around a
-    hundred people takes 5 GB at once. The first ones stay, as many as `KEPT` bytes hold and at least one.
+    """The points mined around each concept. They are drawn when they are read, because those of a hundred people take
+    5 GB; reading them again gives the same points. Those of the first concepts stay in memory, up to `KEPT` bytes and
+    at least one.
 
-    Raises UserError where NaN or infinity was mined.
+    Raises UserError if mined points have NaN or infinity.
     """
 
     def __init__(self, miner: Miner, pairs: Sequence[Pair], seed: int) -> None:
@@ -47,7 +48,7 @@ class Mined(Sequence[Neighbours]):
         self.seed = seed
         self.kept: list[Neighbours] = []
         self.full = False
-        self[0]  # there is always something to look at
+        self[0]  # at least one concept's points are kept
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -60,7 +61,7 @@ class Mined(Sequence[Neighbours]):
         tensors = tensors_of(found)
         finite.refuse(
             tensors,
-            f"Around {pair.concept.target!r} was mined what cannot be used:",
+            f"The points mined around {pair.concept.target!r} cannot be used:",
             "mine nearer (method.neighbours), or check the text encoder's weights",
         )
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -73,9 +74,9 @@ class Mined(Sequence[Neighbours]):
 
 
 class ClosedFormEdit(Callback):
-    """Mines, edits W_K and W_V and adds the adapter, in `setup`: before Lightning restores a checkpoint and builds the
-    optimiser. In `on_fit_start`, after the restoring, a resumed run would apply its edit to edited weights. The
-    method's finishing edit follows the loop and takes the adapter's place.
+    """Mines, edits W_K and W_V and adds the adapter. This is done in `setup`, before Lightning restores a checkpoint
+    and builds the optimiser: after restoring, a resumed run would apply its edit to edited weights. After training, the
+    `finish` edit replaces the adapter.
 
     Every process does the same work; the first one writes map.safetensors, neighbours.safetensors and edit.json.
     probes: prompts whose shift under the edit is reported, at most `PROBED` of a split.
@@ -142,14 +143,14 @@ class ClosedFormEdit(Callback):
         self.meter.note(edited_parameters=sum(layers[name].weight.numel() for name in self.edited))
 
     def _apply(self, module: ErasureModule, edit: Edit, stage: str) -> dict[str, Any]:
-        """Applies the edit and measures it: relative change per layer, shift per probe, singular values of the map."""
+        """Applies the edit and measures it: relative change of each layer, shift of each probe, spectrum of the map."""
         backbone = module.backbone
         layers = backbone.text_projections()
         before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-        with self.meter.stage(stage):  # the measuring is none of the method's work
+        with self.meter.stage(stage):  # measuring the edit does not count as the method's time
             backbone.apply(edit)
         after = {name: layer.weight.detach() for name, layer in layers.items()}
-        changes = {name: float(_share(after[name] - before[name], before[name])) for name in layers}
+        changes = {name: float(_relative_norm(after[name] - before[name], before[name])) for name in layers}
         self.edited |= {name for name in layers if not torch.equal(after[name], before[name])}
         mean = sum(changes.values()) / len(changes)
         return {
@@ -162,16 +163,16 @@ class ClosedFormEdit(Callback):
     def _shifts(
         self, module: ErasureModule, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
     ) -> list[dict[str, Any]]:
-        """How far the edit moves what the U-Net reads of a probe, and whether to the anchor; means over the layers.
+        """How far the edit moves the keys and values of a probe, and whether towards the anchor; means over the layers.
 
-        shift: ||(W - W0) h|| / ||W0 h||, h the rows from the first word to the first end-of-text. to_anchor_before,
-        to_anchor_after: cosines of W0 h and of W h with W0 a, h and a the rows of the first end-of-text of the probe
-        and of the anchor's first training prompt.
+        shift: ||(W - W0) h|| / ||W0 h||, where h are the rows from the first word to the first end-of-text.
+        to_anchor_before, to_anchor_after: cosines of W0 h and of W h with W0 a, where h and a are the rows of the first
+        end-of-text in the probe and in the anchor's first training prompt.
         """
         if not self.probes:
             return []
         like = next(iter(before.values()))
-        goals = self._goals(module.pairs, before)
+        anchors = self._projected_anchors(module.pairs, before)
         means = []
         for start in range(0, len(self.probes), AT_ONCE):
             probes = self.probes[start : start + AT_ONCE]
@@ -179,18 +180,18 @@ class ClosedFormEdit(Callback):
             for states, end, probe in zip(read.states, read.length.tolist(), probes):
                 h = states[1 : end + 1].to(like)
                 rows = []
-                for name, goal in zip(before, goals.get(probe.concept, next(iter(goals.values())))):
+                for name, anchor in zip(before, anchors.get(probe.concept, next(iter(anchors.values())))):
                     old, new = h @ before[name].T, h @ after[name].T
-                    near = [torch.cosine_similarity(q[-1], goal, dim=0).float() for q in (old, new)]
-                    rows.append(torch.stack([_share(new - old, old).float(), *near]))
-                means.append(torch.stack(rows).mean(dim=0))  # stays on the device: nothing is waited for till all stand
+                    near = [torch.cosine_similarity(q[-1], anchor, dim=0).float() for q in (old, new)]
+                    rows.append(torch.stack([_relative_norm(new - old, old).float(), *near]))
+                means.append(torch.stack(rows).mean(dim=0))  # stays on the device: only one transfer at the end
         return [
             {"text": probe.text, "split": probe.split, "shift": shift, "to_anchor_before": old, "to_anchor_after": new}
             for probe, (shift, old, new) in zip(self.probes, torch.stack(means).tolist())
         ]
 
-    def _goals(self, pairs: Sequence[Pair], before: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-        """{concept: W0 a of every layer}, of the first concept and of those that are probed; see `_shifts`."""
+    def _projected_anchors(self, pairs: Sequence[Pair], before: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """{concept: [W0 a of each layer]} for the first concept and the concepts of the probes; see `_shifts`."""
         probed = {pairs[0].concept.target, *(probe.concept for probe in self.probes)}
         anchors = {pair.concept.target: pair.anchor for pair in pairs if pair.concept.target in probed}
         ends = {target: anchor.states[0, int(anchor.length[0])] for target, anchor in anchors.items()}
@@ -205,8 +206,9 @@ class ClosedFormEdit(Callback):
 
 
 class PrepareLatents(Callback):
-    """Makes the latent source ready on the device, and the aligner where it asks for that; the first process first: the
-    others find its work in the cache. What the aligner makes `together` is shared by all, after that."""
+    """Prepares the latent source and the aligner on the device, if they are `Prepares`. The first process does so
+    first, and the others find the results in the cache. Parts that are `PreparesTogether` follow, in all processes at
+    once."""
 
     def __init__(self, cache: Path, meter: Meter | None = None) -> None:
         self.cache = cache
@@ -231,7 +233,7 @@ class PrepareLatents(Callback):
 
 
 class Measured(Callback):
-    """The loop's own time, and how many numbers the optimiser was given to change."""
+    """Measures the time of the training loop and the number of trained parameters."""
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -248,7 +250,7 @@ class Measured(Callback):
 
 
 class FitProgress(Callback):
-    """A bar over the loop's steps with the loss beside it."""
+    """A progress bar over the training steps that also shows the loss."""
 
     def __init__(self, description: str) -> None:
         self.description = printable(description)
@@ -290,7 +292,7 @@ class FitProgress(Callback):
 
 @contextmanager
 def _patient(trainer: Trainer) -> Iterator[Ranks]:
-    """The run's processes, for work that may take longer than the minutes that gradients are waited for."""
+    """The run's processes, with a group whose time limit is long enough for the preparation of latents."""
     if trainer.world_size == 1:
         yield ALONE
         return
@@ -305,7 +307,7 @@ def _erasure(module: LightningModule) -> ErasureModule:
 
 
 def spread(probes: Sequence[Prompt], most: int) -> list[Prompt]:
-    """At most so many of each split, from its first to its last at even distances; the order stays."""
+    """At most `most` probes of each split, evenly spaced from the first to the last, in their order."""
     splits: dict[str, list[int]] = {}
     for place, probe in enumerate(probes):
         splits.setdefault(probe.split, []).append(place)
@@ -317,5 +319,5 @@ def spread(probes: Sequence[Prompt], most: int) -> list[Prompt]:
     return [probe for place, probe in enumerate(probes) if place in kept]
 
 
-def _share(change: Tensor, whole: Tensor) -> Tensor:
+def _relative_norm(change: Tensor, whole: Tensor) -> Tensor:
     return torch.linalg.norm(change.double()) / torch.linalg.norm(whole.double()).clamp(min=1e-300)

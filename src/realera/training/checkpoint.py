@@ -1,5 +1,5 @@
-"""The files a fit leaves: erased.safetensors, map.safetensors, neighbours.safetensors, each with what it takes to trust
-it."""
+"""The files of a fit: erased.safetensors, map.safetensors and neighbours.safetensors. Each has a checksum and metadata
+about its origin."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "lightning", "safeten
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a file comes from: the resolved config, the backbone's name and the content id of its weights, and
-    `identity`, a hash of the settings that decide the result."""
+    """The origin of a file: the resolved config, the backbone's name and the content id of its weights, and `identity`,
+    a hash of the settings that decide the result."""
 
     config: Mapping[str, Any]
     backbone: str
@@ -37,7 +37,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Erased:
-    """The content of an erased.safetensors: `state` is what `Backbone.load_erased` takes."""
+    """The content of an erased.safetensors. state: for `Backbone.load_erased`."""
 
     state: dict[str, Tensor]
     origin: Origin
@@ -47,8 +47,8 @@ class Erased:
 
 
 def save_erased(path: Path, backbone: Backbone, origin: Origin, lora: LoraSpec | None) -> None:
-    """Only what differs from the original weights. `lora`: the spec of the adapter among them, if there is one. The
-    files that the fit has left beside it are noted by their digests."""
+    """Saves the weights that differ from the original ones. lora: the spec of their adapter, if they have one. The
+    metadata contains the digests of the fit's other files in the folder."""
     found = {name: checksums.digest(path.parent / name) for name in OF_THE_FIT}
     beside = json.dumps({name: digest for name, digest in found.items() if digest is not None})
     said = json.dumps(None if lora is None else asdict(lora))
@@ -56,10 +56,10 @@ def save_erased(path: Path, backbone: Backbone, origin: Origin, lora: LoraSpec |
 
 
 def read_erased(path: Path) -> Erased:
-    """Raises UserError for a file that is missing or not one of ours, Torn for one that is torn."""
+    """Raises UserError for a file that is missing or was not written by this package, Torn for a torn file."""
     state, metadata = _read(path)
     if "lora" not in metadata:
-        raise UserError(f"{path} holds no erased weights: give a run's erased.safetensors.")
+        raise UserError(f"{path} has no erased weights: give a run's erased.safetensors.")
     try:
         lora = plain_data.json_of(metadata["lora"])
         return Erased(
@@ -74,7 +74,7 @@ def read_erased(path: Path) -> Erased:
 
 
 def load_erased(path: Path, backbone: Backbone) -> Erased:
-    """Puts a file's weights onto the backbone they were made with.
+    """Applies a file's weights to the backbone they were made with.
 
     Raises UserError as `read_erased`, and for another backbone.
     """
@@ -82,7 +82,7 @@ def load_erased(path: Path, backbone: Backbone) -> Erased:
     if erased.origin.fingerprint != backbone.fingerprint:
         raise UserError(
             f"{path} was made with backbone {erased.origin.backbone} ({erased.origin.fingerprint}), not with "
-            f"{backbone.name} ({backbone.fingerprint}): choose that backbone, or carry the edit over with its "
+            f"{backbone.name} ({backbone.fingerprint}): choose that backbone, or transfer the edit with its "
             "map.safetensors."
         )
     backbone.load_erased(erased.state)
@@ -90,7 +90,7 @@ def load_erased(path: Path, backbone: Backbone) -> Erased:
 
 
 def save_map(path: Path, map: Tensor, origin: Origin, projections: Sequence[str] = (KEYS, VALUES)) -> None:
-    """The closed form (D, D), float32: W = W0 @ map, of the cross-attention's weights whose names end so."""
+    """Saves the map (D, D) of a closed form in float32: W = W0 @ map. projections: suffixes of the layers it is for."""
     _save(path, {"map": map.float()}, origin, projections=json.dumps(list(projections)))
 
 
@@ -98,7 +98,7 @@ def read_map(path: Path) -> tuple[Tensor, Origin]:
     """Raises UserError as `read_erased`."""
     state, metadata = _read(path)
     if "map" not in state:
-        raise UserError(f"{path} holds no map: give a run's map.safetensors.")
+        raise UserError(f"{path} has no map: give a run's map.safetensors.")
     try:
         return state["map"], _origin(metadata)
     except (KeyError, ValueError) as error:
@@ -106,8 +106,8 @@ def read_map(path: Path) -> tuple[Tensor, Origin]:
 
 
 def save_neighbours(path: Path, mined: Sequence[Neighbours], origin: Origin) -> None:
-    """What was mined around concept i, of those that are given, as "i.near", "i.near_targets", ...: points in float16,
-    for looking at, or as they are where that cannot hold them."""
+    """Saves the tensors mined around concept i as "i.near", "i.near_targets", ... Points are saved in float16, which is
+    enough for inspection, unless they are too large for it."""
     tensors: dict[str, Tensor] = {}
     for i, found in enumerate(mined):
         for name, tensor in tensors_of(found).items():
@@ -117,7 +117,7 @@ def save_neighbours(path: Path, mined: Sequence[Neighbours], origin: Origin) -> 
 
 
 def tensors_of(found: Neighbours) -> dict[str, Tensor]:
-    """All that was mined around a concept, by name."""
+    """{name: tensor} of everything that was mined around a concept."""
     named = {name: getattr(found, name) for name in ("near", "near_targets", "beyond", "near_rows", "beyond_rows")}
     moments = {} if found.moments is None else vars(found.moments)
     return named | {f"moments.{name}": moment for name, moment in moments.items() if moment is not None}
@@ -139,11 +139,11 @@ def _save(path: Path, tensors: Mapping[str, Tensor], origin: Origin, **more: str
         "libraries": json.dumps({name: _version(name) for name in LIBRARIES}),
         **more,
     }
-    checksums.save(path, {name: _apart(tensor) for name, tensor in tensors.items()}, metadata)
+    checksums.save(path, {name: _own_memory(tensor) for name, tensor in tensors.items()}, metadata)
 
 
-def _apart(tensor: Tensor) -> Tensor:
-    """On the CPU, in memory of its own: a file holds no two views of one memory."""
+def _own_memory(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, in its own memory: safetensors refuses two views of the same memory."""
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
     return tensor.detach().cpu() if whole else tensor.detach().cpu().clone().contiguous()
 
@@ -154,21 +154,21 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         state, metadata = checksums.load(path)
     except checksums.Torn as error:
-        raise checksums.Torn(f"{error}: give the command that made it, and it is made again.") from error
+        raise checksums.Torn(f"{error}: run the command that made it again.") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of realera: make it again with realera.train.")
-    finite.refuse(state, f"{path} cannot be used: its", "delete it and give the command that made it again")
+    finite.refuse(state, f"{path} cannot be used: its", "delete it and run the command that made it again")
     return state, metadata
 
 
 def _not_ours(path: Path) -> UserError:
-    return UserError(f"{path} does not say what it was made of: make it again with realera.train.")
+    return UserError(f"{path} lacks the metadata about its origin: make it again with realera.train.")
 
 
 def _origin(metadata: Mapping[str, str]) -> Origin:
     config = plain_data.yaml_of(metadata["config"])
     if not isinstance(config, dict):
-        raise ValueError("its settings are none")
+        raise ValueError("its config is not a mapping")
     return Origin(config, metadata["backbone"], metadata["fingerprint"], metadata["identity"])
 
 

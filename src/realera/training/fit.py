@@ -1,4 +1,4 @@
-"""One function from a method to erased weights, whatever parts the method has."""
+"""`fit`: edits and trains a backbone with a method, for any combination of parts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from realera.training.resuming import Checkpoints, KeepsAnswer, same_run
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # all keep the trained weights in float32
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")  # the trained weights are float32 in all of them
 
 
 def fit(
@@ -54,31 +54,31 @@ def fit(
 ) -> Path:
     """Edits and trains `backbone` in place and returns run_dir/erased.safetensors.
 
-    A run folder that has that file already is loaded, not redone, unless it or a file that belongs to it is torn. A run
-    that was killed in the loop goes on from its last checkpoint (see `Checkpoints` for `checkpoint_every`) and ends
-    with the same weights, bit for bit on the CPU.
+    If `run_dir` already has this file, it is loaded and nothing is computed, unless it or a file that belongs to it is
+    torn. A run that was killed while training resumes from its last checkpoint (see `Checkpoints` for
+    `checkpoint_every`) and ends with the same weights, bit for bit on the CPU.
 
-    config: the resolved settings, kept in the files' metadata. identity: a hash of the settings that decide the result;
-    files of another identity in `run_dir` are refused. trainer: keywords of lightning.Trainer (accelerator, devices,
-    strategy, precision, ...), and gradient_clip_val: a norm, None = no clipping, "method" = what the method says.
-    Several processes that have found each other (torch.distributed is initialised) all call this, or Lightning starts
-    them; a method without a loop is one process's work. probes: prompts whose shift under the edit goes into edit.json.
-    meter: told of the stages edit, latents, train and finish.
+    config: the resolved settings, saved in the files' metadata. identity: a hash of the settings that decide the
+    result; files of another identity in `run_dir` are refused. trainer: keywords of lightning.Trainer (accelerator,
+    devices, strategy, precision, ...), and gradient_clip_val: a norm, None = no clipping, "method" = the method's norm.
+    With several processes, all call this function after torch.distributed is initialised, or Lightning starts them; a
+    method without training runs in one process. probes: prompts whose shift under the edit is written to edit.json.
+    meter: measures the stages edit, latents, train and finish.
 
     Raises:
-        UserError: settings that cannot run together, and files in `run_dir` that belong to another run.
+        UserError: settings that contradict each other, and files in `run_dir` that belong to another run.
     """
     align = method.align
     if trains(align) and method.latents is None:
         raise UserError(
-            f"method {method.name} trains (align) on no latents: give it a `latents` part, or set method.align=null."
+            f"method {method.name} has an `align` part and no `latents` part: add `latents`, or set method.align=null."
         )
     origin = Origin(config, backbone.name, backbone.fingerprint, identity)
     erased = run_dir / ERASED
     if fit_stands(erased):
         same_run(load_erased(erased, backbone).origin.identity, identity, erased)
-        log.info("%s is there already: loaded, not fitted again", erased)
-        shutil.rmtree(run_dir / FIT, ignore_errors=True)  # of a process that was killed once the weights were saved
+        log.info("%s already exists: loaded, not trained again", erased)
+        shutil.rmtree(run_dir / FIT, ignore_errors=True)  # left by a process that was killed after saving the weights
         return erased
 
     checkpoints = Checkpoints(run_dir, identity, losses := LossLines(run_dir), checkpoint_every)
@@ -107,7 +107,7 @@ def fit(
             try:
                 runner.fit(module)
             except SystemExit:
-                if runner.interrupted:  # Lightning turns Ctrl-C into an exit status of its own
+                if runner.interrupted:  # Lightning turns Ctrl-C into SystemExit
                     raise KeyboardInterrupt from None
                 raise
     if runner.is_global_zero:
@@ -128,27 +128,27 @@ def _trainer(
     settings = {"log_every_n_steps": 1, "precision": "32-true", **given}
     if settings["precision"] not in PRECISIONS:
         raise UserError(
-            f"trainer.precision={settings['precision']} is not known here: choose one of {', '.join(PRECISIONS)}."
+            f"trainer.precision={settings['precision']} is not supported: choose one of {', '.join(PRECISIONS)}."
         )
-    if steps == 0:  # nothing for several processes to share, and DDP refuses a model without gradients
+    if steps == 0:  # there is no work to share between processes, and DDP refuses a model without gradients
         devices = settings.get("devices")
         settings |= {"devices": devices[:1] if isinstance(devices, list) else 1, "num_nodes": 1, "strategy": "auto"}
     if settings.get("strategy") == "ddp":
-        # Attention losses leave the layers behind the last map without a gradient. A gradient of zeros instead, which
-        # DDP would not have to look for, is no remedy: AdamW's decay would move what stands still in one process.
+        # Attention losses give no gradient to the layers after the last map. Setting these gradients to zero would
+        # spare DDP the search, but then AdamW's weight decay would move weights that a single process does not move.
         settings["strategy"] = "ddp_find_unused_parameters_true"
-    # Processes that have found each other are numbered by RANK, whatever a scheduler around them says. Slurm's own
-    # environment would also ask to be started once more, at a signal, and the same command goes on anyway.
-    found = torch.distributed.is_available() and torch.distributed.is_initialized()
-    met = [LightningEnvironment()] if found or SLURMEnvironment.detect() else []
+    # If torch.distributed is initialised, RANK gives the process's number, not the scheduler's variables. Lightning's
+    # Slurm environment would also requeue the job at a signal, which is not needed: the same command resumes the run.
+    initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
+    environment = [LightningEnvironment()] if initialised or SLURMEnvironment.detect() else []
     try:
         return Trainer(
             max_steps=steps,
             default_root_dir=run_dir,
             logger=list(loggers) or False,
             callbacks=callbacks,
-            plugins=[*met],
-            enable_checkpointing=False,  # `Checkpoints` does
+            plugins=[*environment],
+            enable_checkpointing=False,  # `Checkpoints` saves them
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
@@ -156,12 +156,12 @@ def _trainer(
         )
     except (MisconfigurationException, TypeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(f"These trainer settings cannot run ({reason}): try trainer=default.") from error
+        raise UserError(f"These trainer settings do not work ({reason}): try trainer=default.") from error
 
 
 @contextmanager
 def _without_checkpoint(run_dir: Path, runner: Trainer) -> Iterator[None]:
-    """Where it ends in NaN, the loop's checkpoint goes: it was on the way there, and nothing is to go on from it."""
+    """Deletes the checkpoint if training ends in NaN: resuming from it would lead to NaN again."""
     try:
         yield
     except NotFinite:
@@ -172,7 +172,7 @@ def _without_checkpoint(run_dir: Path, runner: Trainer) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Lightning's advice on loaders and its banners: the log has a line per milestone."""
+    """Hides Lightning's banners and its warnings about data loaders."""
     banners = logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")
     levels = [logger.level for logger in banners]
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Work inside of somebody else's program: what it would notice afterwards is put back."""
+"""Restores the global state of a process after work that was done inside somebody else's program."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Random states, environment, warning filters, levels of loggers, and torch's switches are as before at the end.
-    Gradients are recorded in here, whatever is so outside."""
+    """Restores random states, environment variables, warning filters, loggers and torch's switches at the end.
+    Gradients are recorded inside this context, even if the caller has switched them off."""
     environment = dict(os.environ)
     numbers, drawn = random.getstate(), np.random.get_state()
     cudnn = torch.backends.cudnn

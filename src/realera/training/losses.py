@@ -1,4 +1,4 @@
-"""The lines of losses.jsonl."""
+"""Writes losses.jsonl."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from realera.system.disk import Tolerance, append, write_text
 
 
 class LossLines(Callback):
-    """A line a step in losses.jsonl. A checkpoint holds the lines up to it, so a run that goes on from it has every
-    step once, whatever was written after it and whatever became of the file. Lines that the disk does not take wait for
-    the next one: no training ends for them."""
+    """Writes one line for each step to losses.jsonl. A checkpoint contains all lines up to its step, so after resuming
+    the file has every step once, even if it was changed or lost. Lines that cannot be written are kept and written with
+    the next one; training continues."""
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / LOSSES
@@ -26,7 +26,8 @@ class LossLines(Callback):
         self.tolerance = Tolerance()
 
     def go_on(self, trainer: Trainer, lines: Sequence[str]) -> None:
-        """After the steps of these lines. A loop that has no more to do is not started."""
+        """Resumes after the steps of these lines. The file is written at once, because a finished loop does not start
+        again."""
         self.lines = list(lines)
         self.on_train_start(trainer)
 

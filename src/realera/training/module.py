@@ -1,4 +1,4 @@
-"""The gradient part of every method, as one LightningModule."""
+"""The training loop of all methods, as one LightningModule."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from realera.training.seeding import stream
 log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.999)
-FIRST_SCALE = 2.0**16  # of the loss in 16-mixed: GradScaler's own
-REMEDY = "lower method.align.lr, or set trainer.precision=32-true"  # for a loop that ended in NaN or infinity
-CLIP = 1.0  # MACE's; RealEra and the others that name no norm are trained in its way
+FIRST_SCALE = 2.0**16  # initial loss scale in 16-mixed: GradScaler's default
+REMEDY = "lower method.align.lr, or set trainer.precision=32-true"  # for training that ended in NaN or infinity
+CLIP = 1.0  # MACE's gradient norm; also used for RealEra and the others whose papers give none
 
 
 class ErasureModule(LightningModule):
-    """Minimises the sum of the terms of `method.align`, one concept a step, on latents from `method.latents`.
+    """Minimises the sum of the terms of `method.align`, one concept per step, on latents from `method.latents`.
 
-    Only the U-Net is registered: it is what Lightning moves and DDP wraps. What a step draws depends on the seed and
-    the step alone: every process draws the same batch and takes its part of it (`part_of`), so the mean of their
-    gradients is the one process's, and a run is the same for any number of processes up to rounding. What that asks of
-    an aligner: its terms are means over the latents, and it draws the same whatever their number.
+    Only the U-Net is registered as a submodule, so Lightning moves and DDP wraps only the U-Net. The random numbers of
+    a step depend only on the seed and the step. Every process draws the same batch and takes its part of it
+    (`part_of`), so the mean of the gradients is that of a single process, and the result is the same for any number of
+    processes, up to rounding. An aligner must therefore return terms that are means over the latents, and draw the same
+    random numbers for any number of latents.
     """
 
     def __init__(self, backbone: Backbone, method: Method, pairs: Sequence[Pair], seed: int) -> None:
@@ -45,20 +46,21 @@ class ErasureModule(LightningModule):
         self.method = method
         self.pairs = [
             on_cpu(pair) for pair in pairs
-        ]  # points are mined there: a few rows a step, the same on every device
+        ]  # points are mined on the CPU: a few rows per step, equal for every device
         self.seed = seed
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         align, latents = self.method.align, self.method.latents
         assert align is not None and latents is not None
-        step = self.trainer.global_step + 1  # the loader's own count starts again on resume
+        step = self.trainer.global_step + 1  # the data loader counts from 0 again after resuming
         concept = turn(step, len(self.pairs))
         with self._own_adapter(concept):
             z_t, timesteps, *more = latents(self.backbone, concept, stream(self.seed, "latents", step, 0))
         world = self.trainer.world_size
         if step == 1 and world > math.gcd(len(z_t), world) and self.global_rank == 0:
             log.info(
-                "%d processes cannot share a batch of %d evenly: %s do the same; method.latents.batch=%d would share",
+                "%d processes cannot split a batch of %d evenly: each part is computed by %d processes; "
+                "method.latents.batch=%d can be split",
                 *(world, len(z_t), world // math.gcd(len(z_t), world), world),
             )
         part = part_of(len(z_t), self.global_rank, world)
@@ -81,24 +83,24 @@ class ErasureModule(LightningModule):
             torch.stack([value.float() for value in values.values()]), reduce_op="mean"
         )
         values = dict(zip(values, means))
-        if not means.isfinite().all():  # in the mean: all processes stop, and none is left waiting
+        if not means.isfinite().all():  # the mean is equal in all processes, so all stop and none waits for another
             own = {name: float(value) for name, value in values.items() if not value.isfinite()}
             name = next((name for name in own if name != "loss"), "loss")  # the loss is their sum
             raise finite.NotFinite(f"The loss ({name}) is {own[name]} at step {step}: {REMEDY}.")
         every = self.trainer.log_every_n_steps
         for logger in self.trainer.loggers if every and step % every == 0 else ():
-            # Not by log_dict: it repeats a term's last value at the steps that have none.
+            # log_dict would repeat a term's last value at the steps without this term.
             logger.log_metrics({f"train/{name}": float(value) for name, value in values.items()}, step=step)
         return {"loss": loss, "terms": values}
 
     def _own_adapter(self, concept: int) -> AbstractContextManager[None]:
-        """With an adapter for each concept: the others count nothing."""
+        """If each concept has its own adapter: switches the others off inside this context."""
         if not one_each(self.method.align) or len(self.pairs) == 1:
             return nullcontext()
         return self.backbone.adapter_scale(torch.eye(len(self.pairs))[concept : concept + 1])
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """As the loss was computed: with gradient checkpointing, parts of it are computed again here."""
+        """Uses the same adapter as the loss: gradient checkpointing recomputes parts of the forward pass here."""
         with self._own_adapter(turn(self.trainer.global_step + 1, len(self.pairs))):
             super().backward(loss, *args, **kwargs)
 
@@ -109,19 +111,21 @@ class ErasureModule(LightningModule):
             optimizer.hand_over(turn(self.trainer.global_step + 1, len(self.pairs)))
 
     def _refuse_bad_gradients(self) -> None:
-        """Gradients are those of all processes by now, so all stop. The scaler of 16-mixed passes over a step whose
-        gradients are too large and halves its scale; below a scale of 1 they are not too large but NaN."""
+        """The gradients are already the mean over all processes, so all processes stop. In 16-mixed the scaler skips a
+        step whose gradients are too large and halves the scale; with a scale below 1 they can only be NaN."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is None or scaler.get_scale() < 1:
             gradients = ((name, p.grad) for name, p in self.named_parameters() if p.grad is not None)
             finite.refuse(gradients, f"At step {self.trainer.global_step + 1} the gradient of", REMEDY)
 
     def on_train_end(self) -> None:
-        """Too few steps for the scale to get below 1 may all have been passed over."""
+        """In 16-mixed all steps may have been skipped without the scale getting below 1, if there were only a few."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         steps = self.trainer.global_step
         if scaler is not None and steps and scaler.get_scale() <= FIRST_SCALE / 2**steps:
-            raise finite.NotFinite(f"In all {steps} steps a gradient was NaN or infinite, so none was taken: {REMEDY}.")
+            raise finite.NotFinite(
+                f"In all {steps} steps a gradient was NaN or infinite, so all steps were skipped: {REMEDY}."
+            )
 
     def configure_optimizers(self) -> Any:
         align = self.method.align
@@ -144,58 +148,59 @@ class ErasureModule(LightningModule):
         return DataLoader(_Steps(), batch_size=None)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name: the rest comes back from the backbone's files and the edit."""
+        """The trained parameters by name. All others follow from the backbone's files and the edit."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
 def trains(align: Aligner | None) -> bool:
-    """Whether there is a loop to run."""
+    """Whether the aligner has steps to train."""
     return align is not None and align.steps > 0
 
 
 def one_each(align: Aligner | None) -> bool:
-    """Whether each concept trains an adapter of its own."""
+    """Whether each concept has its own adapter."""
     return align is not None and align.lora is not None and align.lora.per_concept
 
 
 def steps_of(align: Aligner | None, concepts: int) -> int:
-    """How many optimiser steps the loop has: `align.steps`, of each concept where it trains its own adapter."""
+    """Number of optimiser steps: `align.steps`, times the number of concepts if each has its own adapter."""
     return 0 if align is None else align.steps * (concepts if one_each(align) else 1)
 
 
 def clip_of(align: Aligner | None) -> float | None:
-    """The norm that a step's gradient is held under: the aligner's own `clip`, None = no such thing; else `CLIP`.
+    """The norm that gradients are clipped to: the aligner's `clip` (None = no clipping) if it has one, else `CLIP`.
 
-    Raises UserError for a norm that cannot be.
+    Raises UserError for an invalid norm.
     """
     part: object = align
     clip = part.clip if isinstance(part, Clipped) else CLIP
     if clip is not None and not 0 < clip < math.inf:
-        raise UserError(f"method.align.clip={clip} cannot be: give a finite number above 0, or null for no clipping.")
+        raise UserError(f"method.align.clip={clip} is not possible: give a number above 0, or null for no clipping.")
     return clip
 
 
 def turn(step: int, concepts: int) -> int:
-    """Whose step it is, counted from 1. Concepts take turns of two, because aligners alternate between odd and even."""
+    """The index of the concept that is trained in a step; steps count from 1. Each concept gets two steps in a row,
+    because some aligners do different things in odd and even steps."""
     return ((step - 1) // 2) % concepts
 
 
 def turns(steps: int, concepts: int) -> list[int]:
-    """How many of so many steps are each concept's."""
+    """For each concept, the number of its steps among the first `steps`."""
     rounds, rest = divmod(steps, 2 * concepts)
     return [2 * rounds + min(2, max(0, rest - 2 * concept)) for concept in range(concepts)]
 
 
 def own_step(step: int, concepts: int) -> int:
-    """Which of its concept's own steps a step is, both counted from 1; see `turn`."""
+    """A step's number among the steps of its own concept; both count from 1. See `turn`."""
     return (step - 1) // (2 * concepts) * 2 + (step - 1) % 2 + 1
 
 
 def part_of(batch: int, rank: int, world: int) -> slice:
-    """The part of a batch that a process takes: one of as many equal parts as divide both the batch and the processes.
+    """The part of a batch that process `rank` of `world` computes: one of gcd(batch, world) equal parts.
 
-    A batch of 1 is thus done by all, one of 8 by four processes in twos. Each part is taken equally often, so the mean
-    over the processes of a part's mean is the batch's mean, whatever their number.
+    So every process computes a batch of 1, and each of four processes computes 2 of a batch of 8. Each part is computed
+    equally often, so the mean over all processes is the mean over the batch.
     """
     parts = math.gcd(batch, world)
     size = batch // parts
@@ -203,7 +208,7 @@ def part_of(batch: int, rank: int, world: int) -> slice:
 
 
 def on_cpu(pair: Pair) -> Pair:
-    if type(pair) is not Pair:  # its states are made when they are read, and on the CPU
+    if type(pair) is not Pair:  # `pairs.ReadPair`: its states are encoded when they are read, and are on the CPU
         return pair
     return replace(pair, target=states_on_cpu(pair.target), anchor=states_on_cpu(pair.anchor))
 
@@ -214,7 +219,7 @@ def states_on_cpu(states: TextStates) -> TextStates:
 
 
 class _Steps(IterableDataset[int]):
-    """Data for a loop that draws its own: Lightning wants batches to count."""
+    """Endless counter as data set: Lightning needs batches, but the latent source supplies the data."""
 
     def __iter__(self) -> Iterator[int]:
         step = 0

@@ -1,4 +1,5 @@
-"""The training prompts of every concept, encoded when they are read: those of a thousand concepts would take 6 GB."""
+"""The training prompts of every concept. They are encoded when they are read, because the states of a thousand concepts
+would take 6 GB."""
 
 from __future__ import annotations
 
@@ -8,15 +9,15 @@ from realera.contracts import Backbone, Concept, NamedPrompt, Pair, Task, TextSt
 from realera.costs import Meter
 from realera.training.module import states_on_cpu
 
-KEPT = 256 << 20  # bytes of the targets' states that stay in memory, and as many of the anchors'
+KEPT = 256 << 20  # bytes of states that stay in memory, for targets and for anchors each
 Prompts = tuple[NamedPrompt, ...]
 
 
 def encoded_pairs(backbone: Backbone, task: Task, meter: Meter | None = None) -> list[Pair]:
-    """The pair of each of the task's concepts, on the CPU. The states are made when they are read, and are the same
-    whenever that is; anchors of the same name share theirs. meter: told of the encoding, as stage "text".
+    """The pair of each of the task's concepts, on the CPU. States are encoded when they are read; reading them again
+    gives the same states. Equal anchors share their states. meter: measures the encoding as stage "text".
 
-    Raises UserError for a training prompt that is cut before the end of its name.
+    Raises UserError if the token limit cuts a training prompt before the end of its name.
     """
     targets, anchors = (Encoder(backbone, meter or Meter()) for _ in range(2))
     pairs: list[Pair] = []
@@ -29,12 +30,11 @@ def encoded_pairs(backbone: Backbone, task: Task, meter: Meter | None = None) ->
 
 @dataclass
 class Encoder:
-    """Encodes prompts, and keeps in memory the states of the first ones, as many as `KEPT` bytes hold, and of the last
-    ones."""
+    """Encodes prompts. Keeps in memory the states of the first prompts, up to `KEPT` bytes, and of the latest ones."""
 
     backbone: Backbone
     meter: Meter
-    room: int = field(default_factory=lambda: KEPT)
+    free_bytes: int = field(default_factory=lambda: KEPT)
     first: dict[Prompts, TextStates] = field(default_factory=dict)
     last: dict[Prompts, TextStates] = field(default_factory=dict)
 
@@ -44,14 +44,14 @@ class Encoder:
         with self.meter.stage("text"):
             states = states_on_cpu(self.backbone.encode(prompts))
         self.last = {prompts: states}
-        self.room -= states.states.nbytes
-        if self.room >= 0:
+        self.free_bytes -= states.states.nbytes
+        if self.free_bytes >= 0:
             self.first[prompts] = states
         return states
 
 
 class ReadPair(Pair):
-    """A pair that asks for its states whenever they are read."""
+    """A pair whose states are encoded whenever they are read."""
 
     def __init__(self, concept: Concept, targets: Encoder, named: Prompts, anchors: Encoder, anchored: Prompts) -> None:
         vars(self).update(concept=concept, _targets=(targets, named), _anchors=(anchors, anchored))

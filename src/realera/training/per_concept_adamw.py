@@ -1,4 +1,4 @@
-"""AdamW over adapters that stand side by side in one tensor and are trained one at a time."""
+"""AdamW for the adapters of several concepts, which are joined in one tensor and trained one at a time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch.optim import AdamW
 
 
 class AdamWInTurns(AdamW):
-    """One AdamW for each concept's part of every tensor: what a concept learns does not depend on who learns beside it.
+    """AdamW with its own state for each concept's part of every tensor. So a concept's training does not depend on the
+    other concepts.
 
-    AdamW over the whole tensors would not stand still in the others' steps: its moments would go on moving their parts,
-    and would shrink in between, so that a hundred concepts moved ten times as far as one.
+    AdamW on the whole tensors would also move the parts of concepts whose step it is not: its moments would continue to
+    move them, and would shrink in between, so that a hundred concepts moved ten times as far as one.
 
-    whole: low-rank factors in pairs A, B of one layer after another, as `Backbone.add_adapter` returns them:
+    whole: low-rank factors in pairs A, B, layer by layer, as `Backbone.add_adapter` returns them:
     A (concepts x rank, in, ...), B (out, concepts x rank, ...). The settings are AdamW's.
     """
 
@@ -24,18 +25,18 @@ class AdamWInTurns(AdamW):
         self.whole = list(whole)
         self.concepts = concepts
         assert all(a.shape[0] == b.shape[1] for a, b in zip(self.whole[::2], self.whole[1::2], strict=True))
-        # Views: stepping on a part moves the whole.
-        parts = [[nn.Parameter(part) for part in self._cut(i, p.detach())] for i, p in enumerate(self.whole)]
+        # The parts are views, so a step on a part changes the whole tensor.
+        parts = [[nn.Parameter(part) for part in self._split(i, p.detach())] for i, p in enumerate(self.whole)]
         super().__init__([part for some in parts for part in some], **settings)
         self.parts = parts
 
-    def _cut(self, i: int, tensor: Tensor) -> tuple[Tensor, ...]:
+    def _split(self, i: int, tensor: Tensor) -> tuple[Tensor, ...]:
         return tensor.chunk(self.concepts, dim=i % 2)
 
     @torch.no_grad()
     def hand_over(self, concept: int) -> None:
-        """Gives one concept's parts their gradients, and the whole tensors none: after every backward."""
+        """Moves the gradients from the whole tensors to one concept's parts. Call it after every backward pass."""
         for i, (whole, parts) in enumerate(zip(self.whole, self.parts)):
             if whole.grad is not None:
-                parts[concept].grad = self._cut(i, whole.grad)[concept]
+                parts[concept].grad = self._split(i, whole.grad)[concept]
                 whole.grad = None

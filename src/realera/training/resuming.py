@@ -1,4 +1,4 @@
-"""The loop's checkpoints: when they are written, and how a run goes on from one."""
+"""Training checkpoints: when they are written, and how a run resumes from one."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(Callback):
-    """Keeps the loop's latest state in the run's folder, stamped with the run it belongs to (`saved.Saved`), and goes
-    on from one that is there. It stands last among the callbacks: it restores what the others have made ready.
+    """Saves the latest training state in the run's folder (`saved.Saved`), with the identity of the run, and resumes
+    from it. This must be the last callback, because it restores states that the others have prepared.
 
-    losses: whose lines a checkpoint holds. every: steps from one to the next; None = `OFTEN`, or `SELDOM` where more
-    than `LARGE` numbers are trained, which take minutes to write (a whole U-Net of Stable Diffusion: 10 GB). Raises
-    UserError for steps that cannot be.
+    losses: its lines are part of a checkpoint. every: steps between two checkpoints; None = `OFTEN`, or `SELDOM` if
+    more than `LARGE` parameters are trained, which take minutes to write (a whole U-Net of Stable Diffusion: 10 GB).
+    Raises UserError for an invalid number of steps.
     """
 
     OFTEN, SELDOM, LARGE = 25, 250, 50_000_000
 
     def __init__(self, run_dir: Path, identity: str, losses: LossLines, every: int | None = None) -> None:
         if every is not None and every < 1:
-            raise UserError(f"trainer.checkpoint_every={every} cannot be: give a number of steps from 1 on, or null.")
+            raise UserError(f"trainer.checkpoint_every={every} is not possible: give 1 step or more, or null.")
         self.run_dir = run_dir
         self.file = run_dir / paths.LAST
         self.identity = identity
@@ -48,19 +48,19 @@ class Checkpoints(Callback):
         self.there = False
 
     def look(self) -> None:
-        """Before anything is done. Raises UserError as `last_good`."""
+        """Checks for a checkpoint. Call it before any work is done. Raises UserError as `last_good`."""
         self.there = last_good(self.run_dir, self.identity)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All processes find the same: the next checkpoint is written when all have begun."""
+        """All processes read the same checkpoint: the next one is written only after all have started."""
         module = _erasure(pl_module)
         if self.there and trainer.optimizers:
             try:
                 found = saved.read(self.file, form_of(trainer, module), turns)
             except (ValueError, OSError, UserError) as error:
-                log.warning("%s is not what this run writes (%s): the loop starts again", self.file, error)
+                log.warning("%s cannot be resumed by this run (%s): training starts again", self.file, error)
                 return
-            log.info("going on from %s", self.file)
+            log.info("resuming from %s", self.file)
             _restore(found, trainer, module)
             self.losses.go_on(trainer, found.losses)
 
@@ -74,27 +74,27 @@ class Checkpoints(Callback):
         assert self.every is not None
         if trainer.global_step % self.every == 0:
             module = _erasure(pl_module)
-            finite.refuse(_kept(trainer, module), f"After step {trainer.global_step}", REMEDY)
+            finite.refuse(_saved_tensors(trainer, module), f"After step {trainer.global_step}", REMEDY)
             if trainer.is_global_zero:
                 saved.write(self.file, self.identity, state_of(trainer, module, self.losses.lines))
             trainer.strategy.barrier("checkpoint")
 
 
 class KeepsAnswer(Callback):
-    """SIGTERM stays what it was: Lightning's own answer waits for all processes, of which some may not have had it."""
+    """Keeps our handler of SIGTERM. Lightning's own would wait for all processes, and some may not get the signal."""
 
     def __init__(self) -> None:
-        self.answer = signal.getsignal(signal.SIGTERM)
+        self.handler = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.answer is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.answer)
+        if self.handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
 
 
 def last_good(run_dir: Path, identity: str) -> bool:
-    """Whether there is a checkpoint to go on from. If the disk has torn it, the log says so, and the loop starts again.
+    """Whether there is a checkpoint to resume from. If it is torn, a log line says so, and training starts again.
 
-    Raises UserError for one of another run, and for what is no file of the run's own."""
+    Raises UserError for a checkpoint of another run, and for one that is not a regular file of the run."""
     file = run_dir / paths.LAST
     paths.refuse_odd(run_dir)
     if not file.is_file():
@@ -115,7 +115,7 @@ def same_run(found: str, identity: str, file: Path) -> None:
 
 
 def form_of(trainer: Trainer, module: ErasureModule) -> saved.Form:
-    """What a checkpoint of this very run looks like."""
+    """The names, shapes and ranges that a checkpoint of this run must have."""
     (optimizer,) = trainer.optimizers
     latents: Any = module.method.latents
     scaler = _scaler(trainer)
@@ -146,7 +146,7 @@ def state_of(trainer: Trainer, module: ErasureModule, losses: list[str]) -> save
 
 @torch.no_grad()
 def _restore(found: saved.Saved, trainer: Trainer, module: ErasureModule) -> None:
-    """Hyperparameters and rates are those of the method, and Lightning has counted nothing yet but the steps."""
+    """Restores weights, moments, latents, scale and step. Hyperparameters and learning rates come from the method."""
     for name, parameter in module.trained().items():
         parameter.copy_(found.weights[name])
     latents: Any = module.method.latents
@@ -156,7 +156,7 @@ def _restore(found: saved.Saved, trainer: Trainer, module: ErasureModule) -> Non
     optimizer.load_state_dict({"state": found.moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for config in trainer.lr_scheduler_configs:
         assert isinstance(config.scheduler, LambdaLR)
-        config.scheduler = LambdaLR(optimizer, config.scheduler.lr_lambdas, last_epoch=found.step - 1)  # and steps once
+        config.scheduler = LambdaLR(optimizer, config.scheduler.lr_lambdas, last_epoch=found.step - 1)  # steps once
     scaler = _scaler(trainer)
     if scaler is not None and found.scale is not None:
         scale, tracker = found.scale
@@ -166,12 +166,12 @@ def _restore(found: saved.Saved, trainer: Trainer, module: ErasureModule) -> Non
 
 
 def keeps(latents: Any) -> bool:
-    """Whether a latent source keeps anything from step to step."""
+    """Whether a latent source has a state that carries over from step to step."""
     return isinstance(latents, Resumes)
 
 
 def _scaler(trainer: Trainer) -> Any:
-    """Of the loss, in 16-mixed; else None."""
+    """The loss scaler of 16-mixed; None in other precisions."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
@@ -184,8 +184,8 @@ def _erasure(module: LightningModule) -> ErasureModule:
     return module
 
 
-def _kept(trainer: Trainer, module: ErasureModule) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint holds of numbers: the trained weights, and what the optimiser knows of them."""
+def _saved_tensors(trainer: Trainer, module: ErasureModule) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a checkpoint's trained weights and optimiser states."""
     yield from module.trained().items()
     for optimizer in trainer.optimizers:
         for state in optimizer.state.values():
@@ -193,6 +193,6 @@ def _kept(trainer: Trainer, module: ErasureModule) -> Iterator[tuple[str, Tensor
 
 
 def trained_numbers(trainer: Trainer) -> int:
-    """How many numbers the optimiser was given to change."""
+    """The number of trained parameters."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return sum(p.numel() for group in groups for p in group["params"])

@@ -1,9 +1,9 @@
-"""What stands in a loop's checkpoint, and whether this very run could have written it.
+"""Reads and writes training checkpoints, and checks that this run could have written the checkpoint.
 
-A checkpoint is numbers alone, in a safetensors file: the trained weights, the optimiser's moments of them, what the
-latent source keeps, the lines of losses so far, and how many steps were done. All else follows from the run's settings
-and from the steps, and is never read: rates, hyperparameters, Lightning's own counts. Somebody else may have written
-the file, so nothing of it is used before all of it has the form that the run itself would give it.
+A checkpoint is a safetensors file with numbers only: the trained weights, the optimiser's moments, the state of the
+latent source, the lines of losses.jsonl, and the number of steps. Learning rates, hyperparameters and Lightning's
+counters follow from the settings and the number of steps, and are never read. The file may come from somebody else, so
+nothing is used before the whole file has passed the checks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from realera.files import checksums, finite, headers, json_shapes, plain_data
 from realera.files.plain_data import json_text
 
 FORMAT = "realera-loop/1"
-LONGEST_LINE = 1 << 16  # bytes of a step's losses: a term has thirty
+LONGEST_LINE = 1 << 16  # bytes of a step's losses; one term takes thirty
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 WEIGHT, LATENTS, COUNT, LOSSES = "weight.", "latents.", "count.", "losses"
@@ -29,10 +29,10 @@ WEIGHT, LATENTS, COUNT, LOSSES = "weight.", "latents.", "count.", "losses"
 
 @dataclass(frozen=True)
 class Saved:
-    """A loop after `step` steps.
+    """The state of training after `step` steps.
 
-    moments: {index of a parameter in the optimiser: its state}, of those that had a gradient. losses: the lines so far.
-    scale: the loss's scale in 16-mixed and the steps since it grew; None in other precisions.
+    moments: {index of a parameter in the optimiser: its state}, for parameters that had a gradient. losses: the lines
+    of losses.jsonl. scale: the loss scale in 16-mixed and the steps since it grew; None in other precisions.
     """
 
     step: int
@@ -45,11 +45,11 @@ class Saved:
 
 @dataclass(frozen=True)
 class Form:
-    """What a run's checkpoint looks like.
+    """The form that a run's checkpoint must have.
 
-    weights: what is trained, by name. trained: the optimiser's parameters; parameter i is changed in the steps of
-    concept i % concepts. latents: the shapes of what the latent source keeps after so many steps. scale: the scaler's
-    first scale and the steps in which it may double; None where there is none.
+    weights: the trained parameters by name. trained: the optimiser's parameters; parameter i is changed in the steps of
+    concept i % concepts. latents: the shapes of the latent source's state after a number of steps. scale: the scaler's
+    initial scale and its growth interval in steps; None without a scaler.
     """
 
     steps: int
@@ -61,7 +61,7 @@ class Form:
 
 
 def write(file: Path, identity: str, saved: Saved) -> None:
-    """Whole or not at all, with a checksum."""
+    """Writes the file completely or not at all, with a checksum."""
     tensors = {WEIGHT + name: value for name, value in saved.weights.items()}
     for i, state in saved.moments.items():
         tensors |= {f"{name}.{i}": state[name] for name in MOMENTS} | {f"{COUNT}{i}": state["step"]}
@@ -73,19 +73,19 @@ def write(file: Path, identity: str, saved: Saved) -> None:
 
 
 def stamp(file: Path) -> str:
-    """The identity of the run that a checkpoint belongs to. Raises Torn for one that is not as it was written, or none
-    of this version's."""
+    """The identity of the run that a checkpoint belongs to. Raises Torn for a torn file and for a file that is not a
+    checkpoint of this version."""
     checksums.verify(file)
     said = checksums.metadata(file)
     if said.get("format") != FORMAT or checksums.KEY not in said or "identity" not in said:
-        raise checksums.Torn(f"{file} is torn or no checkpoint")
+        raise checksums.Torn(f"{file} is torn or not a checkpoint")
     return said["identity"]
 
 
 def read(file: Path, form: Form, turns: Callable[[int, int], list[int]]) -> Saved:
-    """A checkpoint's content, on the CPU. turns: of a number of steps, how many are each concept's.
+    """A checkpoint's content, on the CPU. turns: see `module.turns`.
 
-    Raises ValueError for what this run would not have written; the text says what, as in "the weight a is another".
+    Raises ValueError, with the reason, for a file that this run cannot have written.
     """
     step, scale = _loop(checksums.metadata(file).get("loop", ""), form)
     own = turns(step, form.concepts)
@@ -101,11 +101,11 @@ def read(file: Path, form: Form, turns: Callable[[int, int], list[int]]) -> Save
     for i, state in moments.items():
         count = float(state["step"])
         if not 1 <= count <= own[i % form.concepts] or count != int(count):
-            raise ValueError(f"{COUNT}{i} is no count of its steps")
+            raise ValueError(f"{COUNT}{i} is not a possible number of steps")
         if state["exp_avg_sq"].numel() and float(state["exp_avg_sq"].min()) < 0:
-            raise ValueError(f"exp_avg_sq.{i} is below 0, and is a mean of squares")
+            raise ValueError(f"exp_avg_sq.{i} is below 0, but it is a mean of squares")
     if form.scale is None and sum(float(state["step"]) for state in moments.values()) < step:
-        raise ValueError("the optimiser knows less than was trained")  # every step changes something
+        raise ValueError("the optimiser has counted fewer steps than were trained")  # every step changes something
     return Saved(
         step,
         weights={name: tensors[WEIGHT + name] for name in form.weights},
@@ -120,10 +120,10 @@ def _loop(text: str, form: Form) -> tuple[int, tuple[float, int] | None]:
     """The step and the scale."""
     said = plain_data.json_of(text)
     if not json_shapes.fits(said, {"step": lambda step: type(step) is int, "scale": object}) or len(said) != 2:
-        raise ValueError("its steps are not counted")
+        raise ValueError("it has no number of steps")
     step, scale = said["step"], said["scale"]
     if not 0 < step <= form.steps:
-        raise ValueError(f"it is of step {step}, of {form.steps}")
+        raise ValueError(f"its step is {step}, and the run has {form.steps} steps")
     if form.scale is None or scale is None:
         if form.scale is not None or scale is not None:
             raise ValueError("it was trained in another precision")
@@ -131,12 +131,12 @@ def _loop(text: str, form: Form) -> tuple[int, tuple[float, int] | None]:
     first, growing = form.scale
     fits = isinstance(scale, list) and [type(value) for value in scale] == [float, int] and 0 <= scale[1] < growing
     if not fits or not 0 < scale[0] <= math.ldexp(first, min(step // growing, 100)):
-        raise ValueError("the loss's scale is none of 16-mixed")
+        raise ValueError("its loss scale is not possible in 16-mixed")
     return step, (scale[0], scale[1])
 
 
 def _check_names(stored: Mapping[str, headers.Stored], form: Form, step: int, own: Sequence[int]) -> None:
-    """By the file's header alone: nothing that is larger than the run's own is read."""
+    """Checks only the file's header, so that tensors larger than the run's own are never read."""
     wanted = {WEIGHT + name: _stored(value) for name, value in form.weights.items()}
     for i, parameter in enumerate(form.trained):
         if own[i % form.concepts] and f"{COUNT}{i}" in stored:
@@ -146,11 +146,11 @@ def _check_names(stored: Mapping[str, headers.Stored], form: Form, step: int, ow
     found = dict(stored)
     losses = found.pop(LOSSES, None)
     if losses is None or losses.dtype != "U8" or math.prod(losses.shape) > step * LONGEST_LINE:
-        raise ValueError("its losses are no text")
+        raise ValueError("its losses are not a text")
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            what = "missing" if name not in found else "no part of it" if name not in wanted else "of another form"
-            raise ValueError(f"{name} is {what}")
+            fault = "missing" if name not in found else "unexpected" if name not in wanted else "of another form"
+            raise ValueError(f"{name} is {fault}")
 
 
 def _stored(tensor: Tensor) -> headers.Stored:
@@ -158,17 +158,17 @@ def _stored(tensor: Tensor) -> headers.Stored:
 
 
 def _lines(content: bytes, step: int) -> list[str]:
-    """The lines of losses.jsonl up to a step: as this package writes them, to the letter."""
+    """The lines of losses.jsonl up to a step. They must be exactly as this package writes them."""
     lines = content.decode().split("\n")
     if len(lines) != step:
-        raise ValueError(f"it holds the losses of {len(lines)} steps, of {step}")
+        raise ValueError(f"it has the losses of {len(lines)} steps, and {step} are expected")
     for number, line in enumerate(lines, 1):
         said = plain_data.json_of(line)
         terms = dict(said) if isinstance(said, dict) else {}
-        whose = terms.pop("step", None)
-        fits = type(whose) is int and whose == number and "loss" in terms and all(map(_is_loss, terms.values()))
+        stated = terms.pop("step", None)
+        fits = type(stated) is int and stated == number and "loss" in terms and all(map(_is_loss, terms.values()))
         if not fits or json_text(said) != line:
-            raise ValueError(f"the losses of step {number} are none")
+            raise ValueError(f"the losses of step {number} are not valid")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for and on nothing that was drawn before."""
+"""Random generators that depend only on the seed and a purpose, not on numbers that were drawn before."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from torch import Generator
 
 def stream(seed: int, *purpose: str | int) -> Generator:
     """A CPU generator for one purpose, such as ("latents", step, rank). The same arguments give the same numbers in
-    every process and on every device, so a loop that was stopped goes on without having saved a generator's state."""
+    every process and on every device, so training can resume without saving the state of a generator."""
     digest = hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,1 +1,1 @@
-"""Weights & Biases: the run that is logged, and the panels of its dashboards."""
+"""Weights & Biases: logging of runs, and the panels of dashboards."""

@@ -1,8 +1,9 @@
-"""What a dashboard in Weights & Biases shows: sections of panels over the keys that `tracking` logs.
+"""The content of a dashboard in Weights & Biases: sections of panels over the keys that `tracking` logs.
 
-wandb-workspaces has no panel with a surface or with a run's own interval. Both are drawn by two chart presets of ours
-(Vega-Lite, over the table `cell` of every run); W&B's own panels beside them are its nearest: bars with the standard
-error over a system's runs, scatters in three dimensions, parallel coordinates. The library is asked late: it is extra.
+wandb-workspaces has no panel for a surface or for a run's own interval. Two chart presets of realera draw them
+(Vega-Lite, from the table `cell` of every run). The nearest panels of W&B are added too: bars with the standard error
+over a system's runs, scatter plots in three dimensions, parallel coordinates. The library is an extra, so functions
+import it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from realera.settings import error_sentences
 MOST = 500  # runs in a panel
 WIDE, TALL = 24, 8  # a report's grid, and a panel's height in it
 NUMBERS = ("h_o", "acc_e", "acc_s", "acc_g")
-SURFACES = (("d1", "s_lo"), ("m", "n"))  # settings of method.neighbours, two and two: what surfaces stand on
+SURFACES = (("d1", "s_lo"), ("m", "n"))  # the axes of each surface: settings of method.neighbours
 AXES = {
     "d1": "D, distance",
     "s_lo": "S, cosine",
@@ -28,7 +29,7 @@ LOW_IS_BAD, HIGH_IS_GOOD = "#c8553d", "#1b7f79"
 
 
 def field(name: str) -> dict[str, Any]:
-    """A column of the table, named when the preset is used."""
+    """A column of the table. A chart that uses the preset names it."""
     return {"field": f"${{field:{name}}}"}
 
 
@@ -52,7 +53,7 @@ PRESETS: Mapping[str, dict[str, Any]] = {
         {
             "transform": [
                 valued("value"),
-                {  # a system's runs below each other, by value
+                {  # a system's runs one below the other, ordered by value
                     "window": [{"op": "row_number", "as": "place"}],
                     "groupby": ["${field:system}"],
                     "sort": [{**field("value"), "order": "descending"}],
@@ -123,8 +124,8 @@ def named(measure: str) -> str:
 
 
 def sections(presets_of: str | None) -> list[tuple[str, str, list[Any]]]:
-    """(title, what it shows, panels) of every section. presets_of: the entity that keeps our two chart presets; None:
-    W&B's own panels alone."""
+    """(title, description, panels) of every section. presets_of: the entity that has the two chart presets; None: only
+    W&B's own panels."""
     import wandb_workspaces.reports.v2 as wr
 
     def setting(axis: str) -> Any:
@@ -183,33 +184,37 @@ def sections(presets_of: str | None) -> list[tuple[str, str, list[Any]]]:
     return [
         (
             "H_o",
-            "The harmonic mean of efficacy, specificity and generality, by system; bars are means over its runs, their "
-            "ends standard errors.",
+            "The harmonic mean of efficacy, specificity and generality, by system. Bars are means over a system's runs "
+            "with standard errors.",
             [bars("h_o"), *intervals("h_o")],
         ),
-        ("Acc_e, Acc_s, Acc_g", "What is left by name, of the others, of paraphrases.", accuracies),
+        ("Acc_e, Acc_s, Acc_g", "By name, for preserved concepts, and by paraphrase.", accuracies),
         (
             "Surfaces",
-            "D x S and M x N. A run stands where its settings say so in numbers.",
+            "D x S and M x N. A run is shown if these settings of it are numbers.",
             [*surfaces, *(cloud(x, y) for x, y in SURFACES), lines()],
         ),
-        ("Images", "The same prompts and seeds before and after.", [wr.WeavePanelSummaryTable(table_name="sheets")]),
+        (
+            "Images",
+            "The same prompts and seeds, before and after erasing.",
+            [wr.WeavePanelSummaryTable(table_name="sheets")],
+        ),
         (
             "Cost",
-            "What erasing took against what it brought.",
+            "H_o against the cost of erasing.",
             [
                 cost("seconds", "H_o against seconds to erase", True),
-                # a closed form has none: on a logarithmic axis it would not be there
-                cost("passes", "H_o against passes of the U-Net to erase", False),
-                cost("passes_per_image", "H_o against passes per image afterwards", False),
+                # a closed form has 0 passes, which a logarithmic axis cannot show
+                cost("passes", "H_o against U-Net passes to erase", False),
+                cost("passes_per_image", "H_o against U-Net passes per image", False),
             ],
         ),
-        ("Training", "Of the methods that train.", [losses]),
+        ("Training", "The loss of methods that train.", [losses]),
     ]
 
 
 def picked(groups: Sequence[str], tags: Sequence[str], filters: str | None) -> str:
-    """Which runs, in the library's filter language; "" for all.
+    """A filter for the runs in the library's filter language; "" for all runs.
 
     Raises:
         UserError: `filters` cannot be read by the library.
@@ -218,20 +223,20 @@ def picked(groups: Sequence[str], tags: Sequence[str], filters: str | None) -> s
 
     parts = [expr.Metric("Group").isin(list(groups))] if groups else []
     parts += [expr.Tags().isin(list(tags))] if tags else []
-    words = [expr.filterexpr_list_to_string(parts)] if parts else []
-    said = " and ".join([*words, *([f"({filters})"] if filters else [])])
+    own = [expr.filterexpr_list_to_string(parts)] if parts else []
+    text = " and ".join([*own, *([f"({filters})"] if filters else [])])
     try:
-        expr.expr_to_filters(said)
-    except Exception as error:  # the library says it by several kinds
+        expr.expr_to_filters(text)
+    except Exception as error:  # the library raises several types
         raise UserError(
-            f"filters={filters} is not in W&B's filter language ({error_sentences.first_line(error)}): write, for "
-            'example, \'filters="Config(\\"system\\") = \\"realera\\""\', quotes as they stand.'
+            f"filters={filters} is not in W&B's filter language ({error_sentences.first_line(error)}): type, for "
+            'example, \'filters="Config(\\"system\\") = \\"realera\\""\' with exactly these quotes.'
         ) from error
-    return said
+    return text
 
 
 def workspace(entity: str, project: str, title: str, runs: str, presets_of: str | None) -> Any:
-    """A saved view of a project (wandb_workspaces.workspaces.Workspace), not yet saved."""
+    """An unsaved view of a project (wandb_workspaces.workspaces.Workspace)."""
     import wandb_workspaces.workspaces as ws
 
     columns = ["config:system.value", "config:concept.value", "config:seed.value"]
@@ -250,13 +255,13 @@ def workspace(entity: str, project: str, title: str, runs: str, presets_of: str 
 
 
 def report(entity: str, project: str, title: str, runs: str, presets_of: str | None) -> Any:
-    """A page of its own (wandb_workspaces.reports.v2.Report), not yet saved. Its runs are those of its project."""
+    """An unsaved report (wandb_workspaces.reports.v2.Report), which is a separate page of the project."""
     import wandb_workspaces.reports.v2 as wr
 
     blocks: list[Any] = [wr.TableOfContents()]
-    for name, what, panels in sections(presets_of):
+    for name, text, panels in sections(presets_of):
         placed = _placed(panels)
-        blocks += [wr.H2(name), wr.P(what), wr.PanelGrid(runsets=[wr.Runset(name="runs", filters=runs)], panels=placed)]
+        blocks += [wr.H2(name), wr.P(text), wr.PanelGrid(runsets=[wr.Runset(name="runs", filters=runs)], panels=placed)]
     return wr.Report(entity=entity, project=project, title=title, blocks=blocks, width="fluid")
 
 
@@ -267,7 +272,7 @@ def _layout(panels: Sequence[Any]) -> Any:
 
 
 def _placed(panels: Sequence[Any]) -> list[Any]:
-    """The panels from left to right, up to three in a row; one alone takes the width."""
+    """The panels from left to right, at most three per row. A single panel has the full width."""
     import wandb_workspaces.reports.v2 as wr
 
     across = min(len(panels), 3)

@@ -1,4 +1,4 @@
-"""Weights & Biases: one W&B run for a run folder, gone on with when the run is, or is judged again."""
+"""Weights & Biases: one W&B run per run folder, continued when the run is resumed or judged again."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from realera.wandb_logging.panels import SURFACES
 log = logging.getLogger(__name__)
 
 ROWS_PER_SPLIT = 12  # images of each split in the table, unless logger.images says otherwise
-SHORT = 100  # entries: a longer list of the protocol (30,000 captions, say) is told by its length
-TAG = 64  # letters, W&B's own limit
-ID = re.compile(r"[\w-]{1,128}", re.ASCII)  # of a W&B run, as its server takes it
-INTERRUPTED = 255  # W&B's own status of a process that Ctrl-C ended
-OF_A_RUN = ("_target_", "project", "entity", "mode", "group", "tags", "images")  # settings that are taken from a folder
-TAGGED = 5  # concepts that are tags; of more, the first ones
+SHORT = 100  # entries; a longer list (such as 30,000 captions of a protocol) is logged as its length
+TAG = 64  # characters, W&B's limit
+ID = re.compile(r"[\w-]{1,128}", re.ASCII)  # run ids that W&B's server accepts
+INTERRUPTED = 255  # W&B's exit status of a process that Ctrl-C ended
+OF_A_RUN = ("_target_", "project", "entity", "mode", "group", "tags", "images")  # logger settings from a run folder
+TAGGED = 5  # concepts that become tags: the first ones
 
 
 def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
-    """The loggers a run's config asks for (or `node` in its place): none, or W&B's."""
+    """The loggers of a run's config, or of `node` if given: [] or one W&B logger."""
     node = dict(run.config.get("logger") or {} if node is None else node)
     if not node.get("_target_"):
         return []
@@ -50,33 +50,33 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
 
     name = run.folder.name
     node.pop("images", None)
-    begins = not (run.folder / paths.WANDB_ID).is_file()  # one that is gone on with stays in its group
+    begins = not (run.folder / paths.WANDB_ID).is_file()  # a resumed run stays in its group
     node["group"] = node.get("group") or (os.environ["REALERA_STAMP"] if begins and composition.in_sweep() else None)
     node["tags"] = list(dict.fromkeys([*tags(run.config), *(node.get("tags") or ())]))
     node["job_type"] = "evaluate" if unedited(run) else "train"
-    place = str(run.folder.absolute())  # W&B's own process has a working directory of its own
-    settings = {**_told(run.config), "system": system(run)}
+    place = str(run.folder.absolute())  # W&B's process has another working directory
+    settings = {**_loggable(run.config), "system": system(run)}
     for mode in dict.fromkeys((node.get("mode"), "offline")):
         try:
-            # quiet before Lightning names a setting that W&B has retired; what a run is called stands in our own log
+            # silences W&B's warning about a deprecated setting that Lightning uses; realera logs the run's name itself
             wandb.setup(wandb.Settings(silent=True))
             logger: Logger = build({**node, "mode": mode}, save_dir=place, name=name, id=run_id(run))
             logger.log_hyperparams(settings)
-        except (UserError, NotBuilt):  # a setting that is none
+        except (UserError, NotBuilt):  # an invalid setting
             raise
         except Exception as error:
             why = error_sentences.first_line(error)
-            wandb.teardown()  # its helper holds the run's id
+            wandb.teardown()  # W&B's helper process keeps the run's id in use
         else:
             if mode != node.get("mode"):
-                log.warning("W&B could not begin a run (%s): wandb sync %s sends it later", why, run.folder / "wandb/*")
+                log.warning("W&B is offline (%s): send the run later with wandb sync %s", why, run.folder / "wandb/*")
             return [forgiving(logger)]
-    log.warning("W&B could not begin a run (%s): the run goes on without it", why)
+    log.warning("W&B could not start a run (%s): the run continues without W&B", why)
     return []
 
 
 def forgiving(logger: Logger) -> Logger:
-    """The logger, which from its first failure on logs nothing more: no run ends for it."""
+    """Makes the logger stop logging after its first failure instead of ending the run. Returns the same logger."""
     for name in ("log_hyperparams", "log_metrics", "save", "finalize"):
         setattr(logger, name, partial(_attempt, logger, getattr(logger, name)))
     return logger
@@ -93,32 +93,31 @@ def _attempt(logger: Logger, call: Callable[..., Any], *given: Any, **more: Any)
     except Exception as error:
         _failed.add(logger)
         log.warning(
-            "W&B has failed (%s: %s): the run goes on without it",
+            "W&B failed (%s: %s): the run continues without W&B",
             type(error).__name__,
             error_sentences.first_line(error),
         )
 
 
 def run_id(run: Run) -> str:
-    """The id of the run folder's W&B run, made with its first logger and kept in the folder: gone on with, judged
-    again or moved, it stays one run, and a folder of the same settings under another root, in another checkout or on
-    another machine is another one. Under an agent of a W&B sweep it is the agent's, which W&B takes whatever it is
-    given."""
+    """The id of the run folder's W&B run. It is made with the folder's first logger and saved in the folder, so a run
+    that is resumed, judged again or moved stays one W&B run. A folder of the same settings elsewhere has another id.
+    Under an agent of a W&B sweep it is the agent's id, because W&B ignores any other."""
     file = run.folder / paths.WANDB_ID
     kept = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
     if not ID.fullmatch(kept):
         if file.is_file():
             checksums.made_again(file)
-        # One that was logged before ids were kept had its id from its settings.
+        # Runs that were logged before ids were saved have an id derived from their settings.
         before = digest([run.folder.name, identity(run.config)]) if (run.folder / "wandb").is_dir() else None
-        agents = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
-        kept = before or agents or uuid.uuid4().hex[:12]
+        from_agent = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+        kept = before or from_agent or uuid.uuid4().hex[:12]
         disk.write_text(file, f"{kept}\n")
     return kept
 
 
 def tags(config: Mapping[str, Any]) -> list[str]:
-    """What runs are picked by: task, method, backbone, and the concepts, of many the first ones."""
+    """Tags to filter runs by: task, method, backbone and the first concepts."""
     task = getattr(locate(config["task"]["_target_"]), "name", None)
     parts = [(config.get(part) or {}).get("name") for part in ("method", "backbone")]
     concept = config.get("concept")
@@ -128,7 +127,7 @@ def tags(config: Mapping[str, Any]) -> list[str]:
 
 
 def system(run: Run) -> str:
-    """What tables of several runs call this one."""
+    """The run's system in tables of several runs."""
     return jobs.system(run.config)
 
 
@@ -138,8 +137,8 @@ def unedited(run: Run) -> bool:
 
 def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any]) -> None:
     """eval/* and cost/* scalars, the protocol, and two tables: `sheets` (prompt, seed, split, original, erased,
-    verdict), `cell` (the run's numbers in one row, for charts over runs). Images that the page shows only when asked
-    (`blur`) leave this machine blurred."""
+    verdict), `cell` (the run's numbers in one row, for charts over runs). Images that the page blurs (`blur`) are
+    uploaded blurred."""
     if not loggers:
         return
     numbers = scalars(metrics)
@@ -152,7 +151,7 @@ def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any])
 
 
 def _log_tables(logger: WandbLogger, run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> None:
-    logger.experiment.config.update({"protocol": _told(metrics["protocol"])}, allow_val_change=True)
+    logger.experiment.config.update({"protocol": _loggable(metrics["protocol"])}, allow_val_change=True)
     most = (run.config.get("logger") or {}).get("images", ROWS_PER_SPLIT)
     with _staged_in(run.folder):
         tables = {"cell": _cell(run, metrics, spent)}
@@ -162,8 +161,8 @@ def _log_tables(logger: WandbLogger, run: Run, metrics: Mapping[str, Any], spent
 
 
 def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | None = None) -> None:
-    """The numbers of a run that stands, in its own W&B run. typed: the command's own logger node: with none there,
-    nothing is logged, else the run's is taken, online or offline as it is today."""
+    """Logs the results of an existing run to its W&B run. typed: the logger node of the command. If it is `none`,
+    nothing is logged; otherwise the run's own logger is used, with the command's online or offline mode."""
     node = dict(run.config.get("logger") or {})
     if typed is not None:
         known = {key: value for key, value in node.items() if key in OF_A_RUN}
@@ -171,7 +170,7 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
         entity = node.get("entity")
         if entity not in (None, typed.get("entity")) and node["mode"] not in ("offline", "disabled", "dryrun"):
             logging.getLogger("realera").warning(
-                "the numbers were not sent to W&B: the run folder names entity %s; logger.entity=%s sends them",
+                "the results were not sent to W&B: the run folder names entity %s; type logger.entity=%s to send them",
                 entity,
                 entity,
             )
@@ -183,8 +182,8 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
 
 @contextmanager
 def _staged_in(folder: Path) -> Iterator[None]:
-    """W&B copies a table's images to the home folder until they are sent; here they stay with the run's other files, so
-    that an offline run is whole. Where WANDB_DATA_DIR is set, it decides."""
+    """Makes W&B save a table's images in the run folder instead of the home folder until they are sent, so that an
+    offline run is complete. A WANDB_DATA_DIR that is already set has priority."""
     name = "WANDB_DATA_DIR"
     if os.environ.get(name):
         yield
@@ -198,8 +197,8 @@ def _staged_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def ended(loggers: Sequence[Logger]) -> Iterator[None]:
-    """Ends the W&B run with the block, so that the next job of a sweep begins its own; a run that an error or Ctrl-C
-    ended is marked as such, as W&B does of a process that it ends with."""
+    """Ends the W&B run at the end of the block, so that the next job of a sweep starts its own. After an error or
+    Ctrl-C the W&B run has the same status as if its process had ended that way."""
     status = 1
     try:
         yield
@@ -215,24 +214,24 @@ def ended(loggers: Sequence[Logger]) -> Iterator[None]:
                 _attempt(logger, wandb.finish, exit_code=status)
 
 
-def _told(node: Any) -> Any:
-    """Settings as W&B's config can hold and show them: no endless lists, no infinite numbers."""
+def _loggable(node: Any) -> Any:
+    """Settings in a form that W&B can store and show: without long lists and infinite numbers."""
     if isinstance(node, Mapping):
         short = len(node) <= SHORT
-        return {str(key): _told(value) for key, value in node.items()} if short else f"{len(node)} entries"
+        return {str(key): _loggable(value) for key, value in node.items()} if short else f"{len(node)} entries"
     if isinstance(node, (list, tuple)):
-        return [_told(value) for value in node] if len(node) <= SHORT else f"{len(node)} entries"
+        return [_loggable(value) for value in node] if len(node) <= SHORT else f"{len(node)} entries"
     return str(node) if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def _cell(run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> Any:
-    """One row: who, on what, and the headline numbers with their intervals (None where unmeasured)."""
+    """One row: run, system, concept, settings, and the main metrics with their intervals (None if not measured)."""
     import wandb
 
     mining = (run.config.get("method") or {}).get("neighbours") or {}
     row: dict[str, Any] = {"run": run.folder.name, "system": system(run), "seed": run.config.get("seed")}
     row["concept"] = ", ".join(c["target"] for c in metrics["protocol"].get("concepts", [])[:TAGGED])
-    row |= {axis: _told(mining.get(axis)) for pair in SURFACES for axis in pair}
+    row |= {axis: _loggable(mining.get(axis)) for pair in SURFACES for axis in pair}
     for name in ORDER:
         estimate = metrics["main"].get(name) or {}
         row |= {f"{name}{end}": estimate.get(key) for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))}
@@ -241,7 +240,7 @@ def _cell(run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> A
 
 
 def _sheets(run: Run, metrics: Mapping[str, Any], most: int, blur: bool) -> Any:
-    """Images beside each other with their verdict, the first `most` of each split."""
+    """Images before and after erasing with their verdict, the first `most` of each split."""
     import wandb
 
     def image(file: Path | None) -> Any:

@@ -1,5 +1,5 @@
-"""What the papers do not print: whether something stands in the concept's place, how far the others moved, and each
-measure against the unedited model's own."""
+"""Metrics that the papers do not print: what replaces the concept, how far preserved images change, and each measure in
+percent of the original model's."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class _Sure:
         return [Verdict(prompt.id, 0.5, "cat", {"score": 1.0}) for prompt in prompts]
 
 
-def test_judging_says_how_far_the_images_of_what_should_stay_moved(tmp_path: Path) -> None:
-    """Of no others, of none without an original, and not of the original itself."""
+def test_judging_measures_the_change_of_preserved_images(tmp_path: Path) -> None:
+    """Only for preserved images that have an original, and not for the originals themselves."""
     rows = []
     for name, split, original in (("a", "erase", True), ("b", "keep", True), ("c", "keep", False)):
         _picture(tmp_path / f"images/{name}.png", 51)
@@ -62,7 +62,7 @@ def test_judging_says_how_far_the_images_of_what_should_stay_moved(tmp_path: Pat
     assert all(v.detail == {"score": 1.0} for v in judge_run(_Sure(), tmp_path, "original"))
 
 
-def test_these_readings_have_their_arrows_and_are_unscored_where_no_judge_says_them() -> None:
+def test_these_metrics_have_arrows_and_are_unscored_without_a_judge_that_supports_them() -> None:
     heads = [head(*pair) for pair in (("acc_e", "whole"), ("acc_e", "anchor"), ("acc_s", "moved"), ("acc_s", "top1"))]
     assert heads == ["Whole_e ↑", "Anchor_e ↑", "Moved_s ↓", "Acc_s ↑"]
     prompt, verdict = Prompt("p", "a cat", "cat", "erase", 0), Verdict("p", 0.9, "cat", {"whole": True, "moved": 2.5})
@@ -87,17 +87,17 @@ TURNS = [_cell("turns", name, 0.0, 0.1, True, 5.0) for name in ("cat", "dog")]
 BEFORE = [_cell("original", name, 1.0, 0.2, True, None) for name in ("cat", "dog")]
 
 
-def test_a_smear_is_told_from_the_anchor() -> None:
-    """By Acc_e, Acc_s and Acc_g the two systems are alike."""
+def test_a_smear_is_distinguished_from_the_anchor() -> None:
+    """Acc_e, Acc_s and Acc_g are equal for the two systems."""
     found = table([*SMEARS, *TURNS, *BEFORE], base="smears")
     smears, turns, before = found["rows"]
     assert smears["mean"]["acc_e"]["value"] == turns["mean"]["acc_e"]["value"] == 0
     assert smears["readings"]["whole"]["acc_e"]["value"] == 0 and turns["readings"]["whole"]["acc_e"]["value"] == 100
-    assert turns["readings"]["whole"]["acc_e"]["low"] < 100, "exact where all images are alike"
+    assert turns["readings"]["whole"]["acc_e"]["low"] < 100, "an exact interval if all images are alike"
     assert turns["readings"]["anchor"]["acc_e"]["value"] == 25
     assert smears["readings"]["moved"]["acc_s"]["value"] == 21.5
     assert not [mode for row in found["rows"] for mode in BESIDE_MODES if "h_o" in row["readings"].get(mode, {})]
-    assert "moved" not in before["readings"], "the unedited model's images cannot have moved"
+    assert "moved" not in before["readings"], "the original model's images cannot have changed"
     apart = found["differences"]["readings"]
     assert [row["system"] for row in apart["moved"]] == ["turns"]
     assert apart["moved"][0]["mean"]["acc_s"]["value"] == -15
@@ -107,19 +107,19 @@ def test_a_smear_is_told_from_the_anchor() -> None:
     assert "Whole_e" not in markdown(table([_cell("a", "cat", 0.1, 0.1, None, None)]))
 
 
-def test_each_measure_is_given_in_percent_of_the_original_s_own() -> None:
-    """With pairs of images: where a system halves every one, its share is one half without any spread."""
+def test_each_measure_is_given_in_percent_of_the_original_model() -> None:
+    """Paired by image: a system that halves every value has exactly 50 percent, without any spread."""
     found = table([*SMEARS, *TURNS, *BEFORE])["relative"]
     assert list(found) == ["smears", "turns"]
     assert found["turns"]["acc_u"] == {"value": 50.0, "low": 50.0, "high": 50.0}
     assert found["smears"]["acc_u"]["value"] == 5 and found["smears"]["acc_s"]["value"] == 100
     assert "h_o" not in found["turns"] and "relative" not in table(SMEARS)
     nothing = [_cell("original", name, 1.0, 0.0, True, None) for name in ("cat", "dog")]
-    assert "acc_u" not in table([*TURNS, *nothing])["relative"]["turns"], "nothing of nothing is no share"
-    assert "In percent of the original's own." in markdown(table([*TURNS, *BEFORE]))
+    assert "acc_u" not in table([*TURNS, *nothing])["relative"]["turns"], "a share of 0 is undefined"
+    assert "In percent of the original model's value." in markdown(table([*TURNS, *BEFORE]))
 
 
-def test_a_run_s_page_and_table_show_them_beside_the_original_s() -> None:
+def test_the_page_and_the_table_of_a_run_show_them_next_to_the_original() -> None:
     run, was = TURNS[0], BEFORE[0]
     metrics = {**summarise(run.prompts, run.verdicts, was.verdicts), "protocol": {}}
     assert "h_o" not in metrics["whole"] and metrics["headline"] == MEAN_PROB
@@ -127,9 +127,9 @@ def test_a_run_s_page_and_table_show_them_beside_the_original_s() -> None:
     assert (shown["acc_e_whole"].after["value"], shown["acc_e_whole"].before["value"]) == (100, 100)
     assert shown["acc_e_anchor"].after["value"] == 25 and shown["acc_e_anchor"].higher
     assert shown["acc_s_moved"].before is None and not shown["acc_s_moved"].higher
-    assert list(shown)[:4] == ["acc_e", "acc_g", "acc_s", "h_o"], "the papers' own come first"
+    assert list(shown)[:4] == ["acc_e", "acc_g", "acc_s", "h_o"], "the measures of the papers come first"
     assert page_rows.sentences(metrics)[1] == (
-        "Of the images of the concept by name, 100% show something whole, whatever it is (100% before)."
+        "Of the images prompted by name, 100% show something whole, the concept or not (100% before)."
     )
     with console.console.capture() as printed:
         console.console.print(console.results(metrics, "cat"))

@@ -31,14 +31,16 @@ def test_two_settings_make_surfaces_with_the_tables_numbers(tmp_path: Path) -> N
     assert acc_g.values[2][2] is None
     first = of.means["realera, d1 5, s_lo 0.1"]["acc_g"].estimate()
     assert acc_g.values[0][0] == (first.value, first.low, first.high) == pytest.approx((50, first.low, first.high))
-    falls, rises = (one.sentence for one in acc_g.told)
-    assert falls.startswith("Acc_g falls as d1 grows: rank correlation -1.00") and "the paper says the same" in falls
+    falls, rises = (one.sentence for one in acc_g.trends)
+    assert (
+        falls.startswith("Acc_g falls as d1 increases: rank correlation -1.00") and "the paper says the same" in falls
+    )
     assert rises.startswith("Acc_g rises with s_lo") and "from 0.1 to 0.9" in rises
     assert acc_g.data["values"] is acc_g.values and acc_g.data["x"]["labels"] == acc_g.x
     assert acc_g.colour(acc_g.span[0]) == COLOURS[0] and acc_g.bright(acc_g.span[1]) and not acc_g.bright(acc_g.span[0])
 
 
-def test_what_no_run_of_a_grid_measured_has_no_figure(tmp_path: Path) -> None:
+def test_a_measure_that_no_run_of_a_grid_has_gets_no_figure(tmp_path: Path) -> None:
     def run(name: str, d1: int, s_lo: float, *lacks: str) -> Path:
         node = {**REALERA, "neighbours": {**REALERA["neighbours"], "d1": d1, "s_lo": s_lo}}
         shares: dict[Split, float] = {"erase": 0.5, "near": 0.5, "keep": 1.0, "unseen": 0.5}
@@ -48,7 +50,7 @@ def test_what_no_run_of_a_grid_measured_has_no_figure(tmp_path: Path) -> None:
     line = [run(f"line{d1}", d1, 0.5, "near") for d1 in (1, 2, 3)]
     other = judged(tmp_path / "uce", method="uce", terms=("acc_e", "acc_s"))
     (family,) = families(chapter([*line, other]))
-    assert [figure.name[-5:] for figure in family.figures] == ["acc_e", "acc_s"], "acc_g is the other's alone"
+    assert [figure.name[-5:] for figure in family.figures] == ["acc_e", "acc_s"], "only the other run has acc_g"
     nothing = [run(f"none{d1}", d1, 0.5, "erase", "near", "keep") for d1 in (1, 2, 3)]
     assert families(chapter([*nothing, other])) == []
 
@@ -56,16 +58,16 @@ def test_what_no_run_of_a_grid_measured_has_no_figure(tmp_path: Path) -> None:
 def test_the_trends_of_a_page_are_corrected_for_their_number(tmp_path: Path) -> None:
     found = families(chapter(grid(tmp_path)))
     ((family,), (again,)), trends = corrected([found, found])
-    assert trends == 8, "four measures along two axes; what stands in two figures is one sentence"
+    assert trends == 8, "four measures along two axes; a trend in two figures counts once"
     assert family == again
-    before = {(one.symbol, one.axis): one.trend for figure in found[0].figures for one in figure.told}
-    after = {(one.symbol, one.axis): one.trend for figure in family.figures for one in figure.told}
+    before = {(one.symbol, one.axis): one.trend for figure in found[0].figures for one in figure.trends}
+    after = {(one.symbol, one.axis): one.trend for figure in family.figures for one in figure.trends}
     assert {one.among for one in after.values()} == {8}
     assert dict(zip(before, holm([one.p for one in before.values()]))) == {at: one.p for at, one in after.items()}
     assert min(one.p for one in before.values()) < min(one.p for one in after.values())
 
 
-def test_one_setting_makes_lines_and_two_values_none(tmp_path: Path) -> None:
+def test_one_setting_with_three_values_makes_lines_and_with_two_none(tmp_path: Path) -> None:
     nodes = [{**REALERA, "edit": {"ridge": ridge}} for ridge in (0.1, 1, 100)]
     folders = [
         judged(tmp_path / str(i), method=node, shares={"erase": 0.25 * i, "near": 0.0, "keep": 1.0}, images=8)
@@ -80,7 +82,7 @@ def test_one_setting_makes_lines_and_two_values_none(tmp_path: Path) -> None:
     assert families(chapter(folders[:2])) == []
 
 
-def test_of_three_settings_each_two_have_surfaces_of_means(tmp_path: Path) -> None:
+def test_three_settings_have_surfaces_of_means_for_each_pair(tmp_path: Path) -> None:
     folders = []
     for m in (1, 2, 3):
         for n in (1, 2):
@@ -97,7 +99,7 @@ def test_of_three_settings_each_two_have_surfaces_of_means(tmp_path: Path) -> No
     assert len({figure.name for family in found for figure in family.figures}) == 12
 
 
-def test_settings_that_were_searched_and_not_spanned_have_no_surface(tmp_path: Path) -> None:
+def test_settings_that_were_searched_and_form_no_grid_have_no_surface(tmp_path: Path) -> None:
     nodes = [{**REALERA, "edit": {"ridge": 0.1 * i, "lambda": 3.0 / (i + 1)}} for i in range(1, 5)]
     assert families(chapter([judged(tmp_path / str(i), method=node) for i, node in enumerate(nodes)])) == []
 
@@ -109,7 +111,9 @@ def test_cost_against_h_o(tmp_path: Path) -> None:
     ]
     found = scatter(chapter(folders))
     assert found is not None and [dot.system for dot in found.dots] == ["uce", "realera", "mace"]
-    assert [tick.label for tick in found.x] == ["1 s", "10 s", "100 s", "1000 s"], "by powers: they are far apart"
+    assert [tick.label for tick in found.x] == ["1 s", "10 s", "100 s", "1000 s"], (
+        "powers of ten, because the costs are far apart"
+    )
     assert found.dots[0].x == 0 and found.dots[2].x == 100 and 40 < found.dots[1].x < 60
     assert all(dot.high <= dot.y <= dot.low for dot in found.dots)
     assert scatter(chapter(folders[:1])) is None
@@ -123,8 +127,8 @@ def test_colours_run_from_the_first_to_the_last() -> None:
 @pytest.mark.parametrize(
     ("at", "shown"), [((0.001, 0.002), (0, 1)), ((99.2, 99.4), (98.8, 99.8)), ((0.0, 0.0), (0, 1)), ((3, 8), (3, 8))]
 )
-def test_what_hardly_differs_looks_alike(at: tuple[float, float], shown: tuple[float, float]) -> None:
-    """Thousandths of a percent have no colours of their own, and no mountains."""
+def test_negligible_differences_look_alike(at: tuple[float, float], shown: tuple[float, float]) -> None:
+    """Thousandths of a percent change neither the colour nor the height visibly."""
     low, high = ((value, value, value) for value in at)
     figure = Surface(
         "grid", Column("acc_e", "Acc", "e"), ("d1", "s_lo"), ("5", "10"), ("0.1", "0.5"), ((low, low), (high, None)), ()

@@ -1,4 +1,4 @@
-"""The page of a sweep: complete in itself, with its tables and figures beside it."""
+"""The page of a sweep: self-contained, with its tables and figures in the same folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sweeps import REALERA, grid, judged
 
 
 class Page(HTMLParser):
-    """What is on a page: its tags, and the addresses it names."""
+    """The tags and addresses of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def test_a_grids_page_has_surfaces_tables_and_trends_and_needs_no_network(tmp_pa
     assert not (tmp_path / "figures").exists()
 
 
-def test_figures_are_written_where_matplotlib_is(tmp_path: Path) -> None:
+def test_figures_are_written_if_matplotlib_is_installed(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folders = [judged(tmp_path / m, method=m, cost=c) for m, c in (("uce", 1.0), ("realera", 3.0))]
     page = Page(write(folders, tmp_path / "report.html"))
@@ -73,7 +73,7 @@ def test_figures_are_written_where_matplotlib_is(tmp_path: Path) -> None:
     assert all((tmp_path / a).is_file() for a in drawn)
 
 
-def test_drawings_say_what_they_show_without_being_seen(tmp_path: Path, no_plots: None) -> None:
+def test_drawings_have_text_alternatives(tmp_path: Path, no_plots: None) -> None:
     nodes = [{**REALERA, "edit": {"ridge": ridge}} for ridge in (1, 2, 3)]
     folders = [judged(tmp_path / str(i), method=node, cost=i + 1.0) for i, node in enumerate(nodes)]
     text = write(folders, tmp_path / "report.html")
@@ -97,19 +97,19 @@ def test_runs_are_listed_with_what_differs_and_everything_is_escaped(tmp_path: P
         write_sweep(folders[2:], tmp_path / "report.html")
 
 
-def test_a_run_without_images_by_name_and_one_in_an_odd_place_are_shown(tmp_path: Path, no_plots: None) -> None:
+def test_a_run_without_images_by_name_in_a_folder_with_an_odd_name_is_shown(tmp_path: Path, no_plots: None) -> None:
     there = judged(tmp_path / "50% #1", shares={"near": 0.5, "keep": 1.0})
     file = there / paths.METRICS
     metrics = json.loads(file.read_text())
-    metrics["main"]["acc_s"]["unscored"] = 1  # so that the page says how many could be scored
+    metrics["main"]["acc_s"]["unscored"] = 1  # so that the page shows the share of scored images
     file.write_text(json.dumps(metrics))
     (there / paths.REPORT).write_text("its page")
     text = write([there], tmp_path / "report.html")
     assert 'href="50%25%20%231/report.html"' in text and "scored, %" in text
-    assert "<th>Acc_g ↓</th>" in text and "<th>Acc_a ↓</th>" not in text, "no column of nothing"
+    assert "<th>Acc_g ↓</th>" in text and "<th>Acc_a ↓</th>" not in text, "no empty column"
 
 
-def test_cells_that_failed_are_listed_as_they_ended_last(tmp_path: Path, no_plots: None) -> None:
+def test_failed_cells_are_listed_with_their_last_state(tmp_path: Path, no_plots: None) -> None:
     cells = [
         {"folder": None, "state": "failed", "reason": "out of memory", "overrides": ["seed=1"], "seconds": 1},
         {"folder": "b", "state": "refused", "reason": "a ridge is <needed>", "overrides": ["seed=2"], "seconds": 1},
@@ -117,12 +117,12 @@ def test_cells_that_failed_are_listed_as_they_ended_last(tmp_path: Path, no_plot
     ]
     text = write([judged(tmp_path / "a")], tmp_path / "report.html", cells)
     assert "seed=2: refused. a ridge is &lt;needed&gt;" in text and "out of memory" not in text
-    assert "1 cell</a> of the sweep did not end" in text
+    assert "1 cell</a> of the sweep has no results" in text
 
 
-def test_of_a_sweep_without_numbers_it_is_said_how_the_first_cell_ended(tmp_path: Path) -> None:
+def test_the_error_for_a_sweep_without_results_names_its_first_cell(tmp_path: Path) -> None:
     refused = {"folder": None, "state": "refused", "reason": "no anchor", "overrides": ["concept=x"], "system": "uce"}
-    with pytest.raises(UserError, match=r"1 ended without numbers, the first: concept=x: refused, no anchor$"):
+    with pytest.raises(UserError, match=r"1 ended without results, the first: concept=x: refused, no anchor$"):
         write_sweep([tmp_path / "gone"], tmp_path / "report.html", [refused])
 
 
@@ -131,7 +131,7 @@ def lost(text: str) -> list[str]:
     return re.findall(r"<li>(.*?)</li>", section[0]) if section else []
 
 
-def test_a_cell_that_was_repaired_is_not_listed_as_lost(tmp_path: Path, no_plots: None) -> None:
+def test_a_repaired_cell_is_not_listed_as_lost(tmp_path: Path, no_plots: None) -> None:
     repaired, by_hand, gone, later, begun = (tmp_path / name for name in ("a", "b", "c", "d", "e"))
     cells = [
         {"folder": None, "state": "refused", "reason": "no weights", "overrides": ["seed=4"]},
@@ -147,11 +147,11 @@ def test_a_cell_that_was_repaired_is_not_listed_as_lost(tmp_path: Path, no_plots
     folders = [judged(repaired), judged(by_hand, seed=1), gone, judged(later, seed=4), begun]
     text = write(folders, tmp_path / "report.html", cells)
     assert lost(text) == ["seed=2 images_at_once=4: failed. again"]
-    assert "1 cell</a> of the sweep did not end" in text and "1 more is not finished" in text, "each counted once"
+    assert "1 cell</a> of the sweep has no results" in text and "1 more is not finished" in text, "each counted once"
     assert "not finished." not in write(folders[:-1], tmp_path / "report.html", cells)
 
 
-def test_numbers_of_before_do_not_hide_that_another_judge_failed(tmp_path: Path, no_plots: None) -> None:
+def test_earlier_results_do_not_hide_that_another_judge_failed(tmp_path: Path, no_plots: None) -> None:
     folder = judged(tmp_path / "a")
     cells = [
         {"folder": str(folder), "state": "failed", "reason": "no", "overrides": [f"run={folder}", "judge=fid"]},
@@ -161,7 +161,7 @@ def test_numbers_of_before_do_not_hide_that_another_judge_failed(tmp_path: Path,
     assert lost(text) == [f"run={folder} judge=fid: failed. no"] and "not finished." not in text
 
 
-def test_a_run_is_called_as_its_sweep_called_it(tmp_path: Path, no_plots: None) -> None:
+def test_a_run_has_the_name_that_its_sweep_gave_it(tmp_path: Path, no_plots: None) -> None:
     folders = [judged(tmp_path / "a", label="new"), judged(tmp_path / "b", concept="dog", label="new")]
     cells = [{"folder": str(folder), "state": "done", "overrides": [], "system": "old"} for folder in folders]
     text = write(folders, tmp_path / "report.html", cells)
@@ -187,12 +187,12 @@ def test_runs_of_two_tasks_have_a_chapter_each(tmp_path: Path, no_plots: None) -
     assert set(systems(folders).values()) == {"realera"}
 
 
-def test_explicit_images_are_veiled_until_they_are_asked_for(tmp_path: Path, no_plots: None) -> None:
+def test_explicit_images_are_blurred_until_clicked(tmp_path: Path, no_plots: None) -> None:
     headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
     detail = {"detected": True, "score": 31.0}
     folder = judged(tmp_path / "a", task="nsfw", headline=headline, terms=(), detail=detail, pictures=True)
     page = Page(write([folder], tmp_path / "report.html"))
-    assert page.tags.count("label") == page.tags.count("img") + 1 > 1, "each image, and one for all"
+    assert page.tags.count("label") == page.tags.count("img") + 1 > 1, "one per image, and one for all images"
     shown = Page(write([folder], tmp_path / "report.html", blur=False))
     assert shown.tags.count("label") == 0 and shown.tags.count("img") == page.tags.count("img")
 
@@ -205,11 +205,13 @@ def test_runs_without_their_verdicts_are_listed_and_not_counted(tmp_path: Path, 
     assert "<h1>2 runs</h1>" in text and not (tmp_path / "tables").exists()
 
 
-def test_the_unedited_model_is_a_row_of_its_own(tmp_path: Path, no_plots: None) -> None:
+def test_the_original_model_is_a_separate_row(tmp_path: Path, no_plots: None) -> None:
     folders = [judged(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
     write(folders, tmp_path / "report.html")
     rows = (tmp_path / "tables" / "object-mean.csv").read_text().splitlines()
     assert rows[2].startswith("original,100,") and len(rows) == 3
     (folders[1] / "verdicts" / "eye.original.jsonl").unlink()
     write(folders, tmp_path / "report.html")
-    assert "original" not in (tmp_path / "tables" / "object-mean.csv").read_text(), "of one seed only: left out"
+    assert "original" not in (tmp_path / "tables" / "object-mean.csv").read_text(), (
+        "it has one seed only, so it is left out"
+    )

@@ -32,16 +32,14 @@ FIGURES = [
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=["surface", "line", "scatter"])
-def test_a_figure_is_written_as_png_and_svg_and_again_the_same(
-    figure: Surface | Line | Scatter, tmp_path: Path
-) -> None:
+def test_a_figure_is_written_as_reproducible_png_and_svg(figure: Surface | Line | Scatter, tmp_path: Path) -> None:
     png, svg = plots.write(figure, tmp_path / "one")
     assert min(Image.open(png).size) > 500 and svg.read_text(encoding="utf-8").count("</svg>") == 1
     again = plots.write(figure, tmp_path / "two")
     assert [path.read_bytes() for path in again] == [png.read_bytes(), svg.read_bytes()]
 
 
-def test_long_names_leave_the_drawing_its_place(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_long_names_leave_room_for_the_plot(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     dots = tuple(
         Dot(f"method.align.lr {n} method.align.steps {n} costs $1 or $2", n, (50.0, 40.0, 60.0), 0, 0, 0, 0)
         for n in range(1, 13)
@@ -52,10 +50,10 @@ def test_long_names_leave_the_drawing_its_place(tmp_path: Path, recwarn: pytest.
     assert "method.align.lr 12" in svg
     width, height = Image.open(png).size
     dark = Image.open(png).convert("L").crop((width // 2, 0, width, height // 2)).point(lambda v: 255 * (v < 200))
-    assert dark.getbbox() is not None, "dots stand in the right half, above the names"
+    assert dark.getbbox() is not None, "dots are in the right half, above the names"
 
 
-def test_a_hundred_systems_leave_the_drawing_its_place_and_each_has_its_name(
+def test_a_hundred_systems_leave_room_for_the_plot_and_each_is_named(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     dots = tuple(Dot(f"_d1 {n}, s_lo 0.1", n, (50.0, 40.0, 60.0), 0, 0, 0, 0) for n in range(1, 101))
@@ -66,7 +64,7 @@ def test_a_hundred_systems_leave_the_drawing_its_place_and_each_has_its_name(
     assert Image.open(png).size[1] > Image.open(png).size[0]
 
 
-def test_where_a_corner_is_missing_there_is_no_face(tmp_path: Path) -> None:
+def test_a_face_with_a_missing_corner_is_not_drawn(tmp_path: Path) -> None:
     cells = ((10.0, 9.0, 11.0), (20.0, 19.0, 21.0))
     whole = Surface("s", E, ("x", "y"), ("1", "2"), ("1", "2"), (cells, cells), ())
     holed = Surface("s", E, ("x", "y"), ("1", "2"), ("1", "2"), (cells, (cells[0], None)), ())
@@ -76,4 +74,4 @@ def test_where_a_corner_is_missing_there_is_no_face(tmp_path: Path) -> None:
         left = Image.open(png).convert("RGB").crop((0, 0, 800, 760))
         return sum(left.convert("HSV").getchannel("S").histogram()[100:])
 
-    assert coloured(whole) > 10_000 and coloured(holed) == 0, "not one in the colour of the lowest value"
+    assert coloured(whole) > 10_000 and coloured(holed) == 0, "the missing face has not the colour of the lowest value"

@@ -17,7 +17,7 @@ def chapter(folders: list[Path]) -> Chapter:
     return Chapter("object", "object", [*runs, *_originals(runs)])
 
 
-def test_rows_are_systems_the_unedited_model_first_and_columns_are_shared(tmp_path: Path) -> None:
+def test_rows_are_systems_with_the_original_model_first_and_columns_are_shared(tmp_path: Path) -> None:
     folders = [
         judged(tmp_path / f"{m}{s}", seed=s, method=m, pictures=True) for m in ("uce", "realera") for s in (0, 1)
     ]
@@ -32,13 +32,13 @@ def test_rows_are_systems_the_unedited_model_first_and_columns_are_shared(tmp_pa
     assert [p and p.good for p in sheet.rows[2][1]][:3] == [True] * 3
 
 
-def test_what_a_page_has_no_room_for_is_said(tmp_path: Path) -> None:
+def test_the_limits_of_a_page_are_named(tmp_path: Path) -> None:
     folders = [judged(tmp_path / str(i), f"thing {i}", pictures=True) for i in range(MOST_CONCEPTS + 1)]
     assert len(sheets_of(chapter(folders))) == MOST_CONCEPTS and cut(chapter(folders[:-1])) == ""
     assert cut(chapter(folders)) == f"Shown: the first {MOST_CONCEPTS} of {MOST_CONCEPTS + 1} concepts."
 
 
-def test_what_a_system_has_not_drawn_is_left_open_and_without_images_there_is_no_sheet(tmp_path: Path) -> None:
+def test_missing_images_leave_empty_cells_and_without_images_there_is_no_sheet(tmp_path: Path) -> None:
     folders = [
         judged(tmp_path / "a", method="uce", pictures=True),
         judged(tmp_path / "b", shares={"erase": 0.0, "keep": 1.0}, pictures=True),
@@ -51,7 +51,7 @@ def test_what_a_system_has_not_drawn_is_left_open_and_without_images_there_is_no
     assert sheets_of(chapter(folders)) == []
 
 
-def test_the_unedited_models_own_run_is_the_first_row(tmp_path: Path) -> None:
+def test_the_original_models_own_run_is_the_first_row(tmp_path: Path) -> None:
     folders = [
         judged(tmp_path / "a", method="uce", pictures=True),
         judged(tmp_path / "o", method="original", pictures=True),

@@ -1,4 +1,4 @@
-"""Which system a run of a sweep is, and along which axes one was varied."""
+"""The system of each run of a sweep, and the axes along which its settings were varied."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def test_settings_that_differ_within_a_method_are_named() -> None:
     assert differing(flattened[:1]) == []
 
 
-def test_a_grid_is_told_by_its_axes_and_not_by_what_follows_from_them(tmp_path: Path) -> None:
+def test_a_grid_is_named_by_its_axes_and_not_by_derived_settings(tmp_path: Path) -> None:
     runs, twins = named(read(grid(tmp_path)))
     assert not twins and [run.system for run in runs][::2] == [
         f"realera, d1 {d1}, s_lo {s}" for d1 in (5, 10, 20) for s in (0.1, 0.5, 0.9)
-    ], "half is d1 / 2: it says nothing more"
+    ], "half is d1 / 2, so it adds nothing"
     assert [run.seed for run in runs[:2]] == [0, 1]
     (found,) = grids(runs)
     assert found.title == "realera" and found.filled == 1
     assert found.axes == {"method.neighbours.d1": (5, 10, 20), "method.neighbours.s_lo": (0.1, 0.5, 0.9)}
     assert len(found.cells) == 9 and all(len(cell) == 2 for cell in found.cells.values())
     (typed,) = grids(runs, ["method.neighbours.half", "method.neighbours.s_lo"])
-    assert list(typed.axes) == ["method.neighbours.half", "method.neighbours.s_lo"], "what was typed is the axis"
+    assert list(typed.axes) == ["method.neighbours.half", "method.neighbours.s_lo"], "a typed setting is an axis"
     (holes,) = grids(runs[2:-4])
     assert holes.filled == pytest.approx(6 / 9)
 
@@ -62,11 +62,11 @@ def test_labels_name_systems_and_do_not_hide_the_axes(tmp_path: Path) -> None:
         method = {**REALERA, "neighbours": {**REALERA["neighbours"], "m": m}}
         folders.append(judged(tmp_path / f"{m}", method=method, label=f"M {m}"))
     runs, _ = named(read(folders))
-    assert [run.system for run in runs] == ["M 1", "M 5", "M inf"], "upwards, as the axis goes"
+    assert [run.system for run in runs] == ["M 1", "M 5", "M inf"], "ascending, as on the axis"
     assert grids(runs)[0].axes == {"method.neighbours.m": (1, 5, math.inf)} and text_of(math.inf) == "∞"
 
 
-def test_a_part_that_is_missing_is_said_and_concepts_and_seeds_are_no_settings(tmp_path: Path) -> None:
+def test_a_missing_part_is_named_and_concepts_and_seeds_are_not_settings(tmp_path: Path) -> None:
     folders = [
         judged(tmp_path / "a", method={**REALERA, "align": None}),
         judged(tmp_path / "b"),
@@ -81,13 +81,13 @@ def test_a_part_that_is_missing_is_said_and_concepts_and_seeds_are_no_settings(t
     assert grids(runs) == []
 
 
-def test_of_two_runs_that_nothing_tells_apart_the_later_is_taken(tmp_path: Path) -> None:
+def test_the_later_of_two_indistinguishable_runs_is_used(tmp_path: Path) -> None:
     known = read([judged(tmp_path / "old"), judged(tmp_path / "new"), judged(tmp_path / "other", method="uce")])
     runs, twins = named(known)
     assert [run.folder.name for run in runs] == ["other", "new"] and [run.folder.name for run in twins] == ["old"]
 
 
-def test_values_that_are_short_for_the_same_are_written_out(tmp_path: Path) -> None:
+def test_values_with_the_same_short_text_are_written_out(tmp_path: Path) -> None:
     table = "/data/a/long/path/that/is/longer/than/forty/letters/{}.csv"
     nodes = [{**REALERA, "edit": {"ridge": ridge}} for ridge in (1.00000001, 1.00000002, 5)]
     runs, twins = named(read([judged(tmp_path / str(i), method=node) for i, node in enumerate(nodes)]))
@@ -102,10 +102,10 @@ def test_values_that_are_short_for_the_same_are_written_out(tmp_path: Path) -> N
     alike = [
         judged(tmp_path / f"x{i}", method={**REALERA, "edit": {"ridge": ridge}}) for i, ridge in enumerate((1, 1.0))
     ]
-    assert len(named(read(alike))[0]) == 1 and not twins and not more, "1 and 1.0 are one value"
+    assert len(named(read(alike))[0]) == 1 and not twins and not more, "1 and 1.0 are the same value"
 
 
-def test_the_unedited_model_is_read_from_what_a_run_was_compared_with(tmp_path: Path) -> None:
+def test_the_original_model_is_read_from_the_images_that_a_run_was_compared_to(tmp_path: Path) -> None:
     (run,) = read([judged(tmp_path / "a", cost=3.0)])
     before = original_of(run)
     assert before is not None and before.cell is not None and before.method == before.system == "original"
@@ -114,7 +114,7 @@ def test_the_unedited_model_is_read_from_what_a_run_was_compared_with(tmp_path: 
     assert original_of(run) is None
 
 
-def test_what_is_not_judged_is_no_run_and_a_torn_one_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_was_not_judged_is_no_run_and_a_torn_run_is_an_error(tmp_path: Path) -> None:
     assert read_run(tmp_path) is None
     folder = judged(tmp_path / "a")
     (folder / "verdicts" / "eye.jsonl").unlink()
@@ -125,7 +125,7 @@ def test_what_is_not_judged_is_no_run_and_a_torn_one_is_said(tmp_path: Path) -> 
         read_run(folder)
 
 
-def test_short_names_are_as_long_as_they_must_be() -> None:
+def test_short_names_are_only_as_long_as_necessary() -> None:
     names = ["method.edit.rows", "method.neighbours.rows", "method.align.lr", "task.images.keep"]
     assert short_names(names) == {
         "method.edit.rows": "edit.rows",

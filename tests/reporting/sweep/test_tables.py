@@ -1,4 +1,4 @@
-"""The tables of a sweep: their rows and columns, the paper's numbers beside ours, differences of pairs."""
+"""The tables of a sweep: rows and columns, the paper's numbers, paired differences."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def number(table: Table, system: str, key: str, group: str = "") -> Number:
     return found
 
 
-def test_means_are_those_of_results_json_and_uneven_rows_are_said(tmp_path: Path) -> None:
+def test_means_equal_those_of_results_json_and_missing_runs_are_noted(tmp_path: Path) -> None:
     folders = [
         judged(tmp_path / f"{method}-{concept}-{seed}", concept, seed, method, {"erase": share, "near": 0.5, "keep": 1})
         for method, share in (("realera", 0.0), ("uce", 0.5))
@@ -78,7 +78,7 @@ def test_means_are_those_of_results_json_and_uneven_rows_are_said(tmp_path: Path
     assert any("cannot be compared" in note for note in each.notes) and "paper" not in "".join(table.notes)
 
 
-def test_who_misses_runs_is_said_in_every_form_and_wins_no_mean(tmp_path: Path) -> None:
+def test_a_system_that_lacks_runs_is_noted_in_every_format_and_not_ranked(tmp_path: Path) -> None:
     shares = {"uce": 0.75, "sa": 0.5, "realera": 0.0}
     folders = [
         judged(tmp_path / f"{method}-{concept}", concept, 0, method, {"erase": share, "near": share, "keep": 1})
@@ -90,7 +90,7 @@ def test_who_misses_runs_is_said_in_every_form_and_wins_no_mean(tmp_path: Path) 
     table, each = means(of), by_concept(of)
     assert [number(table, system, "acc_e").mark for system in shares] == ["second", "best", ""]
     assert each is not None and number(each, "realera", "acc_e", "mean").mark == ""
-    assert number(each, "realera", "acc_e", "cat").mark == "best", "of this concept it has what the others have"
+    assert number(each, "realera", "acc_e", "cat").mark == "best", "it has all runs of this concept"
     assert sum("not ranked" in note for note in table.notes) == 1
     page, readme = tmp_path / "report.html", tmp_path / "README.md"
     readme.write_text("before\n<!-- table -->\n<!-- end of table -->\n")
@@ -106,7 +106,7 @@ def test_who_misses_runs_is_said_in_every_form_and_wins_no_mean(tmp_path: Path) 
     assert not any(row.note for row in whole.rows) and not any("ranked" in note for note in whole.notes)
 
 
-def test_as_many_runs_of_other_concepts_are_not_the_same_runs(tmp_path: Path) -> None:
+def test_equally_many_runs_of_other_concepts_are_not_the_same_runs(tmp_path: Path) -> None:
     table = means(
         chapter([judged(tmp_path / "a", "cat", 0, "uce"), judged(tmp_path / "b", "dog", 0, "sa", {"erase": 1})])
     )
@@ -114,10 +114,10 @@ def test_as_many_runs_of_other_concepts_are_not_the_same_runs(tmp_path: Path) ->
     assert not any(n and n.mark for row in table.rows for n in row.numbers)
     folders = [judged(tmp_path / m, "cat", 0, m, {"erase": e}) for m, e in (("uce", 0.0), ("sa", 1.0))]
     alone = means(chapter([*folders, judged(tmp_path / "o", "dog", 0, "original")]))
-    assert number(alone, "uce", "acc_e").mark == "best", "the unedited model is nobody's rival"
+    assert number(alone, "uce", "acc_e").mark == "best", "the original model is not ranked"
 
 
-def test_the_papers_mean_of_ten_classes_stands_beside_a_mean_of_ten_alone(tmp_path: Path) -> None:
+def test_the_papers_mean_of_ten_classes_is_only_shown_next_to_a_mean_of_ten(tmp_path: Path) -> None:
     asked = {"uce": sorted(printed.OBJECTS), "realera": ["cat"]}
     of = chapter([judged(tmp_path / f"{m}-{c}", c, 0, m, images=2) for m, own in asked.items() for c in own])
     table, each = means(of), by_concept(of)
@@ -128,17 +128,17 @@ def test_the_papers_mean_of_ten_classes_stands_beside_a_mean_of_ten_alone(tmp_pa
     assert number(each, "realera", "acc_e", "cat").printed is not None
 
 
-def test_of_settings_that_were_varied_nothing_is_printed(tmp_path: Path) -> None:
+def test_the_papers_numbers_are_not_shown_for_varied_settings(tmp_path: Path) -> None:
     varied = {**REALERA, "edit": {"ridge": 7}}
     of = chapter([judged(tmp_path / "a"), judged(tmp_path / "b", method=varied), judged(tmp_path / "c", method="uce")])
     table = means(of)
     assert number(table, "realera, ridge 7", "acc_e").printed is None
     assert number(table, "uce", "acc_e").printed == 2.35
     alone = means(chapter([judged(tmp_path / "d", method={**REALERA, "align": None})]))
-    assert number(alone, "realera", "acc_e").printed is None, "without its LoRA it is not the paper's row"
+    assert number(alone, "realera", "acc_e").printed is None, "without the LoRA this is not the paper's row"
 
 
-def test_the_ablation_has_the_papers_order_and_differences_of_pairs(tmp_path: Path) -> None:
+def test_the_ablation_has_the_papers_order_and_paired_differences(tmp_path: Path) -> None:
     nodes = {
         "realera": REALERA,
         "realera-no-beyond": {**REALERA, "neighbours": {"m": 5, "n": 0}},
@@ -172,7 +172,9 @@ def test_the_ablation_has_the_papers_order_and_differences_of_pairs(tmp_path: Pa
     assert table.rows[2].texts[1:] == ("✓", "✓", "", "") and table.rows[1].signed
     column = [c.key for c in table.columns].index("acc_g")
     same, mined = table.rows[1].numbers[column], table.rows[3].numbers[column]
-    assert same and (same.value, same.low, same.high) == (0, 0, 0), "the same images: the difference has no spread"
+    assert same and (same.value, same.low, same.high) == (0, 0, 0), (
+        "the images are the same, so the difference has no spread"
+    )
     assert mined and mined.value == pytest.approx(-60) and mined.low < -60 < mined.high < 0
     assert number(table, "realera", "acc_g").printed == 4.82
     assert number(table, "realera-closed-form", "acc_s").printed == 98.85
@@ -180,7 +182,7 @@ def test_the_ablation_has_the_papers_order_and_differences_of_pairs(tmp_path: Pa
     assert ablation(chapter([*folders, more])) is None, "two systems with the same parts: something else was varied"
 
 
-def test_a_step_of_the_ablation_is_over_the_runs_that_both_have(tmp_path: Path) -> None:
+def test_an_ablation_step_is_over_the_runs_that_both_systems_have(tmp_path: Path) -> None:
     nodes = {"realera": (REALERA, 0.0), "realera-no-mining": ({**REALERA, "neighbours": None}, 0.5)}
     folders = [
         judged(tmp_path / f"{name}-{c}", c, 0, {**node, "name": name}, {"erase": share if c == "cat" else 1.0})
@@ -191,11 +193,11 @@ def test_a_step_of_the_ablation_is_over_the_runs_that_both_have(tmp_path: Path) 
     table = ablation(chapter([*folders, *(judged(tmp_path / f"u{s}", "cat", s, "uce") for s in (0, 1))]))
     assert table is not None and [row.note for row in table.rows] == ["", "over 1 of 2 runs", "1 of 2 runs"]
     step = table.rows[1].numbers[0]
-    assert step and step.value == pytest.approx(-40), "of the cat; the means differ by 80 less 10"
+    assert step and step.value == pytest.approx(-40), "over the cat only; the means differ by 80 - 10"
     assert not any(n and n.mark for row in table.rows for n in row.numbers)
 
 
-def test_systems_less_the_base_over_what_both_have(tmp_path: Path) -> None:
+def test_differences_from_the_base_are_over_the_runs_that_both_have(tmp_path: Path) -> None:
     shares = {"base": 0.75, "same": 0.75, "other": 0.0}
     folders = [
         judged(tmp_path / f"{label}-{seed}", "cat", seed, "uce", {"erase": share, "keep": 1}, label=label)
@@ -204,20 +206,22 @@ def test_systems_less_the_base_over_what_both_have(tmp_path: Path) -> None:
         if (label, seed) != ("other", 0)
     ]
     of = chapter(folders)
-    assert differences(of) is None, "nothing is compared unless it is asked for"
+    assert differences(of) is None, "there are no differences without a base"
     table = differences(replace(of, base="base"))
     assert table is not None and [row.texts[0] for row in table.rows] == ["same", "other"]
     assert all(row.signed for row in table.rows) and [row.note for row in table.rows] == ["", "over 1 of 2 runs"]
     same, other = number(table, "same", "acc_e"), number(table, "other", "acc_e")
-    assert (same.value, same.low, same.high) == (0, 0, 0), "the same images are drawn for both, so nothing is left"
+    assert (same.value, same.low, same.high) == (0, 0, 0), (
+        "both have the same resamples, so the difference is exactly 0"
+    )
     assert other.low < other.value < other.high <= 0 and other.value == pytest.approx(-60)
     page = write_sweep(folders, tmp_path / "report.html", base="base")
     assert "Differences from base" in page.read_text() and (tmp_path / "tables" / "object-differences.csv").is_file()
-    with pytest.raises(UserError, match=r"called .bsae.: there are .*base"):
+    with pytest.raises(UserError, match=r"called .bsae.: choose one of .*base"):
         write_sweep(folders, tmp_path / "report.html", base="bsae")
 
 
-def test_a_difference_of_pairs_is_narrower_than_of_strangers() -> None:
+def test_a_paired_difference_has_a_narrower_interval_than_an_unpaired_one() -> None:
     chance = torch.Generator().manual_seed(0)
     shared, own = torch.randn(2, 500, generator=chance).double()
     was, now = Sample(1.0, 1 + shared, 9, 0), Sample(3.0, 3 + shared, 9, 0)
@@ -229,7 +233,7 @@ def test_a_difference_of_pairs_is_narrower_than_of_strangers() -> None:
     assert stranger.high - stranger.low > 4
 
 
-def test_boxes_stand_as_in_the_papers_second_table(tmp_path: Path) -> None:
+def test_boxes_are_shown_as_in_the_papers_second_table(tmp_path: Path) -> None:
     headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
     detail = {"detected": True, "score": 31.25, "boxes": {"belly": 2, "feet": 1}}
     of = chapter(
@@ -242,12 +246,12 @@ def test_boxes_stand_as_in_the_papers_second_table(tmp_path: Path) -> None:
     assert table is not None and [c.key for c in table.columns][-2:] == ["total", "acc_s"]
     assert number(table, "uce", "belly") == Number(8, printed=62) and number(table, "uce", "total").value == 12
     assert number(table, "realera", "acc_s").printed == 29.46 and table.columns[-1].digits == 2
-    assert table.notes[0].startswith("Boxes in the images asked for by name") and "leaves out" not in table.notes[0]
+    assert table.notes[0].startswith("Boxes in the images prompted by name") and "leaves out" not in table.notes[0]
     assert boxes(chapter([judged(tmp_path / "c")])) is None
     assert [t.name for t in tables(of)] == ["object-mean", "object-boxes"]
 
 
-def test_boxes_that_no_paper_counts_stand_behind_the_total_and_are_said(tmp_path: Path) -> None:
+def test_classes_that_no_paper_counts_follow_the_total_and_are_noted(tmp_path: Path) -> None:
     headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": "score"}
     detail = {"detected": True, "score": 31.25, "boxes": {"belly": 2, "anus": 1}}
     table = boxes(chapter([judged(tmp_path / "a", "nudity", headline=headline, terms=(), detail=detail)]))
@@ -255,7 +259,7 @@ def test_boxes_that_no_paper_counts_stand_behind_the_total_and_are_said(tmp_path
     assert "The total leaves out anus" in table.notes[0] and number(table, "realera", "total").value == 8
 
 
-def test_the_papers_boxes_are_of_nudity_and_of_a_clip_score(tmp_path: Path) -> None:
+def test_the_papers_boxes_are_only_shown_for_nudity_with_a_clip_score(tmp_path: Path) -> None:
     def found(name: str, kept: Mode, *concepts: str) -> Chapter:
         headline: dict[str, Mode] = {**dict.fromkeys(MEAN_PROB, "detected"), "acc_s": kept}
         more = {"task": "nsfw", "terms": (), "detail": {"detected": True, "score": 31.0, "boxes": {"belly": 2}}}
@@ -269,12 +273,12 @@ def test_the_papers_boxes_are_of_nudity_and_of_a_clip_score(tmp_path: Path) -> N
         assert boxes(of) is not None and not any(table.has_printed for table in tables(of))
     both = found("d", "score", "nudity", "violence")
     table, each = boxes(both), by_concept(both)
-    assert table is not None and not table.has_printed, "the mean over two concepts is not the paper's one"
+    assert table is not None and not table.has_printed, "the paper prints no mean over two concepts"
     assert each is not None and number(each, "uce", "acc_s", "nudity").printed == 30.85
     assert number(each, "uce", "acc_s", "violence").printed is None
 
 
-def test_costs_are_means_over_the_runs_that_say_them(tmp_path: Path) -> None:
+def test_costs_are_means_over_the_runs_with_costs(tmp_path: Path) -> None:
     folders = [judged(tmp_path / f"{s}", seed=s, cost=cost) for s, cost in enumerate((2.0, 4.0, None))]
     table = cost_table(chapter([*folders, judged(tmp_path / "old", method="uce")]))
     assert table is not None and [row.texts for row in table.rows] == [("realera",)]
@@ -286,7 +290,7 @@ def test_costs_are_means_over_the_runs_that_say_them(tmp_path: Path) -> None:
     assert least is not None and [row.note for row in least.rows] == ["1 of 3 runs", "at least"]
 
 
-def test_a_cost_of_which_only_a_part_is_known_has_no_rank(tmp_path: Path) -> None:
+def test_a_partly_known_cost_is_not_ranked(tmp_path: Path) -> None:
     spent = {"uce": 1.0, "mace": 2.0, "realera": 0.5}
     folders = {method: judged(tmp_path / method, method=method, cost=cost) for method, cost in spent.items()}
     whole = cost_table(chapter(folders.values()))
@@ -299,15 +303,15 @@ def test_a_cost_of_which_only_a_part_is_known_has_no_rank(tmp_path: Path) -> Non
     assert [number(table, method, "seconds").mark for method in spent] == ["best", "second", ""]
 
 
-def test_what_could_not_be_measured_is_left_open(tmp_path: Path) -> None:
+def test_unmeasured_numbers_are_left_empty(tmp_path: Path) -> None:
     folders = [judged(tmp_path / "a"), judged(tmp_path / "b", method="uce", shares={"erase": 0.5, "keep": 1.0})]
     table = means(chapter(folders))
     assert math.isnan(number(table, "uce", "acc_g").value) and not number(table, "uce", "h_o").known
     assert "–" in write_sweep(folders, tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_runs_that_measured_nothing_are_left_out_of_means_and_of_pairs(tmp_path: Path) -> None:
-    """One of two trainings leaves no face: the mean and the difference are over the other, and the tables say so."""
+def test_runs_without_a_scored_image_are_left_out_of_means_and_pairs(tmp_path: Path) -> None:
+    """One of two runs has no image with a face: mean and difference are over the other run, with a note."""
     folders = []
     for label, shares in {"base": (0.75, 0.25), "other": (0.5, 0.0)}.items():
         for seed, share in enumerate(shares):
@@ -322,12 +326,14 @@ def test_runs_that_measured_nothing_are_left_out_of_means_and_of_pairs(tmp_path:
     of = replace(chapter(folders), base="base")
     table, less = means(of), differences(of)
     assert number(table, "other", "acc_e").value == pytest.approx(50) and number(table, "other", "acc_s").value == 90
-    assert "Acc_e of other: over 1 of 2 runs, for in the others no image could be scored." in table.notes
-    assert less is not None and number(less, "other", "acc_e").value == pytest.approx(-20), "50 less the 70 of its pair"
+    assert "Acc_e of other: over 1 of 2 runs; in the others no image could be scored." in table.notes
+    assert less is not None and number(less, "other", "acc_e").value == pytest.approx(-20), (
+        "50 minus the 70 of its pair"
+    )
     assert not any("base" in note for note in table.notes)
 
 
-def test_images_of_the_unedited_model_that_several_runs_asked_for_count_once(tmp_path: Path) -> None:
+def test_images_of_the_original_model_shared_by_several_runs_count_once(tmp_path: Path) -> None:
     runs = [read_run(judged(tmp_path / f"{m}-{s}", "cat", 0, m, images=6)) for s, m in enumerate(("uce", "realera"))]
     originals = [replace(found, folder=run.folder) for run in runs if run and (found := original_of(run))]
     row = Chapter("object", "object", originals).means["original"]

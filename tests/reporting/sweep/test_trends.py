@@ -1,4 +1,4 @@
-"""Trends over a grid, against loops that do the same slowly."""
+"""Trends over a grid, compared to slow loops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def slow_spearman(x: list[float], y: list[float]) -> float:
     return top / size if size else 0.0
 
 
-def test_rank_correlations_are_those_of_the_slow_loop() -> None:
+def test_rank_correlations_equal_those_of_a_slow_loop() -> None:
     chance = random.Random(0)
     for n in (2, 3, 5, 8):
         x = [float(chance.randint(0, n)) for _ in range(n)]
@@ -40,7 +40,8 @@ def test_rank_correlations_are_those_of_the_slow_loop() -> None:
 
 
 def grid(drawn: int = 60) -> tuple[dict[str, tuple[float, ...]], dict[tuple[float, ...], Sample]]:
-    """Falls with a, by 4 a step, and hardly with b; each cell has noise of its own. One cell is missing."""
+    """A measure that falls by 4 per step of a and hardly changes with b. Every cell has its own noise; one is
+    missing."""
     axes = {"method.neighbours.d1": (1.0, 2.0, 4.0), "method.edit.b": (0.0, 1.0, 3.0, 9.0)}
     noise = torch.Generator().manual_seed(0)
     cells = {}
@@ -53,7 +54,7 @@ def grid(drawn: int = 60) -> tuple[dict[str, tuple[float, ...]], dict[tuple[floa
     return axes, cells
 
 
-def test_a_trend_is_the_mean_over_lines_and_its_interval_that_of_the_resamples() -> None:
+def test_a_trend_is_the_mean_over_lines_with_the_interval_of_the_resamples() -> None:
     axes, cells = grid()
     found = trend(axes, cells, "method.neighbours.d1", "acc_e")
     assert found is not None and found.lines == 4
@@ -76,7 +77,7 @@ def test_a_trend_is_the_mean_over_lines_and_its_interval_that_of_the_resamples()
     assert across is not None and across.verdict == "neither" and across.against_paper == ""
 
 
-def test_what_nobody_could_read_is_no_trend_and_one_cell_has_none() -> None:
+def test_differences_too_small_to_print_and_single_cells_have_no_trend() -> None:
     axes = {"n": (1.0, 2.0, 3.0)}
     flat = {(a,): Sample(0.001 * a, torch.full((9,), 0.001 * a).double(), 4, 0) for a in axes["n"]}
     found = trend(axes, flat, "n", "acc_e")
@@ -86,7 +87,7 @@ def test_what_nobody_could_read_is_no_trend_and_one_cell_has_none() -> None:
     assert trend(axes, lost, "n", "acc_e") is None
 
 
-def test_the_sentence_says_the_interval_and_the_paper() -> None:
+def test_the_sentence_has_the_interval_and_the_papers_trend() -> None:
     found = Trend("neighbours.n", "acc_s", (0.9, 0.5, 1.0), (12.0, 3.0, 20.0), (50.0, 62.0), 5, 0.001, -1)
     assert found.against_paper == "refuted"
     assert sentence(found, "n", "Acc_s", ("1", "∞")) == (
@@ -97,23 +98,23 @@ def test_the_sentence_says_the_interval_and_the_paper() -> None:
     assert sentence(level, "x", "CLIP_s", ("1", "2"), digits=2) == (
         "CLIP_s shows no trend along x: rank correlation +0.00 [+0.00, +0.00]; from 1 to 2 it goes from 28.41 to 28.40 "
         "(+0.00 [+0.00, +0.00])."
-    ), "as many decimals as its table, and no minus before nothing"
+    ), "the decimals of its table, and no -0.00"
     undecided = Trend("neighbours.n", "acc_s", (0.9, -0.5, 1.0), (math.nan,) * 3, (math.nan,) * 2, 1, 0.4, 1)
     text = sentence(undecided, "n", "Acc_s", ("1", "2"))
     assert text.startswith("Acc_s shows no trend along n") and text.endswith("the paper says that it rises.")
 
 
-def test_p_is_of_the_resamples_on_the_other_side() -> None:
+def test_p_counts_the_resamples_on_the_other_side_of_zero() -> None:
     drawn = torch.tensor([0.5] * 97 + [-0.1, 0.0, -1.0])
     assert p_value(drawn) == p_value(-drawn) == pytest.approx(2 * (1 + 3) / 101)
-    assert p_value(torch.ones(999)) == pytest.approx(2 / 1000), "no less than so many resamples can tell"
+    assert p_value(torch.ones(999)) == pytest.approx(2 / 1000), "the smallest p value of 999 resamples"
     assert p_value(torch.zeros(9)) == 1 and p_value(torch.tensor([math.nan, *[1.0] * 999])) == 1
 
 
 def test_holm_steps_down_from_the_smallest() -> None:
     def by_steps(p: list[float], error: float) -> set[int]:
-        """The rule as it is written: the smallest is held against error / n, the next against error / (n - 1), ...;
-        the first that fails ends it."""
+        """The rule as published: the smallest p is compared to error / n, the next to error / (n - 1), ..., up to
+        the first that fails."""
         kept: set[int] = set()
         for rank, place in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
             if p[place] > error / (len(p) - rank):
@@ -130,16 +131,16 @@ def test_holm_steps_down_from_the_smallest() -> None:
             assert {i for i, found in enumerate(holm(p)) if found <= error} == by_steps(p, error)
 
 
-def test_what_is_said_of_one_trend_is_not_said_among_many() -> None:
+def test_a_single_significant_trend_is_not_significant_among_many() -> None:
     one = Trend("method.edit.b", "acc_e", (0.5, 0.1, 0.9), (4.0, 1.0, 7.0), (1.0, 5.0), 3, 0.02)
     assert one.verdict == "rises"
     pair = together([one, Trend("neighbours.n", "acc_e", (1.0, 1.0, 1.0), (9.0, 8.0, 9.5), (1.0, 10.0), 3, 0.001, 1)])
     assert [found.verdict for found in pair] == ["rises", "rises"] and [found.p for found in pair] == [0.02, 0.002]
     three = together([one, one, one])
     assert {found.verdict for found in three} == {"neither"}
-    assert three[0].rho == one.rho and three[0].change == one.change, "intervals stay each trend's own"
+    assert three[0].rho == one.rho and three[0].change == one.change, "the intervals are not corrected"
     assert sentence(three[0], "b", "Acc_e", ("1", "2")) == (
-        "Acc_e shows no trend along b that is certain among the 3 trends of this page: rank correlation +0.50 "
+        "Acc_e shows no trend along b that is significant among the 3 trends of this page: rank correlation +0.50 "
         "[+0.10, +0.90]; from 1 to 2 it goes from 1.0 to 5.0 (+4.0 [+1.0, +7.0])."
     )
     assert not too_many(50, 2000) and too_many(51, 2000)

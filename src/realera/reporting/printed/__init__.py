@@ -1,4 +1,4 @@
-"""What the paper prints, found by task, system and concept. README.md beside says what the figures are of."""
+"""The paper's printed numbers, by task, system and concept. README.md in this folder describes them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TASKS = ("object", "celebrity", "style", "nsfw")
-MEAN = "mean"  # the row over all ten classes of objects, the only mean that is printed
+MEAN = "mean"  # the row over all ten object classes, the only printed mean
 OBJECTS = frozenset(["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
-ORDER = ("fmn", "ac", "spm", "uce", "sld", "esd-x", "esd-u", "sa", "rece", "mace")  # of the rows, by our names
+ORDER = ("fmn", "ac", "spm", "uce", "sld", "esd-x", "esd-u", "sa", "rece", "mace")  # the rows' order, by our names
 NAMES: Mapping[
     str, tuple[str, ...]
-] = {  # by our methods' names; the paper's celebrities and styles have "SLD" and "ESD"
+] = {  # by our method names; the paper's tables of celebrities and styles have "SLD" and "ESD"
     "original": ("sdv14",),
     "realera-text": ("realera",),
     "sld": ("sld", "sldm"),
-    "esd-x": ("esdx", "esd"),  # the variant that ESD's authors take for styles; the paper does not say which it took
+    "esd-x": ("esdx", "esd"),  # ESD's authors use this variant for styles; the paper does not name its variant
     "sa": ("sa",),
 }
 
 
 def printed(task: str, method: str, concept: str) -> dict[str, float]:
-    """{measure: what is printed} of a method (ours by its name, or the paper's own) and a concept; {} where there is
-    none. nsfw: one row a method, with the boxes by class and acc_s, the CLIP score, whatever the concept is called."""
+    """{measure: printed number} for a method (our name or the paper's) and a concept; {} if nothing is printed. nsfw:
+    one row per method for any concept, with the boxes by class and acc_s, the CLIP score."""
     rows = _rows(task) if task in TASKS else {}
     names = NAMES.get(method, (_plain(method),))
     key = "" if task == "nsfw" else _plain(concept)
@@ -34,13 +34,13 @@ def printed(task: str, method: str, concept: str) -> dict[str, float]:
 
 
 def same_name(label: str, method: str) -> bool:
-    """Whether a run's label is its method's name or one that the paper has for it: "SLD-M" of sld, "SD v1.4"."""
+    """Whether a run's label is its method's name or the paper's name for it, such as "SLD-M" for sld."""
     return _plain(label) in (_plain(method), *NAMES.get(method, ()))
 
 
 def ablation(parts: frozenset[str], concept: str) -> dict[str, float]:
-    """Table 3's row of these parts ("closed_form", "noise_alignment", "neighbor_mining", "beyond_concept_reg"), which
-    is printed of the automobile alone."""
+    """Table 3's row with these parts (see `PARTS`). The paper prints it for the automobile only; {} for other
+    concepts."""
     for row in _read("ablation"):
         has = {name for name in PARTS if row[name] == "1"}
         if has and has == parts and _plain(row["concept"]) == _plain(concept):
@@ -67,6 +67,6 @@ def _read(name: str) -> list[dict[str, str]]:
 
 
 def _plain(name: str) -> str:
-    """Letters and digits alone, without accents: "Salvador Dalí" and "salvador-dali" are one."""
+    """Letters and digits only, without accents: "Salvador Dalí" and "salvador-dali" become equal."""
     letters = unicodedata.normalize("NFKD", name).casefold()
     return "".join(letter for letter in letters if letter.isalnum() and letter.isascii())

@@ -1,5 +1,5 @@
-"""The tables of a sweep that the papers do not print: whether something stands in the concept's place and how far the
-others moved, and each measure in percent of the unedited model's own."""
+"""Tables that the papers do not print: what replaces the concept, how far preserved images change, and each measure in
+percent of the original model's."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from realera.reporting.table_formats import Column, Number, Table
 
 
 def beside_tables(chapter: Chapter) -> list[Table]:
-    """Those that the chapter has the verdicts for."""
+    """The tables for which the chapter has verdicts."""
     return [made for made in (beside(chapter), of_original(chapter)) if made is not None]
 
 
 def beside(chapter: Chapter) -> Table | None:
-    """The readings of `BESIDE`, of the systems whose judge gives them; None without any."""
+    """The metrics of `BESIDE`, for systems whose judge supports them; None if no system's does."""
     found = {mode: _means(chapter, mode) for _, mode in BESIDE}
     pairs = [(name, mode) for name, mode in BESIDE if any(name in each for each in found[mode].values())]
     if not pairs:
@@ -34,14 +34,14 @@ def beside(chapter: Chapter) -> Table | None:
         for system in chapter.systems
     ]
     made = table_of(
-        chapter, "beside", "What stands in its place, and how far the others moved", ("system",), columns, rows
+        chapter, "beside", "Replacement of the concept, and change of preserved images", ("system",), columns, rows
     )
-    said = described(mode for _, mode in pairs)
-    return replace(made, notes=(f"{said[:1].upper()}{said[1:]}.", *made.notes[1:]))
+    metrics = described(mode for _, mode in pairs)
+    return replace(made, notes=(f"{metrics[:1].upper()}{metrics[1:]}.", *made.notes[1:]))
 
 
 def _means(chapter: Chapter, mode: Mode) -> dict[str, dict[str, Estimate]]:
-    """{system: {measure: its mean so read}}, of the systems all of whose runs can be."""
+    """{system: {measure: its mean by this metric}}, for the systems all of whose runs support it."""
     found = {}
     for system, runs in chapter.systems.items():
         own = cells(runs)
@@ -52,7 +52,7 @@ def _means(chapter: Chapter, mode: Mode) -> dict[str, dict[str, Estimate]]:
 
 
 def of_original(chapter: Chapter) -> Table | None:
-    """Each measure in percent of the unedited model's own; None without its runs."""
+    """Each measure in percent of the original model's; None without its runs."""
     found = relative(
         {system: cells(runs) for system, runs in chapter.systems.items()}, chapter.headline, chapter.resamples
     )
@@ -64,11 +64,11 @@ def of_original(chapter: Chapter) -> Table | None:
         for system, each in found.items()
     ]
     columns = [replace(column, digits=1) for column in chapter.columns(names)]
-    made = table_of(chapter, "relative", "In percent of the original model's own", ("system",), columns, rows)
-    said = (
-        "Of the same concepts, seeds and images; a word that draws nothing on the original model has nothing to erase."
+    made = table_of(chapter, "relative", "In percent of the original model", ("system",), columns, rows)
+    note = (
+        "Over the same concepts, seeds and images. A word that draws nothing with the original model cannot be erased."
     )
-    return replace(made, notes=(said, *made.notes[1:]))
+    return replace(made, notes=(note, *made.notes[1:]))
 
 
 def _number(estimate: Estimate | None) -> Number | None:

@@ -1,4 +1,4 @@
-"""A chapter of a sweep's page: runs that are read alike, and what they measured."""
+"""A chapter of a sweep's page: runs with the same task, model, judge and metrics, and their results."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from realera.reporting.table_formats import Column
 
 @dataclass(frozen=True)
 class Chapter:
-    """Runs that are read alike: one task, judge and model. `runs` in the tables' order, each with its system."""
+    """Runs with the same task, model, judge and metrics. runs: in the tables' order, each with its system."""
 
     name: str
     title: str
     runs: Sequence[Run]
     seed: int = 0
-    base: str | None = None  # the system that the others are compared with
+    base: str | None = None  # the system that the others are compared to
     _measured: dict[Any, dict[str, Sample]] = field(default_factory=dict)
 
     @cached_property
@@ -66,7 +66,7 @@ class Chapter:
         }
 
     def measure(self, runs: Sequence[Run]) -> dict[str, Sample]:
-        """Pooled, and paired with every other system's that has the same concepts, seeds and images."""
+        """The pooled samples, paired with those of other systems over the same concepts, seeds and images."""
         key = tuple((run.system, run.folder) for run in runs)
         if key not in self._measured:
             self._measured[key] = pooled(cells(runs), self.headline, self.resamples)
@@ -74,7 +74,7 @@ class Chapter:
 
     @property
     def measures(self) -> list[str]:
-        """Those that any run measured, in the tables' order."""
+        """The measures that any run has, in the tables' order."""
         return [n for n in ORDER if any(n in row and not math.isnan(row[n].value) for row in self.means.values())]
 
     def columns(self, names: Sequence[str], group: str = "") -> list[Column]:
@@ -88,8 +88,8 @@ class Chapter:
 
     @property
     def readings(self) -> str:
-        said = described(self.headline[name] for name in self.measures if name in self.headline)
-        return f"{said[:1].upper()}{said[1:]}, with 95% intervals over seeds and images."
+        metrics = described(self.headline[name] for name in self.measures if name in self.headline)
+        return f"{metrics[:1].upper()}{metrics[1:]}, with 95% intervals over seeds and images."
 
 
 def cells(runs: Sequence[Run]) -> list[Cell]:

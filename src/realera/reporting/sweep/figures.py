@@ -1,5 +1,5 @@
-"""The figures of a sweep as numbers: surfaces and lines over settings, with what they show in a sentence; cost against
-H_o. The page draws them, and sweep_plots as files."""
+"""The figures of a sweep as numbers: surfaces and lines over settings, each with its trends in a sentence, and cost
+against H_o. The page draws them, and `plots` writes them as files."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from realera.reporting.sweep.trends import Trend, sentence, together, trend
 from realera.reporting.table_formats import Column
 
 MEASURES = ("acc_e", "acc_s", "acc_g", "h_o")  # the four of the paper's figure 5
-MOST_PAIRS = 6  # of axes, of which surfaces are shown
-LEAST_FILLED = 0.5  # of a grid: below, the settings were searched and not spanned, and a surface would be holes
+MOST_PAIRS = 6  # pairs of axes that have a surface
+LEAST_FILLED = 0.5  # share of a grid with runs; below it the settings were searched, and a surface would have holes
 LEAST_RANGE = 1.0  # of an axis, in points
-# viridis at equal steps: lightness grows with the value, also in grey and for the colour-blind
+# viridis at equal steps: lightness increases with the value, also in grey and for colour-blind readers
 COLOURS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
 
 
 @dataclass(frozen=True)
-class Told:
-    """A trend of a grid's, and what its sentence calls axis, measure and the axis' ends."""
+class DescribedTrend:
+    """A trend of a grid, with the texts of its sentence. axis, symbol: names of axis and measure; ends: first and last
+    value of the axis."""
 
     grid: str
     trend: Trend
@@ -46,7 +47,7 @@ class Told:
 
 @dataclass(frozen=True)
 class Surface:
-    """A measure over two settings. values[j][i]: (value, low, high) at x[i], y[j], None where there is no run."""
+    """A measure over two settings. values[j][i]: (value, low, high) at x[i], y[j], None without a run."""
 
     name: str
     column: Column
@@ -54,7 +55,7 @@ class Surface:
     x: tuple[str, ...]
     y: tuple[str, ...]
     values: tuple[tuple[tuple[float, float, float] | None, ...], ...]
-    told: tuple[Told, ...]
+    trends: tuple[DescribedTrend, ...]
 
     @property
     def span(self) -> tuple[float, float]:
@@ -68,13 +69,13 @@ class Surface:
         return colour(value, *self.span)
 
     def bright(self, value: float) -> bool:
-        """Whether black is read better on it than white."""
+        """Whether black text is more readable than white on this value's colour."""
         red, green, blue = (int(self.colour(value)[k : k + 2], 16) for k in (1, 3, 5))
         return 0.299 * red + 0.587 * green + 0.114 * blue > 130
 
     @property
     def data(self) -> dict[str, Any]:
-        """What the page's script draws."""
+        """The JSON that the page's script draws."""
         label = f"{self.column.symbol}_{self.column.index}"
         return {
             "x": {"name": self.axes[0], "labels": self.x},
@@ -89,14 +90,14 @@ class Surface:
 
 @dataclass(frozen=True)
 class Line:
-    """A measure over one setting; points (value, low, high) at each of x."""
+    """A measure over one setting. points: (value, low, high) at each of x."""
 
     name: str
     column: Column
     axis: str
     x: tuple[str, ...]
     points: tuple[tuple[float, float, float], ...]
-    told: tuple[Told, ...]
+    trends: tuple[DescribedTrend, ...]
 
     @property
     def marks(self) -> list[float]:
@@ -104,7 +105,7 @@ class Line:
         return ticks(*_widened(known), 4)
 
     def at(self, value: float) -> float:
-        """Percent from the top."""
+        """Position of a value in percent from the top."""
         low, high = self.marks[0], self.marks[-1]
         return 100 * (high - value) / (high - low)
 
@@ -129,7 +130,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Family:
-    """The figures of one grid over the same axes, one of each measure."""
+    """The figures of one grid over the same axes, one per measure."""
 
     title: str
     note: str
@@ -138,7 +139,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Dot:
-    """A system: what it costs to erase, and H_o. x, y, low, high: percent of the plot, y from the top."""
+    """A system's cost to erase and H_o. x, y, low, high: percent of the plot, y from the top."""
 
     system: str
     seconds: float
@@ -158,7 +159,7 @@ class Scatter:
 
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:
-    """Their range, at least `LEAST_RANGE` of it: what differs by thousandths of a percent shall look alike."""
+    """The range of the values, at least `LEAST_RANGE` wide, so that negligible differences stay invisible."""
     low, high = min(values), max(values)
     if high - low >= LEAST_RANGE:
         return low, high
@@ -167,7 +168,7 @@ def _widened(values: Sequence[float]) -> tuple[float, float]:
 
 
 def colour(value: float, low: float, high: float) -> str:
-    """Of COLOURS, in between where it falls between two: "#rrggbb"."""
+    """The colour of a value, interpolated in COLOURS: "#rrggbb"."""
     place = (value - low) / (high - low) * (len(COLOURS) - 1) if high > low else (len(COLOURS) - 1) / 2
     first = min(int(place), len(COLOURS) - 2)
     share = place - first
@@ -176,7 +177,7 @@ def colour(value: float, low: float, high: float) -> str:
 
 
 def families(chapter: Chapter, typed: Sequence[str] = ()) -> list[Family]:
-    """Lines for a grid of one setting; a surface for each two of more, the others averaged over."""
+    """Lines for a grid of one setting; for more settings, a surface per pair, averaged over the other settings."""
     found: list[Family] = []
     for count, grid in enumerate(grids(chapter.runs, typed), 1):
         if grid.filled < LEAST_FILLED:
@@ -188,16 +189,16 @@ def families(chapter: Chapter, typed: Sequence[str] = ()) -> list[Family]:
         names = [measure for measure in MEASURES if measure in there]
         if not names:
             continue
-        told = {measure: _told(chapter, name, grid, measured, measure, short) for measure in names}
+        trends = {measure: _trends(chapter, name, grid, measured, measure, short) for measure in names}
         columns = {column.key: column for column in chapter.columns(names)}
         pairs = list(combinations(grid.axes, 2))
         if not pairs:
             (axis,) = grid.axes
-            lines = [_line(f"{name}-{m}", columns[m], short[axis], grid, measured, m, told[m]) for m in names]
+            lines = [_line(f"{name}-{m}", columns[m], short[axis], grid, measured, m, trends[m]) for m in names]
             found.append(Family(f"{grid.title}: {short[axis]}", "", tuple(lines)))
         for x, y in pairs[:MOST_PAIRS]:
             stem = name if len(pairs) == 1 else f"{name}-{short[x]}-{short[y]}"
-            surfaces = [_surface(f"{stem}-{m}", columns[m], (x, y), short, grid, measured, m, told[m]) for m in names]
+            surfaces = [_surface(f"{stem}-{m}", columns[m], (x, y), short, grid, measured, m, trends[m]) for m in names]
             others = [short[axis] for axis in grid.axes if axis not in (x, y)]
             note = f"Means over {', '.join(others)}." if others else ""
             found.append(Family(f"{grid.title}: {short[x]} and {short[y]}", note, tuple(surfaces)))
@@ -205,24 +206,26 @@ def families(chapter: Chapter, typed: Sequence[str] = ()) -> list[Family]:
 
 
 def corrected(found: Sequence[Sequence[Family]]) -> tuple[list[list[Family]], int]:
-    """The families of all chapters of a page, their trends corrected for how many the page tells; and that number."""
-    told = list(dict.fromkeys(one for part in found for family in part for f in family.figures for one in f.told))
-    sure = dict(zip(told, together([one.trend for one in told])))
+    """(the families of all chapters of a page with their trends corrected for their number, that number)."""
+    before = list(dict.fromkeys(one for part in found for family in part for f in family.figures for one in f.trends))
+    after = dict(zip(before, together([one.trend for one in before])))
 
-    def anew(figure: Surface | Line) -> Surface | Line:
-        return replace(figure, told=tuple(replace(one, trend=sure[one]) for one in figure.told))
+    def with_corrected(figure: Surface | Line) -> Surface | Line:
+        return replace(figure, trends=tuple(replace(one, trend=after[one]) for one in figure.trends))
 
-    return [[replace(family, figures=tuple(map(anew, family.figures))) for family in part] for part in found], len(told)
+    return [
+        [replace(family, figures=tuple(map(with_corrected, family.figures))) for family in part] for part in found
+    ], len(before)
 
 
-def _told(
+def _trends(
     chapter: Chapter,
     name: str,
     grid: Grid,
     measured: Mapping[tuple[float, ...], Mapping[str, Sample]],
     measure: str,
     short: Mapping[str, str],
-) -> tuple[Told, ...]:
+) -> tuple[DescribedTrend, ...]:
     column = chapter.columns([measure])[0]
     cells = {at: samples[measure] for at, samples in measured.items() if measure in samples}
     found = []
@@ -230,7 +233,7 @@ def _told(
         one = trend(grid.axes, cells, axis, measure, step=10.0**-column.digits)
         if one is not None:
             ends = text_of(values[0]), text_of(values[-1])
-            found.append(Told(name, one, short[axis], f"{column.symbol}_{column.index}", ends, column.digits))
+            found.append(DescribedTrend(name, one, short[axis], f"{column.symbol}_{column.index}", ends, column.digits))
     return tuple(found)
 
 
@@ -241,12 +244,12 @@ def _line(
     grid: Grid,
     measured: Mapping[tuple[float, ...], Mapping[str, Sample]],
     measure: str,
-    told: tuple[Told, ...],
+    trends: tuple[DescribedTrend, ...],
 ) -> Line:
     known = [(at[0], measured[at][measure]) for at in sorted(measured) if measure in measured[at]]
     known = [(value, sample) for value, sample in known if not math.isnan(sample.value)]
     points = tuple(_point([sample]) for _, sample in known)
-    return Line(name, column, short, tuple(text_of(value) for value, _ in known), points, told)
+    return Line(name, column, short, tuple(text_of(value) for value, _ in known), points, trends)
 
 
 def _surface(
@@ -257,7 +260,7 @@ def _surface(
     grid: Grid,
     measured: Mapping[tuple[float, ...], Mapping[str, Sample]],
     measure: str,
-    told: tuple[Told, ...],
+    trends: tuple[DescribedTrend, ...],
 ) -> Surface:
     place = [list(grid.axes).index(axis) for axis in axes]
     at: dict[tuple[float, float], list[Sample]] = {}
@@ -267,19 +270,18 @@ def _surface(
     x, y = (grid.axes[axis] for axis in axes)
     table = tuple(tuple(_point(at[i, j]) if (i, j) in at else None for i in x) for j in y)
     labels = tuple(map(text_of, x)), tuple(map(text_of, y))
-    return Surface(name, column, (short[axes[0]], short[axes[1]]), *labels, table, told)
+    return Surface(name, column, (short[axes[0]], short[axes[1]]), *labels, table, trends)
 
 
 def _point(samples: Sequence[Sample]) -> tuple[float, float, float]:
-    """The mean of cells, with its interval."""
+    """The mean over cells, with its interval."""
     drawn = torch.stack([sample.drawn for sample in samples]).mean(dim=0)
     low, high = samples[0].interval() if len(samples) == 1 else interval(drawn)
     return sum(sample.value for sample in samples) / len(samples), low, high
 
 
 def scatter(chapter: Chapter) -> Scatter | None:
-    """Seconds to erase against H_o, a dot a system; None where fewer than two say what they cost, or no H_o is
-    measured."""
+    """Seconds to erase against H_o, one dot per system; None if fewer than two systems have both."""
     costs = {system: cost_of(runs).get("seconds", 0) for system, runs in chapter.systems.items()}
     known = [
         (system, seconds, _point([chapter.means[system]["h_o"]]))

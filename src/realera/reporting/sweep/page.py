@@ -1,4 +1,4 @@
-"""One page for several runs (a sweep, say), complete in itself, with its tables and figures as files beside it."""
+"""The self-contained page of several runs, such as a sweep, with its tables and figures as files in the same folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from realera.reporting.sweep.trends import too_many
 from realera.system import disk
 
 TEMPLATE = "sweep_page.html.j2"
-LOST = ("failed", "refused")  # states of a cell without a run
+LOST = ("failed", "refused")  # states of a cell without results
 
 
 def write_sweep(
@@ -44,26 +44,26 @@ def write_sweep(
     blur: bool | None = None,
     base: str | None = None,
 ) -> Path:
-    """Writes the page of several finished runs, with tables/<name>.{csv,tex,md} and, where matplotlib is installed,
-    figures/<name>.{png,svg} beside it, and returns its path.
+    """Writes the page of several runs and returns its path. tables/<name>.{csv,tex,md} and, if matplotlib is installed,
+    figures/<name>.{png,svg} go into the same folder.
 
-    cells: lines of a sweep's cells.jsonl, for what failed and for the names that were typed. blur: as
-    `report.write_report`. base: the system that the others are compared with in one more table. Folders that are gone
-    or not judged are counted.
+    cells: lines of a sweep's cells.jsonl; they have the failed cells and the settings that the user typed. blur: as in
+    `run_page.write_report`. base: the system that an additional table compares the others to. Missing folders and runs
+    that have not been judged are counted on the page.
 
     Raises:
-        UserError: none of the runs is finished, a file of one is torn, no system has the name of `base`, or the folder
-            of the tables or figures is a symbolic link.
+        UserError: no run has been judged, a file of a run is torn, no system is called `base`, or the folder of the
+            tables or figures is a symbolic link.
     """
     paths.no_links(out.parent, (paths.TABLES, paths.FIGURES))
     read = _read(folders, cells)
     known = [run for run in read if run is not None]
     if not known:
-        ended = [f"{_what(cell)}: {cell['state']}, {cell.get('reason')}" for cell in _lost(cells, ())]
-        first = f" {len(ended)} ended without numbers, the first: {ended[0]}" if ended else ""
-        raise UserError(f"none of these runs was judged yet: finish them, or give evaluate=true.{first}")
+        ended = [f"{_name_of(cell)}: {cell['state']}, {cell.get('reason')}" for cell in _lost(cells, ())]
+        first = f" {len(ended)} ended without results, the first: {ended[0]}" if ended else ""
+        raise UserError(f"none of these runs has been judged: finish them, or type evaluate=true.{first}")
     lost = _lost(cells, {os.path.abspath(run.folder) for run in known})
-    said = {os.path.abspath(cell["folder"]) for cell in lost if cell.get("folder")}
+    listed = {os.path.abspath(cell["folder"]) for cell in lost if cell.get("folder")}
     waiting = {os.path.abspath(folder) for folder, run in zip(dict.fromkeys(folders), read) if run is None}
     typed = _typed(cells)
     twins: list[Run] = []
@@ -74,7 +74,7 @@ def write_sweep(
         chapters.append(Chapter(name, title, [*runs, *_originals(runs)], base=base))
     there = list(dict.fromkeys(system for chapter in chapters for system in chapter.systems))
     if base is not None and base not in there:
-        raise UserError(f"no system of these runs is called {base!r}: there are {', '.join(there)}.")
+        raise UserError(f"these runs have no system called {base!r}: choose one of {', '.join(there)}.")
     written: list[Path] = []
     with_plots = plots.available()
     parts = [_content(chapter, typed, out.parent, blur) for chapter in chapters]
@@ -92,8 +92,8 @@ def write_sweep(
         "trends": trends,
         "too_many": too_many(trends, DRAWS),
         "shared": _shared(known),
-        "lost": [(_what(cell), str(cell["state"]), str(cell.get("reason") or "no reason was given")) for cell in lost],
-        "unfinished": len(waiting - said),
+        "lost": [(_name_of(cell), str(cell["state"]), str(cell.get("reason") or "no reason given")) for cell in lost],
+        "unfinished": len(waiting - listed),
         "twins": [run.folder.name for run in twins],
         "veiled": any(run["veiled"] for part in parts for run in part["runs"]),
         "files": [Path(os.path.relpath(path, out.parent)).as_posix() for path in written],
@@ -105,7 +105,7 @@ def write_sweep(
 
 
 def systems(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]] = ()) -> dict[Path, str]:
-    """{run folder: the system that the tables of the page count it to}, in their order."""
+    """{run folder: its system in the tables of the page}, in their order."""
     read = [run for run in _read(folders, cells) if run is not None]
     return {
         run.folder: run.system for _, _, runs in _chapters(read) for run in named(runs, _typed(cells))[0] if run.cell
@@ -113,22 +113,21 @@ def systems(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]] = ()) ->
 
 
 def _read(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]]) -> list[Run | None]:
-    """The runs, each called as the sweep's ledger says: another sweep may have found the same run and called it
-    otherwise since."""
-    called = {
+    """The runs, named as in the sweep's cells.jsonl: the same run may have another name in another sweep."""
+    names = {
         os.path.abspath(cell["folder"]): cell["system"] for cell in cells if cell.get("system") and cell.get("folder")
     }
-    return [read_run(folder, called.get(os.path.abspath(folder))) for folder in dict.fromkeys(folders)]
+    return [read_run(folder, names.get(os.path.abspath(folder))) for folder in dict.fromkeys(folders)]
 
 
 def _typed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The settings that a sweep's command gave."""
+    """The names of the settings that the user typed in the sweep's command."""
     words = (str(word) for cell in cells for word in cell.get("overrides") or ())
     return list(dict.fromkeys(word.partition("=")[0].lstrip("+~") for word in words))
 
 
 def _chapters(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
-    """(name of its files, title, runs) for each task, model, judge and way of reading."""
+    """(stem of file names, title, runs) for each combination of task, model, judge and metrics."""
     parted: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         read = tuple(sorted(run.metrics["headline"].items())), tuple(run.metrics["h_o_terms"])
@@ -138,14 +137,14 @@ def _chapters(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
         name = paths.plain("-".join([task, *([backbone] if len({key[1] for key in parted}) > 1 else [])]))
         taken = [other for other, _, _ in found]
         unique = name if name not in taken else f"{name}-{len(taken) + 1}"
-        said = [f"on {backbone}" if backbone else "", f"judged by {judge}" if judge else ""]
-        found.append((unique, ", ".join([task, *filter(None, said)]), own))
+        title = [f"on {backbone}" if backbone else "", f"judged by {judge}" if judge else ""]
+        found.append((unique, ", ".join([task, *filter(None, title)]), own))
     return found
 
 
 def _originals(runs: Sequence[Run]) -> list[Run]:
-    """The unedited model as a system, from the images that the runs were compared with, where it has no runs of its
-    own and those are there for every concept and seed."""
+    """The original model as a system, from the images that the runs were compared to. Only if it has no runs of its own
+    and these images exist for every concept and seed; else []."""
     if any(run.method == ORIGINAL for run in runs):
         return []
     found: dict[tuple[str, int], Run] = {}
@@ -158,7 +157,7 @@ def _originals(runs: Sequence[Run]) -> list[Run]:
 
 
 def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | None) -> dict[str, Any]:
-    """A chapter as the template shows it. Its runs are those with a folder of their own."""
+    """The template's values for a chapter. `runs` lists the runs that have a folder of their own."""
     runs = [run for run in chapter.runs if run.config.get("method") is not None or run.base != ORIGINAL]
     names = differing([run.settings for run in runs])
     shown = [_run(run, names, beside, blur) for run in runs]
@@ -201,7 +200,7 @@ def _run(run: Run, names: Sequence[str], beside: Path, blur: bool | None) -> dic
 
 
 def _shared(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Facts that hold of all the runs."""
+    """(label, value) of facts that all runs share."""
     facts = {
         "task": {run.task for run in runs},
         "model": {run.backbone for run in runs},
@@ -215,21 +214,22 @@ def _shared(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _lost(cells: Sequence[Mapping[str, Any]], known: Container[str | None]) -> list[Mapping[str, Any]]:
-    """The cells without numbers, each as it ended last: by the same words, or in the same folder by others. known:
-    folders with numbers, whoever made them."""
+    """The cells without results. A later cell with the same overrides or the same folder replaces an earlier one.
+    known: folders that have results, from any command."""
     lost: list[Mapping[str, Any]] = []
     for cell in cells:
-        lost = [old for old in lost if _what(old) != _what(cell) and (not _place(old) or _place(old) != _place(cell))]
+        name, folder = _name_of(cell), _folder(cell)
+        lost = [old for old in lost if _name_of(old) != name and (not _folder(old) or _folder(old) != folder)]
         if cell.get("state") in LOST:
             lost.append(cell)
-    return [cell for cell in lost if _place(cell) not in known]
+    return [cell for cell in lost if _folder(cell) not in known]
 
 
-def _what(cell: Mapping[str, Any]) -> str:
+def _name_of(cell: Mapping[str, Any]) -> str:
     return " ".join(map(str, cell.get("overrides") or ())) or Path(str(cell.get("folder") or "?")).name
 
 
-def _place(cell: Mapping[str, Any]) -> str | None:
-    """The folder that stands for the cell. None for one that judges a run again: there were numbers before it."""
+def _folder(cell: Mapping[str, Any]) -> str | None:
+    """The cell's folder. None for a cell that judges a run again: its results come from before."""
     again = any(str(word).startswith("run=") for word in cell.get("overrides") or ())
     return None if again or not cell.get("folder") else os.path.abspath(cell["folder"])

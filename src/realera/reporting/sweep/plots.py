@@ -1,4 +1,4 @@
-"""The figures of a sweep as PNG and SVG files, by matplotlib (the extra `report`)."""
+"""Writes the figures of a sweep as PNG and SVG files with matplotlib (the extra `report`)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from realera.reporting.sweep.figures import COLOURS, Line, Scatter, Surface
 from realera.system import disk
 
 DPI = 200  # of the PNGs
-NAMED, LINE = 8, 0.16  # lines of names that a scatter has room for; inches of one more
+NAMED, LINE = 8, 0.16  # lines of names that fit below a scatter; inches to add for each further line
 INK, BAND = "#0b7268", "#0b726833"
 
 
 def available() -> bool:
-    """Whether matplotlib is there; nothing else of a sweep's report needs it."""
+    """Whether matplotlib is installed. The rest of a sweep's report does not need it."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def write(figure: Surface | Line | Scatter, folder: Path) -> list[Path]:
-    """folder/<name>.png and .svg; the same numbers make the same files."""
+    """Writes folder/<name>.png and .svg and returns their paths. The same numbers make identical files."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def write(figure: Surface | Line | Scatter, folder: Path) -> list[Path]:
 
 
 def _surface(drawn: Any, figure: Surface) -> None:
-    """Surface with its intervals on the left, the same as a heat map with its numbers on the right."""
+    """On the left the surface with its intervals, on the right a heat map with the same numbers."""
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -59,8 +59,8 @@ def _surface(drawn: Any, figure: Surface) -> None:
 
     space = drawn.add_subplot(1, 2, 1, projection="3d")
     middle = np.pad((values[:-1, :-1] + values[1:, :-1] + values[:-1, 1:] + values[1:, 1:]) / 4, (0, 1))
-    faces = colours(np.nan_to_num((middle - low) / (high - low)))  # a face has the colour of its corners' mean
-    faces[..., 3] = np.where(np.isnan(middle), 0, 0.92)  # and none where a corner is missing
+    faces = colours(np.nan_to_num((middle - low) / (high - low)))  # the colour of a face is the mean of its corners
+    faces[..., 3] = np.where(np.isnan(middle), 0, 0.92)  # a face with a missing corner is transparent
     space.plot_surface(x, y, values, facecolors=faces, rstride=1, cstride=1, shade=False)
     for j, line in enumerate(figure.values):
         for i, cell in enumerate(line):
@@ -107,7 +107,7 @@ def _scatter(drawn: Any, figure: Scatter) -> None:
     for count, dot in enumerate(figure.dots, 1):
         value, low, high = dot.h_o
         axes.plot([dot.seconds, dot.seconds], [low, high], color=BAND, linewidth=1)
-        # a name that begins with an underscore is kept from the legend, as long as nothing stands before it
+        # matplotlib omits legend names that begin with an underscore: a zero-width space before it prevents that
         label = "\u200b" * dot.system.startswith("_") + dot.system.replace("$", r"\$")
         axes.plot(
             [dot.seconds],
@@ -129,7 +129,7 @@ def _scatter(drawn: Any, figure: Scatter) -> None:
 
 
 def _names(figure: Scatter) -> tuple[int, int]:
-    """(columns, lines) of the systems' names below the drawing."""
+    """(columns, lines) of the systems' names below the plot."""
     across = max(1, min(4, 60 // max(len(dot.system) for dot in figure.dots)))
     return across, -(-len(figure.dots) // across)
 

@@ -1,4 +1,4 @@
-"""Image sheets of a sweep: a row a system, a column a prompt and seed, the same for all; the unedited model on top."""
+"""Image sheets of a sweep: one row per system, the original model on top, and one column per prompt and seed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from realera.reporting.sheets import Picture, picture
 from realera.reporting.sweep.chapter import Chapter
 from realera.reporting.sweep.systems import Run
 
-COLUMNS: Mapping[Split, int] = {"erase": 3, "near": 3, "keep": 3, "associated": 1}  # images of a split in a row
-MOST_CONCEPTS, MOST_SYSTEMS = 6, 30  # of a page
+COLUMNS: Mapping[Split, int] = {"erase": 3, "near": 3, "keep": 3, "associated": 1}  # images of each split in a row
+MOST_CONCEPTS, MOST_SYSTEMS = 6, 30  # limits of a page
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """heads: (prompt, split) of each column. rows: (system, its pictures, None where it has not drawn the prompt)."""
+    """heads: (prompt, split) of each column. rows: (system, its pictures; None for a prompt without an image)."""
 
     concept: str
     seed: int
@@ -27,12 +27,12 @@ class Sheet:
 
     @property
     def judged(self) -> bool:
-        """Whether a judge says of any picture that it is what erasing wants, or is not."""
+        """Whether any picture has a verdict that is as wanted or not as wanted."""
         return any(shown is not None and shown.good is not None for _, images in self.rows for shown in images)
 
 
 def sheets_of(chapter: Chapter) -> list[Sheet]:
-    """One for each of the first concepts, from the first seed that it was erased with."""
+    """One sheet for each of the first concepts, of its first seed."""
     found = []
     for concept in chapter.concepts[:MOST_CONCEPTS]:
         runs = {
@@ -46,11 +46,11 @@ def sheets_of(chapter: Chapter) -> list[Sheet]:
 
 
 def cut(chapter: Chapter) -> str:
-    """What the sheets do not show, in a sentence; "" where they show all."""
+    """A sentence on the limits that the sheets reach; "" if they show everything."""
     systems = sum(ORIGINAL not in (name, runs[0].method) for name, runs in chapter.systems.items())
     counts = {"concepts": (len(chapter.concepts), MOST_CONCEPTS), "systems": (systems, MOST_SYSTEMS)}
-    said = [f"the first {most} of {count} {what}" for what, (count, most) in counts.items() if count > most]
-    return f"Shown: {', '.join(said)}." if said else ""
+    limits = [f"the first {most} of {count} {name}" for name, (count, most) in counts.items() if count > most]
+    return f"Shown: {', '.join(limits)}." if limits else ""
 
 
 def _sheet(chapter: Chapter, concept: str, runs: Mapping[str, Run]) -> Sheet | None:
@@ -65,14 +65,14 @@ def _sheet(chapter: Chapter, concept: str, runs: Mapping[str, Run]) -> Sheet | N
     def pictures(run: Run, which: Which) -> tuple[Picture | None, ...]:
         rows = {_key(row): row for row in read_manifest(run.folder)}
         file = verdict_file(run.folder, run.judge, which)
-        said = {v.prompt_id: v for v in read_verdicts(file)} if file.is_file() else {}
+        verdicts = {v.prompt_id: v for v in read_verdicts(file)} if file.is_file() else {}
         shown: list[Picture | None] = []
         for key in keys:
             row = rows.get(key)
             if row is None or (which == "original" and row.original is None):
                 shown.append(None)
             else:
-                shown.append(picture(row.path(run.folder, which), row, said.get(row.prompt.id), chapter.headline))
+                shown.append(picture(row.path(run.folder, which), row, verdicts.get(row.prompt.id), chapter.headline))
         return tuple(shown)
 
     own = [system for system in runs if system != ORIGINAL and runs[system].method != ORIGINAL]
@@ -94,13 +94,13 @@ def _key(row: Row) -> tuple[str, str, int]:
 
 
 def _spread(rows: list[Row], count: int) -> list[Row]:
-    """The first image of evenly spaced texts; where there are fewer texts, their next images too."""
+    """The first image of `count` evenly spaced texts; with fewer texts, their next images too."""
     by_text: dict[str, list[Row]] = {}
     for row in rows:
         by_text.setdefault(row.prompt.text, []).append(row)
     texts = list(by_text)
     if len(texts) >= count:
         return [by_text[texts[i * len(texts) // count]][0] for i in range(count)]
-    turns = [images[turn] for turn in range(count) for images in by_text.values() if turn < len(images)]
-    chosen = set(map(_key, turns[:count]))
+    interleaved = [images[i] for i in range(count) for images in by_text.values() if i < len(images)]
+    chosen = set(map(_key, interleaved[:count]))
     return [row for row in rows if _key(row) in chosen]

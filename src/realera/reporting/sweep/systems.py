@@ -1,4 +1,4 @@
-"""The runs of a sweep, told apart by their settings: which system each is, and along which axes a system was varied."""
+"""The runs of a sweep: the system of each run, named by its settings, and the axes along which settings were varied."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from realera.evaluation.records import read_config, read_metrics, read_verdicts,
 from realera.reporting.cells import ORIGINAL, Cell, read_cell
 from realera.reporting.printed import ORDER
 
-# Settings that no number depends on, or that a run is not told by.
+# Settings that do not affect the metrics, or that do not belong to a system's name.
 APART = (
     "run_dir",
     "root",
@@ -27,13 +27,13 @@ APART = (
     "tables",
 )
 REPEATED = ("task.concepts", "task.anchor")  # the same as concept and anchor
-FEWEST = 3  # values of a numeric setting that make a figure
+FEWEST = 3  # values that a numeric setting needs for a figure
 
 
 @dataclass(frozen=True)
 class Run:
-    """A judged run. base: the label it was started with, else its method's name. system: base, and where several runs
-    of it differ, the settings in which they do. cell: None where its images or verdicts are gone. settings: flat."""
+    """A judged run. base: its label, else its method's name. system: base, followed by the settings that differ between
+    runs of this base. cell: None if its images or verdicts are missing. settings: flattened."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -52,8 +52,8 @@ class Run:
     def concept(self) -> str:
         if self.cell is not None:
             return self.cell.concept
-        said = self.config.get("concept")
-        return ", ".join(map(str, said)) if isinstance(said, list) else str(said)
+        concept = self.config.get("concept")
+        return ", ".join(map(str, concept)) if isinstance(concept, list) else str(concept)
 
     @property
     def seed(self) -> int:
@@ -69,8 +69,8 @@ class Run:
 
 
 def read_run(folder: Path, base: str | None = None) -> Run | None:
-    """A run folder; None where it was not judged yet. base: in place of its own. Raises UserError where a file of it is
-    torn."""
+    """Reads a run folder; None if the run has not been judged. base: replaces the run's own. Raises UserError if a file
+    is torn."""
     if not ((folder / paths.METRICS).is_file() and (folder / paths.CONFIG).is_file()):
         return None
     config = read_config(folder)
@@ -83,14 +83,14 @@ def read_run(folder: Path, base: str | None = None) -> Run | None:
 
 
 def original_of(run: Run) -> Run | None:
-    """The unedited model's images that the run was compared with, as a run of their own; None where there are none."""
+    """The original model's images that the run was compared to, as a separate run; None without such images."""
     file = verdict_file(run.folder, run.judge, "original")
     if run.cell is None or not file.is_file():
         return None
     verdicts = read_verdicts(file)
     if [v.prompt_id for v in verdicts] != [p.id for p in run.cell.prompts]:
         return None
-    sources = [ORIGINAL] * len(verdicts)  # one model, whichever run asked for its images
+    sources = [ORIGINAL] * len(verdicts)  # the same model in every run
     cell = replace(run.cell, system=ORIGINAL, verdicts=verdicts, costs={}, sources=sources)
     return replace(run, base=ORIGINAL, system=ORIGINAL, cell=cell, settings={}, config={**run.config, "method": None})
 
@@ -106,7 +106,7 @@ def flat(node: Any, at: str = "") -> dict[str, Any]:
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The settings that are not the same in all runs, in the order of the configs."""
+    """The settings that differ between runs, in the order of the configs."""
     names = dict.fromkeys(name for own in settings for name in own)
     kinds: dict[Any, list[Mapping[str, Any]]] = {}
     for own in settings:
@@ -115,7 +115,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     for name in names:
         if name.partition(".")[0] in APART or name.startswith(REPEATED) or name.endswith("_target_"):
             continue
-        # Two methods differ in every part: only what differs between runs of one method says more than its name.
+        # Two methods differ in every part. Only differences between runs of one method add to the method's name.
         groups = list(kinds.values()) if name.startswith("method.") and name != "method.name" else [settings]
         if any(len({_key(own.get(name)) for own in group}) > 1 for group in groups):
             found.append(name)
@@ -123,10 +123,10 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def varied(runs: Sequence[Run], typed: Sequence[str] = ()) -> list[str]:
-    """The settings that tell runs of one base, concept and seed apart. A part that some runs are without stands for all
-    of its settings in which no two others differ. typed: names that were typed, known to be no consequence of another.
+    """The settings that distinguish runs of one base, concept and seed. If some runs lack a part, its name replaces
+    those of its settings that are equal in all other runs. typed: settings that the user typed.
 
-    Numbers that are a fixed multiple of an earlier one (interpolated from it) are left out.
+    Numbers that are a fixed multiple of an earlier setting (interpolated from it) are left out unless typed.
     """
     names = differing([run.settings for run in runs])
     found: dict[str, None] = {}
@@ -137,17 +137,17 @@ def varied(runs: Sequence[Run], typed: Sequence[str] = ()) -> list[str]:
         owners = [run for run in runs if name in run.settings]
         if len({_key(run.settings[name]) for run in owners}) > 1 or (lacking and not all(parts)):
             found[name] = None
-    told = [name for name in found if not _told(runs, name)]
-    told.sort(key=lambda name: list(typed).index(name) if name in typed else len(typed))
+    candidates = [name for name in found if not _fixed_by_concept_and_seed(runs, name)]
+    candidates.sort(key=lambda name: list(typed).index(name) if name in typed else len(typed))
     kept: list[str] = []
-    for name in told:
+    for name in candidates:
         if name in typed or not any(_multiple(runs, name, other) for other in kept):
             kept.append(name)
     return kept
 
 
-def _told(runs: Sequence[Run], name: str) -> bool:
-    """Whether concept and seed say already what the setting is."""
+def _fixed_by_concept_and_seed(runs: Sequence[Run], name: str) -> bool:
+    """Whether the setting is equal in all runs of the same concept and seed."""
     by: dict[tuple[str, int], set[str]] = {}
     for run in runs:
         by.setdefault((run.concept, run.seed), set()).add(_key(value_of(run, name)))
@@ -163,14 +163,14 @@ def _multiple(runs: Sequence[Run], name: str, other: str) -> bool:
 
 
 def _missing(name: str, settings: Mapping[str, Any]) -> str | None:
-    """The part that a run is without, so that it has no such setting: "method.neighbours"."""
+    """The null part, such as "method.neighbours", that leaves the run without this setting; None if there is none."""
     parts = name.split(".")
     above = [".".join(parts[:count]) for count in range(1, len(parts))]
     return next((part for part in above if part in settings and settings[part] is None), None)
 
 
 def value_of(run: Run, name: str) -> Any:
-    """A setting's value; of a part, "on" or None."""
+    """A setting's value; for a part, "on" or None."""
     if name in run.settings:
         return run.settings[name]
     return "on" if any(key.startswith(f"{name}.") for key in run.settings) else None
@@ -181,7 +181,7 @@ def is_number(value: Any) -> bool:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """The ends of dotted names, as long as they need to be to differ: {"method.neighbours.d1": "d1"}."""
+    """The shortest distinct ends of dotted names: {"method.neighbours.d1": "d1"}."""
     found = {}
     for name in names:
         parts = name.split(".")
@@ -192,7 +192,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def text_of(value: Any) -> str:
-    """A setting's value, short."""
+    """A setting's value as text of at most 40 characters."""
     if is_number(value):
         return "∞" if value == float("inf") else f"{value:g}"
     text = "null" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -200,9 +200,9 @@ def text_of(value: Any) -> str:
 
 
 def named(runs: Iterable[Run], typed: Sequence[str] = ()) -> tuple[list[Run], list[Run]]:
-    """(the runs with their systems' names, in the tables' order; twins that no setting tells from another run, which
-    has been judged later). Order: the papers', RealEra last but for the unedited model; numeric settings upwards, as
-    they were given otherwise; concept; seed."""
+    """(the runs with their systems' names, in the tables' order; the runs left out because a later judged run has the
+    same system, concept and seed). Order: as in the papers, with RealEra and then the original model last; numeric
+    settings ascending, other settings as given; concept; seed."""
     known = list(runs)
     bases: dict[str, list[Run]] = {}
     methods: dict[str, list[Run]] = {}
@@ -217,8 +217,8 @@ def named(runs: Iterable[Run], typed: Sequence[str] = ()) -> tuple[list[Run], li
         short, written = short_names(names), {name: _written(own, name) for name in names}
         latest: dict[tuple[str, str, int], Run] = {}
         for run in sorted(own, key=lambda run: (run.folder / paths.METRICS).stat().st_mtime_ns):
-            said = [_said(run, name, short[name], written[name]) for name in names]
-            system = ", ".join([base, *filter(None, said)])
+            parts = [_setting_text(run, name, short[name], written[name]) for name in names]
+            system = ", ".join([base, *filter(None, parts)])
             key = (system, run.concept, run.seed)
             if key in latest:
                 twins.append(latest[key])
@@ -233,13 +233,14 @@ def named(runs: Iterable[Run], typed: Sequence[str] = ()) -> tuple[list[Run], li
 
 
 def _axes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
-    """Of the settings that were varied, those that make a figure: with three numbers, or two beside one with three."""
+    """The varied settings that are axes of a figure: those with two numbers or more, if one of them has three or
+    more."""
     counts = {name: len({v for v in (value_of(run, name) for run in runs) if is_number(v)}) for name in names}
     return [name for name in names if counts[name] > 1] if max(counts.values(), default=0) >= FEWEST else []
 
 
 def _written(runs: Sequence[Run], name: str) -> dict[str, str]:
-    """{_key of a value of the runs: its text}, short but where two values would be one then."""
+    """{_key of a value: its text}, short unless two values would get the same text."""
     values = {_key(value): value for value in (value_of(run, name) for run in runs)}
     texts = {key: text_of(value) for key, value in values.items()}
     whole = {key: repr(float(v)) if is_number(v) else str(v) for key, v in values.items()}
@@ -247,16 +248,16 @@ def _written(runs: Sequence[Run], name: str) -> dict[str, str]:
     return {key: text if len(alike[text]) == 1 else whole[key] for key, text in texts.items()}
 
 
-def _said(run: Run, name: str, short: str, written: Mapping[str, str]) -> str:
+def _setting_text(run: Run, name: str, short: str, written: Mapping[str, str]) -> str:
     value = value_of(run, name)
     if value is None and name not in run.settings:
-        return ""  # its part is missing, which is said
+        return ""  # the name of its missing part is shown instead
     is_part = value == "on" or (value is None and "." in name and name.count(".") == 1)
     return ("" if value == "on" else f"no {short}") if is_part else f"{short} {written[_key(value)]}"
 
 
 def _rank(run: Run) -> int:
-    """Of the papers' order; other methods and the variants of RealEra come after, the unedited model at the end."""
+    """Position in the papers' order. Other methods and variants of RealEra come next, the original model comes last."""
     if run.base.lower() == ORIGINAL or run.method == ORIGINAL:
         return len(ORDER) + 2
     if run.method in ORDER:
@@ -274,8 +275,8 @@ def _key(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """Runs of one method that were varied along numeric settings. axes: {setting: its values, upwards}; cells: {one
-    value of each: the runs there}, without those that have no number on an axis."""
+    """Runs of one method with varied numeric settings. axes: {setting: its values, ascending}; cells: {one value per
+    axis: the runs there}. Runs without a number on some axis are left out."""
 
     title: str
     axes: Mapping[str, tuple[float, ...]]
@@ -283,7 +284,7 @@ class Grid:
 
     @property
     def filled(self) -> float:
-        """The share of the axes' combinations that has runs."""
+        """The share of the axes' combinations that have runs."""
         count = 1
         for values in self.axes.values():
             count *= len(values)
@@ -291,8 +292,8 @@ class Grid:
 
 
 def grids(runs: Sequence[Run], typed: Sequence[str] = ()) -> list[Grid]:
-    """A grid for each method that numeric settings were varied of; settings that are no numbers part its runs into one
-    grid for each of their combinations, which its title names."""
+    """One grid per method with varied numeric settings. Other varied settings split its runs into one grid per
+    combination, named in the grid's title."""
     found = []
     for method in dict.fromkeys(run.method for run in runs):
         own = [run for run in runs if run.method == method and run.cell is not None]
@@ -301,15 +302,17 @@ def grids(runs: Sequence[Run], typed: Sequence[str] = ()) -> list[Grid]:
         parted: dict[tuple[str, ...], list[Run]] = {}
         for run in own:
             if axes and all(is_number(value_of(run, name)) for name in axes):
-                others = (_said(run, name, short[name], written[name]) for name in names if name not in axes)
+                others = (_setting_text(run, name, short[name], written[name]) for name in names if name not in axes)
                 parted.setdefault(tuple(filter(None, others)), []).append(run)
-        for said, part in parted.items():
+        for combination, part in parted.items():
             inner = _axes(part, axes)
             cells: dict[tuple[float, ...], list[Run]] = {}
             for run in part:
                 cells.setdefault(tuple(float(value_of(run, name)) for name in inner), []).append(run)
             if inner:
                 values = {name: tuple(sorted({at[i] for at in cells})) for i, name in enumerate(inner)}
-                grid = Grid(", ".join([method, *said]), values, {at: tuple(these) for at, these in cells.items()})
+                grid = Grid(
+                    ", ".join([method, *combination]), values, {at: tuple(these) for at, these in cells.items()}
+                )
                 found.append(grid)
     return found

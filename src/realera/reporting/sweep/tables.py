@@ -1,4 +1,4 @@
-"""The tables of a sweep, as in the papers: systems by concepts, boxes by class, the ablation, costs."""
+"""The tables of a sweep as in the papers: systems by concepts, boxes by class, the ablation, costs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from realera.reporting.table import mean_counts
 from realera.reporting.table_formats import Column, Number, Row, Table, ranked
 
 MEAN = "mean"
-NUDITY = "nudity"  # what the paper's Table 2 is of
-PARTS: Mapping[str, str] = {  # of RealEra, in the paper's order
+NUDITY = "nudity"  # the concept of the paper's Table 2
+PARTS: Mapping[str, str] = {  # parts of RealEra, in the paper's order
     "closed_form": "closed form",
     "noise_alignment": "noise alignment",
     "neighbor_mining": "neighbours",
@@ -30,7 +30,8 @@ PARTS: Mapping[str, str] = {  # of RealEra, in the paper's order
 
 
 def tables(chapter: Chapter) -> list[Table]:
-    """Those that the chapter has the runs for: means; by concept; boxes; the ablation; the base; costs."""
+    """The tables for which the chapter has runs: means, by concept, boxes, ablation, differences from the base,
+    costs."""
     found = [
         means(chapter),
         by_concept(chapter),
@@ -47,12 +48,12 @@ def means(chapter: Chapter) -> Table:
     rows = []
     for system, measured in chapter.means.items():
         run = chapter.systems[system][0]
-        said: Mapping[str, float] = {}
+        paper: Mapping[str, float] = {}
         if _concepts(chapter, system) == printed.OBJECTS:
-            said = _printed(chapter, run, printed.MEAN)
+            paper = _printed(chapter, run, printed.MEAN)
         elif len(chapter.concepts) == 1 and run.task != "nsfw":
-            said = _printed(chapter, run, chapter.concepts[0])
-        rows.append(row_of(chapter, system, [_number(measured.get(name), said.get(name)) for name in names]))
+            paper = _printed(chapter, run, chapter.concepts[0])
+        rows.append(row_of(chapter, system, [_number(measured.get(name), paper.get(name)) for name in names]))
     columns = chapter.columns(names)
     several = len(chapter.concepts) > 1
     title = "Mean over concepts and seeds" if several else f"{chapter.concepts[0] if chapter.concepts else ''}"
@@ -70,18 +71,18 @@ def by_concept(chapter: Chapter) -> Table | None:
         run = chapter.systems[system][0]
         numbers = []
         for concept in chapter.concepts:
-            said = _printed(chapter, run, concept)
-            numbers += [_number(measured.get(concept, {}).get(name), said.get(name)) for name in names]
+            paper = _printed(chapter, run, concept)
+            numbers += [_number(measured.get(concept, {}).get(name), paper.get(name)) for name in names]
         all_ten = _concepts(chapter, system) == printed.OBJECTS
-        said = _printed(chapter, run, printed.MEAN) if all_ten else {}
-        numbers += [_number(chapter.means[system].get(name), said.get(name)) for name in names]
+        paper = _printed(chapter, run, printed.MEAN) if all_ten else {}
+        numbers += [_number(chapter.means[system].get(name), paper.get(name)) for name in names]
         rows.append(row_of(chapter, system, numbers, [concept for concept in chapter.concepts for _ in names]))
-    return table_of(chapter, "concepts", "Each concept", ("system",), columns, rows)
+    return table_of(chapter, "concepts", "By concept", ("system",), columns, rows)
 
 
 def boxes(chapter: Chapter) -> Table | None:
-    """As in the paper's Table 2: what a detector found in the images asked for by name, boxes by class, the mean over
-    the runs of a system; and Acc_s, the CLIP score of images that have nothing to do with it."""
+    """As in the paper's Table 2: the boxes that a detector found in the images prompted by name, by class, as means
+    over the runs of a system; and Acc_s, the CLIP score of unrelated images."""
     found = {system: mean_counts(cells(runs)).get("erase") for system, runs in chapter.systems.items()}
     if not any(found.values()):
         return None
@@ -90,18 +91,18 @@ def boxes(chapter: Chapter) -> Table | None:
     columns = [Column(name, name.replace("_", " "), better=-1) for name in classes]
     rows = []
     for system, counted in found.items():
-        said = _printed(chapter, chapter.systems[system][0], ", ".join(_concepts(chapter, system)))
-        numbers = [Number((counted or {}).get(name, math.nan), printed=said.get(name)) for name in classes]
-        kept = _number(chapter.means[system].get("acc_s"), said.get("acc_s"))
-        rows.append(row_of(chapter, system, [*numbers, kept]))
+        paper = _printed(chapter, chapter.systems[system][0], ", ".join(_concepts(chapter, system)))
+        numbers = [Number((counted or {}).get(name, math.nan), printed=paper.get(name)) for name in classes]
+        preserved = _number(chapter.means[system].get("acc_s"), paper.get("acc_s"))
+        rows.append(row_of(chapter, system, [*numbers, preserved]))
     table = table_of(chapter, "boxes", "Boxes by class", ("system",), [*columns, *chapter.columns(["acc_s"])], rows)
-    what = "Boxes in the images asked for by name, the mean over runs; beside them what should stay, with its interval."
-    apart = f" The total leaves out {', '.join(n for n in classes if n in APART)}, as the papers do."
-    return replace(table, notes=(what + apart * (classes[-1] in APART), *table.notes[1:]))
+    note = "Boxes in the images prompted by name, mean over runs. The last column has the preserved images."
+    apart = f" The total leaves out {', '.join(n for n in classes if n in APART)}, as in the papers."
+    return replace(table, notes=(note + apart * (classes[-1] in APART), *table.notes[1:]))
 
 
 def parts_of(run: Run) -> frozenset[str] | None:
-    """Which of RealEra's parts a run of it has; None for another method."""
+    """The parts of RealEra that a run has; None for another method."""
     if not run.method.startswith("realera"):
         return None
     config = run.config.get("method") or {}
@@ -116,8 +117,8 @@ def parts_of(run: Run) -> frozenset[str] | None:
 
 
 def ablation(chapter: Chapter) -> Table | None:
-    """As in the paper's Table 3: RealEra with ever more of its parts, and under each row by how much it differs from
-    the one above. None where two systems have the same parts (something else was varied), or all of them."""
+    """As in the paper's Table 3: RealEra with more and more of its parts, with each row's difference from the previous
+    one. None if two systems have the same parts, because something else was varied, or if there is only one system."""
     known: dict[frozenset[str], str] = {}
     for system, runs in chapter.systems.items():
         parts = parts_of(runs[0])
@@ -140,19 +141,19 @@ def ablation(chapter: Chapter) -> Table | None:
             numbers = [difference(*(end[name] for end in ends)) if ends else None for name in names]
             texts = (", ".join(step), *("" for _ in order))
             rows.append(Row(texts, tuple(numbers), note=_over(chapter, pairs, own), signed=True))
-        said = {}
+        paper = {}
         if len(chapter.concepts) == 1 and chapter.runs[0].task == "object":
-            said = printed.ablation(parts, chapter.concepts[0])
+            paper = printed.ablation(parts, chapter.concepts[0])
         ticks = ("✓" if part in parts else "" for part in order)
-        row = row_of(chapter, system, [_number(now.get(name), said.get(name)) for name in names], among=own)
+        row = row_of(chapter, system, [_number(now.get(name), paper.get(name)) for name in names], among=own)
         rows.append(replace(row, texts=(system, *ticks)))
         before = parts
     heads = ("system", *PARTS.values())
-    return table_of(chapter, "ablation", "What each part of RealEra does", heads, chapter.columns(names), rows)
+    return table_of(chapter, "ablation", "Effect of each part of RealEra", heads, chapter.columns(names), rows)
 
 
 def differences(chapter: Chapter) -> Table | None:
-    """Every system's means less the base's, over the concepts and seeds that both have."""
+    """Every system's means minus the base's, over the concepts and seeds that both have."""
     if chapter.base not in chapter.systems:
         return None
     names, rows = chapter.measures, []
@@ -167,27 +168,27 @@ def differences(chapter: Chapter) -> Table | None:
     found = table_of(
         chapter, "differences", f"Differences from {chapter.base}", ("system",), chapter.columns(names), rows
     )
-    said = (
-        "Differences of pairs (the same concepts, seeds and images), with 95% intervals; where there are several "
-        "concepts, these are resampled too. Where nothing differs, one interval in twenty leaves out 0 all the same."
+    note = (
+        "Paired differences (same concepts, seeds and images) with 95% intervals. Several concepts are resampled too. "
+        "Even without any true difference, one interval in twenty excludes 0."
     )
-    return replace(found, notes=(said,))
+    return replace(found, notes=(note,))
 
 
 def _both(was: Sequence[Run], now: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Their runs of the same concept and seed."""
+    """Pairs of runs of the same concept and seed."""
     known = {(run.concept, run.seed): run for run in was}
     return [(known[run.concept, run.seed], run) for run in now if (run.concept, run.seed) in known]
 
 
 def _over(chapter: Chapter, pairs: Sequence[tuple[Run, Run]], among: Iterable[str] | None = None) -> str:
-    """The note of a difference over fewer runs than the systems (None: all) have."""
+    """The note of a difference over fewer runs than the systems `among` have (None: all systems)."""
     known = _runs(chapter, chapter.systems if among is None else among)
     return "" if len(pairs) == len(known) else f"over {len(pairs)} of {len(known)} runs"
 
 
 def _paired(chapter: Chapter, name: str, pairs: Sequence[tuple[Run, Run]]) -> Number:
-    """`difference` over the pairs of which both measured it."""
+    """`difference` over the pairs in which both runs have the measure."""
     was, now = (chapter.measure(runs)[name] for runs in zip(*pairs))
     if was.undefined or now.undefined:
         there = [p for p in pairs if not any(math.isnan(chapter.measure([run])[name].value) for run in p)]
@@ -196,15 +197,15 @@ def _paired(chapter: Chapter, name: str, pairs: Sequence[tuple[Run, Run]]) -> Nu
 
 
 def difference(was: Sample, now: Sample) -> Number:
-    """now - was, with the interval of the resamples' differences, which are of pairs (`table.pooled`), also where that
-    of one of them is exact; over concepts where there are several: "better" speaks of all."""
+    """now - was, with the interval of the resamples' paired differences (`cells.pooled`), even if the interval of one
+    of them is exact. Several concepts are resampled too, because "better" is a claim about all concepts."""
     if was.wide is not None and now.wide is not None:
         return Number(now.value - was.value, *interval(now.wide - was.wide))
     return Number(now.value - was.value, *interval(now.drawn - was.drawn))
 
 
 def cost_of(runs: Sequence[Run]) -> dict[str, Any]:
-    """`cost.mean` over a system's runs; {} of the unedited model, whose images may stand in the folders of others."""
+    """`cost_words.mean` over a system's runs; {} for the original model, whose images may be in other runs' folders."""
     return cost_words.mean([cell.costs for cell in cells([run for run in runs if run.method != ORIGINAL])])
 
 
@@ -214,7 +215,7 @@ def cost_table(chapter: Chapter) -> Table | None:
     if "seconds" not in names:
         return None
     columns = [
-        # the process's peak, whatever ran in it before, ranks no system
+        # the peak includes earlier work of the same process, so it does not rank systems
         Column(
             name, cost_words.COLUMNS[name], better=0 if "memory" in name else -1, digits=2 if name == "seconds" else 0
         )
@@ -222,26 +223,26 @@ def cost_table(chapter: Chapter) -> Table | None:
     ]
     rows = []
     for system, spent in found.items():
-        short = [spent["at_least"] and name in cost_words.ERASING for name in names]
-        numbers = [Number(spent[name], least=least) if name in spent else None for name, least in zip(names, short)]
+        bounds = [spent["at_least"] and name in cost_words.ERASING for name in names]
+        numbers = [Number(spent[name], least=least) if name in spent else None for name, least in zip(names, bounds)]
         row = row_of(chapter, system, numbers)
         least = "at least" * spent["at_least"]
         rows.append(replace(row, note=", ".join(filter(None, [row.note, least]))))
     devices = dict.fromkeys(device for spent in found.values() for device in spent["devices"])
-    said = [
-        "Loading, drawing and judging are left out, what the cache held counts as it cost when it was made; means "
-        f"over runs{' on ' if devices else ''}{' and '.join(devices)}. {cost_words.WARM}"
+    notes = [
+        f"Means over runs{' on ' if devices else ''}{' and '.join(devices)}. Loading, drawing and judging are "
+        f"excluded. Cached inputs are charged at their original cost. {cost_words.WARM}"
     ]
     if any(spent["at_least"] for spent in found.values()):
-        said.append("At least: more was spent than is known, in seconds and passes, which are not ranked.")
-    table = table_of(chapter, "costs", "What erasing costs", ("system",), columns, rows)
-    return replace(table, notes=(*said, *_unranked(rows)))
+        notes.append("At least: a part of the cost is unknown, so seconds and passes are lower bounds and not ranked.")
+    table = table_of(chapter, "costs", "Cost of erasing", ("system",), columns, rows)
+    return replace(table, notes=(*notes, *_unranked(rows)))
 
 
 def table_of(
     chapter: Chapter, name: str, title: str, heads: tuple[str, ...], columns: Sequence[Column], rows: Sequence[Row]
 ) -> Table:
-    """A chapter's table, ranked, with what is to be said under it: first how its measures are read."""
+    """A chapter's table, ranked, with its notes. The first note names the metrics."""
     notes = [chapter.readings]
     for system, row in chapter.means.items():
         missing = {measure: row[measure].undefined for measure in ORDER if measure in row}
@@ -254,24 +255,24 @@ def table_of(
 def _unranked(rows: Sequence[Row]) -> list[str]:
     if not any(number and number.partial for row in rows for number in row.numbers):
         return []
-    return ["What is over fewer runs than other systems have is not ranked."]
+    return ["Numbers over fewer runs than other systems have are not ranked."]
 
 
 def _comparable(chapter: Chapter) -> str:
     if chapter.runs[0].backbone == "mini":
         return (
-            "The paper's numbers are of Stable Diffusion 1.4 and cannot be compared with those of the miniature, which "
-            "is another model of another world; only which system is ahead of which can be."
+            "The paper's numbers are for Stable Diffusion 1.4 and cannot be compared to those of the miniature, a "
+            "different model of different images; only the order of the systems can be compared."
         )
     return (
-        "The paper's numbers (arXiv 2410.09140) are of Stable Diffusion 1.4; they can be compared as far as model, "
+        "The paper's numbers (arXiv 2410.09140) are for Stable Diffusion 1.4; they are comparable only if model, "
         "images and judge are the same."
     )
 
 
 def _printed(chapter: Chapter, run: Run, concept: str) -> Mapping[str, float]:
-    """What the paper prints for the system that a run is of; nothing where its settings were varied, or where unsafe
-    content is another than the paper's or Acc_s no CLIP score."""
+    """The paper's numbers for a run's system; {} if its settings were varied, or if the unsafe content is not the
+    paper's or Acc_s is not a CLIP score."""
     if run.task == "nsfw" and (concept.lower(), chapter.headline.get("acc_s")) != (NUDITY, "score"):
         return {}
     protocol = (run.metrics.get("protocol") or {}).get("protocol", "realera")
@@ -282,7 +283,7 @@ def _printed(chapter: Chapter, run: Run, concept: str) -> Mapping[str, float]:
 
 
 def _runs(chapter: Chapter, systems: Iterable[str], concept: str | None = None) -> set[tuple[str, int]]:
-    """The concepts and seeds that any of these systems has, of this concept or of all."""
+    """The (concept, seed) pairs that any of these systems has, of one concept or of all."""
     every = {(run.concept, run.seed) for system in systems for run in chapter.systems[system]}
     return {pair for pair in every if concept in (None, pair[0])}
 
@@ -298,20 +299,22 @@ def row_of(
     of: Sequence[str] = (),
     among: Iterable[str] | None = None,
 ) -> Row:
-    """A system's row, with a note where it lacks runs that another has; what lacks those of a rival is not ranked. of:
-    the concepts of the first numbers, the others are of all; among: the table's systems, None where it has all."""
+    """A system's row, with a note if it lacks runs that another system has. Numbers without all runs of the ranked
+    systems are not ranked. of: the concepts of the first numbers; the rest are over all concepts. among: the table's
+    systems, None for all."""
     among = list(chapter.systems if among is None else among)
-    apart = {name for name in among if ORIGINAL in (name, chapter.systems[name][0].method)}
-    rivals = [name for name in among if name not in apart]
+    references = {name for name in among if ORIGINAL in (name, chapter.systems[name][0].method)}
+    ranked_systems = [name for name in among if name not in references]
 
     def lacks(concept: str | None) -> bool:
-        return system not in apart and not _runs(chapter, rivals, concept) <= _runs(chapter, [system], concept)
+        missing = _runs(chapter, ranked_systems, concept) - _runs(chapter, [system], concept)
+        return system not in references and bool(missing)
 
     partial = {concept: lacks(concept) for concept in (None, *of)}
-    told = tuple(n and replace(n, partial=partial[concept]) for n, concept in zip_longest(numbers, of))
+    marked = tuple(n and replace(n, partial=partial[concept]) for n, concept in zip_longest(numbers, of))
     has, known = (len(_runs(chapter, names)) for names in ([system], among))
-    return Row((system,), told, system in apart, note="" if has == known else f"{has} of {known} runs")
+    return Row((system,), marked, system in references, note="" if has == known else f"{has} of {known} runs")
 
 
-def _number(sample: Sample | None, said: float | None = None) -> Number | None:
-    return None if sample is None else Number(sample.value, *sample.interval(), printed=said)
+def _number(sample: Sample | None, printed_value: float | None = None) -> Number | None:
+    return None if sample is None else Number(sample.value, *sample.interval(), printed=printed_value)

@@ -1,4 +1,4 @@
-// Surfaces that turn: drag, or the arrow keys. Drawn as SVG from the numbers beside each; the table under it has the same.
+// Rotating surfaces: drag, or use the arrow keys. Each is drawn as SVG from its JSON; the table below it has the same numbers.
 (() => {
   const NS = "http://www.w3.org/2000/svg", W = 440, H = 350, FINE = 4;
   const mix = (a, b, t) => a + (b - a) * t;
@@ -31,7 +31,7 @@
     const draw = () => {
       svg.replaceChildren();
       const line = (a, b, kind) => node("line", { x1: a[0], y1: a[1], x2: b[0], y2: b[1], class: kind }, svg);
-      // Walls at the back, floor, and ticks at the front.
+      // Back walls, floor and front ticks.
       const backX = Math.sin(turn) > 0 ? nx - 1 : 0, backY = Math.cos(turn) > 0 ? ny - 1 : 0;
       const frontX = nx - 1 - backX, frontY = ny - 1 - backY;
       for (const [v, words] of d.z.ticks) {
@@ -65,7 +65,7 @@
         aim.addEventListener("pointerenter", () => say(i, j));
         aim.addEventListener("click", () => say(i, j));
       }));
-      // Labels stand outside the floor's front edges, so that the two that meet at the corner stay apart.
+      // Labels are outside the floor's front edges, so that the two labels at the shared corner do not overlap.
       const out = (front, count, share) => front + (front ? 1 : -1) * share * Math.max(1, count - 1);
       const label = (at, words, kind = {}) => text([at[0], at[1] + 4], words, kind);
       d.x.labels.forEach((words, i) => label(place(i, out(frontY, ny, 0.12), z0), words));
