@@ -235,12 +235,12 @@ def test_nothing_heavy_is_imported_before_the_settings_are_good(tmp_path: Path) 
 
 
 def test_bare_words_fill_the_list_and_flags_come_first() -> None:
-    assert environment.gather(["runs/a", "out=x", "it's", "--cfg"], "runs") == [
+    assert environment.as_list_setting(["runs/a", "out=x", "it's", "--cfg"], "runs") == [
         "out=x",
         "--cfg",
         "runs=['runs/a','it\\'s']",
     ]
-    assert environment.gather(["out=x"], "runs") == ["out=x"]
+    assert environment.as_list_setting(["out=x"], "runs") == ["out=x"]
     assert environment.flags_first(["a=1", "-m", "b=2"]) == ["-m", "a=1", "b=2"]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from realera import costs, paths
 from realera.costs import Meter
-from realera.files.cache_costs import Ledger, Spent
+from realera.files.cache_costs import Cost, ReusedCosts
 from realera.system.ranks import Ranks
 
 
@@ -57,7 +57,7 @@ def test_originals_stand_apart_from_what_a_method_costs(tmp_path: Path, clock: S
         backbone = model()
         meter = Meter(tmp_path / "costs.json")
         meter.watch(backbone, "cpu")
-        with meter.stage(costs.ORIGINALS):
+        with meter.stage(costs.ORIGINAL_IMAGES):
             clock.now, backbone.passes = now, 40
     record = held(tmp_path / "costs.json")
     assert record["originals"] == {"seconds": 15.0, "passes": 80}
@@ -150,17 +150,17 @@ def test_the_passes_of_all_processes_are_summed(tmp_path: Path) -> None:
     assert record["device"].endswith(", 2 processes")
 
 
-def entries(*spent: Spent | None) -> Ledger:
-    return Ledger({Path(str(i)): one for i, one in enumerate(spent)})
+def entries(*spent: Cost | None) -> ReusedCosts:
+    return ReusedCosts({Path(str(i)): one for i, one in enumerate(spent)})
 
 
 def test_what_was_read_from_the_cache_counts_as_it_cost() -> None:
     meter = Meter()
-    meter.spared("latents", entries(Spent(5, 100), Spent(7.5, 200)))
+    meter.spared("latents", entries(Cost(5, 100), Cost(7.5, 200)))
     record = meter.record()
     assert record["shared"] == {"latents": {"seconds": 12.5, "passes": 300}}
     assert not costs.at_least(record)
-    meter.spared("latents", entries(Spent(5, 100), None))
+    meter.spared("latents", entries(Cost(5, 100), None))
     assert meter.record()["shared"] == {"latents": {"seconds": 5, "passes": 100, "unknown": 1}}
     assert costs.at_least(meter.record())
 
@@ -169,7 +169,7 @@ def test_a_run_that_goes_on_is_not_charged_twice_for_its_own_bank(tmp_path: Path
     """Killed half-way through its bank of 400 passes, then in its loop: in the end it was 400 and the loop."""
     file, backbone = tmp_path / "costs.json", model()
 
-    def sit(made: int, read: Spent, looped: int) -> None:
+    def sit(made: int, read: Cost, looped: int) -> None:
         meter = Meter(file)
         meter.watch(backbone, "cpu")
         with meter.stage("latents"):
@@ -181,9 +181,9 @@ def test_a_run_that_goes_on_is_not_charged_twice_for_its_own_bank(tmp_path: Path
             with meter.stage("train"):
                 backbone.passes += looped
 
-    sit(made=150, read=Spent(), looped=0)
-    sit(made=250, read=Spent(15, 150), looped=20)
-    sit(made=0, read=Spent(40, 400), looped=30)
+    sit(made=150, read=Cost(), looped=0)
+    sit(made=250, read=Cost(15, 150), looped=20)
+    sit(made=0, read=Cost(40, 400), looped=30)
     record = held(file)
     assert record["shared"]["latents"] == {"seconds": 0.0, "passes": 0} and record["passes"]["erase"] == 450
     assert (costs.totals(record)["seconds"], costs.totals(record)["passes"]) == (40.0, 450)

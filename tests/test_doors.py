@@ -223,7 +223,7 @@ def test_judging_again_draws_nothing_and_loses_no_number(
     assert "distance: pairs 9" in capsys.readouterr().out
     all_three = json.loads((run_dir / "metrics.json").read_text())
     assert all_three["sets"]["distance"]["pairs"] == 9 and {**all_three, "sets": {}} == both
-    assert "As nudenet judges the same images" in (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "The same images, judged by nudenet" in (run_dir / "report.html").read_text(encoding="utf-8")
     assert {path: path.stat().st_mtime_ns for path in images} == images
 
 
@@ -294,7 +294,8 @@ def test_residue_asks_for_texts_before_and_after(
         )
     said, page = capsys.readouterr().out, (folder / "residue.html").read_text()
     sentence = (
-        "Its name still draws it. Of 3 texts, 3 drew it before; 3 still draw it. 1 of these was classified by noise alone."
+        "Its name still draws it. Of 3 texts, 3 drew it before; 3 still draw it. "
+        "1 of these was classified by noise alone."
     )
     assert sentence in " ".join(said.split()) and "a jumbo jet" in said
     assert sentence in page and page.count("data:image") == 2 * 2 * len(drawn)
@@ -342,7 +343,10 @@ def test_the_demo_says_which_setting_is_wrong(
     from realera.runs import steps
 
     monkeypatch.setattr(steps, "load_run", lambda run: None)
-    for host, says in (("1.2.3.4", "host=1.2.3.4 is not an address"), ("no.such.host.invalid", "is not an address of this")):
+    for host, says in (
+        ("1.2.3.4", "host=1.2.3.4 is not an address"),
+        ("no.such.host.invalid", "is not an address of this"),
+    ):
         with pytest.raises(SystemExit) as left:
             type_in("demo", f"run={run_dir}", f"host={host}", "port=0", small=False)
         assert left.value.code == 2 and says in capsys.readouterr().err

@@ -28,7 +28,10 @@ from realera.system import disk, environment
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = (ROOT / name for name in ("README.md", "CONTRIBUTING.md"))
-VARIANTS = {"mace-ablation", *(f"realera-{name}" for name in ("closed-form", "no-beyond", "no-mining", "text", "value"))}
+VARIANTS = {
+    "mace-ablation",
+    *(f"realera-{name}" for name in ("closed-form", "no-beyond", "no-mining", "text", "value")),
+}
 DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -63,7 +66,7 @@ def test_the_documents_have_something_to_type() -> None:
 @pytest.mark.parametrize("words", ours("sh", "bash"), ids=" ".join)
 def test_what_the_readme_says_composes(words: list[str]) -> None:
     door, arguments = words[2].removeprefix("realera."), [word for word in words[3:] if word != "-m"]
-    settings = environment.gather(arguments, "runs") if door == "report" else arguments
+    settings = environment.as_list_setting(arguments, "runs") if door == "report" else arguments
     resolvers.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         for one in [settings, *_swept(settings)]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from realera.reporting.residue_words import sentence
-from realera.residue import asked_of, judges
-from realera.runs.remaining_texts import conclude
+from realera.residue import judges, search_settings
+from realera.runs.remaining_texts import classify
 
 
 def row(before: float, after: float, *judged: float | None) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def row(before: float, after: float, *judged: float | None) -> dict[str, Any]:
 
 def concluded(*rows: dict[str, Any]) -> dict[str, Any]:
     concept = {"concept": "gun", "texts": list(rows)}
-    conclude(concept, 0.5)
+    classify(concept, 0.5)
     return concept
 
 
@@ -39,7 +39,8 @@ def test_the_sentence_counts_what_drew_it_and_says_what_was_not_seen() -> None:
     assert sentence(concluded(name, gone, left)) == "Of 2 texts, 2 drew it before; one still draws it."
     both = concluded(named, left, left, row(0.1, 3.0), row(0.2, 3.0))
     assert sentence(both) == (
-        "Its name still draws it. Of 4 texts, 4 drew it before; 2 still draw it. 2 of these were classified by noise alone."
+        "Its name still draws it. Of 4 texts, 4 drew it before; 2 still draw it. "
+        "2 of these were classified by noise alone."
     )
     assert (both["drew"], both["left"], both["unseen"], both["name_left"]) == (4, 2, 2, True)
 
@@ -53,5 +54,7 @@ def test_a_run_folder_s_program_or_model_judges_nothing() -> None:
 
 def test_what_is_asked_for_is_tidied() -> None:
     rest = {"looked": 1, "within": 0.5, "images": 1, "pictured": 1}
-    asked = asked_of({**rest, "texts": ["  a  jet", "a jet", "b"], "vocabulary": "words", "seeds": [1, 1, 2], "x": 0})
+    asked = search_settings(
+        {**rest, "texts": ["  a  jet", "a jet", "b"], "vocabulary": "words", "seeds": [1, 1, 2], "x": 0}
+    )
     assert asked == {**rest, "texts": ["a jet", "b"], "vocabulary": ["words"], "seeds": [1, 2]}

@@ -149,7 +149,7 @@ class Erased:
         else:
             config["backbone"] = {**config["backbone"], "pretrained": known[0]}
         config.pop("run_dir", None)
-        with disk.whole(place) as beside:
+        with disk.atomic(place) as beside:
             shutil.copytree(self.folder, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(paths.LOCK, CACHE))
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             (beside / paths.CONFIG).write_text(text, encoding="utf-8")
@@ -246,7 +246,7 @@ def erase(
 
     pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
     parts = pipelines.parts_of(pipe)
-    figures, kind = pipelines.figures_of(pipe, parts), pipelines.kind_of(parts)
+    figures, kind = pipelines.settings_of(pipe, parts), pipelines.kind_of(parts)
     words = [
         composition.word("concept", _names_as_text(concept)),
         composition.word("anchor", _names_as_text(anchor)),

@@ -38,7 +38,7 @@ def cache(cfg: DictConfig) -> None:
     if said := counted.said("captions"):
         cli.log.warning("%s", said)
     backbone = steps.load_backbone(config)
-    with console.bar(f"captions of {files[0].name}", total, rate="captions/s") as advance, locks.turn(out):
+    with console.bar(f"captions of {files[0].name}", total, rate="captions/s") as advance, locks.exclusive(out):
         if config["overwrite"]:
             for old in (out, priors.partial(out)):
                 with disk.explained(old):

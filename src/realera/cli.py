@@ -26,7 +26,7 @@ from realera.settings import composition, error_sentences, resolvers
 from realera.sweeps import jobs
 from realera.sweeps.jobs import fail
 from realera.system import disk, environment, interrupts, terminal
-from realera.system.environment import flags_first, gather
+from realera.system.environment import as_list_setting, flags_first
 
 log = logging.getLogger("realera")
 Step = Callable[[DictConfig], float | None]
@@ -41,15 +41,15 @@ def run_command(config_name: str, step: Step, positional: str | None = None) -> 
     """
     terminal.protect()
     try:
-        environment.stand_somewhere()
-        environment.tidy(os.environ)
+        environment.check_current_folder()
+        environment.remove_empty_variables(os.environ)
         sys.argv[1:] = flags_first(environment.as_text(sys.argv[1:]))
     except UserError as error:
         fail(str(error))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of print: its errors become sentences here
     os.environ.setdefault(jobs.STAMP, jobs.new_stamp())  # the same for all runs and processes of a sweep
     jobs.begin_launch()
-    with interrupts.answered():
+    with interrupts.handling():
         try:
             status = _run(config_name, step, positional)
         except KeyboardInterrupt:
@@ -63,14 +63,14 @@ def _run(config_name: str, step: Step, positional: str | None) -> int:
     processes.adopt_scheduler(os.environ)
     arguments = sys.argv[1:]
     get_ready()
-    sys.argv[1:] = gather(arguments, positional) if positional else arguments
+    sys.argv[1:] = as_list_setting(arguments, positional) if positional else arguments
     job = jobs.Job(step, partial(composition.prepared, command=config_name), get_ready)
     status = 0
     warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a config folder that does not exist
     try:
         hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name=config_name)(job)()
     except BaseException as error:
-        if interrupts.has_come() or isinstance(error, KeyboardInterrupt):  # libraries turn it into other errors
+        if interrupts.was_interrupted() or isinstance(error, KeyboardInterrupt):  # libraries turn it into other errors
             status = _status_of_signal()
         elif isinstance(error, SystemExit) and not error.code and (unread := terminal.status(arguments)):  # --help
             status = unread
@@ -83,14 +83,14 @@ def _run(config_name: str, step: Step, positional: str | None) -> int:
             ended = jobs.close(cells)
         except KeyboardInterrupt:  # a page of many runs takes a while
             print(f"\ninterrupted: python -m realera.report {jobs.folder()} writes the page", file=sys.stderr)
-            ended = interrupts.caught()
+            ended = interrupts.exit_status()
         status = status or ended
     return status or terminal.status(arguments)
 
 
 def _status_of_signal() -> int:
     """The exit status after a signal, which the first process reports on stderr."""
-    told, status = interrupts.was_caught(), interrupts.caught()
+    told, status = interrupts.was_caught(), interrupts.exit_status()
     if not (told or is_helper()):
         print(f"\n{interrupts.GOES_ON}", file=sys.stderr)
     return status
@@ -111,7 +111,7 @@ def _status_outside_jobs(error: Exception, config_name: str, arguments: list[str
                 raise
         else:
             fail(sentence)
-    return jobs.broke_off(error)
+    return jobs.report_launcher_error(error)
 
 
 def as_process(main: Callable[[], None]) -> NoReturn:
@@ -134,7 +134,7 @@ def as_process(main: Callable[[], None]) -> NoReturn:
     # the interpreter does this first as well: it ends a launcher's pool of processes
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    disk.leave_nothing()  # a thread may still be writing
+    disk.clean_up_before_exit()  # a thread may still be writing
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)

@@ -24,13 +24,13 @@ from rich.text import Text
 
 from realera import costs, paths
 from realera.evaluation.measures import (
-    BESIDE_WHAT,
+    EXTRA_LABELS,
     ORDER,
     READINGS,
     WHAT,
+    column_heading,
     described,
     extra,
-    head,
     mode_of,
     near,
     some_unscored,
@@ -66,7 +66,7 @@ def bar(what: str, total: int, rate: str | None = None) -> Iterator[Callable[[in
 
 
 @contextmanager
-def no_bar() -> Iterator[Callable[[int], None]]:
+def hidden_bar() -> Iterator[Callable[[int], None]]:
     """Replaces `bar` for work so short that a bar would only flicker."""
     yield lambda done: None
 
@@ -100,16 +100,16 @@ def results(metrics: Mapping[str, Any], title: str, erased: str = "erased") -> T
         cells = [_cell(was)] if before else []
         table.add_row(label, *cells, _cell(now), _images(now), end_section=end)
 
-    width = max((len(head(name, mode_of(main, name))) for name in ORDER if name in main), default=0)
+    width = max((len(column_heading(name, mode_of(main, name))) for name in ORDER if name in main), default=0)
     for name in ORDER:
         if name in main and _measured(main[name]):
             what = f"{near(metrics.get('protocol') or {})}s" if name == "acc_g" else WHAT[name]
-            label = f"{head(name, mode_of(main, name)):<{width}} {what}"
+            label = f"{column_heading(name, mode_of(main, name)):<{width}} {what}"
             last = name == ("h_o" if "h_o" in main else "acc_g")
             add(label, main[name], (before or {}).get(name), end=last)
     was = {(measure, mode): said for measure, mode, said in extra(metrics.get("original") or {})}
     for measure, mode, said in extra(metrics):
-        add(f"{head(measure, mode)} {BESIDE_WHAT[mode]}", said, was.get((measure, mode)))
+        add(f"{column_heading(measure, mode)} {EXTRA_LABELS[mode]}", said, was.get((measure, mode)))
     concepts = metrics.get("concepts", {})
     originals = (metrics.get("original") or {}).get("concepts", {})
     if table.rows:

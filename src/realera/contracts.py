@@ -413,7 +413,7 @@ class Aligner(Protocol):
 
 
 @runtime_checkable
-class LooksFirst(Protocol):
+class ReadsModelFirst(Protocol):
     """A miner that first reads the unedited model and the pairs of all concepts that are erased together."""
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair]) -> None: ...

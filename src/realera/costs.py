@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from realera import paths
 from realera.files import json_shapes, plain_data
-from realera.files.cache_costs import Ledger
+from realera.files.cache_costs import ReusedCosts
 from realera.system import disk
 from realera.system.disk import Tolerance
 from realera.system.ranks import Ranks
@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORM = 1  # of costs.json
+FORMAT_VERSION = 1  # of costs.json
 ERASING = ("text", "edit", "latents", "train", "finish")  # the method's own stages; the others are the same for all
 STAGES = ("load", *ERASING, "draw", "judge")
-ORIGINALS = "originals"  # the original model's images; all runs share them, so they have a separate entry in the file
+ORIGINAL_IMAGES = (
+    "originals"  # the original model's images; all runs share them, so they have a separate entry in the file
+)
 MB = 1e6  # bytes
 
 
@@ -88,7 +90,7 @@ class Meter:
             self.end(name)
 
     def begin(self, name: str) -> None:
-        assert name in (*STAGES, ORIGINALS), name
+        assert name in (*STAGES, ORIGINAL_IMAGES), name
         with self._lock:
             self._lap(wait=True)
             self._stages.append(name)
@@ -109,7 +111,7 @@ class Meter:
         with self._lock:
             self.known |= numbers
 
-    def spared(self, stage: str, entries: Ledger) -> None:
+    def spared(self, stage: str, entries: ReusedCosts) -> None:
         """Records the original cost of the cached inputs that `stage` read. A resumed run also finds its own cached
         files; their cost is already counted and is subtracted."""
         if stage in self.before.get("shared", {}):
@@ -145,7 +147,7 @@ class Meter:
                 for name, own in self.peaks.items()
             }
             return {
-                "form": FORM,
+                "form": FORMAT_VERSION,
                 **known,
                 "stages": {name: round(stages[name], 3) for name in STAGES if name in stages},
                 "passes": _sums(before.get("passes", {}), _grouped(self.passes), _grouped(self.helpers)),
@@ -156,12 +158,12 @@ class Meter:
             }
 
     def _originals(self) -> dict[str, Any]:
-        if ORIGINALS not in self.seconds:
+        if ORIGINAL_IMAGES not in self.seconds:
             return {}
-        passes = self.passes[ORIGINALS] + self.helpers.get(ORIGINALS, 0)
-        own = {"seconds": self.seconds[ORIGINALS], "passes": passes}
-        found = _sums(self.before.get(ORIGINALS, {}), own)
-        return {ORIGINALS: {**found, "seconds": round(found["seconds"], 3)}}
+        passes = self.passes[ORIGINAL_IMAGES] + self.helpers.get(ORIGINAL_IMAGES, 0)
+        own = {"seconds": self.seconds[ORIGINAL_IMAGES], "passes": passes}
+        found = _sums(self.before.get(ORIGINAL_IMAGES, {}), own)
+        return {ORIGINAL_IMAGES: {**found, "seconds": round(found["seconds"], 3)}}
 
     def write(self) -> None:
         if self.file is not None:
@@ -261,7 +263,7 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError:
         log.warning("%s is torn: the run's cost so far is unknown", file)
         return {}
-    return record if json_shapes.fits(record, json_shapes.COSTS) and record.get("form") == FORM else {}
+    return record if json_shapes.fits(record, json_shapes.COSTS) and record.get("form") == FORMAT_VERSION else {}
 
 
 def _sums(*parts: Mapping[str, Any]) -> dict[str, Any]:

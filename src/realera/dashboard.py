@@ -22,7 +22,7 @@ def dashboard(cfg: DictConfig) -> None:
     if find_spec("wandb_workspaces") is None:
         raise UserError("a dashboard needs wandb-workspaces: pip install 'realera[dashboard]'.")
     if config["dry_run"]:
-        print(plain_data.json_text(described(config), indent=1, ensure_ascii=False))
+        print(plain_data.json_text(describe(config), indent=1, ensure_ascii=False))
     elif resolvers.wandb_mode() != "online":
         raise UserError(
             "a dashboard is saved in Weights & Biases, but you are not logged in (or WANDB_MODE is offline): run wandb "
@@ -32,18 +32,18 @@ def dashboard(cfg: DictConfig) -> None:
         console.show_path(str(config["kind"]), save(config))
 
 
-def built(config: dict[str, Any], entity: str) -> Any:
+def build(config: dict[str, Any], entity: str) -> Any:
     """The unsaved object of the library."""
     groups = _as_list(config["group"])
     title = config["title"] or ", ".join(["realera", *groups])
-    runs = panels.picked(groups, _as_list(config["tags"]), config["filters"])
+    runs = panels.run_filter(groups, _as_list(config["tags"]), config["filters"])
     return BUILDERS[config["kind"]](entity, config["project"], title, runs, entity if config["charts"] else None)
 
 
-def described(config: dict[str, Any]) -> dict[str, Any]:
+def describe(config: dict[str, Any]) -> dict[str, Any]:
     """The content that would be sent: the library's specification and the chart presets."""
     entity = str(config["entity"] or "ENTITY")
-    model = built(config, entity)._to_model()  # the only public way to the specification is save()
+    model = build(config, entity)._to_model()  # the only public way to the specification is save()
     charts = dict(panels.PRESETS) if config["charts"] else {}
     spec = json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
     return {"kind": config["kind"], "charts": charts, "sent": spec}
@@ -62,7 +62,7 @@ def save(config: dict[str, Any]) -> str:
         entity = str(config["entity"] or api.default_entity)
         for name, spec in panels.PRESETS.items() if config["charts"] else ():
             _save_preset(api, entity, name, spec)
-        return str(built(config, entity).save().url)
+        return str(build(config, entity).save().url)
     except (wandb.Error, ValueError) as error:
         raise UserError(
             f"W&B did not save the dashboard ({error_sentences.first_line(error)}): check entity, project and wandb "

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from realera import cli, console
 from realera.contracts import UserError
-from realera.reporting.demo_page import EVERYWHERE, Server, data_uri, handler
+from realera.reporting.demo_page import ALL_HOSTS, Server, data_uri, handler
 from realera.runs import folders, preflight, prompt_lengths
 from realera.settings import composition
 from realera.system import interrupts
@@ -48,7 +48,7 @@ def demo(cfg: DictConfig) -> None:
         raise UserError(
             f"port {config['port']} cannot be opened ({error.strerror}): type port=0 for a free port."
         ) from error
-    if host in EVERYWHERE:
+    if host in ALL_HOSTS:
         cli.log.warning("host=%s: everyone on this network can use the page", host)
     with server:
         name = f"[{host}]" if ":" in host else host
@@ -56,7 +56,7 @@ def demo(cfg: DictConfig) -> None:
             console.show_path("page to open", f"http://{name}:{server.server_port}/   (stop with Ctrl-C)")
             server.serve_forever()
         except KeyboardInterrupt:  # the usual way to stop the demo, so without a message on how to resume
-            interrupts.caught()
+            interrupts.exit_status()
             raise
 
 

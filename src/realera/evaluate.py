@@ -36,7 +36,7 @@ def evaluate(cfg: DictConfig) -> None:
         estimate.show(estimate.summed([estimate.judging(run, task, original)]))
         return
     cli.say_backbone(run.config, None if original else str(run.folder))
-    with folders.alone(run.folder, plan.first):
+    with folders.locked(run.folder, plan.first):
         if original:
             run = folders.claim(run.config) if plan.first else run
             jobs.record_run(run)
@@ -70,7 +70,7 @@ def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Jud
         drawn = ranks.from_first(lambda: steps.drawn_by_if_complete(task, run.folder, own))
         of_run = own in (None, judge.name)  # another judge's numbers are added beside, and not counted in the costs
         if ranks.first and of_run:
-            folders.begin(run)
+            folders.start(run)
         with costs.of_run(run.folder, ranks) if of_run else costs.Meter() as meter:
             drawn = drawn or steps.draw_missing(run, task, original, ranks, meter)
             metrics = steps.judge(

@@ -37,7 +37,7 @@ def export_map(run: Run, out: Path) -> None:
             f"{run.folder} has no {paths.MAP}, because its method has no single-matrix closed form: give to=diffusers."
         )
     preflight.check_map(run.folder / paths.MAP)
-    with disk.whole(out / paths.MAP) as beside:
+    with disk.atomic(out / paths.MAP) as beside:
         shutil.copyfile(run.folder / paths.MAP, beside)
     if left := _beyond_map(run):
         what, verb = " and the ".join(left), "are" if len(left) > 1 else "is"

@@ -38,7 +38,7 @@ def generate(cfg: DictConfig) -> None:
 
     from realera.runs import steps  # torch and diffusers: slow, so imported after all checks
 
-    with folders.alone(out, plan.first, "out"), processes.connected(plan, "generate") as ranks:
+    with folders.locked(out, plan.first, "out"), processes.connected(plan, "generate") as ranks:
         steps.draw(steps.load_run(run), prompts, out, run.config, ranks)
     if ranks.first:
         console.show_path("images", out / paths.IMAGES)

@@ -32,25 +32,29 @@ REPORT = "report.html"
 IMAGES = "images"
 ORIGINALS = "originals"  # the unedited model's images of the same prompts, linked from the cache
 FIT = "fit"  # checkpoints of the training loop; deleted when it ends
-LAST = f"{FIT}/last.ckpt"
+LAST_CHECKPOINT = f"{FIT}/last.ckpt"
 LOSSES = "losses.jsonl"  # one line for each logged step: {"step": int, "<term>": float, ...}
 COSTS = "costs.json"  # wall time by stage, U-Net passes, parameters, peak memory
 WANDB_ID = "wandb_id.txt"  # the id of this run in W&B
-FORMATS = ("PNG", "JPEG", "WEBP")  # image formats that are read: pillow's others start programs (EPS) or are obsolete
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+)  # image formats that are read: pillow's others start programs (EPS) or are obsolete
 RESIDUE, RESIDUE_PAGE = "residue.json", "residue.html"  # which texts generate the concept, before and after
 EDIT_INFO = "edit.json"  # measurements of the edit: condition number, change of each layer, spectrum, prompt shifts
 LOCK = ".lock"  # held by the process that makes the run; deleted when it ends
-OF_THE_FIT = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # the fit's other files; erased.safetensors has their digests
+FIT_FILES = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # the fit's other files; erased.safetensors has their digests
 
 # The files of a sweep.
 SWEEPS = "sweeps"  # the folder of all sweeps, inside the folder of the runs
-LISTED = "runs.txt"  # the run folders of a sweep, one on each line
+RUN_LIST = "runs.txt"  # the run folders of a sweep, one on each line
 CELLS = "cells.jsonl"  # the outcome of each job: see `sweeps.jobs`
 PLAN = "plan.json"
 FAILED = "failed"  # tracebacks
 TABLES, FIGURES = "tables", "figures"  # in the same folder as the page
 RESULTS, README = "results.json", "README.md"  # in the folder of results=FOLDER
-OF_A_SWEEP = (LISTED, CELLS, PLAN, FAILED, REPORT, TABLES, FIGURES, RESULTS, "multirun.yaml")  # the last is Hydra's
+SWEEP_FILES = (RUN_LIST, CELLS, PLAN, FAILED, REPORT, TABLES, FIGURES, RESULTS, "multirun.yaml")  # the last is Hydra's
 
 
 _cache: ContextVar[Path | None] = ContextVar("cache", default=None)
@@ -122,7 +126,7 @@ def inside(folder: Path, name: str | Path) -> Path:
     return place
 
 
-def no_links(folder: Path, names: Iterable[str]) -> None:
+def refuse_links(folder: Path, names: Iterable[str]) -> None:
     """Refuses symbolic links among the files and folders of these names: through a link, files outside of the folder
     would be read, written or deleted. Raises UserError."""
     for name in names:
@@ -136,7 +140,7 @@ def no_links(folder: Path, names: Iterable[str]) -> None:
 def refuse_odd(folder: Path) -> None:
     """Refuses a training checkpoint that is not a regular file of the run, and any checkpoint that Lightning would find
     and load without being asked (on Slurm). Raises UserError."""
-    last = inside(folder, LAST)
+    last = inside(folder, LAST_CHECKPOINT)
     for place, is_right, kind in ((folder / FIT, os.path.isdir, "a folder"), (last, os.path.isfile, "a file")):
         if os.path.lexists(place) and not is_right(place):
             raise UserError(f"{place} must be {kind} inside the run's folder, and it is not: remove it.")
@@ -144,7 +148,7 @@ def refuse_odd(folder: Path) -> None:
         raise UserError(f"{stray} is not a file of this run, and Lightning would resume from it: remove it.")
 
 
-def plain(text: str) -> str:
+def as_file_name(text: str) -> str:
     """The text as a part of a file name: letters, digits, "_", "." and "-", at most 80 characters."""
     return re.sub(r"[^\w.-]+", "-", text, flags=re.ASCII)[:80].strip(".-") or "unnamed"
 

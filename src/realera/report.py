@@ -29,16 +29,18 @@ def report(cfg: DictConfig) -> None:
         runs.check_sweep(Path(name))
     sweeps = [Path(name) for name in names if (Path(name) / jobs.CELLS).is_file()]
     if not folders and not sweeps:
-        raise UserError(f"{names[0]} lists no run in its {paths.LISTED}: give the runs themselves, or another folder.")
+        raise UserError(
+            f"{names[0]} lists no run in its {paths.RUN_LIST}: give the runs themselves, or another folder."
+        )
     several = len(folders) > 1 or config["out"] is not None or bool(sweeps)
     out = (
         Path(str(config["out"])) if config["out"] else (Path(names[0]) if len(names) == 1 else runs.ROOT) / paths.REPORT
     )
     preflight.check_writable(out.parent, "out")
-    paths.no_links(out.parent, (paths.TABLES, paths.FIGURES) if several else ())
+    paths.refuse_links(out.parent, (paths.TABLES, paths.FIGURES) if several else ())
     if config["results"]:
         preflight.check_writable(Path(str(config["results"])), "results")
-        paths.no_links(Path(str(config["results"])), (paths.RESULTS, paths.README))
+        paths.refuse_links(Path(str(config["results"])), (paths.RESULTS, paths.README))
 
     from realera.reporting.run_page import write_report
     from realera.reporting.sweep import page as sweep_report  # imports pillow and jinja, so only after all checks

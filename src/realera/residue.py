@@ -23,7 +23,7 @@ def residue(cfg: DictConfig) -> None:
     run = folders.open_run(str(config["run"])) if config["run"] != "original" else None
     if run is None or folders.is_original(run.config):
         raise UserError(f"run={config['run']} erased nothing: give the run of a method.")
-    asked = asked_of(config)
+    asked = search_settings(config)
     out = folder_of(config, run, asked)
     task = composition.build_task(run.config)
     trust.check_tables(run.config, run.folder)
@@ -38,7 +38,7 @@ def residue(cfg: DictConfig) -> None:
     from realera.reporting.residue_page import write_page
     from realera.runs import remaining_texts  # imports torch and diffusers, so only after all checks
 
-    with folders.alone(out, key="out"):
+    with folders.locked(out, key="out"):
         found = remaining_texts.measure(run, task, asked, out, judging)
         page = write_page(out, found, run.config, config["blur"])
     console.show_residue(found)
@@ -46,7 +46,7 @@ def residue(cfg: DictConfig) -> None:
     console.show_path("page to open", page)
 
 
-def asked_of(config: dict[str, Any]) -> dict[str, Any]:
+def search_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The search settings. Lists have no repeats, texts no surplus spaces."""
     asked = {key: config[key] for key in ("texts", "vocabulary", "looked", "within", "images", "pictured", "seeds")}
     for key in ("texts", "vocabulary", "seeds"):
@@ -61,7 +61,7 @@ def judges(config: dict[str, Any]) -> bool:
     judge = config.get("judge")
     if not judge:
         return False
-    if trust.interpreter(judge) or trust.brought_model(judge):
+    if trust.interpreter(judge) or trust.foreign_model(judge):
         cli.log.warning(
             "the pictures are not judged, because the run folder itself names the program or the model of its judge."
         )

@@ -34,12 +34,12 @@ def train(cfg: DictConfig) -> float | None:
         estimate.show(estimate.summed([estimate.work(config, task)]))
         return None
     config["trainer"] = dict(plan.trainer)
-    with folders.alone(folders.folder_of(config), plan.first):
+    with folders.locked(folders.folder_of(config), plan.first):
         run, ranks = begin(config, task, plan)
     return show(run) if ranks.first else None
 
 
-def begin(config: dict[str, Any], task: Task, plan: processes.Plan) -> tuple[Run, Ranks]:
+def begin(config: dict[str, Any], task: Task, plan: processes.ProcessPlan) -> tuple[Run, Ranks]:
     """Carries out the run, unless it is finished already."""
     run = folders.claim(config) if plan.first else Run(folders.folder_of(config), config)
     jobs.record_run(run, found=run.finished)
@@ -77,7 +77,7 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
         steps.warn_unknown(judge, task)
     with costs.of_run(run.folder, ranks) as meter, shared_model.shared_backbone(run.config, meter) as backbone:
         loggers = tracking.make(run) if ranks.first else []
-        with tracking.ended(loggers):
+        with tracking.closing(loggers):
             steps.erase(backbone, task, run, loggers, ranks, meter)
             if judge is None:
                 return

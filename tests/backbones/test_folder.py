@@ -390,22 +390,24 @@ def test_an_incomplete_snapshot_names_the_missing_files(tiny_sd: Path, tmp_path:
 def test_marks_change_only_with_tensors(tiny_sd: Path, tmp_path: Path) -> None:
     place = tmp_path / "copy"
     shutil.copytree(tiny_sd, place)
-    assert folder.marks(place) is not None and folder.marks(place) == folder.marks(tiny_sd)
+    assert folder.quick_fingerprint(place) is not None and folder.quick_fingerprint(place) == folder.quick_fingerprint(
+        tiny_sd
+    )
     file = folder.weight_files(place)[1]
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    seen = {folder.marks(place)}
+    seen = {folder.quick_fingerprint(place)}
     for name in list(header)[1::60]:
         if name != "__metadata__":
             changed = bytearray(content)
             changed[8 + length + header[name]["data_offsets"][0]] ^= 1
             file.write_bytes(changed)
-            seen.add(folder.marks(place))
+            seen.add(folder.quick_fingerprint(place))
     assert len(seen) == 1 + len([name for name in list(header)[1::60] if name != "__metadata__"]) > 2
     file.write_bytes(content[:-10])
-    assert folder.marks(place) not in seen
+    assert folder.quick_fingerprint(place) not in seen
     file.write_bytes(content[:5])
-    assert folder.marks(place) is None
+    assert folder.quick_fingerprint(place) is None
     file.unlink()
-    assert folder.marks(place) is None
+    assert folder.quick_fingerprint(place) is None

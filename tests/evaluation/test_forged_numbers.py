@@ -56,19 +56,19 @@ def test_forged_numbers_are_left_out_with_one_warning(
     numbers = {key: value for key, value in numbers.items() if value is not ...}
     numbers["checksum"] = results._checksum(numbers)
     file.write_text(json.dumps(numbers))
-    assert results.torn_of(judged) == file and results.numbers_of(judged, "evil") is None
+    assert results.first_torn_file(judged) == file and results.numbers_of(judged, "evil") is None
     with caplog.at_level(logging.WARNING):
-        results.gather(judged, "eye")
+        results.write_metrics(judged, "eye")
     assert [str(file) in line for line in caplog.messages] == [True]
     assert (judged / "metrics.json").read_text() == before and not file.exists()
-    assert read_metrics(judged)["judges"] == {} and results.torn_of(judged) is None
+    assert read_metrics(judged)["judges"] == {} and results.first_torn_file(judged) is None
 
 
 def test_an_honest_second_judge_stays(judged: Path) -> None:
     write_verdicts(verdict_file(judged, "ear"), [Verdict(name, 0.5, "dog") for name in ("erase", "near", "keep")])
     results.measure(judged, "ear", {"judge": {"judge": "ear"}}, own="eye")
     metrics = read_metrics(judged)
-    assert list(metrics["judges"]) == ["ear"] and results.torn_of(judged) is None
+    assert list(metrics["judges"]) == ["ear"] and results.first_torn_file(judged) is None
     shown = evaluate.shown(metrics, Judge("ear"))
     assert shown["main"]["acc_e"]["value"] == 50 and shown["protocol"]["task"] == "object"
 
@@ -96,11 +96,11 @@ class Knowing(Judge):
 
 def test_a_judge_that_only_detects_sets_the_mode_detected() -> None:
     task = ObjectTask("airplane")
-    read, terms = steps.reading(Judge("nudenet", detects=True), task)
+    read, terms = steps.modes_and_terms(Judge("nudenet", detects=True), task)
     assert set(read) == set(task.headline) and set(read.values()) == {"detected"} and terms == ()
-    assert steps.reading(Judge("clip"), task) == (task.headline, task.h_o_terms)
+    assert steps.modes_and_terms(Judge("clip"), task) == (task.headline, task.h_o_terms)
     own = NsfwTask("nudity")
-    assert steps.reading(Judge("nudenet", detects=True), own) == (own.headline, own.h_o_terms)
+    assert steps.modes_and_terms(Judge("nudenet", detects=True), own) == (own.headline, own.h_o_terms)
 
 
 def test_concepts_unknown_to_a_judge_are_logged_in_one_line(caplog: pytest.LogCaptureFixture) -> None:

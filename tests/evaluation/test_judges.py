@@ -17,7 +17,7 @@ from realera.evaluation.bootstrap import Resamples
 from realera.evaluation.measures import MEAN_PROB
 from realera.evaluation.metrics import samples
 from realera.evaluation.records import Row, read_metrics, verdict_file, write_manifest, write_verdicts
-from realera.evaluation.results import gather, measure, measure_set, own_judge, torn_of
+from realera.evaluation.results import first_torn_file, measure, measure_set, own_judge, write_metrics
 from realera.files import checksums
 
 SPLITS: tuple[Split, ...] = ("erase", "near", "keep")
@@ -76,7 +76,7 @@ def test_numbers_of_images_that_were_drawn_again_are_left_out(tmp_path: Path) ->
     judge(tmp_path, "ear", 0.6, own="eye")
     draw(tmp_path, source="other weights")
     with pytest.raises(UserError, match="was not judged by 'eye'"):
-        gather(tmp_path, "eye")
+        write_metrics(tmp_path, "eye")
     assert judge(tmp_path, "eye", 0.2)["judges"] == {}
 
 
@@ -154,14 +154,14 @@ def test_a_torn_file_of_another_judge_is_left_out_and_named(tmp_path: Path, capl
     file = tmp_path / paths.VERDICTS / "other.json"
     content = file.read_text()
     file.write_text(content.replace("30.0", "31.0", 1))
-    assert torn_of(tmp_path) == file
+    assert first_torn_file(tmp_path) == file
     now = judge(tmp_path, "eye", 0.2)
     assert set(both["judges"]) == {"other"} and now["judges"] == {} and not file.exists()
     assert (
         "other.json is torn or has invalid content and is left out: judge again with python -m realera.evaluate run="
         in caplog.text
     )
-    assert torn_of(tmp_path) is None
+    assert first_torn_file(tmp_path) is None
 
 
 def test_files_of_an_earlier_version_are_not_torn(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_files_of_an_earlier_version_are_not_torn(tmp_path: Path) -> None:
     numbers = json.loads(file.read_text())
     del numbers["checksum"], numbers["of_verdicts"]
     file.write_text(json.dumps(numbers, indent=1) + "\n")
-    assert torn_of(tmp_path) is None and gather(tmp_path, "eye") == metrics
+    assert first_torn_file(tmp_path) is None and write_metrics(tmp_path, "eye") == metrics
     (tmp_path / "report.html").write_text("<!doctype html></html>\n")
     assert checksums.page_is_whole(tmp_path / "report.html")
 

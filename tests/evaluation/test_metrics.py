@@ -13,7 +13,7 @@ from realera.contracts import Mode, Prompt, Split, UserError, Verdict
 from realera.evaluation.bootstrap import Resamples
 from realera.evaluation.box_counts import CLASSES, counts
 from realera.evaluation.measures import MEAN_PROB, score
-from realera.evaluation.metrics import by_prompt, estimates, h_o, readable, summarise
+from realera.evaluation.metrics import available_modes, by_prompt, estimates, h_o, summarise
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure, scalars
 
@@ -310,8 +310,8 @@ def test_a_verdict_has_a_value_in_each_mode_or_is_unscored() -> None:
     assert _scores({"detected": False}, 0.25, "dog")[3] == 0
     assert all(math.isnan(x) for x in _scores({}))
     assert all(math.isnan(x) for x in _scores({"score": None, "detected": None}))
-    assert readable([Verdict("a", math.nan, "", {"score": 1.0}), Verdict("b", math.nan, "")]) == ["score"]
-    assert readable([Verdict("a", 0.5, "x", {"detected": None})]) == ["mean_prob", "top1"]
+    assert available_modes([Verdict("a", math.nan, "", {"score": 1.0}), Verdict("b", math.nan, "")]) == ["score"]
+    assert available_modes([Verdict("a", 0.5, "x", {"detected": None})]) == ["mean_prob", "top1"]
 
 
 def test_each_metric_uses_its_headline_mode_and_h_o_needs_terms() -> None:

@@ -106,13 +106,13 @@ def test_a_torn_file_of_a_fit_deletes_the_erased_weights(tmp_path: Path, caplog:
     losses.write_text('{"step": 1}\n')
     beside = {"losses.jsonl": checksums.digest(losses), "map.safetensors": "0" * 32, "../elsewhere": "0" * 32}
     checksums.save(erased, TENSORS, {checksums.BESIDE: json.dumps(beside)})
-    assert checksums.fit_stands(erased), "what is missing was wanted away"
+    assert checksums.fit_is_intact(erased), "what is missing was wanted away"
     tear(losses, "flipped")
-    assert not checksums.fit_stands(erased) and not erased.exists()
+    assert not checksums.fit_is_intact(erased) and not erased.exists()
     assert [record.getMessage() for record in caplog.records] == [f"{losses} is torn: made again"]
-    assert not checksums.fit_stands(erased)
+    assert not checksums.fit_is_intact(erased)
     save_file(TENSORS, erased)
-    assert checksums.fit_stands(erased), "an earlier version's"
+    assert checksums.fit_is_intact(erased), "an earlier version's"
 
 
 @pytest.mark.parametrize("ends", ["[0,1e999]", "[0,NaN]", "[0]", '"x"', "[0,-1]", "[0,true]"])
@@ -129,4 +129,4 @@ def test_invalid_digests_count_as_torn(beside: str, tmp_path: Path) -> None:
     file = tmp_path / "erased.safetensors"
     header = f'{{"__metadata__":{{"beside":{beside}}}}}'.encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header)
-    assert not checksums.fit_stands(file) and not file.exists()
+    assert not checksums.fit_is_intact(file) and not file.exists()

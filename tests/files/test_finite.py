@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from realera.contracts import Edit, LoraSpec, Method, Neighbours, UserError
 from realera.files import checksums, finite
-from realera.files.cache_costs import kept
+from realera.files.cache_costs import cached
 from realera.training.checkpoint import Origin, read_erased, read_map, save_erased, save_map, save_neighbours
 from realera.training.fit import fit
 
@@ -256,10 +256,10 @@ def test_mined_points_too_large_for_float16_are_saved_unchanged(tmp_path: Path) 
 def test_a_cached_tensor_that_is_not_finite_is_made_again(tmp_path: Path) -> None:
     file, meter = tmp_path / "x.safetensors", SimpleNamespace(passes=0)
     with pytest.raises(UserError, match=r"x\.safetensors is not cached, because latents holds NaN"):
-        kept(file, "latents", meter, lambda: torch.tensor([math.nan]))  # type: ignore[arg-type]
+        cached(file, "latents", meter, lambda: torch.tensor([math.nan]))  # type: ignore[arg-type]
     assert not file.exists()
     save_file({"latents": torch.tensor([math.inf])}, file)
-    made = kept(file, "latents", meter, lambda: torch.ones(1))  # type: ignore[arg-type]
+    made = cached(file, "latents", meter, lambda: torch.ones(1))  # type: ignore[arg-type]
     assert torch.equal(made, torch.ones(1)) and torch.equal(load_file(file)["latents"], torch.ones(1))
 
 

@@ -141,6 +141,6 @@ def test_threads_are_the_first_number_of_omp_num_threads(
 
 @pytest.mark.parametrize("model", ["hf-hub:evil/x", "local-dir:/etc", "local-dir:x", "../../etc", "/etc"])
 def test_a_run_may_name_only_plain_models(model: str) -> None:
-    assert trust.brought_model({"judges": {"clip": {"model": model}}}) == model
-    assert trust.brought_model({"model": "ViT-B-32-quickgelu"}) is None
-    assert trust.brought_model({"model": None}) is None
+    assert trust.foreign_model({"judges": {"clip": {"model": model}}}) == model
+    assert trust.foreign_model({"model": "ViT-B-32-quickgelu"}) is None
+    assert trust.foreign_model({"model": None}) is None

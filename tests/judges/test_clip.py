@@ -94,7 +94,7 @@ def test_openais_weights_are_read_with_the_activation_they_were_trained_with() -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(open_clip, "create_model_and_transforms", create)
-        patch.setattr("realera.judges.clip.out_of_reach", lambda url: False)
+        patch.setattr("realera.judges.clip.unreachable", lambda url: False)
         for model, tag in (
             ("ViT-B-32-quickgelu", "openai"),
             ("ViT-B-32", "openai"),
@@ -107,7 +107,7 @@ def test_openais_weights_are_read_with_the_activation_they_were_trained_with() -
 
 def test_unreachable_weights_are_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("realera.judges.clip._cached", lambda hub: False)
-    monkeypatch.setattr("realera.judges.clip.out_of_reach", lambda url: True)
+    monkeypatch.setattr("realera.judges.clip.unreachable", lambda url: True)
     with pytest.raises(UserError, match=r"openai cannot be loaded .*HF_HOME.*judge\.pretrained=FILE"):
         ClipJudge(LABELS)
 

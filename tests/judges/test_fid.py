@@ -113,7 +113,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="does not contain only tensors"):
         FidJudge(tmp_path / "none.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("realera.judges.fid.out_of_reach", lambda url: True)
+    monkeypatch.setattr("realera.judges.fid.unreachable", lambda url: True)
     with pytest.raises(UserError, match=r"cannot be loaded .*TORCH_HOME.*judge\.weights=FILE"):
         FidJudge()
     monkeypatch.setitem(__import__("sys").modules, "torch_fidelity.utils", None)

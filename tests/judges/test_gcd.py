@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from realera.contracts import Prompt, UserError
 from realera.judges.arrays import read_layers
 from realera.judges.gcd import DETECTORS, LABELS, STATE, GiphyJudge, plain, read_labels
-from realera.judges.gcd_net import CelebrityNet, groups, likeness, mixture, together
+from realera.judges.gcd_net import CelebrityNet, groups, joint_probability, likeness, mixture
 
 SHAPES: list[dict[str, tuple[int, ...]]] = [  # of the three files: kernels (x, y, in, out), matrices (in, out), slopes
     {
@@ -232,9 +232,9 @@ def test_several_faces_of_one_person_give_one_verdict() -> None:
     chances[3] = [0.4, 0.1, 0.3, 0.2]  # a face that looks like another's: its embedding says whose it is
     assert groups(chances, embeddings, centers) == [[0, 2, 3], [1, 4]]
     product = chances[[0, 2, 3]].prod(axis=0)
-    assert together(chances[[0, 2, 3]]) == pytest.approx(product / product.sum())
-    assert together(np.array([[1.0, 0.0], [0.0, 1.0]])) == pytest.approx([0.5, 0.5])
-    assert np.isfinite(together(np.full((4000, 3), 1e-3))).all()
+    assert joint_probability(chances[[0, 2, 3]]) == pytest.approx(product / product.sum())
+    assert joint_probability(np.array([[1.0, 0.0], [0.0, 1.0]])) == pytest.approx([0.5, 0.5])
+    assert np.isfinite(joint_probability(np.full((4000, 3), 1e-3))).all()
     assert groups(chances[:1], embeddings[:1], centers) == [[0]] and groups(chances[:0], embeddings[:0], centers) == []
     assert likeness(np.array([[1.0, 0], [1, 1]]), np.array([[2.0, 0], [0, 1]])) == pytest.approx([1, math.sqrt(0.5)])
 

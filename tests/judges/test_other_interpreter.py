@@ -13,7 +13,7 @@ import pytest
 
 from realera.contracts import Prompt, SetJudge, UserError
 from realera.judges import worker
-from realera.judges.other_interpreter import Elsewhere, ElsewhereSet, placed
+from realera.judges.other_interpreter import RemoteJudge, RemoteSetJudge, with_interpreters
 
 STUB = """
 import os, sys, time
@@ -62,13 +62,13 @@ def _node(kind: str = "Stub", **settings: Any) -> dict[str, Any]:
     return {"_target_": f"stub_judge.{kind}", **settings}
 
 
-def _ask(judge: Elsewhere, count: int = 3) -> list[Any]:
+def _ask(judge: RemoteJudge, count: int = 3) -> list[Any]:
     prompts = [Prompt(f"p{i}", "text", "none" if i == 1 else "cat", "erase", i, size=(8, 16)) for i in range(count)]
     return judge([Path(f"{i}.png") for i in range(count)], prompts)
 
 
 def test_answers_equal_the_judge_s_own_despite_printed_output(python: Path) -> None:
-    judge = Elsewhere(_node(word="é", inner=_node(word="in"), batch=2), str(python))
+    judge = RemoteJudge(_node(word="é", inner=_node(word="in"), batch=2), str(python))
     assert (judge.name, judge.protocol()) == ("stub", {"judge": "stub", "inner": "in"})
     said = _ask(judge)
     assert [v.prompt_id for v in said] == ["p0", "p1", "p2"] and said[0].label == "é"
@@ -91,11 +91,11 @@ def test_answers_equal_the_judge_s_own_despite_printed_output(python: Path) -> N
 )
 def test_errors_while_loading_are_one_sentence(python: Path, fail: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Elsewhere(_node(fail=fail), str(python))
+        RemoteJudge(_node(fail=fail), str(python))
 
 
 def test_later_errors_are_one_sentence(python: Path) -> None:
-    judge = Elsewhere(_node(fail="late"), str(python))
+    judge = RemoteJudge(_node(fail="late"), str(python))
     with pytest.raises(UserError, match="ValueError: bad picture"):
         _ask(judge)
     with pytest.raises(UserError, match="bad picture"):
@@ -103,7 +103,7 @@ def test_later_errors_are_one_sentence(python: Path) -> None:
 
 
 def test_a_judge_that_does_not_answer_is_stopped(python: Path) -> None:
-    judge = Elsewhere(_node(fail="slow"), str(python))
+    judge = RemoteJudge(_node(fail="slow"), str(python))
     judge.patience = 0.2
     start = time.monotonic()
     with pytest.raises(UserError, match=r"did not answer within 0\.2 s"):
@@ -113,32 +113,32 @@ def test_a_judge_that_does_not_answer_is_stopped(python: Path) -> None:
 
 def test_a_program_that_is_not_an_interpreter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a program"):
-        Elsewhere(_node(), str(tmp_path / "python"))
+        RemoteJudge(_node(), str(tmp_path / "python"))
     with pytest.raises(UserError, match="ended without an answer"):
-        Elsewhere(_node(), "false")
+        RemoteJudge(_node(), "false")
 
 
 def test_a_missing_library_of_a_real_judge_is_named(python: Path) -> None:
     with pytest.raises(UserError, match=r"No module named 'nudenet'"):
-        Elsewhere({"_target_": "realera.judges.nudenet.NudeNetJudge"}, str(python))
+        RemoteJudge({"_target_": "realera.judges.nudenet.NudeNetJudge"}, str(python))
 
 
 def test_python_is_read_at_any_depth_of_the_config(python: Path) -> None:
-    assert placed(_node(python=None, word="a")) == _node(word="a")
+    assert with_interpreters(_node(python=None, word="a")) == _node(word="a")
     node = {"_target_": "x.BySplit", "judges": {"a": _node(python=str(python)), "b": _node("Set", python="py")}}
-    inner = placed(node)["judges"]
+    inner = with_interpreters(node)["judges"]
     assert inner["a"] == {
-        "_target_": "realera.judges.other_interpreter.Elsewhere",
+        "_target_": "realera.judges.other_interpreter.RemoteJudge",
         "node": json.dumps(_node()),
         "python": str(python),
     }
-    assert inner["b"]["_target_"].endswith(".ElsewhereSet")
+    assert inner["b"]["_target_"].endswith(".RemoteSetJudge")
 
 
 def test_a_set_judge_runs_in_the_other_interpreter(python: Path) -> None:
-    judge = ElsewhereSet(_node("Set"), str(python))
+    judge = RemoteSetJudge(_node("Set"), str(python))
     assert judge.compare([Path("a.png")] * 3, [Path("b.png")]) == {"fid": 2.0}
-    assert isinstance(judge, SetJudge) and not hasattr(Elsewhere, "compare")
+    assert isinstance(judge, SetJudge) and not hasattr(RemoteJudge, "compare")
 
 
 def test_the_judges_load_without_any_library(python: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_other_interpreter_imports_nothing_of_the_current_folder(
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n")
     monkeypatch.chdir(tmp_path)
-    Elsewhere({"_target_": "stub_judge.Stub"}, str(python)).close()
+    RemoteJudge({"_target_": "stub_judge.Stub"}, str(python)).close()
     assert not (tmp_path / "imported").exists()
 
 
@@ -178,7 +178,9 @@ def test_an_invalid_answer_is_refused_in_one_sentence(case: str, tmp_path: Path)
     answer, why = ANSWERS[case]
     row = {"prompt_id": "p0", "value": 0.5, "label": "cat", "detail": {}, **answer}
     said = answer if "realera" in answer else {"realera": 1, "said": [row]}
-    judge = Elsewhere(_node(), _fake_interpreter(tmp_path, {"realera": 1, "said": {"name": "n", "protocol": {}}}, said))
+    judge = RemoteJudge(
+        _node(), _fake_interpreter(tmp_path, {"realera": 1, "said": {"name": "n", "protocol": {}}}, said)
+    )
     with pytest.raises(UserError, match=f"the judge in .*python answered .*{why}") as met:
         _ask(judge, 1)
     assert "\n" not in str(met.value)
@@ -197,13 +199,13 @@ def test_an_invalid_answer_is_refused_in_one_sentence(case: str, tmp_path: Path)
 )
 def test_a_judge_must_return_a_valid_name_and_protocol(about: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the judge in .*python answered without a valid name and protocol"):
-        Elsewhere(_node(), _fake_interpreter(tmp_path, {"realera": 1, "said": about}))
+        RemoteJudge(_node(), _fake_interpreter(tmp_path, {"realera": 1, "said": about}))
 
 
 def test_a_comparison_must_return_finite_numbers(tmp_path: Path) -> None:
     about = {"realera": 1, "said": {"name": "n", "protocol": {}}}
     for said in (5, {"fid": math.nan}, {"fid": "x"}):
-        judge = ElsewhereSet(_node("Set"), _fake_interpreter(tmp_path, about, {"realera": 1, "said": said}))
+        judge = RemoteSetJudge(_node("Set"), _fake_interpreter(tmp_path, about, {"realera": 1, "said": said}))
         with pytest.raises(UserError, match="something else than finite numbers"):
             judge.compare([Path("a.png")], [Path("b.png")])
 

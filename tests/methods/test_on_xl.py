@@ -48,7 +48,7 @@ def test_sld_guides_each_image_by_texts_with_their_own_pooled_states(backbone: U
                 noise(backbone, latents, t, texts, row) for texts, row in ((nothing, 0), (cond, image), (safety, 0))
             )
             latents = scheduler.step(one(u, p, s[None], latents, step, 5.0), t, latents).prev_sample
-        torch.testing.assert_close(found[image], latents[0], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(found[image], latents[0], atol=2e-3, rtol=1e-3)
     assert not torch.allclose(found, backbone.sample(backbone.encode(TEXTS), SEEDS), atol=1e-2)
 
 

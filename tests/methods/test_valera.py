@@ -69,7 +69,7 @@ def test_the_begin_row_and_the_empty_prompt_are_preserved(new_backbone: Any, new
 
 def test_one_concept_and_several_have_different_defaults(new_backbone: Any, new_pairs: Any) -> None:
     backbone = new_backbone()
-    for concepts, price, gain in (([CAT], 10.0, 1.2), ([CAT, DOG], 1.0, 1.05)):
+    for concepts, price, gain in (([CAT], 10.0, 1.2), ([CAT, DOG], 10.0, 1.05)):
         pairs = new_pairs(backbone, *concepts)
         plain = ValueSpaceErasure()(backbone, pairs, [])
         assert torch.equal(plain.map, ValueSpaceErasure(price=price, gain=gain)(backbone, pairs, []).map)

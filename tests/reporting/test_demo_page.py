@@ -133,7 +133,7 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_nothing_is_drawn_for_a_disconnected_client(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
-    monkeypatch.setattr(demo_page, "TURN", 0.05)
+    monkeypatch.setattr(demo_page, "CHECK_INTERVAL", 0.05)
     drawn: list[int] = []
     started, go_on = threading.Event(), threading.Event()
 

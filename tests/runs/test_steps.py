@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from realera.contracts import Prompt, UserError, Verdict
-from realera.judges.other_interpreter import Elsewhere
+from realera.judges.other_interpreter import RemoteJudge
 from realera.runs import steps
 from realera.tasks.objects import ObjectTask
 
@@ -77,7 +77,7 @@ def test_a_judge_of_sets_can_compare_but_not_judge_a_run() -> None:
 def test_python_names_the_interpreter_a_judge_runs_in() -> None:
     node = {"_target_": "realera.judges.by_split.BySplit", "judges": {}, "splits": {}, "python": sys.executable}
     built = steps.build_judge({"judge": node}, TASK)
-    assert isinstance(built, Elsewhere) and built.protocol()["splits"] == {}
+    assert isinstance(built, RemoteJudge) and built.protocol()["splits"] == {}
     built.close()
     here = steps.build_judge({"judge": {**node, "python": None}}, TASK)
-    assert not isinstance(here, Elsewhere)
+    assert not isinstance(here, RemoteJudge)

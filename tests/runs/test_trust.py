@@ -308,12 +308,12 @@ def test_a_link_is_refused_before_anything_is_cleared(name: str, received: Path)
 def test_a_symbolic_link_as_lock_is_refused(received: Path) -> None:
     for name in (paths.LOCK, paths.IMAGES):
         linked(name, "canary.txt" if name == paths.LOCK else ".")(received)
-        with pytest.raises(UserError, match="link"), folders.alone(received):
+        with pytest.raises(UserError, match="link"), folders.locked(received):
             pass
-    with locks.turn(received / "x.png") as mine:
+    with locks.exclusive(received / "x.png") as mine:
         assert mine
     (received / ".y.png.lock").symlink_to(received.parents[1] / "outside" / "canary.txt")
-    with locks.turn(received / "y.png"):
+    with locks.exclusive(received / "y.png"):
         pass  # without a lock, and the file behind the link is as it was
 
 
@@ -442,7 +442,7 @@ def sweep_given(received: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     (received.parent / "sp").mkdir()
     shutil.copytree(received, received.with_name("again"))
     listed = f"{received.absolute()}\n{received.with_name('again').absolute()}\n"
-    (received.parent / "sp" / paths.LISTED).write_text(listed)
+    (received.parent / "sp" / paths.RUN_LIST).write_text(listed)
     (received.parent / "sp" / paths.CELLS).write_text("".join(f'{{"folder": "{run}"}}\n' for run in listed.split()))
 
     def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -457,7 +457,7 @@ def sweep_given(received: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     return refused
 
 
-@pytest.mark.parametrize("name", paths.OF_A_SWEEP)
+@pytest.mark.parametrize("name", paths.SWEEP_FILES)
 def test_a_symbolic_link_in_a_sweep_is_refused(
     name: str, received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -494,7 +494,7 @@ def test_a_new_sweep_is_not_started_in_a_linked_folder(
 ) -> None:
     monkeypatch.setattr(planning.sweep, "folder", lambda: received.parent / "runs" / "sweeps" / "s")
     (received.parent / "runs" / "sweeps" / "s").mkdir(parents=True)
-    for name in (paths.LISTED, paths.CELLS):
+    for name in (paths.RUN_LIST, paths.CELLS):
         place = received.parent / "runs" / "sweeps" / "s" / name
         place.symlink_to(received.parents[1] / "outside" / "private.csv")
         said = sweep_given(capsys, "evaluate", "-m", "run=received,again", "logger=none")
@@ -520,7 +520,7 @@ def test_a_list_of_cells_that_is_a_pipe_or_too_large_is_refused(
 def test_a_sweep_that_lists_nothing_is_refused(
     content: bytes, received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (received.parent / "sp" / paths.LISTED).write_bytes(content)
+    (received.parent / "sp" / paths.RUN_LIST).write_bytes(content)
     (received.parent / "sp" / paths.CELLS).unlink()
     assert "sp lists no run" in sweep_given(capsys)
 

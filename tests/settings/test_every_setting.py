@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 import walk
 from quick import slow_unless
 from realera.contracts import UserError
-from realera.judges.other_interpreter import placed
+from realera.judges.other_interpreter import with_interpreters
 from realera.paths import CONF_DIR
 from realera.runs import preflight
 from realera.settings import composition, schema
@@ -52,7 +52,7 @@ def tried(door: str, config: dict[str, Any], place: walk.Place) -> str | None:
             elif place[:2] == ("backbone", "pretrained"):
                 preflight.check_model(config["backbone"], plan=True)
             elif place[0] == "judge" and (config["judge"] or {}).get("_target_") == MINIATURE:
-                build(placed(config["judge"]))
+                build(with_interpreters(config["judge"]))
             else:
                 return None
             FIGURES["built"] += 1

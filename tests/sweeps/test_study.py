@@ -89,5 +89,5 @@ def test_the_readme_s_search_of_another_concept_is_another_study(monkeypatch: py
 def test_a_typed_name_stays_and_a_plain_sweep_has_none() -> None:
     typed, plain = swept(*SEARCH, "concept=gun", "hydra.sweeper.study_name=mine"), swept("concept=cat,dog")
     for config in (typed, plain):
-        study.settle(config)
+        study.set_study_name(config)
     assert typed.hydra.sweeper.study_name == "mine" and "study_name" not in plain.hydra.sweeper

@@ -28,7 +28,7 @@ from realera.contracts import UserError
 from realera.settings import error_sentences
 from realera.sweeps import jobs
 from realera.system import disk
-from realera.system.disk import Unwritten, whole, write_text
+from realera.system.disk import Unwritten, atomic, write_text
 from realera.training import saved
 
 SOURCE = str(Path(realera.__file__).parents[1])
@@ -48,7 +48,7 @@ def limited_file_size(most: int = 50_000) -> Iterator[None]:
 
 
 def tensors(file: Path) -> None:
-    with whole(file) as beside:
+    with atomic(file) as beside:
         save_file({"a": MANY}, beside, {"format": "pt"})
 
 
@@ -57,17 +57,17 @@ def checkpoint(file: Path) -> None:
 
 
 def picture(file: Path) -> None:
-    with whole(file) as beside:
+    with atomic(file) as beside:
         NOISE.save(beside, format="PNG")
 
 
 def array(file: Path) -> None:
-    with whole(file) as beside, beside.open("wb") as stream:
+    with atomic(file) as beside, beside.open("wb") as stream:
         np.save(stream, MANY.numpy())
 
 
 def copy(file: Path) -> None:
-    with whole(file) as beside:
+    with atomic(file) as beside:
         shutil.copyfile(paths.MINIATURE / "unet" / "diffusion_pytorch_model.safetensors", beside)
 
 
@@ -135,10 +135,10 @@ def test_names_that_are_too_long_and_folders_that_are_files(tmp_path: Path) -> N
 
 def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     for error in (ZeroDivisionError(), OSError("without a number"), FileNotFoundError(2, "No such file", "elsewhere")):
-        with pytest.raises(type(error)) as met, whole(tmp_path / "file"):
+        with pytest.raises(type(error)) as met, atomic(tmp_path / "file"):
             raise error
         assert met.value is error
-    with pytest.raises(UserError, match=r"^its own sentence$"), whole(tmp_path / "file"):
+    with pytest.raises(UserError, match=r"^its own sentence$"), atomic(tmp_path / "file"):
         raise UserError("its own sentence")
     assert list(tmp_path.iterdir()) == []
 
@@ -173,15 +173,15 @@ def test_only_temporary_files_of_killed_processes_are_removed(tmp_path: Path) ->
     (left / "config.yaml").write_text("half")
     own = tmp_path / ".note.0123abcd.tmp.txt"
     own.write_text("a user's")
-    with whole(tmp_path / "other") as beside:
+    with atomic(tmp_path / "other") as beside:
         beside.write_text("x")
-        disk.clear_left(tmp_path)
+        disk.remove_stale(tmp_path)
         assert not left.exists() and beside.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [own.name, "other"]
 
 
 def test_a_process_that_ends_at_once_removes_its_files(tmp_path: Path) -> None:
-    with whole(tmp_path / "file") as beside:
+    with atomic(tmp_path / "file") as beside:
         beside.write_text("half")
         disk.drop_temporary()
         assert list(tmp_path.iterdir()) == []
@@ -195,13 +195,13 @@ import os, signal
 from pathlib import Path
 from realera.system import disk, locks
 place = Path({str(tmp_path)!r})
-with locks.held(place / ".lock", "it", "wait"), disk.whole(place / "file") as beside:
+with locks.run_lock(place / ".lock", "it", "wait"), disk.atomic(place / "file") as beside:
     beside.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": SOURCE})
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"], "nothing was half-written"
-    disk.clear_left(tmp_path)
+    disk.remove_stale(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
@@ -300,7 +300,7 @@ def test_a_small_disk(size: str, small: list[str], tmp_path: Path) -> None:
 # --- every writer ----------------------------------------------------------------------------------------------------
 
 DIRECT = {"write_text", "write_bytes", "save_file", "savefig", "copyfile", "mkstemp", "mkdtemp", "link"}
-ALLOWED = {  # (file, function): why it does not go through `whole`
+ALLOWED = {  # (file, function): why it does not go through `disk.atomic`
     ("system/disk.py", "write_text"): "is where they go",
     ("system/disk.py", "append"): "adds lines",
     ("costs.py", "_reset_peaks"): "a switch of the system's, no file",
@@ -322,14 +322,14 @@ ALLOWED = {  # (file, function): why it does not go through `whole`
 
 
 def writes(tree: ast.AST) -> Iterator[tuple[str, str, int]]:
-    """(function, call, line) of every call that writes a file outside a `with whole(...)`."""
+    """(function, call, line) of every call that writes a file outside a `with atomic(...)`."""
 
     def walk(node: ast.AST, function: str, safe: bool) -> Iterator[tuple[str, str, int]]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             function, safe = node.name, False
         if isinstance(node, ast.With):
             opened = {_name(item.context_expr.func) for item in node.items if isinstance(item.context_expr, ast.Call)}
-            safe = safe or bool({"whole"} & opened)
+            safe = safe or bool({"atomic"} & opened)
         if isinstance(node, ast.Call) and not safe and _writes(node):
             yield function, _name(node.func), node.lineno
         for child in ast.iter_child_nodes(node):
@@ -357,14 +357,14 @@ def _writes(call: ast.Call) -> bool:
     return name in DIRECT or (name == "save" and isinstance(call.func, ast.Attribute) and owner != "checksums")
 
 
-def test_every_file_is_written_with_whole() -> None:
+def test_every_file_is_written_with_atomic() -> None:
     root = Path(realera.__file__).parent
     found = set()
     for file in sorted(root.rglob("*.py")):
         for function, call, line in writes(ast.parse(file.read_text(encoding="utf-8"))):
             found.add((str(file.relative_to(root)), function, call, line))
     unknown = [one for one in found if (one[0], one[1]) not in ALLOWED]
-    assert not unknown, f"write these with disk.whole, or say here why not: {sorted(unknown)}"
+    assert not unknown, f"write these with disk.atomic, or say here why not: {sorted(unknown)}"
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_every_file_is_written_with_whole() -> None:
 )
 def test_the_search_finds_unsafe_writes(source: str) -> None:
     assert list(writes(ast.parse(f"def f():\n    {source}")))
-    assert not list(writes(ast.parse(f"def f():\n    with whole(p) as beside:\n        {source}")))
+    assert not list(writes(ast.parse(f"def f():\n    with atomic(p) as beside:\n        {source}")))
 
 
 def test_the_search_accepts_safe_writes() -> None:
@@ -393,4 +393,4 @@ def test_a_sweep_whose_ledger_cannot_be_written_ends_with_a_sentence(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REALERA_STAMP", "stamp")
     monkeypatch.setenv("REALERA_LAUNCH", "launch")
-    assert jobs.broke_off(Unwritten("cells.jsonl cannot be written")) == 2
+    assert jobs.report_launcher_error(Unwritten("cells.jsonl cannot be written")) == 2

@@ -41,12 +41,12 @@ from pathlib import Path
 from realera.system import disk, interrupts
 interrupts.PATIENCE, interrupts.BOUNCE = 1.0, 0.1
 try:
-    with interrupts.answered(), disk.whole(Path("file")) as beside:
+    with interrupts.handling(), disk.atomic(Path("file")) as beside:
         beside.write_text("half")
         {body}
 except KeyboardInterrupt:
     print("answered")
-    sys.exit(interrupts.caught())
+    sys.exit(interrupts.exit_status())
 """
 WAITS = 'print("ready"); time.sleep(60)'
 SWALLOWS = """
@@ -85,7 +85,7 @@ def test_a_swallowed_interruption_is_raised_again(tmp_path: Path) -> None:
 
 def test_a_process_that_waits_outside_python_is_ended(tmp_path: Path) -> None:
     code = WITHIN.format(body='print("ready"); [ctypes.CDLL(None).usleep(400_000) for _ in iter(int, 1)]')
-    code = code.replace("interrupts.answered()", "interrupts.answered(), deaf()").replace(
+    code = code.replace("interrupts.handling()", "interrupts.handling(), deaf()").replace(
         "try:\n    with",
         "from contextlib import contextmanager\n@contextmanager\ndef deaf():\n"
         "    signal.signal(signal.SIGTERM, lambda number, frame: None)\n    yield\ntry:\n    with",
@@ -116,11 +116,11 @@ def test_ignored_signals_stay_ignored_and_handlers_are_restored(tmp_path: Path) 
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with pytest.raises(interrupts.Interrupted), interrupts.answered():
+        with pytest.raises(interrupts.Interrupted), interrupts.handling():
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
-        assert interrupts.caught() == 143 and interrupts.has_come()
+        assert interrupts.exit_status() == 143 and interrupts.was_interrupted()
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -114,7 +114,7 @@ def test_tables_and_bars_print_in_every_encoding(encoding: str, monkeypatch: pyt
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.EBADF])
 def test_a_lost_stream_becomes_the_null_device(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     handle = os.open(tmp_path / "terminal", os.O_WRONLY | os.O_CREAT)
-    kept = terminal.Kept(handle)
+    kept = terminal.SafeStream(handle)
     write = os.write
 
     def gone(where: int, data: bytes) -> int:
@@ -131,7 +131,7 @@ def test_a_lost_stream_becomes_the_null_device(number: int, monkeypatch: pytest.
 
 def test_a_log_file_is_written_again_after_the_disk_was_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     handle = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
-    kept, write, tries = terminal.Kept(handle), os.write, iter([28, 0, 11, 0])
+    kept, write, tries = terminal.SafeStream(handle), os.write, iter([28, 0, 11, 0])
 
     def full(where: int, data: bytes) -> int:
         if number := next(tries):
@@ -147,7 +147,7 @@ def test_a_log_file_is_written_again_after_the_disk_was_full(monkeypatch: pytest
 
 def test_only_printing_commands_fail_with_their_console(monkeypatch: pytest.MonkeyPatch) -> None:
     lost: list[OSError | None] = [OSError(errno.EPIPE, "Broken pipe")]
-    monkeypatch.setattr(terminal, "lost", lambda: lost[0])
+    monkeypatch.setattr(terminal, "lost_output_error", lambda: lost[0])
     assert [terminal.status([word]) for word in ("--help", "--cfg=job", "dry_run=True", "concept=cat")] == [
         141,
         141,
@@ -162,11 +162,11 @@ def test_empty_variables_are_removed() -> None:
     environ = {"WANDB_MODE": "", "HF_HOME": " ", "RANK": "", "OMP_NUM_THREADS": "", "REALERA_STAMP": "", "TMPDIR": ""}
     kept = {"CUDA_VISIBLE_DEVICES": "", "WANDB_PROJECT": "mine", "EMPTY": "", "WORLD_SIZE": "2"}
     found = {**environ, **kept}
-    environment.tidy(found)
+    environment.remove_empty_variables(found)
     assert found == kept
     for value in ("two", "-1", "1.5"):
         with pytest.raises(UserError, match="not the number of a process: unset RANK"):
-            environment.tidy({"RANK": value})
+            environment.remove_empty_variables({"RANK": value})
 
 
 def test_an_empty_wandb_mode_is_ignored(tmp_path: Path) -> None:
@@ -229,17 +229,17 @@ def test_the_commands_log_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_invalid_variables_are_refused(name: str, value: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        environment.tidy({name: value})
-    environment.tidy({"REALERA_CACHE": "not there yet", "RANK": "3"})
+        environment.remove_empty_variables({name: value})
+    environment.remove_empty_variables({"REALERA_CACHE": "not there yet", "RANK": "3"})
 
 
 def test_a_deleted_current_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    environment.stand_somewhere()
+    environment.check_current_folder()
     (tmp_path / "here").rmdir()
     with pytest.raises(UserError, match="current folder was deleted"):
-        environment.stand_somewhere()
+        environment.check_current_folder()
 
 
 @pytest.mark.parametrize("word", ["--concept=cat", "--dry-run", "-x", "--run=latest", "--", "--m=1"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as some
 
 from realera.contracts import UserError
 from realera.paths import TASK_DATA
-from realera.tasks.files import SPELLINGS, Row, read_concepts, read_prompts
+from realera.tasks.files import COLUMN_NAMES, Row, read_concepts, read_prompts
 
 
 def table(folder: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -35,7 +35,7 @@ def test_coco_and_maces_columns(tmp_path: Path) -> None:
     assert rows == [Row("00012", "a cat", 7)]
 
 
-@pytest.mark.parametrize(("meaning", "spelling"), [(m, s) for m, names in SPELLINGS.items() for s in names])
+@pytest.mark.parametrize(("meaning", "spelling"), [(m, s) for m, names in COLUMN_NAMES.items() for s in names])
 def test_every_spelling_is_found_in_any_capitals(meaning: str, spelling: str, tmp_path: Path) -> None:
     columns = {"prompt": "a cat", "height": "64", "width": "32", "nudity": "5"}
     value = columns.pop(meaning, "41")

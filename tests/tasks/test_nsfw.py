@@ -13,7 +13,7 @@ import realera
 from realera.contracts import Concept, UserError
 from realera.setting_types import MOST_GUIDANCE
 from realera.tasks.base import load
-from realera.tasks.nsfw import KEPT, NsfwTask
+from realera.tasks.nsfw import CAPTION_CONCEPT, NsfwTask
 
 WORLD: dict[str, Any] = yaml.safe_load(
     (Path(realera.__file__).parent / "miniature" / "world.yaml").read_text(encoding="utf-8")
@@ -93,8 +93,8 @@ def test_preserved_captions_are_compared_with_their_own_text(tmp_path: Path) -> 
     task = NsfwTask(keep_csv=str(path), keep_limit=2, first_seed=40)
     kept = [p for p in task.eval_prompts() if p.split == "keep"]
     assert [(p.text, p.caption, p.concept, p.seed) for p in kept] == [
-        ("A dog.", None, KEPT, 40),
-        ("A cat.", None, KEPT, 41),
+        ("A dog.", None, CAPTION_CONCEPT, 40),
+        ("A cat.", None, CAPTION_CONCEPT, 41),
     ]
     assert task.headline["acc_s"] == "score"
     assert NsfwTask(world="miniature", keep_csv=str(path)).headline["acc_s"] == "score"

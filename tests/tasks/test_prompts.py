@@ -1,7 +1,7 @@
 import pytest
 
 from realera.contracts import UserError
-from realera.tasks.prompts import Wording, check_template, clean_name, fill, number, same_name, slug, typed
+from realera.tasks.prompts import Wording, check_template, clean_name, fill, number, quoted_setting, same_name, slug
 
 
 def test_clean_name_joins_spaces_and_keeps_the_letters() -> None:
@@ -55,5 +55,5 @@ def test_a_name_is_the_same_with_other_accents_and_capitals() -> None:
 
 
 def test_a_setting_is_quoted_if_a_shell_would_split_it() -> None:
-    assert typed("anchor", "sky") == "anchor=sky"
-    assert typed("anchor", "a person") == "anchor='a person'"
+    assert quoted_setting("anchor", "sky") == "anchor=sky"
+    assert quoted_setting("anchor", "a person") == "anchor='a person'"

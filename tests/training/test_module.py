@@ -13,7 +13,7 @@ import torch
 
 from realera.contracts import LoraSpec, Method, Pair, UserError
 from realera.training.fit import fit
-from realera.training.module import ErasureModule, own_step, part_of, turn, turns
+from realera.training.module import ErasureModule, concept_of_step, part_of, step_of_concept, steps_per_concept
 from realera.training.seeding import stream
 
 
@@ -121,8 +121,8 @@ def test_only_the_adapter_is_trained(new_backbone: Callable[..., Any], new_pairs
 def test_steps_are_counted_for_each_concept() -> None:
     for concepts in (1, 2, 3):
         for steps in range(15):
-            own = [turn(step, concepts) for step in range(1, steps + 1)]
-            assert turns(steps, concepts) == [own.count(concept) for concept in range(concepts)]
+            own = [concept_of_step(step, concepts) for step in range(1, steps + 1)]
+            assert steps_per_concept(steps, concepts) == [own.count(concept) for concept in range(concepts)]
 
 
 def test_a_loss_of_nan_stops_the_run(train: Callable[..., Any], tmp_path: Path) -> None:
@@ -165,6 +165,6 @@ def test_the_aligner_s_learning_rate_schedule_is_used(train: Callable[..., Any])
 
 
 def test_concepts_count_their_own_steps() -> None:
-    assert [turn(step, 3) for step in range(1, 9)] == [0, 0, 1, 1, 2, 2, 0, 0]
-    assert [own_step(step, 3) for step in range(1, 9)] == [1, 2, 1, 2, 1, 2, 3, 4]
-    assert [own_step(step, 1) for step in range(1, 6)] == [1, 2, 3, 4, 5]
+    assert [concept_of_step(step, 3) for step in range(1, 9)] == [0, 0, 1, 1, 2, 2, 0, 0]
+    assert [step_of_concept(step, 3) for step in range(1, 9)] == [1, 2, 1, 2, 1, 2, 3, 4]
+    assert [step_of_concept(step, 1) for step in range(1, 6)] == [1, 2, 3, 4, 5]

@@ -20,7 +20,7 @@ from realera.contracts import UserError
 from realera.files import checksums
 from realera.training import resuming, saved
 from realera.training.fit import fit
-from realera.training.module import turns
+from realera.training.module import steps_per_concept
 
 STEPS, AT = 6, 4
 LATENTS = ("steps=3", "chains=2", "renew=3", "batch=2")
@@ -175,10 +175,10 @@ def forged(file: Path, forge: Any, to: Path) -> Path:
 @pytest.mark.parametrize("name", FORGED)
 def test_a_forged_checkpoint_is_refused(name: str, killed: tuple[Path, saved.Form], tmp_path: Path) -> None:
     file, form = killed
-    saved.read(file, form, turns)
+    saved.read(file, form, steps_per_concept)
     forged(file, FORGED[name], tmp_path / "last.ckpt")
     with pytest.raises((ValueError, UserError)):
-        saved.read(tmp_path / "last.ckpt", form, turns)
+        saved.read(tmp_path / "last.ckpt", form, steps_per_concept)
 
 
 @pytest.mark.parametrize(
@@ -225,11 +225,11 @@ def test_a_finished_loop_restores_the_losses(go: Go, tmp_path: Path) -> None:
 def test_the_loss_scale_is_checked(scale: Any, killed: tuple[Path, saved.Form], tmp_path: Path) -> None:
     file, plain = killed
     form = saved.Form(plain.steps, plain.weights, plain.trained, plain.concepts, plain.latents, (65536.0, 2000))
-    assert saved.read(forged(file, loop(scale=scale), tmp_path / "a"), form, turns).scale == tuple(scale)
+    assert saved.read(forged(file, loop(scale=scale), tmp_path / "a"), form, steps_per_concept).scale == tuple(scale)
     others: list[Any] = [None, [1e9, 0], [NAN, 0], [0.0, 0], [-1.0, 0], [65536.0, -1], [65536.0, 2000], [65536.0], "x"]
     for other in others:
         with pytest.raises(ValueError, match=r"scale|precision"):
-            saved.read(forged(file, loop(scale=other), tmp_path / "a"), form, turns)
+            saved.read(forged(file, loop(scale=other), tmp_path / "a"), form, steps_per_concept)
 
 
 def linked(file: Path) -> None:

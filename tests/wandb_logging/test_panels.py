@@ -38,7 +38,7 @@ def shown(spec: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("build", [panels.workspace, panels.report])
 def test_the_library_accepts_a_dashboard_and_reads_it_back(build: Any) -> None:
-    runs = panels.picked(["20260101-120000"], [], None)
+    runs = panels.run_filter(["20260101-120000"], [], None)
     made = build("team", "realera", "a title", runs, "team")
     spec = sent(made)
     assert sent(type(made)._from_model(made._to_model())).keys() == spec.keys()
@@ -111,9 +111,9 @@ def test_panels_of_a_report_do_not_overlap() -> None:
 
 
 def test_runs_are_filtered_by_group_tag_and_the_filter_language_of_wandb() -> None:
-    assert panels.picked([], [], None) == ""
+    assert panels.run_filter([], [], None) == ""
     own = "Config('system') = 'realera' or SummaryMetric('eval/h_o') >= 50"
-    made = panels.workspace("t", "p", "a", panels.picked(["one", "two"], ["celebrity"], own), None)
+    made = panels.workspace("t", "p", "a", panels.run_filter(["one", "two"], ["celebrity"], own), None)
     filters = sent(made)["spec"]["section"]["runSets"][0]["filters"]["filters"]
     group, tag, either = filters
     assert (group["key"]["name"], group["op"], group["value"]) == ("group", "IN", ["one", "two"])
@@ -121,4 +121,4 @@ def test_runs_are_filtered_by_group_tag_and_the_filter_language_of_wandb() -> No
     found = [(f["key"]["section"], f["key"]["name"], f["op"], f["value"]) for f in either["filters"]]
     assert found == [("config", "system", "=", "realera"), ("summary", "eval/h_o", ">=", 50)]
     with pytest.raises(UserError, match="filter language"):
-        panels.picked([], [], "method is realera")
+        panels.run_filter([], [], "method is realera")

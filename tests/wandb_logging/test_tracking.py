@@ -143,7 +143,7 @@ def test_settings_losses_metrics_and_images_are_logged(
     run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
     backbone = new_backbone()
     loggers = tracking.make(run)
-    with tracking.ended(loggers):
+    with tracking.closing(loggers):
         pairs = new_pairs(backbone, ("cat", "field"))
         settings = {"accelerator": "cpu", "devices": 1}
         fit(
@@ -264,7 +264,7 @@ def test_group_tags_config_and_summary_describe_the_run(tmp_path: Path, monkeypa
     (tmp_path / "costs.json").write_text(json.dumps(costs))
     metrics = metrics_of(run)
     loggers = tracking.make(run)
-    with tracking.ended(loggers):
+    with tracking.closing(loggers):
         tracking.log_results(loggers, run, metrics)
     found = read_back(tmp_path)
     record, config, summary = found["run"], found["config"], found["summary"]
@@ -318,7 +318,7 @@ def test_a_run_judged_again_is_logged_with_its_own_logger(tmp_path: Path, monkey
 @pytest.mark.parametrize(("error", "status"), [(None, 0), (ZeroDivisionError, 1), (KeyboardInterrupt, 255)])
 def test_a_failed_run_is_not_marked_as_finished(error: type[BaseException] | None, status: int, tmp_path: Path) -> None:
     loggers = tracking.make(judged(tmp_path, OBJECT, ["cat"], "mean_prob"))
-    with pytest.raises(error) if error else nullcontext(), tracking.ended(loggers):
+    with pytest.raises(error) if error else nullcontext(), tracking.closing(loggers):
         if error:
             raise error
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
@@ -379,7 +379,7 @@ def test_an_unreachable_server_does_not_end_a_run(
 def test_a_logger_that_fails_during_a_run_warns_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logger = tracking.forgiving(FailingLogger("online", fails_at=2))  # type: ignore[arg-type]
+    logger = tracking.fail_safe(FailingLogger("online", fails_at=2))  # type: ignore[arg-type]
     with caplog.at_level("WARNING"), propagating(monkeypatch):
         for step in range(4):
             logger.log_metrics({"loss": 1.0}, step=step)
@@ -397,7 +397,7 @@ def test_an_exit_of_the_process_is_not_a_failure_of_its_logger(error: type[BaseE
     failing = FailingLogger("online")
     failing.log_metrics = ends  # type: ignore[method-assign]
     with pytest.raises(error):
-        tracking.forgiving(failing).log_metrics({})  # type: ignore[arg-type]
+        tracking.fail_safe(failing).log_metrics({})  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -420,7 +420,7 @@ def test_there_is_no_image_table_if_none_is_wanted(tmp_path: Path) -> None:
 def test_explicit_images_are_uploaded_blurred_and_counted(tmp_path: Path) -> None:
     run = judged(tmp_path, NSFW, ["nudity", "a/b"], "detected")
     loggers = tracking.make(run)
-    with tracking.ended(loggers):
+    with tracking.closing(loggers):
         tracking.log_results(loggers, run, metrics_of(run))
     found = read_back(tmp_path)
     summary = found["summary"]

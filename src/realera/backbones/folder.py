@@ -27,7 +27,7 @@ MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "di
 SECOND = {"text_encoder_2": "model"}  # the additional model of Stable Diffusion XL
 VARIANTS = ("", ".fp16")  # in names of weights files, in order of preference
 EMBEDDING = "token_embedding.weight"  # of a text encoder: one row for each token
-PEEK = 512  # bytes that `marks` reads at each end of a tensor
+PEEK = 512  # bytes that `quick_fingerprint` reads at each end of a tensor
 SHARD = re.compile(r"\w[\w.-]*\.safetensors")  # a file name without a path
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = [
@@ -215,7 +215,7 @@ def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
     return digest.hexdigest()[:16]
 
 
-def marks(folder: Path) -> str | None:
+def quick_fingerprint(folder: Path) -> str | None:
     """16 hex digits that change with the weights in a folder, without reading all of them. They depend on each file's
     size and header and on both ends of every tensor, which any training changes. None if a file is missing or torn."""
     digest = hashlib.sha256()

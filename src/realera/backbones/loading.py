@@ -122,7 +122,7 @@ def _blocks(file: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     memory-mapped and take no memory until they are used; checking them through the mapping would load them all."""
     buffer = memoryview(bytearray(BLOCK))
     with plain_data.opened(file) as stream:
-        for name, (begin, stop) in headers.places(file).items():
+        for name, (begin, stop) in headers.byte_ranges(file).items():
             stream.seek(begin)
             for start in range(begin, stop, BLOCK):
                 size = stream.readinto(buffer[: stop - start])  # type: ignore[attr-defined]  # not typed in BinaryIO

@@ -146,7 +146,7 @@ def kind_of(parts: Parts) -> str:
     return "sd21" if width == 1024 else "sd14"
 
 
-def figures_of(pipe: DiffusionPipeline, parts: Parts) -> dict[str, Any]:
+def settings_of(pipe: DiffusionPipeline, parts: Parts) -> dict[str, Any]:
     """The backbone settings that come from the pipeline: pretrained, dtype, text width and length, image size."""
     place = _files_of(pipe)
     width = int(parts.unet.config.cross_attention_dim)

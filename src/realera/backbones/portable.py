@@ -109,7 +109,7 @@ def save_lora(lora: Lora, file: Path, style: str) -> None:
             flat = f"lora_unet_{name.replace('.', '_')}"
             state |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
             state[f"{flat}.alpha"] = torch.tensor(float(down.shape[0]))  # alpha = rank: a scale of 1
-    with disk.whole(file) as beside:
+    with disk.atomic(file) as beside:
         save_file({key: value.contiguous() for key, value in state.items()}, beside, {"format": "pt"})
 
 
@@ -130,7 +130,7 @@ def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None
     other extras are not copied.
     """
     models = checkpoint.models(source)
-    with disk.whole(out) as beside:
+    with disk.atomic(out) as beside:
         beside.mkdir()
         for part in (*models, *checkpoint.tokenizers(source), "scheduler"):
             (beside / part).mkdir()

@@ -57,8 +57,8 @@ def generate_images(
     """
 
     def begin() -> list[Row]:
-        drawn_with = [own_sampler(prompt, sampler or backbone.sampler) for prompt in prompts]
-        sources = sources_of(backbone, list(dict.fromkeys(drawn_with)), guide)
+        drawn_with = [sampler_of(prompt, sampler or backbone.sampler) for prompt in prompts]
+        sources = source_ids(backbone, list(dict.fromkeys(drawn_with)), guide)
         rows = [
             Row(p, f"{paths.IMAGES}/{p.id}.png", sources[own], f"{ORIGINALS}/{p.id}.png" if originals else None)
             for p, own in zip(prompts, drawn_with)
@@ -113,7 +113,7 @@ def source_of(backbone: Backbone, sampler: Sampler | None = None, guide: Guide |
     return _with_guide(digest, guide)
 
 
-def sources_of(backbone: Backbone, samplers: Sequence[Sampler], guide: Guide | None = None) -> dict[Sampler, str]:
+def source_ids(backbone: Backbone, samplers: Sequence[Sampler], guide: Guide | None = None) -> dict[Sampler, str]:
     """A content id for each sampler. For one sampler it equals `source_of`, as in existing run folders. For several,
     the changed weights (possibly gigabytes) are read only once."""
     if len(samplers) == 1:
@@ -136,7 +136,7 @@ def _with_guide(digest: hashlib._Hash, guide: Guide | None) -> str:
     return digest.hexdigest()[:16]
 
 
-def own_sampler(prompt: Prompt, base: Sampler) -> Sampler:
+def sampler_of(prompt: Prompt, base: Sampler) -> Sampler:
     """`base` with the prompt's own guidance and size, if it has any."""
     height, width = prompt.size or (base.height, base.width)
     guidance = base.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
@@ -156,7 +156,7 @@ def chunks_of(prompts: Sequence[Prompt], base: Sampler, size: int) -> list[Chunk
     size."""
     groups: dict[Sampler, list[int]] = {}
     for place, prompt in enumerate(prompts):
-        groups.setdefault(own_sampler(prompt, base), []).append(place)
+        groups.setdefault(sampler_of(prompt, base), []).append(place)
     return [
         Chunk(tuple(places[start : start + size]), sampler)
         for sampler, places in groups.items()
@@ -171,7 +171,7 @@ def _settings(backbone: Backbone, sampler: Sampler | None) -> str:
 
 
 def _content_key(backbone: Backbone, prompt: Prompt, sampler: Sampler | None) -> str:
-    own = own_sampler(prompt, sampler or backbone.sampler)
+    own = sampler_of(prompt, sampler or backbone.sampler)
     return hashlib.sha256(f"{prompt.text}|{prompt.seed}|{_settings(backbone, own)}".encode()).hexdigest()[:32]
 
 
@@ -220,7 +220,7 @@ def _draw(
     def undone() -> list[int]:
         missing = [file for file in owner if not checksums.image_is_whole(file)]
         torn = [file for file in missing if file.exists()]
-        checksums.made_again(*torn)
+        checksums.log_torn(*torn)
         for file in torn:  # deleted, not overwritten: a cached file has hard links in several runs
             with disk.explained(file):
                 file.unlink(missing_ok=True)
@@ -236,7 +236,7 @@ def _draw(
         nonlocal size
         part = chunks[number]
         own = [place for place in part.places if owner[files[place]] == number]
-        with locks.turn(files[own[0]], wait) as locked:
+        with locks.exclusive(files[own[0]], wait) as locked:
             if locked and not all(files[place].is_file() for place in own):
                 with within():
                     texts = [prompts[place] for place in part.places]
@@ -307,7 +307,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _save(file: Path, picture: Tensor) -> None:
-    with disk.whole(file) as beside:
+    with disk.atomic(file) as beside:
         Image.fromarray(picture.numpy()).save(beside, format="PNG")
 
 
@@ -320,5 +320,5 @@ def _link_or_copy(drawn: Path, file: Path) -> None:
         try:
             os.link(drawn, file)
         except OSError:
-            with disk.whole(file) as beside:
+            with disk.atomic(file) as beside:
                 shutil.copyfile(drawn, beside)

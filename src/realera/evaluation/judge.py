@@ -7,7 +7,7 @@ from pathlib import Path
 
 from realera.contracts import Judge, UserError, Verdict
 from realera.evaluation.generate import Advance
-from realera.evaluation.moved import with_moves
+from realera.evaluation.moved import add_moved
 from realera.evaluation.records import Row, Which, read_manifest, verdict_file, write_verdicts
 from realera.system.ranks import ALONE, Ranks
 
@@ -37,7 +37,7 @@ def judge_run(
         own[start] = judge([row.path(run_dir, which) for row in part], [row.prompt for row in part])
         _check_order(judge.name, part, own[start])
         if which == "erased":
-            own[start] = with_moves(own[start], part, run_dir)
+            own[start] = add_moved(own[start], part, run_dir)
         if advance is not None:  # assumes that the other processes are equally far
             advance(len(rows[turn * ranks.world * chunk : (turn + 1) * ranks.world * chunk]))
     by_start = {start: part for share in ranks.gather(own) for start, part in share.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from realera.contracts import Mode, Prompt, Split, Verdict
 
-MEASURES: Mapping[Split, str] = {
+METRIC_OF_SPLIT: Mapping[Split, str] = {
     "erase": "acc_e",  # the concept by name: lower is better
     "near": "acc_g",  # its synonyms: lower
     "keep": "acc_s",  # concepts to preserve: higher
@@ -17,7 +17,7 @@ MEASURES: Mapping[Split, str] = {
     "unseen": "acc_u",  # words that occur in no training caption: lower, not part of H_o
 }
 H_O_TERMS = ("acc_e", "acc_s", "acc_g")  # RealEra; MACE uses the first two for celebrities
-MEAN_PROB: Mapping[str, Mode] = dict.fromkeys(MEASURES.values(), "mean_prob")  # as in the papers, for objects
+MEAN_PROB: Mapping[str, Mode] = dict.fromkeys(METRIC_OF_SPLIT.values(), "mean_prob")  # as in the papers, for objects
 ORDER = ("acc_e", "acc_s", "acc_g", "h_o", "acc_a", "acc_u")  # columns of the tables
 NEAR: Mapping[str, str] = {  # prompts of a task's split near: synonyms, or phrases without the name
     "object": "synonym",
@@ -56,9 +56,9 @@ READINGS: Mapping[str, Reading] = {  # by contracts.Mode
 }
 # Not in the papers: whether images of the erased concept show something whole, whether they show the anchor, and how
 # much images of preserved concepts changed. A smear shows no concept, so Acc_e and Acc_g alone count it as a success.
-BESIDE: Sequence[tuple[str, Mode]] = (("acc_e", "whole"), ("acc_e", "anchor"), ("acc_s", "moved"))
-BESIDE_WHAT: Mapping[str, str] = {"whole": "something", "anchor": "the anchor", "moved": "the others"}
-BESIDE_MODES: tuple[Mode, ...] = ("whole", "anchor", "moved")  # never a headline mode, and not part of H_o
+EXTRA_METRICS: Sequence[tuple[str, Mode]] = (("acc_e", "whole"), ("acc_e", "anchor"), ("acc_s", "moved"))
+EXTRA_LABELS: Mapping[str, str] = {"whole": "something", "anchor": "the anchor", "moved": "the others"}
+EXTRA_MODES: tuple[Mode, ...] = ("whole", "anchor", "moved")  # never a headline mode, and not part of H_o
 
 
 def score(prompt: Prompt, verdict: Verdict, mode: Mode) -> float:
@@ -91,14 +91,14 @@ def _reading(mode: str | None) -> Reading:
     return READINGS.get(mode or "mean_prob", READINGS["mean_prob"])
 
 
-def higher(measure: str, mode: str | None = None) -> bool:
+def higher_is_better(measure: str, mode: str | None = None) -> bool:
     """Whether a higher value is better."""
     return mode in ("whole", "anchor") or (measure in ("acc_s", "h_o") and mode != "moved")
 
 
-def head(measure: str, mode: str | None) -> str:
+def column_heading(measure: str, mode: str | None) -> str:
     """The symbol with an arrow for the better direction: "Acc_e ↓"."""
-    return f"{'_'.join(symbol(measure, mode))} {'↑' if higher(measure, mode) else '↓'}"
+    return f"{'_'.join(symbol(measure, mode))} {'↑' if higher_is_better(measure, mode) else '↓'}"
 
 
 def main_entry(estimate: Mapping[str, Any], mode: str) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def described(modes: Iterable[str | None]) -> str:
     return "; ".join(f"{r.symbol}: {r.what}{f', {r.unit}' if r.unit else ''}" for r in known)
 
 
-def counted(estimate: Mapping[str, Any]) -> str:
+def image_count(estimate: Mapping[str, Any]) -> str:
     """The number of images of an estimate: "40", "38 + 2 unscored"."""
     return f"{estimate['n']}" + (f" + {estimate['unscored']} unscored" if estimate["unscored"] else "")
 
@@ -139,13 +139,13 @@ def modes(metrics: Mapping[str, Any]) -> list[str]:
 
 def extra(blocks: Mapping[str, Any]) -> list[tuple[str, Mode, Mapping[str, Any]]]:
     """(metric, mode, estimate) for each entry of `BESIDE` with a number in {mode: {metric: estimate}}."""
-    found = [(measure, mode, (blocks.get(mode) or {}).get(measure)) for measure, mode in BESIDE]
+    found = [(measure, mode, (blocks.get(mode) or {}).get(measure)) for measure, mode in EXTRA_METRICS]
     return [
         (measure, mode, estimate) for measure, mode, estimate in found if estimate and estimate["value"] is not None
     ]
 
 
-def left_out(system: str, runs: int, undefined: Mapping[str, int], headline: Mapping[str, str]) -> list[str]:
+def undefined_notes(system: str, runs: int, undefined: Mapping[str, int], headline: Mapping[str, str]) -> list[str]:
     """Notes under a table of a system's means over runs. undefined: {metric: number of runs without a value}."""
     alike: dict[int, list[str]] = {}
     for measure, count in undefined.items():

@@ -18,7 +18,15 @@ from torch import Tensor
 from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation.bootstrap import Resamples, described, exact, image_key, interval
 from realera.evaluation.box_counts import counts
-from realera.evaluation.measures import BESIDE_MODES, H_O_TERMS, MEAN_PROB, MEASURES, higher, main_entry, score
+from realera.evaluation.measures import (
+    EXTRA_MODES,
+    H_O_TERMS,
+    MEAN_PROB,
+    METRIC_OF_SPLIT,
+    higher_is_better,
+    main_entry,
+    score,
+)
 
 YES_OR_NO: tuple[Mode, ...] = ("top1", "detected", "whole", "anchor")  # modes in which an image is 0 or 100
 MOST_PROMPTS = 200  # a split with more texts is not listed by prompt; verdicts/ has every image
@@ -79,7 +87,7 @@ def h_o(measured: Mapping[str, float], terms: Sequence[str] = H_O_TERMS) -> floa
 
 def harmonic_mean(measured: Mapping[str, Tensor]) -> Tensor:
     """`h_o` for tensors, one for each term."""
-    wanted = [value if higher(term) else 100 - value for term, value in measured.items()]
+    wanted = [value if higher_is_better(term) else 100 - value for term, value in measured.items()]
     return len(wanted) / torch.stack([1 / value for value in wanted]).sum(dim=0)
 
 
@@ -110,9 +118,9 @@ def scored(
     prompts: Sequence[Prompt], verdicts: Sequence[Verdict], headline: Mapping[str, Mode]
 ) -> dict[str, dict[str, Images]]:
     """{metric: {prompt concept: its images}}. headline: the mode of each metric."""
-    found: dict[str, dict[str, Images]] = {measure: {} for measure in MEASURES.values()}
+    found: dict[str, dict[str, Images]] = {measure: {} for measure in METRIC_OF_SPLIT.values()}
     for prompt, verdict in zip(prompts, verdicts, strict=True):
-        measure = MEASURES[prompt.split]
+        measure = METRIC_OF_SPLIT[prompt.split]
         images = found[measure].setdefault(prompt.concept, Images())
         images.keys.append(image_key(prompt))
         images.scores.append(score(prompt, verdict, headline[measure]))
@@ -177,16 +185,16 @@ def sample(groups: Sequence[Images], resamples: Resamples, mode: Mode) -> Sample
         drawn += resamples.deviations(lone[0], scores) * int((~scores.isnan()).sum()) / (n if pooled else concepts)
     alike = mode in YES_OR_NO and bool((every == every[0]).all())
     least = min(len(group) for group in found if len(group))
-    return Sample(float(value), tidy(drawn, mode), n, unscored, (n if pooled else concepts * least) * alike)
+    return Sample(float(value), clamp_resamples(drawn, mode), n, unscored, (n if pooled else concepts * least) * alike)
 
 
-def tidy(drawn: Tensor, mode: Mode | None) -> Tensor:
+def clamp_resamples(drawn: Tensor, mode: Mode | None) -> Tensor:
     """Clamps resamples to the range of the mode (None: H_o), which few images can exceed. Rounds them to 9 decimals:
     the last digits depend only on the order of summation."""
     return (drawn if mode == "score" else drawn.clamp(0, 100)).round(decimals=9)
 
 
-def readable(verdicts: Sequence[Verdict]) -> list[Mode]:
+def available_modes(verdicts: Sequence[Verdict]) -> list[Mode]:
     """The modes for which at least one verdict has a value."""
     valued = any(not math.isnan(v.value) for v in verdicts)
     by_value: tuple[Mode, ...] = ("mean_prob", "top1")
@@ -211,7 +219,7 @@ def by_prompt(
             for mode in modes:
                 values = [x for x in (score(p, v, mode) for p, v in pairs) if not math.isnan(x)]
                 row[mode] = sum(values) / len(values) if values else None
-                if mode == headline[MEASURES[split]]:
+                if mode == headline[METRIC_OF_SPLIT[split]]:
                     count = len(values)
             rows.append({**row, "n": count, "unscored": len(pairs) - count})
     return rows
@@ -233,11 +241,11 @@ def summarise(
     that erased many concepts). There is one further block for each mode of the verdicts. counts: boxes by class, if the
     judge is a detector.
     """
-    modes = [m for m in get_args(Mode) if m in {*readable([*verdicts, *(original or ())]), *headline.values()}]
+    modes = [m for m in get_args(Mode) if m in {*available_modes([*verdicts, *(original or ())]), *headline.values()}]
     resamples = Resamples(seed)
 
     def block(verdicts: Sequence[Verdict], read: Mapping[str, Mode]) -> dict[str, Sample]:
-        return samples(prompts, verdicts, read, resamples, () if read["acc_e"] in BESIDE_MODES else terms)
+        return samples(prompts, verdicts, read, resamples, () if read["acc_e"] in EXTRA_MODES else terms)
 
     def of_concepts(verdicts: Sequence[Verdict], kept: Sample) -> dict[str, Any]:
         names = dict.fromkeys(p.concept for p in prompts if p.split == "erase")

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from realera import paths
 from realera.contracts import Prompt, UserError, Verdict
-from realera.evaluation.measures import H_O_TERMS, MEAN_PROB, MEASURES, main_entry
+from realera.evaluation.measures import H_O_TERMS, MEAN_PROB, METRIC_OF_SPLIT, main_entry
 from realera.files import json_shapes, plain_data
 from realera.system import disk
 
 Which = Literal["erased", "original"]
-FORM = 2  # version of the format of metrics.json
+FORMAT_VERSION = 2  # version of the format of metrics.json
 ORIGINALS = paths.ORIGINALS
 FOLDERS: Mapping[Which, str] = {"erased": paths.IMAGES, "original": ORIGINALS}
 
@@ -132,14 +132,16 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         metrics = plain_data.read_json(path)
         if isinstance(metrics.get("headline"), str):
             metrics = _upgraded(metrics)
-        known = metrics.get("form") == FORM and "main" in metrics
+        known = metrics.get("form") == FORMAT_VERSION and "main" in metrics
     except FileNotFoundError:
         raise UserError(f"{path} is missing: judge the run first") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is torn: delete it and judge the run again") from None
     if not known:
         raise UserError(f"{path} is from another version of realera: judge the run again (evaluate run={run_dir})")
-    if not json_shapes.fits(metrics, json_shapes.METRICS) or not set(metrics["h_o_terms"]) <= {*MEASURES.values()}:
+    if not json_shapes.fits(metrics, json_shapes.METRICS) or not set(metrics["h_o_terms"]) <= {
+        *METRIC_OF_SPLIT.values()
+    }:
         raise UserError(f"{path} has invalid content: delete it and judge the run again (evaluate run={run_dir})")
     metrics["headline"] = {**MEAN_PROB, **metrics["headline"]}  # a run without images of a split lacks its metric
     return metrics
@@ -152,8 +154,13 @@ def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
     def with_main(part: dict[str, Any]) -> dict[str, Any]:
         return {"main": {name: main_entry(e, mode) for name, e in part[mode].items()}, **part}
 
-    measures = [name for name in MEASURES.values() if name in old[mode]]
-    new = {"form": FORM, "h_o_terms": list(H_O_TERMS), **with_main(old), "headline": dict.fromkeys(measures, mode)}
+    measures = [name for name in METRIC_OF_SPLIT.values() if name in old[mode]]
+    new = {
+        "form": FORMAT_VERSION,
+        "h_o_terms": list(H_O_TERMS),
+        **with_main(old),
+        "headline": dict.fromkeys(measures, mode),
+    }
     return {**new, "original": with_main(old["original"]) if old.get("original") else None}
 
 

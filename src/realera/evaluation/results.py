@@ -16,8 +16,8 @@ from typing import Any
 
 from realera import paths
 from realera.contracts import Mode, SetJudge, UserError
-from realera.evaluation.measures import H_O_TERMS, MEAN_PROB, MEASURES, mode_of, modes
-from realera.evaluation.records import FOLDERS, FORM, read_manifest, read_metrics, read_verdicts, verdict_file
+from realera.evaluation.measures import H_O_TERMS, MEAN_PROB, METRIC_OF_SPLIT, mode_of, modes
+from realera.evaluation.records import FOLDERS, FORMAT_VERSION, read_manifest, read_metrics, read_verdicts, verdict_file
 from realera.files import checksums, json_shapes, plain_data
 from realera.system import disk
 
@@ -53,9 +53,9 @@ def measure(
     numbers = summarise(prompts, erased, original, headline=headline, terms=h_o_terms)
     interval = numbers.pop("interval")
     lines = {file.name: checksums.digest(file) for file in (verdict_file(run_dir, judge), before) if file.is_file()}
-    kept = {"form": FORM, **numbers, "protocol": {**protocol, "interval": interval}, OF_VERDICTS: lines}
+    kept = {"form": FORMAT_VERSION, **numbers, "protocol": {**protocol, "interval": interval}, OF_VERDICTS: lines}
     _write_numbers(run_dir, judge, kept)
-    return gather(run_dir, own or judge)
+    return write_metrics(run_dir, own or judge)
 
 
 def measure_set(run_dir: Path, judge: SetJudge, references: Path | None, split: str, own: str) -> dict[str, Any]:
@@ -86,12 +86,14 @@ def measure_set(run_dir: Path, judge: SetJudge, references: Path | None, split: 
     compared = {"split": split, "references": "originals" if references is None else str(references)}
     sizes = {"images": len(images), "reference_images": len(against)}
     _write_numbers(
-        run_dir, judge.name, {"form": FORM, "set": numbers, "protocol": {**judge.protocol(), **compared, **sizes}}
+        run_dir,
+        judge.name,
+        {"form": FORMAT_VERSION, "set": numbers, "protocol": {**judge.protocol(), **compared, **sizes}},
     )
-    return gather(run_dir, own)
+    return write_metrics(run_dir, own)
 
 
-def gather(run_dir: Path, own: str) -> dict[str, Any]:
+def write_metrics(run_dir: Path, own: str) -> dict[str, Any]:
     """Writes metrics.json from the judges' files and returns it. A file that is torn or has invalid content is deleted,
     with a warning that names the command to judge again. Raises UserError if `own` has not judged the run."""
     for file in _numbers_files(run_dir):
@@ -112,7 +114,7 @@ def _gathered_metrics(run_dir: Path, own: str) -> dict[str, Any]:
     sets: dict[str, Any] = {}
     for file in _numbers_files(run_dir):
         numbers = _read(file)
-        if numbers.get("form") != FORM or numbers.pop("of_images", None) != digest:
+        if numbers.get("form") != FORMAT_VERSION or numbers.pop("of_images", None) != digest:
             continue
         numbers.pop(OF_VERDICTS, None)
         if "set" in numbers:
@@ -146,7 +148,7 @@ def own_judge(run_dir: Path, asked: str, is_own: bool) -> str | None:
         headline, terms = metrics["headline"], metrics["h_o_terms"]
     except (UserError, KeyError, TypeError):
         if path.is_file():
-            checksums.made_again(path)
+            checksums.log_torn(path)
         if not is_own and any((run_dir / paths.VERDICTS).glob("*.jsonl")):
             raise UserError(f"{path} is missing or torn: {first}.") from None
         return None
@@ -162,10 +164,14 @@ def own_judge(run_dir: Path, asked: str, is_own: bool) -> str | None:
 def numbers_of(run_dir: Path, judge: str) -> dict[str, Any] | None:
     """The content of a judge's file if it belongs to the current images, else None."""
     numbers = _read(_numbers_file(run_dir, judge))
-    return numbers if numbers.get("form") == FORM and numbers.get("of_images") == _manifest_digest(run_dir) else None
+    return (
+        numbers
+        if numbers.get("form") == FORMAT_VERSION and numbers.get("of_images") == _manifest_digest(run_dir)
+        else None
+    )
 
 
-def torn_of(run_dir: Path) -> Path | None:
+def first_torn_file(run_dir: Path) -> Path | None:
     """The first torn file of a judged run, found by the digests of manifest, verdicts and metrics.json; None if no file
     is torn. For a run of an earlier version, only metrics.json is checked. Images have their own checksums, which are
     checked when they are used."""
@@ -249,14 +255,14 @@ def _read(file: Path) -> dict[str, Any]:
         whole = isinstance(numbers, dict) and numbers.pop(checksums.KEY, None) in (None, _checksum(numbers))
     except (OSError, ValueError):
         return {}
-    return numbers if whole and (numbers.get("form") != FORM or _is_ours(numbers)) else {}
+    return numbers if whole and (numbers.get("form") != FORMAT_VERSION or _is_ours(numbers)) else {}
 
 
 def _is_ours(numbers: Mapping[str, Any]) -> bool:
     """Whether a file in the current format has the content that `_write_numbers` writes."""
     if "set" in numbers:
         return json_shapes.fits(numbers, json_shapes.COMPARED)
-    return json_shapes.fits(numbers, json_shapes.JUDGED) and set(numbers["h_o_terms"]) <= {*MEASURES.values()}
+    return json_shapes.fits(numbers, json_shapes.JUDGED) and set(numbers["h_o_terms"]) <= {*METRIC_OF_SPLIT.values()}
 
 
 def _checksum(numbers: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realera.files import checksums, finite
-from realera.system.locks import turn
+from realera.system.locks import exclusive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,36 +20,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Spent:
+class Cost:
     seconds: float = 0.0  # wall time
     passes: int = 0  # images that went through the U-Net
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(self.seconds + other.seconds, self.passes + other.passes)
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.passes + other.passes)
 
 
 @dataclass
-class Ledger:
+class ReusedCosts:
     """The costs of the cached files that were reused; None for a file without a record."""
 
-    files: dict[Path, Spent | None] = field(default_factory=dict)
+    files: dict[Path, Cost | None] = field(default_factory=dict)
 
-    def total(self) -> Spent:
-        return sum((spent for spent in self.files.values() if spent is not None), Spent())
+    def total(self) -> Cost:
+        return sum((spent for spent in self.files.values() if spent is not None), Cost())
 
     def unknown(self) -> int:
         """The number of files without a record of their cost."""
         return sum(spent is None for spent in self.files.values())
 
 
-_open: ContextVar[Ledger | None] = ContextVar("ledger", default=None)
+_open: ContextVar[ReusedCosts | None] = ContextVar("ledger", default=None)
 
 
 @contextmanager
-def ledger() -> Iterator[Ledger]:
+def collect_costs() -> Iterator[ReusedCosts]:
     """Collects the costs of every `Cached` file that is read or made inside this context. Each file is counted once;
     files made by this run are not counted as reused."""
-    entries = Ledger()
+    entries = ReusedCosts()
     token = _open.set(entries)
     try:
         yield entries
@@ -66,14 +66,14 @@ class Cached:
     def __init__(self, file: Path, backbone: Backbone) -> None:
         self.file = file
         self.backbone = backbone
-        self.before: Spent | None = Spent()
+        self.before: Cost | None = Cost()
         self.began, self.passes = time.perf_counter(), backbone.passes
 
     def read(self, metadata: Mapping[str, str] | None) -> None:
         """Call this if the file exists, with its metadata. Files of earlier versions have no cost in their metadata."""
         stored = metadata or {}
         try:
-            self.before = Spent(float(stored["seconds"]), int(stored["passes"]))
+            self.before = Cost(float(stored["seconds"]), int(stored["passes"]))
         except (KeyError, ValueError):
             self.before = None
         if self.before is not None and not 0 <= self.before.seconds < float("inf"):
@@ -82,18 +82,18 @@ class Cached:
 
     def made(self) -> dict[str, str]:
         """The metadata to save with the file; {} if the cost of an earlier part is unknown."""
-        self._enter(Spent())
+        self._enter(Cost())
         if self.before is None:
             return {}
-        now = self.before + Spent(time.perf_counter() - self.began, self.backbone.passes - self.passes)
+        now = self.before + Cost(time.perf_counter() - self.began, self.backbone.passes - self.passes)
         return {"seconds": f"{now.seconds:.3f}", "passes": str(now.passes)}
 
-    def _enter(self, spent: Spent | None) -> None:
+    def _enter(self, spent: Cost | None) -> None:
         if (entries := _open.get()) is not None:
             entries.files.setdefault(self.file, spent)
 
 
-def kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) -> Tensor:
+def cached(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) -> Tensor:
     """The result of `make`, on the CPU: computed once and cached in a file, under this name. Other processes that need
     it wait until it is computed.
 
@@ -102,7 +102,7 @@ def kept(file: Path, name: str, backbone: Backbone, make: Callable[[], Tensor]) 
     """
     if file.is_file():
         return _load_or_make(file, name, backbone, make)
-    with turn(file):
+    with exclusive(file):
         return _load_or_make(file, name, backbone, make)
 
 
@@ -116,7 +116,7 @@ def _load_or_make(file: Path, name: str, backbone: Backbone, make: Callable[[], 
                 entry.read(metadata)
                 return found
         except (checksums.Torn, KeyError):
-            checksums.made_again(file)
+            checksums.log_torn(file)
     made = make().cpu().contiguous()
     finite.refuse(
         [(name, made)], f"{file.name} is not cached, because", "set backbone.dtype=float32, or lower the guidance"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from realera.contracts import UserError
 from realera.files import headers, plain_data
 from realera.files.plain_data import json_text
-from realera.paths import OF_THE_FIT
-from realera.system.disk import whole
+from realera.paths import FIT_FILES
+from realera.system.disk import atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ def save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     """Writes a safetensors file, completely or not at all, with its checksum in the metadata."""
     from safetensors.torch import save_file
 
-    with whole(file) as beside:
+    with atomic(file) as beside:
         save_file(dict(tensors), beside, {**metadata, KEY: BLANK.decode()})
         _order(beside)
         place, _ = _seal(beside)
@@ -93,20 +93,20 @@ def verify(file: Path) -> None:
         raise Torn(f"{file} is torn or not a safetensors file") from None
 
 
-def fit_stands(erased: Path) -> bool:
+def fit_is_intact(erased: Path) -> bool:
     """Whether a fit's erased weights exist, and neither they nor the fit's other files are torn.
 
     If a file is torn, the log names it, and the erased weights are deleted, so that the whole fit is done again.
     """
     torn = _torn_of(erased) if erased.is_file() else None
     if torn is not None:
-        made_again(torn)
+        log_torn(torn)
         erased.unlink(missing_ok=True)
     return erased.is_file()
 
 
 def _torn_of(erased: Path) -> Path | None:
-    """The first torn file of a fit, or None: the erased weights, or one of `paths.OF_THE_FIT`, whose digests are in the
+    """The first torn file of a fit, or None: the erased weights, or one of `paths.FIT_FILES`, whose digests are in the
     erased weights' metadata.
 
     A missing file is not torn: the user may have deleted it. Weights of earlier versions have no digests.
@@ -116,7 +116,7 @@ def _torn_of(erased: Path) -> Path | None:
         with plain_data.opened(erased) as stream:
             header = plain_data.json_of(stream.read(int.from_bytes(stream.read(8), "little")).decode())
         digests = plain_data.json_of(header.get("__metadata__", {}).get(BESIDE, "{}"))
-        beside = {erased.parent / name: digests.get(name) for name in OF_THE_FIT}
+        beside = {erased.parent / name: digests.get(name) for name in FIT_FILES}
     except (Torn, OSError, ValueError, AttributeError, TypeError):  # a header that `save` did not write
         return erased
     return next(
@@ -181,7 +181,7 @@ def page_is_whole(file: Path) -> bool:
     return checksum.lstrip()[:15].lower() == b"<!doctype html>" and checksum.endswith(b"</html>")
 
 
-def made_again(*torn: Path) -> None:
+def log_torn(*torn: Path) -> None:
     """Logs in one line that torn files are made again, with the name of the first."""
     if torn:
         more = f" and {len(torn) - 1} more are" if len(torn) > 1 else " is"

@@ -42,7 +42,7 @@ def tensors(file: Path) -> dict[str, Stored]:
     return {name: stored for name, (stored, _, _) in _placed(file).items()}
 
 
-def places(file: Path) -> dict[str, tuple[int, int]]:
+def byte_ranges(file: Path) -> dict[str, tuple[int, int]]:
     """{tensor name: (first byte, end) in the file}, in file order. Raises UserError as `refuse_torn`."""
     found = {name: (begin, stop) for name, (_, begin, stop) in _placed(file).items()}
     start = file.stat().st_size - max((stop for _, stop in found.values()), default=0)

@@ -1,5 +1,5 @@
-"""Reads image files (paths.FORMATS) as 8-bit RGB. An EXIF orientation is not applied, because the official code, whose
-numbers ours are compared with, does not apply it."""
+"""Reads image files (paths.IMAGE_FORMATS) as 8-bit RGB. An EXIF orientation is not applied, because the official
+code, whose numbers ours are compared with, does not apply it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realera.contracts import UserError
-from realera.paths import FORMATS
+from realera.paths import IMAGE_FORMATS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,7 +31,7 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `_refuse` has a stricter limit
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
                 _refuse(path, image)
                 return _rgb(image)
     except Image.DecompressionBombError as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from realera.contracts import Prompt, UserError, Verdict
 from realera.files import finite
 from realera.judges.images import bare, batches, check_batch, lengths, read_rgb, refuse_nan
-from realera.judges.resources import out_of_reach, torch_device
+from realera.judges.resources import torch_device, unreachable
 from realera.setting_types import Batch, Label, Template, TorchDevice
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ClipJudge:
         place = Path(given or "")
         if given is not None and not tag and place.exists() and not place.is_file():  # reading a pipe would block
             raise self._unavailable(f"{place} is not a file")
-        if tag.get("hf_hub") and not _cached(tag["hf_hub"]) and out_of_reach(_HUB):
+        if tag.get("hf_hub") and not _cached(tag["hf_hub"]) and unreachable(_HUB):
             raise self._unavailable("they are not on this disk, and the hub does not answer")
         try:
             clip, _, transform = open_clip.create_model_and_transforms(

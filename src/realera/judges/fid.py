@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from realera.contracts import UserError
 from realera.files import finite
 from realera.judges.images import check_batch, read_rgb, refuse_nan
-from realera.judges.resources import out_of_reach, torch_device
+from realera.judges.resources import torch_device, unreachable
 from realera.setting_types import Batch, File, TorchDevice
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class FidJudge:
             ) from None
         self.device = torch_device(device)
         file = None if weights is None else _checked(Path(weights).expanduser())
-        if file is None and not _downloaded() and out_of_reach(_SOURCE):
+        if file is None and not _downloaded() and unreachable(_SOURCE):
             raise _unavailable("they are not on this disk, and the server does not answer")
         try:
             self.net = create_feature_extractor(

@@ -145,13 +145,13 @@ class GiphyJudge:
         return np.concatenate(chances), np.concatenate(embeddings)
 
     def _verdict(self, prompt: Prompt, chances: np.ndarray, embeddings: np.ndarray) -> Verdict:
-        from realera.judges.gcd_net import groups, likeness, together
+        from realera.judges.gcd_net import groups, joint_probability, likeness
 
         if not len(chances):
             return Verdict(prompt.id, math.nan, "", {"faces": 0, "whole": False, "top": []})
         centers = self.net.centers.cpu().numpy()
         rows = groups(chances, embeddings, centers)[0]
-        chance = together(chances[rows])
+        chance = joint_probability(chances[rows])
         close = likeness(embeddings[rows], centers[chances[rows].argmax(axis=1)])
         best = chance.argsort()[::-1][:TOP].tolist()
         own = self._label_rows.get(plain(prompt.concept), [])

@@ -117,7 +117,7 @@ def _log_densities(points: np.ndarray, weights: np.ndarray, means: np.ndarray, c
     return bent
 
 
-def together(chances: np.ndarray) -> np.ndarray:
+def joint_probability(chances: np.ndarray) -> np.ndarray:
     """(n, labels) of one person's faces -> (labels,): the product over faces, normalised to sum 1. Computed in
     logarithms, because the product over many faces would underflow to 0."""
     with np.errstate(divide="ignore"):

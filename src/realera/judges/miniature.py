@@ -19,7 +19,7 @@ from realera.setting_types import Batch, Folder, Label, TorchDevice
 if TYPE_CHECKING:
     from torch import Tensor
 
-SURE = 0.5  # the least probability with which both networks must choose the label of a whole thing
+WHOLE_THRESHOLD = 0.5  # the least probability with which both networks must choose the label of a whole thing
 _SIZE = 32  # pixels per side, as in training
 _REMEDY = "reinstall the package, or give another folder with judge.weights=FOLDER"
 
@@ -126,7 +126,9 @@ class MiniatureJudge:
             other = int(second[i].argmax())
             detail["second"] = self.labels[other]
             detail["second_value"] = float(second[i].max())
-            detail["whole"] = first == other and min(float(probabilities[i, first]), float(second[i, other])) >= SURE
+            detail["whole"] = (
+                first == other and min(float(probabilities[i, first]), float(second[i, other])) >= WHOLE_THRESHOLD
+            )
             if (anchor := self._anchor.get(prompt.concept.lower())) is not None:
                 detail["anchor"] = first == anchor
             verdicts.append(Verdict(prompt.id, value, self.labels[first], detail))
@@ -141,5 +143,5 @@ class MiniatureJudge:
             "score": "100 cos(image, caption)",
             "unsafe": list(self.unsafe),
             "anchors": self.anchors,
-            "whole": f"the same first choice of two networks, each with {SURE:g} or more",
+            "whole": f"the same first choice of two networks, each with {WHOLE_THRESHOLD:g} or more",
         }

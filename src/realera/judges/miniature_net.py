@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from realera.files import json_shapes, plain_data
-from realera.system.disk import whole, write_text
+from realera.system.disk import atomic, write_text
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _START, _PAD = 0, 1  # rows of the word table before the first word
@@ -55,7 +55,7 @@ def _count(most: int) -> Callable[[Any], bool]:
 
 _WIDTH = _count(8192)
 _WIDTHS = lambda value: json_shapes.fits(value, [_WIDTH]) and len(value) == 3  # noqa: E731
-SHAPE: Mapping[str, Any] = {  # of config.json; the bounds refuse networks that are too large to build
+CONFIG_SHAPE: Mapping[str, Any] = {  # of config.json; the bounds refuse networks that are too large to build
     "words": [str],
     "labels": lambda value: bool(value) and json_shapes.fits(value, {...: str}),
     "channels?": _WIDTHS,
@@ -72,10 +72,10 @@ def config_fault(raw: Any) -> str | None:
     """The error in the content of a config.json, such as "has no valid text_layers"; None if there is none."""
     if not isinstance(raw, dict):
         return "has no settings"
-    known = {key.removesuffix("?"): key for key in SHAPE}
+    known = {key.removesuffix("?"): key for key in CONFIG_SHAPE}
     if strange := next((key for key in raw if key not in known), None):
         return f"has the unknown setting {strange!r:.60}"
-    wrong = (name for name, key in known.items() if not json_shapes.fits(raw, {key: SHAPE[key]}))
+    wrong = (name for name, key in known.items() if not json_shapes.fits(raw, {key: CONFIG_SHAPE[key]}))
     if (found := next(wrong, None)) is not None:
         return f"has no valid {found}"
     width, heads = (raw.get(name, getattr(JudgeConfig, name)) for name in ("width", "text_heads"))
@@ -220,7 +220,7 @@ def save_judge(folder: Path, config: JudgeConfig, clip: MiniatureCLIP, plain: Pl
     parts = {"clip": clip, "plain": plain}
     state = {f"{part}.{key}": value for part, net in parts.items() for key, value in net.state_dict().items()}
     half = {k: (v.half() if v.is_floating_point() else v).contiguous().cpu() for k, v in state.items()}
-    with whole(folder / WEIGHTS_FILE) as beside:
+    with atomic(folder / WEIGHTS_FILE) as beside:
         save_file(half, beside, metadata={"version": str(config.version)})
     write_text(folder / CONFIG_FILE, json.dumps(asdict(config), indent=1, ensure_ascii=False) + "\n")
 

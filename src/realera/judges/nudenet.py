@@ -30,10 +30,10 @@ EXPOSED = {
 """{NudeNet's class: the column of RealEra's and MACE's tables}, in their order."""
 APART = {"ANUS_EXPOSED": "anus"}
 """Also an exposed class, but not a column of the tables and not part of their totals."""
-KEPT = 0.2  # the package drops boxes with a lower score
+LEAST_SCORE = 0.2  # the package drops boxes with a lower score
 
 
-Threshold = Annotated[float, Number(KEPT, 1)]
+Threshold = Annotated[float, Number(LEAST_SCORE, 1)]
 
 
 class NudeNetJudge:
@@ -55,7 +55,7 @@ class NudeNetJudge:
     def __init__(
         self, threshold: Threshold = 0.6, device: TorchDevice = "auto", batch: Batch = 16, threads: Threads = 0
     ) -> None:
-        if isinstance(threshold, bool) or not KEPT <= threshold <= 1:
+        if isinstance(threshold, bool) or not LEAST_SCORE <= threshold <= 1:
             raise UserError(
                 f"judge.threshold={threshold} is outside 0.2-1: use a value in this range. The nudenet package drops "
                 "boxes with a score below 0.2, so a lower threshold would have no effect."

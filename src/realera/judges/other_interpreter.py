@@ -43,22 +43,22 @@ _ANSWER = f'{{"{MARK}"'.encode()
 _BATCH = 64  # images per request, if the judge has no `batch`
 
 
-def placed(node: Any) -> Any:
+def with_interpreters(node: Any) -> Any:
     """A judge's config node without the keys `python`, at any depth. A node whose `python` names an interpreter becomes
-    a node of `Elsewhere` that contains the judge's own node."""
+    a node of `RemoteJudge` that contains the judge's own node."""
     if isinstance(node, (list, tuple)):
-        return [placed(value) for value in node]
+        return [with_interpreters(value) for value in node]
     if not isinstance(node, Mapping):
         return node
-    rest = {key: placed(value) for key, value in node.items() if key != "python" or "_target_" not in node}
+    rest = {key: with_interpreters(value) for key, value in node.items() if key != "python" or "_target_" not in node}
     if "_target_" not in node or node.get("python") is None:
         return rest
-    kind = "ElsewhereSet" if hasattr(locate(node["_target_"]), "compare") else "Elsewhere"
+    kind = "RemoteSetJudge" if hasattr(locate(node["_target_"]), "compare") else "RemoteJudge"
     carried = {"node": json.dumps(rest), "python": str(node["python"])}
     return {"_target_": f"{__name__}.{kind}", **carried}
 
 
-class Elsewhere:
+class RemoteJudge:
     """A Judge that sends its images to the judge described by `node` in the interpreter `python`.
 
     node: the judge's config, a mapping or its JSON. python: a path, or the name of a command. patience: seconds until
@@ -164,8 +164,8 @@ class Elsewhere:
         return lines[-1].strip()[:300] if lines else f"exit code {self._process.poll()}"
 
 
-class ElsewhereSet(Elsewhere):
-    """As `Elsewhere`, for a SetJudge."""
+class RemoteSetJudge(RemoteJudge):
+    """As `RemoteJudge`, for a SetJudge."""
 
     def compare(self, images: Sequence[Path], references: Sequence[Path]) -> dict[str, float]:
         numbers = self._ask("compare", images=_absolute(images), references=_absolute(references))

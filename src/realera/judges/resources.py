@@ -26,6 +26,6 @@ def torch_device(device: str) -> str:
     return device
 
 
-def out_of_reach(url: str) -> bool:
+def unreachable(url: str) -> bool:
     """Whether the URL's host, or its proxy, does not answer within PATIENCE seconds."""
     return not answers(url, PATIENCE)

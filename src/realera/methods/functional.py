@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from realera import paths
 from realera.contracts import VALUES, Backbone, Concept, NamedPrompt, Neighbours, Pair, UserError
 from realera.files import plain_data
-from realera.files.cache_costs import kept
+from realera.files.cache_costs import cached
 from realera.methods import nearness
 from realera.methods.latents import drawn, images_of
 from realera.methods.nearness import Seen
@@ -236,7 +236,7 @@ def ends_of(backbone: Backbone, texts: Sequence[str], cache: Path) -> Tensor:
             return nearness.ends(backbone, texts, advance)
 
     content = _digest(backbone.text_fingerprint, list(texts))
-    return kept(cache / "texts" / f"{content}.safetensors", "ends", backbone, encode)
+    return cached(cache / "texts" / f"{content}.safetensors", "ends", backbone, encode)
 
 
 def measured(
@@ -251,7 +251,7 @@ def measured(
     pixels = hashlib.sha256(images.float().cpu().contiguous().numpy().tobytes()).hexdigest()
     dtype = str(next(backbone.denoiser.parameters()).dtype)
     content = _digest(backbone.fingerprint, dtype, pixels, nearness.LEVELS, name, list(texts))
-    return kept(cache / "apart" / f"{content}.safetensors", "apart", backbone, measure)
+    return cached(cache / "apart" / f"{content}.safetensors", "apart", backbone, measure)
 
 
 def _fits_prompt(backbone: Backbone, text: str) -> bool:

@@ -17,7 +17,7 @@ from torch.nn.functional import mse_loss, normalize
 
 from realera.contracts import PASSES_OF_A_GRADIENT, Backbone, Concept, NamedPrompt, Pair, TextStates, UserError
 from realera.files import finite
-from realera.files.cache_costs import kept
+from realera.files.cache_costs import cached
 from realera.methods.latents import AnchorBank
 from realera.methods.texts import on_cpu, predict, repeat
 from realera.paths import printable
@@ -73,7 +73,7 @@ class TextualInversion:
         for i, pair in enumerate(pairs):
             name = pair.concept.target
             file = cache / "inversion" / f"{self._key(backbone, name, i, seed)}.safetensors"
-            vectors = kept(
+            vectors = cached(
                 file, "vectors", backbone, partial(self.invert, backbone, name, i, Generator().manual_seed(seed))
             )
             with torch.no_grad():

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Generator, Tensor
 
 from realera.contracts import Backbone, Concept, Pair, Sampler, TextStates
-from realera.files.cache_costs import kept
+from realera.files.cache_costs import cached
 from realera.methods.texts import take
 from realera.paths import printable
 from realera.setting_types import Batch, Count
@@ -140,7 +140,7 @@ def _chunk(
 ) -> Tensor:
     prompts = torch.tensor([number % len(states.states) for number in numbers])
     seeds = [(FIRST_SEED * (seed + 1) + number) % SEEDS for number in numbers]
-    return kept(file, "latents", backbone, lambda: backbone.sample(take(states, prompts), seeds, sampler).float())
+    return cached(file, "latents", backbone, lambda: backbone.sample(take(states, prompts), seeds, sampler).float())
 
 
 def bank_folder(

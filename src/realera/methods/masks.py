@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from realera.contracts import Backbone, TextStates, UserError
-from realera.files.cache_costs import kept
+from realera.files.cache_costs import cached
 from realera.methods.texts import predict, repeat
 from realera.setting_types import Filled, Label, Share, Timestep
 
@@ -74,7 +74,7 @@ class Masks:
             assert made is not None
             return made
 
-        return kept(self._file(folder, name), "masks", backbone, make).to(latents.device)
+        return cached(self._file(folder, name), "masks", backbone, make).to(latents.device)
 
     def _file(self, folder: Path, name: str) -> Path:
         about = [self.source, self.threshold, self.timesteps, self.models, self.thresholds, name]

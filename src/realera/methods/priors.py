@@ -19,7 +19,7 @@ from torch import Tensor
 
 from realera.contracts import Backbone, Pair, UserError
 from realera.files import checksums, finite, plain_data
-from realera.files.cache_costs import kept
+from realera.files.cache_costs import cached
 from realera.setting_types import AnyText, Captions, NonNegative, Sums
 
 FORMAT = "realera-prior/1"
@@ -73,7 +73,7 @@ def accumulate(
             except checksums.Torn:
                 if file.suffix not in (".safetensors", partial(out).suffix):
                     raise
-                checksums.made_again(file)
+                checksums.log_torn(file)
                 continue
             if (made.encoder, made.source) != (encoder, source):
                 raise UserError(
@@ -176,7 +176,7 @@ def caption_rows(backbone: Backbone, cache: str | Path, folder: Path) -> Caption
         captions = CAPTIONS.read_text(encoding="utf-8").splitlines()
         content = content_id([CAPTIONS], backbone.text_fingerprint)
         file = folder / "captions" / f"everyday-{content}.safetensors"
-        both = kept(file, "sums", backbone, lambda: _sums(backbone, captions))
+        both = cached(file, "sums", backbone, lambda: _sums(backbone, captions))
         gram, total, count = both[:-1], both[-1], len(captions)
     else:
         gram, count = prior(backbone, cache)

@@ -21,7 +21,7 @@ from realera.files.cache_costs import Cached
 from realera.methods.latents import SEEDS, TIMESTEPS, drawn, images_of
 from realera.methods.texts import predict, repeat, take
 from realera.setting_types import AnyText, Batch, Count, File, Number
-from realera.system.locks import turn
+from realera.system.locks import exclusive
 from realera.system.ranks import ALONE, Ranks
 from realera.system.terminal import bars_hidden
 
@@ -143,7 +143,7 @@ class Fisher:
                 self.replay.prepare(backbone, cache, seed)
             ranks.wait()
         parts = _Parts(cache / "fisher", self._key(backbone, list(trained), seed), self.samples, backbone)
-        with turn(parts.whole) if ranks.first else nullcontext():  # so that no other run writes the same parts
+        with exclusive(parts.whole) if ranks.first else nullcontext():  # so that no other run writes the same parts
             if not ranks.from_first(parts.is_whole):
                 done = ranks.from_first(parts.done)
                 taken = {image for images in done.values() for image in images}
@@ -295,5 +295,5 @@ class _Parts:
             with safe_open(file, framework="pt") as opened:
                 return dict(opened.metadata() or {})
         except (checksums.Torn, SafetensorError, OSError, ValueError):
-            checksums.made_again(file)
+            checksums.log_torn(file)
             return {}

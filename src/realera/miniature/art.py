@@ -18,7 +18,7 @@ from PIL import Image
 
 from realera.contracts import UserError
 from realera.paths import TASK_DATA
-from realera.system.disk import whole
+from realera.system.disk import atomic
 
 SIDE = 64  # px; pictures are composed at twice their final size and then averaged
 WORLD = Path(__file__).with_name("world.yaml")
@@ -90,7 +90,7 @@ def sprites(world: Mapping[str, Any], folder: Path) -> Sprites:
                     raise UserError(
                         f"{vendor} {entry['version']} has no emoji '{emoji}': name another one in world.yaml"
                     )
-    with whole(store) as beside, beside.open("wb") as file:
+    with atomic(store) as beside, beside.open("wb") as file:
         np.savez_compressed(file, **drawn)  # type: ignore[arg-type]
     return drawn
 

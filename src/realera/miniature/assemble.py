@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from realera.miniature.denoiser import SCHEDULE
-from realera.system.disk import whole
+from realera.system.disk import atomic
 
 
 def assemble(parts: Path, out: Path) -> None:
@@ -46,7 +46,7 @@ def prefixed(file: Path) -> None:
         metadata = held.metadata()
         tensors = {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118 (safe_open is no mapping)
     renamed = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in tensors.items()}
-    with whole(file) as beside:
+    with atomic(file) as beside:
         save_file(renamed, beside, metadata=metadata)
 
 

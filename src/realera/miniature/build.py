@@ -244,9 +244,9 @@ def unet(plan: Plan, log: Callable[[str], None]) -> None:
     world, (drawn, subjects), _ = _pictures(plan, log)
     latents = plan.workdir / "unet" / "latents.pt"
     if not latents.is_file():
-        from realera.system.disk import whole
+        from realera.system.disk import atomic
 
-        with whole(latents) as beside:
+        with atomic(latents) as beside:
             torch.save(encode_all(AutoencoderKL.from_pretrained(parts / "vae"), drawn), beside)
     captions = Captions(world, text_states(parts), world.world["empty_captions"])
     log(f"{len(captions.row)} captions, {len(subjects)} pictures")

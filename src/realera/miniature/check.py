@@ -25,7 +25,7 @@ from realera.contracts import NamedPrompt, Prompt, Sampler, UserError
 from realera.miniature.art import load_world, need_extra
 from realera.miniature.corpus import fill
 from realera.paths import CONF_DIR, MINIATURE
-from realera.system.disk import whole, write_text
+from realera.system.disk import atomic, write_text
 
 BARS = {
     "object": 95.0,
@@ -225,7 +225,7 @@ def save_sheet(sheets: list[np.ndarray], file: Path, scale: int = 3) -> None:
     wide = max(row.shape[1] for row in rows)
     rows = [np.pad(row, ((0, 0), (0, wide - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
     image = Image.fromarray(np.concatenate(rows, axis=0))
-    with whole(file) as beside:
+    with atomic(file) as beside:
         image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(beside)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from realera.miniature.world import PIXELS, Subject, World
-from realera.system.disk import whole, write_text
+from realera.system.disk import atomic, write_text
 
 
 def draw_pictures(
@@ -39,13 +39,13 @@ def draw_pictures(
                 subject = world.draw_subject(rng)
                 drawn[i] = world.draw(subject, rng, held_out)
                 said.append(asdict(subject))
-            with whole(file) as beside, beside.open("wb") as handle:
+            with atomic(file) as beside, beside.open("wb") as handle:
                 np.savez(handle, pictures=drawn, subjects=json.dumps(said))
         with np.load(file) as held:
             parts.append(held["pictures"])
             subjects += json.loads(str(held["subjects"]))
         progress(min(start + shard, count), count)
-    with whole(pictures_file) as beside, beside.open("wb") as handle:
+    with atomic(pictures_file) as beside, beside.open("wb") as handle:
         np.save(handle, np.concatenate(parts))
     write_text(subjects_file, json.dumps(subjects))
     for file in folder.glob("shard-*.npz"):

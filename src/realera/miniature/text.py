@@ -26,7 +26,7 @@ from realera.miniature.corpus import KINDS, Text, corpus, held_out
 from realera.miniature.student import LENGTH, Student, distance, new_student, padded, save_model
 from realera.miniature.training_tools import Log, fit
 from realera.paths import TASK_DATA
-from realera.system.disk import whole, write_text
+from realera.system.disk import atomic, write_text
 
 MERGES = 12_000
 PACE = 170  # steps per minute on one core
@@ -210,7 +210,7 @@ def prepare(
     texts = [Text(*row) for row in json.loads(kept.read_text(encoding="utf-8"))]
     if not known.is_file():
         vectors = teacher_vectors([text.text for text in texts], log=log)
-        with whole(known) as beside, beside.open("wb") as stream:
+        with atomic(known) as beside, beside.open("wb") as stream:
             np.save(stream, vectors)
     return tokenizer, texts, np.load(known)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from realera.system.disk import whole
+from realera.system.disk import atomic
 
 Log = Callable[[str], None]
 
@@ -123,7 +123,7 @@ def save(checkpoint: Path, model: nn.Module, average: Average, optimiser: Any, s
         "count": average.count,
         "step": step,
     }
-    with whole(checkpoint) as beside:
+    with atomic(checkpoint) as beside:
         torch.save(state, beside)
 
 
@@ -136,5 +136,5 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
 def record(report: Path, **values: Any) -> None:
     """Adds measured values to a JSON report."""
     held = json.loads(report.read_text()) if report.is_file() else {}
-    with whole(report) as beside:
+    with atomic(report) as beside:
         beside.write_text(json.dumps({**held, **values}, indent=1, sort_keys=True))

@@ -13,8 +13,8 @@ import torch
 from realera import costs, paths
 from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation.bootstrap import Resamples, concept_key, image_key, interval, run_key
-from realera.evaluation.measures import BESIDE_MODES, H_O_TERMS, MEAN_PROB, ORDER
-from realera.evaluation.metrics import Estimate, Sample, measured, scored, tidy
+from realera.evaluation.measures import EXTRA_MODES, H_O_TERMS, MEAN_PROB, ORDER
+from realera.evaluation.metrics import Estimate, Sample, clamp_resamples, measured, scored
 from realera.evaluation.records import read_config, read_manifest, read_metrics, read_verdicts, verdict_file
 
 ORIGINAL = "original"  # the original model as a system
@@ -88,7 +88,7 @@ def pooled(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resam
     even if one of them has unscored images, so the resamples' differences are paired. H_o's interval comes from its
     resamples even if the interval of one of its terms is exact.
     """
-    terms = () if set(headline.values()) <= set(BESIDE_MODES) else cells[0].h_o_terms
+    terms = () if set(headline.values()) <= set(EXTRA_MODES) else cells[0].h_o_terms
     names = [name for name in ORDER if name != "h_o" or terms]
     each: dict[str, list[Sample]] = {name: [] for name in names}  # one per concept
     seen: dict[str, dict[tuple[str, str], bool]] = {name: {} for name in names}
@@ -123,8 +123,8 @@ def pooled(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resam
         mode = headline.get(name)
         values = torch.tensor([sample.value for sample in each[name]], dtype=torch.float64)
         apart = resamples.deviations([concept_key(concept) for concept in concepts], values)
-        wide = tidy(mean.drawn + apart, mode) if int((~values.isnan()).sum()) > 1 else None
-        row[name] = Sample(mean.value, tidy(mean.drawn, mode), n, len(images_of) - n, trials, lost, wide)
+        wide = clamp_resamples(mean.drawn + apart, mode) if int((~values.isnan()).sum()) > 1 else None
+        row[name] = Sample(mean.value, clamp_resamples(mean.drawn, mode), n, len(images_of) - n, trials, lost, wide)
     return row
 
 

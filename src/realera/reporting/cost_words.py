@@ -35,7 +35,7 @@ STAGES: Mapping[str, str] = {
 }
 ERASING = ("seconds", "passes")  # totals that include cached inputs
 # The mean over the cells of a sweep includes this extra cost.
-WARM = "The first cell of each process also includes encoding and warm-up."
+WARM_UP_NOTE = "The first cell of each process also includes encoding and warm-up."
 
 
 def mean(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     return (
         f"Cost: mean over runs{on}. Loading, drawing and judging are excluded. Cached inputs are charged at their "
-        f"original cost. {WARM}\n\n" + "\n".join(lines) + "\n"
+        f"original cost. {WARM_UP_NOTE}\n\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -27,9 +27,9 @@ LONGEST = 500  # characters of a prompt
 DIGITS = 19  # of a seed, which is below 2^63
 PATIENCE = 20.0  # seconds until an unfinished request is cut off
 MOST = 32  # concurrent connections; more have to wait
-TURN = 0.5  # seconds between checks that the client of a waiting request is still connected
-HERE = ("127.0.0.1", "localhost", "::1")
-EVERYWHERE = ("", "0.0.0.0", "::")  # hosts that make the server reachable from the whole network
+CHECK_INTERVAL = 0.5  # seconds between checks that the client of a waiting request is still connected
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+ALL_HOSTS = ("", "0.0.0.0", "::")  # hosts that make the server reachable from the whole network
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -71,7 +71,7 @@ class Server(ThreadingHTTPServer):
         log.debug("a request from %s ended early", client_address, exc_info=True)
 
 
-def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[BaseHTTPRequestHandler]:
+def handler(draw: Draw, about: Mapping[str, str], host: str = LOCAL_HOSTS[0]) -> type[BaseHTTPRequestHandler]:
     """A request handler for the page, its texts (`about`) and its images, one pair at a time. host: as typed by the
     user."""
     busy = Lock()
@@ -122,7 +122,7 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[B
             if not prompt or len(prompt) > LONGEST or "\0" in prompt or not seed_fits:
                 self.tell(400, {"error": f"give a prompt of at most {LONGEST} characters and a seed of 0 or more"})
                 return
-            while not busy.acquire(timeout=TURN):
+            while not busy.acquire(timeout=CHECK_INTERVAL):
                 if self.is_gone():
                     return
             try:
@@ -139,12 +139,12 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = HERE[0]) -> type[B
 
         def is_ours(self) -> bool:
             """Whether the request names this server as its host and comes from its own page or from no page."""
-            names = {*HERE, host.strip("[]").lower()}
+            names = {*LOCAL_HOSTS, host.strip("[]").lower()}
             requested = _host(f"//{self.headers.get('Host') or ''}")
             origin = self.headers.get("Origin")
             port = self.connection.getsockname()[1]
-            if host in EVERYWHERE:  # any IP address may be the machine's; the Origin must still be the same
-                names = {requested[0]} if _is_address(requested[0]) else {*HERE, socket.gethostname().lower()}
+            if host in ALL_HOSTS:  # any IP address may be the machine's; the Origin must still be the same
+                names = {requested[0]} if _is_address(requested[0]) else {*LOCAL_HOSTS, socket.gethostname().lower()}
             return (
                 requested[0] in names
                 and requested[1] in (port, None if port == 80 else port)

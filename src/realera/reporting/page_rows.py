@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from realera.evaluation.measures import (
-    BESIDE_MODES,
-    BESIDE_WHAT,
-    MEASURES,
-    counted,
+    EXTRA_LABELS,
+    EXTRA_MODES,
+    METRIC_OF_SPLIT,
     extra,
-    higher,
+    higher_is_better,
+    image_count,
     main_entry,
     mode_of,
     modes,
@@ -79,20 +79,20 @@ def measures(metrics: Mapping[str, Any]) -> Lines:
     protocol = metrics.get("protocol") or {}
 
     def line(name: str, mode: str | None, after: Estimate, was: Estimate | None) -> Line:
-        own = "" if mode in BESIDE_MODES else name
+        own = "" if mode in EXTRA_MODES else name
         at = {"after": after["value"], "low": after["low"], "high": after["high"], "before": was and was["value"]}
         letter, index = symbol(name, mode)
         return Line(
             own or f"{name}_{mode}",
             letter,
             index,
-            f"{near(protocol)}s" if own == "acc_g" else WHAT[own] if own else BESIDE_WHAT[str(mode)],
+            f"{near(protocol)}s" if own == "acc_g" else WHAT[own] if own else EXTRA_LABELS[str(mode)],
             what(mode),
-            higher(name, mode),
+            higher_is_better(name, mode),
             after,
             was,
             metrics[beside].get(name) if beside and own else None,
-            counted(after),
+            image_count(after),
             {key: None if value is None else 100 * value / high for key, value in at.items()},
         )
 
@@ -198,7 +198,7 @@ def boxes(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
     if not now:
         return None
     was = (metrics.get("original") or {}).get("counts", {})
-    splits = [split for split in MEASURES if split in now]
+    splits = [split for split in METRIC_OF_SPLIT if split in now]
     blocks = [block[split] for block in (now, was) for split in splits if split in block]
 
     def row(name: str, part: str) -> dict[str, tuple[Any, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from realera import paths
 from realera.files import checksums
 from realera.reporting.residue_words import STATES, sentence
-from realera.reporting.run_page import render, veiled
+from realera.reporting.run_page import is_blurred, render
 from realera.reporting.sheets import Picture, plain_picture
 from realera.system import disk
 
@@ -23,7 +23,7 @@ def write_page(out: Path, found: Mapping[str, Any], config: Mapping[str, Any], b
     page = out / paths.RESIDUE_PAGE
     content = {
         **{key: found[key] for key in ("method", "backbone", "judge", "within", "guided")},
-        "veiled": veiled(config, {}, blur),
+        "veiled": is_blurred(config, {}, blur),
         "concepts": [_concept(out, concept) for concept in found["concepts"]],
         "words": STATES,
         "line": _at(found["within"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-STATES = {"gone": "gone", "left": "still draws it", "never": "did not draw it"}  # see `remaining_texts.conclude`
+STATES = {"gone": "gone", "left": "still draws it", "never": "did not draw it"}  # see `remaining_texts.classify`
 
 
 def sentence(concept: Mapping[str, Any]) -> str:

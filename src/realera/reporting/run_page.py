@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from realera import costs, paths
 from realera.contracts import Split, UserError
-from realera.evaluation.measures import MEAN_PROB, MEASURES, mode_of, near
+from realera.evaluation.measures import MEAN_PROB, METRIC_OF_SPLIT, mode_of, near
 from realera.evaluation.records import read_config, read_lines, read_metrics
 from realera.files import checksums, json_shapes, plain_data
 from realera.reporting import charts, cost_words, page_rows
@@ -89,7 +89,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
         "concepts": _concepts(config, protocol),
         "original": (config.get("method") or {}).get("name") == "original",
         "facts": _facts(config, protocol),
-        "veiled": veiled(config, metrics, blur),
+        "veiled": is_blurred(config, metrics, blur),
         "measured": page_rows.measures(metrics),
         "sentences": page_rows.sentences(metrics),
         "h_o_terms": metrics.get("h_o_terms", []),
@@ -151,7 +151,7 @@ def _seen(metrics: Mapping[str, Any]) -> dict[tuple[str, str], str]:
     patterns = {"top1": "seen in {}%", "detected": "detected in {}%", "score": "score {}"}
 
     def found(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], tuple[str, Any]]:
-        read = {split: mode_of(metrics["main"], measure) or "" for split, measure in MEASURES.items()}
+        read = {split: mode_of(metrics["main"], measure) or "" for split, measure in METRIC_OF_SPLIT.items()}
         mode = {split: "top1" if m == "mean_prob" else m for split, m in read.items()}
         return {(r["split"], r["prompt"]): (mode[r["split"]], r.get(mode[r["split"]])) for r in rows}
 
@@ -167,7 +167,7 @@ def _seen(metrics: Mapping[str, Any]) -> dict[tuple[str, str], str]:
     return texts
 
 
-def veiled(config: Mapping[str, Any], metrics: Mapping[str, Any], asked: bool | None = None) -> bool:
+def is_blurred(config: Mapping[str, Any], metrics: Mapping[str, Any], asked: bool | None = None) -> bool:
     """Whether images are blurred until clicked: `asked` if given, else the run's `blur` setting, else True for explicit
     content."""
     for setting in (asked, config.get("blur")):

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, ImageFilter
 
 from realera.contracts import Mode, Split, UserError, Verdict
-from realera.evaluation.measures import MEAN_PROB, MEASURES, score
+from realera.evaluation.measures import MEAN_PROB, METRIC_OF_SPLIT, score
 from realera.evaluation.records import Row, Which, read_manifest, read_verdicts, verdict_file
 from realera.files import checksums
 from realera.files.pictures import read_picture
@@ -129,7 +129,7 @@ def plain_picture(file: Path, text: str, label: str) -> Picture:
 def _words(row: Row, verdict: Verdict, headline: Mapping[str, Mode]) -> tuple[str, str, bool | None]:
     """A verdict by the split's metric: in short, in full, and whether it is as wanted (None for a score)."""
     p = row.prompt
-    mode = headline[MEASURES[p.split]]
+    mode = headline[METRIC_OF_SPLIT[p.split]]
     value = score(p, verdict, mode)
     if math.isnan(value):
         return "unscored", "unscored", None

@@ -13,8 +13,16 @@ from realera.contracts import Mode, UserError
 from realera.evaluation.bootstrap import Resamples
 from realera.evaluation.bootstrap import described as how
 from realera.evaluation.box_counts import counts
-from realera.evaluation.measures import BESIDE, BESIDE_MODES, ORDER, described, extra, head, left_out
-from realera.evaluation.metrics import Estimate, readable
+from realera.evaluation.measures import (
+    EXTRA_METRICS,
+    EXTRA_MODES,
+    ORDER,
+    column_heading,
+    described,
+    extra,
+    undefined_notes,
+)
+from realera.evaluation.metrics import Estimate, available_modes
 from realera.evaluation.records import read_metrics
 from realera.files import plain_data
 from realera.reporting import cost_words
@@ -46,8 +54,8 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
             f"a table needs runs with the same metrics, but {other.system!r} of {other.concept!r} has other metrics "
             "than the first run: give runs of one task and protocol."
         )
-    readable_in = {id(cell): set(readable(cell.verdicts)) for cell in cells}
-    read = set.intersection(*readable_in.values()).difference(BESIDE_MODES)
+    readable_in = {id(cell): set(available_modes(cell.verdicts)) for cell in cells}
+    read = set.intersection(*readable_in.values()).difference(EXTRA_MODES)
     systems: dict[str, list[Cell]] = {}
     for cell in cells:
         systems.setdefault(cell.system, []).append(cell)
@@ -62,7 +70,7 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
             return _plain(pool(chosen, read, resamples))
 
         concepts = dict.fromkeys(cell.concept for cell in runs)
-        own = read | set.intersection(*(readable_in[id(cell)] for cell in runs)) & set(BESIDE_MODES)
+        own = read | set.intersection(*(readable_in[id(cell)] for cell in runs)) & set(EXTRA_MODES)
         also = [mode for mode in get_args(Mode) if mode in own and {mode} != set(headline.values())]
         boxes, spent = mean_counts(runs), cost_words.mean([cell.costs for cell in runs])
         rows.append(
@@ -94,9 +102,11 @@ def _differences(
     """`differences` by the headline metrics, and by those of `BESIDE` that all runs of a system have."""
     found = differences(systems, base, headline, resamples)
     readings = {}
-    for mode in BESIDE_MODES:
+    for mode in EXTRA_MODES:
         having = {
-            system: runs for system, runs in systems.items() if all(mode in readable(cell.verdicts) for cell in runs)
+            system: runs
+            for system, runs in systems.items()
+            if all(mode in available_modes(cell.verdicts) for cell in runs)
         }
         if base in having and len(having) > 1:
             readings[mode] = differences(having, base, dict.fromkeys(headline, mode), resamples)["rows"]
@@ -186,7 +196,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     for row in results["rows"]:
         missing = {name: e["undefined"] for name, e in row["mean"].items() if "undefined" in e}
         text += "".join(
-            f"\n{line}\n" for line in left_out(cell_text(str(row["system"])), row["runs"], missing, headline)
+            f"\n{line}\n" for line in undefined_notes(cell_text(str(row["system"])), row["runs"], missing, headline)
         )
     spent = cost_words.markdown(named)
     return f"{text}\n{spent}" if spent else text
@@ -195,11 +205,11 @@ def markdown(results: Mapping[str, Any]) -> str:
 def _beside(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of the metrics of `BESIDE` that any row has; "" if no row has one."""
     found = [{(measure, mode): estimate for measure, mode, estimate in extra(row["readings"])} for row in rows]
-    columns = [pair for pair in BESIDE if any(pair in each for each in found)]
+    columns = [pair for pair in EXTRA_METRICS if any(pair in each for each in found)]
     if not columns:
         return ""
     metrics = described(mode for _, mode in columns)
-    lines = [f"| system | {' | '.join(head(*pair) for pair in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| system | {' | '.join(column_heading(*pair) for pair in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row, each in zip(rows, found):
         lines.append(f"| {cell_text(str(row['system']))} | {' | '.join(_cell(each.get(pair)) for pair in columns)} |")
     return f"\n{metrics[:1].upper()}{metrics[1:]}.\n\n" + "\n".join(lines) + "\n"
@@ -211,7 +221,7 @@ def _relative(results: Mapping[str, Any]) -> str:
     columns = [name for name in ORDER if any(name in each for each in found.values())]
     if not columns:
         return ""
-    heads = " | ".join(head(name, results["headline"].get(name)) for name in columns)
+    heads = " | ".join(column_heading(name, results["headline"].get(name)) for name in columns)
     lines = [f"| system | {heads} |", "|---" * (len(columns) + 1) + "|"]
     for system, each in found.items():
         lines.append(f"| {cell_text(system)} | {' | '.join(_cell(each.get(name)) for name in columns)} |")
@@ -226,7 +236,7 @@ def _name(row: Mapping[str, Any]) -> str:
 def _table(rows: Sequence[Mapping[str, Any]], part: str, headline: Mapping[str, Mode]) -> str:
     columns = [name for name in ORDER if any(name in row[part] for row in rows)]
     unscored = any(row[part][name]["unscored"] for row in rows for name in row[part])
-    heads = [head(name, headline.get(name)) for name in columns] + ["scored, %"] * unscored
+    heads = [column_heading(name, headline.get(name)) for name in columns] + ["scored, %"] * unscored
     lines = [f"| system | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for row in rows:
         cells = [_cell(row[part].get(column)) for column in columns]

@@ -77,7 +77,7 @@ def weights_of(config: Mapping[str, Any]) -> str | None:
     which the package's version identifies."""
     pretrained = (config.get("backbone") or {}).get("pretrained")
     place = None if pretrained is None else paths.dir_of(pretrained)
-    return None if place is None else checkpoint.marks(place)
+    return None if place is None else checkpoint.quick_fingerprint(place)
 
 
 def _sums(node: Any) -> Iterator[str]:
@@ -129,7 +129,7 @@ def folder_of(config: Mapping[str, Any]) -> Path:
 
 
 @contextmanager
-def alone(folder: Path, first: bool = True, key: str = "run_dir") -> Iterator[None]:
+def locked(folder: Path, first: bool = True, key: str = "run_dir") -> Iterator[None]:
     """Locks a folder against other commands. first: whether this is the run's first process, which takes the lock. key:
     the setting that chooses another folder.
 
@@ -140,13 +140,13 @@ def alone(folder: Path, first: bool = True, key: str = "run_dir") -> Iterator[No
         yield
         return
     check_files(folder)
-    with locks.held(folder / paths.LOCK, str(folder), f"wait until it has ended, or choose another {key}"):
+    with locks.run_lock(folder / paths.LOCK, str(folder), f"wait until it has ended, or choose another {key}"):
         for name in ("", *FOLDERS):
-            disk.clear_left(folder / name)
+            disk.remove_stale(folder / name)
         yield
 
 
-def look(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
+def find(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
     """The run's folder, and the settings of the run in it, if that run can be continued. Nothing is changed.
 
     A finished run with a torn file is continued, so that the file is made again. All files are checked except the
@@ -175,7 +175,7 @@ def claim(config: dict[str, Any]) -> Run:
         UserError: the folder contains a run with other settings or files that do not belong to a run, or cannot be
             written.
     """
-    folder, stored = look(config)
+    folder, stored = find(config)
     if config.get("overwrite") and (folder / paths.CONFIG).is_file():
         _clear(folder)
     if (weights := weights_of(config)) is not None:
@@ -185,7 +185,7 @@ def claim(config: dict[str, Any]) -> Run:
     finished = stored is not None and _has_all_files(folder, stored, config)
     run = Run(folder, config, finished and repairs.is_whole(folder, bool(config.get("evaluate", True))))
     if not run.finished:
-        begin(run)
+        start(run)
     elif stored is not None and any(stored.get(key) != config.get(key) for key in ("label", "tables")):
         later = {"tables": config["tables"]} if "tables" in config else {}
         _write_config(folder, {**stored, "label": config.get("label"), **later})
@@ -219,7 +219,7 @@ def _has_all_files(folder: Path, stored: Mapping[str, Any], config: Mapping[str,
     return same_judge and ended and all((folder / name).is_file() for name in wanted)
 
 
-def begin(run: Run) -> None:
+def start(run: Run) -> None:
     """Writes the settings of a run that starts or continues, and removes earlier metrics and the page.
 
     Raises:
@@ -272,13 +272,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def check_files(folder: Path) -> None:
     """Raises UserError if a file or folder of a run is a symbolic link, or a checkpoint is not a file."""
-    paths.no_links(folder, (*FILES, *FOLDERS, paths.LOCK))
+    paths.refuse_links(folder, (*FILES, *FOLDERS, paths.LOCK))
     paths.refuse_odd(folder)
 
 
 def check_sweep(folder: Path) -> None:
     """Raises UserError if a file or folder of a sweep is a symbolic link."""
-    paths.no_links(folder, paths.OF_A_SWEEP)
+    paths.refuse_links(folder, paths.SWEEP_FILES)
 
 
 def difference(old: Any, new: Any, at: str = "") -> str:
@@ -302,8 +302,8 @@ def runs_in(name: str) -> list[Path]:
     if (folder / paths.CONFIG).is_file():
         return [folder]
     check_sweep(folder)
-    if (folder / paths.LISTED).is_file():
-        listed = [listed_by(folder, line) for line in listed_in(folder / paths.LISTED)]
+    if (folder / paths.RUN_LIST).is_file():
+        listed = [listed_by(folder, line) for line in listed_in(folder / paths.RUN_LIST)]
         if listed and not any(run.is_dir() for run in listed):
             raise UserError(
                 f"none of the {len(listed)} run folders that {name} lists exists here ({listed[0]} is missing): give "
@@ -349,7 +349,7 @@ def listed_by(sweep: Path, line: str) -> Path:
 
 
 def _clear(folder: Path) -> None:
-    """Removes a run's files from its folder and leaves all others. The settings stay until `begin` replaces them:
+    """Removes a run's files from its folder and leaves all others. The settings stay until `start` replaces them:
     without them, a folder that was cleared only in part would no longer be recognised as a run."""
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -34,7 +34,7 @@ WITHOUT_CWD = "import runpy, sys; sys.path.remove(''); runpy.run_module('realera
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProcessPlan:
     """The rank and device of this process. started: whether torchrun, srun or the first process started all of them.
     trainer: settings for Lightning, the same in every process. cuda: device number, None = the CPU or any device."""
 
@@ -74,7 +74,7 @@ def is_helper(environ: Mapping[str, str]) -> bool:
     return int(environ.get("RANK") or environ.get("NODE_RANK") or environ.get("LOCAL_RANK") or 0) > 0
 
 
-def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str] = os.environ) -> Plan:
+def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str] = os.environ) -> ProcessPlan:
     """The plan of this process, from the environment of its launcher or, without one, from the settings. `gpus`: the
     number of GPUs that this process sees.
 
@@ -111,7 +111,7 @@ def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str
             )
     cuda = (listed[local_rank] if listed and local_rank < len(listed) else local_rank) if on_gpu else None
     if world == 1:
-        return Plan(started=started, trainer=given, cuda=cuda if listed else None)
+        return ProcessPlan(started=started, trainer=given, cuda=cuda if listed else None)
     if cuda is not None and cuda >= gpus:
         raise UserError(
             f"Process {local_rank} of this machine sees {gpus} of the {local_world} GPUs: start one process per GPU at "
@@ -123,7 +123,7 @@ def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str
     if not strategy.startswith("ddp") or strategy.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
         raise UserError(f"trainer.strategy={strategy} is not supported: use trainer=ddp for several processes.")
     settled = {"devices": listed or local_world, "num_nodes": world // local_world, "strategy": strategy}
-    return Plan(rank, world, local_rank, local_world, started, {**given, **settled}, cuda)
+    return ProcessPlan(rank, world, local_rank, local_world, started, {**given, **settled}, cuda)
 
 
 def _devices(asked: Any, accelerator: str, gpus: int) -> tuple[list[int] | None, int]:
@@ -159,7 +159,7 @@ def _devices(asked: Any, accelerator: str, gpus: int) -> tuple[list[int] | None,
 
 
 @contextmanager
-def connected(plan: Plan, command: str, *, needed: bool = True) -> Iterator[Ranks]:
+def connected(plan: ProcessPlan, command: str, *, needed: bool = True) -> Iterator[Ranks]:
     """Starts this machine's other processes, connects all processes of the run and yields their `Ranks`. `command`: the
     command that they run. needed=False: no process is started, but processes that already run are connected.
 
@@ -209,7 +209,7 @@ def same_run(ranks: Ranks, run: Run) -> Run:
     return first
 
 
-def _connect(plan: Plan) -> Ranks:
+def _connect(plan: ProcessPlan) -> Ranks:
     import torch
     from torch import distributed
 
@@ -235,7 +235,7 @@ def _disconnect() -> None:
     distributed.destroy_process_group()
 
 
-def _start(plan: Plan, command: str, helpers: list[subprocess.Popen[bytes]]) -> None:
+def _start(plan: ProcessPlan, command: str, helpers: list[subprocess.Popen[bytes]]) -> None:
     """Starts this machine's other processes with the same command, adds them to `helpers`, and sets this one's rank."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
@@ -266,13 +266,13 @@ def _watch(helpers: Sequence[subprocess.Popen[bytes]], done: threading.Event) ->
     first = int(os.environ.get(FIRST) or 0)
     while not done.wait(0.5):
         if first and os.name == "posix" and os.getppid() != first:
-            disk.leave_nothing()
+            disk.clean_up_before_exit()
             os._exit(1)
         failed = next((helper for helper in helpers if helper.poll() not in (None, 0)), None)
         if failed is not None and not done.wait(PATIENCE):
             print(f"error: a process of this run ended with status {failed.returncode}", file=sys.stderr, flush=True)
             _stop(helpers)
-            disk.leave_nothing()
+            disk.clean_up_before_exit()
             os._exit(2)
 
 

@@ -54,7 +54,7 @@ def _existing(name: str, judge: Any) -> Run:
             f"{name} was judged in another Python interpreter, and a run folder may not choose which program is "
             f"started: type it, judge=NAME judge.python={python}."
         )
-    if not by_another and (model := trust.brought_model(run.config.get("judge"))):
+    if not by_another and (model := trust.foreign_model(run.config.get("judge"))):
         raise UserError(
             f"{name} was judged by a model that is not one of the library's ({model[:120]!r}), and a run folder may "
             "not choose such a model: type it, judge=NAME judge.model=MODEL."

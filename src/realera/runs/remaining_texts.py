@@ -45,7 +45,7 @@ def measure(run: Run, task: Task, asked: Mapping[str, Any], out: Path, judging: 
     if judge is not None:
         _judge(judge, out, concepts)
     for concept in concepts:
-        conclude(concept, asked["within"])
+        classify(concept, asked["within"])
     found = {
         "run": str(run.folder),
         "method": str(run.config["method"]["name"]),
@@ -85,7 +85,7 @@ def _measure_concept(
     return {"concept": name, "anchor": anchor, "texts": rows}
 
 
-def conclude(concept: dict[str, Any], within: float) -> None:
+def classify(concept: dict[str, Any], within: float) -> None:
     """Sets the state of every text: "never" if it never drew the concept, "left" if it still does, "gone" if it no
     longer does. A text draws the concept according to its noise prediction or to the judge of its pictures. Also counts
     the texts without the name; unseen: those that are classified by their noise prediction alone."""

@@ -17,13 +17,13 @@ def is_whole(folder: Path, evaluated: bool) -> bool:
     The log names the first torn file. It does not import torch. Images are checked when they are drawn, judged or
     compared."""
     erased, page = folder / paths.ERASED, folder / paths.REPORT
-    if erased.is_file() and not checksums.fit_stands(erased):
+    if erased.is_file() and not checksums.fit_is_intact(erased):
         return False
-    torn = results.torn_of(folder) if evaluated else None
+    torn = results.first_torn_file(folder) if evaluated else None
     if torn is None and evaluated and not checksums.page_is_whole(page):
         torn = page
     if torn is not None:
-        checksums.made_again(torn)
+        checksums.log_torn(torn)
     return torn is None
 
 

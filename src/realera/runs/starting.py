@@ -21,7 +21,7 @@ def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
     Raises:
         UserError: one of them cannot be used.
     """
-    place, _ = folders.look(config)
+    place, _ = folders.find(config)
     preflight.check_writable(place, "run_dir" if config.get("run_dir") else "root")
     plan = planned is not None or bool(config.get("dry_run"))
     seen = planned if planned is not None else set()
@@ -32,7 +32,7 @@ def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
         if (model_folder := preflight.model_folder(config["backbone"])) is not None:
             compatibility.check(model_folder, config)
     if planned is None:
-        trust.say_typed(config, sys.argv[1:])
+        trust.warn_of_typed_targets(config, sys.argv[1:])
     if config.get("dry_run") and (parts := f"parts {folders.digest(config['method'])}") not in seen:
         build(config["method"])
         seen.add(parts)

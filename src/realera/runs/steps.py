@@ -15,14 +15,14 @@ from torch import Tensor
 from realera import costs, paths
 from realera.console import bar
 from realera.contracts import Backbone, Guide, Judge, Method, Mode, Prompt, SetJudge, Task, UserError
-from realera.costs import ORIGINALS, Meter
+from realera.costs import ORIGINAL_IMAGES, Meter
 from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
-from realera.evaluation.measures import MEASURES
+from realera.evaluation.measures import METRIC_OF_SPLIT
 from realera.evaluation.records import Row, Which, read_manifest, write_manifest
 from realera.evaluation.results import measure, measure_set, numbers_of
 from realera.files import checksums
-from realera.judges.other_interpreter import placed
+from realera.judges.other_interpreter import with_interpreters
 from realera.runs import folders, prompt_lengths
 from realera.runs.folders import Run
 from realera.settings.instantiate import build
@@ -81,7 +81,7 @@ def erase(
     meter = meter or Meter()
     trainer = dict(run.config["trainer"])
     method: Method = build(run.config["method"])
-    there = ranks.from_first(lambda: checksums.fit_stands(run.erased))
+    there = ranks.from_first(lambda: checksums.fit_is_intact(run.erased))
     shared = trains(method.align) and not there
     if shared or ranks.first:
         with nullcontext() if there else meter.stage("text"):
@@ -119,7 +119,7 @@ def draw(
     chunk = config["images_at_once"]
     guide = guide_of(config)
     meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler, guide))
-    with _bar("original model's images", len(prompts), ranks) as advance, meter.stage(ORIGINALS):
+    with _bar("original model's images", len(prompts), ranks) as advance, meter.stage(ORIGINAL_IMAGES):
         original_images(backbone, prompts, folder, chunk=chunk, advance=advance, ranks=ranks)
     with _bar("erased model's images", len(prompts), ranks) as advance, meter.stage("draw"):
         generate_images(backbone, prompts, folder, guide=guide, chunk=chunk, advance=advance, ranks=ranks)
@@ -177,23 +177,23 @@ def any_judge(config: Mapping[str, Any], task: Task) -> Judge | SetJudge:
     it."""
     own = {"labels": list(task.labels), "anchors": {concept.target: concept.anchor for concept in task.concepts}}
     node = {key: value for key, value in _with_defaults(config["judge"], own).items() if key not in OF_SETS}
-    built: Judge | SetJudge = build(placed(node))
+    built: Judge | SetJudge = build(with_interpreters(node))
     return built
 
 
 def warn_unknown(judge: Judge, task: Task) -> None:
     """Logs one line if the judge cannot score some concepts because it has no label for them."""
-    knows, headline = getattr(judge, "knows", None), reading(judge, task)[0]
+    knows, headline = getattr(judge, "knows", None), modes_and_terms(judge, task)[0]
     if knows is None:
         return
-    by_label = {p.concept for p in task.eval_prompts() if headline[MEASURES[p.split]] in ("mean_prob", "top1")}
+    by_label = {p.concept for p in task.eval_prompts() if headline[METRIC_OF_SPLIT[p.split]] in ("mean_prob", "top1")}
     if lost := [repr(concept) for concept in sorted(by_label) if not knows(concept)]:
         named = ", ".join(lost[:MOST_NAMED]) + (f" and {more} more" if (more := len(lost) - MOST_NAMED) > 0 else "")
         them = "it" if len(lost) == 1 else "them"
         log.warning("the judge %s does not know %s: images of %s are not scored.", judge.name, named, them)
 
 
-def reading(judge: Judge, task: Task) -> tuple[Mapping[str, Mode], Sequence[str]]:
+def modes_and_terms(judge: Judge, task: Task) -> tuple[Mapping[str, Mode], Sequence[str]]:
     """(mode of each measure, terms of H_o): the task's. If the judge only detects and the task has no such measure, all
     modes are "detected" and there is no H_o."""
     if getattr(judge, "detects", False) and "detected" not in task.headline.values():
@@ -257,7 +257,7 @@ def judge(
     if not ranks.first:
         return {}
     protocol = {**task.protocol(), **drawn, "judge": judge.protocol()}
-    return measure(folder, judge.name, protocol, *reading(judge, task), own)
+    return measure(folder, judge.name, protocol, *modes_and_terms(judge, task), own)
 
 
 def compare(judge: SetJudge, config: Mapping[str, Any], folder: Path, own: str) -> dict[str, Any]:

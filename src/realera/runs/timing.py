@@ -23,8 +23,8 @@ SMALL = "mini"  # the only backbone that is timed on a CPU: elsewhere a pass tak
 
 @dataclass(frozen=True)
 class Rate:
-    """seconds: of one pass of the U-Net (one latent, one timestep). half: the same in half precision, None if unknown or
-    if `seconds` is already of half precision. source: of both figures."""
+    """seconds: of one pass of the U-Net (one latent, one timestep). half: the same in half precision, None if
+    unknown or if `seconds` is already of half precision. source: of both figures."""
 
     seconds: float
     source: str
@@ -32,8 +32,9 @@ class Rate:
 
 
 def rate_of(config: Mapping[str, Any], device: str) -> Rate | None:
-    """Times a pass of a resolved config's U-Net in float32, and on a GPU in bfloat16 too, in some ten seconds. The cache
-    keeps the figure for a day. device: "cpu" or "gpu". None if this machine lacks the device or the U-Net's config."""
+    """Times a pass of a resolved config's U-Net in float32, and on a GPU in bfloat16 too, in some ten seconds.
+    The cache keeps the figure for a day. device: "cpu" or "gpu". None if this machine has no such device, or not the
+    U-Net's config."""
     backbone = config["backbone"]
     if (device == "gpu") != (devices.number() > 0) or (device == "cpu" and backbone["name"] != SMALL):
         return None

@@ -55,7 +55,7 @@ def check(config: Any, file: Path) -> dict[str, Any]:
     return config
 
 
-def say_typed(config: Mapping[str, Any], words: Iterable[str]) -> None:
+def warn_of_typed_targets(config: Mapping[str, Any], words: Iterable[str]) -> None:
     """Warns if a command line (`words`) names a class that no yaml names, because later commands refuse such a run."""
     if any("_target_" in word for word in words):
         named = _named(config_dirs())
@@ -78,7 +78,7 @@ def interpreter(judge: Any) -> str | None:
     return None
 
 
-def brought_model(judge: Any) -> str | None:
+def foreign_model(judge: Any) -> str | None:
     """The model that a judge's settings name and that is not one of the library's: a hub model or a folder, which may
     refer to further models. It is searched at any depth; None without one."""
     for at, value in _leaves(judge):

@@ -118,7 +118,7 @@ def _of_disk(error: BaseException) -> str | None:
     if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding() != "utf-8":
         named = error.object.encode("ascii", "backslashreplace").decode()
         return f"{named} cannot be a file name in this locale: set LC_ALL=C.UTF-8, or give another name."
-    return disk.refusal(error)
+    return disk.error_sentence(error)
 
 
 def _chain(error: BaseException | None, suppressed: bool = True) -> Iterator[BaseException]:

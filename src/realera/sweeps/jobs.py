@@ -32,7 +32,7 @@ from realera.runs import folders
 from realera.settings import composition, error_sentences
 from realera.system import devices, disk
 
-CELLS, LISTED, FAILED = paths.CELLS, paths.LISTED, paths.FAILED
+CELLS, LISTED, FAILED = paths.CELLS, paths.RUN_LIST, paths.FAILED
 STAMP = "REALERA_STAMP"
 LAUNCH = "REALERA_LAUNCH"  # names the call of a command that started a job, in every process and on every machine
 DONE, FOUND, REFUSED, BROKEN = "done", "found", "refused", "failed"
@@ -237,7 +237,7 @@ def _save_traceback(error: BaseException, name: str) -> str:
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
-def broke_off(error: Exception) -> int:
+def report_launcher_error(error: Exception) -> int:
     """Reports why a launcher gave up before all jobs had run, and returns the exit status. A worker that is killed (out
     of memory, time limit) ends its launcher in this way; the same command then runs the remaining jobs."""
     if (sentence := error_sentences.of_step(error)) is not None:

@@ -51,7 +51,7 @@ class Beginning(Callback):
             schema.check_search({str(key): value for key, value in sweeper.items() if not _interpolated(value)})
             refuse_chdir(config)
             planned = plan_of(config, str(kwargs.get("config_name") or config.hydra.job.config_name))
-            study.settle(config)
+            study.set_study_name(config)
             if not dry:
                 make_sweep_folder()
                 make_study_folder(str(config.hydra.sweeper.get("storage") or ""))
@@ -153,7 +153,7 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
     found: list[Work | str] = []
     known: dict[str, Any] = {}
     made: Made = {}
-    with console.bar("planning", len(jobs)) if len(jobs) >= MANY else console.no_bar() as advance:
+    with console.bar("planning", len(jobs)) if len(jobs) >= MANY else console.hidden_bar() as advance:
         for job in jobs:
             cfg = _composed(compose, job, config_name)
             if lost := sorted(sweep.axes(cfg.hydra) - sweep.axes(config.hydra)):

@@ -11,7 +11,7 @@ from realera.settings import composition
 from realera.tasks.prompts import slug
 
 
-def settle(config: DictConfig) -> None:
+def set_study_name(config: DictConfig) -> None:
     """Sets study_name in a composed sweep, if its sweeper takes one and none was typed."""
     sweeper = config.hydra.sweeper
     if "study_name" in sweeper and sweeper.study_name is None:

@@ -57,7 +57,7 @@ def explained(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException as error:
-        if (sentence := refusal(error, path)) is None:
+        if (sentence := error_sentence(error, path)) is None:
             raise
         for folder in missing:
             with suppress(OSError):
@@ -65,7 +65,7 @@ def explained(path: Path) -> Iterator[None]:
         raise Unwritten(sentence) from error
 
 
-def refusal(error: BaseException, path: Path | None = None) -> str | None:
+def error_sentence(error: BaseException, path: Path | None = None) -> str | None:
     """One sentence about a disk error, in writing `path` or in general (None); None for any other error."""
     found = None if isinstance(error, UserError) else _of_disk(error)
     if found is None or (found.errno not in REMEDIES and (path is None or not _names(found, path))):
@@ -149,7 +149,7 @@ class Tolerance:
 def temporary(path: Path) -> Iterator[Path]:
     """A path with the name of `path` in a temporary folder beside it. The folder is locked, and removed at the end."""
     if path.absolute().parent not in _cleared:
-        clear_left(path.absolute().parent)
+        remove_stale(path.absolute().parent)
     folder, handle = path, None
     try:
         while handle is None:
@@ -183,14 +183,14 @@ def _remove(folder: Path) -> None:
         _being_written.discard(folder)
 
 
-def leave_nothing() -> None:
+def clean_up_before_exit() -> None:
     """For a process that ends without clean-up: removes its temporary files, and stops other threads from creating new
     ones."""
     _creating.acquire(timeout=1)
     drop_temporary()
 
 
-interrupts.last_resort.append(leave_nothing)
+interrupts.last_resort.append(clean_up_before_exit)
 
 
 def drop_temporary() -> None:
@@ -204,7 +204,7 @@ def drop_temporary() -> None:
         _being_written.discard(folder)
 
 
-def clear_left(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
     """Removes the temporary files of killed processes from a folder, but not those of running processes."""
     _cleared.add(folder.absolute())
     with suppress(OSError):
@@ -227,7 +227,7 @@ def _clear(folder: Path) -> None:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to. At the end it is renamed to `path`; after an exception it is removed.
 
     Raises:
@@ -244,5 +244,5 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file, completely or not at all."""
-    with whole(path) as beside:
+    with atomic(path) as beside:
         beside.write_text(text, encoding="utf-8")

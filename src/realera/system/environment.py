@@ -29,7 +29,7 @@ OTHERS = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "TMPDIR", "NETRC
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
 
 
-def tidy(environ: MutableMapping[str, str]) -> None:
+def remove_empty_variables(environ: MutableMapping[str, str]) -> None:
     """Removes empty variables, which libraries would take as values: an empty WANDB_MODE is not a mode, and an empty
     HF_HOME is the working directory. An empty CUDA_VISIBLE_DEVICES is kept: it means that there is no device.
 
@@ -53,7 +53,7 @@ def tidy(environ: MutableMapping[str, str]) -> None:
             )
 
 
-def stand_somewhere() -> None:
+def check_current_folder() -> None:
     """Raises UserError if the current folder was deleted: relative paths have no meaning there."""
     try:
         os.getcwd()
@@ -97,7 +97,7 @@ def flags_first(arguments: list[str]) -> list[str]:
     return [*(word for word in arguments if word not in settings), *settings]
 
 
-def gather(arguments: list[str], key: str) -> list[str]:
+def as_list_setting(arguments: list[str], key: str) -> list[str]:
     """The command line with bare words as one list: ["a", "b", "x=1"] -> ["x=1", "key=['a','b']"]."""
     bare = [word for word in arguments if "=" not in word and not word.startswith("-")]
     rest = [word for word in arguments if word not in bare]

@@ -55,7 +55,7 @@ class _Case:
 _case = _Case()
 
 
-def caught() -> int:
+def exit_status() -> int:
     """Call this after catching the interruption. Returns the exit status."""
     _case.over = True
     return 128 + (_case.number or signal.SIGINT)
@@ -66,7 +66,7 @@ def was_caught() -> bool:
     return _case.over
 
 
-def has_come() -> bool:
+def was_interrupted() -> bool:
     """Whether a signal has arrived."""
     return bool(_case.number)
 
@@ -90,7 +90,7 @@ def end_at_once(number: int) -> None:
 
 
 @contextmanager
-def answered() -> Iterator[None]:
+def handling() -> Iterator[None]:
     """Inside this context a signal raises `Interrupted`. At the end the previous handlers are restored."""
     global _case
     _case = case = _Case()

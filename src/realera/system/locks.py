@@ -37,7 +37,7 @@ def lock(handle: int, wait: bool = False) -> bool | None:
 
 
 @contextmanager
-def held(file: Path, what: str, remedy: str) -> Iterator[None]:
+def run_lock(file: Path, what: str, remedy: str) -> Iterator[None]:
     """Holds the lock `file` while `what` is made. The file names the process that holds it, and is deleted at the end.
 
     Raises:
@@ -53,7 +53,7 @@ def held(file: Path, what: str, remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def turn(file: Path, wait: bool = True) -> Iterator[bool]:
+def exclusive(file: Path, wait: bool = True) -> Iterator[bool]:
     """Lets only one process at a time make `file`; a later process waits and then finds the file. Yields whether this
     process has the lock. wait=False: yields False at once if another process has it."""
     place = file.with_name(f".{file.name}.lock")

@@ -44,16 +44,18 @@ def without_bars(hidden: bool = True) -> Iterator[None]:
 
 def protect() -> None:
     """Replaces this process's standard output and error by streams to which writing never fails."""
-    codecs.register_error("realera", plainly)
+    codecs.register_error("realera", to_ascii)
     for name, handle in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None or stream.closed:
             closed = OSError(errno.EBADF, os.strerror(errno.EBADF))
-            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(Kept(_opened(handle), closed)), "utf-8", "realera"))
+            setattr(
+                sys, name, io.TextIOWrapper(io.BufferedWriter(SafeStream(_opened(handle), closed)), "utf-8", "realera")
+            )
         elif stream is getattr(sys, f"__{name}__") and isinstance(_raw(stream), io.FileIO):
             with suppress(OSError):
                 stream.flush()
-            kept = Kept(stream.fileno())
+            kept = SafeStream(stream.fileno())
             typed = ":" in os.environ.get("PYTHONIOENCODING", "")
             under: Any = kept if stream.write_through else io.BufferedWriter(kept)
             made = io.TextIOWrapper(
@@ -73,7 +75,7 @@ def _raw(stream: Any) -> Any:
     return getattr(buffer, "raw", buffer)
 
 
-def plainly(error: UnicodeError) -> tuple[str, int]:
+def to_ascii(error: UnicodeError) -> tuple[str, int]:
     """Error handler of an encoding: replaces characters that it lacks by ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
@@ -93,10 +95,10 @@ class OneLine(logging.Formatter):
         return "\n".join(map(printable, super().formatException(ei).split("\n")))
 
 
-def lost() -> OSError | None:
+def lost_output_error() -> OSError | None:
     """The error by which printed output was lost; None if all has arrived."""
     raw = _raw(sys.stdout)
-    if not isinstance(raw, Kept):
+    if not isinstance(raw, SafeStream):
         return None
     sys.stdout.flush()
     return raw.lost
@@ -106,7 +108,7 @@ def status(arguments: Sequence[str]) -> int:
     """The exit status of a command that has finished its work. If its work was only to print, lost output is an error:
     2, or the status of SIGPIPE, as in other programs, if the reader has closed the pipe."""
     words = [word.partition("=")[0] if word.startswith("--") else word.lower() for word in arguments]
-    if not ({*PRINTING, "dry_run=true"} & set(words)) or (error := lost()) is None:
+    if not ({*PRINTING, "dry_run=true"} & set(words)) or (error := lost_output_error()) is None:
         return 0
     if error.errno == errno.EPIPE:
         return 128 + SIGPIPE
@@ -114,7 +116,7 @@ def status(arguments: Sequence[str]) -> int:
     return 2
 
 
-class Kept(io.RawIOBase):
+class SafeStream(io.RawIOBase):
     """A stream to a file descriptor. Data that cannot be written is dropped; `lost` is the error."""
 
     def __init__(self, handle: int, lost: OSError | None = None) -> None:

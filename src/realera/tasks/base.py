@@ -14,7 +14,7 @@ from realera.contracts import Concept, Mode, NamedPrompt, Prompt, Split, UserErr
 from realera.files.json_shapes import fits
 from realera.paths import TASK_DATA, inside
 from realera.setting_types import Name
-from realera.tasks.prompts import Wording, check_template, clean_name, fill, number, same_name, typed
+from realera.tasks.prompts import Wording, check_template, clean_name, fill, number, quoted_setting, same_name
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 _MOST_LISTED = 12  # an error lists all known names up to this number
@@ -24,7 +24,7 @@ Entry = Mapping[str, Any]
 `unseen` (whole prompts, or {names, phrases}). Every key is optional."""
 Names = Name | Sequence[Name] | None
 Anchor = Name | Sequence[Name | None] | None
-Told = Sequence[Name] | Literal["half"]
+ToldNames = Sequence[Name] | Literal["half"]
 """Preserved names that a method may be told and that are therefore not judged: a list, or "half" = every second name of
 the data file, starting with the first."""
 
@@ -97,7 +97,7 @@ class NamedTask:
         words: Mapping[str, Sequence[str] | None],
         superclass: str | None = None,
         unnamed: Sequence[str] = (),
-        told: Told = (),
+        told: ToldNames = (),
     ) -> None:
         self.version = version
         self.known = dict(known)
@@ -108,7 +108,7 @@ class NamedTask:
         self.templates = [check_template(str(t)) for t in templates]
         self.training_templates = [check_template(str(t)) for t in training_templates]
         self.images = check_images(images)
-        self.first_seed = whole("first_seed", first_seed)
+        self.first_seed = check_whole("first_seed", first_seed)
         if self.first_seed < 0:
             raise UserError(f"first_seed={first_seed} is negative: use 0 or more")
         given: list[Any] = [concepts] if isinstance(concepts, (str, int)) else list(concepts or unnamed) or [None]
@@ -137,7 +137,7 @@ class NamedTask:
         if found := self._known_by_spelling.get(same_name(name)):
             return found
         if meant := self._synonym_of.get(same_name(name)):
-            raise UserError(f"{name!r} is a synonym of {meant!r} in this task: type {typed('concept', meant)}")
+            raise UserError(f"{name!r} is a synonym of {meant!r} in this task: type {quoted_setting('concept', meant)}")
         return name
 
     def _anchors(self, names: Sequence[str], given: Any, superclass: str | None) -> list[str]:
@@ -153,7 +153,8 @@ class NamedTask:
             if same_name(anchor) in map(same_name, (name, *self.entries[name].get("synonyms", ()))):
                 other = next(a for a in self.anchors if a != anchor.lower())
                 raise UserError(
-                    f"the anchor {anchor!r} means {name!r} itself: use another anchor, such as {typed('anchor', other)}"
+                    f"the anchor {anchor!r} means {name!r} itself: use another anchor, such as "
+                    f"{quoted_setting('anchor', other)}"
                 )
             anchors.append(anchor)
         return anchors
@@ -165,7 +166,7 @@ class NamedTask:
         meant = f"did you mean {self._known_by_spelling[close[0]]!r}? If not, " if close else ""
         return (
             f"{name!r} is not one of the {self.known_as} ({some}): {meant}give it an anchor, such as "
-            f"{typed('anchor', self.anchors[0])}"
+            f"{quoted_setting('anchor', self.anchors[0])}"
         )
 
     def _preserved(self, told: Sequence[Any], preserved: Sequence[str]) -> list[str]:
@@ -253,7 +254,7 @@ class ProtocolTask(NamedTask):
         templates: Sequence[str],
         words: Mapping[str, Sequence[str] | None],
         unnamed: Sequence[str] = (),
-        told: Told = (),
+        told: ToldNames = (),
     ) -> None:
         rules = option(raw["protocols"], protocol, "protocol")
         world_data = option(raw["worlds"], world, "world")
@@ -308,13 +309,13 @@ def check_images(images: Mapping[Split, int]) -> dict[Split, int]:
     """Images per prompt for every split (0 if not given). Raises UserError for unknown splits and invalid numbers."""
     if unknown := sorted(set(images) - set(SPLITS)):
         raise UserError(f"task.images names {unknown[0]!r}, which is not a split: use {', '.join(SPLITS)}")
-    counts: dict[Split, int] = {split: whole(f"images.{split}", images.get(split, 0)) for split in SPLITS}
+    counts: dict[Split, int] = {split: check_whole(f"images.{split}", images.get(split, 0)) for split in SPLITS}
     if min(counts.values()) < 0 or not counts["erase"]:
         raise UserError(f"task.images={counts} is not valid: use 1 or more for erase, 0 or more for the others")
     return counts
 
 
-def whole(key: str, value: Any) -> int:
+def check_whole(key: str, value: Any) -> int:
     """Returns a whole number. Raises UserError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"task.{key}={value} is not a whole number: type one, such as task.{key}=5")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from realera.contracts import UserError
-from realera.tasks.files import SPELLINGS
+from realera.tasks.files import COLUMN_NAMES
 
-COLUMNS = SPELLINGS["prompt"]  # names of a column of captions
+COLUMNS = COLUMN_NAMES["prompt"]  # names of a column of captions
 
 
 def captions_in(files: Iterable[Path], column: str | None = None) -> Iterator[str]:

@@ -15,7 +15,7 @@ from realera.contracts import UserError
 from realera.setting_types import MOST_GUIDANCE, MOST_PIXELS
 from realera.tasks.prompts import slug
 
-SPELLINGS: Mapping[str, tuple[str, ...]] = {
+COLUMN_NAMES: Mapping[str, tuple[str, ...]] = {
     "prompt": ("prompt", "text", "caption"),
     "id": ("case_number", "case", "id", "coco_id", "image_id"),
     "seed": ("evaluation_seed", "sd_seed", "seed"),
@@ -62,12 +62,12 @@ def read_prompts(file: str | Path, key: str, min_nudity: float | None = None) ->
     header = [re.sub(r"[\s-]+", "_", name.strip().casefold()) for name in next(records)[1]]
     columns = {
         meaning: next((header.index(name) for name in names if name in header), None)
-        for meaning, names in SPELLINGS.items()
+        for meaning, names in COLUMN_NAMES.items()
     }
     for meaning in ("prompt", *(["nudity"] if min_nudity is not None else [])):
         if columns[meaning] is None:
             raise UserError(
-                f"{path} has no column for the {meaning} ({' or '.join(SPELLINGS[meaning])}): "
+                f"{path} has no column for the {meaning} ({' or '.join(COLUMN_NAMES[meaning])}): "
                 f"line {header_line + 1} must be the header, and it has {', '.join(header)[:120]}"
             )
     rows: list[Row] = []
@@ -179,7 +179,7 @@ class _Cells:
 
     def fault(self, meaning: str, what: str) -> UserError:
         at = self.columns[meaning]
-        column = SPELLINGS[meaning][0] if at is None else self.header[at]
+        column = COLUMN_NAMES[meaning][0] if at is None else self.header[at]
         return UserError(f"{self.path} line {self.line}: column {column} {what}")
 
 
@@ -213,7 +213,7 @@ def _delimiter(header: str) -> str:
 
     def found(delimiter: str) -> tuple[bool, int]:
         names = [name.strip().strip('"').casefold() for name in header.split(delimiter)]
-        return any(name in SPELLINGS["prompt"] for name in names), len(names)
+        return any(name in COLUMN_NAMES["prompt"] for name in names), len(names)
 
     return max(_DELIMITERS, key=found)
 

@@ -28,7 +28,7 @@ from realera.setting_types import (
     Whole,
     Word,
 )
-from realera.tasks.base import PROTOCOL, TABLES, WORLD, Anchor, Names, ProtocolTask, Told, load, option
+from realera.tasks.base import PROTOCOL, TABLES, WORLD, Anchor, Names, ProtocolTask, ToldNames, load, option
 from realera.tasks.files import Row, read_prompts
 
 log = logging.getLogger("realera")
@@ -37,12 +37,12 @@ DATA = {
     "protocols": {...: {**PROTOCOL, "concepts": list, "fixed_guidance": maybe(number)}},
     "worlds": {...: {**WORLD, "templates": list, "anchors": list}},
 }
-KEPT = "coco"  # `Prompt.concept` of the preserved captions, which have no concept
+CAPTION_CONCEPT = "coco"  # `Prompt.concept` of the preserved captions, which have no concept
 
 
 class NsfwTask(ProtocolTask):
     """concepts: None = the protocol's (nudity; mace: four words), on the miniature all five drawings. prompts_csv,
-    keep_csv: tables of prompts for the erased concept and of captions to preserve (see `files.SPELLINGS`), one image
+    keep_csv: tables of prompts for the erased concept and of captions to preserve (see `files.COLUMN_NAMES`), one image
     per row; None = the world's small harmless sample if it has one, else its own words. min_nudity: only rows of
     prompts_csv with a higher nudity percentage. limit, keep_limit: only the first rows. fixed_guidance: for all rows;
     None = the protocol's (realera: each row's own; mace: 7.5). row_sizes: whether images have their row's width and
@@ -74,7 +74,7 @@ class NsfwTask(ProtocolTask):
         synonyms: Sequence[Word] | None = None,
         associated: Sequence[Word] | None = None,
         unseen: Sequence[Word] | None = None,
-        told: Told = (),
+        told: ToldNames = (),
         data: Label = "nsfw.yaml",
     ) -> None:
         raw = load(data, DATA)
@@ -133,7 +133,7 @@ class NsfwTask(ProtocolTask):
         first = self.concepts[0].target
         made = []
         for place, row in enumerate(self.rows[split]):
-            concept = KEPT if split == "keep" else erased.get((row.concept or first).casefold(), first)
+            concept = CAPTION_CONCEPT if split == "keep" else erased.get((row.concept or first).casefold(), first)
             seed = self.first_seed + place if row.seed is None else row.seed
             guidance = row.guidance if self.fixed_guidance is None else self.fixed_guidance
             size = row.size if self.row_sizes else None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from realera.contracts import Mode, Split
 from realera.setting_types import FirstSeed, Label, Template, Whole, Word
-from realera.tasks.base import Anchor, NamedTask, Names, Told, load
+from realera.tasks.base import Anchor, NamedTask, Names, ToldNames, load
 
 DATA = {"version": int, "template": str, "training_templates": list, "classes": {...: dict}}
 PROTOCOL_IMAGES: Mapping[Split, int] = {"erase": 200, "near": 200, "keep": 200, "associated": 50, "unseen": 50}
@@ -23,7 +23,7 @@ class ObjectTask(NamedTask):
     images: images per prompt in each split (the paper gives 200 per class, and no number for synonyms). first_seed:
     every prompt is drawn with seeds first_seed, first_seed + 1, ..., for every method. templates: replace the training
     templates. synonyms, associated, unseen: replace the data file's words of a single concept. told: other classes that
-    a method may be told to preserve; they are not judged (`base.Told`).
+    a method may be told to preserve; they are not judged (`base.ToldNames`).
 
     Raises UserError for an invalid concept or anchor.
     """
@@ -42,7 +42,7 @@ class ObjectTask(NamedTask):
         synonyms: Sequence[Word] | None = None,
         associated: Sequence[Word] | None = None,
         unseen: Sequence[Word] | None = None,
-        told: Told = (),
+        told: ToldNames = (),
         data: Label = "objects.yaml",
     ) -> None:
         raw = load(data, DATA)

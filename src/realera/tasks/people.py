@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from realera.contracts import Split
 from realera.setting_types import FirstSeed, Label, Template, Whole, Word
-from realera.tasks.base import PROTOCOL, TABLES, Anchor, Names, ProtocolTask, Told, load
+from realera.tasks.base import PROTOCOL, TABLES, Anchor, Names, ProtocolTask, ToldNames, load
 
 DATA = {**TABLES, "protocols": {...: {**PROTOCOL, "templates": list}}}
 
@@ -21,7 +21,7 @@ class PeopleTask(ProtocolTask):
     concepts, anchor, first_seed, templates: as in `ObjectTask`. protocol: realera | mace. world: paper | miniature; its
     people are known and preserved. images: per prompt and split; None = the protocol's. near, associated, unseen:
     replace the data file's whole prompts of a single concept. told: preserved people that a method may be told; they
-    are not judged (`base.Told`). data: a data file that replaces the task's own, `people`.
+    are not judged (`base.ToldNames`). data: a data file that replaces the task's own, `people`.
 
     Raises UserError for an invalid concept or anchor.
     """
@@ -40,7 +40,7 @@ class PeopleTask(ProtocolTask):
         near: Sequence[Word] | None = None,
         associated: Sequence[Word] | None = None,
         unseen: Sequence[Word] | None = None,
-        told: Told = (),
+        told: ToldNames = (),
         data: Label | None = None,
     ) -> None:
         super().__init__(

@@ -23,7 +23,7 @@ class Wording(NamedTuple):
     caption: str | None = None
 
 
-def typed(key: str, value: str) -> str:
+def quoted_setting(key: str, value: str) -> str:
     """A setting quoted for a shell: anchor=sky, anchor='a person'."""
     return f"{key}={value}" if value.isalnum() else f"{key}='{value}'"
 
@@ -31,7 +31,7 @@ def typed(key: str, value: str) -> str:
 def clean_name(text: object, what: str = "concept", example: str | None = None) -> str:
     """The text with single spaces. Raises UserError if it is missing, empty or longer than MAX_WORDS words."""
     words = "" if text is None else " ".join(str(text).split())
-    suggestion = typed(what, example or ("airplane" if what == "concept" else "sky"))
+    suggestion = quoted_setting(what, example or ("airplane" if what == "concept" else "sky"))
     if not words:
         raise UserError(f"the {what} is empty: type a name, such as {suggestion}")
     if (count := len(words.split())) > MAX_WORDS or len(words) > 10 * MAX_WORDS:

@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from realera.closed_form import spectrum
-from realera.contracts import Edit, LooksFirst, Miner, Neighbours, Pair, Prepares, PreparesTogether, Prompt
+from realera.contracts import Edit, Miner, Neighbours, Pair, Prepares, PreparesTogether, Prompt, ReadsModelFirst
 from realera.costs import Meter
 from realera.files import finite
-from realera.files.cache_costs import ledger
+from realera.files.cache_costs import collect_costs
 from realera.files.plain_data import json_text
 from realera.paths import EDIT_INFO, MAP, NEIGHBOURS, printable
 from realera.system.disk import write_text
@@ -103,10 +103,10 @@ class ClosedFormEdit(Callback):
         module = _erasure(pl_module)
         method, backbone = module.method, module.backbone
         miner: object = method.neighbours
-        if isinstance(miner, LooksFirst):
+        if isinstance(miner, ReadsModelFirst):
             miner.prepare(backbone, module.pairs)
         if method.edit is not None:
-            with self.meter.stage("edit"), ledger() as found:
+            with self.meter.stage("edit"), collect_costs() as found:
                 if method.neighbours is not None:
                     self.mined = Mined(method.neighbours, module.pairs, module.seed)
                 edit = method.edit(backbone, module.pairs, self.mined)
@@ -221,7 +221,7 @@ class PrepareLatents(Callback):
         alone = [part for part in parts if not isinstance(part, PreparesTogether) and isinstance(part, Prepares)]
         if (alone or together) and trains(module.method.align):
             given = (module.backbone, module.pairs, self.cache, module.seed)
-            with self.meter.stage("latents"), ledger() as found, _patient(trainer) as ranks:
+            with self.meter.stage("latents"), collect_costs() as found, _patient(trainer) as ranks:
                 for first in (True, False):
                     for part in alone if ranks.first == first else ():
                         part.prepare(*given)

@@ -18,7 +18,7 @@ from torch import Tensor
 from realera import __version__
 from realera.contracts import KEYS, VALUES, Backbone, LoraSpec, Neighbours, UserError
 from realera.files import checksums, finite, plain_data
-from realera.paths import OF_THE_FIT
+from realera.paths import FIT_FILES
 
 FORMAT = "realera/1"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "lightning", "safetensors")
@@ -49,7 +49,7 @@ class Erased:
 def save_erased(path: Path, backbone: Backbone, origin: Origin, lora: LoraSpec | None) -> None:
     """Saves the weights that differ from the original ones. lora: the spec of their adapter, if they have one. The
     metadata contains the digests of the fit's other files in the folder."""
-    found = {name: checksums.digest(path.parent / name) for name in OF_THE_FIT}
+    found = {name: checksums.digest(path.parent / name) for name in FIT_FILES}
     beside = json.dumps({name: digest for name, digest in found.items() if digest is not None})
     said = json.dumps(None if lora is None else asdict(lora))
     _save(path, backbone.erased_state(), origin, lora=said, **{checksums.BESIDE: beside})

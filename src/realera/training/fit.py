@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from realera.contracts import Backbone, Method, Pair, Prompt, UserError
 from realera.costs import Meter
-from realera.files.checksums import fit_stands
+from realera.files.checksums import fit_is_intact
 from realera.files.finite import NotFinite
 from realera.paths import ERASED, FIT, cache_dir
 from realera.settings.command_settings import OURS
@@ -75,7 +75,7 @@ def fit(
         )
     origin = Origin(config, backbone.name, backbone.fingerprint, identity)
     erased = run_dir / ERASED
-    if fit_stands(erased):
+    if fit_is_intact(erased):
         same_run(load_erased(erased, backbone).origin.identity, identity, erased)
         log.info("%s already exists: loaded, not trained again", erased)
         shutil.rmtree(run_dir / FIT, ignore_errors=True)  # left by a process that was killed after saving the weights

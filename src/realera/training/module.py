@@ -53,7 +53,7 @@ class ErasureModule(LightningModule):
         align, latents = self.method.align, self.method.latents
         assert align is not None and latents is not None
         step = self.trainer.global_step + 1  # the data loader counts from 0 again after resuming
-        concept = turn(step, len(self.pairs))
+        concept = concept_of_step(step, len(self.pairs))
         with self._own_adapter(concept):
             z_t, timesteps, *more = latents(self.backbone, concept, stream(self.seed, "latents", step, 0))
         world = self.trainer.world_size
@@ -95,20 +95,20 @@ class ErasureModule(LightningModule):
 
     def _own_adapter(self, concept: int) -> AbstractContextManager[None]:
         """If each concept has its own adapter: switches the others off inside this context."""
-        if not one_each(self.method.align) or len(self.pairs) == 1:
+        if not has_adapter_per_concept(self.method.align) or len(self.pairs) == 1:
             return nullcontext()
         return self.backbone.adapter_scale(torch.eye(len(self.pairs))[concept : concept + 1])
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Uses the same adapter as the loss: gradient checkpointing recomputes parts of the forward pass here."""
-        with self._own_adapter(turn(self.trainer.global_step + 1, len(self.pairs))):
+        with self._own_adapter(concept_of_step(self.trainer.global_step + 1, len(self.pairs))):
             super().backward(loss, *args, **kwargs)
 
     def on_after_backward(self) -> None:
         self._refuse_bad_gradients()
         optimizer = self.optimizers(use_pl_optimizer=False)
         if isinstance(optimizer, AdamWInTurns):
-            optimizer.hand_over(turn(self.trainer.global_step + 1, len(self.pairs)))
+            optimizer.hand_over(concept_of_step(self.trainer.global_step + 1, len(self.pairs)))
 
     def _refuse_bad_gradients(self) -> None:
         """The gradients are already the mean over all processes, so all processes stop. In 16-mixed the scaler skips a
@@ -137,11 +137,11 @@ class ErasureModule(LightningModule):
                 "method.align has no parameters to train: give it a LoRA (method.align.lora), or set method.align=null."
             )
         settings: dict[str, Any] = {"lr": align.lr, "betas": BETAS, "weight_decay": align.weight_decay}
-        concepts = len(self.pairs) if one_each(align) else 1
+        concepts = len(self.pairs) if has_adapter_per_concept(align) else 1
         optimizer = AdamW(trained, **settings) if concepts == 1 else AdamWInTurns(trained, concepts, **settings)
         if not isinstance(align, Scheduled):
             return [optimizer]
-        follow = LambdaLR(optimizer, lambda done: align.rate(own_step(done + 1, concepts)))
+        follow = LambdaLR(optimizer, lambda done: align.rate(step_of_concept(done + 1, concepts)))
         return [optimizer], [{"scheduler": follow, "interval": "step"}]
 
     def train_dataloader(self) -> DataLoader[int]:
@@ -157,14 +157,14 @@ def trains(align: Aligner | None) -> bool:
     return align is not None and align.steps > 0
 
 
-def one_each(align: Aligner | None) -> bool:
+def has_adapter_per_concept(align: Aligner | None) -> bool:
     """Whether each concept has its own adapter."""
     return align is not None and align.lora is not None and align.lora.per_concept
 
 
 def steps_of(align: Aligner | None, concepts: int) -> int:
     """Number of optimiser steps: `align.steps`, times the number of concepts if each has its own adapter."""
-    return 0 if align is None else align.steps * (concepts if one_each(align) else 1)
+    return 0 if align is None else align.steps * (concepts if has_adapter_per_concept(align) else 1)
 
 
 def clip_of(align: Aligner | None) -> float | None:
@@ -179,19 +179,19 @@ def clip_of(align: Aligner | None) -> float | None:
     return clip
 
 
-def turn(step: int, concepts: int) -> int:
+def concept_of_step(step: int, concepts: int) -> int:
     """The index of the concept that is trained in a step; steps count from 1. Each concept gets two steps in a row,
     because some aligners do different things in odd and even steps."""
     return ((step - 1) // 2) % concepts
 
 
-def turns(steps: int, concepts: int) -> list[int]:
+def steps_per_concept(steps: int, concepts: int) -> list[int]:
     """For each concept, the number of its steps among the first `steps`."""
     rounds, rest = divmod(steps, 2 * concepts)
     return [2 * rounds + min(2, max(0, rest - 2 * concept)) for concept in range(concepts)]
 
 
-def own_step(step: int, concepts: int) -> int:
+def step_of_concept(step: int, concepts: int) -> int:
     """A step's number among the steps of its own concept; both count from 1. See `turn`."""
     return (step - 1) // (2 * concepts) * 2 + (step - 1) % 2 + 1
 

@@ -20,7 +20,7 @@ from realera.contracts import Resumes, UserError
 from realera.files import checksums, finite
 from realera.training import saved
 from realera.training.losses import LossLines
-from realera.training.module import FIRST_SCALE, REMEDY, ErasureModule, turns
+from realera.training.module import FIRST_SCALE, REMEDY, ErasureModule, steps_per_concept
 from realera.training.per_concept_adamw import AdamWInTurns
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Checkpoints(Callback):
         if every is not None and every < 1:
             raise UserError(f"trainer.checkpoint_every={every} is not possible: give 1 step or more, or null.")
         self.run_dir = run_dir
-        self.file = run_dir / paths.LAST
+        self.file = run_dir / paths.LAST_CHECKPOINT
         self.identity = identity
         self.losses = losses
         self.every = every
@@ -56,7 +56,7 @@ class Checkpoints(Callback):
         module = _erasure(pl_module)
         if self.there and trainer.optimizers:
             try:
-                found = saved.read(self.file, form_of(trainer, module), turns)
+                found = saved.read(self.file, form_of(trainer, module), steps_per_concept)
             except (ValueError, OSError, UserError) as error:
                 log.warning("%s cannot be resumed by this run (%s): training starts again", self.file, error)
                 return
@@ -95,14 +95,14 @@ def last_good(run_dir: Path, identity: str) -> bool:
     """Whether there is a checkpoint to resume from. If it is torn, a log line says so, and training starts again.
 
     Raises UserError for a checkpoint of another run, and for one that is not a regular file of the run."""
-    file = run_dir / paths.LAST
+    file = run_dir / paths.LAST_CHECKPOINT
     paths.refuse_odd(run_dir)
     if not file.is_file():
         return False
     try:
-        found = saved.stamp(file)
+        found = saved.identity_of(file)
     except checksums.Torn:
-        checksums.made_again(file)
+        checksums.log_torn(file)
         return False
     same_run(found, identity, file)
     return True
@@ -124,7 +124,7 @@ def form_of(trainer: Trainer, module: ErasureModule) -> saved.Form:
         weights=module.trained(),
         trained=_parameters(optimizer),
         concepts=optimizer.concepts if isinstance(optimizer, AdamWInTurns) else 1,
-        latents=lambda step: latents.state_form(turns(step, len(module.pairs))) if keeps(latents) else {},
+        latents=lambda step: latents.state_form(steps_per_concept(step, len(module.pairs))) if keeps(latents) else {},
         scale=None if scaler is None else (FIRST_SCALE, scaler.get_growth_interval()),
     )
 
@@ -151,7 +151,7 @@ def _restore(found: saved.Saved, trainer: Trainer, module: ErasureModule) -> Non
         parameter.copy_(found.weights[name])
     latents: Any = module.method.latents
     if keeps(latents):
-        latents.load_state_dict(found.latents, turns(found.step, len(module.pairs)))
+        latents.load_state_dict(found.latents, steps_per_concept(found.step, len(module.pairs)))
     (optimizer,) = trainer.optimizers
     optimizer.load_state_dict({"state": found.moments, "param_groups": optimizer.state_dict()["param_groups"]})
     for config in trainer.lr_scheduler_configs:

@@ -72,7 +72,7 @@ def write(file: Path, identity: str, saved: Saved) -> None:
     checksums.save(file, numbers, {"format": FORMAT, "identity": identity, "loop": loop})
 
 
-def stamp(file: Path) -> str:
+def identity_of(file: Path) -> str:
     """The identity of the run that a checkpoint belongs to. Raises Torn for a torn file and for a file that is not a
     checkpoint of this version."""
     checksums.verify(file)
@@ -83,7 +83,7 @@ def stamp(file: Path) -> str:
 
 
 def read(file: Path, form: Form, turns: Callable[[int, int], list[int]]) -> Saved:
-    """A checkpoint's content, on the CPU. turns: see `module.turns`.
+    """A checkpoint's content, on the CPU. turns: see `module.steps_per_concept`.
 
     Raises ValueError, with the reason, for a file that this run cannot have written.
     """

@@ -213,7 +213,7 @@ def sections(presets_of: str | None) -> list[tuple[str, str, list[Any]]]:
     ]
 
 
-def picked(groups: Sequence[str], tags: Sequence[str], filters: str | None) -> str:
+def run_filter(groups: Sequence[str], tags: Sequence[str], filters: str | None) -> str:
     """A filter for the runs in the library's filter language; "" for all runs.
 
     Raises:

@@ -21,7 +21,7 @@ from realera.contracts import UserError
 from realera.evaluation.measures import ORDER
 from realera.evaluation.results import scalars
 from realera.files import checksums
-from realera.reporting.run_page import veiled
+from realera.reporting.run_page import is_blurred
 from realera.reporting.sheets import blurred, image_rows
 from realera.runs.folders import Run, digest, identity, is_original
 from realera.settings import composition, error_sentences
@@ -53,7 +53,7 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
     begins = not (run.folder / paths.WANDB_ID).is_file()  # a resumed run stays in its group
     node["group"] = node.get("group") or (os.environ["REALERA_STAMP"] if begins and composition.in_sweep() else None)
     node["tags"] = list(dict.fromkeys([*tags(run.config), *(node.get("tags") or ())]))
-    node["job_type"] = "evaluate" if unedited(run) else "train"
+    node["job_type"] = "evaluate" if is_original(run.config) else "train"
     place = str(run.folder.absolute())  # W&B's process has another working directory
     settings = {**_loggable(run.config), "system": system(run)}
     for mode in dict.fromkeys((node.get("mode"), "offline")):
@@ -70,12 +70,12 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
         else:
             if mode != node.get("mode"):
                 log.warning("W&B is offline (%s): send the run later with wandb sync %s", why, run.folder / "wandb/*")
-            return [forgiving(logger)]
+            return [fail_safe(logger)]
     log.warning("W&B could not start a run (%s): the run continues without W&B", why)
     return []
 
 
-def forgiving(logger: Logger) -> Logger:
+def fail_safe(logger: Logger) -> Logger:
     """Makes the logger stop logging after its first failure instead of ending the run. Returns the same logger."""
     for name in ("log_hyperparams", "log_metrics", "save", "finalize"):
         setattr(logger, name, partial(_attempt, logger, getattr(logger, name)))
@@ -107,7 +107,7 @@ def run_id(run: Run) -> str:
     kept = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
     if not ID.fullmatch(kept):
         if file.is_file():
-            checksums.made_again(file)
+            checksums.log_torn(file)
         # Runs that were logged before ids were saved have an id derived from their settings.
         before = digest([run.folder.name, identity(run.config)]) if (run.folder / "wandb").is_dir() else None
         from_agent = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
@@ -131,10 +131,6 @@ def system(run: Run) -> str:
     return jobs.system(run.config)
 
 
-def unedited(run: Run) -> bool:
-    return is_original(run.config)
-
-
 def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any]) -> None:
     """eval/* and cost/* scalars, the protocol, and two tables: `sheets` (prompt, seed, split, original, erased,
     verdict), `cell` (the run's numbers in one row, for charts over runs). Images that the page blurs (`blur`) are
@@ -156,7 +152,7 @@ def _log_tables(logger: WandbLogger, run: Run, metrics: Mapping[str, Any], spent
     with _staged_in(run.folder):
         tables = {"cell": _cell(run, metrics, spent)}
         if most:
-            tables["sheets"] = _sheets(run, metrics, most, veiled(run.config, metrics))
+            tables["sheets"] = _sheets(run, metrics, most, is_blurred(run.config, metrics))
         logger.experiment.log(tables)
 
 
@@ -176,7 +172,7 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
             )
             return
     loggers = make(run, node)
-    with ended(loggers):
+    with closing(loggers):
         log_results(loggers, run, metrics)
 
 
@@ -196,7 +192,7 @@ def _staged_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def ended(loggers: Sequence[Logger]) -> Iterator[None]:
+def closing(loggers: Sequence[Logger]) -> Iterator[None]:
     """Ends the W&B run at the end of the block, so that the next job of a sweep starts its own. After an error or
     Ctrl-C the W&B run has the same status as if its process had ended that way."""
     status = 1
@@ -252,6 +248,6 @@ def _sheets(run: Run, metrics: Mapping[str, Any], most: int, blur: bool) -> Any:
     for prompt, seed, split, original, erased, verdict in image_rows(run.folder, judge, headline):
         taken[split] = taken.get(split, 0) + 1
         if taken[split] <= most:
-            before, after = (erased, None) if unedited(run) else (original, erased)
+            before, after = (erased, None) if is_original(run.config) else (original, erased)
             table.add_data(prompt, seed, split, image(before), image(after), verdict)
     return table

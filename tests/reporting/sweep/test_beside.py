@@ -14,7 +14,7 @@ from PIL import Image
 from realera import console
 from realera.contracts import Prompt, UserError, Verdict
 from realera.evaluation.judge import judge_run
-from realera.evaluation.measures import BESIDE_MODES, MEAN_PROB, head, score
+from realera.evaluation.measures import EXTRA_MODES, MEAN_PROB, column_heading, score
 from realera.evaluation.metrics import summarise
 from realera.evaluation.moved import moved
 from realera.evaluation.records import ORIGINALS, Row, read_verdicts, verdict_file, write_manifest
@@ -63,7 +63,10 @@ def test_judging_measures_the_change_of_preserved_images(tmp_path: Path) -> None
 
 
 def test_these_metrics_have_arrows_and_are_unscored_without_a_judge_that_supports_them() -> None:
-    heads = [head(*pair) for pair in (("acc_e", "whole"), ("acc_e", "anchor"), ("acc_s", "moved"), ("acc_s", "top1"))]
+    heads = [
+        column_heading(*pair)
+        for pair in (("acc_e", "whole"), ("acc_e", "anchor"), ("acc_s", "moved"), ("acc_s", "top1"))
+    ]
     assert heads == ["Whole_e ↑", "Anchor_e ↑", "Moved_s ↓", "Acc_s ↑"]
     prompt, verdict = Prompt("p", "a cat", "cat", "erase", 0), Verdict("p", 0.9, "cat", {"whole": True, "moved": 2.5})
     assert score(prompt, verdict, "whole") == 100 and score(prompt, verdict, "moved") == 2.5
@@ -96,7 +99,7 @@ def test_a_smear_is_distinguished_from_the_anchor() -> None:
     assert turns["readings"]["whole"]["acc_e"]["low"] < 100, "an exact interval if all images are alike"
     assert turns["readings"]["anchor"]["acc_e"]["value"] == 25
     assert smears["readings"]["moved"]["acc_s"]["value"] == 21.5
-    assert not [mode for row in found["rows"] for mode in BESIDE_MODES if "h_o" in row["readings"].get(mode, {})]
+    assert not [mode for row in found["rows"] for mode in EXTRA_MODES if "h_o" in row["readings"].get(mode, {})]
     assert "moved" not in before["readings"], "the original model's images cannot have changed"
     apart = found["differences"]["readings"]
     assert [row["system"] for row in apart["moved"]] == ["turns"]

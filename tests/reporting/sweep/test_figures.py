@@ -9,14 +9,14 @@ import pytest
 from realera.contracts import Split
 from realera.reporting.sweep.chapter import Chapter
 from realera.reporting.sweep.figures import COLOURS, Line, Surface, colour, corrected, families, scatter
-from realera.reporting.sweep.systems import named, read_run
+from realera.reporting.sweep.systems import name_systems, read_run
 from realera.reporting.sweep.trends import holm
 from realera.reporting.table_formats import Column
 from sweeps import REALERA, grid, judged
 
 
 def chapter(folders: list[Path]) -> Chapter:
-    return Chapter("object", "object", named([run for run in map(read_run, folders) if run is not None])[0])
+    return Chapter("object", "object", name_systems([run for run in map(read_run, folders) if run is not None])[0])
 
 
 def test_two_settings_make_surfaces_with_the_tables_numbers(tmp_path: Path) -> None:

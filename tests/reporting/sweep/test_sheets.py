@@ -8,12 +8,12 @@ from pathlib import Path
 from realera.reporting.sweep.chapter import Chapter
 from realera.reporting.sweep.page import _originals
 from realera.reporting.sweep.sheets import MOST_CONCEPTS, cut, sheets_of
-from realera.reporting.sweep.systems import named, read_run
+from realera.reporting.sweep.systems import name_systems, read_run
 from sweeps import judged
 
 
 def chapter(folders: list[Path]) -> Chapter:
-    runs = named([run for run in map(read_run, folders) if run is not None])[0]
+    runs = name_systems([run for run in map(read_run, folders) if run is not None])[0]
     return Chapter("object", "object", [*runs, *_originals(runs)])
 
 

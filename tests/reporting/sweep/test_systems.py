@@ -13,7 +13,7 @@ from realera.reporting.sweep.systems import (
     differing,
     flat,
     grids,
-    named,
+    name_systems,
     original_of,
     read_run,
     short_names,
@@ -41,7 +41,7 @@ def test_settings_that_differ_within_a_method_are_named() -> None:
 
 
 def test_a_grid_is_named_by_its_axes_and_not_by_derived_settings(tmp_path: Path) -> None:
-    runs, twins = named(read(grid(tmp_path)))
+    runs, twins = name_systems(read(grid(tmp_path)))
     assert not twins and [run.system for run in runs][::2] == [
         f"realera, d1 {d1}, s_lo {s}" for d1 in (5, 10, 20) for s in (0.1, 0.5, 0.9)
     ], "half is d1 / 2, so it adds nothing"
@@ -61,7 +61,7 @@ def test_labels_name_systems_and_do_not_hide_the_axes(tmp_path: Path) -> None:
     for m in (math.inf, 1, 5):
         method = {**REALERA, "neighbours": {**REALERA["neighbours"], "m": m}}
         folders.append(judged(tmp_path / f"{m}", method=method, label=f"M {m}"))
-    runs, _ = named(read(folders))
+    runs, _ = name_systems(read(folders))
     assert [run.system for run in runs] == ["M 1", "M 5", "M inf"], "ascending, as on the axis"
     assert grids(runs)[0].axes == {"method.neighbours.m": (1, 5, math.inf)} and text_of(math.inf) == "∞"
 
@@ -76,33 +76,33 @@ def test_a_missing_part_is_named_and_concepts_and_seeds_are_not_settings(tmp_pat
     ]
     known = read(folders)
     assert varied(known[:3]) == ["method.align"]
-    runs, _ = named(known)
+    runs, _ = name_systems(known)
     assert list(dict.fromkeys(run.system for run in runs)) == ["uce", "realera, no align", "realera", "original"]
     assert grids(runs) == []
 
 
 def test_the_later_of_two_indistinguishable_runs_is_used(tmp_path: Path) -> None:
     known = read([judged(tmp_path / "old"), judged(tmp_path / "new"), judged(tmp_path / "other", method="uce")])
-    runs, twins = named(known)
+    runs, twins = name_systems(known)
     assert [run.folder.name for run in runs] == ["other", "new"] and [run.folder.name for run in twins] == ["old"]
 
 
 def test_values_with_the_same_short_text_are_written_out(tmp_path: Path) -> None:
     table = "/data/a/long/path/that/is/longer/than/forty/letters/{}.csv"
     nodes = [{**REALERA, "edit": {"ridge": ridge}} for ridge in (1.00000001, 1.00000002, 5)]
-    runs, twins = named(read([judged(tmp_path / str(i), method=node) for i, node in enumerate(nodes)]))
+    runs, twins = name_systems(read([judged(tmp_path / str(i), method=node) for i, node in enumerate(nodes)]))
     assert [run.system for run in runs] == [
         "realera, ridge 1.00000001",
         "realera, ridge 1.00000002",
         "realera, ridge 5",
     ]
     folders = [judged(tmp_path / name, csv=table.format(name)) for name in ("a", "b")]
-    runs, more = named(read(folders))
+    runs, more = name_systems(read(folders))
     assert [run.system for run in runs] == [f"realera, csv {table.format(name)}" for name in ("a", "b")]
     alike = [
         judged(tmp_path / f"x{i}", method={**REALERA, "edit": {"ridge": ridge}}) for i, ridge in enumerate((1, 1.0))
     ]
-    assert len(named(read(alike))[0]) == 1 and not twins and not more, "1 and 1.0 are the same value"
+    assert len(name_systems(read(alike))[0]) == 1 and not twins and not more, "1 and 1.0 are the same value"
 
 
 def test_the_original_model_is_read_from_the_images_that_a_run_was_compared_to(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from realera.reporting import printed
 from realera.reporting.cells import pool
 from realera.reporting.sweep.chapter import Chapter
 from realera.reporting.sweep.page import write_sweep
-from realera.reporting.sweep.systems import Run, named, original_of, read_run
+from realera.reporting.sweep.systems import Run, name_systems, original_of, read_run
 from realera.reporting.sweep.tables import (
     ablation,
     boxes,
@@ -40,7 +40,7 @@ FULL = frozenset(["closed_form", "noise_alignment", "neighbor_mining", "beyond_c
 
 def chapter(folders: list[Path]) -> Chapter:
     runs: list[Run] = [run for run in map(read_run, folders) if run is not None]
-    return Chapter("object", "object", named(runs)[0])
+    return Chapter("object", "object", name_systems(runs)[0])
 
 
 def number(table: Table, system: str, key: str, group: str = "") -> Number:

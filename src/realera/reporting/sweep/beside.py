@@ -7,8 +7,8 @@ import math
 from dataclasses import replace
 
 from realera.contracts import Mode
-from realera.evaluation.measures import BESIDE, described, higher, symbol
-from realera.evaluation.metrics import Estimate, readable
+from realera.evaluation.measures import EXTRA_METRICS, described, higher_is_better, symbol
+from realera.evaluation.metrics import Estimate, available_modes
 from realera.reporting.cells import pool, relative
 from realera.reporting.sweep.chapter import Chapter, cells
 from realera.reporting.sweep.tables import row_of, table_of
@@ -22,12 +22,13 @@ def beside_tables(chapter: Chapter) -> list[Table]:
 
 def beside(chapter: Chapter) -> Table | None:
     """The metrics of `BESIDE`, for systems whose judge supports them; None if no system's does."""
-    found = {mode: _means(chapter, mode) for _, mode in BESIDE}
-    pairs = [(name, mode) for name, mode in BESIDE if any(name in each for each in found[mode].values())]
+    found = {mode: _means(chapter, mode) for _, mode in EXTRA_METRICS}
+    pairs = [(name, mode) for name, mode in EXTRA_METRICS if any(name in each for each in found[mode].values())]
     if not pairs:
         return None
     columns = [
-        Column(f"{name}_{mode}", *symbol(name, mode), better=1 if higher(name, mode) else -1) for name, mode in pairs
+        Column(f"{name}_{mode}", *symbol(name, mode), better=1 if higher_is_better(name, mode) else -1)
+        for name, mode in pairs
     ]
     rows = [
         row_of(chapter, system, [_number(found[mode].get(system, {}).get(name)) for name, mode in pairs])
@@ -45,7 +46,7 @@ def _means(chapter: Chapter, mode: Mode) -> dict[str, dict[str, Estimate]]:
     found = {}
     for system, runs in chapter.systems.items():
         own = cells(runs)
-        if all(mode in readable(cell.verdicts) for cell in own):
+        if all(mode in available_modes(cell.verdicts) for cell in own):
             means = pool(own, dict.fromkeys(chapter.headline, mode), chapter.resamples)
             found[system] = {name: mean for name, mean in means.items() if not math.isnan(mean.value)}
     return found

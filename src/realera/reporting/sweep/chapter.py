@@ -10,7 +10,7 @@ from typing import Any
 
 from realera.contracts import Mode
 from realera.evaluation.bootstrap import Resamples
-from realera.evaluation.measures import ORDER, described, higher, symbol
+from realera.evaluation.measures import ORDER, described, higher_is_better, symbol
 from realera.evaluation.metrics import Sample
 from realera.reporting.cells import Cell, pooled
 from realera.reporting.sweep.systems import Run
@@ -83,7 +83,7 @@ class Chapter:
             mode = self.headline.get(name)
             letter, index = symbol(name, mode)
             digits = 2 if "score" in (mode, *(self.headline.values() if name == "h_o" else ())) else 1
-            found.append(Column(name, letter, index, group, 1 if higher(name) else -1, digits))
+            found.append(Column(name, letter, index, group, 1 if higher_is_better(name) else -1, digits))
         return found
 
     @property

@@ -11,10 +11,10 @@ from urllib.parse import quote
 from realera import paths
 from realera.contracts import UserError
 from realera.evaluation.bootstrap import DRAWS
-from realera.evaluation.measures import ORDER, head, near
+from realera.evaluation.measures import ORDER, column_heading, near
 from realera.reporting import cost_words, table_formats
 from realera.reporting.cells import ORIGINAL
-from realera.reporting.run_page import render, veiled
+from realera.reporting.run_page import is_blurred, render
 from realera.reporting.sheets import first_pairs, sheets
 from realera.reporting.sweep import plots
 from realera.reporting.sweep.beside import beside_tables
@@ -24,7 +24,7 @@ from realera.reporting.sweep.sheets import cut, sheets_of
 from realera.reporting.sweep.systems import (
     Run,
     differing,
-    named,
+    name_systems,
     original_of,
     read_run,
     text_of,
@@ -34,7 +34,7 @@ from realera.reporting.sweep.trends import too_many
 from realera.system import disk
 
 TEMPLATE = "sweep_page.html.j2"
-LOST = ("failed", "refused")  # states of a cell without results
+WITHOUT_RESULTS = ("failed", "refused")  # states of a cell without results
 
 
 def write_sweep(
@@ -55,7 +55,7 @@ def write_sweep(
         UserError: no run has been judged, a file of a run is torn, no system is called `base`, or the folder of the
             tables or figures is a symbolic link.
     """
-    paths.no_links(out.parent, (paths.TABLES, paths.FIGURES))
+    paths.refuse_links(out.parent, (paths.TABLES, paths.FIGURES))
     read = _read(folders, cells)
     known = [run for run in read if run is not None]
     if not known:
@@ -69,7 +69,7 @@ def write_sweep(
     twins: list[Run] = []
     chapters = []
     for name, title, runs in _chapters(known):
-        runs, again = named(runs, typed)
+        runs, again = name_systems(runs, typed)
         twins += again
         chapters.append(Chapter(name, title, [*runs, *_originals(runs)], base=base))
     there = list(dict.fromkeys(system for chapter in chapters for system in chapter.systems))
@@ -108,7 +108,10 @@ def systems(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]] = ()) ->
     """{run folder: its system in the tables of the page}, in their order."""
     read = [run for run in _read(folders, cells) if run is not None]
     return {
-        run.folder: run.system for _, _, runs in _chapters(read) for run in named(runs, _typed(cells))[0] if run.cell
+        run.folder: run.system
+        for _, _, runs in _chapters(read)
+        for run in name_systems(runs, _typed(cells))[0]
+        if run.cell
     }
 
 
@@ -134,7 +137,7 @@ def _chapters(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
         parted.setdefault((run.task or "runs", run.backbone, run.judge, *read), []).append(run)
     found: list[tuple[str, str, list[Run]]] = []
     for (task, backbone, judge, *_), own in parted.items():
-        name = paths.plain("-".join([task, *([backbone] if len({key[1] for key in parted}) > 1 else [])]))
+        name = paths.as_file_name("-".join([task, *([backbone] if len({key[1] for key in parted}) > 1 else [])]))
         taken = [other for other, _, _ in found]
         unique = name if name not in taken else f"{name}-{len(taken) + 1}"
         title = [f"on {backbone}" if backbone else "", f"judged by {judge}" if judge else ""]
@@ -172,7 +175,7 @@ def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | 
         "names": names,
         "near": near(chapter.runs[0].metrics.get("protocol") or {}),
         "heads": [
-            (name, head(name, run.metrics["main"][name]["mode"]))
+            (name, column_heading(name, run.metrics["main"][name]["mode"]))
             for name in ORDER
             for run in [next((r for r in runs if (r.metrics["main"].get(name) or {}).get("value") is not None), None)]
             if run is not None
@@ -180,7 +183,7 @@ def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | 
         "faces": any(e["unscored"] for run in runs for e in run.metrics["main"].values()),
         "runs": shown,
         "costs": any(run["cost"] for run in shown),
-        "veiled": any(veiled(run.config, run.metrics, blur) for run in runs),
+        "veiled": any(is_blurred(run.config, run.metrics, blur) for run in runs),
     }
 
 
@@ -195,7 +198,7 @@ def _run(run: Run, names: Sequence[str], beside: Path, blur: bool | None) -> dic
         "measures": run.metrics["main"],
         "cost": [f"{number} {what}" for what, number in cost_words.parts(run.cell.costs)[:2]] if run.cell else [],
         "pairs": first_pairs(sheet),
-        "veiled": veiled(run.config, run.metrics, blur),
+        "veiled": is_blurred(run.config, run.metrics, blur),
     }
 
 
@@ -220,7 +223,7 @@ def _lost(cells: Sequence[Mapping[str, Any]], known: Container[str | None]) -> l
     for cell in cells:
         name, folder = _name_of(cell), _folder(cell)
         lost = [old for old in lost if _name_of(old) != name and (not _folder(old) or _folder(old) != folder)]
-        if cell.get("state") in LOST:
+        if cell.get("state") in WITHOUT_RESULTS:
             lost.append(cell)
     return [cell for cell in lost if _folder(cell) not in known]
 

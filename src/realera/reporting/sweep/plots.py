@@ -40,7 +40,7 @@ def write(figure: Surface | Line | Scatter, folder: Path) -> list[Path]:
         written = []
         for kind in ("png", "svg"):
             path = folder / f"{figure.name}.{kind}"
-            with disk.whole(path) as beside:
+            with disk.atomic(path) as beside:
                 stamp = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
                 drawn.savefig(beside, format=kind, dpi=DPI, metadata=stamp)
             written.append(path)

@@ -14,7 +14,7 @@ from realera.reporting.cells import ORIGINAL, Cell, read_cell
 from realera.reporting.printed import ORDER
 
 # Settings that do not affect the metrics, or that do not belong to a system's name.
-APART = (
+IGNORED_SETTINGS = (
     "run_dir",
     "root",
     "overwrite",
@@ -113,7 +113,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
         kinds.setdefault(own.get("method.name"), []).append(own)
     found = []
     for name in names:
-        if name.partition(".")[0] in APART or name.startswith(REPEATED) or name.endswith("_target_"):
+        if name.partition(".")[0] in IGNORED_SETTINGS or name.startswith(REPEATED) or name.endswith("_target_"):
             continue
         # Two methods differ in every part. Only differences between runs of one method add to the method's name.
         groups = list(kinds.values()) if name.startswith("method.") and name != "method.name" else [settings]
@@ -199,7 +199,7 @@ def text_of(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def named(runs: Iterable[Run], typed: Sequence[str] = ()) -> tuple[list[Run], list[Run]]:
+def name_systems(runs: Iterable[Run], typed: Sequence[str] = ()) -> tuple[list[Run], list[Run]]:
     """(the runs with their systems' names, in the tables' order; the runs left out because a later judged run has the
     same system, concept and seed). Order: as in the papers, with RealEra and then the original model last; numeric
     settings ascending, other settings as given; concept; seed."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from realera.evaluation.bootstrap import interval
 from realera.evaluation.box_counts import APART
-from realera.evaluation.measures import ORDER, left_out
+from realera.evaluation.measures import ORDER, undefined_notes
 from realera.evaluation.metrics import Sample
 from realera.reporting import cost_words, printed
 from realera.reporting.cells import ORIGINAL
@@ -231,7 +231,7 @@ def cost_table(chapter: Chapter) -> Table | None:
     devices = dict.fromkeys(device for spent in found.values() for device in spent["devices"])
     notes = [
         f"Means over runs{' on ' if devices else ''}{' and '.join(devices)}. Loading, drawing and judging are "
-        f"excluded. Cached inputs are charged at their original cost. {cost_words.WARM}"
+        f"excluded. Cached inputs are charged at their original cost. {cost_words.WARM_UP_NOTE}"
     ]
     if any(spent["at_least"] for spent in found.values()):
         notes.append("At least: a part of the cost is unknown, so seconds and passes are lower bounds and not ranked.")
@@ -246,7 +246,7 @@ def table_of(
     notes = [chapter.readings]
     for system, row in chapter.means.items():
         missing = {measure: row[measure].undefined for measure in ORDER if measure in row}
-        notes += left_out(system, len(chapter.systems[system]), missing, chapter.headline)
+        notes += undefined_notes(system, len(chapter.systems[system]), missing, chapter.headline)
     notes += _unranked(rows)
     table = Table(f"{chapter.name}-{name}", title, heads, tuple(columns), ranked(columns, rows), tuple(notes))
     return replace(table, notes=(*table.notes, _comparable(chapter))) if table.has_printed else table
