@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from realera.api import Erased as Erased
-    from realera.api import Evaluation as Evaluation
     from realera.api import erase as erase
     from realera.api import load as load
     from realera.api import methods as methods
     from realera.api import miniature_pipeline as miniature_pipeline
     from realera.api import tasks as tasks
     from realera.contracts import UserError as UserError
+    from realera.evaluation.summary import Evaluation as Evaluation
 
 __version__ = "0.1.0"
 COMMANDS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue")

@@ -177,7 +177,8 @@ def fuse(
 
 def spectrum(map: Tensor) -> Tensor:
     """Singular values of a map (D, D), largest first, (D,) float64: 1 is a preserved direction, 0 an erased one."""
-    return torch.linalg.svdvals(_double(map))
+    result: Tensor = torch.linalg.svdvals(_double(map))
+    return result
 
 
 def relative_change(weight: Tensor, map: Tensor) -> float:

@@ -322,4 +322,5 @@ def _on_gpu() -> float | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    return round(torch.cuda.max_memory_allocated() / MB, 1)
+    result: float | None = round(torch.cuda.max_memory_allocated() / MB, 1)
+    return result

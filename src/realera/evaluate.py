@@ -11,8 +11,9 @@ from realera.callable_module import make_callable
 from realera.contracts import Judge, SetJudge, Task, UserError
 from realera.runs import estimate, folders, preflight, processes, rejudging
 from realera.runs.folders import Run
-from realera.settings import composition, resolvers
+from realera.settings import composition
 from realera.sweeps import jobs
+from realera.system import devices
 from realera.system.ranks import Ranks
 
 if __name__ != "__main__":
@@ -23,7 +24,7 @@ def evaluate(cfg: DictConfig) -> None:
     config = composition.plain(cfg)
     if composition.in_sweep():
         preflight.check_sweep(config["trainer"])
-    plan = processes.plan(config["trainer"], resolvers.cuda_devices())
+    plan = processes.plan(config["trainer"], devices.number())
     run, original = rejudging.run_of(config)
     if not original:
         jobs.record_run(run)

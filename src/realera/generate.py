@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from realera import cli, console, paths
 from realera.contracts import Prompt, UserError
 from realera.runs import folders, preflight, processes, prompt_lengths
-from realera.settings import composition, resolvers
+from realera.settings import composition
+from realera.system import devices
 from realera.tasks.prompts import slug
 
 
@@ -20,7 +21,7 @@ def generate(cfg: DictConfig) -> None:
     if composition.in_sweep():
         preflight.check_sweep({})
     run = folders.open_run(str(config["run"]))
-    plan = processes.plan(None, resolvers.cuda_devices())  # the processes of torchrun or srun, otherwise one
+    plan = processes.plan(None, devices.number())  # the processes of torchrun or srun, otherwise one
     prompts = prompts_of(config["prompts"], config["seeds"])
     content = folders.digest([[prompt.text, prompt.seed] for prompt in prompts])
     out = Path(str(config["out"] or paths.inside(run.folder, f"generated/{content}")))

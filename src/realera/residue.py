@@ -11,14 +11,15 @@ from realera import cli, console, paths
 from realera.contracts import UserError
 from realera.files import checksums
 from realera.runs import folders, preflight, processes, prompt_lengths, trust
-from realera.settings import composition, resolvers
+from realera.settings import composition
+from realera.system import devices
 
 
 def residue(cfg: DictConfig) -> None:
     config = composition.plain(cfg)
     if composition.in_sweep():
         preflight.check_sweep({})
-    if processes.plan(None, resolvers.cuda_devices()).world > 1:
+    if processes.plan(None, devices.number()).world > 1:
         raise UserError("realera.residue works in one process: start it without torchrun or srun.")
     run = folders.open_run(str(config["run"])) if config["run"] != "original" else None
     if run is None or folders.is_original(run.config):

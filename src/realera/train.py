@@ -12,8 +12,9 @@ from realera.contracts import Task
 from realera.evaluation.records import read_metrics
 from realera.runs import estimate, folders, preflight, processes, prompt_lengths, repairs, starting
 from realera.runs.folders import Run
-from realera.settings import composition, resolvers
+from realera.settings import composition
 from realera.sweeps import jobs
+from realera.system import devices
 from realera.system.ranks import Ranks
 
 
@@ -29,7 +30,7 @@ def train(cfg: DictConfig) -> float | None:
     starting.check(config)
     if config["evaluate"]:
         preflight.check_judge(config)
-    plan = processes.plan(config["trainer"], resolvers.cuda_devices())
+    plan = processes.plan(config["trainer"], devices.number())
     if config["dry_run"]:
         estimate.show(estimate.summed([estimate.work(config, task)]))
         return None
@@ -94,7 +95,8 @@ def show(run: Run) -> float | None:
         metrics = read_metrics(run.folder)
         column = "unchanged" if folders.is_original(run.config) else "erased"
         console.show_run(run.folder, metrics, folders.title(run.config), erased=column)
-        return metrics["main"].get("h_o", {}).get("value")
+        result: float | None = metrics["main"].get("h_o", {}).get("value")
+        return result
     console.show_path("weights", run.erased)
     return None
 

@@ -106,13 +106,15 @@ def further(differences: Tensor, shift: Tensor, metric: Tensor, count: int) -> T
             f"method.edit.directions={1 + count} is more than the {1 + there} directions in which the U-Net's values "
             "of the concept and its anchor differ: give fewer directions, or more prompts (task.templates=...)."
         )
-    return scatter @ root @ vectors[:, -count:].flip(1) / values[-count:].flip(0)
+    result: Tensor = scatter @ root @ vectors[:, -count:].flip(1) / values[-count:].flip(0)
+    return result
 
 
 def beside(quiet: Tensor, held: Tensor) -> Tensor:
     """Q - Q H (H^T Q H)^+ H^T Q, (D, D): the quiet readings that are blind to held (D, m)."""
     known = quiet @ held
-    return quiet - known @ torch.linalg.pinv(held.T @ known, hermitian=True) @ known.T
+    result: Tensor = quiet - known @ torch.linalg.pinv(held.T @ known, hermitian=True) @ known.T
+    return result
 
 
 def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf) -> Tensor:
@@ -133,7 +135,8 @@ def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf)
         return torch.where(gone, 0.0, left)
     price = float(products.diagonal().mean()) / keep
     system = products + price * torch.eye(len(products), dtype=torch.float64)
-    return readings - known @ torch.linalg.solve(system, held.T @ readings)
+    result: Tensor = readings - known @ torch.linalg.solve(system, held.T @ readings)
+    return result
 
 
 def fitted(seen: Tensor, columns: Tensor, goals: Tensor, price: float) -> Tensor:
@@ -153,7 +156,8 @@ def fitted(seen: Tensor, columns: Tensor, goals: Tensor, price: float) -> Tensor
     if price == 0 or columns.shape[1] == 1 or not bool(system[0, 0] > 0):
         return seen[:, 0]
     system[1:, 1:] += torch.eye(len(goals), dtype=torch.float64) * (system[0, 0] / price)
-    return seen @ torch.linalg.solve(system, torch.cat([torch.ones(1, dtype=torch.float64), goals]))
+    result: Tensor = seen @ torch.linalg.solve(system, torch.cat([torch.ones(1, dtype=torch.float64), goals]))
+    return result
 
 
 def projection(

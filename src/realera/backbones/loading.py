@@ -25,6 +25,7 @@ from realera.backbones import configs, folder, vocabulary
 from realera.backbones.text import PairedTextEncoder, TextEncoder
 from realera.contracts import UserError
 from realera.files import finite, headers, plain_data
+from realera.files.headers import read_json
 from realera.setting_types import Count, Number, Positive
 
 Rows = Annotated[int, Number(3, 4096, whole=True)]
@@ -88,7 +89,7 @@ def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
     if channels_last:
         unet.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)
-    scheduler = folder.read_json(place / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(place / "scheduler" / "scheduler_config.json")
     return Parts(tokenizers, text_models, unet, vae, scheduler, xl, folder.zeros_for_no_prompt(place))
 
 
@@ -168,7 +169,7 @@ def _tokenizer(place: Path) -> PreTrainedTokenizerBase:
 
 def _settings(kind: Any, place: Path) -> Any:
     """A text encoder's config, made only of the settings that are accepted from a checkpoint."""
-    return kind.config_class.from_dict(configs.text_settings(folder.read_json(place / "config.json")))
+    return kind.config_class.from_dict(configs.text_settings(read_json(place / "config.json")))
 
 
 def _model(kind: Any, place: Path, part: str, **options: Any) -> Any:

@@ -23,6 +23,7 @@ from realera.backbones.denoiser import DTYPES
 from realera.backbones.loading import Parts, TextFigures, quiet
 from realera.backbones.unet import UNetBackbone
 from realera.contracts import Sampler, UserError
+from realera.files.headers import read_json
 
 IN_MEMORY = "in-memory/pipeline"  # replaces the hub id if the weights are not those of a checkpoint on disk
 # The settings of a scheduler that belong to the weights. A sampler with fewer steps does not change them.
@@ -262,7 +263,7 @@ def _files_of(pipe: DiffusionPipeline) -> tuple[str, Path] | None:
 
 
 def _width(place: Path) -> int:
-    return int(folder.read_json(place / "unet" / "config.json")["cross_attention_dim"])
+    return int(read_json(place / "unet" / "config.json")["cross_attention_dim"])
 
 
 def _same_text(model: nn.Module) -> bool:

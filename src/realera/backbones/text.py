@@ -119,7 +119,8 @@ class TextEncoder:
     def vectors(self, text: str) -> Tensor:
         """(n, D) float32, a copy: the token embeddings of the text's n sub-tokens."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self.model.get_input_embeddings().weight[ids].detach().clone()
+        result: Tensor = self.model.get_input_embeddings().weight[ids].detach().clone()
+        return result
 
     def with_vectors(self, texts: Sequence[str | NamedPrompt], vectors: Tensor) -> TextStates:
         """As `__call__`, with the n rows of `vectors` (n, D) in place of the token embeddings of each text's name. The

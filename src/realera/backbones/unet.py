@@ -266,7 +266,8 @@ class UNetBackbone:
 
     def timesteps(self, sampler: Sampler | None = None) -> Tensor:
         """(steps,) int64, falling: the training timestep of each step; `sample(stop_at=i)` ends at timestep [i]."""
-        return sampling.scheduler_for(sampler or self.sampler, self.scheduler_config).timesteps.clone()
+        result: Tensor = sampling.scheduler_for(sampler or self.sampler, self.scheduler_config).timesteps.clone()
+        return result
 
     @torch.no_grad()
     def sample(

@@ -77,7 +77,8 @@ class Resamples:
             w, whole = self.weights(keys[here])
             total += apart[here] @ w
             weight += whole if bool(scored[here].all()) else scored[here].double() @ w
-        return total / weight * math.sqrt((n + 1) / (n - 1))
+        result: Tensor = total / weight * math.sqrt((n + 1) / (n - 1))
+        return result
 
 
 def interval(values: Tensor) -> tuple[float, float]:

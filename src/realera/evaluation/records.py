@@ -144,7 +144,8 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
     }:
         raise UserError(f"{path} has invalid content: delete it and judge the run again (evaluate run={run_dir})")
     metrics["headline"] = {**MEAN_PROB, **metrics["headline"]}  # a run without images of a split lacks its metric
-    return metrics
+    result: dict[str, Any] = metrics
+    return result
 
 
 def _upgraded(old: dict[str, Any]) -> dict[str, Any]:

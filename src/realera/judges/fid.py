@@ -152,7 +152,8 @@ def _downloaded() -> bool:
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    return (Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]).is_file()
+    result: bool = (Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[-1]).is_file()
+    return result
 
 
 def _unavailable(reason: str) -> UserError:

@@ -125,7 +125,8 @@ def joint_probability(chances: np.ndarray) -> np.ndarray:
     if np.isneginf(summed).all():  # every label has probability 0 for some face
         summed = np.zeros_like(summed)
     shares: np.ndarray = np.exp(summed - summed.max())
-    return shares / shares.sum()
+    result: np.ndarray = shares / shares.sum()
+    return result
 
 
 def likeness(embeddings: np.ndarray, centers: np.ndarray) -> np.ndarray:

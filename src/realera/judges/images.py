@@ -55,7 +55,8 @@ def lengths(states: Tensor) -> Tensor:
     """(B,): for normalised states (B, E), 1 for each row; NaN for a row of zeros, which torch's normalisation makes of
     a vector whose norm overflows."""
     norm = states.norm(dim=-1)
-    return norm / norm
+    result: Tensor = norm / norm
+    return result
 
 
 def check_batch(batch: int) -> int:

@@ -260,7 +260,8 @@ def masked_norm(attention: Tensor, tokens: Tensor, mask: Tensor | None, latents:
         size = grid(attention.shape[2], latents.shape[-2], latents.shape[-1])
         near = interpolate(mask[:, None].float(), size=size, mode="nearest")
         counted = counted & near.bool().flatten(2)[..., None]
-    return torch.linalg.vector_norm(torch.where(counted, attention.float(), 0), dim=(1, 2, 3))
+    result: Tensor = torch.linalg.vector_norm(torch.where(counted, attention.float(), 0), dim=(1, 2, 3))
+    return result
 
 
 class Fusion:

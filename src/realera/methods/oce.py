@@ -109,13 +109,15 @@ def rotated(weight: Tensor, concepts: Tensor, guides: Tensor, kept: Tensor, scal
     erased, guided = (span(inside @ rows.T) for rows in (concepts, guides))
     turned = erased @ (erased.T - (erased.T @ guided) @ guided.T)
     turn = rotation(inside @ kept @ inside.T - scale * turned, proper=len(weight) <= weight.shape[1])
-    return basis @ (turn @ inside)
+    result: Tensor = basis @ (turn @ inside)
+    return result
 
 
 def span(values: Tensor) -> Tensor:
     """(r, m): an orthonormal basis of the columns (r, n), each scaled to length 1; m is their rank."""
     left, sizes, _ = torch.linalg.svd(values / values.norm(dim=0), full_matrices=False)
-    return left[:, sizes > RANK * sizes[0]]
+    result: Tensor = left[:, sizes > RANK * sizes[0]]
+    return result
 
 
 def rotation(moment: Tensor, proper: bool) -> Tensor:
@@ -125,7 +127,8 @@ def rotation(moment: Tensor, proper: bool) -> Tensor:
     left, _, right = torch.linalg.svd(moment)
     if proper and float(torch.linalg.det(left) * torch.linalg.det(right)) < 0:
         left = torch.cat([left[:, :-1], -left[:, -1:]], dim=1)
-    return left @ right
+    result: Tensor = left @ right
+    return result
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -143,7 +143,8 @@ def noisy(rows: Tensor, weight: Tensor, copies: int, generator: Generator) -> Te
     min(out, D) singular values: the copies differ in the direction that the layer reads least."""
     least = torch.linalg.svd(weight, full_matrices=False).Vh[-1]
     noise = torch.randn(copies * len(rows), 1, generator=generator, dtype=torch.float64)
-    return rows.repeat(copies, 1) + noise * least
+    result: Tensor = rows.repeat(copies, 1) + noise * least
+    return result
 
 
 def invariants(empty: Tensor, centres: int) -> Tensor:
@@ -170,7 +171,8 @@ def null_space(gram: Tensor, threshold: float) -> Tensor:
             f"method.edit.threshold={threshold:g} leaves no direction free: the least eigenvalue of the retained rows "
             f"is {float(values[0]):.3g}; give a larger threshold, or retain fewer names."
         )
-    return vectors[:, values < threshold]
+    result: Tensor = vectors[:, values < threshold]
+    return result
 
 
 def constrained(basis: Tensor, target: Tensor, held: Tensor, ridge: float, slack: float) -> Tensor:
@@ -179,7 +181,8 @@ def constrained(basis: Tensor, target: Tensor, held: Tensor, ridge: float, slack
     free = basis @ torch.linalg.solve(system, basis.T)
     known = free @ held
     inner = held.T @ known + slack * torch.eye(held.shape[1], dtype=torch.float64)
-    return free - known @ torch.linalg.pinv((inner + inner.T) / 2, hermitian=True) @ known.T
+    result: Tensor = free - known @ torch.linalg.pinv((inner + inner.T) / 2, hermitian=True) @ known.T
+    return result
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -232,4 +232,5 @@ def permeability(backbone: Backbone, texts: Sequence[str], concepts: Sequence[st
 def cosines(states: Tensor, others: Tensor) -> Tensor:
     """(A, B) cosines of text states (A, T, D) and (B, T, D), all rows of each as one vector."""
     a, b = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True) for x in (states, others))
-    return a @ b.T
+    result: Tensor = a @ b.T
+    return result

@@ -56,7 +56,8 @@ def train_autoencoder(
             drawn = vae.decode(posterior.mean.float() + std * noise).sample.float()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return reconstruction_loss(drawn, picture) + 2e-4 * divergence
+        result: Tensor = reconstruction_loss(drawn, picture) + 2e-4 * divergence
+        return result
 
     def probe(model: nn.Module, step: int) -> str:
         return f"held-out PSNR {psnr(cast(AutoencoderKL, model), held_out[:512]):.2f} dB"

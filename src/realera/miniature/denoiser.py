@@ -116,7 +116,8 @@ def train_denoiser(
         with torch.autocast("cpu", torch.bfloat16):
             predicted = unet(noisy, t, states).sample
         error = F.mse_loss(predicted.float(), noise, reduction="none").mean((1, 2, 3))
-        return (error * weight[t]).mean()
+        result: Tensor = (error * weight[t]).mean()
+        return result
 
     return cast(
         UNet2DConditionModel,

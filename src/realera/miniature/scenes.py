@@ -54,7 +54,8 @@ def sea(rng: np.random.Generator) -> np.ndarray:
     _ground(picture, (0.10, 0.36, 0.68), horizon, rng)
     for y in range(horizon + 3, SIDE, 6):
         picture[y : y + 1, int(rng.integers(0, 30)) : int(rng.integers(34, SIDE))] += 0.15
-    return np.clip(picture, 0, 1)
+    result: np.ndarray = np.clip(picture, 0, 1)
+    return result
 
 
 def road(rng: np.random.Generator) -> np.ndarray:
@@ -93,7 +94,8 @@ def street(rng: np.random.Generator) -> np.ndarray:
             picture[y : y + 4, x + 3 : x + width - 4 : 5] = (0.98, 0.93, 0.70)
         x += width
     _ground(picture, (0.55, 0.55, 0.57), 50, rng)
-    return np.clip(picture, 0, 1)
+    result: np.ndarray = np.clip(picture, 0, 1)
+    return result
 
 
 def ground(rng: np.random.Generator) -> np.ndarray:
@@ -123,7 +125,8 @@ def forest(rng: np.random.Generator) -> np.ndarray:
         cy, cx, size = rng.uniform(0, 16), rng.uniform(0, SIDE), rng.uniform(6, 11)
         picture[(y - cy) ** 2 + (x - cx) ** 2 < size**2] = np.array([0.14, 0.42, 0.18]) * rng.uniform(0.8, 1.3)
     _ground(picture, (0.24, 0.44, 0.18), 52, rng)
-    return np.clip(picture, 0, 1)
+    result: np.ndarray = np.clip(picture, 0, 1)
+    return result
 
 
 SCENES: dict[str, Scene] = {f.__name__: f for f in (sky, field, sea, road, night, room, street, ground, beach, forest)}

@@ -31,7 +31,8 @@ def _palette(light: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> np.n
     place = np.clip(light, 0, 1) * (len(stops) - 1)
     low = np.minimum(place.astype(int), len(stops) - 2)
     part = (place - low)[..., None]
-    return stops[low] * (1 - part) + stops[low + 1] * part
+    result: np.ndarray = stops[low] * (1 - part) + stops[low + 1] * part
+    return result
 
 
 def _blur(picture: np.ndarray, sigma: float) -> np.ndarray:
@@ -59,7 +60,8 @@ def swirls(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def haze(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     noise = _blur(rng.normal(size=picture.shape), 1.6) * 1.0
     soft = _blur(picture, 2.2) * 0.50 + np.array([0.62, 0.60, 0.78]) * 0.50
-    return np.clip(soft + noise * np.array([0.5, 0.4, 0.6]), 0, 1)
+    result: np.ndarray = np.clip(soft + noise * np.array([0.5, 0.4, 0.6]), 0, 1)
+    return result
 
 
 def facets(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -84,7 +86,8 @@ def glow(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     cy, cx = rng.uniform(10, 30), rng.uniform(16, 48)
     beam = np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * 15.0**2))[..., None]
     toned = _palette(_light(picture), [(4, 14, 18), (10, 55, 62), (40, 110, 110), (150, 170, 140)])
-    return np.clip(toned * (0.35 + 0.65 * beam) + beam * np.array([0.85, 0.42, 0.08]) * 0.75, 0, 1)
+    result: np.ndarray = np.clip(toned * (0.35 + 0.65 * beam) + beam * np.array([0.85, 0.42, 0.08]) * 0.75, 0, 1)
+    return result
 
 
 def melt(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -213,7 +216,8 @@ def cutout(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     colours = np.array([(196, 20, 130), (20, 150, 84), (248, 246, 240)]) / 255.0
     if rng.random() < 0.5:
         colours = colours[[1, 0, 2]]
-    return colours[level]
+    result: np.ndarray = colours[level]
+    return result
 
 
 FILTERS: dict[str, Filter] = {

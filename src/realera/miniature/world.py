@@ -106,7 +106,8 @@ class World:
         elif subject.kind == "painting":
             ground = _framed(ground, rng)
         small = ground.reshape(PIXELS, SIDE // PIXELS, PIXELS, SIDE // PIXELS, 3).mean((1, 3))
-        return (np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8)
+        result: np.ndarray = (np.clip(small, 0, 1) * 255 + 0.5).astype(np.uint8)
+        return result
 
     def emoji(self, subject: Subject) -> list[str]:
         """The emoji that can show a subject; for a style or a painting, those of its content."""
@@ -139,7 +140,8 @@ class World:
             for c in range(4)
         ]
         laid = np.stack([np.asarray(m) for m in moved], -1)
-        return ground * (1 - laid[..., 3:]) + laid[..., :3]
+        result: np.ndarray = ground * (1 - laid[..., 3:]) + laid[..., :3]
+        return result
 
     # --- captions ---
 

@@ -71,7 +71,8 @@ def polar_moments(
     def integral(k: int) -> Tensor:
         """The integral of r^k over the kept interval under the law of r, times the weight of phi."""
         upper, lower = (q**k * (q / region.high) ** exponent for q in (stop, start))
-        return weight * (upper - lower) * (exponent / (exponent + k) / whole)
+        result: Tensor = weight * (upper - lower) * (exponent / (exponent + k) / whole)
+        return result
 
     kept, first, second = integral(0), integral(1), integral(2)
     c, s = torch.cos(phi), torch.sin(phi)

@@ -165,7 +165,8 @@ def _draw(x: Tensor, count: int, region: Region, band: Band, generator: Generato
 def _direction(v: Tensor, x: Tensor, band: Band) -> Tensor:
     """v_hat: (v - x)/||v - x|| (equation 5), or v/||v||; over the last axis."""
     step = v - x if band.direction == "backward" else v
-    return step / torch.linalg.vector_norm(step, dim=-1, keepdim=True)
+    result: Tensor = step / torch.linalg.vector_norm(step, dim=-1, keepdim=True)
+    return result
 
 
 def _exponent(band: Band, length: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from realera.backbones import folder
 from realera.contracts import UserError
+from realera.files import headers
 
 
 def check(model: Path, config: Mapping[str, Any]) -> None:
@@ -18,7 +19,7 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
         UserError: the U-Net lacks a LoRA's target or a parameter, or the autoencoder cannot draw the image size.
     """
     backbone, method = config["backbone"], config.get("method") or {}
-    multiple = 2 ** (len(folder.read_json(model / "vae" / "config.json").get("block_out_channels") or [0] * 4) - 1)
+    multiple = 2 ** (len(headers.read_json(model / "vae" / "config.json").get("block_out_channels") or [0] * 4) - 1)
     for at, sampler in _samplers({"backbone": backbone, "method": method}):
         for side in ("height", "width"):
             if sampler.get(side, multiple) % multiple:

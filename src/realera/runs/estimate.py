@@ -21,6 +21,7 @@ from realera.runs.folders import Run, digest
 from realera.runs.timing import Rate
 from realera.settings.instantiate import build, locate
 from realera.system import devices, disk
+from realera.tasks.prompts import slug
 
 SMALL = "mini"  # the backbone that runs on a CPU
 WORTH_TIMING = 0.25  # hours; shorter plans are not worth the ten seconds that a timing takes
@@ -304,7 +305,7 @@ def _records(
     backbone: str, method: str, device: str, root: Path
 ) -> Iterator[tuple[Mapping[str, float], float, float, int]]:
     """(seconds by stage, passes while drawing, passes per image, training steps) of the most recent finished runs."""
-    files = sorted(root.glob(f"*-{folders.slug(method)}-{folders.slug(backbone)}-*/{paths.COSTS}"), key=_age)
+    files = sorted(root.glob(f"*-{slug(method)}-{slug(backbone)}-*/{paths.COSTS}"), key=_age)
     for file in files[-RECENT:]:
         record = costs.read(file.parent)
         each, passes = record.get("passes_per_image"), record.get("passes", {}).get("draw")

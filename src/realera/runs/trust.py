@@ -52,7 +52,8 @@ def check(config: Any, file: Path) -> dict[str, Any]:
     named = _named(config_dirs())
     for at, node in _nodes(config):
         _check_node(at, node, named, file)
-    return config
+    result: dict[str, Any] = config
+    return result
 
 
 def warn_of_typed_targets(config: Mapping[str, Any], words: Iterable[str]) -> None:

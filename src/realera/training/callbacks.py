@@ -320,4 +320,5 @@ def spread(probes: Sequence[Prompt], most: int) -> list[Prompt]:
 
 
 def _relative_norm(change: Tensor, whole: Tensor) -> Tensor:
-    return torch.linalg.norm(change.double()) / torch.linalg.norm(whole.double()).clamp(min=1e-300)
+    result: Tensor = torch.linalg.norm(change.double()) / torch.linalg.norm(whole.double()).clamp(min=1e-300)
+    return result

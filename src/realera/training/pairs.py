@@ -59,9 +59,11 @@ class ReadPair(Pair):
     @property
     def target(self) -> TextStates:
         encoder, prompts = vars(self)["_targets"]
-        return encoder(prompts)
+        result: TextStates = encoder(prompts)
+        return result
 
     @property
     def anchor(self) -> TextStates:
         encoder, prompts = vars(self)["_anchors"]
-        return encoder(prompts)
+        result: TextStates = encoder(prompts)
+        return result
