@@ -66,6 +66,7 @@ check: setup ## lint, format check and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --config-file tests/mypy.ini tests $(wildcard experiments/*/*.py)
 
 docs: setup ## build the documentation site in site/; broken links are errors
 	$(VENV)/bin/mkdocs build --quiet --strict

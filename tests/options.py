@@ -28,7 +28,7 @@ def part_settings(part: str, name: str) -> Any:
 
 @cache
 def _read(name: str) -> Any:
-    node = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
+    node: Any = OmegaConf.load(CONF_DIR / "method" / f"{name}.yaml")
     below: list[Any] = []
     for entry in node.pop("defaults", []):
         if isinstance(entry, str) and entry != "_self_":

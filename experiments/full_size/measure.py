@@ -92,7 +92,7 @@ def main(folder: str, results: str, *settings: str) -> None:
         config = composition.plain(compose("train", [*SETTINGS, f"backbone.pretrained={folder}", *settings]))
     clock = Clock()
     with stage(clock, "load"):
-        backbone = steps.load_backbone(config)
+        backbone: Any = steps.load_backbone(config)  # its parts are counted below
     with stage(clock, "fingerprint"):
         print(backbone.fingerprint, file=sys.stderr)
     task = composition.build_task(config)

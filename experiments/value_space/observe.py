@@ -111,7 +111,7 @@ def in_noise(backbone: Backbone, name: str, texts: list[str], images: int) -> Te
 
 def observed(backbone: Backbone, config: Mapping[str, Any], task: str, images: int) -> dict[str, Any]:
     """{space: {kind: {"auc": the mean over the concepts, "concepts": {name: auc}}}} of a task's known concepts."""
-    known = composition.build_task(config)
+    known: Any = composition.build_task(config)
     template = TASKS[task]
     names = {name: fill(template, name).text for name in known.labels}
     everyone = list(names)

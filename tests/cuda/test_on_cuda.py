@@ -121,7 +121,7 @@ def erased(name: str, device: str, folder: Path, *words: str) -> tuple[Any, list
 def first_weights() -> dict[str, Tensor]:
     from realera.runs import steps
 
-    return {name: value.detach().clone() for name, value in steps.load_backbone(settings()).unet.named_parameters()}
+    return {name: value.detach().clone() for name, value in steps.load_backbone(settings()).denoiser.named_parameters()}
 
 
 def change(state: dict[str, Tensor]) -> Tensor:
@@ -180,16 +180,16 @@ def test_a_run_that_is_gone_on_with_ends_alike(tmp_path: Path, record: Callable[
     whole, _ = erased("realera", DEVICE, tmp_path / "whole", "method.align.steps=4")
     folder = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
-        from realera.training import callbacks
+        from realera.training.losses import LossLines
 
-        told = callbacks.LossLines.on_train_batch_end
+        told = LossLines.on_train_batch_end
 
         def stop(self: Any, trainer: Any, *more: Any) -> None:
             told(self, trainer, *more)
             if trainer.global_step == 3:
                 raise UserError("cut")
 
-        patch.setattr(callbacks.LossLines, "on_train_batch_end", stop)
+        patch.setattr(LossLines, "on_train_batch_end", stop)
         with pytest.raises(UserError, match="cut"):
             erased("realera", DEVICE, folder, "method.align.steps=4")
     resumed, losses = erased("realera", DEVICE, folder, "method.align.steps=4")

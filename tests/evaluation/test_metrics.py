@@ -17,6 +17,8 @@ from realera.evaluation.metrics import available_modes, by_prompt, estimates, h_
 from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure, scalars
 
+Judged = tuple[list[Prompt], list[Verdict]]
+
 TABLES = Path(str(files("realera.reporting") / "printed"))
 
 WITH_H_O = ("object", "celebrity", "style", "ablation")
@@ -140,13 +142,13 @@ def _three(acc_e: float, acc_s: float, acc_g: float) -> float:
     return h_o({"acc_e": acc_e, "acc_s": acc_s, "acc_g": acc_g})
 
 
-def _judged(rows: list[tuple[Split, str, float, str]]) -> tuple[list[Prompt], list[Verdict]]:
+def _judged(rows: list[tuple[Split, str, float, str]]) -> Judged:
     prompts = [Prompt(f"{i}", f"a photo of the {c}", c, s, i) for i, (s, c, _, _) in enumerate(rows)]
     return prompts, [Verdict(f"{i}", value, label) for i, (_, _, value, label) in enumerate(rows)]
 
 
 @pytest.fixture
-def judged() -> tuple[list[Prompt], list[Verdict]]:
+def judged() -> Judged:
     return _judged(
         [
             ("erase", "airplane", 0.2, "sky"),
@@ -164,7 +166,7 @@ def judged() -> tuple[list[Prompt], list[Verdict]]:
     )
 
 
-def test_accuracies_by_split_and_mode(judged: tuple) -> None:
+def test_accuracies_by_split_and_mode(judged: Judged) -> None:
     found = estimates(*judged, MEAN_PROB, Resamples())
     assert found["acc_e"].value == pytest.approx(40)
     assert found["acc_g"].value == pytest.approx(20)
@@ -175,14 +177,14 @@ def test_accuracies_by_split_and_mode(judged: tuple) -> None:
     assert top1["acc_s"].value == 75, "three of four images, as MACE counts; the mean over classes would be 50"
 
 
-def test_unscored_images_are_left_out_and_counted(judged: tuple) -> None:
+def test_unscored_images_are_left_out_and_counted(judged: Judged) -> None:
     found = estimates(*judged, MEAN_PROB, Resamples())
     assert (found["acc_e"].n, found["acc_e"].unscored) == (2, 1)
     assert (found["acc_s"].n, found["acc_s"].unscored) == (4, 1)
     assert (found["h_o"].n, found["h_o"].unscored) == (8, 2)
 
 
-def test_a_split_without_images_has_no_value(judged: tuple) -> None:
+def test_a_split_without_images_has_no_value(judged: Judged) -> None:
     found = estimates(*judged, MEAN_PROB, Resamples())
     assert math.isnan(found["acc_u"].value) and math.isnan(found["acc_u"].low) and found["acc_u"].n == 0
     prompts, verdicts = _judged([("erase", "cat", math.nan, ""), ("keep", "dog", 0.9, "dog")])
@@ -217,14 +219,14 @@ def test_intervals_shrink_with_images_and_are_repeatable() -> None:
     assert all(later < 0.7 * earlier for earlier, later in pairwise(widths))
 
 
-def test_h_os_interval_comes_from_the_splits_resampled_together(judged: tuple) -> None:
+def test_h_os_interval_comes_from_the_splits_resampled_together(judged: Judged) -> None:
     found = estimates(*judged, MEAN_PROB, Resamples())
     best = _three(found["acc_e"].low, found["acc_s"].high, found["acc_g"].low)
     worst = _three(found["acc_e"].high, found["acc_s"].low, found["acc_g"].high)
     assert worst <= found["h_o"].low <= found["h_o"].value <= found["h_o"].high <= best
 
 
-def test_each_prompt_is_listed_in_both_modes(judged: tuple) -> None:
+def test_each_prompt_is_listed_in_both_modes(judged: Judged) -> None:
     rows = by_prompt(*judged, ["mean_prob", "top1"], MEAN_PROB)
     assert [(r["split"], r["prompt"], r["n"], r["unscored"]) for r in rows] == [
         ("erase", "a photo of the airplane", 2, 1),
@@ -238,7 +240,7 @@ def test_each_prompt_is_listed_in_both_modes(judged: tuple) -> None:
 PROTOCOL = {"judge": {"judge": "eye"}}
 
 
-def _run(folder: Path, judged: tuple, original: bool = True) -> None:
+def _run(folder: Path, judged: Judged, original: bool = True) -> None:
     prompts, verdicts = judged
     write_manifest(folder, [Row(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png") for p in prompts])
     write_verdicts(verdict_file(folder, "eye"), verdicts)
@@ -247,7 +249,7 @@ def _run(folder: Path, judged: tuple, original: bool = True) -> None:
         write_verdicts(verdict_file(folder, "eye", "original"), before)
 
 
-def test_metrics_json_has_both_models_and_the_protocol(tmp_path: Path, judged: tuple) -> None:
+def test_metrics_json_has_both_models_and_the_protocol(tmp_path: Path, judged: Judged) -> None:
     _run(tmp_path, judged)
     metrics = measure(tmp_path, "eye", {"task": "object", **PROTOCOL})
     text = (tmp_path / "metrics.json").read_text()
@@ -267,7 +269,7 @@ def test_metrics_json_has_both_models_and_the_protocol(tmp_path: Path, judged: t
     assert metrics["protocol"]["interval"]["level"] == 95
 
 
-def test_measuring_again_gives_the_same_bytes(tmp_path: Path, judged: tuple) -> None:
+def test_measuring_again_gives_the_same_bytes(tmp_path: Path, judged: Judged) -> None:
     _run(tmp_path, judged)
     measure(tmp_path, "eye", PROTOCOL)
     first = (tmp_path / "metrics.json").read_bytes()
@@ -275,12 +277,12 @@ def test_measuring_again_gives_the_same_bytes(tmp_path: Path, judged: tuple) -> 
     assert (tmp_path / "metrics.json").read_bytes() == first
 
 
-def test_a_run_of_the_original_model_has_no_original_block(tmp_path: Path, judged: tuple) -> None:
+def test_a_run_of_the_original_model_has_no_original_block(tmp_path: Path, judged: Judged) -> None:
     _run(tmp_path, judged, original=False)
     assert measure(tmp_path, "eye", PROTOCOL)["original"] is None
 
 
-def test_verdicts_of_other_images_are_refused(tmp_path: Path, judged: tuple) -> None:
+def test_verdicts_of_other_images_are_refused(tmp_path: Path, judged: Judged) -> None:
     _run(tmp_path, judged)
     write_verdicts(verdict_file(tmp_path, "eye", "original"), [Verdict("other", 1.0, "cat")])
     with pytest.raises(UserError, match="judge the run again"):
@@ -289,7 +291,7 @@ def test_verdicts_of_other_images_are_refused(tmp_path: Path, judged: tuple) -> 
         measure(tmp_path, "ear", {})
 
 
-def test_scalars_are_flat_and_leave_out_unmeasured_values(judged: tuple) -> None:
+def test_scalars_are_flat_and_leave_out_unmeasured_values(judged: Judged) -> None:
     prompts, verdicts = judged
     flat = scalars(summarise(prompts, verdicts, verdicts))
     assert flat["acc_e"] == pytest.approx(40) and flat["acc_e_top1"] == 50

@@ -141,7 +141,7 @@ def test_the_guide_gets_the_concepts_too() -> None:
 def test_a_method_can_get_the_preserved_names_that_are_not_judged() -> None:
     words = ("task=celebrity", "backbone=mini", "concept=Tom Cruise", "method=valera")
     config = settings(*words, "method.edit.keep=task", "task.told=half")
-    built = composition.build_task(config)
+    built: Any = composition.build_task(config)
     named = composition.name_concepts(config, built)
     assert named["method"]["edit"]["keep"] == built.told and len(built.told) == 11
     assert not {prompt.concept for prompt in built.eval_prompts()} & set(built.told)

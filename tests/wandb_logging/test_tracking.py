@@ -67,7 +67,7 @@ def whole(file: Path) -> list[Any]:
         time.sleep(0.05)
 
 
-def read_back(folder: Path) -> dict[str, dict[str, Any]]:
+def read_back(folder: Path) -> dict[str, Any]:
     """{"config", "summary", "history": {key: [values]}, "images": the table's, "run": its record, "tables"} of the
     folder's only W&B run. All files are in the folder."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
