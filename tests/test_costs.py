@@ -156,11 +156,11 @@ def entries(*spent: Cost | None) -> ReusedCosts:
 
 def test_what_was_read_from_the_cache_counts_as_it_cost() -> None:
     meter = Meter()
-    meter.spared("latents", entries(Cost(5, 100), Cost(7.5, 200)))
+    meter.reused("latents", entries(Cost(5, 100), Cost(7.5, 200)))
     record = meter.record()
     assert record["shared"] == {"latents": {"seconds": 12.5, "passes": 300}}
     assert not costs.at_least(record)
-    meter.spared("latents", entries(Cost(5, 100), None))
+    meter.reused("latents", entries(Cost(5, 100), None))
     assert meter.record()["shared"] == {"latents": {"seconds": 5, "passes": 100, "unknown": 1}}
     assert costs.at_least(meter.record())
 
@@ -176,7 +176,7 @@ def test_a_run_that_goes_on_is_not_charged_twice_for_its_own_bank(tmp_path: Path
             clock.now += made / 10
             backbone.passes += made
             if looped:
-                meter.spared("latents", entries(read))
+                meter.reused("latents", entries(read))
         if looped:
             with meter.stage("train"):
                 backbone.passes += looped

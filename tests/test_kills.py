@@ -33,7 +33,7 @@ WORDS = [
 SAME = ("manifest.jsonl", "losses.jsonl", "edit.json", "metrics.json")
 JUDGED = ("miniature.jsonl", "miniature.original.jsonl", "miniature.json")
 
-# Imports everything once, then forks a process for every command: a start of two seconds that writes nothing is spared.
+# Imports everything once, then forks a process for every command: a start of two seconds that writes nothing is reused.
 NURSERY = """
 import json, os, sys, time
 from importlib import import_module

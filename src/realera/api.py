@@ -164,7 +164,7 @@ class Erased:
         """Restores the pipeline as it was before, bit for bit. Raises UserError if a later erasure is still on it."""
         self._refuse_undone()
         self._refuse_under_later()
-        with self._backbone.borrowed():
+        with self._backbone.in_use():
             self._backbone.load_erased({})
         _stacks[self._backbone.denoiser].pop()
         self._undone = True
@@ -175,7 +175,7 @@ class Erased:
         """The backbone with its adapter not merged, as in the commands."""
         self._refuse_undone()
         self._refuse_under_later()
-        with self._backbone.borrowed(), paths.cache_at(self._cache or self.folder / CACHE):
+        with self._backbone.in_use(), paths.cache_at(self._cache or self.folder / CACHE):
             self._backbone.load_erased(self._state)
             try:
                 yield self._backbone
@@ -311,7 +311,7 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
             shutil.copyfile(run.folder / name, own / name)
     erased = Erased(backbone, run.config, own, None)
     weakref.finalize(erased, shutil.rmtree, own, ignore_errors=True)
-    with backbone.borrowed():
+    with backbone.in_use():
         backbone.load_erased(content.state)
         erased._register()
     return erased
@@ -411,7 +411,7 @@ def _isolated(erased: Erased, progress: bool) -> Iterator[None]:
     from realera.training.isolation import isolated
 
     cache = erased._cache or erased.folder / CACHE
-    with isolated(), terminal.without_bars(not progress), paths.cache_at(cache), erased._backbone.borrowed():
+    with isolated(), terminal.without_bars(not progress), paths.cache_at(cache), erased._backbone.in_use():
         yield
 
 

@@ -74,7 +74,7 @@ def _run(config_name: str, step: Step, positional: str | None) -> int:
             status = _status_of_signal()
         elif isinstance(error, SystemExit) and not error.code and (unread := terminal.status(arguments)):  # --help
             status = unread
-        elif not isinstance(error, Exception) or error in job.met:
+        elif not isinstance(error, Exception) or error in job.step_errors:
             raise
         else:
             status = _status_outside_jobs(error, config_name, arguments)

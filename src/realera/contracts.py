@@ -284,7 +284,9 @@ class Backbone(Protocol):
         the rows after a shorter text's EOS are 0."""
         ...
 
-    def refuse_cut(self, prompts: Sequence[NamedPrompt]) -> None: ...  # UserError if the token limit cuts a name
+    def check_not_truncated(self, prompts: Sequence[NamedPrompt]) -> None:
+        """UserError if the token limit cuts a name."""
+        ...
 
     def token_vectors(self, text: str) -> Tensor: ...  # (n, D): token embeddings of the text's n sub-tokens
 

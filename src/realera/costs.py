@@ -111,7 +111,7 @@ class Meter:
         with self._lock:
             self.known |= numbers
 
-    def spared(self, stage: str, entries: ReusedCosts) -> None:
+    def reused(self, stage: str, entries: ReusedCosts) -> None:
         """Records the original cost of the cached inputs that `stage` read. A resumed run also finds its own cached
         files; their cost is already counted and is subtracted."""
         if stage in self.before.get("shared", {}):

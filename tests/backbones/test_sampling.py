@@ -214,7 +214,7 @@ def test_keys_and_values_are_computed_once_and_images_are_equal(
     def both() -> tuple[Tensor, Tensor]:
         quick = sample()
         with monkeypatch.context() as patch:
-            patch.setattr(backbone._denoise, "of_same_texts", lambda: backbone._denoise)
+            patch.setattr(backbone._denoise, "with_cached_text", lambda: backbone._denoise)
             return quick, sample()
 
     quick, plain = both()

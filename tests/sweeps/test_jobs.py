@@ -408,12 +408,12 @@ def test_a_job_takes_stamp_launch_folder_and_resolvers_to_another_process(
     monkeypatch.setenv("REALERA_LAUNCH", "now")
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this_module())
     monkeypatch.chdir(tmp_path)
-    carried = pickle.dumps(sweep.Job(step, same, arrive, met=[ValueError()]))
+    carried = pickle.dumps(sweep.Job(step, same, arrive, step_errors=[ValueError()]))
     monkeypatch.chdir("/")
     monkeypatch.delenv("REALERA_STAMP")
     monkeypatch.setenv("REALERA_LAUNCH", "an earlier one, of a worker that is used again")
     job = pickle.loads(carried)
-    assert arrived == ["here", "now"] and Path.cwd() == tmp_path and job.met == []
+    assert arrived == ["here", "now"] and Path.cwd() == tmp_path and job.step_errors == []
     assert job.step is step
 
 

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from realera.contracts import Edit, LoraSpec, Method
 from realera.training.checkpoint import read_erased
 from realera.training.fit import fit
-from realera.training.per_concept_adamw import AdamWInTurns
+from realera.training.per_concept_adamw import PerConceptAdamW
 
 SETTINGS = {"lr": 0.1, "weight_decay": 0.01}
 RANK, CONCEPTS = 2, 3
@@ -32,7 +32,7 @@ def pull(down: Tensor, up: Tensor) -> Tensor:
 
 def test_every_concept_is_trained_as_if_it_were_alone() -> None:
     down, up = (nn.Parameter(tensor) for tensor in start())
-    optimizer = AdamWInTurns([down, up], CONCEPTS, **SETTINGS)
+    optimizer = PerConceptAdamW([down, up], CONCEPTS, **SETTINGS)
     for concept in TURNS:
         optimizer.zero_grad()
         rows = slice(concept * RANK, (concept + 1) * RANK)

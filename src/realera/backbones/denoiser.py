@@ -100,7 +100,7 @@ class Denoiser:
         finally:
             self._forward = forward
 
-    def of_same_texts(self) -> Callable[..., Tensor]:
+    def with_cached_text(self) -> Callable[..., Tensor]:
         """A denoiser for passes without gradients, with the same text states and the same weights. On a CPU,
         uncompiled, keys and values of the text are computed once and reused. On a GPU the memory is better spent on
         larger batches."""

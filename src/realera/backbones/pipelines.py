@@ -34,7 +34,7 @@ PEEK = 16  # numbers read at each end of a tensor for the fingerprint
 class PipelineBackbone(UNetBackbone):
     """`contracts.Backbone` for a pipeline's own components.
 
-    The U-Net keeps its dtype. All work is done inside `borrowed`, where text encoders and autoencoder are float32;
+    The U-Net keeps its dtype. All work is done inside `in_use`, where text encoders and autoencoder are float32;
     afterwards they are in their own dtype again, bit for bit. Raises UserError for a pipeline that is not a Stable
     Diffusion 1.x, 2.x or XL, or that lacks components.
     """
@@ -57,7 +57,7 @@ class PipelineBackbone(UNetBackbone):
         return self._marks[True]
 
     @contextmanager
-    def borrowed(self) -> Iterator[None]:
+    def in_use(self) -> Iterator[None]:
         """All work on the pipeline is done inside this context. At the end every module has its device, dtype, training
         mode and attention processors again, and every parameter its requires_grad."""
         modules: list[nn.Module] = [self.unet, *self._other_models]

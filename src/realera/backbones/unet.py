@@ -124,7 +124,7 @@ class UNetBackbone:
                 return self.text(texts, to_end)
             return self.text.with_vectors(texts, vectors.to(device))
 
-    def refuse_cut(self, prompts: Sequence[NamedPrompt]) -> None:
+    def check_not_truncated(self, prompts: Sequence[NamedPrompt]) -> None:
         """See `TextEncoder.rows`."""
         for prompt in prompts:
             self.text.rows(prompt)
@@ -289,7 +289,7 @@ class UNetBackbone:
         size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
         beside = self.encode(guide.prompts) if guide is not None and guide.prompts else None
         drawn = sampling.sample(
-            self._denoise.of_same_texts(),
+            self._denoise.with_cached_text(),
             self._schedule,
             sampling.scheduler_for(chosen, self.scheduler_config),
             sampling.start_noise(seeds, size).to(self.device),

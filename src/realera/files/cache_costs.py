@@ -42,7 +42,7 @@ class ReusedCosts:
         return sum(spent is None for spent in self.files.values())
 
 
-_open: ContextVar[ReusedCosts | None] = ContextVar("ledger", default=None)
+_open: ContextVar[ReusedCosts | None] = ContextVar("reused_costs", default=None)
 
 
 @contextmanager

@@ -256,7 +256,7 @@ def measured(
 
 def _fits_prompt(backbone: Backbone, text: str) -> bool:
     try:
-        backbone.refuse_cut([NamedPrompt.of("{}", text)])
+        backbone.check_not_truncated([NamedPrompt.of("{}", text)])
     except UserError:
         return False
     return True

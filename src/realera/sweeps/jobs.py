@@ -153,14 +153,14 @@ class Job:
     machine, and an error of one job does not stop the others. Outside a sweep, bad input ends the process with exit
     status 2.
 
-    arrive: prepares another process as the command prepared this one. met: the errors of the step, so that they are not
-    mistaken for errors in the settings.
+    arrive: prepares another process as the command prepared this one. step_errors: the errors of the step, so that
+    they are not mistaken for errors in the settings.
     """
 
     step: Callable[[DictConfig], float | None]
     prepare: Callable[[DictConfig], DictConfig]
     arrive: Callable[[], None]
-    met: list[Exception] = field(default_factory=list)
+    step_errors: list[Exception] = field(default_factory=list)
 
     def __call__(self, cfg: DictConfig) -> float | None:
         if not composition.in_sweep():
@@ -190,7 +190,7 @@ class Job:
         try:
             return self.step(ready)
         except Exception as error:
-            self.met.append(error)
+            self.step_errors.append(error)
             if (sentence := error_sentences.of_step(error)) is None:
                 raise
             fail(sentence)  # raises SystemExit: Hydra would add a line of its own to any other exception
@@ -199,7 +199,7 @@ class Job:
         own = {name: os.environ[name] for name in (STAMP, LAUNCH, "HYDRA_FULL_ERROR") if name in os.environ}
         seen = os.environ.get(devices.VISIBLE)
         origin = {"environ": own, "cwd": os.getcwd(), "gpus": devices.visible(), "seen": seen}
-        return {**self.__dict__, "met": [], "_origin": origin}
+        return {**self.__dict__, "step_errors": [], "_origin": origin}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         origin = state.pop("_origin")

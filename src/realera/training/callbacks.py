@@ -111,7 +111,7 @@ class ClosedFormEdit(Callback):
                     self.mined = Mined(method.neighbours, module.pairs, module.seed)
                 edit = method.edit(backbone, module.pairs, self.mined)
                 if found.files:
-                    self.meter.spared("edit", found)
+                    self.meter.reused("edit", found)
             self.report = self._apply(module, edit, "edit")
             if (sights := getattr(method.neighbours, "sights", None)) is not None:
                 self.report["seen"] = [asdict(sight) for sight in sights()]
@@ -228,7 +228,7 @@ class PrepareLatents(Callback):
                     ranks.wait()
                 for shared in together:
                     shared.prepare(*given, ranks=ranks)
-                self.meter.spared("latents", found)
+                self.meter.reused("latents", found)
         module.backbone.park()
 
 

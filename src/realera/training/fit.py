@@ -27,7 +27,7 @@ from realera.training.callbacks import ClosedFormEdit, FitProgress, Measured, Pr
 from realera.training.checkpoint import Origin, load_erased, save_erased
 from realera.training.losses import LossLines
 from realera.training.module import ErasureModule, clip_of, steps_of, trains
-from realera.training.resuming import Checkpoints, KeepsAnswer, same_run
+from realera.training.resuming import Checkpoints, KeepSignalHandler, same_run
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def fit(
         FitProgress(f"Aligning noise ({method.name})"),
         *callbacks,
         checkpoints,
-        KeepsAnswer(),
+        KeepSignalHandler(),
     ]
     with _quiet():
         runner = _trainer(settings, steps, run_dir, loggers, around)

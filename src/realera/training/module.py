@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from realera.contracts import Aligner, Backbone, Clipped, Method, Pair, Scheduled, TextStates, TrainingBatch, UserError
 from realera.files import finite
-from realera.training.per_concept_adamw import AdamWInTurns
+from realera.training.per_concept_adamw import PerConceptAdamW
 from realera.training.seeding import stream
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class ErasureModule(LightningModule):
     def on_after_backward(self) -> None:
         self._refuse_bad_gradients()
         optimizer = self.optimizers(use_pl_optimizer=False)
-        if isinstance(optimizer, AdamWInTurns):
+        if isinstance(optimizer, PerConceptAdamW):
             optimizer.hand_over(concept_of_step(self.trainer.global_step + 1, len(self.pairs)))
 
     def _refuse_bad_gradients(self) -> None:
@@ -138,7 +138,7 @@ class ErasureModule(LightningModule):
             )
         settings: dict[str, Any] = {"lr": align.lr, "betas": BETAS, "weight_decay": align.weight_decay}
         concepts = len(self.pairs) if has_adapter_per_concept(align) else 1
-        optimizer = AdamW(trained, **settings) if concepts == 1 else AdamWInTurns(trained, concepts, **settings)
+        optimizer = AdamW(trained, **settings) if concepts == 1 else PerConceptAdamW(trained, concepts, **settings)
         if not isinstance(align, Scheduled):
             return [optimizer]
         follow = LambdaLR(optimizer, lambda done: align.rate(step_of_concept(done + 1, concepts)))

@@ -23,7 +23,7 @@ def encoded_pairs(backbone: Backbone, task: Task, meter: Meter | None = None) ->
     pairs: list[Pair] = []
     for concept in task.concepts:
         named, anchored = zip(*task.training_prompts(concept))
-        backbone.refuse_cut([*named, *anchored])
+        backbone.check_not_truncated([*named, *anchored])
         pairs.append(ReadPair(concept, targets, named, anchors, anchored))
     return pairs
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 
-class AdamWInTurns(AdamW):
+class PerConceptAdamW(AdamW):
     """AdamW with its own state for each concept's part of every tensor. So a concept's training does not depend on the
     other concepts.
 

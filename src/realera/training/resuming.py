@@ -21,7 +21,7 @@ from realera.files import checksums, finite
 from realera.training import saved
 from realera.training.losses import LossLines
 from realera.training.module import FIRST_SCALE, REMEDY, ErasureModule, steps_per_concept
-from realera.training.per_concept_adamw import AdamWInTurns
+from realera.training.per_concept_adamw import PerConceptAdamW
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Checkpoints(Callback):
             trainer.strategy.barrier("checkpoint")
 
 
-class KeepsAnswer(Callback):
+class KeepSignalHandler(Callback):
     """Keeps our handler of SIGTERM. Lightning's own would wait for all processes, and some may not get the signal."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ def form_of(trainer: Trainer, module: ErasureModule) -> saved.Form:
         steps=trainer.max_steps,
         weights=module.trained(),
         trained=_parameters(optimizer),
-        concepts=optimizer.concepts if isinstance(optimizer, AdamWInTurns) else 1,
+        concepts=optimizer.concepts if isinstance(optimizer, PerConceptAdamW) else 1,
         latents=lambda step: latents.state_form(steps_per_concept(step, len(module.pairs))) if keeps(latents) else {},
         scale=None if scaler is None else (FIRST_SCALE, scaler.get_growth_interval()),
     )
