@@ -69,7 +69,7 @@ check: setup ## lint, format check and types
 	$(VENV)/bin/mypy --config-file tests/mypy.ini tests $(wildcard experiments/*/*.py)
 
 docs: setup ## build the documentation site in site/; broken links are errors
-	$(VENV)/bin/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 	@echo "page to open: site/index.html"
 
 bench: setup ## ratios of speed against plain code and diffusers on this CPU (makes a model of 4.3 GB once)
