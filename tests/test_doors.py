@@ -368,7 +368,9 @@ def test_an_exported_pipeline_draws_the_runs_images(run_dir: Path, type_in: Type
     from realera.runs import steps
 
     type_in("export", f"run={run_dir}", "to=diffusers", "out=pipeline", small=False)
-    loaded = StableDiffusionPipeline.from_pretrained(place / "pipeline").unet
+    pipeline = StableDiffusionPipeline.from_pretrained(place / "pipeline")
+    assert pipeline("a cat", num_inference_steps=1, height=32, width=32).images[0].size == (32, 32)
+    loaded = pipeline.unet
     ours = steps.load_run(folders.open_run(str(run_dir)))
     latents, states = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), ours.encode(["a cat", "sky"])
     with torch.no_grad():

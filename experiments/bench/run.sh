@@ -18,5 +18,6 @@ if [[ ! -f $FOLDER/model_index.json ]]; then
 fi
 "$PY" experiments/bench/measure.py "$FOLDER" "$RESULTS" "${COUNTS:-1,100}"
 "$PY" experiments/cuda/measure.py sd14-float32 "$RESULTS" cpu > "$(dirname "$RESULTS")/miniature.log" 2>&1
+"$PY" experiments/bench/valera.py "$FOLDER" "$RESULTS"
 [[ -z ${MEMORY:-} ]] || "$PY" experiments/bench/memory.py "$FOLDER" "$RESULTS" "$MEMORY"
 "$PY" experiments/bench/table.py "$RESULTS"

@@ -23,6 +23,13 @@ def rows(found: dict) -> list[tuple[str, str, str, str]]:
         out.append(
             (what, f"{draw['seconds']:.2f}", f"{draw['diffusers_seconds']:.2f}, diffusers", f"{draw['ratio']:.2f}")
         )
+    for name, measured in found.get("valera", {}).items():
+        for one in measured:
+            what = f"VALERA, {name}, {one['names']:,} name{'s' * (one['names'] > 1)}"
+            seconds = one["text_s"] + one["edit_s"]
+            out.append(
+                (what, f"{seconds:.2f}", "", f"closed form {one['edit_s']:.2f} s, text states {one['text_s']:.2f} s")
+            )
     for one in found.get("memory", ()):
         what = f"RealEra's closed form, mined, {one['concepts']:,} concepts"
         out.append((what, f"{one['seconds']:,.0f}", "", f"peak memory {one['peak_gb']:.1f} GB"))

@@ -136,12 +136,22 @@ def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None
             (beside / part).mkdir()
             for file in _files_to_copy(source, part):
                 shutil.copyfile(file, beside / part / file.name.replace(".fp16.", "."))
+            if part.startswith("text_encoder"):
+                _promise_float32(beside / part / "config.json")
         save_file(
             merged(base_unet(source), erased),
             beside / "unet" / f"{models['unet']}.safetensors",
             {"format": "pt"},
         )
         (beside / "model_index.json").write_text(plain_data.json_text(_index(source), indent=2), encoding="utf-8")
+
+
+def _promise_float32(file: Path) -> None:
+    """transformers loads a text encoder in its config's dtype, and diffusers loads the U-Net in float32: without
+    torch_dtype both must agree."""
+    settings = plain_data.read_json(file)
+    settings.pop("torch_dtype", None)
+    file.write_text(plain_data.json_text({**settings, "dtype": "float32"}, indent=2), encoding="utf-8")
 
 
 def _files_to_copy(source: Path, part: str) -> list[Path]:

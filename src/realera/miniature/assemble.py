@@ -31,6 +31,8 @@ def assemble(parts: Path, out: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(beside, safe_serialization=True)
     prefixed(beside / "text_encoder" / "model.safetensors")
+    config = beside / "text_encoder" / "config.json"  # transformers loads in this dtype, diffusers the U-Net in float32
+    config.write_text(config.read_text(encoding="utf-8").replace('"dtype": "float16"', '"dtype": "float32"'), "utf-8")
     shutil.copytree(parts / "judge", beside / "judge")
     for extra in ("vocab.json", "merges.txt"):  # older programs need these two files besides tokenizer.json
         if (parts / "tokenizer" / extra).is_file():

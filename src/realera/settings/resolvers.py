@@ -38,7 +38,7 @@ def register_resolvers() -> None:
 def default_backbone() -> tuple[str, str]:
     """(backbone, reason): Stable Diffusion 1.4 if the installed torch can use a CUDA device, otherwise mini."""
     if not cuda_devices():
-        return "mini", "no CUDA device; backbone=sd14 uses Stable Diffusion 1.4 anyway"
+        return "mini", "because there is no CUDA device; type backbone=sd14 for Stable Diffusion 1.4"
     try:
         build = metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -46,7 +46,7 @@ def default_backbone() -> tuple[str, str]:
     if "+cpu" in build:
         return (
             "mini",
-            f"torch {build} cannot use the CUDA device; backbone=sd14 uses Stable Diffusion 1.4 anyway",
+            f"because torch {build} cannot use the CUDA device; type backbone=sd14 for Stable Diffusion 1.4",
         )
     return "sd14", "a CUDA device was found; backbone=mini uses the small model in the package"
 
