@@ -311,6 +311,7 @@ ALLOWED = {  # (file, function): why it does not go through `disk.atomic`
     ("reporting/demo_page.py", "data_uri"): "into memory",
     ("files/checksums.py", "_order"): "changes what is being written",
     ("backbones/portable.py", "_promise_float32"): "in the folder of save_pipeline, which is written with atomic",
+    ("miniature/assemble.py", "assemble"): "into a folder that is renamed at the end",
     ("dashboard.py", "save"): "to a server",
     ("api.py", "erase"): "a temporary folder",
     ("api.py", "load"): "into a temporary folder",
