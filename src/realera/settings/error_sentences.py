@@ -23,6 +23,11 @@ from realera.system import disk
 LISTS = ("prompts",)  # settings that take several texts in one job
 OF_DATABASE = ("full", "readonly", "unable to open", "I/O error", "locked")  # in SQLite's messages about the disk
 
+PLUGINS = {  # of the extra `sweeps`
+    "hydra/launcher": ("joblib", "ray", "ray_aws", "submitit_local", "submitit_slurm"),
+    "hydra/sweeper": ("optuna",),
+}
+
 
 def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
     """The sentence for an error that occurred while the config was composed from the command line's `arguments`.
@@ -137,6 +142,8 @@ def _unknown_option(missing: str, options: Iterable[str]) -> str:
         return f"{group} has no option null: type {group.replace('/', '.')}=null."
     if not group or not known:
         return f"there is no config '{missing}' in {paths.CONF_DIR} or in a --config-dir: check the spelling."
+    if group in PLUGINS and option in PLUGINS[group]:
+        return f"{group}={option} is not installed: pip install 'realera[sweeps]' (in a checkout: '.[sweeps]')."
     return f"there is no {group} '{option}'{did_you_mean(option, known) or ';'} known: {', '.join(known)}."
 
 
