@@ -31,7 +31,7 @@ from realera.training.pairs import encoded_pairs
 
 SIZES = (1, 5, 10, 24)  # people erased at once, of 24
 KEEPS: Mapping[str, float | None] = {"none": None, "exactly": float("inf"), "price 10": 10.0, "price 1": 1.0}
-READ = ((10.0, 1.0), (10.0, 1.1), (1.0, 1.05))  # price of reading, gain; the last is the default for several concepts
+READ = ((10.0, 1.0), (10.0, 1.1), (1.0, 1.05))  # price of reading, gain; several settings of many people at once
 BY_NAME = {1: 4, 5: 2, 10: 1, 24: 1}  # images of each erased person, by name
 BY_PHRASE = {1: 3, 5: 1, 10: 1, 24: 1}  # of each phrase
 OF_FAR = {1: 1, 5: 1, 10: 1, 24: 2}  # of each far thing
