@@ -1,4 +1,4 @@
-"""What the site adds to docs/: pages whose text is elsewhere in the repository, and links to files that have no page."""
+"""Adds pages to the site whose text is elsewhere in the repository, and rewrites links to files that have no page."""
 
 from __future__ import annotations
 

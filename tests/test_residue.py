@@ -48,7 +48,7 @@ def test_the_sentence_counts_what_drew_it_and_says_what_was_not_seen() -> None:
 def test_a_run_folder_s_program_or_model_judges_nothing() -> None:
     plain = {"_target_": "realera.judges.clip.ClipJudge", "model": "ViT-B-32"}
     assert judges({"judge": plain}) and not judges({"judge": None}) and not judges({})
-    for brought in ({"python": "/tmp/python"}, {"model": "hf-hub:somebody/model"}):
+    for brought in ({"python": "/somewhere/python"}, {"model": "hf-hub:somebody/model"}):
         assert not judges({"judge": {**plain, **brought}})
 
 
