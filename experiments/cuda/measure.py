@@ -4,7 +4,8 @@ run.sh starts every part in a separate process, so that a part that fails does n
 numbers to RESULTS.json. With "cpu" the parts run on the CPU, with the miniature instead of the full-size models.
 
 Parts: environment, sd14-float32, sd14-bfloat16, sd14-float16, options (channels-last, TF32, mixed precision, gradient
-checkpointing, running out of memory), compile, sdxl, profile. The full-size weights are random, which changes neither
+checkpointing, running out of memory), compile, sdxl, closed (closed forms of 1 and 100 names), road (the commands of
+somebody who erases a name and exports the result), profile. The full-size weights are random, which changes neither
 time nor memory.
 """
 
@@ -13,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -356,6 +359,53 @@ def sdxl() -> dict[str, Any]:
     return found
 
 
+def closed() -> dict[str, Any]:
+    """VALERA and UCE over 1 and 100 names. The text states of the prompts are timed apart from the closed form."""
+    from realera.methods.priors import ARTISTS
+    from realera.tasks.prompts import same_name
+
+    names = list({same_name(name): name for name in ARTISTS.read_text(encoding="utf-8").splitlines()}.values())
+    found: dict[str, Any] = {}
+    for method in ("valera", "uce"):
+        for count in (1, 1, 2 if CPU else 100):  # the first warms up
+            concept = f"concept={json.dumps(names[:count])}" if count > 1 else f"concept={names[0]}"
+            words = ["task=celebrity", f"method={method}", concept, "anchor=a person", "backbone.dtype=bfloat16"]
+            config = config_of("sd14", *words)
+            found[f"{method}_{count}"] = erase(config, steps.load_backbone(config))
+    return found
+
+
+def road() -> dict[str, Any]:
+    """The commands of a user, each in its own process: erase by the method's defaults, export, draw from the export."""
+    from realera import generate  # noqa: F401  loaded once, so that no command pays for a cold disk
+
+    found: dict[str, Any] = {}
+    place = Path(tempfile.mkdtemp())
+    model = ["backbone=mini"] if CPU else ["backbone=sd14", f"backbone.pretrained={(FOLDERS / 'sd14').resolve()}"]
+    model += ["backbone.dtype=bfloat16", f"trainer.accelerator={'cpu' if CPU else 'gpu'}"]
+    quick = ["method.align.steps=4", "method.latents.images=4"] if CPU else []
+
+    def call(name: str, *words: str) -> None:
+        since = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", *words], cwd=place, capture_output=True, text=True)
+        print(name, done.stdout[-3000:], done.stderr[-3000:], flush=True)
+        found[name] = {"seconds": round(time.perf_counter() - since, 1), "rc": done.returncode}
+
+    erasing = ["realera.train", "task=celebrity", "concept=Tom Cruise", "evaluate=false", "logger=none", *model]
+    call("valera", *erasing, "method=valera", "run_dir=valera")
+    call("realera", *erasing, *quick, "run_dir=realera")
+    for name in ("valera", "realera"):
+        costs = place / name / paths.COSTS
+        if costs.is_file():
+            found[name]["costs"] = json.loads(costs.read_text(encoding="utf-8"))
+        call(f"export_{name}", "realera.export", f"run={name}", "to=diffusers", f"out=exported-{name}")
+    call("generate", "realera.generate", "run=valera", "prompts=[a photo of Tom Cruise]", "seeds=[0,1]", "out=images")
+    if any(step["rc"] for step in found.values()):
+        raise SystemExit(f"a command failed: {json.dumps(found)}")
+    shutil.rmtree(place)
+    return found
+
+
 def profile() -> dict[str, Any]:
     """Profiles the host during alignment; the functions by own and cumulative time go to the part's log."""
     import cProfile
@@ -386,6 +436,8 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "options": options,
     "compile": compiled,
     "sdxl": sdxl,
+    "closed": closed,
+    "road": road,
     "profile": profile,
 }
 

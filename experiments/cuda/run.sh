@@ -15,7 +15,7 @@ RESULTS=$(realpath -m "${RESULTS:-$HERE/results.json}")
 LOGS=$(realpath -m "${LOGS:-$FOLDERS}")
 mkdir -p "$FOLDERS" "$LOGS"
 parts=("$@")
-[ $# -gt 0 ] || parts=(environment tests sd14-bfloat16 sd14-float16 sd14-float32 sdxl options compile)
+[ $# -gt 0 ] || parts=(environment tests sd14-bfloat16 sd14-float16 sd14-float32 sdxl options compile closed road)
 cpu=${REHEARSE:+cpu}
 failed=()
 
@@ -35,7 +35,7 @@ tests() {
   return $status
 }
 
-[[ " ${parts[*]} " =~ \ (sd14-.*|options|compile|profile)\  ]] && { folder sd14 float32 & }
+[[ " ${parts[*]} " =~ \ (sd14-.*|options|compile|closed|road|profile)\  ]] && { folder sd14 float32 & }
 for part in "${parts[@]}"; do
   echo "== $part ($SECONDS s)"
   if [ "$part" = tests ]; then
@@ -44,7 +44,7 @@ for part in "${parts[@]}"; do
   fi
   [ "$part" != sdxl ] || folder sdxl float16
   wait # for the folder
-  timeout "${LIMIT:-150}" "$PY" "$HERE/measure.py" "$part" "$RESULTS" $cpu > "$LOGS/$part.log" 2>&1 || failed+=("$part")
+  timeout "${LIMIT:-240}" "$PY" "$HERE/measure.py" "$part" "$RESULTS" $cpu > "$LOGS/$part.log" 2>&1 || failed+=("$part")
   tail -n 3 "$LOGS/$part.log"
 done
 echo "== done ($SECONDS s)${failed:+, failed: ${failed[*]}}"
