@@ -22,7 +22,8 @@ def main(logs: str, results: str) -> None:
         for case in ElementTree.parse(folder / "tests.xml").iter("testcase")
         if case.find("failure") is not None
     ]
-    known["tests"] = {**counts, "failed": failed, "differences": dict(sorted(measured.items()))}
+    card = known.get("environment", {}).get("card")
+    known["tests"] = {"card": card, **counts, "failed": failed, "differences": dict(sorted(measured.items()))}
     file.write_text(json.dumps(known, indent=1) + "\n")
     print(json.dumps(known["tests"]))
 

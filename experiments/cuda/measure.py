@@ -390,6 +390,7 @@ def road() -> dict[str, Any]:
         done = subprocess.run([sys.executable, "-m", *words], cwd=place, capture_output=True, text=True)
         print(name, done.stdout[-3000:], done.stderr[-3000:], flush=True)
         found[name] = {"seconds": round(time.perf_counter() - since, 1), "rc": done.returncode}
+        print(name, json.dumps(found[name]), flush=True)  # in the log even if the part's time runs out
 
     erasing = ["realera.train", "task=celebrity", "concept=Tom Cruise", "evaluate=false", "logger=none", *model]
     call("valera", *erasing, "method=valera", "run_dir=valera")
@@ -446,7 +447,8 @@ def main(part: str, results: str) -> None:
     file = Path(results)
     known = json.loads(file.read_text()) if file.is_file() else {}
     since = time.perf_counter()
-    found = PARTS[part]()
+    card = "CPU" if CPU else torch.cuda.get_device_name()
+    found = {"card": card, **PARTS[part]()}
     found["whole_part_s"] = round(time.perf_counter() - since, 1)
     disk.write_text(file, json.dumps({**known, part: found}, indent=1) + "\n")
     print(part, json.dumps(found), flush=True)

@@ -236,6 +236,22 @@ def test_mixed_precision_trains(tmp_path: Path, record: Callable[..., None]) -> 
     assert 0 < apart < 0.1
 
 
+def test_the_python_interface_leaves_a_pipeline_on_its_device(record: Callable[..., None]) -> None:
+    import realera
+
+    pipe = realera.miniature_pipeline().to(DEVICE)
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    erased = realera.erase(pipe, "airplane", method="valera", progress=False)
+    changed = {name for name, value in pipe.unet.state_dict().items() if not torch.equal(value, before[name])}
+    image = erased.pipe("a photo of the airplane", generator=torch.Generator().manual_seed(0), output_type="np").images[
+        0
+    ]
+    assert erased.pipe.unet.device.type == DEVICE and changed and image.std() > 0
+    erased.undo()
+    record(undone=float(max((pipe.unet.state_dict()[name] - value).abs().max() for name, value in before.items())))
+    assert all(torch.equal(pipe.unet.state_dict()[name], value) for name, value in before.items())
+
+
 def test_the_judge_says_the_same(tmp_path: Path, record: Callable[..., None]) -> None:
     from PIL import Image
 
