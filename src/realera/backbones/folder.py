@@ -11,23 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from realera.backbones import configs, vocabulary
 from realera.backbones.vocabulary import SPECIAL
 from realera.contracts import UserError
-from realera.files import checksums, plain_data
-from realera.files.headers import LONGEST, Stored, read_json, tensors
+from realera.files import checksums
+from realera.files.headers import Stored, quick_digest, read_json, tensors
 from realera.files.headers import refuse_torn as refuse_torn
-from realera.paths import MINIATURE, dir_of
+from realera.paths import MINIATURE, dir_of, file_of
 
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 SECOND = {"text_encoder_2": "model"}  # the additional model of Stable Diffusion XL
 VARIANTS = ("", ".fp16")  # in names of weights files, in order of preference
 EMBEDDING = "token_embedding.weight"  # of a text encoder: one row for each token
-PEEK = 512  # bytes that `quick_fingerprint` reads at each end of a tensor
 SHARD = re.compile(r"\w[\w.-]*\.safetensors")  # a file name without a path
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 HUB_FILES = [
@@ -44,10 +42,12 @@ HUB_FILES = [
 
 
 def locate(pretrained: str | Path | None) -> Path:
-    """The local folder of a complete checkpoint: the built-in miniature (None), a diffusers folder, or a hub id.
+    """The local folder of a complete checkpoint: the built-in miniature (None), a diffusers folder, a single file, or a
+    hub id.
 
-    A hub id is taken from the local cache if that is complete, else it is downloaded. Raises UserError if files are
-    missing or torn, and if the hub does not have the model or cannot be reached.
+    A single file is unpacked into a folder in the cache (`single_file`). A hub id is taken from the local cache if that
+    is complete, else it is downloaded. Raises UserError if files are missing or torn, and if the hub does not have the
+    model or cannot be reached.
     """
     if pretrained is None:
         try:
@@ -56,12 +56,34 @@ def locate(pretrained: str | Path | None) -> Path:
             raise UserError(f"The built-in model is damaged, so reinstall realera: {error}") from error
     if (path := dir_of(pretrained)) is not None:
         return check(path)
+    if (file := file_of(pretrained)) is not None:
+        from realera.backbones import single_file  # torch and diffusers, for a file that is not unpacked yet
+
+        return check(single_file.unpacked(file))
     if not HUB_ID.fullmatch(str(pretrained)):
         raise UserError(
-            f"The checkpoint folder {str(pretrained)!r} does not exist; give an existing diffusers folder or a hub id "
-            "such as CompVis/stable-diffusion-v1-4 as backbone.pretrained, or use backbone=mini."
+            f"The checkpoint {str(pretrained)!r} does not exist; give an existing diffusers folder, a .safetensors "
+            "file or a hub id such as CompVis/stable-diffusion-v1-4 as backbone.pretrained, or use backbone=mini."
         )
     return _from_hub(str(pretrained))
+
+
+def on_disk(pretrained: str | Path | None) -> Path | None:
+    """The folder of a checkpoint if it is on this machine, without checks, unpacking or a network: None stands for the
+    built-in model; a single file must have been unpacked before, a hub's model must be in the cache as a whole."""
+    if pretrained is None:
+        return MINIATURE
+    if (place := dir_of(pretrained)) is not None:
+        return place
+    if (file := file_of(pretrained)) is not None:
+        from realera.backbones import single_file
+
+        return single_file.folder_of(file)
+    if not HUB_ID.fullmatch(str(pretrained)):
+        return None
+    from realera.backbones import hub
+
+    return hub.cached(str(pretrained))
 
 
 def check(folder: Path) -> Path:
@@ -216,34 +238,18 @@ def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
 
 
 def quick_fingerprint(folder: Path) -> str | None:
-    """16 hex digits that change with the weights in a folder, without reading all of them. They depend on each file's
-    size and header and on both ends of every tensor, which any training changes. None if a file is missing or torn."""
+    """16 hex digits that change with the weights in a folder or single file, without reading all of them. They depend
+    on each file's size and header and on both ends of every tensor, which any training changes. None if a file is
+    missing or torn."""
     digest = hashlib.sha256()
     try:
+        if folder.is_file():
+            return quick_digest(folder)[:16]
         for file in weight_files(folder):
-            known = file.stat()
-            digest.update(f"{file.relative_to(folder)} {_marks(file, known.st_size, known.st_mtime_ns)}\n".encode())
+            digest.update(f"{file.relative_to(folder)} {quick_digest(file)}\n".encode())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None
     return digest.hexdigest()[:16]
-
-
-@lru_cache(maxsize=256)
-def _marks(file: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256(str(size).encode())
-    with plain_data.opened(file) as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > min(size, LONGEST):
-            raise ValueError("its header cannot be read")
-        head = stream.read(length)
-        digest.update(head)
-        for name, entry in sorted(json.loads(head).items()):
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                for start in (begin, max(begin, end - PEEK)):
-                    stream.seek(8 + len(head) + start)
-                    digest.update(stream.read(min(PEEK, end - start)))
-    return digest.hexdigest()
 
 
 def zeros_for_no_prompt(folder: Path) -> bool:

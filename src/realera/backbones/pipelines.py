@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from realera import paths
-from realera.backbones import adapters, folder, hub
+from realera.backbones import adapters, folder
 from realera.backbones.denoiser import DTYPES
 from realera.backbones.loading import Parts, TextFigures, quiet
 from realera.backbones.unet import UNetBackbone
@@ -121,8 +121,12 @@ def miniature() -> StableDiffusionPipeline:
 
 
 def opened(pretrained: str | Path) -> DiffusionPipeline:
-    """Loads the pipeline of a folder or hub id, in float32 on the CPU. Raises UserError as `folder.locate`."""
-    return _loaded(DiffusionPipeline, folder.locate(str(pretrained)))
+    """Loads the pipeline of a folder, single file or hub id, in float32 on the CPU. Raises UserError as
+    `folder.locate`."""
+    pipe = _loaded(DiffusionPipeline, folder.locate(str(pretrained)))
+    if (file := paths.file_of(pretrained)) is not None:  # the cache may be cleared, so the run names the file
+        pipe.register_to_config(_name_or_path=str(file))
+    return pipe
 
 
 def _loaded(kind: type[DiffusionPipeline], place: Path, **more: Any) -> Any:
@@ -255,8 +259,8 @@ def _files_of(pipe: DiffusionPipeline) -> tuple[str, Path] | None:
     said = str(getattr(pipe, "name_or_path", "") or "")
     if not said or said == IN_MEMORY:
         return None
-    local = paths.dir_of(said)
-    place = local or (hub.cached(said) if folder.HUB_ID.fullmatch(said) else None)
+    local = paths.dir_of(said) or paths.file_of(said)
+    place = folder.on_disk(said)
     if place is None or not (place / "unet").is_dir():
         return None
     return (str(local.resolve()) if local else said), place

@@ -14,7 +14,6 @@ from huggingface_hub import try_to_load_from_cache
 
 from realera.backbones import folder
 from realera.backbones.denoiser import DTYPES
-from realera.paths import MINIATURE, dir_of
 
 LONGEST = 3.0  # seconds of one probe
 MOST = 10  # passes of one probe
@@ -22,9 +21,9 @@ GUIDED = 2  # latents that one guided image gives to a pass
 
 
 def unet_config(pretrained: str | None) -> dict[str, Any] | None:
-    """The U-Net's config.json of a checkpoint: the miniature (None), a folder, or a hub id in the local cache; None if
-    it is not on this machine."""
-    place = MINIATURE if pretrained is None else dir_of(pretrained)
+    """The U-Net's config.json of a checkpoint: the miniature (None), a folder, a single file, or a hub id in the local
+    cache; None if it is not on this machine."""
+    place = folder.on_disk(pretrained)
     file = place / "unet" / "config.json" if place is not None else None
     if file is None and folder.HUB_ID.fullmatch(str(pretrained)):
         found = try_to_load_from_cache(str(pretrained), "unet/config.json")

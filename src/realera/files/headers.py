@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ SIZES = {  # bytes of a number
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
+PEEK = 512  # bytes that `quick_digest` reads at each end of a tensor
 POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -135,3 +137,32 @@ def read_json(file: Path) -> dict[str, Any]:
         kind = {list: "a list", str: "a text", type(None): "null"}.get(type(found), f"{str(found)[:20]}")
         raise UserError(f"The file {str(file)!r} contains {kind} and not settings; copy or download it again.")
     return found
+
+
+def quick_digest(file: Path) -> str:
+    """64 hex digits that change with a safetensors file's weights, without reading all of them: they depend on its
+    size, its header and both ends of every tensor, which any training changes.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError: the file cannot be read or is torn.
+    """
+    known = file.stat()
+    return _quick_digest(file, known.st_size, known.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _quick_digest(file: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    with plain_data.opened(file) as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(size, LONGEST):
+            raise ValueError("its header cannot be read")
+        head = stream.read(length)
+        digest.update(head)
+        for name, entry in sorted(json.loads(head).items()):
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                for start in (begin, max(begin, end - PEEK)):
+                    stream.seek(8 + len(head) + start)
+                    digest.update(stream.read(min(PEEK, end - start)))
+    return digest.hexdigest()

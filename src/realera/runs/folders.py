@@ -73,11 +73,12 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights_of(config: Mapping[str, Any]) -> str | None:
-    """A text that identifies the weights in a local folder. None for a model of the hub, and for the built-in model,
-    which the package's version identifies."""
+    """A text that identifies the weights in a local folder or file. None for a model of the hub, and for the built-in
+    model, which the package's version identifies."""
     pretrained = (config.get("backbone") or {}).get("pretrained")
-    place = None if pretrained is None else paths.dir_of(pretrained)
-    return None if place is None else checkpoint.quick_fingerprint(place)
+    if pretrained is None or (place := paths.dir_of(pretrained) or paths.file_of(pretrained)) is None:
+        return None
+    return checkpoint.quick_fingerprint(place)
 
 
 def _sums(node: Any) -> Iterator[str]:

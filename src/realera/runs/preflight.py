@@ -20,7 +20,7 @@ from realera.backbones import folder, hub, vocabulary
 from realera.contracts import NamedPrompt, Task, UserError
 from realera.files import checksums
 from realera.mining import band
-from realera.paths import ERASED, MINIATURE, dir_of
+from realera.paths import ERASED, dir_of, file_of
 from realera.runs.folders import Run
 from realera.settings.source_code import fact
 from realera.system import devices
@@ -73,7 +73,7 @@ def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
         UserError: files are missing or torn, or cannot be downloaded.
     """
     pretrained = backbone.get("pretrained")
-    local = pretrained is None or dir_of(pretrained) is not None
+    local = pretrained is None or dir_of(pretrained) is not None or file_of(pretrained) is not None
     if local or not folder.HUB_ID.fullmatch(str(pretrained)):
         folder.locate(pretrained)
         return
@@ -254,11 +254,7 @@ def check_writable(place: Path, key: str) -> None:
 
 def model_folder(backbone: Mapping[str, Any]) -> Path | None:
     """The folder of the base model's files; None if they are not on this machine."""
-    pretrained = backbone.get("pretrained")
-    place = dir_of(MINIATURE if pretrained is None else pretrained)
-    if place is None and folder.HUB_ID.fullmatch(str(pretrained)):
-        return hub.cached(str(pretrained))
-    return place
+    return folder.on_disk(backbone.get("pretrained"))
 
 
 def tokenizer_of(backbone: Mapping[str, Any]) -> Any:
