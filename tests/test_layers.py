@@ -39,11 +39,12 @@ MAY = {
 }
 MAY["runs"] = set(MAY) - {"__init__", "__main__", "miniature", "reporting"}
 MAY["sweeps"] = MAY["runs"] | {"runs", "reporting"}
+MAY["exporting"] = MAY["runs"] | {"runs"}
 MAY["wandb_logging"] = MAY["sweeps"] | {"sweeps"}
 MAY["cli"] = MAY["sweeps"] | {"sweeps"}
 MAY["__main__"] = {"system", "cli"} | COMMANDS
-MAY["api"] = MAY["runs"] | {"runs", "reporting"}
-MAY |= dict.fromkeys(COMMANDS, MAY["wandb_logging"] | {"wandb_logging", "cli"})
+MAY["api"] = MAY["runs"] | {"runs", "reporting", "exporting"}
+MAY |= dict.fromkeys(COMMANDS, MAY["wandb_logging"] | {"wandb_logging", "cli", "exporting"})
 WORKSHOP = "miniature"
 HYDRA = {"settings", "runs", "sweeps", "wandb_logging", "cli"} | COMMANDS
 LIBRARIES = {  # where a library may be imported; what makes the miniature is free

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from realera.backbones.pipelines import PipelineBackbone
+    from realera.exporting.forms import Exported, Form
 
 log = logging.getLogger("realera")
 CACHE = "cache"  # folder for generated training images, in an erasure's temporary folder
@@ -159,6 +160,31 @@ class Erased:
                     metadata = {**metadata, "fingerprint": known[1], "config": text}
                     checksums.save(file, tensors, metadata)
         return place
+
+    def export(self, to: Form, out: str | Path, **options: Any) -> Exported:
+        """Writes the erasure to the folder `out` for other programs, with a model card.
+
+        to: "diffusers" (a pipeline folder), "checkpoint" (one file in the original layout), "lora", "kohya" (LoRA
+        files), "map" (the closed form's matrix). options: of `exporting.forms.Options`, such as dtype="float16" or
+        rank=16. Raises UserError if this form cannot hold the erasure.
+        """
+        from realera.backbones import folder as checkpoint
+        from realera.exporting import forms
+        from realera.runs.folders import Run
+
+        self._refuse_undone()
+        known = self._backbone.checkpoint()
+        with tempfile.TemporaryDirectory(prefix="realera-") as place:
+            run = Run(
+                self.save(Path(place) / paths.as_file_name("-".join([*self.concept[:3], self.method]))), self.config
+            )
+            if known is None:  # the original weights are in memory only
+                source = Path(place) / "base"
+                with self._unmerged() as backbone, backbone.original():
+                    backbone.pipe.save_pretrained(source)
+            else:
+                source = checkpoint.locate(known[0])
+            return forms.export(run, to, Path(out).expanduser(), forms.Options(**options), source)
 
     def undo(self) -> DiffusionPipeline:
         """Restores the pipeline as it was before, bit for bit. Raises UserError if a later erasure is still on it."""

@@ -100,6 +100,13 @@ def to_diffusers(
     return found
 
 
+def unet_names(names: Iterable[str]) -> dict[str, str]:
+    """{name in diffusers: name in a single file} of all weights of a U-Net."""
+    names = list(names)
+    prefixes = _unet_prefixes(names)
+    return {name: UNET + _rename(name, prefixes, "U-Net") for name in names}
+
+
 def kind_of(names: Iterable[str]) -> Kind | None:
     """The kind of a single file by its tensor names; None for something else, such as a LoRA or a U-Net alone."""
     known = set(names)

@@ -1,4 +1,5 @@
-"""Exports an erasure for other programs, as a pipeline folder or a LoRA file. Uses only tensors and files, no models.
+"""Exports an erasure for other programs: a pipeline folder, a single checkpoint, a LoRA file. Uses only tensors and
+files, no models.
 
 Layer names are the U-Net's module paths ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k").
 """
@@ -7,20 +8,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import pad
 
 from realera.backbones import folder as checkpoint
+from realera.backbones import original_layout
 from realera.contracts import UserError
-from realera.files import finite, plain_data
+from realera.files import finite, headers, plain_data
 from realera.system import disk
 
 EDIT, LORA = "edit.", "lora."
+MOST = 256  # the largest rank that "auto" writes: the file would approach the size of the model
 Lora = dict[str, tuple[Tensor, Tensor]]  # {layer: (down (r, in, ...), up (out, r, ...))}, W + up @ down
 
 
@@ -37,72 +42,157 @@ def adapters(erased: Mapping[str, Tensor]) -> Lora:
 
 
 def differences(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{layer: erased weight - original weight}, float64, adapters included."""
+    """{weight name: erased - original}, float64, adapters included, biases too."""
     change = {
-        key[len(EDIT) :].removesuffix(".weight"): value.double() - base[key[len(EDIT) :]].double()
+        key[len(EDIT) :]: value.double() - base[key[len(EDIT) :]].double()
         for key, value in erased.items()
-        if key.startswith(EDIT) and key.endswith(".weight")
+        if key.startswith(EDIT)
     }
     for name, (down, up) in adapters(erased).items():
         delta = (up.double().flatten(1) @ down.double().flatten(1)).reshape(base[f"{name}.weight"].shape)
-        change[name] = change.get(name, 0) + delta
+        change[f"{name}.weight"] = change.get(f"{name}.weight", 0) + delta
     return change
 
 
-def merged(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The U-Net's whole state, float32, with edits and adapters merged."""
-    state = {key: value.float() for key, value in base.items()}
-    state |= {key[len(EDIT) :]: value.float() for key, value in erased.items() if key.startswith(EDIT)}
+def merged(
+    base: Mapping[str, Tensor], erased: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The U-Net's whole state with edits and adapters merged. dtype: of all floating-point weights; None = each weight
+    keeps its own. Raises UserError for a weight that is not finite in that dtype."""
+    state = dict(base)
     for name, change in differences(base, erased).items():
-        state[f"{name}.weight"] = (base[f"{name}.weight"].double() + change).float()
-    return state
+        state[name] = (base[name].double() + change).to(base[name].dtype if dtype is None else dtype)
+    return cast(state, dtype)
 
 
-def low_rank(changes: Mapping[str, Tensor], rank: int) -> tuple[Lora, float]:
-    """Each change truncated to its `rank` largest singular values, and the relative error ||change - truncated|| /
-    ||change|| over all layers (Frobenius). Smaller layers are padded with zeros, because programs that read LoRA files
-    expect one rank and one alpha for all layers."""
+def cast(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state in another dtype; None = as it is. Tensors of whole numbers stay. Raises UserError for an overflow."""
+    made = {
+        name: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        for name, value in state.items()
+    }
+    finite.refuse(made, "The erased model cannot be exported in this precision: its weight", "give dtype=bfloat16")
+    return made
+
+
+def singular(change: Tensor) -> tuple[Tensor, Tensor]:
+    """(singular values descending, left singular vectors as columns) of a weight's change, flattened to (out, -1).
+
+    They come from the smaller of the two Gram matrices, in float64, which is much faster than a decomposition of a
+    convolution's weight; values below 1e-7 of the largest are noise and become 0."""
+    matrix = change.flatten(1).double()
+    wide = matrix.shape[0] <= matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+    values, vectors = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    values = torch.where(values > 1e-7 * values[:1], values, 0)
+    if not wide:
+        known = values > 0
+        vectors = (matrix @ vectors[:, known]) / values[known]
+        values = values[known]
+    return values, vectors
+
+
+def needed_rank(values: Tensor, error: float) -> int:
+    """The smallest rank whose relative error (Frobenius) is at most `error`, at least 1."""
+    tails = values.square().flip(0).cumsum(0).flip(0)  # tails[r]: the squares from rank r on
+    return max(1, int((tails > error**2 * values.square().sum()).sum()))
+
+
+@dataclass(frozen=True)
+class Approximated:
+    """A LoRA and its distance to the whole change. lora: without layers that did not change. error: ||change - lora||
+    / ||change|| over all weights (Frobenius), left_out among them. left_out: {name: share of the squared change} of the
+    changed biases and norms, which a LoRA cannot hold. ranks: {layer: rank}."""
+
+    lora: Lora
+    error: float
+    left_out: dict[str, float]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {name: down.shape[0] for name, (down, _) in self.lora.items()}
+
+
+def low_rank(changes: Mapping[str, Tensor], rank: int | None, error: float = 0.01) -> Approximated:
+    """Each change truncated to its largest singular values. rank: of all layers; None = for each layer the smallest
+    whose relative error is at most `error`. Singular values are split evenly between `up` and `down`."""
     lora: Lora = {}
-    lost = whole = 0.0
+    lost, whole = 0.0, 0.0
+    outside: dict[str, float] = {}
     for name, change in changes.items():
-        left, values, right = torch.linalg.svd(change.flatten(1), full_matrices=False)
-        root = values[:rank].sqrt()
-        lacking = max(0, rank - len(root))
-        down = pad(root[:, None] * right[:rank], (0, 0, 0, lacking))
-        up = pad(left[:, :rank] * root, (0, lacking))
+        square = float(change.square().sum())
+        whole += square
+        if square == 0:
+            continue
+        if change.dim() < 2 or not name.endswith(".weight"):
+            outside[name] = square
+            lost += square
+            continue
+        values, left = singular(change)
+        kept = min(needed_rank(values, error) if rank is None else rank, len(values))
+        root = values[:kept].sqrt()
+        up = left[:, :kept] * root
+        down = (left[:, :kept].T @ change.flatten(1)) / root.clamp(min=1e-300)[:, None]
+        lost += float((change.flatten(1) - up @ down).square().sum())
         if change.dim() > 2:  # a convolution: the kernel goes to `down`, `up` is 1 x 1
             down, up = down.reshape(-1, *change.shape[1:]), up[:, :, None, None]
-        lora[name] = (down.float().contiguous(), up.float().contiguous())
-        lost += float(values[rank:].square().sum())
-        whole += float(values.square().sum())
-    return lora, (lost / whole) ** 0.5 if whole else 0.0
+        lora[name.removesuffix(".weight")] = (down.float().contiguous(), up.float().contiguous())
+    shares = {name: square / whole for name, square in outside.items()}
+    return Approximated(lora, (lost / whole) ** 0.5 if whole else 0.0, shares)
 
 
-def lora_of(base: Mapping[str, Tensor], erased: Mapping[str, Tensor], rank: int | None) -> tuple[Lora, float]:
-    """The adapters as trained (rank None), or the whole difference truncated to `rank`; and the relative error of the
-    truncation.
+def lora_of(
+    base: Mapping[str, Tensor], erased: Mapping[str, Tensor], rank: int | Literal["auto"] | None, error: float = 0.01
+) -> Approximated:
+    """The change as a LoRA. rank: "auto" = the adapters as trained if nothing else was changed, else for each layer the
+    smallest rank whose error is at most `error`; a number = the whole change truncated to it; None = the adapters as
+    trained.
 
     Raises:
-        UserError: weights were changed and rank is None. That change has a high rank, and without it the concept would
-            not be erased. Also if nothing was changed.
+        UserError: nothing was changed; weights were changed and rank is None, or "auto" needs more than `MOST`.
     """
-    edited = any(key.startswith(EDIT) for key in erased)
-    if rank is None and edited:
-        raise UserError(
-            "this run changed the weights themselves, which a LoRA can only approximate: give rank=16 (the error is "
-            "printed), or export the exact weights with to=diffusers."
-        )
+    changes = differences(base, erased)
+    if not any(bool(change.any()) for change in changes.values()):
+        raise UserError("this run changed nothing, so there is no LoRA to export.")
+    if not any(key.startswith(EDIT) for key in erased) and rank in (None, "auto"):
+        return Approximated(adapters(erased), 0.0, {})
+    if isinstance(rank, int):
+        return low_rank(changes, rank)
+    ranks = {
+        name: needed_rank(singular(change)[0], error)
+        for name, change in changes.items()
+        if change.dim() > 1 and bool(change.any())
+    }
+    most, where = max((own, name) for name, own in ranks.items())
     if rank is None:
-        if not (found := adapters(erased)):
-            raise UserError("this run changed nothing, so there is no LoRA to export.")
-        return found, 0.0
-    return low_rank(differences(base, erased), rank)
+        raise UserError(
+            f"this run changed the weights themselves, not by a LoRA alone: rank=auto gives a LoRA of rank {most} with "
+            f"an error of at most {error:.1%} in each layer, to=checkpoint or to=diffusers the exact weights."
+        )
+    if most > MOST:
+        raise UserError(
+            f"a LoRA with an error of at most {error:.1%} in each layer needs rank {most} ({where}): give "
+            "to=checkpoint or to=diffusers, which are exact, a larger error=, or a rank= whose error you accept (it is "
+            "printed)."
+        )
+    return low_rank(changes, None, error)
 
 
-def save_lora(lora: Lora, file: Path, style: str) -> None:
+def padded(lora: Lora) -> Lora:
+    """The LoRA with one rank in all layers, by zeros: diffusers takes one alpha for all."""
+    rank = max(down.shape[0] for down, _ in lora.values())
+    made: Lora = {}
+    for name, (down, up) in lora.items():
+        lacking = rank - down.shape[0]
+        rows = torch.cat([down, down.new_zeros(lacking, *down.shape[1:])])
+        made[name] = (rows, torch.cat([up, up.new_zeros(up.shape[0], lacking, *up.shape[2:])], dim=1))
+    return made
+
+
+def save_lora(lora: Lora, file: Path, style: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
     """Writes a LoRA file. style: "lora" = diffusers' keys (load_lora_weights), "kohya" = the keys of A1111, ComfyUI."""
     state: dict[str, Tensor] = {}
-    for name, (down, up) in lora.items():
+    for name, (down, up) in (padded(lora) if style == "lora" else lora).items():
         if style == "lora":
             state |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
         else:
@@ -110,40 +200,113 @@ def save_lora(lora: Lora, file: Path, style: str) -> None:
             state |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
             state[f"{flat}.alpha"] = torch.tensor(float(down.shape[0]))  # alpha = rank: a scale of 1
     with disk.atomic(file) as beside:
-        save_file({key: value.contiguous() for key, value in state.items()}, beside, {"format": "pt"})
+        save_file(
+            {key: value.contiguous() for key, value in cast(state, dtype).items()},
+            beside,
+            {"format": "pt", **metadata},
+        )
+
+
+def read_lora(file: Path, style: str, layers: Iterable[str]) -> dict[str, Tensor]:
+    """{weight name: change} of a file that `save_lora` wrote, float64. layers: all layers of the U-Net."""
+    state = load_file(file)
+    found: dict[str, Tensor] = {}
+    for name in layers:
+        head, down, up = (
+            (f"unet.{name}.", "lora_A.weight", "lora_B.weight")
+            if style == "lora"
+            else (f"lora_unet_{name.replace('.', '_')}.", "lora_down.weight", "lora_up.weight")
+        )
+        if head + down in state:
+            product = state[head + up].double().flatten(1) @ state[head + down].double().flatten(1)
+            found[f"{name}.weight"] = product.reshape(-1, *state[head + down].shape[1:])
+    return found
 
 
 def base_unet(source: Path) -> dict[str, Tensor]:
     """The original U-Net's state, from a diffusers folder. Raises UserError if a weight is not finite."""
-    state: dict[str, Tensor] = {}
-    for file in checkpoint.weight_files(source):
-        if file.parent.name == "unet":
-            state |= load_file(file)
+    state = part_state(source, "unet")
     finite.refuse(state, f"The U-Net in {str(source)!r} cannot be exported: its weight", "copy or download it again")
     return state
 
 
-def save_pipeline(source: Path, erased: Mapping[str, Tensor], out: Path) -> None:
-    """Writes a diffusers folder like `source` with the erased U-Net (float32), completely or not at all.
+def part_state(source: Path, part: str) -> dict[str, Tensor]:
+    """The weights of one part of a diffusers folder."""
+    state: dict[str, Tensor] = {}
+    for file in checkpoint.part_files(source, part)[1]:
+        state |= load_file(file)
+    return state
 
-    The other parts are copied, under the names that from_pretrained looks for without a variant. A safety checker and
-    other extras are not copied.
+
+def save_checkpoint(
+    source: Path, erased: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> None:
+    """Writes one file in the original layout, with U-Net, autoencoder and text encoders. dtype: None = each weight
+    keeps its own. Raises UserError for a U-Net that the layout has no names for."""
+    parts: dict[str, Mapping[str, Tensor]] = {part: part_state(source, part) for part in checkpoint.models(source)}
+    parts["unet"] = merged(base_unet(source), erased, dtype)
+    state = original_layout.from_diffusers(parts, kind_of(source))
+    if is_v_prediction(source) and kind_of(source) == "xl":
+        state["v_pred"] = torch.zeros(0)  # the mark by which ComfyUI knows such a model
+    with disk.atomic(file) as beside:
+        made = {name: value.contiguous() for name, value in cast(state, dtype).items()}
+        save_file(made, beside, {"format": "pt", **metadata})
+
+
+def kind_of(source: Path) -> original_layout.Kind:
+    """The original code that a diffusers folder belongs to. Stable Diffusion 2 has OpenCLIP's text encoder, whose
+    activation is an exact GELU."""
+    if checkpoint.is_xl(source):
+        return "xl"
+    return "v2" if headers.read_json(source / "text_encoder" / "config.json").get("hidden_act") == "gelu" else "v1"
+
+
+def is_v_prediction(source: Path) -> bool:
+    settings = headers.read_json(source / "scheduler" / "scheduler_config.json")
+    return settings.get("prediction_type") == "v_prediction"
+
+
+def save_pipeline(
+    source: Path,
+    erased: Mapping[str, Tensor],
+    out: Path,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    shard_size: str = "10GB",
+) -> None:
+    """Writes a diffusers folder like `source` with the erased U-Net, completely or not at all.
+
+    dtype: of all networks; None = each weight keeps its own. variant: as in from_pretrained(variant="fp16"); None = the
+    names without one. A safety checker and other extras are not copied.
     """
     models = checkpoint.models(source)
     with disk.atomic(out) as beside:
         beside.mkdir()
         for part in (*models, *checkpoint.tokenizers(source), "scheduler"):
             (beside / part).mkdir()
-            for file in _files_to_copy(source, part):
-                shutil.copyfile(file, beside / part / file.name.replace(".fp16.", "."))
+            for file in _settings_of(source, part):
+                shutil.copyfile(file, beside / part / file.name)
             if part.startswith("text_encoder"):
                 _promise_float32(beside / part / "config.json")
-        save_file(
-            merged(base_unet(source), erased),
-            beside / "unet" / f"{models['unet']}.safetensors",
-            {"format": "pt"},
-        )
+            if part in models:
+                unet = part == "unet"
+                state = merged(base_unet(source), erased, dtype) if unet else cast(part_state(source, part), dtype)
+                _write_weights(state, beside / part, models[part], variant, shard_size)
         (beside / "model_index.json").write_text(plain_data.json_text(_index(source), indent=2), encoding="utf-8")
+
+
+def _write_weights(state: Mapping[str, Tensor], place: Path, stem: str, variant: str | None, shard_size: str) -> None:
+    """One file, or shards with an index, by the names that from_pretrained looks for."""
+    mark = f".{variant}" if variant else ""
+    plan = split_torch_state_dict_into_shards(
+        dict(state), filename_pattern=f"{stem}{mark}{{suffix}}.safetensors", max_shard_size=shard_size
+    )
+    for name, keys in plan.filename_to_tensors.items():
+        save_file({key: state[key].contiguous() for key in keys}, place / name, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        file = place / f"{stem}.safetensors.index{mark}.json"
+        file.write_text(plain_data.json_text(index, indent=2), encoding="utf-8")
 
 
 def _promise_float32(file: Path) -> None:
@@ -154,19 +317,10 @@ def _promise_float32(file: Path) -> None:
     file.write_text(plain_data.json_text({**settings, "dtype": "float32"}, indent=2), encoding="utf-8")
 
 
-def _files_to_copy(source: Path, part: str) -> list[Path]:
-    """The files of one part that a pipeline needs: its settings, and its weights except the U-Net's, which are written
-    anew. Shards keep their names, because the index lists them."""
+def _settings_of(source: Path, part: str) -> list[Path]:
+    """The files of one part that are not weights."""
     settings = [file for file in (source / part).iterdir() if file.suffix in (".json", ".txt", ".model")]
-    kept = [file for file in settings if ".safetensors.index." not in file.name]
-    stem = checkpoint.models(source).get(part)
-    if stem is None or part == "unet":
-        return kept
-    variant, weights = checkpoint.part_files(source, part)
-    mark = f".{variant}" if variant else ""
-    if weights[0].name != f"{stem}{mark}.safetensors":
-        kept.append(source / part / f"{stem}.safetensors.index{mark}.json")
-    return [*kept, *weights]
+    return [file for file in settings if ".safetensors.index." not in file.name]
 
 
 def _index(source: Path) -> dict[str, object]:

@@ -156,9 +156,16 @@ class Generate(TypedDict):
 
 class Export(TypedDict):
     run: Run
-    to: Literal["diffusers", "lora", "kohya", "map"]
+    to: Literal["diffusers", "checkpoint", "lora", "kohya", "map"]
     out: NewPath
-    rank: Rank | None
+    dtype: Literal["float32", "float16", "bfloat16"] | None
+    variant: Label | None
+    shard_size: Label
+    rank: Rank | Literal["auto"] | None
+    error: Share
+    verify: Whole | None
+    push: Label | None
+    private: bool
 
 
 class Report(TypedDict):

@@ -1,0 +1,224 @@
+"""Writes a run's erasure in one of the forms that other programs read, with a model card beside it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from realera import paths
+from realera.backbones import portable
+from realera.backbones.folder import locate
+from realera.contracts import UserError
+from realera.exporting import card, description, verification
+from realera.runs import preflight
+from realera.runs.folders import Run
+from realera.system import disk
+from realera.training.checkpoint import read_erased
+
+log = logging.getLogger(__name__)
+Form = Literal["diffusers", "checkpoint", "lora", "kohya", "map"]
+FORMS: tuple[Form, ...] = ("diffusers", "checkpoint", "lora", "kohya", "map")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CARD = "README.md"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
+SMALL = 0.05  # share of the change whose loss is only logged, not warned of
+
+
+@dataclass(frozen=True)
+class Options:
+    """dtype: "float32", "float16" or "bfloat16"; None = each weight keeps that of the base model, and a LoRA is
+    float32. variant, shard_size: of a pipeline folder. rank, error: of a LoRA (`portable.lora_of`). verify: images to
+    draw with the run and with the file; None = 4 where that takes seconds (on a GPU, and on the miniature), else 0.
+    push: USER/NAME of a model repository on the hub; private: make it a private one."""
+
+    dtype: str | None = None
+    variant: str | None = None
+    shard_size: str = "10GB"
+    rank: int | Literal["auto"] | None = "auto"
+    error: float = 0.01
+    verify: int | None = None
+    push: str | None = None
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype} is none of {', '.join(DTYPES)}.")
+        if self.variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", self.variant):
+            raise UserError(f"variant={self.variant} is not a name such as fp16.")
+        if not re.fullmatch(r"[1-9][0-9]*(MB|GB)", self.shard_size):
+            raise UserError(f"shard_size={self.shard_size} is not a size such as 5GB.")
+        if not (self.rank in ("auto", None) or (type(self.rank) is int and self.rank > 0)):
+            raise UserError(f"rank={self.rank} is not auto, null or a whole number above 0.")
+        if not 0 < self.error < 1:
+            raise UserError(f"error={self.error} is not between 0 and 1.")
+        if self.verify is not None and not (type(self.verify) is int and 0 <= self.verify <= 1000):
+            raise UserError(f"verify={self.verify} is not a whole number from 0 to 1000, or null.")
+        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise UserError(f"push={self.push} is not USER/NAME.")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """path: the written folder or file. error: of a LoRA, relative to the change; 0 for exact forms. distance: mean
+    difference of images, in grey levels of 255, between the run and the file; None = not drawn. left_out: {part of the
+    erasure that is not in the file: why}."""
+
+    path: Path
+    error: float = 0.0
+    distance: float | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def export(run: Run, to: Form, out: Path, options: Options = Options(), source: Path | None = None) -> Exported:
+    """Writes the run's erasure to the folder `out`, with a model card. source: the base model's folder; None = the one
+    that the run names.
+
+    Raises:
+        UserError: the run has nothing that this form can hold, `out` has other files in it, or the hub cannot be
+            reached for `push`.
+    """
+    if to not in FORMS:
+        raise UserError(f"to={to} is none of {', '.join(FORMS)}.")
+    if to in ("diffusers", "checkpoint") and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"out={out} contains other files: give a new or an empty folder.")
+    if options.push is not None:
+        refuse_push(options.push)
+    erased = read_erased(run.erased)
+    state = erased.state
+    if source is None:
+        preflight.check_model(run.config["backbone"])
+        source = locate(run.config["backbone"]["pretrained"])
+    about = description.describe(run, source, erased.origin.fingerprint)
+    if to == "map":
+        made = _map(run, out, about)
+    else:
+        if about.guide and not state:
+            raise UserError(
+                f"{run.folder} changed no weights: its {about.guide} acts while images are drawn and cannot be "
+                f"exported. Draw images with python -m realera.generate run={run.folder}."
+            )
+        made = _weights(run, to, out, options, source, state, about)
+    for part, why in made.left_out.items():
+        log.warning("not in the export: the %s (%s)", part, why)
+    names = _names(to, out, made.path, about, options)
+    disk.write_text(out / CARD, card.text(about, to, names, _notes(made)))
+    if options.push is not None:
+        _push(options.push, options.private, out)
+    return made
+
+
+def _weights(
+    run: Run,
+    to: Form,
+    out: Path,
+    options: Options,
+    source: Path,
+    state: Mapping[str, torch.Tensor],
+    about: description.Description,
+) -> Exported:
+    dtype = DTYPES.get(options.dtype or "")
+    left_out = {}
+    if about.guide:
+        left_out[about.guide] = "it acts while images are drawn; only realera's own commands can apply it"
+    error, path = 0.0, out
+    if to == "diffusers":
+        portable.save_pipeline(source, state, out, dtype, options.variant, options.shard_size)
+    elif to == "checkpoint":
+        path = out / f"{about.name}.safetensors"
+        portable.save_checkpoint(source, state, path, dtype, description.metadata_of(about, left_out))
+    else:
+        found = portable.lora_of(portable.base_unet(source), state, options.rank, options.error)
+        error = found.error
+        if found.left_out:
+            share = sum(found.left_out.values()) ** 0.5
+            left_out[f"change of {len(found.left_out)} biases and norms"] = (
+                f"a LoRA cannot hold them; their size is {share:.1%} of the whole change"
+            )
+        path = out / (f"{about.name}.safetensors" if to == "kohya" else LORA_FILE)
+        metadata = description.metadata_of(about, left_out, found.ranks)
+        portable.save_lora(found.lora, path, to, dtype, metadata)
+        ranks = sorted(found.ranks.values())
+        spread = f"rank {ranks[-1]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+        said = "LoRA of %s on %d layers; it misses %.2f%% of the change"
+        (log.warning if error > SMALL else log.info)(said, spread, len(ranks), 100 * error)
+    distance = verification.distance(run, source, state, to, path, options.verify, about.name)
+    return Exported(path, error, distance, left_out)
+
+
+def _map(run: Run, out: Path, about: description.Description) -> Exported:
+    """Copies the run's closed form: W = W0 @ map."""
+    if not (run.folder / paths.MAP).is_file():
+        raise UserError(
+            f"{run.folder} has no {paths.MAP}, because its method has no single-matrix closed form: give to=diffusers "
+            "or to=checkpoint."
+        )
+    preflight.check_map(run.folder / paths.MAP)
+    with disk.atomic(out / paths.MAP) as beside:
+        shutil.copyfile(run.folder / paths.MAP, beside)
+    left_out = dict.fromkeys(_beyond_map(run), "the map is the closed form only")
+    if about.guide:
+        left_out[about.guide] = "it acts while images are drawn; only realera's own commands can apply it"
+    return Exported(out / paths.MAP, left_out=left_out)
+
+
+def _beyond_map(run: Run) -> list[str]:
+    """The parts of a run's method that changed its weights after the first closed form."""
+    method = run.config.get("method") or {}
+    align, finish = method.get("align"), method.get("finish")
+    if align and not align.get("steps", 1):  # nothing was trained, so there is nothing to finish
+        return []
+    trained = [] if not align else ["LoRA" if align.get("lora") else "training"]
+    return [*trained, *([str(finish["_target_"]).rpartition(".")[2].lower()] if finish else [])]
+
+
+def _notes(made: Exported) -> dict[str, str]:
+    notes = {f"Without the {part}": why for part, why in made.left_out.items()}
+    if made.error > 1e-5:
+        notes["Approximated"] = f"the file misses {made.error:.2%} of the change of the weights (Frobenius)"
+    if made.distance is not None:
+        notes["Drawn"] = (
+            f"images of the same seeds differ from the run's own by {made.distance:.2f} of 255 grey levels on average"
+        )
+    return notes
+
+
+def _names(to: Form, out: Path, path: Path, about: description.Description, options: Options) -> dict[str, str]:
+    pipeline = "StableDiffusionXLPipeline" if about.kind == "xl" else "StableDiffusionPipeline"
+    return {
+        "place": options.push or out.name,
+        "variant": f', variant="{options.variant}"' if options.variant else "",
+        "file": path.name,
+        "stem": path.stem,
+        "pipeline": pipeline,
+    }
+
+
+def refuse_push(repository: str) -> None:
+    """Raises UserError where nothing can be uploaded: offline, or not logged in."""
+    from huggingface_hub import get_token
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"push={repository} needs the hub, and HF_HUB_OFFLINE is set: unset it, or leave push= out.")
+    if get_token() is None:
+        raise UserError(f"push={repository} needs you to be logged in: type `hf auth login`, or set HF_TOKEN.")
+
+
+def _push(repository: str, private: bool, out: Path) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        place: Any = api.upload_folder(repo_id=repository, folder_path=out, commit_message="Add an erased model")
+    except Exception as error:  # errors of the hub client's HTTP library
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{repository} could not be written on the hub ({reason}): the files are in {out}.") from error
+    log.info("uploaded to %s", place)

@@ -1,0 +1,81 @@
+"""Draws the same images with a run's own weights and with those read back from an exported file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from realera.backbones import original_layout, portable
+from realera.contracts import Prompt
+from realera.runs import steps
+from realera.runs.folders import Run
+from realera.settings import composition
+
+log = logging.getLogger(__name__)
+USUAL = 4  # images, if the number is not given
+QUICK = 128  # pixels: an image up to this side takes seconds on a CPU
+FAR = 2.0  # grey levels: more than half precision changes
+
+
+def distance(
+    run: Run, source: Path, state: Mapping[str, Tensor], to: str, path: Path, images: int | None, name: str
+) -> float | None:
+    """Mean absolute difference in grey levels (0 to 255) between images of the run and of the file, the same prompts
+    and seeds; the U-Net alone differs. The prompts are the task's own, half of them with the concept. None if no images
+    are asked for.
+
+    source: the base model's folder. state: of the run's erased.safetensors. images: None = `USUAL` on a GPU or for
+    small images, else 0.
+    """
+    sampler = run.config["backbone"]["sampler"]
+    if images is None:
+        quick = torch.cuda.is_available() or max(sampler["height"], sampler["width"]) <= QUICK
+        images = USUAL if quick else 0
+        if not quick:
+            log.info("not verified by drawing, which would take minutes on this CPU: verify=%d draws", USUAL)
+    if not images:
+        return None
+    config = {**run.config, "backbone": {**run.config["backbone"], "pretrained": str(source)}}
+    backbone = steps.load_backbone(config)
+    prompts = _prompts(run, images)
+    texts, seeds = [prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]
+    drawn = []
+    for weights in (dict(state), exported_weights(source, to, path)):
+        backbone.load_erased(weights)
+        drawn.append(torch.cat([backbone.generate([text], [seed]).cpu().float() for text, seed in zip(texts, seeds)]))
+    apart = float((drawn[0] - drawn[1]).abs().mean())
+    (log.warning if apart > FAR else log.info)(
+        "%d images of %s differ from the run's own by %.2f grey levels on average", images, name, apart
+    )
+    return apart
+
+
+def exported_weights(source: Path, to: str, path: Path) -> dict[str, Tensor]:
+    """{"edit.<name>": weight} of the U-Net as a reader of the file gets it, float32, for `Backbone.load_erased`."""
+    base = portable.base_unet(source)
+    if to == "diffusers":
+        found = portable.part_state(path, "unet")
+    elif to == "checkpoint":
+        prefixes = original_layout.unet_names(base)
+        with safe_open(path, "pt") as reader:
+            found = {name: reader.get_tensor(there) for name, there in prefixes.items()}
+    else:
+        layers = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
+        changes = portable.read_lora(path, to, layers)
+        found = {name: (base[name].double() + change).float() for name, change in changes.items()}
+    changed = {name: value.float() for name, value in found.items() if not torch.equal(value, base[name])}
+    return {f"{portable.EDIT}{name}": value for name, value in changed.items()}
+
+
+def _prompts(run: Run, images: int) -> list[Prompt]:
+    """The first prompts of the splits erase and keep, in turn."""
+    prompts = composition.build_task(run.config).eval_prompts()
+    erase = [prompt for prompt in prompts if prompt.split == "erase"]
+    keep = [prompt for prompt in prompts if prompt.split != "erase"]
+    turns = [prompt for pair in zip(erase, keep) for prompt in pair]
+    return [*turns, *(prompt for prompt in prompts if prompt not in turns)][:images]

@@ -1,0 +1,280 @@
+"""Exports: which forms a run can have, their files, and what they say of themselves."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from realera import paths
+from realera.backbones import original_layout, portable
+from realera.contracts import UserError
+from realera.exporting import forms
+from realera.runs.folders import Run
+from realera.settings import composition
+
+VALUE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+BIAS = "conv_out.bias"
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("realera"), "propagate", True)
+    caplog.set_level(logging.INFO, "realera")
+    return caplog
+
+
+def made(monkeypatch: pytest.MonkeyPatch, folder: Path, state: dict[str, torch.Tensor], *words: str) -> Run:
+    """A run on the miniature whose erased weights are `state`."""
+    given = ["concept=airplane", "backbone=mini", "method=valera", *words]
+    config = composition.settings_of("train", given)
+    config = composition.name_concepts(config, composition.build_task(config))
+    origin = SimpleNamespace(fingerprint="0" * 16)
+    monkeypatch.setattr(forms, "read_erased", lambda _: SimpleNamespace(state=state, origin=origin))
+    folder.mkdir(exist_ok=True)
+    return Run(folder, config)
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, torch.Tensor]:
+    return portable.base_unet(paths.MINIATURE)
+
+
+def rank_one(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An edit of rank 1 of one value layer."""
+    weight = base[VALUE].float()
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, generator=generator) for size in weight.shape)
+    return {f"edit.{VALUE}": weight + 0.1 * torch.outer(left, right) / right.norm()}
+
+
+NOT_DRAWN = forms.Options(verify=0)
+
+
+def test_a_checkpoint_has_the_original_layout_and_says_where_it_comes_from(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "a-run", state := rank_one(base))
+    found = forms.export(run, "checkpoint", tmp_path / "out", NOT_DRAWN)
+    assert found.path == tmp_path / "out" / "a-run.safetensors"
+    with safe_open(found.path, "pt") as reader:
+        head, names = reader.metadata(), set(reader.keys())
+        there = reader.get_tensor(original_layout.unet_names(base)[VALUE])
+    assert torch.equal(there, state[f"edit.{VALUE}"].to(base[VALUE].dtype))  # the base model's own precision
+    assert original_layout.kind_of(names) == "v1" and head["modelspec.architecture"] == "stable-diffusion-v1"
+    assert json.loads(head["realera.concept"]) == ["airplane"] and head["realera.method"] == "valera"
+    assert head["realera.base_model"] == "realera's miniature" and json.loads(head["realera.left_out"]) == {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("to", ["checkpoint", "diffusers", "lora", "kohya"])
+def test_every_form_has_the_asked_precision_and_a_card(
+    to: forms.Form, dtype: str, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import ModelCard
+
+    run = made(monkeypatch, tmp_path / "run", rank_one(base))
+    found = forms.export(run, to, tmp_path / "out", forms.Options(verify=0, dtype=dtype))
+    files = [found.path] if found.path.is_file() else sorted(found.path.glob("*/*.safetensors"))
+    assert {value.dtype for file in files for value in load_file(file).values() if value.is_floating_point()} == {
+        forms.DTYPES[dtype]
+    }
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "apache-2.0" and "valera" in card.data.tags
+    assert "was not evaluated" in card.text and "airplane" in card.text
+
+
+def test_without_a_precision_a_pipeline_keeps_that_of_its_base(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", rank_one(base))
+    forms.export(run, "diffusers", tmp_path / "out", forms.Options(verify=0, variant="fp16", shard_size="2MB"))
+    files = sorted(file.name for file in (tmp_path / "out" / "unet").iterdir())
+    shards = [file for file in files if file.startswith("diffusion_pytorch_model.fp16-00001-of-0000")]
+    assert len(shards) == 1
+    assert "diffusion_pytorch_model.safetensors.index.fp16.json" in files
+    again = portable.part_state(tmp_path / "out", "unet")
+    assert {name: value.dtype for name, value in again.items()} == {name: value.dtype for name, value in base.items()}
+
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "out", variant="fp16", local_files_only=True)
+    own = dict(pipe.unet.named_parameters())[VALUE]
+    assert torch.equal(own.half(), again[VALUE].half())
+
+
+def test_auto_takes_the_smallest_rank_and_a_given_rank_is_judged(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    state = rank_one(base)
+    run = made(monkeypatch, tmp_path / "run", state)
+    found = forms.export(run, "kohya", tmp_path / "one", NOT_DRAWN)
+    flat = f"lora_unet_{VALUE.removesuffix('.weight').replace('.', '_')}"
+    lora = load_file(found.path)
+    assert found.error < 1e-6 and lora[f"{flat}.lora_down.weight"].shape[0] == 1 and lora[f"{flat}.alpha"] == 1
+    change = portable.read_lora(found.path, "kohya", [VALUE.removesuffix(".weight")])[VALUE]
+    assert torch.allclose(change, state[f"edit.{VALUE}"].double() - base[VALUE].double(), atol=1e-6)
+
+    generator = torch.Generator().manual_seed(1)
+    state[f"edit.{VALUE}"] = base[VALUE].float() + torch.randn(base[VALUE].shape, generator=generator)
+    found = forms.export(run, "lora", tmp_path / "two", forms.Options(verify=0, rank=2))
+    assert found.error > 0.5 and f"misses {100 * found.error:.2f}% of the change" in said.text
+    assert "misses" in (tmp_path / "two" / "README.md").read_text()
+    with pytest.raises(UserError, match=r"rank=auto gives a LoRA of rank \d+ with an error of at most 1.0%"):
+        forms.export(run, "lora", tmp_path / "three", forms.Options(verify=0, rank=None))
+
+
+def test_weights_that_a_lora_cannot_hold_are_named_with_their_share(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    state = {**rank_one(base), f"edit.{BIAS}": base[BIAS].float() + 1}
+    run = made(monkeypatch, tmp_path / "run", state)
+    found = forms.export(run, "lora", tmp_path / "out", NOT_DRAWN)
+    (part,) = found.left_out
+    assert part == "change of 1 biases and norms" and "a LoRA cannot hold them" in said.text
+    whole = sum(float((value.double() - base[name[5:]].double()).square().sum()) for name, value in state.items())
+    assert found.error == pytest.approx((base[BIAS].numel() / whole) ** 0.5, rel=1e-3)
+    with safe_open(found.path, "pt") as reader:
+        assert part in json.loads(reader.metadata()["realera.left_out"])
+
+
+def test_a_change_of_high_rank_is_refused_with_its_rank(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(portable, "MOST", 4)
+    state = {f"edit.{VALUE}": torch.randn(base[VALUE].shape, generator=torch.Generator().manual_seed(1))}
+    run = made(monkeypatch, tmp_path / "run", state)
+    with pytest.raises(UserError, match=r"needs rank \d\d+ .*attn2.to_v.*to=checkpoint"):
+        forms.export(run, "kohya", tmp_path / "out", NOT_DRAWN)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "kohya"])
+def test_the_file_draws_what_the_run_draws(
+    to: forms.Form, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", rank_one(base), "backbone.sampler.steps=3")
+    found = forms.export(run, to, tmp_path / "out", forms.Options(verify=2))
+    assert found.distance is not None and found.distance < 0.1
+    assert "of 255 grey levels" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_file_that_draws_something_else_is_a_warning(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    state = {f"edit.{BIAS}": base[BIAS].float() + 0.5, **rank_one(base)}
+    run = made(monkeypatch, tmp_path / "run", state, "backbone.sampler.steps=3")
+    found = forms.export(run, "lora", tmp_path / "out", forms.Options(verify=2))
+    assert found.distance is not None and found.distance > 2
+    assert any(record.levelname == "WARNING" and "grey levels" in record.getMessage() for record in said.records)
+
+
+def test_a_run_that_only_guides_is_refused_and_a_guide_beside_weights_is_said(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", {}, "method=sld")
+    with pytest.raises(UserError, match=r"SafetyGuidance acts while images are drawn.*generate run=.*run"):
+        forms.export(run, "diffusers", tmp_path / "out", NOT_DRAWN)
+    run = made(monkeypatch, tmp_path / "run", rank_one(base), "method=sld")
+    found = forms.export(run, "checkpoint", tmp_path / "out", NOT_DRAWN)
+    assert list(found.left_out) == ["SafetyGuidance"] and "not in the export: the SafetyGuidance" in said.text
+    assert "Without the SafetyGuidance" in (tmp_path / "out" / "README.md").read_text()
+
+
+LORA = {"steps": 2, "lora": {"rank": 1}}
+FUSION = {"_target_": "realera.methods.mace.Fusion"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "left"),
+    [
+        ({"align": None, "finish": None}, []),
+        ({"align": {**LORA, "steps": 0}, "finish": FUSION}, []),
+        ({"align": LORA, "finish": None}, ["LoRA"]),
+        ({"align": LORA, "finish": FUSION}, ["LoRA", "fusion"]),
+        ({"align": {"steps": 2, "lora": None}, "finish": None}, ["training"]),
+    ],
+)
+def test_a_map_that_is_a_part_of_the_erasure_says_so(
+    parts: dict[str, Any], left: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", {})
+    run.config["method"] |= parts
+    save_file({"map": torch.eye(2)}, run.folder / paths.MAP)
+    found = forms.export(run, "map", tmp_path / "out", NOT_DRAWN)
+    assert (tmp_path / "out" / paths.MAP).read_bytes() == (run.folder / paths.MAP).read_bytes()
+    assert list(found.left_out) == left
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"dtype": "int8"}, "dtype=int8 is none of"),
+        ({"variant": "../x"}, "is not a name such as fp16"),
+        ({"shard_size": "big"}, "is not a size such as 5GB"),
+        ({"rank": 0}, "is not auto, null or a whole number"),
+        ({"error": 1.5}, "is not between 0 and 1"),
+        ({"verify": -1}, "is not a whole number from 0"),
+        ({"push": "me"}, "is not USER/NAME"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        forms.Options(**options)
+
+
+def test_push_is_refused_before_anything_is_written(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", rank_one(base))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
+        forms.export(run, "lora", tmp_path / "out", forms.Options(verify=0, push="me/it"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(UserError, match="hf auth login"):
+        forms.export(run, "lora", tmp_path / "out", forms.Options(verify=0, push="me/it"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_push_uploads_the_folder(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Hub:
+        def create_repo(self, name: str, **more: Any) -> None:
+            calls.append((name, more["private"]))
+
+        def upload_folder(self, **more: Any) -> str:
+            calls.append((more["repo_id"], sorted(file.name for file in Path(more["folder_path"]).iterdir())))
+            return "there"
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    run = made(monkeypatch, tmp_path / "run", rank_one(base))
+    forms.export(run, "kohya", tmp_path / "out", forms.Options(verify=0, push="me/it"))
+    assert calls == [("me/it", True), ("me/it", ["README.md", "run.safetensors"])]
+
+
+def test_a_pipeline_names_classes_of_diffusers_and_transformers_alone(tmp_path: Path) -> None:
+    index = {
+        "_class_name": ["pipeline", "Evil"],
+        "scheduler": ["subprocess", "Popen"],
+        "unet": ["evil_module", "Net"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "extra": ["os", "system"],
+        "force_zeros_for_empty_prompt": True,
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    written = portable._index(tmp_path)
+    assert written["_class_name"] == "StableDiffusionPipeline" and written["force_zeros_for_empty_prompt"] is True
+    assert {value[0] for value in written.values() if isinstance(value, list)} == {"diffusers", "transformers", None}
