@@ -16,18 +16,18 @@ from realera.contracts import UserError
 from realera.files import plain_data
 
 TEXT = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 2}
-# diffusers splits OpenCLIP's query, key and value by the width of the projection, which equals the hidden one.
+# diffusers knows the second encoder of XL by its width, and splits its query, key and value by that of the projection.
 SMALL: dict[str, dict[str, dict[str, Any]]] = {  # the standard models with few channels: the same blocks and layers
     "v1": {"text_encoder": TEXT, "unet": {"cross_attention_dim": 32}},
     "v2": {"text_encoder": TEXT, "unet": {"cross_attention_dim": 32, "attention_head_dim": [1, 2, 2, 2]}},
     "xl": {
         "text_encoder": TEXT,
-        "text_encoder_2": {**TEXT, "projection_dim": 32},
+        "text_encoder_2": {**TEXT, "hidden_size": 48, "projection_dim": 48},
         "unet": {
-            "cross_attention_dim": 64,
+            "cross_attention_dim": 32 + 48,
             "attention_head_dim": [1, 2, 2],
             "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 32 + 6 * 8,
+            "projection_class_embeddings_input_dim": 48 + 6 * 8,
             "transformer_layers_per_block": [1, 2, 3],
         },
     },
