@@ -70,7 +70,7 @@ def test_a_map_that_is_a_part_of_the_erasure_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(logging.getLogger("realera"), "propagate", True)
-    save_file({"map": torch.eye(2)}, tmp_path / paths.MAP)
+    save_file({"map": torch.eye(2)}, tmp_path / paths.MAP, {"text_encoder": "{}"})
     export.export_map(Run(tmp_path, {"method": parts}), tmp_path / "out")
     assert (tmp_path / "out" / paths.MAP).read_bytes() == (tmp_path / paths.MAP).read_bytes()
     heard = {record.getMessage().rpartition(": ")[2] for record in caplog.records}  # once for each handler that listens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,7 +11,6 @@ from realera.contracts import UserError
 from realera.runs import folders, preflight
 from realera.runs.folders import Run
 from realera.settings import composition
-from realera.system import disk
 
 
 def export(cfg: DictConfig) -> None:
@@ -31,15 +29,17 @@ def export(cfg: DictConfig) -> None:
 
 
 def export_map(run: Run, out: Path) -> None:
-    """Copies the run's closed form: W = W0 @ map."""
+    """Writes the run's closed form: W = W0 @ map."""
     if not (run.folder / paths.MAP).is_file():
         raise UserError(
             f"{run.folder} has no {paths.MAP}, because its method has no single-matrix closed form: give to=diffusers."
         )
     preflight.check_map(run.folder / paths.MAP)
-    with disk.atomic(out / paths.MAP) as beside:
-        shutil.copyfile(run.folder / paths.MAP, beside)
-    if left := _beyond_map(run):
+    from realera.runs import map_files  # torch: slow, so imported after all checks
+    from realera.training import maps
+
+    map_files.write(run, out / paths.MAP)
+    if left := maps.left_out(run.config.get("method")):
         what, verb = " and the ".join(left), "are" if len(left) > 1 else "is"
         cli.log.warning("the map contains the closed form only: the %s of this run %s not in it", what, verb)
     console.show_path("map", out / paths.MAP)
@@ -70,16 +70,6 @@ def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
     ranks = {down.shape[0] for down, _ in lora.values()}
     cli.log.info("LoRA of rank %s on %d layers misses %.2f%% of the change", max(ranks), len(lora), 100 * error)
     console.show_path("LoRA", file)
-
-
-def _beyond_map(run: Run) -> list[str]:
-    """The parts of a run's method that changed its weights after the first closed form."""
-    method = run.config.get("method") or {}
-    align, finish = method.get("align"), method.get("finish")
-    if align and not align.get("steps", 1):  # nothing was trained, so there is nothing to finish
-        return []
-    trained = [] if not align else ["LoRA" if align.get("lora") else "training"]
-    return [*trained, *([str(finish["_target_"]).rpartition(".")[2].lower()] if finish else [])]
 
 
 def _guide(run: Run) -> str | None:
