@@ -352,6 +352,7 @@ def test_methods_and_tasks_are_described_in_one_line_each() -> None:
 
 
 def test_public_names_stay_callable_after_importing_the_modules() -> None:
+    import realera.apply
     import realera.evaluate
     import realera.methods.uce
     import realera.tasks.objects

@@ -25,6 +25,7 @@ LINES = {
     "evaluate": ["run=original", "concept=airplane", "backbone=mini", "dry_run=true"],
     "generate": ["run=nowhere", "prompts=[a]"],
     "export": ["run=nowhere", "to=map", "out=made"],
+    "apply": ["map=nowhere", "pretrained=mini", "out=made"],
     "report": ["runs=[nowhere]"],
     "demo": ["run=nowhere"],
     "cache": ["captions=nowhere", "backbone=mini"],
@@ -119,6 +120,8 @@ BAD = [
     ("generate", "run=x", "prompts=[a]", "seeds=[1e23]"),
     ("export", "run=x", "to=lora", "rank=99999999", "out=y"),
     ("demo", "port=99999"),
+    ("apply", "map=x", "pretrained=mini", "out=y", "weight=[0.5,-1]"),
+    ("apply", "map=x", "pretrained=nowhere", "out=y"),
     ("dashboard", "kind=reprt", "tags={a:1}"),
 ]
 

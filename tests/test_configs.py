@@ -28,6 +28,7 @@ NEEDED = {
     "evaluate": ["run=x"],
     "generate": ["run=x", "prompts=[y]"],
     "export": ["run=x", "to=map", "out=z"],
+    "apply": ["map=x", "pretrained=mini", "out=z"],
     "residue": ["run=x"],
     "cache": ["captions=x"],
 }
@@ -57,7 +58,18 @@ def targets(node: Any) -> Iterator[str]:
 
 def test_the_folder_holds_what_it_should() -> None:
     assert {"task", "method", "backbone", "judge", "trainer", "logger", "experiment"} <= set(GROUPS)
-    assert {"train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue"} == set(DOORS)
+    assert {
+        "train",
+        "evaluate",
+        "generate",
+        "export",
+        "apply",
+        "report",
+        "demo",
+        "cache",
+        "dashboard",
+        "residue",
+    } == set(DOORS)
     assert {"mini", "sd14"} <= set(BACKBONES)
     assert {"realera", "uce"} <= set(METHODS)
 

@@ -23,6 +23,7 @@ from realera.reporting.run_page import render
 ROOT = Path(realera.__file__).parent
 HIDDEN = {  # hashed, or said to another of our processes: whole numbers, times, texts
     "backbones/folder.py",
+    "backbones/text_marks.py",
     "evaluation/generate.py",
     "reporting/sweep/systems.py",
     "judges/other_interpreter.py",

@@ -11,13 +11,19 @@ import pytest
 import realera
 
 ROOT = Path(realera.__file__).parent
-COMMANDS = {"train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue"}
+COMMANDS = {"train", "evaluate", "generate", "export", "apply", "report", "demo", "cache", "dashboard", "residue"}
 BASE = {"contracts", "paths", "setting_types"}
 MATHEMATICS = {"closed_form", "value_space", "mining"}
 FOUNDATION = BASE | {"system", "files"}
 # What each part of realera may import besides itself: a part comes after all that it may import, so there is no circle.
 MAY = {
-    "__init__": {"system", "contracts", "api", "evaluation"},  # the last three for types, or when they are asked for
+    "__init__": {
+        "system",
+        "contracts",
+        "api",
+        "applied",
+        "evaluation",
+    },  # the last four for types, or when they are asked for
     "callable_module": set[str](),
     "setting_types": set[str](),
     "contracts": {"setting_types"},
@@ -41,9 +47,10 @@ MAY["runs"] = set(MAY) - {"__init__", "__main__", "miniature", "reporting"}
 MAY["sweeps"] = MAY["runs"] | {"runs", "reporting"}
 MAY["exporting"] = MAY["runs"] | {"runs"}
 MAY["wandb_logging"] = MAY["sweeps"] | {"sweeps"}
+MAY["applied"] = MAY["runs"] | {"runs"}
 MAY["cli"] = MAY["sweeps"] | {"sweeps"}
 MAY["__main__"] = {"system", "cli"} | COMMANDS
-MAY["api"] = MAY["runs"] | {"runs", "reporting", "exporting"}
+MAY["api"] = MAY["runs"] | {"runs", "reporting", "exporting", "applied"}
 MAY |= dict.fromkeys(COMMANDS, MAY["wandb_logging"] | {"wandb_logging", "cli", "exporting"})
 WORKSHOP = "miniature"
 HYDRA = {"settings", "runs", "sweeps", "wandb_logging", "cli"} | COMMANDS
@@ -53,7 +60,7 @@ LIBRARIES = {  # where a library may be imported; what makes the miniature is fr
     "lightning": {"training", "wandb_logging"},
     "wandb": {"training", "wandb_logging", "dashboard"},
     "wandb_workspaces": {"dashboard", "wandb_logging"},
-    "diffusers": {"backbones", "api"},  # there for its types alone
+    "diffusers": {"backbones", "api", "applied"},  # there for its types alone
     "peft": {"backbones"},
     "open_clip": {"judges"},
     "nudenet": {"judges"},

@@ -55,6 +55,7 @@ def test_the_documents_have_something_to_type() -> None:
         "evaluate",
         "generate",
         "export",
+        "apply",
         "report",
         "demo",
         "dashboard",

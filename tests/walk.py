@@ -22,10 +22,11 @@ NEEDED = {
     "evaluate": ["run=original", "concept=airplane", "anchor=sky", "backbone=mini"],
     "generate": ["run=x", "prompts=[y]"],
     "export": ["run=x", "to=map", "out=z"],
+    "apply": ["map=x", "pretrained=mini", "out=z"],
     "residue": ["run=x"],
     "cache": [f"captions={__file__}", "backbone=mini"],
 }
-DOORS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue")
+DOORS = ("train", "evaluate", "generate", "export", "apply", "report", "demo", "cache", "dashboard", "residue")
 Place = tuple[str | int, ...]
 
 

@@ -13,14 +13,27 @@ if TYPE_CHECKING:
     from realera.api import methods as methods
     from realera.api import miniature_pipeline as miniature_pipeline
     from realera.api import tasks as tasks
+    from realera.applied import Applied as Applied
     from realera.contracts import UserError as UserError
     from realera.evaluation.summary import Evaluation as Evaluation
 
 __version__ = "0.1.0"
-COMMANDS = ("train", "evaluate", "generate", "export", "report", "demo", "cache", "dashboard", "residue")
-CALLED = ("evaluate", "methods", "tasks")
-PUBLIC = ("Erased", "Evaluation", "erase", "load", "miniature_pipeline")
-__all__ = ["Erased", "Evaluation", "UserError", "erase", "evaluate", "load", "methods", "miniature_pipeline", "tasks"]
+COMMANDS = ("train", "evaluate", "generate", "export", "apply", "report", "demo", "cache", "dashboard", "residue")
+CALLED = ("apply", "evaluate", "methods", "tasks")
+PUBLIC = ("Applied", "Erased", "Evaluation", "erase", "load", "miniature_pipeline")
+__all__ = [
+    "Applied",
+    "Erased",
+    "Evaluation",
+    "UserError",
+    "apply",
+    "erase",
+    "evaluate",
+    "load",
+    "methods",
+    "miniature_pipeline",
+    "tasks",
+]
 
 # `python -m realera.train` imports this package first, while sys.argv is still ["-m"]; realera-train is a script.
 _by_module = sys.argv[:1] == ["-m"] and any(f"realera.{name}" in sys.orig_argv[1:] for name in COMMANDS)

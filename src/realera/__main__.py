@@ -12,6 +12,7 @@ LINES = {
     "evaluate": "judge a run again, or the unedited model",
     "generate": "draw prompts with a run's erased model",
     "export": "write a run's erasure in a format of other programs",
+    "apply": "apply an exported map to other checkpoints",
     "report": "write the page of one run or of several",
     "residue": "search for texts that still draw the concept",
     "demo": "serve a page on this machine: the original and the erased model side by side",

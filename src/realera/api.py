@@ -1,4 +1,5 @@
-"""The Python interface: erase, evaluate and load on a diffusers pipeline in memory. `realera` exports these names.
+"""The Python interface: erase, evaluate and load on a diffusers pipeline in memory; applied.py has `apply`. `realera`
+exports these names.
 
     import realera
     erased = realera.erase(pipe, "Van Gogh", anchor="art", method="uce", task="style")
@@ -17,11 +18,13 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from realera import paths
+from realera.applied import Applied as Applied
+from realera.applied import apply as apply
+from realera.backbones import stacks
 from realera.contracts import UserError
 from realera.evaluation.summary import Evaluation
 from realera.settings import composition
@@ -37,9 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("realera")
 CACHE = "cache"  # folder for generated training images, in an erasure's temporary folder
 PARTS = ("neighbours", "edit", "latents", "align", "guide", "finish")  # of a method
-# The numbers of the erasures on each denoiser, the latest last. An erasure stays on it after its object is deleted.
-_stacks: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
-_numbers = count()
 
 
 class Erased:
@@ -192,7 +192,7 @@ class Erased:
         self._refuse_under_later()
         with self._backbone.in_use():
             self._backbone.load_erased({})
-        _stacks[self._backbone.denoiser].pop()
+        stacks.pop(self._backbone.denoiser)
         self._undone = True
         return self._backbone.pipe
 
@@ -221,19 +221,14 @@ class Erased:
                 self.method,
             )
         self._merge_adapter()
-        self._number = next(_numbers)
-        _stacks.setdefault(self._backbone.denoiser, []).append(self._number)
+        self._number = stacks.push(self._backbone.denoiser)
 
     def _refuse_undone(self) -> None:
         if self._undone:
             raise UserError("this erasure was undone: erase again.")
 
     def _refuse_under_later(self) -> None:
-        if _stacks[self._backbone.denoiser][-1] != self._number:
-            raise UserError(
-                "a later erasure is on this pipeline: undo that one first, or load the pipeline again if you no longer "
-                "have its object."
-            )
+        stacks.refuse_under_later(self._backbone.denoiser, self._number)
 
     def __repr__(self) -> str:
         undone = ", undone" if self._undone else ""

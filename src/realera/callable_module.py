@@ -1,6 +1,6 @@
-"""Modules that can be called like a function. `realera.evaluate`, `realera.methods` and `realera.tasks` are modules and
-also public functions. Importing such a module replaces the function of the same name in the package, so the module
-itself must be callable."""
+"""Modules that can be called like a function. `realera.apply`, `realera.evaluate`, `realera.methods` and
+`realera.tasks` are modules and also public functions. Importing such a module replaces the function of the same name in
+the package, so the module itself must be callable."""
 
 from __future__ import annotations
 

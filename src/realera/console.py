@@ -196,6 +196,19 @@ def show_cells(cells: Sequence[Mapping[str, Any]]) -> None:
         console.print(table)
 
 
+def show_applied(rows: Sequence[tuple[str, Path, str, str]], out: Path) -> None:
+    """Shows the state of every checkpoint, and below the table why some were not written. rows: (checkpoint, folder
+    that is written, state, reason or "")."""
+    table = Table("checkpoint", f"folder in {_plain(str(out))}", "", title="maps applied", title_justify="left")
+    for source, place, state, _ in rows:
+        table.add_row(_plain(source), _plain(place.name), state)
+    console.print()
+    console.print(table)
+    for source, _, state, reason in rows:
+        if reason:
+            console.print(printable(f"{state}: {source}: {reason}"), soft_wrap=True, highlight=False, markup=False)
+
+
 def show_path(what: str, path: Path | str) -> None:
     """Prints a path or an address on its own line, unwrapped, so that it can be copied."""
     console.print(printable(f"{what}: {path}"), soft_wrap=True, highlight=False, markup=False)

@@ -411,6 +411,16 @@ class Aligner(Protocol):
         ...
 
 
+# --- an optional role of a backbone ---
+
+
+@runtime_checkable
+class MarksText(Protocol):
+    """A backbone whose text encoder can be recognised in other checkpoints, so that its maps can be applied to them."""
+
+    def text_marks(self) -> dict[str, str]: ...  # see backbones.text_marks
+
+
 # --- optional roles of a method's parts ---
 
 

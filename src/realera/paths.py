@@ -43,6 +43,7 @@ IMAGE_FORMATS = (
 )  # image formats that are read: pillow's others start programs (EPS) or are obsolete
 RESIDUE, RESIDUE_PAGE = "residue.json", "residue.html"  # which texts generate the concept, before and after
 EDIT_INFO = "edit.json"  # measurements of the edit: condition number, change of each layer, spectrum, prompt shifts
+APPLIED = "realera_applied.json"  # in a diffusers folder: the maps that realera.apply applied to its U-Net
 LOCK = ".lock"  # held by the process that makes the run; deleted when it ends
 FIT_FILES = (MAP, NEIGHBOURS, EDIT_INFO, LOSSES)  # the fit's other files; erased.safetensors has their digests
 

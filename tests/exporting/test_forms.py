@@ -207,7 +207,7 @@ def test_a_map_that_is_a_part_of_the_erasure_says_so(
 ) -> None:
     run = made(monkeypatch, tmp_path / "run", {})
     run.config["method"] |= parts
-    save_file({"map": torch.eye(2)}, run.folder / paths.MAP)
+    save_file({"map": torch.eye(2)}, run.folder / paths.MAP, {"text_encoder": "{}"})
     found = forms.export(run, "map", tmp_path / "out", NOT_DRAWN)
     assert (tmp_path / "out" / paths.MAP).read_bytes() == (run.folder / paths.MAP).read_bytes()
     assert list(found.left_out) == left

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from realera import paths
-from realera.backbones import adapters, folder
+from realera.backbones import adapters, folder, text_marks
 from realera.backbones.denoiser import DTYPES
 from realera.backbones.loading import Parts, TextFigures, quiet
 from realera.backbones.unet import UNetBackbone
@@ -55,6 +55,9 @@ class PipelineBackbone(UNetBackbone):
     @property
     def text_fingerprint(self) -> str:
         return self._marks[True]
+
+    def text_marks(self) -> dict[str, str]:
+        return text_marks.of_parts(self.parts)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,10 +21,12 @@ from torch import Tensor
 from realera.backbones import folder as checkpoint
 from realera.backbones import original_layout
 from realera.contracts import UserError
-from realera.files import finite, headers, plain_data
+from realera.files import finite, plain_data
+from realera.files.headers import read_json
 from realera.system import disk
 
 EDIT, LORA = "edit.", "lora."
+SAFETY_CHECKER = ["stable_diffusion", "StableDiffusionSafetyChecker"]  # a class of diffusers, in model_index.json
 MOST = 256  # the largest rank that "auto" writes: the file would approach the size of the model
 Lora = dict[str, tuple[Tensor, Tensor]]  # {layer: (down (r, in, ...), up (out, r, ...))}, W + up @ down
 
@@ -258,11 +260,11 @@ def kind_of(source: Path) -> original_layout.Kind:
     activation is an exact GELU."""
     if checkpoint.is_xl(source):
         return "xl"
-    return "v2" if headers.read_json(source / "text_encoder" / "config.json").get("hidden_act") == "gelu" else "v1"
+    return "v2" if read_json(source / "text_encoder" / "config.json").get("hidden_act") == "gelu" else "v1"
 
 
 def is_v_prediction(source: Path) -> bool:
-    settings = headers.read_json(source / "scheduler" / "scheduler_config.json")
+    settings = read_json(source / "scheduler" / "scheduler_config.json")
     return settings.get("prediction_type") == "v_prediction"
 
 
@@ -295,6 +297,61 @@ def save_pipeline(
         (beside / "model_index.json").write_text(plain_data.json_text(_index(source), indent=2), encoding="utf-8")
 
 
+def save_changed(
+    source: Path, change: Callable[[str, Tensor], Tensor], out: Path, texts: Mapping[str, str] | None = None
+) -> None:
+    """Writes a diffusers folder like `source`, completely or not at all, whose U-Net has the weights change(name, W).
+
+    Every weight keeps its dtype, and the U-Net its shards, of which one is in memory at a time. The other parts are
+    copied, also a safety checker that is stored as safetensors, under the names that from_pretrained looks for without
+    a variant. texts: {name: content} of further files. Raises UserError if an original or a changed weight is not
+    finite.
+    """
+    extras = _extras(source)
+    variant, shards = checkpoint.part_files(source, "unet")
+    stem, mark = checkpoint.models(source)["unet"], f".{variant}" if variant else ""
+    whole = shards[0].name == f"{stem}{mark}.safetensors"
+    with disk.atomic(out) as beside:
+        beside.mkdir()
+        for part in (*checkpoint.models(source), *checkpoint.tokenizers(source), "scheduler", *extras):
+            (beside / part).mkdir()
+            for file in extras[part] if part in extras else _files_to_copy(source, part):
+                shutil.copyfile(file, beside / part / file.name.replace(".fp16.", "."))
+            if part.startswith("text_encoder"):
+                _promise_float32(beside / part / "config.json")
+        for shard in shards:
+            state = _changed(source, load_file(shard), change)
+            save_file(state, beside / "unet" / (f"{stem}.safetensors" if whole else shard.name), {"format": "pt"})
+        if not whole:
+            index = f"{stem}.safetensors.index"
+            shutil.copyfile(source / "unet" / f"{index}{mark}.json", beside / "unet" / f"{index}.json")
+        written = {"model_index.json": plain_data.json_text(_index(source, extras), indent=2), **(texts or {})}
+        for name, text in written.items():
+            (beside / name).write_text(text, encoding="utf-8")
+
+
+def _changed(source: Path, state: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+    finite.refuse(state, f"The U-Net in {str(source)!r} cannot be changed: its weight", "copy or download it again")
+    changed = {name: change(name, weight).to(weight.dtype) for name, weight in state.items()}
+    remedy = "use a smaller weight, or a copy of the checkpoint in float32 or bfloat16"
+    finite.refuse(changed, f"The changed U-Net of {str(source)!r} cannot be saved: its weight", remedy)
+    return {name: weight.contiguous() for name, weight in changed.items()}
+
+
+def _extras(source: Path) -> dict[str, list[Path]]:
+    """{part: its files} of diffusers' own safety checker and the image processor that it needs, if the folder has both
+    in formats that run no code."""
+    checker = [source / "safety_checker" / "config.json", source / "safety_checker" / "model.safetensors"]
+    half = source / "safety_checker" / "model.fp16.safetensors"
+    checker[1] = checker[1] if checker[1].is_file() or not half.is_file() else half
+    processor = [source / "feature_extractor" / "preprocessor_config.json"]
+    index = source / "model_index.json"
+    named = read_json(index).get("safety_checker") if index.is_file() else None
+    if named != SAFETY_CHECKER or not all(file.is_file() for file in (*checker, *processor)):
+        return {}
+    return {"safety_checker": checker, "feature_extractor": processor}
+
+
 def _write_weights(state: Mapping[str, Tensor], place: Path, stem: str, variant: str | None, shard_size: str) -> None:
     """One file, or shards with an index, by the names that from_pretrained looks for."""
     mark = f".{variant}" if variant else ""
@@ -323,17 +380,33 @@ def _settings_of(source: Path, part: str) -> list[Path]:
     return [file for file in settings if ".safetensors.index." not in file.name]
 
 
-def _index(source: Path) -> dict[str, object]:
-    """The folder's index, with only the copied parts."""
+def _files_to_copy(source: Path, part: str) -> list[Path]:
+    """The files of one part that a pipeline needs: its settings, and its weights except the U-Net's, which are written
+    anew. Shards keep their names, because the index lists them."""
+    kept = _settings_of(source, part)
+    stem = checkpoint.models(source).get(part)
+    if stem is None or part == "unet":
+        return kept
+    variant, weights = checkpoint.part_files(source, part)
+    mark = f".{variant}" if variant else ""
+    if weights[0].name != f"{stem}{mark}.safetensors":
+        kept.append(source / part / f"{stem}.safetensors.index{mark}.json")
+    return [*kept, *weights]
+
+
+def _index(source: Path, extras: Collection[str] = ()) -> dict[str, object]:
+    """The folder's index, with only the copied parts. extras: copied parts besides the usual ones."""
     networks, tokenizers = checkpoint.models(source), checkpoint.tokenizers(source)
-    parts = {*networks, *tokenizers, "scheduler"}
+    parts = {*networks, *tokenizers, "scheduler", *extras}
     file = source / "model_index.json"
     index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     # a class of another library is left out: loading the exported folder would run its code
     known = {
         key: value
         for key, value in index.items()
-        if not isinstance(value, list) or value[:1] in (["diffusers"], ["transformers"], [None])
+        if not isinstance(value, list)
+        or value[:1] in (["diffusers"], ["transformers"], [None])
+        or (key in extras and value == SAFETY_CHECKER)
     }
     if not isinstance(index.get("_class_name", ""), str):
         known.pop("_class_name", None)
@@ -354,4 +427,5 @@ def _index(source: Path) -> dict[str, object]:
         standard["_class_name"] = "StableDiffusionXLPipeline"
         standard["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
         return {**standard, **kept}
-    return {**standard, "safety_checker": [None, None], **kept, "requires_safety_checker": False}
+    checked = {} if extras else {"requires_safety_checker": False}
+    return {**standard, "safety_checker": [None, None], **kept, **checked}

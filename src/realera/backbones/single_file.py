@@ -48,6 +48,13 @@ def unpacked(file: Path) -> Path:
     return place
 
 
+def kind_of(file: Path) -> str | None:
+    """The kind of a single file; None for one that is not a whole checkpoint. Raises UserError for a torn file."""
+    from realera.backbones import original_layout
+
+    return original_layout.kind_of(headers.tensors(file))
+
+
 def folder_of(file: Path) -> Path | None:
     """The folder that a file has been unpacked into; None if it has not."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from realera.backbones import adapters, autoencoder, folder, loading, sampling
+from realera.backbones import adapters, autoencoder, folder, loading, sampling, text_marks
 from realera.backbones.base import BaseWeights
 from realera.backbones.denoiser import DTYPES, Attention, Denoiser, Dtype
 from realera.backbones.loading import Rows, TextFigures
@@ -105,6 +105,10 @@ class UNetBackbone:
     def text_fingerprint(self) -> str:
         """Content id of what the text states depend on: text encoders, tokenizers and text length."""
         return folder.fingerprint(self.folder, text_length=self.max_length, only_text=True)
+
+    def text_marks(self) -> dict[str, str]:
+        """See `backbones.text_marks`; reads the text encoders' files."""
+        return text_marks.of_folder(self.folder)
 
     @property
     def device(self) -> torch.device:

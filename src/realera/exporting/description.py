@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -33,7 +32,7 @@ BUILT_IN = "apache-2.0"  # of the miniature, and of this package
 @dataclass(frozen=True)
 class Description:
     """A run in words. base: the hub id, folder or file of the base model; None = the built-in miniature. kind: of the
-    original code. metrics: of the run's evaluation, {} if it has none. guide: the class name of the part that acts
+    original code ("v1" if the base model is not at hand). metrics: of the run's evaluation, {} if it has none. guide: the class name of the part that acts
     while images are drawn, which no file can hold; None without one."""
 
     name: str
@@ -64,8 +63,8 @@ class Description:
         return f"{names} erased by {self.method}"
 
 
-def describe(run: Run, source: Path, fingerprint: str) -> Description:
-    """source: the folder of the base model. fingerprint: of its content, as the erased weights name it."""
+def describe(run: Run, source: Path | None, fingerprint: str) -> Description:
+    """source: the folder of the base model; None = it is not needed. fingerprint: of its content, as the erased weights name it."""
     config = run.config
     concepts = composition.build_task(config).concepts
     sampler = config["backbone"]["sampler"]
@@ -77,8 +76,8 @@ def describe(run: Run, source: Path, fingerprint: str) -> Description:
         anchors=tuple(concept.anchor for concept in concepts),
         base=config["backbone"].get("pretrained"),
         fingerprint=fingerprint,
-        kind=portable.kind_of(source),
-        predicts_v=portable.is_v_prediction(source),
+        kind="v1" if source is None else portable.kind_of(source),
+        predicts_v=source is not None and portable.is_v_prediction(source),
         side=int(sampler["height"]),
         metrics=_metrics(run.folder / paths.METRICS),
         guide=str(guide["_target_"]).rpartition(".")[2] if guide else None,
@@ -113,12 +112,12 @@ def metadata_of(
         **({"modelspec.license": about.licence} if about.licence else {}),
         "realera.version": __version__,
         "realera.method": about.method,
-        "realera.concept": json.dumps(about.concepts, ensure_ascii=False),
-        "realera.anchor": json.dumps(about.anchors, ensure_ascii=False),
+        "realera.concept": plain_data.json_text(about.concepts, ensure_ascii=False),
+        "realera.anchor": plain_data.json_text(about.anchors, ensure_ascii=False),
         "realera.base_model": about.base or "realera's miniature",
         "realera.base_fingerprint": about.fingerprint,
         "realera.seed": str(about.seed),
-        "realera.left_out": json.dumps(dict(left_out), ensure_ascii=False),
+        "realera.left_out": plain_data.json_text(dict(left_out), ensure_ascii=False),
     }
     if ranks is None:
         return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +17,10 @@ from realera.backbones import portable
 from realera.backbones.folder import locate
 from realera.contracts import UserError
 from realera.exporting import card, description, verification
-from realera.runs import preflight
+from realera.runs import map_files, preflight
 from realera.runs.folders import Run
 from realera.system import disk
+from realera.training import maps
 from realera.training.checkpoint import read_erased
 
 log = logging.getLogger(__name__)
@@ -93,11 +93,11 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
         refuse_push(options.push)
     erased = read_erased(run.erased)
     state = erased.state
-    if source is None:
+    if source is None and to != "map":  # a map is exported without its base model
         preflight.check_model(run.config["backbone"])
         source = locate(run.config["backbone"]["pretrained"])
     about = description.describe(run, source, erased.origin.fingerprint)
-    if to == "map":
+    if source is None or to == "map":
         made = _map(run, out, about)
     else:
         if about.guide and not state:
@@ -154,29 +154,18 @@ def _weights(
 
 
 def _map(run: Run, out: Path, about: description.Description) -> Exported:
-    """Copies the run's closed form: W = W0 @ map."""
+    """Writes the run's closed form: W = W0 @ map."""
     if not (run.folder / paths.MAP).is_file():
         raise UserError(
             f"{run.folder} has no {paths.MAP}, because its method has no single-matrix closed form: give to=diffusers "
             "or to=checkpoint."
         )
     preflight.check_map(run.folder / paths.MAP)
-    with disk.atomic(out / paths.MAP) as beside:
-        shutil.copyfile(run.folder / paths.MAP, beside)
-    left_out = dict.fromkeys(_beyond_map(run), "the map is the closed form only")
+    map_files.write(run, out / paths.MAP)
+    left_out = dict.fromkeys(maps.left_out(run.config.get("method")), "the map is the closed form only")
     if about.guide:
         left_out[about.guide] = "it acts while images are drawn; only realera's own commands can apply it"
     return Exported(out / paths.MAP, left_out=left_out)
-
-
-def _beyond_map(run: Run) -> list[str]:
-    """The parts of a run's method that changed its weights after the first closed form."""
-    method = run.config.get("method") or {}
-    align, finish = method.get("align"), method.get("finish")
-    if align and not align.get("steps", 1):  # nothing was trained, so there is nothing to finish
-        return []
-    trained = [] if not align else ["LoRA" if align.get("lora") else "training"]
-    return [*trained, *([str(finish["_target_"]).rpartition(".")[2].lower()] if finish else [])]
 
 
 def _notes(made: Exported) -> dict[str, str]:

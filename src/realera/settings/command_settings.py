@@ -11,15 +11,18 @@ from realera.contracts import Backbone, Judge, Method, SetJudge, Split, Task
 from realera.setting_types import (
     Batch,
     Beside,
+    Checkpoint,
     ClassName,
     Count,
     Devices,
     File,
     Filled,
     Folder,
+    GivenMap,
     Host,
     Instead,
     Label,
+    MapWeight,
     Name,
     NewPath,
     NonNegative,
@@ -166,6 +169,15 @@ class Export(TypedDict):
     verify: Whole | None
     push: Label | None
     private: bool
+
+
+class Apply(TypedDict):
+    map: Annotated[GivenMap | list[GivenMap], Filled()]
+    pretrained: Annotated[Checkpoint | list[Checkpoint], Filled()]
+    out: NewPath
+    weight: Annotated[MapWeight | list[MapWeight], Filled()]
+    remove: bool
+    check: bool
 
 
 class Report(TypedDict):

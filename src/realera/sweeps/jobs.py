@@ -49,10 +49,10 @@ def refuse_single_run(settings: Mapping[str, Any]) -> None:
         raise UserError("this experiment is a sweep with one job for each concept: add -m, or type concept=NAME.")
 
 
-def fail(sentence: str) -> NoReturn:
-    """Prints the error sentence and exits with status 2."""
+def fail(sentence: str, status: int = 2) -> NoReturn:
+    """Prints the error sentence and exits."""
     print(f"error: {paths.printable(sentence)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def new_stamp() -> str:

@@ -15,7 +15,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from realera.closed_form import spectrum
-from realera.contracts import Edit, Miner, Neighbours, Pair, Prepares, PreparesTogether, Prompt, ReadsModelFirst
+from realera.contracts import (
+    Edit,
+    MarksText,
+    Miner,
+    Neighbours,
+    Pair,
+    Prepares,
+    PreparesTogether,
+    Prompt,
+    ReadsModelFirst,
+)
 from realera.costs import Meter
 from realera.files import finite
 from realera.files.cache_costs import collect_costs
@@ -24,6 +34,7 @@ from realera.paths import EDIT_INFO, MAP, NEIGHBOURS, printable
 from realera.system.disk import write_text
 from realera.system.ranks import ALONE, Ranks, patient_group
 from realera.system.terminal import bars_hidden
+from realera.training import maps
 from realera.training.checkpoint import Origin, save_map, save_neighbours, tensors_of
 from realera.training.module import ErasureModule, trains
 from realera.training.resuming import trained_numbers
@@ -118,7 +129,7 @@ class ClosedFormEdit(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({f"edit/{name}": value for name, value in self.report["info"].items()}, step=0)
             if trainer.is_global_zero:
-                self._write(edit)
+                self._write(module, edit)
         self._count_edited(module)
         if method.align is not None and trains(method.align):
             if method.align.lora is not None:
@@ -197,9 +208,16 @@ class ClosedFormEdit(Callback):
         ends = {target: anchor.states[0, int(anchor.length[0])] for target, anchor in anchors.items()}
         return {target: [a.to(w0) @ w0.T for w0 in before.values()] for target, a in ends.items()}
 
-    def _write(self, edit: Edit) -> None:
+    def _write(self, module: ErasureModule, edit: Edit) -> None:
         if edit.map is not None:
-            save_map(self.run_dir / MAP, edit.map, self.origin, edit.projections)
+            concepts = [pair.concept for pair in module.pairs]
+            about = maps.about(
+                module.method.name,
+                [concept.target for concept in concepts],
+                [concept.anchor for concept in concepts],
+                module.backbone.text_marks() if isinstance(module.backbone, MarksText) else None,
+            )
+            save_map(self.run_dir / MAP, edit.map, self.origin, edit.projections, about)
         if isinstance(self.mined, Mined) and self.mined.kept and self.keep_neighbours:
             save_neighbours(self.run_dir / NEIGHBOURS, self.mined.kept, self.origin)
         write_text(self.run_dir / EDIT_INFO, json_text(self.report, indent=1))

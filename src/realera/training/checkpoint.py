@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from realera import __version__
-from realera.contracts import KEYS, VALUES, Backbone, LoraSpec, Neighbours, UserError
+from realera.contracts import KEYS, PROJECTIONS, VALUES, Backbone, LoraSpec, Neighbours, UserError
 from realera.files import checksums, finite, plain_data
 from realera.paths import FIT_FILES
 
@@ -89,18 +89,33 @@ def load_erased(path: Path, backbone: Backbone) -> Erased:
     return erased
 
 
-def save_map(path: Path, map: Tensor, origin: Origin, projections: Sequence[str] = (KEYS, VALUES)) -> None:
-    """Saves the map (D, D) of a closed form in float32: W = W0 @ map. projections: suffixes of the layers it is for."""
-    _save(path, {"map": map.float()}, origin, projections=json.dumps(list(projections)))
+def save_map(
+    path: Path,
+    map: Tensor,
+    origin: Origin,
+    projections: Sequence[str] = (KEYS, VALUES),
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Saves the map (D, D) of a closed form in float32: W = W0 @ map. projections: suffixes of the layers it is for.
+    about: further metadata (see `maps.about`)."""
+    word = next((name for name, suffixes in PROJECTIONS.items() if set(suffixes) == set(projections)), None)
+    said = {"projections": word or json.dumps(list(projections)), "width": str(len(map)), **(about or {})}
+    _save(path, {"map": map.float()}, origin, **said)
 
 
 def read_map(path: Path) -> tuple[Tensor, Origin]:
     """Raises UserError as `read_erased`."""
+    map, origin, _ = read_map_whole(path)
+    return map, origin
+
+
+def read_map_whole(path: Path) -> tuple[Tensor, Origin, dict[str, str]]:
+    """The map, its origin and all of its metadata. Raises UserError as `read_erased`."""
     state, metadata = _read(path)
     if "map" not in state:
         raise UserError(f"{path} has no map: give a run's map.safetensors.")
     try:
-        return state["map"], _origin(metadata)
+        return state["map"], _origin(metadata), metadata
     except (KeyError, ValueError) as error:
         raise _not_ours(path) from error
 
