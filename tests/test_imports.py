@@ -31,7 +31,7 @@ EXTRA_OF = {  # the parts of src/ that may import an extra's packages; everythin
     "realera/judges/fid.py": "fid",
     "realera/reporting/sweep/plots.py": "report",
     "realera/dashboard.py": "dashboard",
-    "realera/wandb_logging/panels.py": "dashboard",
+    "realera/tracking/panels.py": "dashboard",
 }
 # Packages that src/ imports and the extra `dev` leaves out: they are large, or only of use with what is large. Such an
 # import stands in a function, and a test that comes to it begins with pytest.importorskip.

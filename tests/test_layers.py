@@ -39,19 +39,19 @@ MAY = {
 }
 MAY["runs"] = set(MAY) - {"__init__", "__main__", "miniature", "reporting"}
 MAY["sweeps"] = MAY["runs"] | {"runs", "reporting"}
-MAY["wandb_logging"] = MAY["sweeps"] | {"sweeps"}
+MAY["tracking"] = MAY["sweeps"] | {"sweeps"}
 MAY["cli"] = MAY["sweeps"] | {"sweeps"}
 MAY["__main__"] = {"system", "cli"} | COMMANDS
 MAY["api"] = MAY["runs"] | {"runs", "reporting"}
-MAY |= dict.fromkeys(COMMANDS, MAY["wandb_logging"] | {"wandb_logging", "cli"})
+MAY |= dict.fromkeys(COMMANDS, MAY["tracking"] | {"tracking", "cli"})
 WORKSHOP = "miniature"
-HYDRA = {"settings", "runs", "sweeps", "wandb_logging", "cli"} | COMMANDS
+HYDRA = {"settings", "runs", "sweeps", "tracking", "cli"} | COMMANDS
 LIBRARIES = {  # where a library may be imported; what makes the miniature is free
     "hydra": HYDRA,
     "omegaconf": HYDRA,
-    "lightning": {"training", "wandb_logging"},
-    "wandb": {"training", "wandb_logging", "dashboard"},
-    "wandb_workspaces": {"dashboard", "wandb_logging"},
+    "lightning": {"training", "tracking"},
+    "wandb": {"training", "tracking", "dashboard"},
+    "wandb_workspaces": {"dashboard", "tracking"},
     "diffusers": {"backbones", "api"},  # there for its types alone
     "peft": {"backbones"},
     "open_clip": {"judges"},
