@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,77 +25,13 @@ from realera.evaluation.records import Row, verdict_file, write_manifest, write_
 from realera.evaluation.results import measure
 from realera.runs.folders import FILES, Run, digest, identity
 from realera.settings import composition, resolvers
-from realera.training.fit import fit
 from realera.tracking import trackers, wandb_runs
 from realera.tracking.base import Tracker
+from realera.training.fit import fit
+from wandb_files import read_back, whole
 
 LOGGER = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "realera", "mode": "offline"}
 OBJECT, NSFW = "realera.tasks.objects.ObjectTask", "realera.tasks.nsfw.NsfwTask"
-BLOCK = 32768  # bytes; a record that crosses a block is split
-
-
-def records(file: Path) -> Iterator[Any]:
-    """The records of a .wandb file: LevelDB's log (crc32, length, type; whole or first, middle, last) after 7 bytes of
-    header."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, parts = file.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if BLOCK - at % BLOCK < 7:
-            at += BLOCK - at % BLOCK
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        if kind == 0 or at + 7 + length > len(data):
-            return  # still being written
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
-def whole(file: Path) -> list[Any]:
-    """The records up to the run's end. W&B's own process writes the end shortly after the run has finished."""
-    until = time.monotonic() + 30
-    while True:
-        found = list(records(file))
-        if any(record.WhichOneof("record_type") == "exit" for record in found):
-            return found
-        assert time.monotonic() < until, "the run did not end"
-        time.sleep(0.05)
-
-
-def read_back(folder: Path) -> dict[str, Any]:
-    """{"config", "summary", "history": {key: [values]}, "images": the table's, "run": its record, "tables"} of the
-    folder's only W&B run. All files are in the folder."""
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    config: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
-    history: dict[str, list[Any]] = {}
-    images = []
-    run = None
-
-    def key(item: Any) -> str:
-        return str(item.key or "/".join(item.nested_key))
-
-    for record in whole(file):
-        run = record.run if record.WhichOneof("record_type") == "run" else run
-        for update in (record.run.config.update, record.config.update):
-            config |= {key(item): json.loads(item.value_json) for item in update}
-        for entry in record.artifact.manifest.contents:
-            if entry.path.endswith(".png"):
-                assert Path(entry.local_path).is_relative_to(folder)
-                images.append(np.asarray(Image.open(entry.local_path)))
-        summary |= {key(item): json.loads(item.value_json) for item in record.summary.update}
-        for item in record.history.item:
-            history.setdefault(key(item), []).append(json.loads(item.value_json))
-    tables = {
-        f.name.split("_")[0]: json.loads(f.read_text()) for f in file.parent.glob("files/media/table/*.table.json")
-    }
-    return {"config": config, "summary": summary, "history": history, "images": images, "run": run, "tables": tables}
 
 
 def judged(folder: Path, task: str, concepts: Sequence[str], mode: Mode, blur: bool | None = None) -> Run:
@@ -456,3 +391,36 @@ def test_a_run_folder_does_not_decide_where_its_results_are_sent(
 def test_an_invalid_id_is_replaced(text: str, tmp_path: Path) -> None:
     (tmp_path / paths.WANDB_ID).write_text(text)
     assert re.fullmatch(r"[0-9a-f]{12}", wandb_runs.run_id(Run(tmp_path, {})))
+
+
+def test_names_and_tags_of_the_environment_are_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def made(node: Any, **settings: Any) -> Any:
+        asked.append({**node, **settings})
+        return FailingLogger("offline")
+
+    monkeypatch.setattr(wandb_runs, "build", made)
+    monkeypatch.setattr("wandb.setup", lambda settings: None)
+    config = {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": LOGGER}
+    run = Run(tmp_path / "run", config)
+    trackers.make(run)
+    monkeypatch.setenv("WANDB_NAME", "my name")
+    monkeypatch.setenv("WANDB_TAGS", "a, b,,uce")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "my group")
+    trackers.make(with_logger(run, tags=["typed"]))
+    trackers.make(with_logger(run, group="typed"))
+    assert [one["name"] for one in asked] == ["run", "my name", "my name"]
+    assert [one["group"] for one in asked] == [None, "my group", "typed"]
+    assert [one["tags"] for one in asked[:2]] == [["object", "uce", "cat"], ["object", "uce", "cat", "typed", "a", "b"]]
+
+
+def test_an_empty_mode_is_no_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert resolvers.wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert resolvers.wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolvers.wandb_mode() == "disabled"

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from realera.contracts import UserError
-from realera.settings.source_code import Class, find, lacks, lineage
+from realera.settings.constructors import Parameter, signature
+from realera.settings.source_code import Class, Function, find, lacks, lineage
 
 LOGGER = "lightning.pytorch.loggers.Logger"
 SHARED = ("images", "artifact")  # settings of all trackers of a run, which no constructor takes
@@ -58,12 +59,26 @@ def nodes(logger: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
 
 
 def is_named(logger: Mapping[str, Any], name: Any) -> bool:
-    """Whether an entry of `logger` is a named tracker. Beside a `_target_` it may also be a parameter of that class,
-    so there the entry's own class must be a Lightning logger."""
+    """Whether an entry of `logger` is a named tracker. Beside a `_target_` it may also be a part that this class takes:
+    something that is no Lightning logger, or a parameter if the part's class cannot be read."""
     one = logger[name]
-    if not isinstance(one, Mapping) or not (logger.get("_target_") is None or one.get("_target_")):
+    if not isinstance(one, Mapping) or (target := logger.get("_target_")) is None:
+        return isinstance(one, Mapping)
+    if not one.get("_target_"):
         return False
-    return logger.get("_target_") is None or _is_logger(one["_target_"])
+    found, role = find(str(one["_target_"])), find(LOGGER)
+    if isinstance(found, Class) and isinstance(role, Class) and None not in lineage(found):
+        return lacks(found, role) is None
+    return name not in parameters(str(target))
+
+
+def parameters(target: str) -> dict[str, Parameter]:
+    """The named parameters of a tracker's class, and of the function behind its **kwargs if it is of a known kind."""
+    found: dict[str, Parameter] = {}
+    for one in (find(kind(target).behind), find(target)):
+        if isinstance(one, Class | Function) and (taken := signature(one)) is not None:
+            found |= taken.parameters
+    return found
 
 
 def kind(target: Any) -> Kind:
@@ -94,10 +109,10 @@ def check(logger: Mapping[str, Any] | None) -> None:
                 + (f" (in a checkout: '.[{one.extra}]')." if one.extra else ".")
             )
     if (logger or {}).get("artifact") and not any(one.artifacts for one in kinds.values()):
-        able = ", ".join(one.title for one in KINDS.values() if one.artifacts)
+        able = " and ".join(one.title for one in KINDS.values() if one.artifacts)
         raise UserError(
-            f"logger.artifact=true does nothing here, because only {able} store the weights: leave it out, or add one "
-            "of them, as in 'logger=[wandb,csv]'."
+            f"logger.artifact=true does nothing here, because only {able} store files: leave it out, or add one of "
+            "them, as in 'logger=[tensorboard,mlflow]'."
         )
     if "images" in (logger or {}) and not any(one.images for one in kinds.values()):
         raise UserError("logger.images does nothing here, because no tracker shows images: leave it out.")
@@ -123,11 +138,6 @@ def check_choice(words: Iterable[str], logger: Mapping[str, Any] | None) -> None
             f"logger=[{','.join(chosen)}] names {len(wanted)} trackers whose yamls have the same keys, so that one "
             "replaces another: put the keys of your own yaml below a name, as in conf/logger/csv.yaml."
         )
-
-
-def _is_logger(target: Any) -> bool:
-    found, role = find(str(target)), find(LOGGER)
-    return not (isinstance(found, Class) and isinstance(role, Class) and lacks(found, role) is not None)
 
 
 def _is_installed(module: str) -> bool:

@@ -125,14 +125,12 @@ class Trackers(Record):
         taken = None if found is None else signature(found)
         if taken is None:
             return {**dict.fromkeys(node, Anything()), **HYDRAS}
-        others: dict[str, Kind] = {} if taken.others is None else dict.fromkeys(node, Anything())
-        behind = find(loggers.kind(node["_target_"]).behind)
-        if isinstance(behind, Class | Function) and (more := signature(behind)) is not None:
-            others = _kinds(more.parameters)
-        own = _kinds(taken.parameters)
+        target = str(node["_target_"])
+        free = taken.others is not None and not loggers.kind(target).behind
+        own = {**(dict.fromkeys(node, Anything()) if free else {}), **_kinds(loggers.parameters(target))}
         if "save_dir" in own:  # null: the run folder
             own["save_dir"] = _any_of([own["save_dir"], NULL])
-        return {**others, **own, **HYDRAS}
+        return {**own, **HYDRAS}
 
 
 @dataclass(frozen=True)
