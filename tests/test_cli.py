@@ -109,7 +109,9 @@ BAD = {  # what is typed -> words that the answer must hold
     ("concept=airplane", "logger=csv", "+logger.images=3"): ["logger.images does nothing here"],
     ("concept=airplane", "logger=csv", "+logger.artifact=true"): ["logger.artifact=true", "W&B and MLflow"],
     ("concept=airplane", "logger=csv", "+logger.csv.foo=1"): ["no setting 'logger.csv.foo'"],
-    ("concept=airplane", "logger=csv", "logger.csv._target_=json.JSONDecoder"): ["cannot be used as Logger"],
+    ("concept=airplane", "logger=csv", "logger.csv._target_=realera.tasks.objects.ObjectTask"): [
+        "cannot be used as Logger"
+    ],
     ("concept=airplane", "+logger.wandb.project=x"): ["no setting 'logger.wandb'"],
     ("concept=airplane", "+foo=1"): ["no setting 'foo'"],
     ("concept=airplane", "++method.edit.foo=1"): ["no setting 'method.edit.foo'"],

@@ -138,11 +138,9 @@ def test_one_run_is_tracked_by_three_trackers_at_once(type_in: Type, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("store", ["file", "sqlite"])
 def test_a_run_in_mlflow_is_read_back(store: str, type_in: Type, tmp_path: Path, monkeypatch: Any) -> None:
-    pytest.importorskip("mlflow", reason="pip install 'realera[mlflow]'")
+    tracking = pytest.importorskip("mlflow.tracking", reason="pip install 'realera[mlflow]'")
     if store == "sqlite":
         pytest.importorskip("sqlalchemy", reason="mlflow-skinny has no database: pip install 'realera[mlflow]'")
-    from mlflow.tracking import MlflowClient
-
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./kept" if store == "file" else "sqlite:///kept.db")
     words = [*FEW, "logger=mlflow", "logger.artifact=true", "logger.images=1", "logger.mlflow.tags={mine:yes it is}"]
@@ -151,7 +149,7 @@ def test_a_run_in_mlflow_is_read_back(store: str, type_in: Type, tmp_path: Path,
     main = json.loads((folder / "metrics.json").read_text())["main"]
     losses = [json.loads(line)["loss"] for line in (folder / "losses.jsonl").read_text().splitlines()]
 
-    client = MlflowClient()
+    client = tracking.MlflowClient()
     (experiment,) = [one for one in client.search_experiments() if one.name == "realera"]
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.status, run.info.run_name, run.info.run_id) == (

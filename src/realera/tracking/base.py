@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,10 +44,10 @@ class Tracker:
         self.failed = False
         self.step = 0  # the last one of the training loop
         self._finalize = logger.finalize
-        wrapped = {name: getattr(logger, name) for name in ("log_hyperparams", "log_metrics", "save")}
-        self._log_metrics = wrapped["log_metrics"]
-        for name, call in {**wrapped, "log_metrics": self._step, "finalize": lambda status: logger.save()}.items():
-            setattr(logger, name, lambda *given, call=call, **more: self.attempt(call, *given, **more))
+        self._log_metrics, self._save = logger.log_metrics, logger.save
+        guarded: dict[str, Callable[..., Any]] = {"log_hyperparams": logger.log_hyperparams, "save": self._save}
+        for name, call in {**guarded, "log_metrics": self._step, "finalize": self._end_of_training}.items():
+            setattr(logger, name, partial(self.attempt, call))
 
     @classmethod
     def begin(cls, run: Run, node: Mapping[str, Any]) -> Tracker | None:
@@ -114,6 +115,9 @@ class Tracker:
     def _step(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.step = self.step if step is None else step
         self._log_metrics(metrics, step=step)
+
+    def _end_of_training(self, status: str) -> None:
+        self._save()
 
     def _results(self, results: Results) -> None:
         self._log_metrics(results.scalars, step=self.step)
