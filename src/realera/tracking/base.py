@@ -45,8 +45,13 @@ class Tracker:
         self.step = 0  # the last one of the training loop
         self._finalize = logger.finalize
         self._log_metrics, self._save = logger.log_metrics, logger.save
-        guarded: dict[str, Callable[..., Any]] = {"log_hyperparams": logger.log_hyperparams, "save": self._save}
-        for name, call in {**guarded, "log_metrics": self._step, "finalize": self._end_of_training}.items():
+        guarded: dict[str, Callable[..., Any]] = {
+            "log_hyperparams": logger.log_hyperparams,
+            "log_metrics": self._step,
+            "save": self._save,
+            "finalize": self._end_of_training,
+        }
+        for name, call in guarded.items():
             setattr(logger, name, partial(self.attempt, call))
 
     @classmethod
