@@ -11,7 +11,7 @@ import pytest
 import wandb
 
 from realera import dashboard
-from realera.wandb_logging import panels
+from realera.tracking import panels
 
 pytest.importorskip("wandb_workspaces")
 Type = Callable[..., None]

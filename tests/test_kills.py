@@ -37,7 +37,7 @@ JUDGED = ("miniature.jsonl", "miniature.original.jsonl", "miniature.json")
 NURSERY = """
 import json, os, sys, time
 from importlib import import_module
-for name in ("train", "runs.steps", "wandb_logging.tracking", "sweeps.shared_model", "reporting.run_page",
+for name in ("train", "runs.steps", "tracking.trackers", "sweeps.shared_model", "reporting.run_page",
              "judges.miniature", "training.fit", "methods.realera", "backbones.unet"):
     import_module(f"realera.{name}")
 from realera import cli, train

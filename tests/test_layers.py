@@ -46,20 +46,20 @@ MAY = {
 MAY["runs"] = set(MAY) - {"__init__", "__main__", "miniature", "reporting"}
 MAY["sweeps"] = MAY["runs"] | {"runs", "reporting"}
 MAY["exporting"] = MAY["runs"] | {"runs"}
-MAY["wandb_logging"] = MAY["sweeps"] | {"sweeps"}
+MAY["tracking"] = MAY["sweeps"] | {"sweeps"}
 MAY["applied"] = MAY["runs"] | {"runs"}
 MAY["cli"] = MAY["sweeps"] | {"sweeps"}
 MAY["__main__"] = {"system", "cli"} | COMMANDS
 MAY["api"] = MAY["runs"] | {"runs", "reporting", "exporting", "applied"}
-MAY |= dict.fromkeys(COMMANDS, MAY["wandb_logging"] | {"wandb_logging", "cli", "exporting"})
+MAY |= dict.fromkeys(COMMANDS, MAY["tracking"] | {"tracking", "cli", "exporting"})
 WORKSHOP = "miniature"
-HYDRA = {"settings", "runs", "sweeps", "wandb_logging", "cli"} | COMMANDS
+HYDRA = {"settings", "runs", "sweeps", "tracking", "cli"} | COMMANDS
 LIBRARIES = {  # where a library may be imported; what makes the miniature is free
     "hydra": HYDRA,
     "omegaconf": HYDRA,
-    "lightning": {"training", "wandb_logging"},
-    "wandb": {"training", "wandb_logging", "dashboard"},
-    "wandb_workspaces": {"dashboard", "wandb_logging"},
+    "lightning": {"training", "tracking"},
+    "wandb": {"training", "tracking", "dashboard"},
+    "wandb_workspaces": {"dashboard", "tracking"},
     "diffusers": {"backbones", "api", "applied"},  # there for its types alone
     "peft": {"backbones"},
     "open_clip": {"judges"},

@@ -44,6 +44,7 @@ def run_command(config_name: str, step: Step, positional: str | None = None) -> 
         environment.check_current_folder()
         environment.remove_empty_variables(os.environ)
         sys.argv[1:] = flags_first(environment.as_text(sys.argv[1:]))
+        composition.check_hydra_words(sys.argv[1:])
     except UserError as error:
         fail(str(error))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of print: its errors become sentences here

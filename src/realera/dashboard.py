@@ -12,7 +12,7 @@ from realera import cli, console
 from realera.contracts import UserError
 from realera.files import plain_data
 from realera.settings import composition, error_sentences, resolvers
-from realera.wandb_logging import panels
+from realera.tracking import panels
 
 BUILDERS = {"workspace": panels.workspace, "report": panels.report}
 

@@ -83,9 +83,9 @@ def judge_again(run: Run, task: Task, original: bool, ranks: Ranks) -> tuple[Jud
 
 
 def log(run: Run, metrics: dict[str, Any], typed: dict[str, Any]) -> None:
-    from realera.wandb_logging import tracking
+    from realera.tracking import trackers
 
-    tracking.log_judged(run, metrics, typed)
+    trackers.log_judged(run, metrics, typed)
 
 
 def shown(metrics: dict[str, Any], judge: Judge | SetJudge) -> dict[str, Any]:

@@ -36,6 +36,8 @@ LAST_CHECKPOINT = f"{FIT}/last.ckpt"
 LOSSES = "losses.jsonl"  # one line for each logged step: {"step": int, "<term>": float, ...}
 COSTS = "costs.json"  # wall time by stage, U-Net passes, parameters, peak memory
 WANDB_ID = "wandb_id.txt"  # the id of this run in W&B
+MLFLOW_ID = "mlflow_id.txt"  # and in MLflow
+TRACKED = ("wandb", "tensorboard", "csv")  # folders of trackers in a run folder
 IMAGE_FORMATS = (
     "PNG",
     "JPEG",
@@ -132,10 +134,10 @@ def refuse_links(folder: Path, names: Iterable[str]) -> None:
     would be read, written or deleted. Raises UserError."""
     for name in names:
         inside(folder, name)
-    logged = folder / "wandb"
-    for entry in os.scandir(logged) if logged.is_dir() else ():  # W&B makes links to its latest files
-        if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(logged)):
-            raise UserError(f"{entry.path} is a symbolic link that leads out of the run's folder: remove it.")
+    for logged in (folder / name for name in TRACKED):
+        for entry in os.scandir(logged) if logged.is_dir() else ():  # W&B makes links to its latest files
+            if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(os.path.realpath(logged)):
+                raise UserError(f"{entry.path} is a symbolic link that leads out of the run's folder: remove it.")
 
 
 def refuse_odd(folder: Path) -> None:

@@ -200,12 +200,9 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Others:
-    """Mark of a TypedDict: settings that it does not list are parameters of `first`, the dotted name of a class or
-    function. second: the function that `first` passes its **kwargs to."""
-
-    first: str
-    second: str = ""
+class Tracked:
+    """Mark of a TypedDict: it is a Lightning logger, or has some below it (settings/loggers.py). Settings that it does
+    not list are parameters of the logger's class."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def begin(config: dict[str, Any], task: Task, plan: processes.ProcessPlan) -> tu
         if run.finished:
             cli.log.info("%s is already finished; overwrite=true repeats it", run.folder)
             if ranks.first and config["evaluate"] and os.environ.get("WANDB_SWEEP_ID"):
-                from realera.wandb_logging.tracking import (
+                from realera.tracking.trackers import (
                     log_judged,  # the W&B agent that started this process waits for the numbers
                 )
 
@@ -71,22 +71,23 @@ def carry_out(run: Run, task: Task, ranks: Ranks) -> None:
     from realera.reporting.run_page import write_report
     from realera.runs import steps
     from realera.sweeps import shared_model
-    from realera.wandb_logging import tracking  # torch, diffusers, Lightning: slow, so imported after all checks
+    from realera.tracking import trackers  # torch, diffusers, Lightning: slow, so imported after all checks
 
     judge = steps.build_judge(run.config, task) if run.config["evaluate"] else None  # first: it may not be available
     if judge is not None and ranks.first:
         steps.warn_unknown(judge, task)
     with costs.of_run(run.folder, ranks) as meter, shared_model.shared_backbone(run.config, meter) as backbone:
-        loggers = tracking.make(run) if ranks.first else []
-        with tracking.closing(loggers):
-            steps.erase(backbone, task, run, loggers, ranks, meter)
+        tracked = trackers.make(run) if ranks.first else []
+        with trackers.closing(tracked):
+            steps.erase(backbone, task, run, trackers.loggers(tracked), ranks, meter)
+            trackers.log_weights(tracked, run)
             if judge is None:
                 return
             steps.draw(backbone, task.eval_prompts(), run.folder, run.config, ranks, meter)
             metrics = steps.judge(judge, steps.drawn_by(backbone), task, run.folder, ranks=ranks, meter=meter)
             if ranks.first:
                 write_report(run.folder)
-                tracking.log_results(loggers, run, metrics)
+                trackers.log_results(tracked, run, metrics)
 
 
 def show(run: Run) -> float | None:

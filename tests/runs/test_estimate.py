@@ -427,7 +427,7 @@ def test_a_long_list_of_reasons_is_shortened(capsys: pytest.CaptureFixture[str])
         (["method=uce,ucee"], "there is no method 'ucee'; did you mean 'uce'"),
         (["method=glob(zz*)", "seed=0,1"], "the sweep has no job, because method=glob(zz*) has no value"),
         (["seed=0,1", "task.first_seed=interval(0,9)"], "task.first_seed=interval(0,9) is a range for a search: add "),
-        (["logger=none,null"], "there is no logger 'null'; known: none, wandb."),
+        (["logger=none,null"], "there is no logger 'null'; known: csv, mlflow, none, tensorboard, wandb."),
         (
             ["hydra.launcher=abc"],
             "hydra.launcher=abc is not valid: choose a launcher with hydra/launcher=",

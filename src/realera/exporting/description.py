@@ -32,8 +32,8 @@ BUILT_IN = "apache-2.0"  # of the miniature, and of this package
 @dataclass(frozen=True)
 class Description:
     """A run in words. base: the hub id, folder or file of the base model; None = the built-in miniature. kind: of the
-    original code ("v1" if the base model is not at hand). metrics: of the run's evaluation, {} if it has none. guide: the class name of the part that acts
-    while images are drawn, which no file can hold; None without one."""
+    original code ("v1" if the base model is not at hand). metrics: of the run's evaluation, {} if it has none. guide:
+    the class name of the part that acts while images are drawn, which no file can hold; None without one."""
 
     name: str
     method: str
@@ -64,7 +64,8 @@ class Description:
 
 
 def describe(run: Run, source: Path | None, fingerprint: str) -> Description:
-    """source: the folder of the base model; None = it is not needed. fingerprint: of its content, as the erased weights name it."""
+    """source: the folder of the base model; None = it is not needed. fingerprint: of its content, as the erased weights
+    name it."""
     config = run.config
     concepts = composition.build_task(config).concepts
     sampler = config["backbone"]["sampler"]

@@ -37,8 +37,9 @@ FILES = (
     paths.EDIT_INFO,
     paths.COSTS,
     paths.WANDB_ID,
+    paths.MLFLOW_ID,
 )
-FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, "wandb")
+FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, *paths.TRACKED)
 
 
 @dataclass(frozen=True)

@@ -170,9 +170,11 @@ def _read(file: Path, group: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
 
 
 def _kind(at: tuple[str, ...]) -> tuple[str, bool]:
-    """The key of `Named` for a dotted key. A judge inside of another judge counts as a judge, not as a nested part."""
+    """The key of `Named` for a dotted key. A judge inside of another judge counts as a judge, not as a nested part, and
+    so does a logger below a name."""
     group, *below = at or ("",)
-    return group, bool(below) and not (group == "judge" and "judges" in below)
+    alike = (group == "judge" and "judges" in below) or (group == "logger" and len(below) == 1)
+    return group, bool(below) and not alike
 
 
 def _nodes(node: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:

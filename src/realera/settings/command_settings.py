@@ -26,7 +26,6 @@ from realera.setting_types import (
     Name,
     NewPath,
     NonNegative,
-    Others,
     Port,
     Prompt,
     Python,
@@ -36,6 +35,7 @@ from realera.setting_types import (
     Seed,
     Share,
     Strategy,
+    Tracked,
     Vocabulary,
     WandbMode,
     Whole,
@@ -102,6 +102,9 @@ class OfTrainer(TypedDict, total=False):
 
 
 class OfLogger(TypedDict, total=False):
+    """images, artifact: settings of all trackers. The others are of the tracker that has no name, which is W&B unless a
+    yaml of the user's names another class."""
+
     _target_: ClassName | None
     project: Label
     entity: Label | None
@@ -109,12 +112,13 @@ class OfLogger(TypedDict, total=False):
     group: Label | None
     tags: list[Label] | None
     images: Whole
+    artifact: bool
 
 
 AnyTask = Annotated[Task, Beside(OfTask)]
 AnyJudge = PlacedJudge | Annotated[SetJudge, Beside(OfSetJudge)]
 AnyTrainer = Annotated[OfTrainer, Instead(OURS)]
-AnyLogger = Annotated[OfLogger, Others("lightning.pytorch.loggers.wandb.WandbLogger", "wandb.sdk.wandb_init.init")]
+AnyLogger = Annotated[OfLogger, Tracked()]
 
 
 class OfJudging(TypedDict, total=False):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hydra
 from hydra import initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
@@ -18,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from realera import paths
 from realera.contracts import Task, UserError
-from realera.settings import error_sentences, resolvers, schema
+from realera.settings import error_sentences, loggers, resolvers, schema
 from realera.settings.instantiate import build
 from realera.tasks.files import read_concepts
 
@@ -104,7 +106,25 @@ def checked(cfg: DictConfig, command: str) -> dict[str, Any]:
         schema.check_unresolved(OmegaConf.to_container(cfg, resolve=False), command)
         raise
     schema.check(config, command)
+    loggers.check(config.get("logger"))
     return config
+
+
+def check_hydra_words(words: Sequence[str]) -> None:
+    """Raises UserError for a key that is added to Hydra's own settings (+hydra.KEY=...) and that Hydra does not have.
+    Hydra itself refuses such a key only without the +."""
+    for word in words:
+        key = word.lstrip("+").partition("=")[0]
+        if not (word.startswith("+") and key.startswith("hydra.")):
+            continue
+        group: Any = HydraConf
+        for part in key.split(".")[1:]:
+            if not dataclasses.is_dataclass(group):
+                break  # a part with free names, such as hydra.job.env_set, or a launcher's own settings
+            kinds = {field.name: field.type for field in dataclasses.fields(group)}
+            if part not in kinds:
+                raise UserError(f"there is no setting '{key}': Hydra does not read it; leave it out.")
+            group = kinds[part]
 
 
 def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
@@ -137,6 +157,7 @@ def _name_preserved(config: dict[str, Any], task: Task) -> dict[str, Any]:
 def prepared(cfg: DictConfig, command: str) -> DictConfig:
     """The config that a command's step takes: checked, with the task's judge and the concepts of concepts_file. Raises
     UserError."""
+    loggers.check_choice(typed_words(HydraConfig.get()), cfg.get("logger"))
     checked(cfg, command)
     judged = with_judge(cfg)
     if judged is not cfg:

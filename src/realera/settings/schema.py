@@ -15,6 +15,7 @@ from typing import Any
 
 from realera import setting_types
 from realera.contracts import UserError
+from realera.settings import loggers
 from realera.settings.constructors import Parameter, signature
 from realera.settings.source_code import Class, Function, Source, find, lacks, lineage, resolve, value_of
 from realera.settings.values import (
@@ -67,7 +68,7 @@ def check_stored(config: Mapping[str, Any]) -> None:
     if isinstance(method := config.get("method"), Mapping):  # evaluate run=original saves one without _target_
         config = {**config, "method": {"_target_": METHOD, **method}}
     bare = {name for name, value in config.items() if isinstance(value, Mapping) and not value.get("_target_")}
-    named = {name: value for name, value in config.items() if name == "trainer" or name not in bare}
+    named = {name: value for name, value in config.items() if name in ("trainer", "logger") or name not in bare}
     _record(f"{SETTINGS}.Train").check(named, "", Look(here=False, whole=False))
 
 
@@ -81,11 +82,9 @@ def check_search(sweeper: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Record(Kind):
-    """Settings declared by a TypedDict, not by a constructor. others, instead: see `setting_types.Others`,
-    `Instead`."""
+    """Settings declared by a TypedDict, not by a constructor. instead: see `setting_types.Instead`."""
 
     parameters: Mapping[str, Parameter]
-    others: tuple[str, ...] = ()
     instead: Mapping[str, str] = field(default_factory=dict)
 
     def say(self) -> str:
@@ -93,23 +92,45 @@ class Record(Kind):
 
     def check(self, value: Any, at: str, look: Look) -> None:
         super().check(value, at, look)
-        known: dict[str, Kind] = {name: kind_of(parameter) for name, parameter in self.parameters.items()}
-        if set(value) - set(known):
-            for other in self.others:
-                found = find(other)
-                taken = signature(found) if isinstance(found, Class | Function) else None
-                more = dict.fromkeys(value, Anything()) if taken is None else _kinds(taken.parameters)
-                known = {**more, **known}
         if look.whole and (wrong := next((name for name in value if name in self.instead), None)):
             raise UserError(f"{at}.{wrong} is not a setting: use {self.instead[wrong]}.")
-        target = value.get("_target_")
-        if self.others and isinstance(target, str) and isinstance(missing := find(target), str):
-            raise UserError(f"{at}._target_={target}: {missing}{SPELLING}")
         needed = [name for name, parameter in self.parameters.items() if parameter.required]
-        _check_all(known, needed, value, at, look)
+        _check_all(_kinds(self.parameters), needed, value, at, look)
 
     def fits(self, value: Any) -> bool:
         return isinstance(value, Mapping)
+
+
+@dataclass(frozen=True)
+class Trackers(Record):
+    """The trackers of a run (see loggers.py): a Lightning logger with settings of ours beside it, and named ones."""
+
+    def check(self, value: Any, at: str, look: Look) -> None:
+        Kind.check(self, value, at, look)
+        named = [name for name in value if loggers.is_named(value, name)]
+        own = {name: one for name, one in value.items() if name not in named}
+        known = _kinds(self.parameters)
+        if (target := value.get("_target_")) is None or loggers.kind(target) is not loggers.WANDB:
+            known = {name: known[name] for name in ("_target_", *loggers.SHARED)}
+        if target is not None:
+            known = {**self._constructor(own, at), **known}
+        _check_all(known, (), own, at, look)
+        for name in named:
+            _check_all(self._constructor(value[name], f"{at}.{name}"), (), value[name], f"{at}.{name}", look)
+
+    def _constructor(self, node: Mapping[str, Any], at: str) -> dict[str, Kind]:
+        """The settings that a tracker's class takes. It needs none: the code that builds it adds the missing ones."""
+        role = find(loggers.LOGGER)
+        found = Part(role if isinstance(role, Class) else None).target(node, at)
+        taken = None if found is None else signature(found)
+        if taken is None:
+            return {**dict.fromkeys(node, Anything()), **HYDRAS}
+        target = str(node["_target_"])
+        free = taken.others is not None and not loggers.kind(target).behind
+        own = {**(dict.fromkeys(node, Anything()) if free else {}), **_kinds(loggers.parameters(target))}
+        if "save_dir" in own:  # null: the run folder
+            own["save_dir"] = _any_of([own["save_dir"], NULL])
+        return {**own, **HYDRAS}
 
 
 @dataclass(frozen=True)
@@ -128,7 +149,7 @@ class Part(Kind):
         for name, kind in HYDRAS.items():
             if name in value:
                 kind.check(value[name], f"{at}.{name}", look)
-        found = self._target(value, at)
+        found = self.target(value, at)
         rest = {name: one for name, one in value.items() if name not in HYDRAS}
         known = {} if self.beside is None else _kinds(self.beside.parameters)
         taken = None if found is None else signature(found)
@@ -143,7 +164,8 @@ class Part(Kind):
     def fits(self, value: Any) -> bool:
         return isinstance(value, Mapping)
 
-    def _target(self, node: Mapping[str, Any], at: str) -> Class | Function | None:
+    def target(self, node: Mapping[str, Any], at: str) -> Class | Function | None:
+        """The class or function that a node names. Raises UserError."""
         target = node.get("_target_")
         if not isinstance(target, str) or not all(name.isidentifier() for name in target.split(".")):
             said = f"{at}._target_={shown(target)} is not valid" if "_target_" in node else f"{at} has no _target_"
@@ -253,8 +275,8 @@ def _annotated(plain: ast.expr, notes: list[ast.expr], source: Source) -> Kind:
             kind = _with_beside(kind, beside)
         elif name == "Filled":
             kind = _filled(kind)
-        elif name == "Others" and isinstance(kind, Record):
-            kind = replace(kind, others=tuple(value_of(one, source) for one in note.args))
+        elif name == "Tracked" and isinstance(kind, Record):
+            kind = Trackers(kind.parameters)
         elif name == "Instead" and isinstance(kind, Record):
             kind = replace(kind, instead=value_of(note.args[0], source))
         elif name:

@@ -12,7 +12,7 @@ import pytest
 from realera.contracts import Prompt, UserError, Verdict
 from realera.evaluation.metrics import summarise
 from realera.evaluation.results import scalars
-from realera.wandb_logging import panels
+from realera.tracking import panels
 
 pytest.importorskip("wandb_workspaces")
 PROMPTS = [Prompt(split, "a cat", "cat", split, 0) for split in ("erase", "near", "keep")]  # type: ignore[arg-type]

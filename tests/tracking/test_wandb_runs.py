@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import wandb
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from realera import cli, paths
@@ -25,76 +25,13 @@ from realera.evaluation.records import Row, verdict_file, write_manifest, write_
 from realera.evaluation.results import measure
 from realera.runs.folders import FILES, Run, digest, identity
 from realera.settings import composition, resolvers
+from realera.tracking import trackers, wandb_runs
+from realera.tracking.base import Tracker
 from realera.training.fit import fit
-from realera.wandb_logging import tracking
+from wandb_files import read_back, whole
 
 LOGGER = {"_target_": "lightning.pytorch.loggers.WandbLogger", "project": "realera", "mode": "offline"}
 OBJECT, NSFW = "realera.tasks.objects.ObjectTask", "realera.tasks.nsfw.NsfwTask"
-BLOCK = 32768  # bytes; a record that crosses a block is split
-
-
-def records(file: Path) -> Iterator[Any]:
-    """The records of a .wandb file: LevelDB's log (crc32, length, type; whole or first, middle, last) after 7 bytes of
-    header."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, parts = file.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if BLOCK - at % BLOCK < 7:
-            at += BLOCK - at % BLOCK
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        if kind == 0 or at + 7 + length > len(data):
-            return  # still being written
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
-def whole(file: Path) -> list[Any]:
-    """The records up to the run's end. W&B's own process writes the end shortly after the run has finished."""
-    until = time.monotonic() + 30
-    while True:
-        found = list(records(file))
-        if any(record.WhichOneof("record_type") == "exit" for record in found):
-            return found
-        assert time.monotonic() < until, "the run did not end"
-        time.sleep(0.05)
-
-
-def read_back(folder: Path) -> dict[str, Any]:
-    """{"config", "summary", "history": {key: [values]}, "images": the table's, "run": its record, "tables"} of the
-    folder's only W&B run. All files are in the folder."""
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    config: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
-    history: dict[str, list[Any]] = {}
-    images = []
-    run = None
-
-    def key(item: Any) -> str:
-        return str(item.key or "/".join(item.nested_key))
-
-    for record in whole(file):
-        run = record.run if record.WhichOneof("record_type") == "run" else run
-        for update in (record.run.config.update, record.config.update):
-            config |= {key(item): json.loads(item.value_json) for item in update}
-        for entry in record.artifact.manifest.contents:
-            if entry.path.endswith(".png"):
-                assert Path(entry.local_path).is_relative_to(folder)
-                images.append(np.asarray(Image.open(entry.local_path)))
-        summary |= {key(item): json.loads(item.value_json) for item in record.summary.update}
-        for item in record.history.item:
-            history.setdefault(key(item), []).append(json.loads(item.value_json))
-    tables = {
-        f.name.split("_")[0]: json.loads(f.read_text()) for f in file.parent.glob("files/media/table/*.table.json")
-    }
-    return {"config": config, "summary": summary, "history": history, "images": images, "run": run, "tables": tables}
 
 
 def judged(folder: Path, task: str, concepts: Sequence[str], mode: Mode, blur: bool | None = None) -> Run:
@@ -142,8 +79,8 @@ def test_settings_losses_metrics_and_images_are_logged(
 ) -> None:
     run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
     backbone = new_backbone()
-    loggers = tracking.make(run)
-    with tracking.closing(loggers):
+    tracked = trackers.make(run)
+    with trackers.closing(tracked):
         pairs = new_pairs(backbone, ("cat", "field"))
         settings = {"accelerator": "cpu", "devices": 1}
         fit(
@@ -155,9 +92,9 @@ def test_settings_losses_metrics_and_images_are_logged(
             config={},
             cache=tmp_path / "cache",
             trainer=settings,
-            loggers=loggers,
+            loggers=trackers.loggers(tracked),
         )
-        tracking.log_results(loggers, run, metrics_of(run))
+        trackers.log_results(tracked, run, metrics_of(run))
     found = read_back(tmp_path)
     assert found["config"]["seed"] == 3 and found["config"]["concept"] == ["cat"]
     losses = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
@@ -183,15 +120,15 @@ def test_every_folder_has_its_own_wandb_run(tmp_path: Path, monkeypatch: pytest.
         asked.append(settings["id"])
         return FailingLogger("offline")
 
-    monkeypatch.setattr(tracking, "build", made)
+    monkeypatch.setattr(wandb_runs, "build", made)
     monkeypatch.setattr("wandb.setup", lambda settings: None)
     config = {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": LOGGER}
     first, other = (Run(tmp_path / root / "cat-uce-mini-01234567", config) for root in ("runs", "elsewhere"))
     for run in (first, other, first, other):
-        tracking.make(run)
+        trackers.make(run)
     assert asked[:2] == asked[2:] and len(set(asked)) == 2, "one id per folder, the same when the run is resumed"
     first.folder.rename(tmp_path / "moved")
-    tracking.make(Run(tmp_path / "moved", config))
+    trackers.make(Run(tmp_path / "moved", config))
     assert asked[-1] == asked[0]
     assert paths.WANDB_ID in FILES, "a run that is overwritten gets a new id"
 
@@ -203,15 +140,15 @@ def test_a_run_stays_in_its_first_group(tmp_path: Path, monkeypatch: pytest.Monk
         asked.append(node["group"])
         return FailingLogger("offline")
 
-    monkeypatch.setattr(tracking, "build", made)
+    monkeypatch.setattr(wandb_runs, "build", made)
     monkeypatch.setattr("wandb.setup", lambda settings: None)
     monkeypatch.setattr(composition, "in_sweep", lambda: True)
     config = {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": LOGGER}
     run = Run(tmp_path, config)
     for stamp in ("train", "evaluate"):
         monkeypatch.setenv("REALERA_STAMP", stamp)
-        tracking.make(run)
-    tracking.make(with_logger(run, group="typed"))
+        trackers.make(run)
+    trackers.make(with_logger(run, group="typed"))
     assert asked == ["train", None, "typed"]
 
 
@@ -230,22 +167,22 @@ def test_wandb_project_applies_to_runs_and_dashboards(monkeypatch: pytest.Monkey
 def test_a_run_that_was_logged_before_ids_were_saved_keeps_its_id(tmp_path: Path) -> None:
     run = Run(tmp_path / "cat-uce-mini-01234567", {"concept": "cat", "method": {"name": "uce"}})
     (run.folder / "wandb").mkdir(parents=True)
-    assert tracking.run_id(run) == digest([run.folder.name, identity(run.config)])
-    assert tracking.run_id(Run(run.folder, {**run.config, "seed": 3})) == tracking.run_id(run)
+    assert wandb_runs.run_id(run) == digest([run.folder.name, identity(run.config)])
+    assert wandb_runs.run_id(Run(run.folder, {**run.config, "seed": 3})) == wandb_runs.run_id(run)
 
 
 def test_a_run_of_an_agent_has_the_id_from_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"concept": "cat", "method": {"name": "uce"}}
     monkeypatch.setenv("WANDB_RUN_ID", "a1b2c3d4")
     alone = Run(tmp_path / "alone", config)
-    assert tracking.run_id(alone) != "a1b2c3d4", "without an agent, several runs may follow in this process"
+    assert wandb_runs.run_id(alone) != "a1b2c3d4", "without an agent, several runs may follow in this process"
     monkeypatch.setenv("WANDB_SWEEP_ID", "trial")
     run = Run(tmp_path / "run", config)
-    assert tracking.run_id(run) == "a1b2c3d4"
-    known = tracking.run_id(alone)
+    assert wandb_runs.run_id(run) == "a1b2c3d4"
+    known = wandb_runs.run_id(alone)
     for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):  # judged again without the agent
         monkeypatch.delenv(name)
-    assert tracking.run_id(run) == "a1b2c3d4" and tracking.run_id(alone) == known != "a1b2c3d4"
+    assert wandb_runs.run_id(run) == "a1b2c3d4" and wandb_runs.run_id(alone) == known != "a1b2c3d4"
 
 
 @pytest.mark.slow
@@ -263,9 +200,9 @@ def test_group_tags_config_and_summary_describe_the_run(tmp_path: Path, monkeypa
     }
     (tmp_path / "costs.json").write_text(json.dumps(costs))
     metrics = metrics_of(run)
-    loggers = tracking.make(run)
-    with tracking.closing(loggers):
-        tracking.log_results(loggers, run, metrics)
+    tracked = trackers.make(run)
+    with trackers.closing(tracked):
+        trackers.log_results(tracked, run, metrics)
     found = read_back(tmp_path)
     record, config, summary = found["run"], found["config"], found["summary"]
     assert (record.run_group, record.job_type, record.display_name) == ("20260101-101010", "train", tmp_path.name)
@@ -291,7 +228,7 @@ def test_the_original_model_is_a_separate_row(tmp_path: Path) -> None:
     run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
     run = Run(tmp_path, {**run.config, "method": {"name": "original"}})
     typed = {**LOGGER, "group": None, "images": 2}
-    tracking.log_judged(with_logger(run, group="mine", images=2), metrics_of(run), typed)
+    trackers.log_judged(with_logger(run, group="mine", images=2), metrics_of(run), typed)
     found = read_back(tmp_path)
     assert (found["run"].run_group, found["run"].job_type, found["config"]["system"]) == (
         "mine",
@@ -304,21 +241,21 @@ def test_the_original_model_is_a_separate_row(tmp_path: Path) -> None:
 
 def test_a_run_judged_again_is_logged_with_its_own_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(tracking, "make", lambda run, node: made.append(node) or [])
+    monkeypatch.setattr(trackers, "make", lambda run, node: made.append(node) or [])
     run = with_logger(Run(tmp_path, {}), group="mine", mode="online")
-    tracking.log_judged(run, {"main": {}, "original": None}, {"_target_": "x", "mode": "offline", "group": None})
+    trackers.log_judged(run, {"main": {}, "original": None}, {**LOGGER, "mode": "offline", "group": None})
     assert made.pop() == {**LOGGER, "group": "mine", "mode": "offline"}, "its own settings with the command's mode"
-    tracking.log_judged(run, {"main": {}, "original": None}, {"_target_": None})
-    assert not made.pop(), "logger=none was typed"
-    tracking.log_judged(Run(tmp_path, {"logger": {"_target_": None}}), {"main": {}, "original": None}, LOGGER)
-    assert not made.pop(), "the run itself was not logged"
+    trackers.log_judged(run, {"main": {}, "original": None}, {"_target_": None})
+    assert not made, "logger=none was typed"
+    trackers.log_judged(Run(tmp_path, {"logger": {"_target_": None}}), {"main": {}, "original": None}, LOGGER)
+    assert not made, "the run itself was not logged"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("error", "status"), [(None, 0), (ZeroDivisionError, 1), (KeyboardInterrupt, 255)])
 def test_a_failed_run_is_not_marked_as_finished(error: type[BaseException] | None, status: int, tmp_path: Path) -> None:
-    loggers = tracking.make(judged(tmp_path, OBJECT, ["cat"], "mean_prob"))
-    with pytest.raises(error) if error else nullcontext(), tracking.closing(loggers):
+    tracked = trackers.make(judged(tmp_path, OBJECT, ["cat"], "mean_prob"))
+    with pytest.raises(error) if error else nullcontext(), trackers.closing(tracked):
         if error:
             raise error
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
@@ -326,12 +263,15 @@ def test_a_failed_run_is_not_marked_as_finished(error: type[BaseException] | Non
     assert ending.exit_code == status
 
 
-class FailingLogger:
+class FailingLogger(Logger):
     """A logger that fails in some modes, and from its `fails_at`-th other call on."""
 
     def __init__(self, mode: str, fails_in: Sequence[str] = (), fails_at: int = 9) -> None:
         self.mode, self.fails_in, self.fails_at = mode, fails_in, fails_at
         self.calls: list[str] = []
+        super().__init__()
+
+    name = version = "failing"
 
     def log_hyperparams(self, settings: Any) -> None:
         if self.mode in self.fails_in:
@@ -365,28 +305,28 @@ def test_an_unreachable_server_does_not_end_a_run(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(tracking, "build", lambda node, **more: FailingLogger(node["mode"], fails_in))
+    monkeypatch.setattr(wandb_runs, "build", lambda node, **more: FailingLogger(node["mode"], fails_in))
     monkeypatch.setattr("wandb.setup", lambda settings: None)
     monkeypatch.setattr("wandb.teardown", lambda: None)
     run = judged(tmp_path, OBJECT, ["cat"], "mean_prob")
     run.config["logger"] = {**LOGGER, "mode": "online"}
     with caplog.at_level("WARNING"), propagating(monkeypatch):
-        loggers = tracking.make(run)
-    assert [logger.mode for logger in loggers] == ([begun] if begun else [])  # type: ignore[attr-defined]
+        tracked = trackers.make(run)
+    assert [one.logger.mode for one in tracked] == ([begun] if begun else [])  # type: ignore[attr-defined]
     assert len(set(caplog.records)) == bool(says) and re.search(says, caplog.text)
 
 
 def test_a_logger_that_fails_during_a_run_warns_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logger = tracking.fail_safe(FailingLogger("online", fails_at=2))  # type: ignore[arg-type]
+    logger = Tracker(FailingLogger("online", fails_at=2)).logger
     with caplog.at_level("WARNING"), propagating(monkeypatch):
         for step in range(4):
             logger.log_metrics({"loss": 1.0}, step=step)
         logger.finalize("success")
     assert logger.calls == ["log_metrics"] * 2, "the second fails, and is the last"  # type: ignore[attr-defined]
     (record,) = set(caplog.records)
-    assert "ConnectionResetError" in record.getMessage() and "continues without W&B" in record.getMessage()
+    assert "ConnectionResetError" in record.getMessage() and "continues without it" in record.getMessage()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -397,7 +337,7 @@ def test_an_exit_of_the_process_is_not_a_failure_of_its_logger(error: type[BaseE
     failing = FailingLogger("online")
     failing.log_metrics = ends  # type: ignore[method-assign]
     with pytest.raises(error):
-        tracking.fail_safe(failing).log_metrics({})  # type: ignore[arg-type]
+        Tracker(failing).logger.log_metrics({})
 
 
 @contextmanager
@@ -411,7 +351,7 @@ def propagating(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.slow
 def test_there_is_no_image_table_if_none_is_wanted(tmp_path: Path) -> None:
     run = with_logger(judged(tmp_path, OBJECT, ["cat"], "mean_prob"), images=0)
-    tracking.log_judged(run, metrics_of(run))
+    trackers.log_judged(run, metrics_of(run))
     found = read_back(tmp_path)
     assert set(found["tables"]) == {"cell"} and not found["images"]
 
@@ -419,9 +359,9 @@ def test_there_is_no_image_table_if_none_is_wanted(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_explicit_images_are_uploaded_blurred_and_counted(tmp_path: Path) -> None:
     run = judged(tmp_path, NSFW, ["nudity", "a/b"], "detected")
-    loggers = tracking.make(run)
-    with tracking.closing(loggers):
-        tracking.log_results(loggers, run, metrics_of(run))
+    tracked = trackers.make(run)
+    with trackers.closing(tracked):
+        trackers.log_results(tracked, run, metrics_of(run))
     found = read_back(tmp_path)
     summary = found["summary"]
     assert summary["eval/nudity/acc_e"] == 100 and summary["eval/a-b/acc_g"] == 100
@@ -434,20 +374,53 @@ def test_a_run_folder_does_not_decide_where_its_results_are_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(tracking, "make", lambda run, node: asked.append(node) or [])
-    monkeypatch.setattr(tracking, "log_results", lambda loggers, run, metrics: None)
+    monkeypatch.setattr(trackers, "make", lambda run, node: asked.append(node) or [])
+    monkeypatch.setattr(trackers, "log_results", lambda tracked, run, metrics: None)
     monkeypatch.setattr(cli.log, "propagate", True)
     own = {**LOGGER, "mode": "offline", "entity": "thief", "project": "p", "settings": {"base_url": "x"}}
     run = Run(tmp_path, {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": own})
     typed = {"_target_": LOGGER["_target_"], "mode": "online", "entity": None, "project": "realera"}
-    tracking.log_judged(run, {}, typed)
+    trackers.log_judged(run, {}, typed)
     assert not asked and "names entity thief" in caplog.text
-    tracking.log_judged(run, {}, {**typed, "entity": "thief"})
-    tracking.log_judged(run, {}, {**typed, "mode": "offline"})
+    trackers.log_judged(run, {}, {**typed, "entity": "thief"})
+    trackers.log_judged(run, {}, {**typed, "mode": "offline"})
     assert [node["mode"] for node in asked] == ["online", "offline"] and not any("settings" in node for node in asked)
 
 
 @pytest.mark.parametrize("text", ["../../x", "a b", "", "x" * 200])
 def test_an_invalid_id_is_replaced(text: str, tmp_path: Path) -> None:
     (tmp_path / paths.WANDB_ID).write_text(text)
-    assert re.fullmatch(r"[0-9a-f]{12}", tracking.run_id(Run(tmp_path, {})))
+    assert re.fullmatch(r"[0-9a-f]{12}", wandb_runs.run_id(Run(tmp_path, {})))
+
+
+def test_names_and_tags_of_the_environment_are_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def made(node: Any, **settings: Any) -> Any:
+        asked.append({**node, **settings})
+        return FailingLogger("offline")
+
+    monkeypatch.setattr(wandb_runs, "build", made)
+    monkeypatch.setattr("wandb.setup", lambda settings: None)
+    config = {"task": {"_target_": OBJECT}, "concept": "cat", "method": {"name": "uce"}, "logger": LOGGER}
+    run = Run(tmp_path / "run", config)
+    trackers.make(run)
+    monkeypatch.setenv("WANDB_NAME", "my name")
+    monkeypatch.setenv("WANDB_TAGS", "a, b,,uce")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "my group")
+    trackers.make(with_logger(run, tags=["typed"]))
+    trackers.make(with_logger(run, group="typed"))
+    assert [one["name"] for one in asked] == ["run", "my name", "my name"]
+    assert [one["group"] for one in asked] == [None, "my group", "typed"]
+    assert [one["tags"] for one in asked[:2]] == [["object", "uce", "cat"], ["object", "uce", "cat", "typed", "a", "b"]]
+
+
+def test_an_empty_mode_is_no_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "")
+    assert resolvers.wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert resolvers.wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolvers.wandb_mode() == "disabled"

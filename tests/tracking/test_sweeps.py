@@ -157,7 +157,7 @@ def test_the_command_of_an_agent_runs_a_cell(
     # the run exists, and its results are logged again
     logged_again: list[Any] = []
     monkeypatch.setattr(
-        "realera.wandb_logging.tracking.log_judged", lambda run, metrics: logged_again.append((run.folder, metrics))
+        "realera.tracking.trackers.log_judged", lambda run, metrics: logged_again.append((run.folder, metrics))
     )
     train.main()
     ((where, what),) = logged_again

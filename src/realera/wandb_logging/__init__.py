@@ -1,1 +1,0 @@
-"""Weights & Biases: logging of runs, and the panels of dashboards."""
