@@ -69,12 +69,10 @@ def serve_page(run: Run, config: Mapping[str, Any]) -> None:
 
 def serve_gradio(runs: Sequence[Run], prompts: presets.Presets, config: Mapping[str, Any]) -> None:
     """The page with several runs and a gallery of prompts."""
-    host = str(config["host"])
-
     from realera.reporting import gradio_page
     from realera.runs.side_by_side import SideBySide
 
-    models = SideBySide(runs)
+    host, models = str(config["host"]), SideBySide(runs)
     with address_refusals(host, config["port"]):
         port = free_port(host, config["port"])
     about = gradio_page.About(**models.about(), presets=prompts)

@@ -237,10 +237,15 @@ def _is_address(name: str) -> bool:
     return False
 
 
-def data_uri(pixels: Any) -> str:
-    """A PNG data URI of uint8 (H, W, 3) pixels."""
+def png(pixels: Any) -> bytes:
+    """A PNG file of uint8 (H, W, 3) pixels."""
     from PIL import Image
 
     with io.BytesIO() as file:
         Image.fromarray(pixels).save(file, format="PNG")
-        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        return file.getvalue()
+
+
+def data_uri(pixels: Any) -> str:
+    """A PNG data URI of uint8 (H, W, 3) pixels."""
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()

@@ -7,7 +7,6 @@ closed. The pictures are data URIs inside the page, so no file of this machine i
 from __future__ import annotations
 
 import html
-import io
 import logging
 import os
 import queue
@@ -23,7 +22,7 @@ from typing import Any
 
 from realera.contracts import UserError
 from realera.files.plain_data import json_text
-from realera.reporting.demo_page import LONGEST, data_uri
+from realera.reporting.demo_page import LONGEST, data_uri, png
 from realera.system import disk
 
 log = logging.getLogger("realera")
@@ -177,15 +176,6 @@ class Drawings:
         return file
 
 
-def png(pixels: Any) -> bytes:
-    """A PNG file of uint8 (H, W, 3) pixels."""
-    from PIL import Image
-
-    with io.BytesIO() as stream:
-        Image.fromarray(pixels).save(stream, format="PNG")
-        return stream.getvalue()
-
-
 def file_name(wish: Wish, model: str, seed: int) -> str:
     return f"{plain(wish.prompt)}-{seed}-{plain(model)}.png"
 
@@ -249,7 +239,7 @@ def page(draw: Draw, about: About, folder: Path) -> Any:
             with gr.Column(elem_id="drawn"):
                 told = gr.HTML(status(READY), elem_id="told")
                 with gr.Row(elem_id="models"):
-                    places = [gr.HTML(elem_classes="model", visible=False, apply_default_css=False) for _ in about.models]
+                    places = [gr.HTML(visible=False, apply_default_css=False) for _ in about.models]
                 keep = gr.DownloadButton("Save all as a zip", visible=False, elem_id="zip")
             with gr.Column(elem_id="settings"):
                 several = len(erased) > 1
@@ -343,7 +333,19 @@ def theme() -> Any:
     """Colours and fonts of our other pages; no font is loaded from another server."""
     import gradio as gr
 
-    shades = "e9f5f3 cfe9e5 a3d5cd 6fbdb1 4fc3b2 0b7268 0b7268 095c54 07473f 05332e 031f1c".split()
+    shades = (
+        "e9f5f3",
+        "cfe9e5",
+        "a3d5cd",
+        "6fbdb1",
+        "4fc3b2",
+        "0b7268",
+        "0b7268",
+        "095c54",
+        "07473f",
+        "05332e",
+        "031f1c",
+    )
     teal = gr.themes.Color(*(f"#{shade}" for shade in shades), name="teal")
     fonts = ("system-ui", "sans-serif")
     made = gr.themes.Base(primary_hue=teal, neutral_hue="stone", font=fonts, font_mono=("ui-monospace", "monospace"))

@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 
-from realera import paths
+from realera import __version__, paths
 from realera.backbones.folder import HUB_ID
 from realera.contracts import UserError
 from realera.files import checksums
-from realera.runs import folders, presets
+from realera.runs import folders, presets, trust
 from realera.runs.folders import Run
 from realera.system import disk
 
@@ -90,7 +90,7 @@ def drawing_settings(config: Mapping[str, Any], pretrained: Any) -> dict[str, An
         "concept": config["concept"],
         "seed": config["seed"],
         "images_at_once": config["images_at_once"],
-        "task": {key: task[key] for key in ("_target_", "name") if key in task},
+        "task": {key: value for key, value in task.items() if not trust.TEXTS.search(key)},
         "method": {**({"_target_": method["_target_"]} if "_target_" in method else {}), **kept},
         "backbone": {**config["backbone"], "pretrained": pretrained},
     }
@@ -162,7 +162,7 @@ def readme(runs: Mapping[str, Run], gradio: str) -> str:
         "To put it online: `hf upload USER/NAME . --repo-type=space` in this folder, or commit it to a Space with git "
         "and git-lfs. It runs on CPUs and on GPUs; a Stable Diffusion needs a GPU.",
         "",
-        f"The code is realera {version('realera')}, Apache-2.0.{licence} An erasure lowers the chance of a concept and "
+        f"The code is realera {__version__}, Apache-2.0.{licence} An erasure lowers the chance of a concept and "
         "does not exclude it.",
         "",
     ]
