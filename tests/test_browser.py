@@ -266,6 +266,18 @@ def test_a_closed_tab_stops_its_drawing_without_a_traceback(
     assert painter.running == 0 and "Traceback" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("host", ["::1", "0.0.0.0"])
+def test_the_gradio_page_is_served_on_other_addresses(host: str, painter: Painter, tab: Any) -> None:
+    pytest.importorskip("gradio")
+    try:
+        port = demo_page.free_port(host, 0)
+    except OSError:
+        pytest.skip(f"{host} is no address of this machine")
+    with gradio_page.served(painter, ABOUT, host, port):
+        tab.goto(f"http://[{host}]:{port}/" if ":" in host else f"http://127.0.0.1:{port}/")
+        playwright.expect(tab).to_have_title("cat, before and after")
+
+
 def focused(page: Any) -> str:
     """The accessible name of the focused element, as far as a test needs it; "" for the page itself."""
     name = """() => { const one = document.activeElement;

@@ -374,7 +374,7 @@ def served(draw: Draw, about: About, host: str, port: int) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="realera-demo-") as folder:
         blocks = page(draw, about, Path(folder))
         blocks.launch(
-            server_name=host,
+            server_name=f"[{host}]" if ":" in host else host,
             server_port=port,
             prevent_thread_lock=True,
             quiet=True,
