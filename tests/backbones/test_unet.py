@@ -511,3 +511,29 @@ def test_parked_parts_come_back(backbone: UNetBackbone, monkeypatch: pytest.Monk
     backbone.decode(torch.zeros(1, 4, 8, 8))
     backbone.encode_images(torch.zeros(1, 3, 32, 32))
     assert asked == ["text cpu", "vae cpu", "vae cpu"]
+
+
+# --- negative prompts and progress -----------------------------------------------------------------------------------
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(backbone: UNetBackbone) -> None:
+    texts, seeds = ["a cat", "a dog"], [1, 2]
+    plain = backbone.generate(texts, seeds)
+    assert torch.equal(plain, backbone.generate(texts, seeds, negative=""))
+    away = backbone.generate(texts, seeds, negative="a truck")
+    assert not torch.equal(plain, away)
+    backbone._empty = backbone.encode(["a truck"])  # as if the model's empty prompt were this text
+    assert torch.equal(away, backbone.generate(texts, seeds))
+
+
+def test_each_step_is_told_before_it_begins_and_can_end_the_sampling(backbone: UNetBackbone) -> None:
+    told: list[tuple[int, int]] = []
+    backbone.generate(["a cat"], [1], each_step=lambda step: told.append((step, backbone.passes)))
+    assert told == [(0, 0), (1, 2)], "two passes a step: with guidance"
+
+    def stop(step: int) -> None:
+        raise KeyError(step)
+
+    with pytest.raises(KeyError):
+        backbone.generate(["a cat"], [1], each_step=stop)
+    assert backbone.passes == 4

@@ -308,7 +308,7 @@ ALLOWED = {  # (file, function): why it does not go through `disk.atomic`
     ("judges/worker.py", "main"): "a pipe",
     ("evaluation/generate.py", "_link_or_copy"): "a link is whole; what a disk refuses is explained",
     ("reporting/sheets.py", "_data_uri"): "into memory",
-    ("reporting/demo_page.py", "data_uri"): "into memory",
+    ("reporting/demo_page.py", "png"): "into memory",
     ("files/checksums.py", "_order"): "changes what is being written",
     ("backbones/portable.py", "_promise_float32"): "in the folder of save_pipeline, which is written with atomic",
     ("backbones/portable.py", "_write_weights"): "in the folder of save_pipeline",

@@ -132,9 +132,11 @@ def sample(
     guide: Guide | None,
     beside: TextStates | None,
     stop_at: int | None,
+    each_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Latents after all steps, or before step `stop_at`. cond: B prompts. uncond: one empty prompt for all. beside: G
-    further texts, whose noise predictions the guide gets for each of the B samples; None = no such texts.
+    """Latents after all steps, or before step `stop_at`. cond: B prompts. uncond: one empty or negative prompt for all.
+    beside: G further texts, whose noise predictions the guide gets for each of the B samples; None = no such texts.
+    each_step: gets the number of every step before it begins.
 
     noise = uncond + guidance_scale (cond - uncond), or the result of `guide`. Without a guide and with a scale <= 1 the
     unconditional pass is skipped. Without a guide, guidance is applied to the U-Net's raw output, noise or v: the
@@ -145,6 +147,8 @@ def sample(
     parts = len(states) // max(1, len(cond.states))
     latents = latents * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps[:stop_at]):
+        if each_step is not None:
+            each_step(step)
         given = scheduler.scale_model_input(latents, timestep)
         if guided:
             outputs = predict(given.repeat(parts, 1, 1, 1), timestep, states, pooled).unflatten(0, (parts, -1))

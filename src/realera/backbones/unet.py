@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -281,6 +281,8 @@ class UNetBackbone:
         sampler: Sampler | None = None,
         guide: Guide | None = None,
         stop_at: int | None = None,
+        negative: str = "",
+        each_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w) float32; see `sampling.sample`. Raises UserError for a sampler that cannot run, and for
         latents that are not finite."""
@@ -298,11 +300,12 @@ class UNetBackbone:
             sampling.scheduler_for(chosen, self.scheduler_config),
             sampling.start_noise(seeds, size).to(self.device),
             sampling.here(states, self.device),
-            sampling.here(self._no_prompt(), self.device),
+            sampling.here(self.encode([negative]) if negative else self._no_prompt(), self.device),
             chosen.guidance_scale,
             guide,
             beside,
             stop_at,
+            each_step,
         )
         sampling.refuse_not_finite(drawn, seeds, self._base.dtype)
         return drawn
@@ -323,11 +326,17 @@ class UNetBackbone:
         return autoencoder.encode(self.vae, images, self.vae_slicing)
 
     def generate(
-        self, texts: Sequence[str], seeds: Sequence[int], sampler: Sampler | None = None, guide: Guide | None = None
+        self,
+        texts: Sequence[str],
+        seeds: Sequence[int],
+        sampler: Sampler | None = None,
+        guide: Guide | None = None,
+        negative: str = "",
+        each_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """uint8 (B, H, W, 3). All B images are generated in one batch, so the caller chooses B by the memory."""
         with nullcontext() if guide is None else guide.around(self, texts):
-            latents = self.sample(self.encode(texts), seeds, sampler, guide)
+            latents = self.sample(self.encode(texts), seeds, sampler, guide, None, negative, each_step)
         return self.decode(latents)
 
     # --- devices -----------------------------------------------------------------------------------------------------

@@ -283,7 +283,7 @@ def _generate(
                 for few in (prompts[i : i + size] for i in range(0, len(prompts), size))
             ]
         except RuntimeError as error:  # OutOfMemoryError is a subclass; the CPU allocator raises a plain one
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if size == 1:
                 raise UserError(
@@ -300,7 +300,8 @@ def _generate(
             torch.cuda.empty_cache()  # outside the except block: the exception keeps references to the tensors
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the memory of the device is full."""
     message = str(error).lower()
     signs = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
     return any(sign in message for sign in signs)

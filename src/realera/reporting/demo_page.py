@@ -7,18 +7,20 @@ Host (DNS rebinding) and requests that come from another page (Origin, Sec-Fetch
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import logging
 import select
 import socket
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import BoundedSemaphore, Lock, Timer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from realera.contracts import UserError
 from realera.files.plain_data import json_text
 
 log = logging.getLogger("realera")
@@ -188,6 +190,25 @@ def handler(draw: Draw, about: Mapping[str, str], host: str = LOCAL_HOSTS[0]) ->
     return Handler
 
 
+@contextmanager
+def address_refusals(host: str, port: int) -> Iterator[None]:
+    """Inside this context, an address that cannot be served on is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(
+                f"host={host} is not an address of this machine: leave it out, or type host=0.0.0.0 for all addresses."
+            ) from error
+        raise UserError(f"port {port} cannot be opened ({error.strerror}): type port=0 for a free port.") from error
+
+
+def free_port(host: str, port: int) -> int:
+    """`port`, or any free one if it is 0. Raises OSError if it is taken or `host` is not an address of this machine."""
+    with Server((host, port), BaseHTTPRequestHandler) as server:
+        return server.server_port
+
+
 def _page() -> tuple[bytes, bytes]:
     """(the page without its script, the script). The page's security policy forbids inline scripts."""
     text = PAGE.read_text(encoding="utf-8")
@@ -216,10 +237,15 @@ def _is_address(name: str) -> bool:
     return False
 
 
-def data_uri(pixels: Any) -> str:
-    """A PNG data URI of uint8 (H, W, 3) pixels."""
+def png(pixels: Any) -> bytes:
+    """A PNG file of uint8 (H, W, 3) pixels."""
     from PIL import Image
 
     with io.BytesIO() as file:
         Image.fromarray(pixels).save(file, format="PNG")
-        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        return file.getvalue()
+
+
+def data_uri(pixels: Any) -> str:
+    """A PNG data URI of uint8 (H, W, 3) pixels."""
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()

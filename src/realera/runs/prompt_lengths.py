@@ -52,3 +52,9 @@ def warn(texts: Iterable[str], backbone: Mapping[str, Any], what: str = "prompts
         lengths.add(text)
     if said := lengths.said(what):
         log.warning("%s", said)
+
+
+def remark(text: str, backbone: Mapping[str, Any]) -> str:
+    """A remark for a page about one prompt; "" if all of it is read."""
+    counted = Lengths(backbone)
+    return f"only the first {counted.fits} tokens of this prompt are used" if counted.add(text) else ""

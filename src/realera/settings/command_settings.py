@@ -193,7 +193,11 @@ class Report(TypedDict):
 
 
 class Demo(TypedDict):
-    run: Run
+    run: Annotated[Run | list[Run], Filled()]
+    ui: Literal["page", "gradio"]
+    to: Literal["space"] | None
+    out: NewPath | None
+    presets: File | None
     host: Host
     port: Port
 

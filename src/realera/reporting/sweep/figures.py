@@ -69,9 +69,12 @@ class Surface:
         return colour(value, *self.span)
 
     def bright(self, value: float) -> bool:
-        """Whether black text is more readable than white on this value's colour."""
-        red, green, blue = (int(self.colour(value)[k : k + 2], 16) for k in (1, 3, 5))
-        return 0.299 * red + 0.587 * green + 0.114 * blue > 130
+        """Whether black text has a higher contrast than white on this value's colour, by the relative luminance of WCAG
+        2. The higher of the two is at least 4.5, which WCAG asks for, on every colour."""
+        parts = (int(self.colour(value)[k : k + 2], 16) / 255 for k in (1, 3, 5))
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+        return (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05)
 
     @property
     def data(self) -> dict[str, Any]:
