@@ -40,7 +40,7 @@ from realera.backbones import standard
 from realera.contracts import UserError
 
 METHODS = ("uce", "valera", "realera", "esd-u", "mace", "spm", "sld")
-FEW = {  # few steps, where a method has such a setting: the table is about files
+FEW: dict[str, dict[str, Any]] = {  # few steps, where a method has such a setting: the table is about files
     "realera": {"align.steps": 2, "latents.images": 2, "latents.batch": 1},
     "esd-u": {"align.steps": 2},
     "mace": {"align.steps": 2, "latents.images": 2, "latents.masks.source": "attention"},
@@ -151,10 +151,10 @@ def opened(place: Path) -> StableDiffusionPipeline:
 
 def cells(model: str, folder: Path, method: str, place: Path) -> dict[str, float | str]:
     """{"form, client": distance in grey levels, or the reason why there is none}."""
-    task = {"task": "object", "anchor": "sky"}
+    task: Any = {"task": "object", "anchor": "sky"}
     pipe = opened(folder)
     before = drawn(opened(folder))
-    settings = {f"method.{key}": value for key, value in FEW.get(method, {}).items()}
+    settings: Any = {f"method.{key}": value for key, value in FEW.get(method, {}).items()}
     if model != "miniature":
         settings |= {"backbone.sampler.steps": 2}
     erased = realera.erase(pipe, "airplane", method=method, progress=False, **task, **settings)

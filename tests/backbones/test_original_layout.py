@@ -185,13 +185,13 @@ def test_old_names_of_the_autoencoder_s_attention_are_known() -> None:
     parts = {part: portable.part_state(paths.MINIATURE, part) for part in ("unet", "vae", "text_encoder")}
     today = original_layout.from_diffusers(parts, "v1")
     old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
-    vae = {}
+    vae: dict[str, torch.Tensor] = {}
     for name, value in parts["vae"].items():
         for new, before in old.items() if ".attentions.0." in name else ():
             name = name.replace(new, before)
         vae[name] = value
-    before = original_layout.from_diffusers({**parts, "vae": vae}, "v1")
-    assert before.keys() == today.keys() and all(torch.equal(before[name], today[name]) for name in today)
+    again = original_layout.from_diffusers({**parts, "vae": vae}, "v1")
+    assert again.keys() == today.keys() and all(torch.equal(again[name], today[name]) for name in today)
 
 
 def test_a_weight_without_a_place_is_refused() -> None:
