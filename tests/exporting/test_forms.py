@@ -278,3 +278,23 @@ def test_a_pipeline_names_classes_of_diffusers_and_transformers_alone(tmp_path: 
     written = portable._index(tmp_path)
     assert written["_class_name"] == "StableDiffusionPipeline" and written["force_zeros_for_empty_prompt"] is True
     assert {value[0] for value in written.values() if isinstance(value, list)} == {"diffusers", "transformers", None}
+
+
+@pytest.mark.parametrize("to", ["lora", "kohya"])
+def test_diffusers_reads_a_lora_whose_layers_need_different_ranks(
+    to: forms.Form, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    key, generator = VALUE.replace("to_v", "to_k"), torch.Generator().manual_seed(0)
+    rows, columns = base[key].shape
+    change = torch.randn(rows, 3, generator=generator) @ torch.randn(3, columns, generator=generator)
+    state = {**rank_one(base), f"edit.{key}": base[key].float() + 0.01 * change}
+    found = forms.export(made(monkeypatch, tmp_path / "run", state), to, tmp_path / "out", NOT_DRAWN)
+    pipe = StableDiffusionPipeline.from_pretrained(paths.MINIATURE, local_files_only=True, safety_checker=None)
+    pipe.load_lora_weights(str(found.path.parent), weight_name=found.path.name)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused = dict(pipe.unet.named_parameters())
+    for name in (VALUE, key):
+        assert torch.allclose(fused[name], state[f"edit.{name}"], atol=1e-5)

@@ -181,7 +181,8 @@ def lora_of(
 
 
 def padded(lora: Lora) -> Lora:
-    """The LoRA with one rank in all layers, by zeros: diffusers takes one alpha for all."""
+    """The LoRA with one rank in all layers, by zeros: diffusers 0.42 takes one alpha for all, also from a kohya file with
+    an alpha of its own in each layer."""
     rank = max(down.shape[0] for down, _ in lora.values())
     made: Lora = {}
     for name, (down, up) in lora.items():
@@ -194,7 +195,7 @@ def padded(lora: Lora) -> Lora:
 def save_lora(lora: Lora, file: Path, style: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
     """Writes a LoRA file. style: "lora" = diffusers' keys (load_lora_weights), "kohya" = the keys of A1111, ComfyUI."""
     state: dict[str, Tensor] = {}
-    for name, (down, up) in (padded(lora) if style == "lora" else lora).items():
+    for name, (down, up) in padded(lora).items():
         if style == "lora":
             state |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
         else:
