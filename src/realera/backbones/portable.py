@@ -181,8 +181,8 @@ def lora_of(
 
 
 def padded(lora: Lora) -> Lora:
-    """The LoRA with one rank in all layers, by zeros: diffusers 0.42 takes one alpha for all, also from a kohya file with
-    an alpha of its own in each layer."""
+    """The LoRA with one rank in all layers, by zeros: diffusers 0.42 takes one alpha for all, even from a kohya file in
+    which each layer has its own."""
     rank = max(down.shape[0] for down, _ in lora.values())
     made: Lora = {}
     for name, (down, up) in lora.items():
