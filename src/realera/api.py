@@ -25,6 +25,7 @@ from realera import paths
 from realera.contracts import UserError
 from realera.evaluation.summary import Evaluation
 from realera.settings import composition
+from realera.settings.run_settings import Settings
 from realera.system import terminal
 
 if TYPE_CHECKING:
@@ -69,12 +70,17 @@ class Erased:
         return self._backbone.pipe
 
     @property
+    def settings(self) -> Settings:
+        """The settings with names and types."""
+        return Settings(self.config)
+
+    @property
     def method(self) -> str:
-        return str(self.config["method"]["name"])
+        return str(self.settings.method.name)
 
     @property
     def concept(self) -> list[str]:
-        return _as_list(self.config["concept"])
+        return self.settings.concepts
 
     @property
     def anchor(self) -> list[str]:
@@ -82,7 +88,7 @@ class Erased:
 
     @property
     def _guided(self) -> bool:
-        return bool(self.config["method"].get("guide"))
+        return bool(self.settings.method.guide)
 
     def draw(
         self,
@@ -114,12 +120,12 @@ class Erased:
             steps=sampler.steps if steps is None else steps,
             guidance_scale=sampler.guidance_scale if guidance_scale is None else guidance_scale,
         )
-        size = int(self.config["images_at_once"])
+        size = self.settings.images_at_once
         made: list[Image] = []
         with self._unmerged() as backbone, ExitStack() as stack:
             if original:
                 stack.enter_context(backbone.original())
-            guide = None if original else run_steps.guide_of(self.config)
+            guide = None if original else run_steps.guide_of(self.settings)
             for start in range(0, len(texts), size):
                 pixels = backbone.generate(texts[start : start + size], numbers[start : start + size], sampler, guide)
                 made += [images.fromarray(one.numpy()) for one in pixels.cpu()]
@@ -140,14 +146,11 @@ class Erased:
         place = Path(folder).expanduser()
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"{place} already has files in it: give a new or an empty folder.")
-        config = dict(self.config)
-        known = self._backbone.checkpoint()
-        if known is None:
-            from realera.backbones.pipelines import IN_MEMORY
+        from realera.backbones.pipelines import IN_MEMORY
 
-            config["backbone"] = {**config["backbone"], "pretrained": IN_MEMORY}
-        else:
-            config["backbone"] = {**config["backbone"], "pretrained": known[0]}
+        known = self._backbone.checkpoint()
+        model = {**self.settings.backbone.node, "pretrained": IN_MEMORY if known is None else known[0]}
+        config = {**self.config, "backbone": model}
         config.pop("run_dir", None)
         with disk.atomic(place) as beside:
             shutil.copytree(self.folder, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(paths.LOCK, CACHE))
@@ -240,9 +243,9 @@ def erase(
         UserError: one sentence that says what is wrong and what to give instead. The pipeline is unchanged.
     """
     from realera.backbones import pipelines
-    from realera.contracts import Sampler
-    from realera.runs import preflight
+    from realera.runs import starting
     from realera.runs.folders import Run
+    from realera.runs.session import Session
 
     pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
     parts = pipelines.parts_of(pipe)
@@ -262,13 +265,9 @@ def erase(
         *_keyword_overrides(settings),
         *overrides,
     ]
-    config = composition.settings_of("train", words)
-    judged = composition.build_task(config)
-    config = composition.name_concepts(config, judged)
-    preflight.check_settings(config)
-
-    sampler = Sampler(**{key: value for key, value in config["backbone"]["sampler"].items() if key != "_target_"})
-    backbone = pipelines.PipelineBackbone(pipe, kind, sampler, config["backbone"].get("text"))
+    config, judged = starting.ready(composition.settings_of("train", words))
+    model = Settings(config).backbone
+    backbone = pipelines.PipelineBackbone(pipe, kind, model.sampler, model.text_figures)
     folder = Path(tempfile.mkdtemp(prefix="realera-"))
     erased = Erased(backbone, config, folder, _cache_of(cache))
     weakref.finalize(erased, shutil.rmtree, folder, ignore_errors=True)
@@ -276,7 +275,7 @@ def erase(
         from realera.runs import steps
 
         try:
-            steps.erase(backbone, judged, Run(folder, config))
+            steps.erase(Session(Run(folder, config)), backbone, judged)
         except BaseException:
             backbone.load_erased({})
             raise
@@ -288,7 +287,6 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     """Applies the erasure in a run folder, made by `Erased.save` or by a command, to the pipeline it was made with, in
     place. Raises UserError if the folder is not a run, or a run of another model."""
     from realera.backbones import pipelines
-    from realera.contracts import Sampler
     from realera.runs import folders
     from realera.training.checkpoint import read_erased
 
@@ -296,8 +294,8 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     file = run.erased
     content = read_erased(file)
     pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
-    sampler = Sampler(**{key: value for key, value in run.config["backbone"]["sampler"].items() if key != "_target_"})
-    backbone = pipelines.PipelineBackbone(pipe, str(run.config["backbone"]["name"]), sampler)
+    model = run.settings.backbone
+    backbone = pipelines.PipelineBackbone(pipe, str(model.name), model.sampler)
     if content.origin.fingerprint != backbone.fingerprint:
         known = backbone.checkpoint()
         if known is None or known[1] != content.origin.fingerprint:
@@ -336,23 +334,24 @@ def evaluate(
         UserError: one sentence that says what is wrong and what to give instead.
     """
     from realera.reporting.run_page import write_report
-    from realera.runs import preflight, steps
+    from realera.runs import preflight, starting, steps
+    from realera.runs.folders import Run
+    from realera.runs.session import Session
 
-    own = erased.config
+    own = erased.settings
     words = [
-        composition.word("concept", own["concept"]),
+        composition.word("concept", own.concept),
         composition.word("anchor", erased.anchor[0] if len(erased.anchor) == 1 else erased.anchor),
-        f"task={task or composition.build_task(own).name}",
-        f"backbone={own['backbone']['name']}",
-        composition.word("seed", own["seed"]),
+        f"task={task or composition.build_task(own.node).name}",
+        f"backbone={own.backbone.name}",
+        composition.word("seed", own.seed),
         "logger=none",
         *_keyword_overrides(settings),
         *overrides,
     ]
     composed = composition.settings_of("train", words)
-    config = {**composed, "method": own["method"], "backbone": own["backbone"], "trainer": own["trainer"]}
-    judged = composition.build_task(config)
-    config = composition.name_concepts(config, judged)
+    as_erased = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node}
+    config, judged = starting.named({**composed, **as_erased})
     preflight.check_judge(config)
     place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else Path(folder).expanduser()
     if folder is not None and place.exists() and any(place.iterdir()):
@@ -360,8 +359,9 @@ def evaluate(
     try:
         with _isolated(erased, progress), erased._unmerged() as backbone:
             judge = steps.build_judge(config, judged)
-            steps.draw(backbone, judged.eval_prompts(), place, config)
-            metrics = steps.judge(judge, steps.drawn_by(backbone), judged, place)
+            session = Session(Run(place, config))
+            steps.draw(session, backbone, judged.eval_prompts())
+            metrics = steps.judge(session, judge, judged, steps.drawn_by(backbone))
         if folder is not None:
             import yaml
 
@@ -440,7 +440,3 @@ def _names_as_text(given: Any) -> Any:
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [None if one is None else str(one) for one in given]
     return None if given is None else str(given)
-
-
-def _as_list(value: Any) -> list[str]:
-    return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]

@@ -20,7 +20,7 @@ def demo(cfg: DictConfig) -> None:
     host = str(config["host"])
     run = folders.open_run(str(config["run"]))
     preflight.check_run(run)
-    preflight.check_model(run.config["backbone"])
+    preflight.check_model(run.settings.backbone)
     cli.say_backbone(run.config, str(run.folder))
 
     from realera.runs import steps  # imports torch and diffusers, so only after all checks
@@ -28,13 +28,13 @@ def demo(cfg: DictConfig) -> None:
     concept = folders.concept_of(run.config)
     about = {
         "title": f"{concept}, before and after",
-        "about": f"{run.config['method']['name']} on {run.config['backbone']['name']}; both start from the same noise.",
+        "about": f"{run.settings.method.name} on {run.settings.backbone.name}; both start from the same noise.",
         "prompt": f"a photo of the {concept.partition(', ')[0]}",
     }
-    pair = steps.pairs_from(steps.load_run(run), run.config)
+    pair = steps.pairs_from(steps.load_run(run), run.settings)
 
     def draw(prompt: str, seed: int) -> dict[str, str]:
-        counted = prompt_lengths.Lengths(run.config["backbone"])
+        counted = prompt_lengths.Lengths(run.settings.backbone)
         note = f"only the first {counted.fits} tokens of this prompt are used" if counted.add(prompt) else ""
         return {"note": note} | {which: data_uri(pixels.numpy()) for which, pixels in pair(prompt, seed).items()}
 

@@ -26,7 +26,7 @@ def export(cfg: DictConfig) -> None:
         return
     if to == "diffusers" and out.is_dir() and any(out.iterdir()):
         raise UserError(f"out={out} contains other files: give a new or an empty folder.")
-    preflight.check_model(run.config["backbone"])
+    preflight.check_model(run.settings.backbone)
     convert(run, to, out, rank)
 
 
@@ -51,7 +51,7 @@ def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
     from realera.backbones.folder import locate
     from realera.training.checkpoint import read_erased
 
-    source = locate(run.config["backbone"]["pretrained"])
+    source = locate(run.settings.backbone.pretrained)
     erased = read_erased(run.erased).state
     if (guide := _guide(run)) and not erased:
         raise UserError(
@@ -74,19 +74,18 @@ def convert(run: Run, to: str, out: Path, rank: int | None) -> None:
 
 def _beyond_map(run: Run) -> list[str]:
     """The parts of a run's method that changed its weights after the first closed form."""
-    method = run.config.get("method") or {}
-    align, finish = method.get("align"), method.get("finish")
-    if align and not align.get("steps", 1):  # nothing was trained, so there is nothing to finish
+    align, finish = run.settings.method.align, run.settings.method.finish
+    if align and align.steps == 0:  # nothing was trained, so there is nothing to finish
         return []
-    trained = [] if not align else ["LoRA" if align.get("lora") else "training"]
-    return [*trained, *([str(finish["_target_"]).rpartition(".")[2].lower()] if finish else [])]
+    trained = [] if not align else ["LoRA" if align.lora else "training"]
+    return [*trained, *([finish.class_name.lower()] if finish else [])]
 
 
 def _guide(run: Run) -> str | None:
     """The class name of the method's guide, which changes the noise prediction while images are drawn; None without
     one."""
-    node = (run.config.get("method") or {}).get("guide")
-    return str(node["_target_"]).rpartition(".")[2] if node else None
+    guide = run.settings.method.guide
+    return guide.class_name if guide else None
 
 
 def main() -> None:

@@ -202,8 +202,9 @@ STAGES = {  # stage: a file that exists when the stage begins
 SERVES = """
 import sys, types
 from realera import cli, demo
+from pathlib import Path
 from realera.runs import folders, preflight
-folders.open_run = lambda given: types.SimpleNamespace(config=config, folder="run")
+folders.open_run = lambda given: folders.Run(Path("run"), config)
 folders.concept_of = lambda config: "gun"
 preflight.check_run = preflight.check_model = cli.say_backbone = lambda *given: None
 sys.modules["realera.runs.steps"] = types.SimpleNamespace(load_run=lambda run: None, pairs_from=lambda *given: None)

@@ -9,6 +9,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from realera.evaluation.results import scalars
 from realera.files import checksums
 from realera.reporting.run_page import is_blurred
 from realera.reporting.sheets import blurred, image_rows
-from realera.runs.folders import Run, digest, identity, is_original
+from realera.runs.folders import Run, digest, identity
+from realera.runs.session import Session
 from realera.settings import composition, error_sentences
 from realera.settings.instantiate import NotBuilt, build, locate
+from realera.settings.run_settings import Settings
 from realera.sweeps import jobs
 from realera.system import disk
 from realera.wandb_logging.panels import SURFACES
@@ -43,7 +46,7 @@ TAGGED = 5  # concepts that become tags: the first ones
 
 def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
     """The loggers of a run's config, or of `node` if given: [] or one W&B logger."""
-    node = dict(run.config.get("logger") or {} if node is None else node)
+    node = dict(run.settings.logger.node if node is None else node)
     if not node.get("_target_"):
         return []
     import wandb
@@ -53,7 +56,7 @@ def make(run: Run, node: Mapping[str, Any] | None = None) -> list[Logger]:
     begins = not (run.folder / paths.WANDB_ID).is_file()  # a resumed run stays in its group
     node["group"] = node.get("group") or (os.environ["REALERA_STAMP"] if begins and composition.in_sweep() else None)
     node["tags"] = list(dict.fromkeys([*tags(run.config), *(node.get("tags") or ())]))
-    node["job_type"] = "evaluate" if is_original(run.config) else "train"
+    node["job_type"] = "evaluate" if run.settings.unedited else "train"
     place = str(run.folder.absolute())  # W&B's process has another working directory
     settings = {**_loggable(run.config), "system": system(run)}
     for mode in dict.fromkeys((node.get("mode"), "offline")):
@@ -118,10 +121,10 @@ def run_id(run: Run) -> str:
 
 def tags(config: Mapping[str, Any]) -> list[str]:
     """Tags to filter runs by: task, method, backbone and the first concepts."""
-    task = getattr(locate(config["task"]["_target_"]), "name", None)
-    parts = [(config.get(part) or {}).get("name") for part in ("method", "backbone")]
-    concept = config.get("concept")
-    concepts = concept if isinstance(concept, (list, tuple)) else [concept]
+    settings = Settings(config)
+    task = getattr(locate(str(settings.task.target)), "name", None)
+    parts = settings.method.name, settings.backbone.name
+    concepts = [] if settings.concept is None else settings.concepts
     more = f"and {len(concepts) - TAGGED} more" if len(concepts) > TAGGED else None
     return [str(word)[:TAG] for word in (task, *parts, *concepts[:TAGGED], more) if word]
 
@@ -148,7 +151,8 @@ def log_results(loggers: Sequence[Logger], run: Run, metrics: Mapping[str, Any])
 
 def _log_tables(logger: WandbLogger, run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> None:
     logger.experiment.config.update({"protocol": _loggable(metrics["protocol"])}, allow_val_change=True)
-    most = (run.config.get("logger") or {}).get("images", ROWS_PER_SPLIT)
+    asked = run.settings.logger.images
+    most = ROWS_PER_SPLIT if asked is None else asked
     with _staged_in(run.folder):
         tables = {"cell": _cell(run, metrics, spent)}
         if most:
@@ -159,7 +163,7 @@ def _log_tables(logger: WandbLogger, run: Run, metrics: Mapping[str, Any], spent
 def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | None = None) -> None:
     """Logs the results of an existing run to its W&B run. typed: the logger node of the command. If it is `none`,
     nothing is logged; otherwise the run's own logger is used, with the command's online or offline mode."""
-    node = dict(run.config.get("logger") or {})
+    node = dict(run.settings.logger.node)
     if typed is not None:
         known = {key: value for key, value in node.items() if key in OF_A_RUN}
         node = {**known, "mode": typed.get("mode")} if typed.get("_target_") and node.get("_target_") else {}
@@ -189,6 +193,14 @@ def _staged_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ[name]
+
+
+@contextmanager
+def logged(session: Session) -> Iterator[Session]:
+    """The session with the run's loggers, which only the first process has. They are closed at the end of the block."""
+    loggers = make(session.run) if session.ranks.first else []
+    with closing(loggers):
+        yield replace(session, loggers=loggers)
 
 
 @contextmanager
@@ -224,8 +236,8 @@ def _cell(run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> A
     """One row: run, system, concept, settings, and the main metrics with their intervals (None if not measured)."""
     import wandb
 
-    mining = (run.config.get("method") or {}).get("neighbours") or {}
-    row: dict[str, Any] = {"run": run.folder.name, "system": system(run), "seed": run.config.get("seed")}
+    mining = run.settings.method.neighbours.node
+    row: dict[str, Any] = {"run": run.folder.name, "system": system(run), "seed": run.settings.seed}
     row["concept"] = ", ".join(c["target"] for c in metrics["protocol"].get("concepts", [])[:TAGGED])
     row |= {axis: _loggable(mining.get(axis)) for pair in SURFACES for axis in pair}
     for name in ORDER:
@@ -248,6 +260,6 @@ def _sheets(run: Run, metrics: Mapping[str, Any], most: int, blur: bool) -> Any:
     for prompt, seed, split, original, erased, verdict in image_rows(run.folder, judge, headline):
         taken[split] = taken.get(split, 0) + 1
         if taken[split] <= most:
-            before, after = (erased, None) if is_original(run.config) else (original, erased)
+            before, after = (erased, None) if run.settings.unedited else (original, erased)
             table.add_data(prompt, seed, split, image(before), image(after), verdict)
     return table
