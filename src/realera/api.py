@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from realera import paths
 from realera.contracts import UserError
 from realera.evaluation.summary import Evaluation
+from realera.files import plain_data
 from realera.settings import composition
 from realera.settings.run_settings import Settings
 from realera.system import terminal
@@ -247,7 +248,7 @@ def erase(
     from realera.runs.folders import Run
     from realera.runs.session import Session
 
-    pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
+    pipe = _opened(pipe) if isinstance(pipe, str | Path) else pipe
     parts = pipelines.parts_of(pipe)
     figures, kind = pipelines.settings_of(pipe, parts), pipelines.kind_of(parts)
     words = [
@@ -265,7 +266,7 @@ def erase(
         *_keyword_overrides(settings),
         *overrides,
     ]
-    config, judged = starting.ready(composition.settings_of("train", words))
+    config, judged = starting.ready(composition.settings_of("train", words, _as_keyword))
     model = Settings(config).backbone
     backbone = pipelines.PipelineBackbone(pipe, kind, model.sampler, model.text_figures)
     folder = Path(tempfile.mkdtemp(prefix="realera-"))
@@ -293,7 +294,7 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     run = folders.open_run(str(folder))
     file = run.erased
     content = read_erased(file)
-    pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
+    pipe = _opened(pipe) if isinstance(pipe, str | Path) else pipe
     model = run.settings.backbone
     backbone = pipelines.PipelineBackbone(pipe, str(model.name), model.sampler)
     if content.origin.fingerprint != backbone.fingerprint:
@@ -349,7 +350,7 @@ def evaluate(
         *_keyword_overrides(settings),
         *overrides,
     ]
-    composed = composition.settings_of("train", words)
+    composed = composition.settings_of("train", words, _as_keyword)
     as_erased = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node}
     config, judged = starting.named({**composed, **as_erased})
     preflight.check_judge(config)
@@ -395,7 +396,7 @@ def miniature_pipeline() -> DiffusionPipeline:
 def _first_sentences(group: str) -> dict[str, str]:
     """{file stem: first sentence of its comment} of every yaml in a config group."""
     found = {}
-    for file in sorted((paths.CONF_DIR / group).glob("*.yaml")):
+    for file in _yamls(group):
         lines = []
         for line in file.read_text(encoding="utf-8").splitlines():
             if not line.startswith("# "):
@@ -403,6 +404,24 @@ def _first_sentences(group: str) -> dict[str, str]:
             lines.append(line.removeprefix("# "))
         found[file.stem] = " ".join(lines).partition(". ")[0].rstrip(".") + "."
     return found
+
+
+def _opened(pipe: str | Path) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id. Raises UserError that names the known models if it can be neither."""
+    from realera.backbones import folder, pipelines
+
+    if paths.dir_of(pipe) is None and not folder.HUB_ID.fullmatch(str(pipe)):
+        known = {file.stem: Settings({"backbone": plain_data.read_yaml(file)}).backbone for file in _yamls("backbone")}
+        named = ", ".join(f"{model.pretrained} ({name})" for name, model in known.items() if model.pretrained)
+        raise UserError(
+            f"pipe={str(pipe)!r} is neither a folder nor a hub id: give a pipeline, its folder, a hub id such as those "
+            f"of the known backbones, {named}, or realera.miniature_pipeline() (mini)."
+        )
+    return pipelines.opened(pipe)
+
+
+def _yamls(group: str) -> list[Path]:
+    return sorted((paths.CONF_DIR / group).glob("*.yaml"))
 
 
 @contextmanager
@@ -433,6 +452,13 @@ def _keyword_overrides(settings: Mapping[str, Any]) -> list[str]:
     "method."."""
     named = {f"method.{key}" if key.partition(".")[0] in PARTS else key: value for key, value in settings.items()}
     return [composition.word(key, value) for key, value in named.items()]
+
+
+def _as_keyword(key: str) -> str:
+    """A setting as it is given to `erase`."""
+    own = key.removeprefix("method.")
+    short = own if own.partition(".")[0] in PARTS else key
+    return f'**{{"{short}": ...}}' if "." in short else f"{short}=..."
 
 
 def _names_as_text(given: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -34,9 +35,10 @@ def evaluate(cfg: DictConfig) -> None:
     preflight.check_judge(run.config)
     if not original:
         preflight.check_run(run)
-    preflight.check_model(run.settings.backbone, plan=config["dry_run"])
+    hindrance = preflight.check_model(run.settings.backbone, plan=config["dry_run"])
     if config["dry_run"]:
-        estimate.show(estimate.summed([estimate.judging(run, task, original)]))
+        work = replace(estimate.judging(run, task, original), hindrance=hindrance)
+        estimate.show(estimate.summed([work]))
         return
     cli.say_backbone(run.config, None if original else str(run.folder))
     with folders.locked(run.folder, plan.first):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -24,8 +25,9 @@ from realera.system import devices
 def train(cfg: DictConfig) -> float | None:
     """Makes one run and returns its H_o, which a search maximises."""
     config, task, plan = ready(composition.plain(cfg))
+    hindrance = starting.check(config)
     if Settings(config).dry_run:
-        estimate.show(estimate.summed([estimate.work(config, task)]))
+        estimate.show(estimate.summed([replace(estimate.work(config, task), hindrance=hindrance)]))
         return None
     with opened(config, plan) as session:
         if session.run.finished:
@@ -37,12 +39,11 @@ def train(cfg: DictConfig) -> float | None:
 
 
 def ready(config: dict[str, Any]) -> tuple[dict[str, Any], Task, processes.ProcessPlan]:
-    """Checks everything that can be checked before torch is imported. Nothing is written."""
+    """The checked settings, the task, and the plan of the run's processes. Torch is not imported."""
     jobs.refuse_single_run(config)
     config, task = starting.ready(config, sweep=composition.in_sweep())
     settings = Settings(config)
     preflight.check_task(task, settings.backbone)
-    starting.check(config)
     if settings.evaluate:
         preflight.check_judge(config)
     return config, task, processes.plan(settings.trainer, devices.number())

@@ -43,6 +43,8 @@ def snapshot(cache: Path, model: Path, commit: str, main: bool) -> Path:
 def test_a_cached_model_needs_no_network(hub_cache: Path, tiny_sd: Path) -> None:
     with pytest.raises(UserError, match="the hub does not answer"):
         preflight.check_model(BackboneSettings({"pretrained": HUB}))
+    hindrance = preflight.check_model(BackboneSettings({"pretrained": HUB}), plan=True)
+    assert hindrance is not None and "the hub does not answer" in hindrance
     snapshot(hub_cache, tiny_sd, "abc", main=True)
     preflight.check_model(BackboneSettings({"pretrained": HUB}))
 

@@ -51,7 +51,8 @@ PASS: Mapping[tuple[str, str], Rate] = {
 class Work:
     """The remaining work of one cell. originals: keys of the unedited model's images. made: {key: passes} of inputs
     that the method makes once for all cells that share them, such as anchor images. pace: seconds of (an image, a step,
-    everything else) in finished runs, None without any. rate: the time of a pass, None if unknown."""
+    everything else) in finished runs, None without any. rate: the time of a pass, None if unknown. hindrance: why the
+    run could not start on this machine now."""
 
     finished: bool = False
     images: int = 0
@@ -65,6 +66,7 @@ class Work:
     pace: tuple[float, float, float] | None = None
     rate: Rate | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
+    hindrance: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Plan:
     basis: str
     refusals: Mapping[str, int] = field(default_factory=dict)
     half_hours: float | None = None
+    hindrances: Sequence[str] = ()  # of this machine at this moment: not saved
 
 
 def work(
@@ -205,6 +208,7 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
         half_hours=round((seconds - saved) / 3600, 2) if saved and known == len(to_do) else None,
         basis=f"estimated: {said}" if to_do else said,
         refusals=dict(Counter(refusals).most_common()),
+        hindrances=list(dict.fromkeys(cell.hindrance for cell in to_do if cell.hindrance)),
     )
 
 
@@ -239,7 +243,8 @@ def show(plan: Plan, place: Path | None = None) -> None:
     """Prints the plan and, if a folder is given, saves it there as plan.json."""
     console.show_plan(asdict(plan))
     if place is not None:
-        disk.write_text(place / paths.PLAN, plain_data.json_text(asdict(plan), indent=1) + "\n")
+        saved = {key: value for key, value in asdict(plan).items() if key != "hindrances"}
+        disk.write_text(place / paths.PLAN, plain_data.json_text(saved, indent=1) + "\n")
 
 
 def _pictures(place: Path, anew: bool) -> set[str]:

@@ -237,13 +237,13 @@ def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def open_run(name: str) -> Run:
-    """An existing run, by its folder. "latest": the run whose weights were saved last.
+    """An existing run, by its folder, or by its name in runs/. "latest": the run whose weights were saved last.
 
     Raises:
         UserError: the folder does not exist or contains no run.
     """
     known = sorted(ROOT.glob(f"*/{paths.ERASED}"), key=lambda file: file.stat().st_mtime_ns)
-    folder = known[-1].parent if name == "latest" and known else Path(name)
+    folder = known[-1].parent if name == "latest" and known else _placed(name)
     if not (folder / paths.CONFIG).is_file():
         latest = f"the latest is {known[-1].parent}" if known else "make one with python -m realera.train"
         if name == "latest":
@@ -254,6 +254,13 @@ def open_run(name: str) -> Run:
         raise UserError(f"{folder / paths.CONFIG} {fault}: {trust.AGAIN}.")
     schema.check_stored(config)
     return Run(folder, config)
+
+
+def _placed(name: str) -> Path:
+    """The path itself or, if nothing is there, the run of this name in runs/."""
+    here, below = Path(name), ROOT / name
+    bare = here.name == name and not here.exists()
+    return below if bare and (below / paths.CONFIG).is_file() else here
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -299,7 +306,7 @@ def runs_in(name: str) -> list[Path]:
     Raises:
         UserError: there is no run, none of a sweep's runs is found, or a file of the sweep is a symbolic link.
     """
-    folder = Path(name)
+    folder = _placed(name)
     if (folder / paths.CONFIG).is_file():
         return [folder]
     check_sweep(folder)

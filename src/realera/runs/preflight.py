@@ -6,7 +6,6 @@ tokens of a prompt needs the tokenizer, which may not be downloaded yet.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import tempfile
@@ -26,7 +25,6 @@ from realera.settings.run_settings import ORIGINAL, BackboneSettings, MethodSett
 from realera.settings.source_code import fact
 from realera.system import devices
 
-log = logging.getLogger("realera")
 ACTING = ("edit", "align", "guide")  # the parts that erase; a method needs at least one
 
 
@@ -66,9 +64,9 @@ def _erases(method: MethodSettings, name: str) -> bool:
     return bool(part) and not any(key in part and part[key] == value for key, value in idle.items())
 
 
-def check_model(backbone: BackboneSettings, plan: bool = False) -> None:
-    """Checks the base model: a complete folder, or a model of the hub that is cached or can be downloaded. plan: only
-    warn if the hub cannot be reached, because plans are made on machines without the weights.
+def check_model(backbone: BackboneSettings, plan: bool = False) -> str | None:
+    """Checks the base model: a complete folder, or a model of the hub that is cached or can be downloaded. plan: if the
+    hub cannot be reached, return the sentence, because plans are made on machines without the weights.
 
     Raises:
         UserError: files are missing or torn, or cannot be downloaded.
@@ -77,13 +75,14 @@ def check_model(backbone: BackboneSettings, plan: bool = False) -> None:
     local = pretrained is None or dir_of(pretrained) is not None
     if local or not folder.HUB_ID.fullmatch(str(pretrained)):
         folder.locate(pretrained)
-        return
+        return None
     try:
         hub.check(str(pretrained))
     except hub.OutOfReach as error:
         if not plan:
             raise
-        log.warning("a run would be refused here: %s", error)
+        return str(error)
+    return None
 
 
 def check_judge(config: Mapping[str, Any]) -> None:

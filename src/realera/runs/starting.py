@@ -36,9 +36,10 @@ def named(config: dict[str, Any]) -> tuple[dict[str, Any], Task]:
     return composition.name_concepts(config, task), task
 
 
-def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
+def check(config: Mapping[str, Any], planned: set[str] | None = None) -> str | None:
     """Checks the folder and the model. A dry run also builds the method's parts, which imports torch; a real run builds
-    them later. planned: names of the models and parts that were checked for other jobs of the same plan.
+    them later. planned: names of the models and parts that were checked for other jobs of the same plan. Returns the
+    reason why a planned run could not start on this machine now, if there is one.
 
     Raises:
         UserError: one of them cannot be used.
@@ -48,9 +49,10 @@ def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
     preflight.check_writable(place, "root" if settings.run_dir is None else "run_dir")
     plan = planned is not None or settings.dry_run
     seen = planned if planned is not None else set()
+    hindrance = None
     if not folders.is_finished(config):
         if (model := f"model {settings.backbone.pretrained}") not in seen:
-            preflight.check_model(settings.backbone, plan=plan)
+            hindrance = preflight.check_model(settings.backbone, plan=plan)
             seen.add(model)
         if (model_folder := preflight.model_folder(settings.backbone)) is not None:
             compatibility.check(model_folder, config)
@@ -59,6 +61,7 @@ def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
     if settings.dry_run and (parts := f"parts {folders.digest(settings.method.node)}") not in seen:
         build(settings.method.node)
         seen.add(parts)
+    return hindrance
 
 
 @contextmanager

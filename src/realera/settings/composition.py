@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import hydra
@@ -24,9 +24,10 @@ from realera.settings.run_settings import Settings
 from realera.tasks.files import read_concepts
 
 
-def settings_of(command: str, words: Sequence[str]) -> dict[str, Any]:
+def settings_of(command: str, words: Sequence[str], spelt: Callable[[str], str] = "'{}'".format) -> dict[str, Any]:
     """The checked settings of `python -m realera.<command> <words>`, for use inside another program: that program's
-    Hydra state is restored. Raises UserError for words that cannot be composed and for settings that are not valid."""
+    Hydra state is restored. spelt: how an error sentence writes a setting that it suggests. Raises UserError for words
+    that cannot be composed and for settings that are not valid."""
     state, own = Singleton.get_state(), GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     resolvers.register_resolvers()
@@ -38,7 +39,7 @@ def settings_of(command: str, words: Sequence[str]) -> dict[str, Any]:
                 cfg = hydra.compose(command, [*words, f"judge={chosen}"])
             return checked(with_concepts(cfg), command)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(error_sentences.of_config(error, command, list(words))) from error
+        raise UserError(error_sentences.of_config(error, command, list(words), spelt)) from error
     finally:
         Singleton.set_state(state)  # a copy of the global state of Hydra and OmegaConf
         GlobalHydra.instance().hydra = own

@@ -6,6 +6,7 @@ import copy
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
@@ -219,7 +220,7 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
         preflight.check_settings(config, here=False)
         config, task = starting.named(config)
         folder = folders.folder_of(config)
-        starting.check(config, _checked_before(known))
+        hindrance = starting.check(config, _checked_before(known))
         if (folder / paths.METRICS).is_file():  # the run is finished only if this judge judged it; slow to compose
             config["judge"] = composition.plain(composition.with_judge(own)).get("judge")
         if made is not None:
@@ -227,7 +228,7 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
             made.setdefault(folder, set()).add(content)
     finally:
         hydra_config.cfg = outside
-    return estimate.work(config, task, known=known)
+    return replace(estimate.work(config, task, known=known), hindrance=hindrance)
 
 
 def _checked_before(known: dict[str, Any] | None) -> set[str]:
