@@ -395,6 +395,31 @@ def test_the_numbers_equal_those_of_the_command(tmp_path: Path, monkeypatch: pyt
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.parametrize(
+    ("method", "wrong", "meant"),
+    [
+        ("uce", "ridge", '**{"edit.ridge": ...}'),
+        ("realera", "steps", '**{"align.steps": ...}'),
+        ("uce", "edit.rigde", '**{"edit.ridge": ...}'),
+        ("uce", "pretrained", '**{"backbone.pretrained": ...}'),
+        ("uce", "anchr", "anchor=..."),
+    ],
+)
+def test_a_wrong_keyword_names_the_setting_that_was_meant(
+    pipe: DiffusionPipeline, method: str, wrong: str, meant: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(f"did you mean {meant}?")):
+        realera.erase(pipe, "airplane", method=method, **{wrong: 1})
+
+
+def test_a_pipe_that_is_nowhere_is_answered_with_the_known_models() -> None:
+    for name in ("sd14", "nowhere"):
+        with pytest.raises(UserError, match=f"pipe='{name}' is neither a folder nor a hub id") as caught:
+            realera.erase(name, "airplane")
+        for known in ("CompVis/stable-diffusion-v1-4 (sd14)", "(sdxl)", "realera.miniature_pipeline() (mini)"):
+            assert known in str(caught.value)
+
+
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
@@ -405,7 +430,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     assert names["evaluation"]["acc_e"] < 20 < names["evaluation"]["acc_s"] and names["again"].pipe is names["pipe"]
-    assert "did you mean 'method.edit.price'" in capsys.readouterr().out
+    assert 'did you mean **{"edit.price": ...}' in capsys.readouterr().out
 
 
 @pytest.mark.slow

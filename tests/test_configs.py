@@ -20,6 +20,7 @@ from realera.contracts import Method, NamedPrompt
 from realera.mining import band
 from realera.runs import preflight
 from realera.settings import composition, resolvers
+from realera.settings.run_settings import BackboneSettings
 
 GROUPS = sorted(path.name for path in paths.CONF_DIR.iterdir() if path.is_dir())
 OPTIONS = [(group, file.stem) for group in GROUPS for file in sorted((paths.CONF_DIR / group).glob("*.yaml"))]
@@ -187,7 +188,7 @@ def test_every_backbone_says_what_a_band_is_checked_against(backbone: str) -> No
 def test_a_backbone_is_built_from_its_yaml(tiny_sd: Path) -> None:
     words = ["concept=airplane", "backbone=mini", f"backbone.pretrained={tiny_sd}"]
     config = composed("train", *words, "backbone.text={width:32,row_norm:5.7,max_length:77}")
-    preflight.check_model(config["backbone"])
+    preflight.check_model(BackboneSettings(config["backbone"]))
     built = instantiate(config["backbone"])
     assert (built.name, built.width, built.max_length) == ("mini", 32, 77)
     assert built.sampler.guidance_scale == config["backbone"]["sampler"]["guidance_scale"]
@@ -197,7 +198,8 @@ def test_a_concept_that_is_read_whole_passes_and_a_cut_one_does_not(tiny_sd: Pat
     backbone = {"pretrained": str(tiny_sd), "text": {"max_length": 8}}
 
     def check(template: str) -> None:
-        preflight.check_prompts([(NamedPrompt.of(template, "airplane"), NamedPrompt.of("{}", "sky"))], backbone)
+        pair = NamedPrompt.of(template, "airplane"), NamedPrompt.of("{}", "sky")
+        preflight.check_prompts([pair], BackboneSettings(backbone))
 
     check("a photo of the {}")
     with pytest.raises(preflight.UserError, match="cut at 8 tokens"):

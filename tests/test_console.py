@@ -98,12 +98,12 @@ def test_texts_of_settings_and_files_are_shown_as_one_plain_line(
     cell = {"state": "refused", "reason": HOSTILE, "overrides": [HOSTILE]}
     console.show_cells([cell])
     numbers = dict.fromkeys(("images", "original_images", "judged", "train_steps", "finished", "refused", "cells"), 1)
-    console.show_plan({**numbers, "hours": None, "basis": HOSTILE, "refusals": {HOSTILE: 1}})
+    console.show_plan({**numbers, "hours": None, "basis": HOSTILE, "refusals": {HOSTILE: 1}, "hindrances": [HOSTILE]})
     console.show_path(HOSTILE, HOSTILE)
     with console.bar(HOSTILE, 1) as advance:
         advance(1)
     said = screen.getvalue()
-    assert said.count(SAID) == 12, said
+    assert said.count(SAID) == 13, said
     assert len(said.splitlines()) > 20
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", said)
 

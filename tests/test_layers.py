@@ -39,8 +39,8 @@ MAY = {
     "judges": FOUNDATION | {"settings"},
     "training": FOUNDATION | {"closed_form", "costs", "settings"},
     "evaluation": FOUNDATION,  # not methods: ours and a rival's images are judged alike
-    "reporting": FOUNDATION | {"costs", "evaluation"},
-    "console": FOUNDATION | {"costs", "evaluation", "reporting"},
+    "reporting": FOUNDATION | {"costs", "evaluation", "settings"},
+    "console": FOUNDATION | {"settings", "costs", "evaluation", "reporting"},
     "miniature": FOUNDATION | {"tasks", "backbones", "judges", "evaluation"},  # makes the model; nothing imports it
 }
 MAY["runs"] = set(MAY) - {"__init__", "__main__", "miniature", "reporting"}

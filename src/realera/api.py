@@ -27,7 +27,9 @@ from realera.applied import apply as apply
 from realera.backbones import stacks
 from realera.contracts import UserError
 from realera.evaluation.summary import Evaluation
+from realera.files import plain_data
 from realera.settings import composition
+from realera.settings.run_settings import Settings
 from realera.system import terminal
 
 if TYPE_CHECKING:
@@ -70,12 +72,17 @@ class Erased:
         return self._backbone.pipe
 
     @property
+    def settings(self) -> Settings:
+        """The settings with names and types."""
+        return Settings(self.config)
+
+    @property
     def method(self) -> str:
-        return str(self.config["method"]["name"])
+        return str(self.settings.method.name)
 
     @property
     def concept(self) -> list[str]:
-        return _as_list(self.config["concept"])
+        return self.settings.concepts
 
     @property
     def anchor(self) -> list[str]:
@@ -83,7 +90,7 @@ class Erased:
 
     @property
     def _guided(self) -> bool:
-        return bool(self.config["method"].get("guide"))
+        return bool(self.settings.method.guide)
 
     def draw(
         self,
@@ -115,12 +122,12 @@ class Erased:
             steps=sampler.steps if steps is None else steps,
             guidance_scale=sampler.guidance_scale if guidance_scale is None else guidance_scale,
         )
-        size = int(self.config["images_at_once"])
+        size = self.settings.images_at_once
         made: list[Image] = []
         with self._unmerged() as backbone, ExitStack() as stack:
             if original:
                 stack.enter_context(backbone.original())
-            guide = None if original else run_steps.guide_of(self.config)
+            guide = None if original else run_steps.guide_of(self.settings)
             for start in range(0, len(texts), size):
                 pixels = backbone.generate(texts[start : start + size], numbers[start : start + size], sampler, guide)
                 made += [images.fromarray(one.numpy()) for one in pixels.cpu()]
@@ -141,14 +148,11 @@ class Erased:
         place = Path(folder).expanduser()
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"{place} already has files in it: give a new or an empty folder.")
-        config = dict(self.config)
-        known = self._backbone.checkpoint()
-        if known is None:
-            from realera.backbones.pipelines import IN_MEMORY
+        from realera.backbones.pipelines import IN_MEMORY
 
-            config["backbone"] = {**config["backbone"], "pretrained": IN_MEMORY}
-        else:
-            config["backbone"] = {**config["backbone"], "pretrained": known[0]}
+        known = self._backbone.checkpoint()
+        model = {**self.settings.backbone.node, "pretrained": IN_MEMORY if known is None else known[0]}
+        config = {**self.config, "backbone": model}
         config.pop("run_dir", None)
         with disk.atomic(place) as beside:
             shutil.copytree(self.folder, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(paths.LOCK, CACHE))
@@ -261,11 +265,11 @@ def erase(
         UserError: one sentence that says what is wrong and what to give instead. The pipeline is unchanged.
     """
     from realera.backbones import pipelines
-    from realera.contracts import Sampler
-    from realera.runs import preflight
+    from realera.runs import starting
     from realera.runs.folders import Run
+    from realera.runs.session import Session
 
-    pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
+    pipe = _opened(pipe) if isinstance(pipe, str | Path) else pipe
     parts = pipelines.parts_of(pipe)
     figures, kind = pipelines.settings_of(pipe, parts), pipelines.kind_of(parts)
     words = [
@@ -283,13 +287,9 @@ def erase(
         *_keyword_overrides(settings),
         *overrides,
     ]
-    config = composition.settings_of("train", words)
-    judged = composition.build_task(config)
-    config = composition.name_concepts(config, judged)
-    preflight.check_settings(config)
-
-    sampler = Sampler(**{key: value for key, value in config["backbone"]["sampler"].items() if key != "_target_"})
-    backbone = pipelines.PipelineBackbone(pipe, kind, sampler, config["backbone"].get("text"))
+    config, judged = starting.ready(composition.settings_of("train", words, _as_keyword))
+    model = Settings(config).backbone
+    backbone = pipelines.PipelineBackbone(pipe, kind, model.sampler, model.text_figures)
     folder = Path(tempfile.mkdtemp(prefix="realera-"))
     erased = Erased(backbone, config, folder, _cache_of(cache))
     weakref.finalize(erased, shutil.rmtree, folder, ignore_errors=True)
@@ -297,7 +297,7 @@ def erase(
         from realera.runs import steps
 
         try:
-            steps.erase(backbone, judged, Run(folder, config))
+            steps.erase(Session(Run(folder, config)), backbone, judged)
         except BaseException:
             backbone.load_erased({})
             raise
@@ -309,16 +309,15 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     """Applies the erasure in a run folder, made by `Erased.save` or by a command, to the pipeline it was made with, in
     place. Raises UserError if the folder is not a run, or a run of another model."""
     from realera.backbones import pipelines
-    from realera.contracts import Sampler
     from realera.runs import folders
     from realera.training.checkpoint import read_erased
 
     run = folders.open_run(str(folder))
     file = run.erased
     content = read_erased(file)
-    pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
-    sampler = Sampler(**{key: value for key, value in run.config["backbone"]["sampler"].items() if key != "_target_"})
-    backbone = pipelines.PipelineBackbone(pipe, str(run.config["backbone"]["name"]), sampler)
+    pipe = _opened(pipe) if isinstance(pipe, str | Path) else pipe
+    model = run.settings.backbone
+    backbone = pipelines.PipelineBackbone(pipe, str(model.name), model.sampler)
     if content.origin.fingerprint != backbone.fingerprint:
         known = backbone.checkpoint()
         if known is None or known[1] != content.origin.fingerprint:
@@ -357,23 +356,24 @@ def evaluate(
         UserError: one sentence that says what is wrong and what to give instead.
     """
     from realera.reporting.run_page import write_report
-    from realera.runs import preflight, steps
+    from realera.runs import preflight, starting, steps
+    from realera.runs.folders import Run
+    from realera.runs.session import Session
 
-    own = erased.config
+    own = erased.settings
     words = [
-        composition.word("concept", own["concept"]),
+        composition.word("concept", own.concept),
         composition.word("anchor", erased.anchor[0] if len(erased.anchor) == 1 else erased.anchor),
-        f"task={task or composition.build_task(own).name}",
-        f"backbone={own['backbone']['name']}",
-        composition.word("seed", own["seed"]),
+        f"task={task or composition.build_task(own.node).name}",
+        f"backbone={own.backbone.name}",
+        composition.word("seed", own.seed),
         "logger=none",
         *_keyword_overrides(settings),
         *overrides,
     ]
-    composed = composition.settings_of("train", words)
-    config = {**composed, "method": own["method"], "backbone": own["backbone"], "trainer": own["trainer"]}
-    judged = composition.build_task(config)
-    config = composition.name_concepts(config, judged)
+    composed = composition.settings_of("train", words, _as_keyword)
+    as_erased = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node}
+    config, judged = starting.named({**composed, **as_erased})
     preflight.check_judge(config)
     place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else Path(folder).expanduser()
     if folder is not None and place.exists() and any(place.iterdir()):
@@ -381,8 +381,9 @@ def evaluate(
     try:
         with _isolated(erased, progress), erased._unmerged() as backbone:
             judge = steps.build_judge(config, judged)
-            steps.draw(backbone, judged.eval_prompts(), place, config)
-            metrics = steps.judge(judge, steps.drawn_by(backbone), judged, place)
+            session = Session(Run(place, config))
+            steps.draw(session, backbone, judged.eval_prompts())
+            metrics = steps.judge(session, judge, judged, steps.drawn_by(backbone))
         if folder is not None:
             import yaml
 
@@ -416,7 +417,7 @@ def miniature_pipeline() -> DiffusionPipeline:
 def _first_sentences(group: str) -> dict[str, str]:
     """{file stem: first sentence of its comment} of every yaml in a config group."""
     found = {}
-    for file in sorted((paths.CONF_DIR / group).glob("*.yaml")):
+    for file in _yamls(group):
         lines = []
         for line in file.read_text(encoding="utf-8").splitlines():
             if not line.startswith("# "):
@@ -424,6 +425,24 @@ def _first_sentences(group: str) -> dict[str, str]:
             lines.append(line.removeprefix("# "))
         found[file.stem] = " ".join(lines).partition(". ")[0].rstrip(".") + "."
     return found
+
+
+def _opened(pipe: str | Path) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id. Raises UserError that names the known models if it can be neither."""
+    from realera.backbones import folder, pipelines
+
+    if paths.dir_of(pipe) is None and not folder.HUB_ID.fullmatch(str(pipe)):
+        known = {file.stem: Settings({"backbone": plain_data.read_yaml(file)}).backbone for file in _yamls("backbone")}
+        named = ", ".join(f"{model.pretrained} ({name})" for name, model in known.items() if model.pretrained)
+        raise UserError(
+            f"pipe={str(pipe)!r} is neither a folder nor a hub id: give a pipeline, its folder, a hub id such as those "
+            f"of the known backbones, {named}, or realera.miniature_pipeline() (mini)."
+        )
+    return pipelines.opened(pipe)
+
+
+def _yamls(group: str) -> list[Path]:
+    return sorted((paths.CONF_DIR / group).glob("*.yaml"))
 
 
 @contextmanager
@@ -456,12 +475,15 @@ def _keyword_overrides(settings: Mapping[str, Any]) -> list[str]:
     return [composition.word(key, value) for key, value in named.items()]
 
 
+def _as_keyword(key: str) -> str:
+    """A setting as it is given to `erase`."""
+    own = key.removeprefix("method.")
+    short = own if own.partition(".")[0] in PARTS else key
+    return f'**{{"{short}": ...}}' if "." in short else f"{short}=..."
+
+
 def _names_as_text(given: Any) -> Any:
     """One name as a str, several as a list of str. None stays None, also inside a list."""
     if isinstance(given, Sequence) and not isinstance(given, str):
         return [None if one is None else str(one) for one in given]
     return None if given is None else str(given)
-
-
-def _as_list(value: Any) -> list[str]:
-    return [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]

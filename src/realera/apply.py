@@ -12,6 +12,7 @@ from realera.callable_module import make_callable
 from realera.contracts import UserError
 from realera.runs import preflight, processes, sources
 from realera.settings import composition, error_sentences
+from realera.settings.run_settings import TrainerSettings
 from realera.sweeps import jobs
 from realera.system import devices
 
@@ -24,7 +25,7 @@ log = logging.getLogger("realera")
 def apply(cfg: DictConfig) -> None:
     config = composition.plain(cfg)
     if composition.in_sweep():
-        preflight.check_sweep({})
+        preflight.check_sweep(TrainerSettings({}))
     if processes.plan(None, devices.number()).world > 1:
         raise UserError("realera.apply works in one process: start it without torchrun or srun.")
     files = [sources.map_file(one) for one in sources.as_list(config["map"])]

@@ -10,6 +10,7 @@ from realera import cli, console, paths
 from realera.contracts import UserError
 from realera.runs import preflight, prompt_lengths
 from realera.settings import composition
+from realera.settings.run_settings import Settings
 from realera.system import disk, locks
 from realera.tasks import captions
 from realera.tasks.prompts import slug
@@ -20,8 +21,9 @@ def cache(cfg: DictConfig) -> None:
     given = config["captions"]
     files = [Path(str(file)).expanduser() for file in (given if isinstance(given, list) else [given])]
     column = config["column"]
-    preflight.check_model(config["backbone"])
-    counted = prompt_lengths.Lengths(config["backbone"])
+    model = Settings(config).backbone
+    preflight.check_model(model)
+    counted = prompt_lengths.Lengths(model)
     for text in captions.captions_in(files, column):
         counted.add(text)
     if not (total := counted.texts):
@@ -31,7 +33,7 @@ def cache(cfg: DictConfig) -> None:
     from realera.runs import steps  # torch and diffusers: slow, so imported after all checks but that of out=
 
     source = priors.content_id(files, str(column))
-    name = f"{slug(files[0].stem)}-{config['backbone']['name']}-{source[:8]}.safetensors"
+    name = f"{slug(files[0].stem)}-{model.name}-{source[:8]}.safetensors"
     out = Path(str(config["out"])).expanduser() if config["out"] else paths.cache_dir() / "captions" / name
     preflight.check_writable(out.parent, "out")
     cli.say_backbone(config)

@@ -23,6 +23,7 @@ from realera import paths
 from realera.contracts import UserError
 from realera.runs import processes
 from realera.settings import composition, error_sentences, resolvers
+from realera.settings.run_settings import Settings
 from realera.sweeps import jobs
 from realera.sweeps.jobs import fail
 from realera.system import disk, environment, interrupts, terminal
@@ -170,8 +171,10 @@ def set_up_log() -> None:
 def say_backbone(config: Mapping[str, Any], run: str | None = None) -> None:
     """Logs which backbone is used and why, in one line. run: the existing run that it comes from, if any."""
     name, why = resolvers.default_backbone()
-    taken = config["backbone"]["name"]
+    backbone = Settings(config).backbone
+    taken = backbone.name
     asked = taken != name or any(word.startswith("backbone=") for word in sys.argv[1:])
-    pretrained = config["backbone"].get("pretrained")
-    named = f"{taken} from {pretrained}" if run and pretrained else taken  # a run folder may name any checkpoint
+    named = (
+        f"{taken} from {backbone.pretrained}" if run and backbone.pretrained else taken
+    )  # a run folder may name any checkpoint
     log.info("backbone %s (%s)", named, f"of {run}" if run else "as typed" if asked else why)

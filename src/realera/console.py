@@ -179,6 +179,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         _say(f"refused ({cells}): {reason}")
     if (more := len(plan["refusals"]) - MOST) > 0:
         console.print(f"and {more} more reasons")
+    for reason in plan.get("hindrances", ()):
+        _say(f"this is a plan only; on this machine the run could not start now: {reason}")
 
 
 def show_cells(cells: Sequence[Mapping[str, Any]]) -> None:

@@ -205,8 +205,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """The input of one training step: z_t (B, C, h, w), timesteps (B,) and the step's number, from 1. known: further
-    tensors (B, ...) that the latent source has for each z_t, by name ("mask", "noise")."""
+    """The input of one training step: z_t (B, C, h, w), the backbone's timesteps (B,) and the step's number, from 1.
+    known: further tensors (B, ...) that the latent source has for each z_t, by name ("mask", "noise")."""
 
     latents: Tensor
     timesteps: Tensor
@@ -255,7 +255,8 @@ class Task(Protocol):
 @runtime_checkable
 class Backbone(Protocol):
     """A text-to-image model. Only backbones use diffusers. The weights are frozen and change only through `apply`,
-    `add_adapter`, `unfreeze` and `load_erased`."""
+    `add_adapter`, `unfreeze` and `load_erased`. If they are those of a text encoder, `encode` passes gradients to them,
+    and inside `original` it encodes as the model that was loaded."""
 
     name: str
     width: int  # D
@@ -266,6 +267,12 @@ class Backbone(Protocol):
 
     @property
     def denoiser(self) -> nn.Module: ...  # the network that predicts the noise: a U-Net, or another kind
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network whose weights `add_adapter` and `unfreeze` train: the denoiser or, for example, a text
+        encoder."""
+        ...
 
     @property
     def passes(self) -> int: ...  # images that went through the U-Net so far
@@ -318,11 +325,24 @@ class Backbone(Protocol):
         context, with gradients."""
         ...
 
+    # Timesteps are the backbone's own: whole numbers below 1000, or continuous noise levels. Methods get them from the
+    # next three members and only pass them on; a larger one is noisier.
+
     def timesteps(self, sampler: Sampler | None = None) -> Tensor: ...  # (steps,) falling: one for each sampler step
+
+    def draw_timesteps(self, count: int, generator: Generator) -> Tensor:
+        """(count,) on the CPU, from the distribution that the model was trained with."""
+        ...
+
+    def timesteps_at(self, levels: Tensor) -> Tensor:
+        """Timesteps of the same shape. levels: shares of the noise schedule in [0, 1), 0 is the least noise."""
+        ...
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
-    def predict_noise(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Any = None) -> Tensor: ...
+    def predict_noise(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Any = None) -> Tensor:
+        """The noise in z_t (B, C, h, w), also if the network itself predicts a velocity."""
+        ...
 
     def sample(
         self,
@@ -362,7 +382,7 @@ class Backbone(Protocol):
     def load_erased(self, state: Mapping[str, Tensor]) -> None: ...  # original weights first, then `state`
 
     def to(self, device: Any) -> Backbone: ...
-    def park(self) -> None: ...  # moves text encoder and autoencoder to the CPU until their next use
+    def park(self) -> None: ...  # moves text encoder and autoencoder to the CPU until their next use, if not trained
 
 
 class Miner(Protocol):

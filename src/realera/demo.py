@@ -39,7 +39,7 @@ def demo(cfg: DictConfig) -> None:
     if not gallery and config["presets"]:
         raise UserError("the built-in page has no gallery of prompts: leave presets= out, or add ui=gradio.")
     prompts = gallery_of(runs, config) if gallery else {}
-    preflight.check_model(runs[0].config["backbone"])
+    preflight.check_model(runs[0].settings.backbone)
     cli.say_backbone(runs[0].config, str(runs[0].folder))
     if config["host"] in ALL_HOSTS:
         cli.log.warning("host=%s: everyone on this network can use the page", config["host"])
@@ -55,10 +55,10 @@ def serve_page(run: Run, config: Mapping[str, Any]) -> None:
 
     from realera.runs import steps  # imports torch and diffusers, so only after all checks
 
-    pair = steps.pairs_from(steps.load_run(run), run.config)
+    pair = steps.pairs_from(steps.load_run(run), run.settings)
 
     def draw(prompt: str, seed: int) -> dict[str, str]:
-        note = prompt_lengths.remark(prompt, run.config["backbone"])
+        note = prompt_lengths.remark(prompt, run.settings.backbone)
         return {"note": note} | {which: data_uri(pixels.numpy()) for which, pixels in pair(prompt, seed).items()}
 
     with address_refusals(host, port):
@@ -87,7 +87,7 @@ def write_space(runs: Sequence[Run], config: Mapping[str, Any]) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"out={out} contains other files: give a new or an empty folder.")
     preflight.check_writable(out, "out")
-    preflight.check_model(runs[0].config["backbone"], plan=True)
+    preflight.check_model(runs[0].settings.backbone, plan=True)
     spaces.write(out, dict(zip(together.names_of(runs), runs)), prompts, version("gradio"))
     console.show_path("folder of the Space", out)
     console.show_path("to try it here", f"python {out / spaces.APP}")

@@ -11,7 +11,9 @@ from omegaconf import DictConfig
 from realera import cli, console, paths
 from realera.contracts import Prompt, UserError
 from realera.runs import folders, preflight, processes, prompt_lengths
+from realera.runs.session import Session
 from realera.settings import composition
+from realera.settings.run_settings import TrainerSettings
 from realera.system import devices
 from realera.tasks.prompts import slug
 
@@ -19,7 +21,7 @@ from realera.tasks.prompts import slug
 def generate(cfg: DictConfig) -> None:
     config = composition.plain(cfg)
     if composition.in_sweep():
-        preflight.check_sweep({})
+        preflight.check_sweep(TrainerSettings({}))
     run = folders.open_run(str(config["run"]))
     plan = processes.plan(None, devices.number())  # the processes of torchrun or srun, otherwise one
     prompts = prompts_of(config["prompts"], config["seeds"])
@@ -32,15 +34,15 @@ def generate(cfg: DictConfig) -> None:
         raise UserError(f"out={out} contains other files: give a new or an empty folder.")
     preflight.check_writable(out, "out")
     preflight.check_run(run)
-    preflight.check_model(run.config["backbone"])
+    preflight.check_model(run.settings.backbone)
     cli.say_backbone(run.config, str(run.folder))
     if plan.first:
-        prompt_lengths.warn((prompt.text for prompt in prompts), run.config["backbone"])
+        prompt_lengths.warn((prompt.text for prompt in prompts), run.settings.backbone)
 
     from realera.runs import steps  # torch and diffusers: slow, so imported after all checks
 
     with folders.locked(out, plan.first, "out"), processes.connected(plan, "generate") as ranks:
-        steps.draw(steps.load_run(run), prompts, out, run.config, ranks)
+        steps.draw(Session(run, ranks).into(out), steps.load_run(run), prompts)
     if ranks.first:
         console.show_path("images", out / paths.IMAGES)
         console.show_path("manifest", out / paths.MANIFEST)

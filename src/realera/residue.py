@@ -11,18 +11,20 @@ from realera import cli, console, paths
 from realera.contracts import UserError
 from realera.files import checksums
 from realera.runs import folders, preflight, processes, prompt_lengths, trust
+from realera.runs.session import Session
 from realera.settings import composition
+from realera.settings.run_settings import Settings, TrainerSettings
 from realera.system import devices
 
 
 def residue(cfg: DictConfig) -> None:
     config = composition.plain(cfg)
     if composition.in_sweep():
-        preflight.check_sweep({})
+        preflight.check_sweep(TrainerSettings({}))
     if processes.plan(None, devices.number()).world > 1:
         raise UserError("realera.residue works in one process: start it without torchrun or srun.")
     run = folders.open_run(str(config["run"])) if config["run"] != "original" else None
-    if run is None or folders.is_original(run.config):
+    if run is None or run.settings.unedited:
         raise UserError(f"run={config['run']} erased nothing: give the run of a method.")
     asked = search_settings(config)
     out = folder_of(config, run, asked)
@@ -32,15 +34,15 @@ def residue(cfg: DictConfig) -> None:
     if judging:
         preflight.check_judge(run.config)
     preflight.check_run(run)
-    preflight.check_model(run.config["backbone"])
+    preflight.check_model(run.settings.backbone)
     cli.say_backbone(run.config, str(run.folder))
-    prompt_lengths.warn(asked["texts"], run.config["backbone"], "texts")
+    prompt_lengths.warn(asked["texts"], run.settings.backbone, "texts")
 
     from realera.reporting.residue_page import write_page
     from realera.runs import remaining_texts  # imports torch and diffusers, so only after all checks
 
     with folders.locked(out, key="out"):
-        found = remaining_texts.measure(run, task, asked, out, judging)
+        found = remaining_texts.measure(Session(run), task, asked, out, judging)
         page = write_page(out, found, run.config, config["blur"])
     console.show_residue(found)
     console.show_path("numbers", out / paths.RESIDUE)
@@ -59,10 +61,10 @@ def search_settings(config: dict[str, Any]) -> dict[str, Any]:
 def judges(config: dict[str, Any]) -> bool:
     """Whether the run's own judge can judge the pictures. It must not be a program or model that the run folder
     names."""
-    judge = config.get("judge")
+    judge = Settings(config).judge
     if not judge:
         return False
-    if trust.interpreter(judge) or trust.foreign_model(judge):
+    if trust.interpreter(judge.node) or trust.foreign_model(judge.node):
         cli.log.warning(
             "the pictures are not judged, because the run folder itself names the program or the model of its judge."
         )

@@ -17,6 +17,7 @@ import torch
 from realera.backbones import folder
 from realera.contracts import UserError
 from realera.runs import preflight
+from realera.settings.run_settings import BackboneSettings
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 335\n"
 UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
@@ -174,7 +175,7 @@ def test_a_damaged_file_is_refused_with_its_name(kind: str, copy: Path) -> None:
     name, _, said = KINDS[kind]
     damaged(copy, kind)
     with pytest.raises(UserError) as refused:
-        preflight.check_model({"pretrained": str(copy)})
+        preflight.check_model(BackboneSettings({"pretrained": str(copy)}))
     sentence = str(refused.value)
     assert said in sentence and "\n" not in sentence and sentence.endswith(".")
     assert str(copy / name) in sentence or str((copy / name).parent) in sentence or "inpainting" in sentence
@@ -185,8 +186,9 @@ def test_the_checks_do_not_import_torch(tiny_sd: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from realera.runs import preflight\n"
         "from realera.contracts import UserError\n"
+        "from realera.settings.run_settings import BackboneSettings\n"
         "for copy in sys.argv[1:]:\n"
-        "    try: preflight.check_model({'pretrained': copy})\n"
+        "    try: preflight.check_model(BackboneSettings({'pretrained': copy}))\n"
         "    except UserError: continue\n"
         "    sys.exit(copy)\n"
         "assert 'torch' not in sys.modules\n"
@@ -204,7 +206,7 @@ def test_an_adapter_beside_the_weights_is_refused(part: str, copy: Path) -> None
     """transformers would load the adapter, and a module that its config may name."""
     put(copy / part / "adapter_config.json", b"{}")
     with pytest.raises(UserError, match=f"contains an adapter, {part}/adapter_config.json"):
-        preflight.check_model({"pretrained": str(copy)})
+        preflight.check_model(BackboneSettings({"pretrained": str(copy)}))
 
 
 def test_code_in_a_folder_does_not_run(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,6 +271,13 @@ def test_runs_are_found_by_name_by_sweep_and_as_the_latest() -> None:
     for run in both:
         finish(run)
     assert folders.open_run("latest").folder == both[1].folder
+    name = both[0].folder.name
+    assert folders.open_run(name).folder == both[0].folder == Path("runs", name)
+    assert folders.runs_in(name) == [both[0].folder]
+    Path(name).mkdir()  # a folder of this name in the current one comes first
+    with pytest.raises(UserError, match=f"{name} is not a run folder"):
+        folders.open_run(name)
+    Path(name).rmdir()
     with pytest.raises(UserError, match="the latest is"):
         folders.open_run("elsewhere")
 

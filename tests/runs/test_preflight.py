@@ -15,6 +15,7 @@ from options import method_settings
 from realera.contracts import UserError
 from realera.paths import CONF_DIR
 from realera.runs import preflight
+from realera.settings.run_settings import BackboneSettings, MethodSettings, TrainerSettings
 
 HUB = "someone/some-model"
 
@@ -41,32 +42,34 @@ def snapshot(cache: Path, model: Path, commit: str, main: bool) -> Path:
 
 def test_a_cached_model_needs_no_network(hub_cache: Path, tiny_sd: Path) -> None:
     with pytest.raises(UserError, match="the hub does not answer"):
-        preflight.check_model({"pretrained": HUB})
+        preflight.check_model(BackboneSettings({"pretrained": HUB}))
+    hindrance = preflight.check_model(BackboneSettings({"pretrained": HUB}), plan=True)
+    assert hindrance is not None and "the hub does not answer" in hindrance
     snapshot(hub_cache, tiny_sd, "abc", main=True)
-    preflight.check_model({"pretrained": HUB})
+    preflight.check_model(BackboneSettings({"pretrained": HUB}))
 
 
 def test_an_incomplete_snapshot_does_not_count_and_a_torn_one_is_named(hub_cache: Path, tiny_sd: Path) -> None:
     whole = snapshot(hub_cache, tiny_sd, "abc", main=False)
     shutil.rmtree(snapshot(hub_cache, tiny_sd, "def", main=True) / "vae")
-    preflight.check_model({"pretrained": HUB})
+    preflight.check_model(BackboneSettings({"pretrained": HUB}))
     weights = whole / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(UserError, match="torn"):
-        preflight.check_model({"pretrained": HUB})
+        preflight.check_model(BackboneSettings({"pretrained": HUB}))
     weights.unlink()
     with pytest.raises(UserError, match="not in the cache"):
-        preflight.check_model({"pretrained": HUB})
+        preflight.check_model(BackboneSettings({"pretrained": HUB}))
 
 
 def test_a_hub_that_answers_lets_the_run_go_on(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        preflight.check_model({"pretrained": HUB})
+        preflight.check_model(BackboneSettings({"pretrained": HUB}))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-            preflight.check_model({"pretrained": HUB})
+            preflight.check_model(BackboneSettings({"pretrained": HUB}))
         server.shutdown()
 
 
@@ -100,9 +103,9 @@ def test_paths_and_wordless_names_are_refused(name: str) -> None:
 def test_each_job_of_a_sweep_uses_one_device(trainer: dict[str, Any], refused: bool) -> None:
     if refused:
         with pytest.raises(UserError, match="trainer=default"):
-            preflight.check_sweep(trainer)
+            preflight.check_sweep(TrainerSettings(trainer))
     else:
-        preflight.check_sweep(trainer)
+        preflight.check_sweep(TrainerSettings(trainer))
 
 
 def test_checking_a_folder_leaves_no_file(tmp_path: Path) -> None:
@@ -217,10 +220,10 @@ def test_gradient_checkpointing_is_refused_if_training_cannot_use_it(name: str, 
 
 
 def test_a_flat_band_counts_its_rows() -> None:
-    backbone = {"text": {"width": 768, "row_norm": 27.7, "max_length": 77}}
+    backbone = BackboneSettings({"text": {"width": 768, "row_norm": 27.7, "max_length": 77}})
     mining = {"m": 5, "n": 25, "s_hi": 0.9, "s_lo": 0.7, "d1": 20}
-    preflight.check_band({"neighbours": mining}, backbone)
+    preflight.check_band(MethodSettings({"neighbours": mining}), backbone)
     with pytest.raises(UserError, match="d1=20"):  # a distance of 20 over a whole prompt is a very small change
-        preflight.check_band({"neighbours": {**mining, "unit": "flat"}}, backbone)
-    preflight.check_band({"neighbours": None}, backbone)
-    preflight.check_band({}, {})
+        preflight.check_band(MethodSettings({"neighbours": {**mining, "unit": "flat"}}), backbone)
+    preflight.check_band(MethodSettings({"neighbours": None}), backbone)
+    preflight.check_band(MethodSettings({}), BackboneSettings({}))

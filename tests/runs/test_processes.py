@@ -11,6 +11,7 @@ import pytest
 from realera.contracts import UserError
 from realera.runs.folders import Run
 from realera.runs.processes import adopt_scheduler, connected, is_helper, plan, same_run
+from realera.settings.run_settings import TrainerSettings
 from realera.system.ranks import ALONE, Ranks
 
 DDP = {"accelerator": "gpu", "devices": -1, "num_nodes": 1, "strategy": "ddp"}
@@ -49,7 +50,7 @@ def torchrun(rank: int, world: int, here: int) -> dict[str, str]:
 def test_a_process_knows_its_rank_and_device(
     trainer: Any, gpus: int, environ: Mapping[str, str], expected: tuple[Any, ...]
 ) -> None:
-    found = plan(trainer, gpus, environ)
+    found = plan(TrainerSettings(trainer), gpus, environ)
     assert (found.rank, found.world, found.local_rank, found.local_world, found.started, found.cuda) == expected
     if found.world > 1:
         assert found.trainer["strategy"] == "ddp" and found.trainer["num_nodes"] == found.world // found.local_world
@@ -86,7 +87,7 @@ def test_contradictory_process_settings_are_refused(
     trainer: Any, gpus: int, environ: Mapping[str, str], says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
-        plan(trainer, gpus, environ)
+        plan(TrainerSettings(trainer), gpus, environ)
 
 
 def test_processes_of_a_cluster_are_numbered_as_torchrun_does() -> None:
@@ -103,7 +104,7 @@ def test_processes_of_a_cluster_are_numbered_as_torchrun_does() -> None:
     environ = dict(srun)
     adopt_scheduler(environ)
     assert environ["MASTER_ADDR"] == "gpu07" and 15000 <= int(environ["MASTER_PORT"]) < 25000
-    found = plan(DDP, 4, environ)
+    found = plan(TrainerSettings(DDP), 4, environ)
     assert (found.rank, found.world, found.local_rank, found.local_world, found.cuda) == (5, 8, 1, 4, 1)
     assert is_helper(environ)
     for nodes, first in (("tux-a,tux-b", "tux-a"), ("alone", "alone"), ("n[3]", "n3")):
@@ -122,9 +123,9 @@ def test_only_the_first_process_logs() -> None:
 
 
 def test_one_process_starts_nothing() -> None:
-    with connected(plan({}, 0, {}), "train") as ranks:
+    with connected(plan(None, 0, {}), "train") as ranks:
         assert ranks == ALONE
-    with connected(plan(CPU, 0, {}), "train", needed=False) as ranks:  # a finished run
+    with connected(plan(TrainerSettings(CPU), 0, {}), "train", needed=False) as ranks:  # a finished run
         assert ranks == ALONE
 
 

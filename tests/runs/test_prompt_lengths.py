@@ -13,6 +13,7 @@ import pytest
 
 from folders import save_tokenizer
 from realera.runs import prompt_lengths
+from realera.settings.run_settings import BackboneSettings
 
 LONG = "a cat" + " and a dog" * 30  # 92 tokens where 75 fit
 
@@ -32,26 +33,28 @@ def test_cut_prompts_are_counted_with_either_tokenizer_layout(
     save_tokenizer(tmp_path / "tokenizer", files=files)
     backbone = {"pretrained": str(tmp_path), "text": {"max_length": 77}}
     just = "a cat " * 37 + "a"
-    prompt_lengths.warn([just, "", "a cat"], backbone)
+    prompt_lengths.warn([just, "", "a cat"], BackboneSettings(backbone))
     assert not said
-    prompt_lengths.warn([LONG, LONG, f"{just} cat", just, "猫" * 40], backbone, "captions")
+    prompt_lengths.warn([LONG, LONG, f"{just} cat", just, "猫" * 40], BackboneSettings(backbone), "captions")
     assert said == [
         "3 of 4 captions are longer than the 75 tokens that the text encoder reads, so their ends are cut off, "
         f"such as '{LONG[:57]}...'"
     ]
-    prompt_lengths.warn(["a cat on a road"], {**backbone, "text_length": 5}, "prompts")
+    prompt_lengths.warn(["a cat on a road"], BackboneSettings({**backbone, "text_length": 5}), "prompts")
     assert said[1].startswith("1 of 1 prompts are longer than the 3 tokens")
 
 
 def test_a_model_that_is_not_downloaded_yet_gives_no_warning(said: list[str]) -> None:
-    prompt_lengths.warn([LONG], {"pretrained": "nobody/nothing", "text": {"max_length": 77}})
+    prompt_lengths.warn([LONG], BackboneSettings({"pretrained": "nobody/nothing", "text": {"max_length": 77}}))
     assert not said
 
 
 def test_no_torch_is_needed(tiny_sd: Path) -> None:
     script = (
         "import sys; from realera.runs import prompt_lengths\n"
-        f"counted = prompt_lengths.Lengths({{'pretrained': {str(tiny_sd)!r}, 'text': {{'max_length': 77}}}})\n"
+        "from realera.settings.run_settings import BackboneSettings\n"
+        f"node = {{'pretrained': {str(tiny_sd)!r}, 'text': {{'max_length': 77}}}}\n"
+        "counted = prompt_lengths.Lengths(BackboneSettings(node))\n"
         f"assert counted.add({LONG!r}) and 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -32,6 +32,7 @@ from realera.judges import worker
 from realera.reporting.sweep import page as sweep_report
 from realera.runs import folders, preflight, repairs, trust
 from realera.settings import composition, instantiate
+from realera.settings.run_settings import BackboneSettings
 from realera.sweeps import jobs, planning
 from realera.system import locks
 
@@ -605,8 +606,8 @@ def test_an_impossible_file_name_is_not_a_file(name: str) -> None:
     with pytest.raises(UserError, match=r"method\.prior_cache=.* is missing"):
         repairs.check_sums(node)
     with pytest.raises(UserError, match=r"does not exist|HF_HUB_OFFLINE"):
-        preflight.check_model(config["backbone"])
-    assert preflight.model_folder(config["backbone"]) is None
+        preflight.check_model(BackboneSettings(config["backbone"]))
+    assert preflight.model_folder(BackboneSettings(config["backbone"])) is None
 
 
 def test_train_records_the_text_files_that_it_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from realera import paths
 from realera.contracts import UserError
 from realera.runs import folders, preflight
 from realera.settings import composition, resolvers
+from realera.settings.run_settings import BackboneSettings
 from realera.tasks.base import load
 
 BACKBONES = sorted(file.stem for file in (paths.CONF_DIR / "backbone").glob("*.yaml"))
@@ -68,7 +69,7 @@ def test_the_miniature_cuts_no_prompt(task: str) -> None:
         pairs = [prompt.text for pair in built.training_prompts(built.concepts[0]) for prompt in pair]
         for text in {*pairs, *(prompt.text for prompt in built.eval_prompts())}:
             assert len(tokenizer.encode(text).ids) <= rows, text
-        preflight.check_task(built, config["backbone"])
+        preflight.check_task(built, BackboneSettings(config["backbone"]))
 
 
 def test_a_file_of_names_is_a_list_of_concepts(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_hundred_concepts_are_checked_quickly_and_have_a_short_folder_name(tmp
     begun = time.perf_counter()
     preflight.check_settings(config)
     built = composition.build_task(config)
-    preflight.check_task(built, config["backbone"])
+    preflight.check_task(built, BackboneSettings(config["backbone"]))
     assert time.perf_counter() - begun < 2
     assert len(built.concepts) == 100
     assert folders.concept_of(config) == "Aaron Paul and 99 more"

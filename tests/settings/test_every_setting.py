@@ -18,6 +18,7 @@ from realera.paths import CONF_DIR
 from realera.runs import preflight
 from realera.settings import composition, schema
 from realera.settings.instantiate import build
+from realera.settings.run_settings import BackboneSettings
 
 ALL = [("", door) for door in walk.DOORS] + walk.options()
 FIGURES: Counter[str] = Counter()
@@ -50,7 +51,7 @@ def tried(door: str, config: dict[str, Any], place: walk.Place) -> str | None:
             elif place[0] == "method":
                 build(config["method"])
             elif place[:2] == ("backbone", "pretrained"):
-                preflight.check_model(config["backbone"], plan=True)
+                preflight.check_model(BackboneSettings(config["backbone"]), plan=True)
             elif place[0] == "judge" and (config["judge"] or {}).get("_target_") == MINIATURE:
                 build(with_interpreters(config["judge"]))
             else:

@@ -55,10 +55,10 @@ def test_no_job_stops_the_others_and_a_finished_cell_is_found(
 
     erase = steps.erase
 
-    def fails_for_one(backbone: Any, task: Any, run: Any, *more: Any) -> None:
-        if run.config["seed"] == 1:
+    def fails_for_one(session: Any, *more: Any) -> None:
+        if session.settings.seed == 1:
             raise ZeroDivisionError("a bug of the code")
-        erase(backbone, task, run, *more)
+        erase(session, *more)
 
     monkeypatch.setattr(steps, "erase", fails_for_one)
     assert type_in(*UCE, "concept=nothingknown,airplane", "seed=0,1,2") == 1
@@ -137,10 +137,10 @@ def test_an_interrupted_sweep_says_so(
 
     erase = steps.erase
 
-    def stops(backbone: Any, task: Any, run: Any, *more: Any) -> None:
-        if run.config["seed"] == 1:
+    def stops(session: Any, *more: Any) -> None:
+        if session.settings.seed == 1:
             raise KeyboardInterrupt
-        erase(backbone, task, run, *more)
+        erase(session, *more)
 
     monkeypatch.setattr(steps, "erase", stops)
     assert type_in(*UCE, "concept=airplane", "seed=0,1,2") == 130

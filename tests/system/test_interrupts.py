@@ -204,7 +204,7 @@ import sys, types
 from pathlib import Path
 from realera import cli, demo
 from realera.runs import folders, preflight
-folders.open_run = lambda given: types.SimpleNamespace(config=config, folder=Path("run"))
+folders.open_run = lambda given: folders.Run(Path("run"), config)
 folders.concept_of = lambda config: "gun"
 preflight.check_run = preflight.check_model = cli.say_backbone = lambda *given: None
 sys.modules["realera.runs.steps"] = types.SimpleNamespace(load_run=lambda run: None, pairs_from=lambda *given: None)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from realera.backbones import adapters, autoencoder, folder, loading, sampling, text_marks
+from realera.backbones import adapters, autoencoder, configs, folder, loading, sampling, text_marks
 from realera.backbones.base import BaseWeights
 from realera.backbones.denoiser import DTYPES, Attention, Denoiser, Dtype
 from realera.backbones.loading import Rows, TextFigures
@@ -94,6 +94,10 @@ class UNetBackbone:
 
     @property
     def denoiser(self) -> nn.Module:
+        return self.unet
+
+    @property
+    def trained(self) -> nn.Module:
         return self.unet
 
     @cached_property
@@ -272,6 +276,14 @@ class UNetBackbone:
         """(steps,) int64, falling: the training timestep of each step; `sample(stop_at=i)` ends at timestep [i]."""
         result: Tensor = sampling.scheduler_for(sampler or self.sampler, self.scheduler_config).timesteps.clone()
         return result
+
+    def draw_timesteps(self, count: int, generator: Generator) -> Tensor:
+        """(count,) int64, uniform in 0 .. 999."""
+        return torch.randint(configs.TIMESTEPS, (count,), generator=generator)
+
+    def timesteps_at(self, levels: Tensor) -> Tensor:
+        """int64: the nearest timesteps in 0 .. 999 to 1000 levels."""
+        return (levels.double() * configs.TIMESTEPS).round().long().clamp(0, configs.TIMESTEPS - 1)
 
     @torch.no_grad()
     def sample(

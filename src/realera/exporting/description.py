@@ -66,23 +66,22 @@ class Description:
 def describe(run: Run, source: Path | None, fingerprint: str) -> Description:
     """source: the folder of the base model; None = it is not needed. fingerprint: of its content, as the erased weights
     name it."""
-    config = run.config
-    concepts = composition.build_task(config).concepts
-    sampler = config["backbone"]["sampler"]
-    guide = config["method"].get("guide")
+    settings = run.settings
+    concepts = composition.build_task(run.config).concepts
+    guide = settings.method.guide
     return Description(
         name=paths.as_file_name(run.folder.resolve().name),
-        method=str(config["method"]["name"]),
+        method=str(settings.method.name),
         concepts=tuple(concept.target for concept in concepts),
         anchors=tuple(concept.anchor for concept in concepts),
-        base=config["backbone"].get("pretrained"),
+        base=settings.backbone.pretrained,
         fingerprint=fingerprint,
         kind="v1" if source is None else portable.kind_of(source),
         predicts_v=source is not None and portable.is_v_prediction(source),
-        side=int(sampler["height"]),
+        side=settings.backbone.sampler.height,
         metrics=_metrics(run.folder / paths.METRICS),
-        guide=str(guide["_target_"]).rpartition(".")[2] if guide else None,
-        seed=int(config.get("seed", 0)),
+        guide=guide.class_name if guide else None,
+        seed=int(settings.seed or 0),
     )
 
 

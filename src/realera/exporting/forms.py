@@ -94,8 +94,8 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
     erased = read_erased(run.erased)
     state = erased.state
     if source is None and to != "map":  # a map is exported without its base model
-        preflight.check_model(run.config["backbone"])
-        source = locate(run.config["backbone"]["pretrained"])
+        preflight.check_model(run.settings.backbone)
+        source = locate(run.settings.backbone.pretrained)
     about = description.describe(run, source, erased.origin.fingerprint)
     if source is None or to == "map":
         made = _map(run, out, about)
@@ -162,7 +162,7 @@ def _map(run: Run, out: Path, about: description.Description) -> Exported:
         )
     preflight.check_map(run.folder / paths.MAP)
     map_files.write(run, out / paths.MAP)
-    left_out = dict.fromkeys(maps.left_out(run.config.get("method")), "the map is the closed form only")
+    left_out = dict.fromkeys(maps.left_out(run.settings.method), "the map is the closed form only")
     if about.guide:
         left_out[about.guide] = "it acts while images are drawn; only realera's own commands can apply it"
     return Exported(out / paths.MAP, left_out=left_out)

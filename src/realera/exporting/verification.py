@@ -32,15 +32,15 @@ def distance(
     source: the base model's folder. state: of the run's erased.safetensors. images: None = `USUAL` on a GPU or for
     small images, else 0.
     """
-    sampler = run.config["backbone"]["sampler"]
+    sampler = run.settings.backbone.sampler
     if images is None:
-        quick = torch.cuda.is_available() or max(sampler["height"], sampler["width"]) <= QUICK
+        quick = torch.cuda.is_available() or max(sampler.height, sampler.width) <= QUICK
         images = USUAL if quick else 0
         if not quick:
             log.info("not verified by drawing, which would take minutes on this CPU: verify=%d draws", USUAL)
     if not images:
         return None
-    config = {**run.config, "backbone": {**run.config["backbone"], "pretrained": str(source)}}
+    config = {**run.config, "backbone": {**run.settings.backbone.node, "pretrained": str(source)}}
     backbone = steps.load_backbone(config)
     prompts = _prompts(run, images)
     texts, seeds = [prompt.text for prompt in prompts], [prompt.seed for prompt in prompts]

@@ -22,7 +22,7 @@ from realera.system.terminal import bars_hidden
 
 FIRST_SEED = 1_000_000  # far from the small seeds of evaluation images
 SEEDS = 2**63  # number of seeds that torch's generators accept; larger products wrap around
-TIMESTEPS = 1000  # of the noise schedule of every Stable Diffusion
+TIMESTEPS = 1000  # levels of noise that settings and papers count; a backbone has its own timesteps
 Of = Literal["anchor", "target"]
 Known = Literal["noise", "prompts"]
 
@@ -77,7 +77,8 @@ class AnchorBank:
     def __call__(
         self, backbone: Backbone, concept: int, generator: Generator
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(z_t (batch, C, h, w), t (batch,) uniform in 0 ... 999) of one concept, and the outputs in `give`."""
+        """(z_t (batch, C, h, w), t (batch,) as `Backbone.draw_timesteps`) of one concept, and the outputs in
+        `give`."""
         bank = self.banks[concept]
         chosen = torch.randint(len(bank), (self.batch,), generator=generator)
         z_t, timesteps, noise = noised(backbone, bank, chosen, generator)
@@ -94,10 +95,16 @@ def images_of(settings: Mapping[str, Any], names: Sequence[str], steps: int) -> 
 
 
 def noised(backbone: Backbone, bank: Tensor, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(z_t (B, C, h, w), t (B,) uniform in 0 ... 999, the noise in z_t) of the images `chosen` (B,) of a bank."""
-    timesteps = torch.randint(TIMESTEPS, (len(chosen),), generator=generator).to(bank.device)
+    """(z_t (B, C, h, w), t (B,) as `Backbone.draw_timesteps`, the noise in z_t) of the images `chosen` (B,) of a
+    bank."""
+    timesteps = backbone.draw_timesteps(len(chosen), generator).to(bank.device)
     noise = torch.randn(len(chosen), *bank.shape[1:], generator=generator).to(bank.device)
     return backbone.noisy_latents(bank[chosen.to(bank.device)], noise, timesteps), timesteps, noise
+
+
+def at_level(backbone: Backbone, levels: Tensor) -> Tensor:
+    """The backbone's timesteps for levels in 0 ... 999, of `TIMESTEPS`."""
+    return backbone.timesteps_at(levels.double() / TIMESTEPS)
 
 
 def mirrored(backbone: Backbone, latents: Tensor, chunk: int) -> Tensor:

@@ -31,7 +31,7 @@ from realera.contracts import (
     UserError,
 )
 from realera.methods.fmn import Pooler, positions
-from realera.methods.latents import TIMESTEPS, bank_folder, drawn, images_of
+from realera.methods.latents import TIMESTEPS, at_level, bank_folder, drawn, images_of
 from realera.methods.masks import Masks, grid
 from realera.methods.priors import Preserved
 from realera.methods.texts import one_of, predict, repeat
@@ -170,9 +170,9 @@ class ConceptImages:
         """z_t (batch, C, h, w), t (batch,), and {"mask": (batch, H, W) bool} if there are masks."""
         bank, masks = self.banks[concept]
         chosen = torch.randint(len(bank), (self.batch,), generator=generator).to(bank.device)
-        timesteps = torch.multinomial(self.probabilities, self.batch, replacement=True, generator=generator)
+        levels = torch.multinomial(self.probabilities, self.batch, replacement=True, generator=generator)
         noise = torch.randn(self.batch, *bank.shape[1:], generator=generator).to(bank.device)
-        timesteps = timesteps.to(bank.device)
+        timesteps = at_level(backbone, levels).to(bank.device)
         z_t = backbone.noisy_latents(bank[chosen], noise, timesteps)
         return (z_t, timesteps) if masks is None else (z_t, timesteps, {"mask": masks[chosen]})
 

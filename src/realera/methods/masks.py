@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 
 from realera.contracts import Backbone, TextStates, UserError
 from realera.files.cache_costs import cached
+from realera.methods.latents import at_level
 from realera.methods.texts import predict, repeat
 from realera.setting_types import Filled, Label, Share, Timestep
 
@@ -103,7 +104,7 @@ def attended(backbone: Backbone, states: TextStates, latents: Tensor, timesteps:
     for part, its_noise in zip(latents.split(AT_ONCE), noise.split(AT_ONCE)):
         total = torch.zeros(len(part), height, width, device=latents.device)
         for t in timesteps:
-            at = torch.full((len(part),), t, device=latents.device)
+            at = at_level(backbone, torch.full((len(part),), t)).to(latents.device)
             with backbone.original(), backbone.attention() as maps:
                 predict(backbone, backbone.noisy_latents(part, its_noise, at), at, repeat(states, 0, len(part)))
             for probabilities in maps.values():

@@ -22,8 +22,9 @@ import torch
 from torch import Generator, Tensor
 
 from realera.contracts import Backbone, Guide, UserError
+from realera.methods.latents import at_level
 
-LEVELS = (800, 600, 400, 200)  # timesteps at which noise is compared, in drawing order
+LEVELS = (800, 600, 400, 200)  # levels of 0 ... 999 at which noise is compared, in drawing order
 TEXTS = 256  # texts encoded at once
 PASSES = 64  # images per U-Net call
 Advance = Callable[[int], None]
@@ -114,28 +115,27 @@ def _predicted(
     levels: list[Tensor] = []
     with nullcontext() if guide is None else guide.around(backbone, [text for text in texts for _ in range(count)]):
         for level in LEVELS:
-            t = torch.full((count,), level, device=images.device)
+            t = at_level(backbone, torch.full((count,), level)).to(images.device)
             z = backbone.noisy_latents(images, noise, t)
             given = z.repeat(len(texts), 1, 1, 1)
-            own = _noise(backbone, given, level, texts, count)
+            own = _noise(backbone, given, t, texts, count)
             if guide is not None and (scale := backbone.sampler.guidance_scale) > 0:
-                uncond = _noise(backbone, given, level, [""] * len(texts), count)
-                beside = [_noise(backbone, given, level, [text] * len(texts), count) for text in guide.prompts]
+                uncond = _noise(backbone, given, t, [""] * len(texts), count)
+                beside = [_noise(backbone, given, t, [text] * len(texts), count) for text in guide.prompts]
                 further = torch.stack(beside) if beside else own[None][:0]
                 if not levels:
                     guide(uncond, own, further, given, 0, scale)  # step 0 tells the guide that a batch begins
-                step = int((backbone.timesteps() > level).sum())
+                step = int((backbone.timesteps().to(t) > t[0]).sum())
                 own = uncond + (guide(uncond, own, further, given, step, scale) - uncond) / scale
             levels.append(own.unflatten(0, (len(texts), count)))
     return list(torch.stack(levels, dim=1))
 
 
-def _noise(backbone: Backbone, latents: Tensor, level: int, texts: Sequence[str], count: int) -> Tensor:
-    """(n B, C, h, w) float32: the predicted noise on `count` images for each text."""
+def _noise(backbone: Backbone, latents: Tensor, timesteps: Tensor, texts: Sequence[str], count: int) -> Tensor:
+    """(n B, C, h, w) float32: the predicted noise on `count` images for each text; timesteps (count,)."""
     read = backbone.encode(texts)
     states, pooled = (
         x if x is None else x.to(latents.device).repeat_interleave(count, dim=0) for x in (read.states, read.pooled)
     )
     assert states is not None
-    t = torch.full((len(latents),), level, device=latents.device)
-    return backbone.predict_noise(latents, t, states, pooled).float()
+    return backbone.predict_noise(latents, timesteps.repeat(len(texts)), states, pooled).float()

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from realera.contracts import PASSES_OF_A_GRADIENT, Backbone, Concept, Sampler, TextStates, UserError
 from realera.files import checksums, finite, plain_data
 from realera.files.cache_costs import Cached
-from realera.methods.latents import SEEDS, TIMESTEPS, drawn, images_of
+from realera.methods.latents import SEEDS, TIMESTEPS, at_level, drawn, images_of
 from realera.methods.texts import predict, repeat, take
 from realera.setting_types import AnyText, Batch, Count, File, Number
 from realera.system.locks import exclusive
@@ -137,7 +137,7 @@ class Fisher:
     def __call__(self, backbone: Backbone, cache: Path, seed: int, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """{name: (shape of the weight) float32 on its device} of every trained weight, at its initial value. All
         processes call this together; each computes its share of the images."""
-        trained = {name: weight for name, weight in backbone.denoiser.named_parameters() if weight.requires_grad}
+        trained = {name: weight for name, weight in backbone.trained.named_parameters() if weight.requires_grad}
         for first in (True, False):  # the first process draws the images; the others then load them
             if ranks.first == first:
                 self.replay.prepare(backbone, cache, seed)
@@ -211,7 +211,7 @@ class Fisher:
         text = self.replay.read(torch.tensor([image]))
         for part in self.timesteps.split(self.at_once):
             noise = torch.randn(len(part), *bank.shape[1:], generator=generator).to(bank.device)
-            timesteps = part.to(bank.device)
+            timesteps = at_level(backbone, part).to(bank.device)
             z_t = backbone.noisy_latents(bank[image].expand_as(noise), noise, timesteps)
             with torch.enable_grad():
                 out = predict(backbone, z_t, timesteps, repeat(text, 0, len(part)))

@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from realera.contracts import Backbone, Pair, Sampler, Scheduler, TextStates, UserError
-from realera.methods.latents import FIRST_SEED, TIMESTEPS
+from realera.methods.latents import FIRST_SEED, TIMESTEPS, at_level
 from realera.methods.texts import take
 from realera.setting_types import Batch, Count, Guidance, Number, SamplerSteps
 
@@ -29,9 +29,9 @@ class Rollout:
     the concept or of its anchor, or one of their training prompts at random. scheduler, steps, guidance_scale: of the
     sampler; sizes are the backbone's. batch: z_t per step.
 
-    timestep: the t that the loss uses for z_t. "bin": uniform in the k-th of `steps` equal parts of 0 ... 999, which
-    begins at about the noise level of z_t (ESD); "level": that noise level; "list": entry 1000 k / steps of 999 ... 0
-    (SPM's code). extra_steps: number of steps that the sampler goes beyond t (ESD's code: 2).
+    timestep: the t that the loss uses, in levels of 0 ... 999. "bin": uniform in the k-th of `steps` equal parts
+    of them, which begins at about the noise level of z_t (ESD); "level": that noise level; "list": entry 1000 k / steps
+    of 999 ... 0 (SPM's code). extra_steps: number of steps that the sampler goes beyond t (ESD's code: 2).
 
     renew: a concept's images are drawn anew every `renew` steps. 1: each step draws its own `batch` images together (as
     in the papers), up to the largest k. More: `chains` images are drawn to the end and all their stages are kept; a
@@ -126,10 +126,10 @@ class Rollout:
         if self.timestep == "level":
             return backbone.timesteps(self._sampler(backbone))[stops]
         if self.timestep == "list":
-            return TIMESTEPS - 1 - stops * TIMESTEPS // self.steps
+            return at_level(backbone, TIMESTEPS - 1 - stops * TIMESTEPS // self.steps)
         first = (self.steps - 1 - stops) * TIMESTEPS / self.steps
         low, high = first.round(), (first + TIMESTEPS / self.steps).round()
-        return (low + torch.rand(len(stops), generator=generator) * (high - low)).long()
+        return at_level(backbone, (low + torch.rand(len(stops), generator=generator) * (high - low)).floor())
 
     def _drawn(
         self, backbone: Backbone, concept: int, count: int, stops: Sequence[int], generator: Generator

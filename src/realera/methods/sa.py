@@ -155,7 +155,7 @@ class SelectiveAmnesia:
             return
         self.information = self.fisher(backbone, cache, seed, ranks)
         with backbone.original():  # no copies: the backbone keeps the original weights
-            self.first = {n: w.detach() for n, w in backbone.denoiser.named_parameters() if n in self.information}
+            self.first = {n: w.detach() for n, w in backbone.trained.named_parameters() if n in self.information}
 
     def loss(
         self,
@@ -183,7 +183,7 @@ class SelectiveAmnesia:
             "replay": self.gamma * mse_loss(replay, known["replay_noise"].float()),
         }
         if self.information:
-            weights = dict(backbone.denoiser.named_parameters())
+            weights = dict(backbone.trained.named_parameters())
             moved = [(f * (weights[n] - self.first[n]).square()).sum() for n, f in self.information.items()]
             terms["ewc"] = self.lambda_ewc * torch.stack(moved).sum()
         return terms

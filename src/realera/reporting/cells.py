@@ -16,6 +16,7 @@ from realera.evaluation.bootstrap import Resamples, concept_key, image_key, inte
 from realera.evaluation.measures import EXTRA_MODES, H_O_TERMS, MEAN_PROB, ORDER
 from realera.evaluation.metrics import Estimate, Sample, clamp_resamples, measured, scored
 from realera.evaluation.records import read_config, read_manifest, read_metrics, read_verdicts, verdict_file
+from realera.settings.run_settings import Settings
 
 ORIGINAL = "original"  # the original model as a system
 
@@ -52,8 +53,8 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
     """
     if not (config := read_config(run_dir)):
         raise UserError(f"{run_dir} has no {paths.CONFIG}: give folders that train or evaluate have made")
-    concept, seed = config.get("concept"), config.get("seed") or 0
-    system = config.get("label") or (config.get("method") or {}).get("name") or "original"
+    settings = Settings(config)
+    concept, seed = settings.concept, settings.seed or 0
     manifest = read_manifest(run_dir)
     prompts = [row.prompt for row in manifest]
     verdicts = read_verdicts(verdict_file(run_dir, judge))
@@ -65,7 +66,7 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
     metrics = read_metrics(run_dir)
     read = metrics["headline"], metrics["h_o_terms"]
     spent, sources = costs.read(run_dir), [row.source for row in manifest]
-    return Cell(str(system), name, seed, prompts, verdicts, *read, spent, sources)
+    return Cell(settings.system, name, seed, prompts, verdicts, *read, spent, sources)
 
 
 def pool(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Estimate]:

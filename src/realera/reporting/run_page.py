@@ -17,6 +17,7 @@ from realera.evaluation.records import read_config, read_lines, read_metrics
 from realera.files import checksums, json_shapes, plain_data
 from realera.reporting import charts, cost_words, page_rows
 from realera.reporting.sheets import first_pairs, sheets
+from realera.settings.run_settings import Settings
 from realera.system import disk
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
     splits = {**SPLITS, "near": NEAR.get(near(protocol), SPLITS["near"])}
     return {
         "concepts": _concepts(config, protocol),
-        "original": (config.get("method") or {}).get("name") == "original",
+        "original": Settings(config).unedited,
         "facts": _facts(config, protocol),
         "veiled": is_blurred(config, metrics, blur),
         "measured": page_rows.measures(metrics),
@@ -119,25 +120,23 @@ def _concepts(config: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[tu
     """(target, anchor) from the protocol, or from the settings if the run has not been judged."""
     if known := protocol.get("concepts"):
         return [(str(c["target"]), str(c["anchor"])) for c in known]
-    given = config.get("concept")
-    return [(str(c), str(config.get("anchor") or "")) for c in (given if isinstance(given, list) else [given])]
+    settings = Settings(config)
+    return [(concept, str(settings.anchor or "")) for concept in settings.concepts]
 
 
 def _facts(config: Mapping[str, Any], protocol: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(label, value): method, model, seed, judge, sampler."""
 
-    def name(part: str) -> Any:
-        node = config.get(part) or protocol.get(part) or {}
-        return node.get("name") if isinstance(node, dict) else node
-
+    settings = Settings(config)
+    model = settings.backbone or Settings(protocol).backbone  # a folder that was only judged has no settings
     sampler = protocol.get("sampler", {})
     sampling = (
         f"{sampler['scheduler']}, {sampler['steps']} steps, guidance {sampler['guidance_scale']:g}" if sampler else None
     )
     facts = {
-        "method": name("method"),
-        "model": name("backbone"),
-        "seed": config.get("seed"),
+        "method": settings.method.name,
+        "model": model.name,
+        "seed": settings.seed,
         "judge": protocol.get("judge", {}).get("judge"),
         "sampler": sampling,
     }
@@ -170,10 +169,11 @@ def _seen(metrics: Mapping[str, Any]) -> dict[tuple[str, str], str]:
 def is_blurred(config: Mapping[str, Any], metrics: Mapping[str, Any], asked: bool | None = None) -> bool:
     """Whether images are blurred until clicked: `asked` if given, else the run's `blur` setting, else True for explicit
     content."""
-    for setting in (asked, config.get("blur")):
+    settings = Settings(config)
+    for setting in (asked, settings.blur):
         if setting is not None:
             return bool(setting)
-    task = (metrics.get("protocol") or {}).get("task") or str((config.get("task") or {}).get("_target_", ""))
+    task = (metrics.get("protocol") or {}).get("task") or settings.task.target or ""
     return "nsfw" in str(task).lower()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from realera.backbones import folder
 from realera.contracts import UserError
 from realera.files import headers
+from realera.settings.run_settings import BackboneSettings, Settings
 
 
 def check(model: Path, config: Mapping[str, Any]) -> None:
@@ -18,36 +19,36 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: the U-Net lacks a LoRA's target or a parameter, or the autoencoder cannot draw the image size.
     """
-    backbone, method = config["backbone"], config.get("method") or {}
+    settings = Settings(config)
+    backbone, align = settings.backbone, settings.method.align
     multiple = 2 ** (len(headers.read_json(model / "vae" / "config.json").get("block_out_channels") or [0] * 4) - 1)
-    for at, sampler in _samplers({"backbone": backbone, "method": method}):
+    for at, sampler in _samplers({"backbone": backbone.node, "method": settings.method.node}):
         for side in ("height", "width"):
             if sampler.get(side, multiple) % multiple:
                 raise UserError(
                     f"{at}.{side}={sampler[side]} cannot be drawn: choose a multiple of {multiple} pixels for backbone "
-                    f"{backbone.get('name')}."
+                    f"{backbone.name}."
                 )
-    align = method.get("align") or {}
-    if not align.get("steps"):
+    if not align.steps:
         return
     axes = folder.weights(model, "unet")
-    if lora := align.get("lora"):
+    if align.lora:
         layers = [name.removesuffix(".weight") for name in axes if axes[name] > 1 and name.endswith(".weight")]
         endings = (re.search(r"attn\d\.to_\w+(\.\d+)?$", layer) for layer in layers)
         known = sorted({ending.group() for ending in endings if ending})
-        for number, target in enumerate(lora.get("targets") or ()):
+        for number, target in enumerate(align.lora_targets):
             if not any(f".{layer}".endswith(f".{target}") for layer in layers):
                 raise UserError(_no_such(f"method.align.lora.targets[{number}]", target, "layer", backbone, known))
-    elif "parameters" in align:
-        for number, target in enumerate(align["parameters"]):
+    else:
+        for number, target in enumerate(align.parameters):
             part = str(target).removeprefix("-")
             if part != "all" and not any(f".{part}." in f".{name}." for name in axes):
                 known = list(dict.fromkeys(name.split(".")[0] for name in axes))
                 raise UserError(_no_such(f"method.align.parameters[{number}]", target, "weight", backbone, known))
 
 
-def _no_such(at: str, target: Any, kind: str, backbone: Mapping[str, Any], known: Sequence[str]) -> str:
-    return f"{at}={target} is not a {kind} of backbone {backbone.get('name')}: it has {', '.join(known)}."
+def _no_such(at: str, target: Any, kind: str, backbone: BackboneSettings, known: Sequence[str]) -> str:
+    return f"{at}={target} is not a {kind} of backbone {backbone.name}: it has {', '.join(known)}."
 
 
 def _samplers(node: Any, at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from realera import console, costs, paths
-from realera.contracts import PASSES_OF_A_STEP, Concept, Sampler, Task, UserError
+from realera.contracts import PASSES_OF_A_STEP, Concept, Task, UserError
 from realera.files import plain_data
 from realera.runs import folders, timing
 from realera.runs.folders import Run, digest
 from realera.runs.timing import Rate
 from realera.settings.instantiate import build, locate
+from realera.settings.run_settings import BackboneSettings, Settings
 from realera.system import devices, disk
 from realera.tasks.prompts import slug
 
@@ -50,7 +51,8 @@ PASS: Mapping[tuple[str, str], Rate] = {
 class Work:
     """The remaining work of one cell. originals: keys of the unedited model's images. made: {key: passes} of inputs
     that the method makes once for all cells that share them, such as anchor images. pace: seconds of (an image, a step,
-    everything else) in finished runs, None without any. rate: the time of a pass, None if unknown."""
+    everything else) in finished runs, None without any. rate: the time of a pass, None if unknown. hindrance: why the
+    run could not start on this machine now."""
 
     finished: bool = False
     images: int = 0
@@ -64,6 +66,7 @@ class Work:
     pace: tuple[float, float, float] | None = None
     rate: Rate | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
+    hindrance: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Plan:
     basis: str
     refusals: Mapping[str, int] = field(default_factory=dict)
     half_hours: float | None = None
+    hindrances: Sequence[str] = ()  # of this machine at this moment: not saved
 
 
 def work(
@@ -96,31 +100,32 @@ def work(
     known = {} if known is None else known
     if not again and folders.is_finished(config):
         return Work(finished=True)
-    method, backbone = config.get("method") or {}, config["backbone"]
+    settings = Settings(config)
+    method, backbone = settings.method, settings.backbone
     folder = folders.folder_of(config)
-    sampler = backbone.get("sampler") or {}
-    what = digest([config["task"], config.get("concept"), config.get("anchor"), sampler, backbone.get("pretrained")])
+    sampler = backbone.sampler_node
+    what = digest([settings.task.node, settings.concept, settings.anchor, sampler, backbone.pretrained])
     if what not in known:
-        how = digest([backbone.get("pretrained"), backbone.get("name"), sampler])
+        how = digest([backbone.pretrained, backbone.name, sampler])
         prompts = task.eval_prompts()
         keys = {p.id: hash((p.text, p.seed, p.guidance_scale, p.size, how)) for p in prompts}
-        known[what] = prompts, keys, costs.passes_per_image(prompts, _sampler(sampler))
+        known[what] = prompts, keys, costs.passes_per_image(prompts, backbone.sampler)
     prompts, keys, per_original = known[what]
-    originals: Mapping[str, int] = keys if config.get("evaluate", True) else {}
-    anew = bool(config.get("overwrite"))  # existing files are deleted
+    originals: Mapping[str, int] = keys if settings.evaluate else {}
+    anew = settings.overwrite  # existing files are deleted
     images = 0 if unedited else len(originals.keys() - _pictures(folder / paths.IMAGES, anew))
     missing = originals.keys() - _pictures(folder / (paths.IMAGES if unedited else "originals"), anew)
     erased = (folder / paths.ERASED).is_file() and not anew
-    steps = 0 if erased else _steps(method, len(task.concepts))
-    latents, of_sampler = method.get("latents") or {}, int(sampler.get("steps") or 50)
-    of_latent = _passes(method.get("align") or {}, of_sampler, PASSES_OF_A_STEP)
-    of_step = of_latent * float(latents.get("batch") or 1) + _passes(latents, of_sampler, 0.0)
+    steps = 0 if erased else method.align.steps_for(len(task.concepts))
+    latents, of_sampler = method.latents, backbone.sampler_steps
+    of_latent = _passes(method.align.node, of_sampler, PASSES_OF_A_STEP)
+    of_step = of_latent * float(latents.batch) + _passes(latents.node, of_sampler, 0.0)
     preparing = ("neighbours", "edit", "latents", "align") if steps else ("neighbours", "edit")
-    made = {} if erased else dict(_made({p: method.get(p) for p in preparing}, config, of_sampler, task.concepts))
-    if (guided := digest([what, guide := method.get("guide")])) not in known:
-        known[guided] = costs.passes_per_image(prompts, _sampler(sampler), build(guide)) if guide else per_original
-    device = _device(config)
-    asked = (str(backbone["name"]), str(method.get("name")), device, str(config.get("root") or folders.ROOT))
+    made = {} if erased else dict(_made({p: method.part(p) for p in preparing}, settings, of_sampler, task.concepts))
+    if (guided := digest([what, guide := method.guide.node])) not in known:
+        known[guided] = costs.passes_per_image(prompts, backbone.sampler, build(guide)) if guide else per_original
+    device = _device(settings)
+    asked = (str(backbone.name), str(method.name), device, str(settings.root or folders.ROOT))
     if (paced := digest([*asked, again])) not in known:
         known[paced] = _pace(*asked[:3], Path(asked[3]), AGAIN if again else None)
     return Work(
@@ -133,20 +138,20 @@ def work(
         originals=frozenset(originals[name] for name in missing),
         made=made,
         pace=known[paced],
-        rate=_published(config, device),
-        machine={"backbone": backbone, "images_at_once": config.get("images_at_once"), "device": device},
+        rate=_published(backbone, device),
+        machine={"backbone": backbone.node, "images_at_once": settings.images_at_once, "device": device},
     )
 
 
 def judging(run: Run, task: Task, unedited: bool, known: dict[str, Any] | None = None) -> Work:
     """The remaining work of evaluate for a run: drawing the missing images and judging all. unedited: the run is one of
     the unedited model, whose images `overwrite` draws again."""
-    anew = unedited and bool(run.config.get("overwrite"))
+    anew = unedited and run.settings.overwrite
     place = {"run_dir": str(run.folder), "root": str(run.folder.parent)}
     config = {**run.config, **place, "evaluate": True, "overwrite": anew}
-    judge = config.get("judge") or {}
-    if hasattr(locate(str(judge["_target_"])) if judge else None, "compare"):  # compares sets of existing images
-        compared = sum(prompt.split == (judge.get("split") or "keep") for prompt in task.eval_prompts())
+    judge = run.settings.judge
+    if hasattr(locate(str(judge.target)) if judge else None, "compare"):  # compares sets of existing images
+        compared = sum(prompt.split == judge.split for prompt in task.eval_prompts())
         return Work(judged=compared)
     return replace(work(config, task, unedited, known, again=True), steps=0, made={})
 
@@ -203,6 +208,7 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
         half_hours=round((seconds - saved) / 3600, 2) if saved and known == len(to_do) else None,
         basis=f"estimated: {said}" if to_do else said,
         refusals=dict(Counter(refusals).most_common()),
+        hindrances=list(dict.fromkeys(cell.hindrance for cell in to_do if cell.hindrance)),
     )
 
 
@@ -211,9 +217,9 @@ def _saved(rate: Rate) -> float:
     return 0.0 if rate.half is None else rate.seconds - rate.half
 
 
-def _published(config: Mapping[str, Any], device: str) -> Rate | None:
+def _published(backbone: BackboneSettings, device: str) -> Rate | None:
     """Of the backbone's U-Net, in its dtype."""
-    return _in_dtype(PASS.get((str(config["backbone"]["name"]), device)), config["backbone"])
+    return _in_dtype(PASS.get((str(backbone.name), device)), backbone)
 
 
 def _timed(cell: Work, known: dict[str, Rate | None]) -> Rate | None:
@@ -221,44 +227,34 @@ def _timed(cell: Work, known: dict[str, Rate | None]) -> Rate | None:
     if cell.finished or cell.pace is not None or not cell.machine:
         return None
     if (asked := digest(dict(cell.machine))) not in known:
-        known[asked] = _in_dtype(timing.rate_of(cell.machine, cell.machine["device"]), cell.machine["backbone"])
+        rate = timing.rate_of(cell.machine, cell.machine["device"])
+        known[asked] = _in_dtype(rate, Settings(cell.machine).backbone)
     return known[asked]
 
 
-def _in_dtype(rate: Rate | None, backbone: Mapping[str, Any]) -> Rate | None:
+def _in_dtype(rate: Rate | None, backbone: BackboneSettings) -> Rate | None:
     """The rate of a backbone whose dtype may be of half precision."""
-    dtype = str(backbone.get("dtype", "float32"))
-    if rate is None or rate.half is None or dtype == "float32":
+    if rate is None or rate.half is None or backbone.dtype == "float32":
         return rate
-    return Rate(rate.half, f"{rate.source}, {dtype}")
+    return Rate(rate.half, f"{rate.source}, {backbone.dtype}")
 
 
 def show(plan: Plan, place: Path | None = None) -> None:
     """Prints the plan and, if a folder is given, saves it there as plan.json."""
     console.show_plan(asdict(plan))
     if place is not None:
-        disk.write_text(place / paths.PLAN, plain_data.json_text(asdict(plan), indent=1) + "\n")
-
-
-def _steps(method: Mapping[str, Any], concepts: int) -> int:
-    """Training steps, as in `training.module.steps_of`: multiplied by the concepts if each trains its own adapter."""
-    align = method.get("align") or {}
-    return int(align.get("steps") or 0) * (concepts if (align.get("lora") or {}).get("per_concept") else 1)
-
-
-def _sampler(node: Mapping[str, Any]) -> Sampler:
-    return Sampler(**{name: value for name, value in node.items() if name != "_target_"})
+        saved = {key: value for key, value in asdict(plan).items() if key != "hindrances"}
+        disk.write_text(place / paths.PLAN, plain_data.json_text(saved, indent=1) + "\n")
 
 
 def _pictures(place: Path, anew: bool) -> set[str]:
     return set() if anew else {file.stem for file in place.glob("*.png")}
 
 
-def _device(config: Mapping[str, Any]) -> str:
+def _device(settings: Settings) -> str:
     """ "gpu" or "cpu". A large model is planned for a GPU even if this machine has none, because it will run on one."""
-    asked = str((config.get("trainer") or {}).get("accelerator", "auto"))
-    there = devices.number() > 0 or config["backbone"].get("name") != SMALL
-    return "gpu" if asked in ("auto", "gpu", "cuda") and there else "cpu"
+    there = devices.number() > 0 or settings.backbone.name != SMALL
+    return "gpu" if settings.trainer.allows_gpu and there else "cpu"
 
 
 def _passes(part: Mapping[str, Any], steps: int, otherwise: float) -> float:
@@ -268,16 +264,16 @@ def _passes(part: Mapping[str, Any], steps: int, otherwise: float) -> float:
     return otherwise if said is None else float(said(part, steps))
 
 
-def _made(node: Any, config: Mapping[str, Any], steps: int, concepts: Sequence[Concept]) -> Iterator[tuple[str, float]]:
+def _made(node: Any, settings: Settings, steps: int, concepts: Sequence[Concept]) -> Iterator[tuple[str, float]]:
     """(key, passes) of the inputs that a method's parts make before training, from their classes (`contracts.Planned`)
     and at any depth of its settings. Inputs that two runs share have one key."""
     if not isinstance(node, Mapping):
         return
     if (makes := getattr(_class_of(node), "makes", None)) is not None:
         for what, passes in makes(node, concepts, steps).items():
-            yield f"{what.split()[0]} {digest([node, what, config.get('seed'), config['backbone']])}", passes
+            yield f"{what.split()[0]} {digest([node, what, settings.seed, settings.backbone.node])}", passes
     for value in node.values():
-        yield from _made(value, config, steps, concepts)
+        yield from _made(value, settings, steps, concepts)
 
 
 def _class_of(part: Mapping[str, Any]) -> Any:
@@ -312,11 +308,10 @@ def _records(
         on = "cpu" if str(record.get("device", "")).startswith("cpu") else "gpu"
         if each and passes and on == device and (file.parent / paths.METRICS).is_file():
             try:
-                config = folders.read_config(file.parent)
+                settings = Settings(folders.read_config(file.parent))
             except UserError:
                 continue
-            erased = config.get("concept")
-            steps = _steps(config.get("method") or {}, len(erased) if isinstance(erased, list) else 1)
+            steps = settings.method.align.steps_for(len(settings.concepts))
             yield record["stages"], passes, each, steps
 
 

@@ -20,6 +20,7 @@ from realera.contracts import UserError
 from realera.files import checksums, json_shapes, plain_data
 from realera.runs import repairs, trust
 from realera.settings import schema
+from realera.settings.run_settings import Settings
 from realera.system import disk, locks
 from realera.tasks.prompts import slug
 
@@ -54,29 +55,31 @@ class Run:
     def erased(self) -> Path:
         return self.folder / paths.ERASED
 
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.config)
+
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run's weights and numbers depend on: not those of its hardware and its logger."""
     kept = {key: config.get(key) for key in ("task", "method", "backbone", "concept", "anchor", "seed")}
-    method = config.get("method") or {}
-    trainer = config.get("trainer") or {}
-    if (clip := trainer.get("gradient_clip_val", "method")) != "method":
-        kept["gradient_clip_val"] = clip
-    sums = {file: _content(file) for file in sorted(_sums(method)) if paths.file_of(file) is not None}
+    settings = Settings(config)
+    if settings.trainer.clip != "method":
+        kept["gradient_clip_val"] = settings.trainer.clip
+    sums = {file: _content(file) for file in sorted(_sums(settings.method.node)) if paths.file_of(file) is not None}
     if sums:  # by content, as for the tables
         kept["sums"] = sums
-    tables = {key: file for key, file in (config.get("task") or {}).items() if key.endswith("_csv") and file}
-    if tables:  # by content, because a file can change under the same name
+    if tables := settings.task.tables:  # by content, because a file can change under the same name
         kept["tables"] = {key: _content(file) for key, file in tables.items()}
-    if (weights := config.get("weights") or weights_of(config)) is not None:  # weights can change in the same folder
+    if (weights := settings.weights or weights_of(config)) is not None:  # weights can change in the same folder
         kept["weights"] = weights
-    return {**kept, "precision": trainer.get("precision"), "version": __version__}
+    return {**kept, "precision": settings.trainer.precision, "version": __version__}
 
 
 def weights_of(config: Mapping[str, Any]) -> str | None:
     """A text that identifies the weights in a local folder or file. None for a model of the hub, and for the built-in
     model, which the package's version identifies."""
-    pretrained = (config.get("backbone") or {}).get("pretrained")
+    pretrained = Settings(config).backbone.pretrained
     if pretrained is None or (place := paths.dir_of(pretrained) or paths.file_of(pretrained)) is None:
         return None
     return checkpoint.quick_fingerprint(place)
@@ -106,28 +109,24 @@ def digest(content: Any) -> str:
 
 def concept_of(config: Mapping[str, Any]) -> str:
     """A run's concepts as one text."""
-    concept = config["concept"]
-    names = list(map(str, concept)) if isinstance(concept, (list, tuple)) else [str(concept)]
+    names = Settings(config).concepts
     return ", ".join(names) if len(names) <= SPELT_OUT else f"{names[0]} and {len(names) - 1} more"
-
-
-def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether this is a run of the unedited model."""
-    return (config.get("method") or {}).get("name") == "original"
 
 
 def title(config: Mapping[str, Any]) -> str:
     """ "cat erased by uce", "cat, the original model"."""
-    erased = f" erased by {(config.get('method') or {}).get('name')}"
-    return f"{concept_of(config)}{', the original model' if is_original(config) else erased}"
+    settings = Settings(config)
+    done = ", the original model" if settings.unedited else f" erased by {settings.method.name}"
+    return f"{concept_of(config)}{done}"
 
 
 def folder_of(config: Mapping[str, Any]) -> Path:
     """run_dir if it was typed, otherwise <root>/<concept>-<method>-<backbone>-<hash>: equal settings share a folder."""
-    if config.get("run_dir"):
-        return Path(str(config["run_dir"]))
-    names = [slug(concept_of(config)), *(slug(str(config[part]["name"])) for part in ("method", "backbone"))]
-    return Path(str(config.get("root") or ROOT)) / f"{'-'.join(names)}-{digest(identity(config))}"
+    settings = Settings(config)
+    if settings.run_dir is not None:
+        return settings.run_dir
+    names = [slug(concept_of(config)), slug(str(settings.method.name)), slug(str(settings.backbone.name))]
+    return (settings.root or ROOT) / f"{'-'.join(names)}-{digest(identity(config))}"
 
 
 @contextmanager
@@ -162,7 +161,7 @@ def find(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
     is_run = (folder / paths.CONFIG).is_file()
     if not is_run and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} contains files and is not a run folder: choose another run_dir.")
-    stored = read_config(folder) if is_run and not config.get("overwrite") else None
+    stored = read_config(folder) if is_run and not Settings(config).overwrite else None
     if stored is not None and (differs := _differs(folder, stored, config)):
         raise UserError(
             f"{folder} contains a run with other settings ({differs}): choose another run_dir, or set overwrite=true."
@@ -178,26 +177,27 @@ def claim(config: dict[str, Any]) -> Run:
             written.
     """
     folder, stored = find(config)
-    if config.get("overwrite") and (folder / paths.CONFIG).is_file():
+    settings = Settings(config)
+    if settings.overwrite and (folder / paths.CONFIG).is_file():
         _clear(folder)
     if (weights := weights_of(config)) is not None:
         config = {**config, "weights": weights}
     if read := trust.tables(config):
         config = {**config, "tables": read}
     finished = stored is not None and _has_all_files(folder, stored, config)
-    run = Run(folder, config, finished and repairs.is_whole(folder, bool(config.get("evaluate", True))))
+    run = Run(folder, config, finished and repairs.is_whole(folder, settings.evaluate))
     if not run.finished:
         start(run)
     elif stored is not None and any(stored.get(key) != config.get(key) for key in ("label", "tables")):
         later = {"tables": config["tables"]} if "tables" in config else {}
-        _write_config(folder, {**stored, "label": config.get("label"), **later})
+        _write_config(folder, {**stored, "label": settings.label, **later})
     return run
 
 
 def is_finished(config: Mapping[str, Any]) -> bool:
     """Whether the run is finished. Torn files are not detected, and nothing is changed."""
     folder = folder_of(config)
-    if config.get("overwrite") or not (folder / paths.CONFIG).is_file():
+    if Settings(config).overwrite or not (folder / paths.CONFIG).is_file():
         return False
     stored = read_config(folder)
     return not _differs(folder, stored, config) and _has_all_files(folder, stored, config)
@@ -214,9 +214,10 @@ def _differs(folder: Path, stored: Mapping[str, Any], config: Mapping[str, Any])
 
 def _has_all_files(folder: Path, stored: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     """Whether the folder has all files that `config` requires, judged by the same judge if `config` evaluates."""
-    evaluated = config.get("evaluate", True)
+    settings = Settings(config)
+    evaluated = settings.evaluate
     wanted = (paths.METRICS, paths.REPORT) if evaluated else (paths.ERASED,)
-    same_judge = not evaluated or stored.get("judge") == config.get("judge")
+    same_judge = not evaluated or Settings(stored).judge == settings.judge
     ended = not (folder / paths.FIT).exists()  # training checkpoints are deleted once the weights are saved
     return same_judge and ended and all((folder / name).is_file() for name in wanted)
 
@@ -238,13 +239,13 @@ def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def open_run(name: str) -> Run:
-    """An existing run, by its folder. "latest": the run whose weights were saved last.
+    """An existing run, by its folder, or by its name in runs/. "latest": the run whose weights were saved last.
 
     Raises:
         UserError: the folder does not exist or contains no run.
     """
     known = sorted(ROOT.glob(f"*/{paths.ERASED}"), key=lambda file: file.stat().st_mtime_ns)
-    folder = known[-1].parent if name == "latest" and known else Path(name)
+    folder = known[-1].parent if name == "latest" and known else _placed(name)
     if not (folder / paths.CONFIG).is_file():
         latest = f"the latest is {known[-1].parent}" if known else "make one with python -m realera.train"
         if name == "latest":
@@ -255,6 +256,13 @@ def open_run(name: str) -> Run:
         raise UserError(f"{folder / paths.CONFIG} {fault}: {trust.AGAIN}.")
     schema.check_stored(config)
     return Run(folder, config)
+
+
+def _placed(name: str) -> Path:
+    """The path itself or, if nothing is there, the run of this name in runs/."""
+    here, below = Path(name), ROOT / name
+    bare = here.name == name and not here.exists()
+    return below if bare and (below / paths.CONFIG).is_file() else here
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -300,7 +308,7 @@ def runs_in(name: str) -> list[Path]:
     Raises:
         UserError: there is no run, none of a sweep's runs is found, or a file of the sweep is a symbolic link.
     """
-    folder = Path(name)
+    folder = _placed(name)
     if (folder / paths.CONFIG).is_file():
         return [folder]
     check_sweep(folder)

@@ -34,10 +34,9 @@ def write(run: Run, out: Path) -> None:
             "the map does not say which text encoder it was made for, because the run's base model is not on this "
             "machine or has changed: realera.apply takes it only with check=false"
         )
-    config = run.config
-    concepts = composition.build_task(config).concepts if config.get("task") else ()
+    concepts = composition.build_task(run.config).concepts if run.settings.task else ()
     targets, anchors = [one.target for one in concepts], [one.anchor for one in concepts]
-    method = str((config.get("method") or {}).get("name") or "unknown method")
+    method = str(run.settings.method.name or "unknown method")
     more = {"width": str(len(tensors["map"])), **maps.about(method, targets, anchors, marks)}
     checksums.save(out, tensors, {**more, **said})
 
@@ -45,8 +44,8 @@ def write(run: Run, out: Path) -> None:
 def marks_of(run: Run, fingerprint: str) -> dict[str, str] | None:
     """The marks of the text encoder of the run's base model; None if the model is not on this machine, or has another
     fingerprint than the run's files."""
-    backbone = run.config.get("backbone") or {}
-    length = backbone.get("text_length") or (backbone.get("text") or {}).get("max_length")
+    backbone = run.settings.backbone
+    length = backbone.token_rows
     try:
         place = preflight.model_folder(backbone) if backbone else None
         if place is None or not length or folder.fingerprint(folder.check(place), int(length)) != fingerprint:

@@ -6,7 +6,6 @@ tokens of a prompt needs the tokenizer, which may not be downloaded yet.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import tempfile
@@ -22,10 +21,10 @@ from realera.files import checksums
 from realera.mining import band
 from realera.paths import ERASED, dir_of, file_of
 from realera.runs.folders import Run
+from realera.settings.run_settings import ORIGINAL, BackboneSettings, MethodSettings, Settings, TrainerSettings
 from realera.settings.source_code import fact
 from realera.system import devices
 
-log = logging.getLogger("realera")
 ACTING = ("edit", "align", "guide")  # the parts that erase; a method needs at least one
 
 
@@ -35,27 +34,27 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False, here: bool
     Raises:
         UserError: for the first wrong setting.
     """
-    for key in ("concept", "anchor"):
-        given = config.get(key)
+    settings = Settings(config)
+    for key, given in (("concept", settings.concept), ("anchor", settings.anchor)):
         for text in given if isinstance(given, (list, tuple)) else [given]:
             if isinstance(text, str):
                 check_name(text, key)
     if sweep:
-        check_sweep(config.get("trainer") or {})
-    method = config.get("method") or {}
-    if method and method.get("name") != "original" and not any(_erases(method, part) for part in ACTING):
+        check_sweep(settings.trainer)
+    method = settings.method
+    if method and method.name != ORIGINAL and not any(_erases(method, part) for part in ACTING):
         raise UserError(
-            f"method {method.get('name')} has no part left that erases ({', '.join(ACTING)} are all null or do "
+            f"method {method.name} has no part left that erases ({', '.join(ACTING)} are all null or do "
             "nothing): keep one of them, or choose method=original."
         )
-    check_band(method, config.get("backbone") or {})
-    check_training(method, config.get("backbone") or {})
-    check_precision(method, config.get("trainer") or {}, here and not config.get("dry_run"))
+    check_band(method, settings.backbone)
+    check_training(method, settings.backbone)
+    check_precision(method, settings.trainer, here and not settings.dry_run)
 
 
-def _erases(method: Mapping[str, Any], name: str) -> bool:
+def _erases(method: MethodSettings, name: str) -> bool:
     """Whether a part of a method erases, according to the facts that its class states (`contracts.Method`)."""
-    part = method.get(name)
+    part = method.part(name)
     if not isinstance(part, Mapping):
         return bool(part)
     target = str(part.get("_target_"))
@@ -65,29 +64,30 @@ def _erases(method: Mapping[str, Any], name: str) -> bool:
     return bool(part) and not any(key in part and part[key] == value for key, value in idle.items())
 
 
-def check_model(backbone: Mapping[str, Any], plan: bool = False) -> None:
-    """Checks the base model: a complete folder, or a model of the hub that is cached or can be downloaded. plan: only
-    warn if the hub cannot be reached, because plans are made on machines without the weights.
+def check_model(backbone: BackboneSettings, plan: bool = False) -> str | None:
+    """Checks the base model: a complete folder, or a model of the hub that is cached or can be downloaded. plan: if the
+    hub cannot be reached, return the sentence, because plans are made on machines without the weights.
 
     Raises:
         UserError: files are missing or torn, or cannot be downloaded.
     """
-    pretrained = backbone.get("pretrained")
+    pretrained = backbone.pretrained
     local = pretrained is None or dir_of(pretrained) is not None or file_of(pretrained) is not None
     if local or not folder.HUB_ID.fullmatch(str(pretrained)):
         folder.locate(pretrained)
-        return
+        return None
     try:
         hub.check(str(pretrained))
     except hub.OutOfReach as error:
         if not plan:
             raise
-        log.warning("a run would be refused here: %s", error)
+        return str(error)
+    return None
 
 
 def check_judge(config: Mapping[str, Any]) -> None:
     """Raises UserError if the run has no judge."""
-    if not config.get("judge"):
+    if not Settings(config).judge:
         raise UserError(
             "no judge was given and the task names none: type judge=NAME (--help lists the judges), or evaluate=false."
         )
@@ -137,16 +137,16 @@ def check_name(text: str, key: str) -> None:
         raise UserError(f"{key}={text!r} has no word, or has a control character: give a word or a name.")
 
 
-def check_task(task: Task, backbone: Mapping[str, Any]) -> None:
+def check_task(task: Task, backbone: BackboneSettings) -> None:
     """`check_prompts` for every concept of a task."""
     for concept in task.concepts:
         check_prompts(task.training_prompts(concept), backbone)
 
 
-def check_prompts(pairs: Sequence[tuple[NamedPrompt, NamedPrompt]], backbone: Mapping[str, Any]) -> None:
+def check_prompts(pairs: Sequence[tuple[NamedPrompt, NamedPrompt]], backbone: BackboneSettings) -> None:
     """Raises UserError if the text encoder would cut a training prompt before the end of the concept's name."""
     tokenizer = tokenizer_of(backbone)
-    rows = (backbone.get("text") or {}).get("max_length")
+    rows = backbone.text.max_length
     if tokenizer is None or not rows:
         return
     for prompt in (prompt for pair in pairs for prompt in pair):
@@ -159,52 +159,50 @@ def check_prompts(pairs: Sequence[tuple[NamedPrompt, NamedPrompt]], backbone: Ma
             )
 
 
-def check_band(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
+def check_band(method: MethodSettings, backbone: BackboneSettings) -> None:
     """Raises UserError if no draw can reach the band of neighbours (see band.py)."""
-    mining = method.get("neighbours")
-    text = backbone.get("text") or {}
-    if not mining or not {"row_norm", "width"} <= set(text):
+    mining, text = method.neighbours, backbone.text
+    if not mining or text.row_norm is None or text.width is None:
         return
-    settings = {**mining, **(mining.get("band") or {})}
-    known = {f.name for f in fields(band.Band)} & set(settings)
-    rows = max(1, text.get("max_length", 2) - 5)  # from a short template's concept to the last row; for unit=flat
+    known = {f.name for f in fields(band.Band)} & set(mining.band)
+    rows = max(1, (text.max_length or 2) - 5)  # from a short template's concept to the last row; for unit=flat
     band.check(
-        band.Band(**{name: settings[name] for name in known}),
-        text["row_norm"],
-        text["width"],
+        band.Band(**{name: mining.band[name] for name in known}),
+        text.row_norm,
+        text.width,
         rows=rows,
-        m=settings.get("m", 1),
-        n=settings.get("n", 0),
+        m=1 if mining.m is None else mining.m,
+        n=mining.n or 0,
     )
 
 
-def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
+def check_training(method: MethodSettings, backbone: BackboneSettings) -> None:
     """Raises UserError for settings with which training would fail, before any training images are drawn."""
-    align = method.get("align") or {}
-    if not align.get("steps"):
+    align = method.align
+    if not align.steps:
         return
-    if method.get("latents", {}) is None:
+    if method.without_latents:
         raise UserError(
-            f"method {method.get('name')} trains (align), but method.latents is null: leave method.latents out, or set "
+            f"method {method.name} trains (align), but method.latents is null: leave method.latents out, or set "
             "method.align=null."
         )
-    if fact(target := str(align.get("_target_")), "trains_lora") and not align.get("lora"):
+    if fact(target := str(align.target), "trains_lora") and not align.lora:
         raise UserError(
-            f"method {method.get('name')} trains (align) a LoRA, but method.align.lora is null: leave it out, "
+            f"method {method.name} trains (align) a LoRA, but method.align.lora is null: leave it out, "
             "or set method.align=null."
         )
-    if backbone.get("gradient_checkpointing"):
+    if backbone.gradient_checkpointing:
         if fact(target, "reads_attention"):
             raise UserError(
-                f"method {method.get('name')} reads the attention maps, which gradient checkpointing drops: set "
+                f"method {method.name} reads the attention maps, which gradient checkpointing drops: set "
                 "backbone.gradient_checkpointing=false."
             )
-        if align.get("detach_bos"):
+        if align.detach_bos:
             raise UserError(
                 "method.align.detach_bos does not work with backbone.gradient_checkpointing: set one of them to false."
             )
-    dtype, name = backbone.get("dtype") or "float32", method.get("name")
-    if not align.get("lora") and align.get("parameters") and dtype != "float32":
+    dtype, name = backbone.dtype, method.name
+    if not align.lora and align.parameters and dtype != "float32":
         raise UserError(
             f"method {name} trains the U-Net's weights, and backbone.dtype={dtype} would round its small steps away: "
             "set backbone.dtype=float32, with trainer.precision=bf16-mixed for speed."
@@ -216,20 +214,20 @@ def check_training(method: Mapping[str, Any], backbone: Mapping[str, Any]) -> No
         )
 
 
-def check_precision(method: Mapping[str, Any], trainer: Mapping[str, Any], here: bool) -> None:
+def check_precision(method: MethodSettings, trainer: TrainerSettings, here: bool) -> None:
     """Raises UserError for 16-mixed on a CPU, where Lightning would silently train in bf16-mixed. here: whether this
     machine will carry out the run."""
-    on_cpu = trainer.get("accelerator") == "cpu" or (here and not devices.number())
-    if trainer.get("precision") == "16-mixed" and on_cpu and (method.get("align") or {}).get("steps"):
+    on_cpu = trainer.accelerator == "cpu" or (here and not devices.number())
+    if trainer.precision == "16-mixed" and on_cpu and method.align.steps:
         raise UserError("trainer.precision=16-mixed is for CUDA devices: on a CPU use bf16-mixed or 32-true.")
 
 
-def check_sweep(trainer: Mapping[str, Any]) -> None:
+def check_sweep(trainer: TrainerSettings) -> None:
     """Raises UserError for a sweep of distributed runs: each of their processes repeats the whole command, with -m."""
-    asked = setting_types.typed_devices(trainer.get("devices", 1))
+    asked = setting_types.typed_devices(trainer.devices)
     several = len(asked) > 1 if isinstance(asked, (list, tuple)) else asked not in (0, 1)
-    several = several or (trainer.get("num_nodes") or 1) > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1
-    if several or str(trainer.get("strategy", "")).startswith("ddp"):
+    several = several or trainer.nodes > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1
+    if several or trainer.strategy.startswith("ddp"):
         raise UserError(
             "-m cannot be combined with several devices per run, because each process would start the whole sweep "
             "again: use trainer=default (one erasure fits one GPU) and spread the jobs with hydra/launcher=joblib or "
@@ -252,12 +250,12 @@ def check_writable(place: Path, key: str) -> None:
         ) from error
 
 
-def model_folder(backbone: Mapping[str, Any]) -> Path | None:
+def model_folder(backbone: BackboneSettings) -> Path | None:
     """The folder of the base model's files; None if they are not on this machine."""
-    return folder.on_disk(backbone.get("pretrained"))
+    return folder.on_disk(backbone.pretrained)
 
 
-def tokenizer_of(backbone: Mapping[str, Any]) -> Any:
+def tokenizer_of(backbone: BackboneSettings) -> Any:
     """The backbone's tokenizer; None if it is not on this machine."""
     found = model_folder(backbone)
     return None if found is None else vocabulary.read(found / "tokenizer")

@@ -24,6 +24,7 @@ from typing import Any
 from realera.contracts import UserError
 from realera.runs.folders import Run, difference, identity
 from realera.setting_types import typed_devices
+from realera.settings.run_settings import TrainerSettings
 from realera.system import disk, interrupts
 from realera.system.ranks import ALONE, Ranks, patient_group
 
@@ -74,22 +75,21 @@ def is_helper(environ: Mapping[str, str]) -> bool:
     return int(environ.get("RANK") or environ.get("NODE_RANK") or environ.get("LOCAL_RANK") or 0) > 0
 
 
-def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str] = os.environ) -> ProcessPlan:
-    """The plan of this process, from the environment of its launcher or, without one, from the settings. `gpus`: the
-    number of GPUs that this process sees.
+def plan(trainer: TrainerSettings | None, gpus: int, environ: Mapping[str, str] = os.environ) -> ProcessPlan:
+    """The plan of this process, from the environment of its launcher or, without one, from the settings. trainer: None
+    for commands without these settings. gpus: the number of GPUs that this process sees.
 
     Raises:
         UserError: devices are missing, machines cannot find each other, or the settings contradict the launcher.
     """
-    given = dict(trainer or {})
-    accelerator = str(given.get("accelerator", "auto"))
-    on_gpu = gpus > 0 and accelerator in ("auto", "gpu", "cuda")
-    listed, here = _devices(given.get("devices", 1), accelerator, gpus if on_gpu else 0)
-    nodes = int(given.get("num_nodes") or 1)
+    trainer = trainer or TrainerSettings({})
+    on_gpu = gpus > 0 and trainer.allows_gpu
+    listed, here = _devices(trainer.devices, trainer.accelerator, gpus if on_gpu else 0)
+    nodes = trainer.nodes
     if started := "RANK" in environ and "WORLD_SIZE" in environ:
         world = int(environ["WORLD_SIZE"])
         local_world = int(environ.get("LOCAL_WORLD_SIZE") or world)
-        if local_world < 1 or world % local_world or (here * nodes not in (1, world) and given.get("devices") != -1):
+        if local_world < 1 or world % local_world or (here * nodes not in (1, world) and trainer.devices != -1):
             raise UserError(
                 f"{world} processes were started, {local_world} on this machine, but the settings ask for {nodes} x "
                 f"{here} (trainer.num_nodes x trainer.devices): leave these two out, or start that number of processes."
@@ -111,19 +111,17 @@ def plan(trainer: Mapping[str, Any] | None, gpus: int, environ: Mapping[str, str
             )
     cuda = (listed[local_rank] if listed and local_rank < len(listed) else local_rank) if on_gpu else None
     if world == 1:
-        return ProcessPlan(started=started, trainer=given, cuda=cuda if listed else None)
+        return ProcessPlan(started=started, trainer=dict(trainer.node), cuda=cuda if listed else None)
     if cuda is not None and cuda >= gpus:
         raise UserError(
             f"Process {local_rank} of this machine sees {gpus} of the {local_world} GPUs: start one process per GPU at "
             "most, and let each process see all GPUs of its machine (srun --gpus-per-node, without --gpus-per-task)."
         )
-    strategy = str(given.get("strategy", "auto"))
-    if strategy == "auto":
-        strategy = "ddp"
+    strategy = "ddp" if trainer.strategy == "auto" else trainer.strategy
     if not strategy.startswith("ddp") or strategy.startswith(("ddp_spawn", "ddp_fork", "ddp_notebook")):
         raise UserError(f"trainer.strategy={strategy} is not supported: use trainer=ddp for several processes.")
     settled = {"devices": listed or local_world, "num_nodes": world // local_world, "strategy": strategy}
-    return ProcessPlan(rank, world, local_rank, local_world, started, {**given, **settled}, cuda)
+    return ProcessPlan(rank, world, local_rank, local_world, started, {**trainer.node, **settled}, cuda)
 
 
 def _devices(asked: Any, accelerator: str, gpus: int) -> tuple[list[int] | None, int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
+from realera.contracts import Task
 from realera.runs import preflight
+from realera.settings.run_settings import BackboneSettings
 
 log = logging.getLogger("realera")
 ENDS = 2  # the start and end tokens of every text
@@ -15,8 +16,8 @@ ENDS = 2  # the start and end tokens of every text
 class Lengths:
     """Counts texts, and how many are cut. Without the tokenizer on this machine, no text counts as cut."""
 
-    def __init__(self, backbone: Mapping[str, Any]) -> None:
-        rows = backbone.get("text_length") or (backbone.get("text") or {}).get("max_length")
+    def __init__(self, backbone: BackboneSettings) -> None:
+        rows = backbone.token_rows
         self.tokenizer = preflight.tokenizer_of(backbone) if rows else None
         self.fits = int(rows or 0) - ENDS  # most tokens of a text
         self.texts = self.cut = 0
@@ -45,7 +46,12 @@ class Lengths:
         )
 
 
-def warn(texts: Iterable[str], backbone: Mapping[str, Any], what: str = "prompts") -> None:
+def warn_of_task(task: Task, backbone: BackboneSettings) -> None:
+    """`warn` for the prompts that a task's images are drawn from."""
+    warn((prompt.text for prompt in task.eval_prompts()), backbone, "evaluation prompts")
+
+
+def warn(texts: Iterable[str], backbone: BackboneSettings, what: str = "prompts") -> None:
     """Logs one line if any text is cut. Repeated texts are counted once."""
     lengths = Lengths(backbone)
     for text in dict.fromkeys(texts):
@@ -54,7 +60,7 @@ def warn(texts: Iterable[str], backbone: Mapping[str, Any], what: str = "prompts
         log.warning("%s", said)
 
 
-def remark(text: str, backbone: Mapping[str, Any]) -> str:
+def remark(text: str, backbone: BackboneSettings) -> str:
     """A remark for a page about one prompt; "" if all of it is read."""
     counted = Lengths(backbone)
     return f"only the first {counted.fits} tokens of this prompt are used" if counted.add(text) else ""

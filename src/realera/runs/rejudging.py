@@ -8,11 +8,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from realera.contracts import UserError
-from realera.runs import folders, preflight, trust
+from realera.runs import folders, preflight, starting, trust
 from realera.runs.folders import Run
 from realera.settings import composition
+from realera.settings.run_settings import ORIGINAL, Settings
 
-ORIGINAL = "original"  # in place of a run's name
+NO_RUN = "original"  # in place of a run's name: the unedited model
 OF_THE_RUN = ("task", "backbone", "concept", "concepts_file", "anchor", "seed", "root", "run_dir", "images_at_once")
 
 
@@ -23,21 +24,22 @@ def run_of(config: Mapping[str, Any]) -> tuple[Run, bool]:
     Raises:
         UserError: there is no such run, or a setting was typed that is fixed by the run.
     """
-    original = config["run"] == ORIGINAL
+    original = config["run"] == NO_RUN
     rest = {key: value for key, value in config.items() if key not in ("run", "dry_run")}
     return (_unedited(rest) if original else _existing(str(config["run"]), rest.get("judge"))), original
 
 
 def by_its_own(run: Run) -> bool:
     """Whether the judge of an existing run is that of its own settings."""
-    return folders.read_config(run.folder).get("judge") in (None, {}, run.config.get("judge"))
+    own = Settings(folders.read_config(run.folder)).judge
+    return not own or own == run.settings.judge
 
 
 def _unedited(config: dict[str, Any]) -> Run:
     """The run of the unedited model for this task and backbone."""
     preflight.check_settings(config)
-    config = composition.name_concepts(config, composition.build_task(config))
-    config = {**config, "method": {"name": "original"}, "evaluate": True}
+    config, _ = starting.named(config)
+    config = {**config, "method": {"name": ORIGINAL}, "evaluate": True}
     return Run(folders.folder_of(config), config)
 
 
@@ -49,14 +51,14 @@ def _existing(name: str, judge: Any) -> Run:
     run = folders.open_run(name)
     by_another = judge is not None and "judge" in typed
     trust.check_tables(run.config, run.folder)
-    if not by_another and (python := trust.interpreter(run.config.get("judge"))):
+    if not by_another and (python := trust.interpreter(run.settings.judge.node)):
         raise UserError(
             f"{name} was judged in another Python interpreter, and a run folder may not choose which program is "
             f"started: type it, judge=NAME judge.python={python}."
         )
-    if not by_another and (model := trust.foreign_model(run.config.get("judge"))):
+    if not by_another and (model := trust.foreign_model(run.settings.judge.node)):
         raise UserError(
             f"{name} was judged by a model that is not one of the library's ({model[:120]!r}), and a run folder may "
             "not choose such a model: type it, judge=NAME judge.model=MODEL."
         )
-    return Run(run.folder, {**run.config, "judge": judge}) if by_another or not run.config.get("judge") else run
+    return Run(run.folder, {**run.config, "judge": judge}) if by_another or not run.settings.judge else run

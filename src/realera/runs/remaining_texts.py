@@ -16,7 +16,7 @@ from realera.files import plain_data
 from realera.methods import nearness
 from realera.methods.functional import FunctionalMining, measured
 from realera.runs import steps
-from realera.runs.folders import Run
+from realera.runs.session import Session
 from realera.system import disk
 from realera.tasks.prompts import slug
 from realera.training.pairs import encoded_pairs
@@ -25,22 +25,23 @@ CHUNK = 4  # images of the concept drawn at once, as in mining, so that both sha
 MOST = 50  # percent: from this mean probability of the judge on, a text counts as drawing the concept
 
 
-def measure(run: Run, task: Task, asked: Mapping[str, Any], out: Path, judging: bool) -> dict[str, Any]:
+def measure(session: Session, task: Task, asked: Mapping[str, Any], out: Path, judging: bool) -> dict[str, Any]:
     """Tests texts near every concept of a run, draws the nearest ones into `out`, and writes residue.json there.
 
     asked: the settings of conf/residue.yaml. judging: whether the run's judge scores the pictures.
     """
+    run, settings = session.run, session.settings
     backbone = steps.load_run(run)
-    guide = steps.guide_of(run.config)
+    guide = steps.guide_of(settings)
     own = list({text.casefold(): text for text in asked["texts"]}.values())
-    at_once = int(run.config["images_at_once"])
+    at_once = settings.images_at_once
     concepts = [_measure_concept(backbone, pair, guide, own, asked, at_once) for pair in encoded_pairs(backbone, task)]
     prompts = [
         prompt
         for number, concept in enumerate(concepts)
         for prompt in _prompts(number, concept, asked["pictured"], asked["seeds"])
     ]
-    steps.draw(backbone, prompts, out, run.config)
+    steps.draw(session.into(out), backbone, prompts)
     judge = steps.build_judge(run.config, task) if judging and prompts else None
     if judge is not None:
         _judge(judge, out, concepts)
@@ -48,7 +49,7 @@ def measure(run: Run, task: Task, asked: Mapping[str, Any], out: Path, judging: 
         classify(concept, asked["within"])
     found = {
         "run": str(run.folder),
-        "method": str(run.config["method"]["name"]),
+        "method": str(settings.method.name),
         "backbone": backbone.name,
         "judge": None if judge is None else judge.name,
         "within": asked["within"],

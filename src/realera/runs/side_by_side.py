@@ -3,7 +3,7 @@ other, in one copy of the base model. This module imports torch, so commands imp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from threading import Lock
 from typing import Any, Protocol
@@ -67,7 +67,7 @@ class SideBySide:
             "models": [together.ORIGINAL, *self.runs],
             "steps": self.backbone.sampler.steps,
             "guidance": self.backbone.sampler.guidance_scale,
-            "note": lambda prompt: prompt_lengths.remark(prompt, first.config["backbone"]),
+            "note": lambda prompt: prompt_lengths.remark(prompt, first.settings.backbone),
         }
 
     def draw(self, wish: Wish, each_step: EachStep = lambda done, total: None) -> Iterator[tuple[str, list[Any]]]:
@@ -111,7 +111,7 @@ class SideBySide:
 
     def _guide(self, name: str, sampler_steps: int) -> Guide | None:
         """The guide of a run's method. A guide that counts in sampler steps gets the number that is drawn with."""
-        node: Mapping[str, Any] | None = (self.runs[name].config.get("method") or {}).get("guide")
+        node = self.runs[name].settings.method.guide.node
         if not node:
             return None
         guide: Guide = build({**node, "steps": sampler_steps} if "steps" in node else node)

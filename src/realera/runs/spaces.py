@@ -23,6 +23,7 @@ from realera.contracts import UserError
 from realera.files import checksums
 from realera.runs import folders, presets, trust
 from realera.runs.folders import Run
+from realera.settings.run_settings import Settings
 from realera.system import disk
 
 APP, REQUIREMENTS, README, ATTRIBUTES = "app.py", "requirements.txt", "README.md", ".gitattributes"
@@ -61,7 +62,7 @@ def write(out: Path, runs: Mapping[str, Run], prompts: presets.Presets, gradio: 
         UserError: a file cannot be written, or the versions of the libraries are not known.
     """
     first = next(iter(runs.values()))
-    pretrained = first.config["backbone"].get("pretrained")
+    pretrained = first.settings.backbone.pretrained
     local = None if pretrained is None else paths.dir_of(pretrained)
     needed = requirements(gradio)
     with disk.explained(out / APP):
@@ -70,7 +71,7 @@ def write(out: Path, runs: Mapping[str, Run], prompts: presets.Presets, gradio: 
             shutil.copytree(local, out / BASE, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
     places = []
     for number, run in enumerate(runs.values()):
-        place = f"{RUNS}/{number}-{re.sub(r'[^A-Za-z0-9]+', '-', str(run.config['method']['name'])).strip('-')}"
+        place = f"{RUNS}/{number}-{re.sub(r'[^A-Za-z0-9]+', '-', str(run.settings.method.name)).strip('-')}"
         config = drawing_settings(run.config, BASE if local is not None else pretrained)
         disk.write_text(out / place / paths.CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         _copy_weights(run, config, out / place / paths.ERASED)
@@ -84,15 +85,16 @@ def write(out: Path, runs: Mapping[str, Run], prompts: presets.Presets, gradio: 
 
 def drawing_settings(config: Mapping[str, Any], pretrained: Any) -> dict[str, Any]:
     """The settings of a run that drawing needs. pretrained: of the backbone, from inside the Space's folder."""
-    method, task = config["method"], config.get("task") or {}
-    kept = {"name": method["name"], "guide": method.get("guide")}
+    settings = Settings(config)
+    method = settings.method
+    built = {} if method.target is None else {"_target_": method.target}
     return {
         "concept": config["concept"],
         "seed": config["seed"],
         "images_at_once": config["images_at_once"],
-        "task": {key: value for key, value in task.items() if not trust.TEXTS.search(key)},
-        "method": {**({"_target_": method["_target_"]} if "_target_" in method else {}), **kept},
-        "backbone": {**config["backbone"], "pretrained": pretrained},
+        "task": {key: value for key, value in settings.task.node.items() if not trust.TEXTS.search(key)},
+        "method": {**built, "name": method.name, "guide": method.part("guide")},
+        "backbone": {**settings.backbone.node, "pretrained": pretrained},
     }
 
 
@@ -122,7 +124,7 @@ def _pinned(asked: Sequence[str]) -> Iterator[str]:
 def readme(runs: Mapping[str, Run], gradio: str) -> str:
     """The Space's page with its settings. Names of folders and files of this machine do not occur in it."""
     config = next(iter(runs.values())).config
-    concept, pretrained = folders.concept_of(config), config["backbone"].get("pretrained")
+    concept, pretrained = folders.concept_of(config), Settings(config).backbone.pretrained
     hub = pretrained if isinstance(pretrained, str) and paths.dir_of(pretrained) is None else None
     hub = hub if hub is not None and HUB_ID.fullmatch(hub) else None
     methods = ", ".join(runs)
@@ -142,7 +144,7 @@ def readme(runs: Mapping[str, Run], gradio: str) -> str:
         **({"models": [hub]} if hub else {}),
         "tags": ["concept-erasure", "text-to-image", "realera"],
     }
-    model = f"[{hub}](https://huggingface.co/{hub})" if hub else str(config["backbone"]["name"])
+    model = f"[{hub}](https://huggingface.co/{hub})" if hub else str(Settings(config).backbone.name)
     licence = "" if pretrained is None else " The base model and all weights made from it have its own licence."
     lines = [
         "---",

@@ -1,4 +1,5 @@
-"""Checks before train makes any file, and removes a run folder that was refused before anything was made in it."""
+"""Readies and checks a run's settings before any file is made, and removes a run folder that was refused before
+anything was made in it."""
 
 from __future__ import annotations
 
@@ -8,34 +9,59 @@ from contextlib import contextmanager
 from typing import Any
 
 from realera import paths
-from realera.runs import compatibility, folders, preflight, trust
+from realera.contracts import Task
+from realera.runs import compatibility, folders, preflight, repairs, trust
 from realera.runs.folders import Run
-from realera.settings import error_sentences
+from realera.settings import composition, error_sentences
 from realera.settings.instantiate import build
+from realera.settings.run_settings import Settings
 
 
-def check(config: Mapping[str, Any], planned: set[str] | None = None) -> None:
+def ready(config: dict[str, Any], *, sweep: bool = False) -> tuple[dict[str, Any], Task]:
+    """The checked settings of an erasure, with the task's names filled in, and the task. The commands and the Python
+    interface begin with it.
+
+    Raises:
+        UserError: for the first wrong setting.
+    """
+    preflight.check_settings(config, sweep=sweep)
+    repairs.check_sums(Settings(config).method.node)
+    return named(config)
+
+
+def named(config: dict[str, Any]) -> tuple[dict[str, Any], Task]:
+    """The settings with the task's names filled in, and the task. Raises UserError for settings that the task
+    refuses."""
+    task = composition.build_task(config)
+    return composition.name_concepts(config, task), task
+
+
+def check(config: Mapping[str, Any], planned: set[str] | None = None) -> str | None:
     """Checks the folder and the model. A dry run also builds the method's parts, which imports torch; a real run builds
-    them later. planned: names of the models and parts that were checked for other jobs of the same plan.
+    them later. planned: names of the models and parts that were checked for other jobs of the same plan. Returns the
+    reason why a planned run could not start on this machine now, if there is one.
 
     Raises:
         UserError: one of them cannot be used.
     """
+    settings = Settings(config)
     place, _ = folders.find(config)
-    preflight.check_writable(place, "run_dir" if config.get("run_dir") else "root")
-    plan = planned is not None or bool(config.get("dry_run"))
+    preflight.check_writable(place, "root" if settings.run_dir is None else "run_dir")
+    plan = planned is not None or settings.dry_run
     seen = planned if planned is not None else set()
+    hindrance = None
     if not folders.is_finished(config):
-        if (model := f"model {config['backbone'].get('pretrained')}") not in seen:
-            preflight.check_model(config["backbone"], plan=plan)
+        if (model := f"model {settings.backbone.pretrained}") not in seen:
+            hindrance = preflight.check_model(settings.backbone, plan=plan)
             seen.add(model)
-        if (model_folder := preflight.model_folder(config["backbone"])) is not None:
+        if (model_folder := preflight.model_folder(settings.backbone)) is not None:
             compatibility.check(model_folder, config)
     if planned is None:
         trust.warn_of_typed_targets(config, sys.argv[1:])
-    if config.get("dry_run") and (parts := f"parts {folders.digest(config['method'])}") not in seen:
-        build(config["method"])
+    if settings.dry_run and (parts := f"parts {folders.digest(settings.method.node)}") not in seen:
+        build(settings.method.node)
         seen.add(parts)
+    return hindrance
 
 
 @contextmanager

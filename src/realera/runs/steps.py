@@ -25,8 +25,10 @@ from realera.files import checksums
 from realera.judges.other_interpreter import with_interpreters
 from realera.runs import folders, prompt_lengths
 from realera.runs.folders import Run
+from realera.runs.session import Session
 from realera.settings.instantiate import build
-from realera.system.ranks import ALONE, Ranks
+from realera.settings.run_settings import Settings, TrainerSettings
+from realera.system.ranks import Ranks
 from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
 from realera.training.module import trains
@@ -35,25 +37,23 @@ from realera.training.pairs import encoded_pairs
 log = logging.getLogger(__name__)
 
 MOST_NAMED = 5  # most concepts in one line of the log
-OF_SETS = ("references", "split")  # settings that choose the images of a judge of sets; not its constructor's
 
 
 def load_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> Backbone:
     """The unedited backbone of a resolved config, on the device that draws images. meter: measures it from now on."""
-    meter = meter or Meter()
+    settings, meter = Settings(config), meter or Meter()
     with meter.stage("load"):
-        built: Backbone = build(config["backbone"])
-        backbone = built.to(device(config))
-        meter.watch(backbone, device(config))
+        built: Backbone = build(settings.backbone.node)
+        backbone = built.to(device(settings.trainer))
+        meter.watch(backbone, device(settings.trainer))
     return backbone
 
 
-def device(config: Mapping[str, Any]) -> str:
+def device(trainer: TrainerSettings) -> str:
     """ "cuda" if there is a GPU and trainer.accelerator allows it, otherwise "cpu"; "cuda:1" if trainer.devices=[1]."""
-    trainer = config.get("trainer") or {}
-    if str(trainer.get("accelerator", "auto")) not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+    if not trainer.allows_gpu or not torch.cuda.is_available():
         return "cpu"
-    devices = trainer.get("devices")
+    devices = trainer.devices
     return f"cuda:{devices[0]}" if isinstance(devices, list | tuple) and len(devices) == 1 else "cuda"
 
 
@@ -68,19 +68,11 @@ def load_run(run: Run, meter: Meter | None = None) -> Backbone:
     return backbone
 
 
-def erase(
-    backbone: Backbone,
-    task: Task,
-    run: Run,
-    loggers: Sequence[Any] = (),
-    ranks: Ranks = ALONE,
-    meter: Meter | None = None,
-) -> None:
+def erase(session: Session, backbone: Backbone, task: Task) -> None:
     """Erases the task's concepts from `backbone` and saves the weights. All processes train together. Without training,
     the first process does the work and the others read the saved weights."""
-    meter = meter or Meter()
-    trainer = dict(run.config["trainer"])
-    method: Method = build(run.config["method"])
+    run, settings, ranks, meter = session.run, session.settings, session.ranks, session.meter
+    method: Method = build(settings.method.node)
     there = ranks.from_first(lambda: checksums.fit_is_intact(run.erased))
     shared = trains(method.align) and not there
     if shared or ranks.first:
@@ -91,33 +83,26 @@ def erase(
             method,
             pairs,
             run_dir=run.folder,
-            seed=run.config["seed"],
+            seed=settings.seed or 0,
             config=run.config,
             identity=folders.digest(folders.identity(run.config)),
-            checkpoint_every=trainer.pop("checkpoint_every", None),
-            trainer=trainer,
-            loggers=loggers,
+            checkpoint_every=settings.trainer.checkpoint_every,
+            trainer=settings.trainer.for_lightning,
+            loggers=session.loggers,
             probes=task.eval_prompts(),
             meter=meter,
         )
     meter.gather(ranks)
     if not (shared or ranks.first):
         load_erased(run.erased, backbone)
-    backbone.to(device(run.config))
+    backbone.to(device(settings.trainer))
 
 
-def draw(
-    backbone: Backbone,
-    prompts: Sequence[Prompt],
-    folder: Path,
-    config: Mapping[str, Any],
-    ranks: Ranks = ALONE,
-    meter: Meter | None = None,
-) -> None:
-    """Draws the prompts with the erased model and, from the same seeds, with the original model."""
-    meter = meter or Meter()
-    chunk = config["images_at_once"]
-    guide = guide_of(config)
+def draw(session: Session, backbone: Backbone, prompts: Sequence[Prompt]) -> None:
+    """Draws the prompts with the erased model and, from the same seeds, with the original model, into the run's
+    folder."""
+    folder, ranks, meter = session.folder, session.ranks, session.meter
+    chunk, guide = session.settings.images_at_once, guide_of(session.settings)
     meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler, guide))
     with _bar("original model's images", len(prompts), ranks) as advance, meter.stage(ORIGINAL_IMAGES):
         original_images(backbone, prompts, folder, chunk=chunk, advance=advance, ranks=ranks)
@@ -126,34 +111,26 @@ def draw(
     meter.gather(ranks)
 
 
-def draw_original(
-    backbone: Backbone,
-    prompts: Sequence[Prompt],
-    folder: Path,
-    config: Mapping[str, Any],
-    ranks: Ranks = ALONE,
-    meter: Meter | None = None,
-) -> None:
+def draw_original(session: Session, backbone: Backbone, prompts: Sequence[Prompt]) -> None:
     """Draws a run of the unedited model. Its images go to the folder that other runs use for the erased model's."""
-    meter = meter or Meter()
+    folder, ranks, meter = session.folder, session.ranks, session.meter
     meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler))
     if ranks.first:
         source = source_of(backbone)
         write_manifest(folder, [Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source) for prompt in prompts])
-    chunk = config["images_at_once"]
+    chunk = session.settings.images_at_once
     with _bar("original model's images", len(prompts), ranks) as advance, meter.stage("draw"):
         original_images(backbone, prompts, folder, chunk=chunk, folder=paths.IMAGES, advance=advance, ranks=ranks)
     meter.gather(ranks)
 
 
-def draw_missing(run: Run, task: Task, original: bool, ranks: Ranks, meter: Meter) -> dict[str, Any]:
+def draw_missing(session: Session, task: Task, original: bool) -> dict[str, Any]:
     """Draws the missing images of a run, or of the unedited model. Returns `drawn_by`."""
-    if ranks.first:
-        prompt_lengths.warn(
-            (prompt.text for prompt in task.eval_prompts()), run.config["backbone"], "evaluation prompts"
-        )
-    backbone = load_backbone(run.config, meter) if original else load_run(run, meter)
-    (draw_original if original else draw)(backbone, task.eval_prompts(), run.folder, run.config, ranks, meter)
+    run = session.run
+    if session.ranks.first:
+        prompt_lengths.warn_of_task(task, run.settings.backbone)
+    backbone = load_backbone(run.config, session.meter) if original else load_run(run, session.meter)
+    (draw_original if original else draw)(session, backbone, task.eval_prompts())
     return drawn_by(backbone)
 
 
@@ -176,7 +153,7 @@ def any_judge(config: Mapping[str, Any], task: Task) -> Judge | SetJudge:
     """The judge of a resolved config. Its null labels and anchors are replaced by the task's, also in judges inside of
     it."""
     own = {"labels": list(task.labels), "anchors": {concept.target: concept.anchor for concept in task.concepts}}
-    node = {key: value for key, value in _with_defaults(config["judge"], own).items() if key not in OF_SETS}
+    node = _with_defaults(Settings(config).judge.to_build, own)
     built: Judge | SetJudge = build(with_interpreters(node))
     return built
 
@@ -233,23 +210,21 @@ def drawn_by_if_complete(task: Task, folder: Path, own: str | None) -> dict[str,
 
 
 def judge(
+    session: Session,
     judge: Judge,
-    drawn: Mapping[str, Any],
     task: Task,
-    folder: Path,
+    drawn: Mapping[str, Any],
     *,
     originals: bool = True,
     own: str | None = None,
-    ranks: Ranks = ALONE,
-    meter: Meter | None = None,
 ) -> dict[str, Any]:
-    """Judges a folder's images and those of the original model, and writes verdicts and metrics.json.
+    """Judges the run's images and those of the original model, and writes verdicts and metrics.json.
 
     drawn: `drawn_by`. own: the name of the run's own judge, if this is another one. Processes divide the images; the
     first one returns the metrics, the others {}.
     """
+    folder, ranks, meter = session.folder, session.ranks, session.meter
     images = len(task.eval_prompts())
-    meter = meter or Meter()
     with _bar(f"judged by {judge.name}", images * (1 + originals), ranks) as advance, meter.stage("judge"):
         if originals:
             judge_run(judge, folder, "original", advance=advance, ranks=ranks)
@@ -260,20 +235,18 @@ def judge(
     return measure(folder, judge.name, protocol, *modes_and_terms(judge, task), own)
 
 
-def compare(judge: SetJudge, config: Mapping[str, Any], folder: Path, own: str) -> dict[str, Any]:
-    """Compares a folder's images as a set and adds the numbers to metrics.json."""
-    node = config["judge"]
-    references = node.get("references")
+def compare(session: Session, judge: SetJudge, own: str) -> dict[str, Any]:
+    """Compares the run's images as a set and adds the numbers to metrics.json. own: as in `judge`."""
+    asked = session.settings.judge
     with bar(f"compared by {judge.name}", 1) as advance:
-        place = None if references is None else Path(str(references)).expanduser()
-        metrics = measure_set(folder, judge, place, str(node.get("split") or "keep"), own)
+        metrics = measure_set(session.folder, judge, asked.references, asked.split, own)
         advance(1)
     return metrics
 
 
-def pairs_from(backbone: Backbone, config: Mapping[str, Any]) -> Callable[[str, int], dict[str, Tensor]]:
+def pairs_from(backbone: Backbone, settings: Settings) -> Callable[[str, int], dict[str, Tensor]]:
     """(prompt, seed) -> {"original": uint8 (H, W, 3), "erased": the same}, drawn from the same noise."""
-    guide = guide_of(config)
+    guide = guide_of(settings)
 
     def draw(prompt: str, seed: int) -> dict[str, Tensor]:
         with backbone.original():
@@ -283,10 +256,10 @@ def pairs_from(backbone: Backbone, config: Mapping[str, Any]) -> Callable[[str, 
     return draw
 
 
-def guide_of(config: Mapping[str, Any]) -> Guide | None:
+def guide_of(settings: Settings) -> Guide | None:
     """The method's hook on the guided noise prediction, which acts while images are drawn; None without one."""
-    node = (config.get("method") or {}).get("guide")
-    return build(node) if node else None
+    guide = settings.method.guide
+    return build(guide.node) if guide else None
 
 
 def _bar(what: str, total: int, ranks: Ranks) -> AbstractContextManager[Callable[[int], None] | None]:

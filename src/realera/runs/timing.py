@@ -14,10 +14,12 @@ from realera import console, paths
 from realera.contracts import UserError
 from realera.files import plain_data
 from realera.runs import folders
+from realera.settings.run_settings import Settings
 from realera.system import devices, disk
 
 FOLDER = "timings"  # of the cache
 DAY = 86_400.0  # seconds; an older figure is measured again
+USUAL_ROWS = 77  # token rows of a prompt, in most text encoders
 SMALL = "mini"  # the only backbone that is timed on a CPU: elsewhere a pass takes minutes
 
 
@@ -35,19 +37,20 @@ def rate_of(config: Mapping[str, Any], device: str) -> Rate | None:
     """Times a pass of a resolved config's U-Net in float32, and on a GPU in bfloat16 too, in some ten seconds.
     The cache keeps the figure for a day. device: "cpu" or "gpu". None if this machine has no such device, or not the
     U-Net's config."""
-    backbone = config["backbone"]
-    if (device == "gpu") != (devices.number() > 0) or (device == "cpu" and backbone["name"] != SMALL):
+    settings = Settings(config)
+    backbone = settings.backbone
+    if (device == "gpu") != (devices.number() > 0) or (device == "cpu" and backbone.name != SMALL):
         return None
     import torch  # diffusers with it takes seconds
 
     from realera.backbones import probe
 
-    unet = probe.unet_config(backbone.get("pretrained"))
+    unet = probe.unet_config(backbone.pretrained)
     if unet is None or (device == "gpu" and not torch.cuda.is_available()):
         return None
     place = "cuda" if device == "gpu" else "cpu"
     name = torch.cuda.get_device_name() if device == "gpu" else f"CPU, {torch.get_num_threads()} threads"
-    rows, images = int((backbone.get("text") or {}).get("max_length", 77)), int(config.get("images_at_once") or 8)
+    rows, images = int(backbone.text.max_length or USUAL_ROWS), settings.images_at_once
     file = paths.cache_dir() / FOLDER / f"{folders.digest([unet, rows, images, name, torch.__version__])}.json"
     if (kept := _kept(file)) is not None:
         return kept

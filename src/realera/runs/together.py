@@ -16,12 +16,12 @@ def check(runs: Sequence[Run]) -> None:
     """Raises UserError if a run is given twice or erased nothing, or if the runs have different base models."""
     given: set[Path] = set()
     for run in runs:
-        if folders.is_original(run.config):
+        if run.settings.unedited:
             raise UserError(f"run={run.folder} erased nothing: give the run of a method.")
         if (place := run.folder.resolve()) in given:
             raise UserError(f"run={run.folder} is given twice: name each run once.")
         given.add(place)
-        if run.config["backbone"].get("pretrained") != runs[0].config["backbone"].get("pretrained"):
+        if run.settings.backbone.pretrained != runs[0].settings.backbone.pretrained:
             raise other_base(run, runs[0])
 
 
@@ -34,7 +34,7 @@ def other_base(run: Run, first: Run) -> UserError:
 def names_of(runs: Sequence[Run]) -> list[str]:
     """A short name for each run, in their order: the method's, if that is different for all of them; otherwise with the
     concept, or the folder's name."""
-    methods = [str(run.config["method"]["name"]) for run in runs]
+    methods = [str(run.settings.method.name) for run in runs]
     with_concept = [f"{method}, {folders.concept_of(run.config)}" for method, run in zip(methods, runs)]
     for names in (methods, with_concept, [run.folder.resolve().name for run in runs]):
         if len({ORIGINAL, *names}) == len(names) + 1:
@@ -48,6 +48,6 @@ def texts(runs: Sequence[Run]) -> dict[str, str]:
     same = "both start" if len(runs) == 1 else "all start"
     return {
         "title": f"{' and '.join(concepts)}, before and after",
-        "about": f"{', '.join(names_of(runs))} on {runs[0].config['backbone']['name']}; {same} from the same noise.",
+        "about": f"{', '.join(names_of(runs))} on {runs[0].settings.backbone.name}; {same} from the same noise.",
         "prompt": f"a photo of the {concepts[0].partition(', ')[0]}",
     }

@@ -24,6 +24,7 @@ from realera import paths
 from realera.contracts import UserError
 from realera.files import checksums, json_shapes, plain_data
 from realera.settings import instantiate
+from realera.settings.run_settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def foreign_model(judge: Any) -> str | None:
 def tables(config: Mapping[str, Any]) -> dict[str, str]:
     """{setting: SHA-256 of the table or list of texts that it names}, without missing files."""
     found = {}
-    for at, value in _leaves(config.get("task")):
+    for at, value in _leaves(Settings(config).task.node):
         if at and TEXTS.search(at[-1]) and isinstance(value, str) and (file := paths.file_of(value)) is not None:
             found[".".join(at)] = checksums.sha256_of(file)
     return found
@@ -104,7 +105,7 @@ def check_tables(config: Mapping[str, Any], folder: Path) -> None:
     Raises:
         UserError: a file has changed, or the run never read it.
     """
-    kept = config.get("tables")
+    kept = Settings(config).tables
     for setting, digest in tables(config).items():
         if not isinstance(kept, Mapping) or kept.get(setting) != digest:
             raise UserError(

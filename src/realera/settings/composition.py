@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import hydra
@@ -22,12 +22,14 @@ from realera import paths
 from realera.contracts import Task, UserError
 from realera.settings import error_sentences, loggers, resolvers, schema
 from realera.settings.instantiate import build
+from realera.settings.run_settings import Settings
 from realera.tasks.files import read_concepts
 
 
-def settings_of(command: str, words: Sequence[str]) -> dict[str, Any]:
+def settings_of(command: str, words: Sequence[str], spelt: Callable[[str], str] = "'{}'".format) -> dict[str, Any]:
     """The checked settings of `python -m realera.<command> <words>`, for use inside another program: that program's
-    Hydra state is restored. Raises UserError for words that cannot be composed and for settings that are not valid."""
+    Hydra state is restored. spelt: how an error sentence writes a setting that it suggests. Raises UserError for words
+    that cannot be composed and for settings that are not valid."""
     state, own = Singleton.get_state(), GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     resolvers.register_resolvers()
@@ -39,7 +41,7 @@ def settings_of(command: str, words: Sequence[str]) -> dict[str, Any]:
                 cfg = hydra.compose(command, [*words, f"judge={chosen}"])
             return checked(with_concepts(cfg), command)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(error_sentences.of_config(error, command, list(words))) from error
+        raise UserError(error_sentences.of_config(error, command, list(words), spelt)) from error
     finally:
         Singleton.set_state(state)  # a copy of the global state of Hydra and OmegaConf
         GlobalHydra.instance().hydra = own
@@ -131,27 +133,26 @@ def name_concepts(config: dict[str, Any], task: Task) -> dict[str, Any]:
     """The config with the task's names filled in: `concept` (and the guide's `concepts`) if none was typed, and the
     preserved concepts if method.edit.keep=task. Raises UserError if the task has no preserved concepts to name."""
     config = _name_preserved(config, task)
-    if config.get("concept"):
+    settings = Settings(config)
+    if settings.concept:
         return config
     named = {**config, "concept": [concept.target for concept in task.concepts]}
-    method = config.get("method") or {}
-    guide = method.get("guide") or {}
-    if "concepts" in guide and guide["concepts"] is None:
-        named["method"] = {**method, "guide": {**guide, "concepts": named["concept"]}}
+    method = settings.method
+    if method.guide.awaits_concepts:
+        named["method"] = {**method.node, "guide": {**method.guide.node, "concepts": named["concept"]}}
     return named
 
 
 def _name_preserved(config: dict[str, Any], task: Task) -> dict[str, Any]:
-    method = config.get("method") or {}
-    edit = method.get("edit") or {}
-    if edit.get("keep") != "task":
+    method = Settings(config).method
+    if method.edit.keep != "task":
         return config
     if not (told := list(getattr(task, "told", ()))):
         raise UserError(
             f"method.edit.keep=task, but task {task.name} tells the method none of its preserved concepts: type "
             "task.told=half (it tells every second one and judges the others), or name concepts in method.edit.keep."
         )
-    return {**config, "method": {**method, "edit": {**edit, "keep": told}}}
+    return {**config, "method": {**method.node, "edit": {**method.edit.node, "keep": told}}}
 
 
 def prepared(cfg: DictConfig, command: str) -> DictConfig:
@@ -212,5 +213,5 @@ def has_numbers(names: Any) -> bool:
 
 def build_task(config: Mapping[str, Any]) -> Task:
     """The task of a resolved config. Tasks are built without torch, so that their errors come early."""
-    task: Task = build({key: value for key, value in config["task"].items() if key != "judges"})
+    task: Task = build(Settings(config).task.to_build)
     return task

@@ -6,7 +6,7 @@ import difflib
 import re
 import sqlite3
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -29,8 +29,11 @@ PLUGINS = {  # of the extra `sweeps`
 }
 
 
-def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
-    """The sentence for an error that occurred while the config was composed from the command line's `arguments`.
+def of_config(
+    error: Exception, config_name: str, arguments: list[str], spelt: Callable[[str], str] = "'{}'".format
+) -> str:
+    """The sentence for an error that occurred while the config was composed from the command line's `arguments`. spelt:
+    how a suggested setting is written; by default as on the command line.
 
     Raises:
         Exception: `error` itself, if it is not an error of Hydra, OmegaConf or realera.
@@ -64,7 +67,7 @@ def of_config(error: Exception, config_name: str, arguments: list[str]) -> str:
             f"{_quoted(found[1])}"
         )
     if found := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(found[1].split("@")[0], config_name, arguments)
+        return _unknown_key(found[1].split("@")[0], config_name, arguments, spelt)
     return first_line(error)
 
 
@@ -96,10 +99,10 @@ def of_value(error: OmegaConfBaseException) -> str:
     return _of_known(error) or first_line(error) + place
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], spelt: Callable[[str], str] = "'{}'".format) -> str:
     """ "; did you mean 'x'?", or "" if no known word is similar."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean {spelt(close[0])}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:
@@ -165,7 +168,7 @@ def _quoted(override: str) -> str:
     return f'"{key}=\\"{bare}\\""' if "'" in bare else f"{key}='\"{bare}\"'"
 
 
-def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
+def _unknown_key(key: str, config_name: str, arguments: list[str], spelt: Callable[[str], str]) -> str:
     groups = _groups(config_name)
     if (paths.CONF_DIR / key).is_dir() and key not in groups:
         return f"python -m realera.{config_name} has no setting '{key}': leave it out; --help lists its settings."
@@ -180,8 +183,16 @@ def _unknown_key(key: str, config_name: str, arguments: list[str]) -> str:
         return f"there is no setting '{key}', because {parent} is null here: choose an option that has it."
     known = {*_keys(composed), *groups}
     same_end = {k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]}
-    meant = did_you_mean(key, same_end) or did_you_mean(key, known)
+    if "." not in key and same_end:
+        meant = f"; did you mean {spelt(_nearest(same_end))}?"
+    else:
+        meant = did_you_mean(key, same_end, spelt) or did_you_mean(key, known, spelt)
     return f"there is no setting '{key}'{meant or '; --help lists them.'}"
+
+
+def _nearest(keys: Iterable[str]) -> str:
+    """The setting that a bare name most likely means: one of the method, and of its least nested part."""
+    return min(keys, key=lambda key: (not key.startswith("method."), key.count("."), key))
 
 
 def _groups(config_name: str) -> list[str]:

@@ -17,6 +17,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from realera.contracts import UserError
+from realera.settings import help_text
 from realera.settings.source_code import find
 from realera.system.devices import number as cuda_devices
 
@@ -24,14 +25,15 @@ WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # W&B's servers, befo
 
 
 def register_resolvers() -> None:
-    """Registers ${default_backbone:}, ${by_backbone:...}, ${by_task:...}, ${by_space:...}, ${times:...} and
-    ${wandb_mode:} for every config."""
+    """Registers ${default_backbone:}, ${by_backbone:...}, ${by_task:...}, ${by_space:...}, ${times:...},
+    ${wandb_mode:} and, for the text of --help, ${own_settings:...} for every config."""
     OmegaConf.register_new_resolver("default_backbone", lambda: default_backbone()[0], replace=True)
     OmegaConf.register_new_resolver("by_backbone", by_backbone, replace=True)
     OmegaConf.register_new_resolver("by_task", by_task, replace=True)
     OmegaConf.register_new_resolver("by_space", by_space, replace=True)
     OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)  # ${times:1000,${seed}}
     OmegaConf.register_new_resolver("wandb_mode", wandb_mode, replace=True)
+    OmegaConf.register_new_resolver("own_settings", help_text.own_settings, replace=True)
 
 
 @cache

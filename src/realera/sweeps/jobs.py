@@ -30,6 +30,7 @@ from realera.contracts import UserError
 from realera.files import json_shapes, plain_data
 from realera.runs import folders
 from realera.settings import composition, error_sentences
+from realera.settings.run_settings import Settings
 from realera.system import devices, disk
 
 CELLS, LISTED, FAILED = paths.CELLS, paths.RUN_LIST, paths.FAILED
@@ -43,9 +44,9 @@ def axes(config: Any) -> set[str]:
     return {str(key) for key in config.sweeper.get("params") or ()}
 
 
-def refuse_single_run(settings: Mapping[str, Any]) -> None:
+def refuse_single_run(config: Mapping[str, Any]) -> None:
     """Refuses a single run of an experiment that is a sweep over concepts. Raises UserError."""
-    if settings.get("concept") is None and not composition.in_sweep() and "concept" in axes(HydraConfig.get()):
+    if Settings(config).concept is None and not composition.in_sweep() and "concept" in axes(HydraConfig.get()):
         raise UserError("this experiment is a sweep with one job for each concept: add -m, or type concept=NAME.")
 
 
@@ -100,7 +101,7 @@ def record_run(run: folders.Run, found: bool = False) -> None:
 
 def system(config: Mapping[str, Any]) -> str:
     """The name that tables of several runs give to a run of these settings."""
-    return str(config.get("label") or (config.get("method") or {}).get("name") or "original")
+    return Settings(config).system
 
 
 def read_cells(place: Path, launch: str | None = None) -> list[Cell]:

@@ -6,6 +6,7 @@ import copy
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import product
@@ -27,6 +28,7 @@ from realera.runs import estimate, folders, preflight, rejudging, starting
 from realera.runs.estimate import Plan, Work
 from realera.settings import composition, error_sentences, schema
 from realera.settings.instantiate import NotBuilt
+from realera.settings.run_settings import Settings
 from realera.sweeps import jobs as sweep
 from realera.sweeps import study
 from realera.system import disk
@@ -211,15 +213,14 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
             composition.has_numbers(config[key]) for key in ("concept", "anchor")
         ):
             config = composition.plain(composition.with_concepts(own))
-        preflight.check_sweep(config.get("trainer") or {})
+        preflight.check_sweep(Settings(config).trainer)
         if config.get("run") is not None:
             run, unedited = rejudging.run_of(config)
             return estimate.judging(run, composition.build_task(run.config), unedited, known)
         preflight.check_settings(config, here=False)
-        task = composition.build_task(config)
-        config = composition.name_concepts(config, task)
+        config, task = starting.named(config)
         folder = folders.folder_of(config)
-        starting.check(config, _checked_before(known))
+        hindrance = starting.check(config, _checked_before(known))
         if (folder / paths.METRICS).is_file():  # the run is finished only if this judge judged it; slow to compose
             config["judge"] = composition.plain(composition.with_judge(own)).get("judge")
         if made is not None:
@@ -227,7 +228,7 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
             made.setdefault(folder, set()).add(content)
     finally:
         hydra_config.cfg = outside
-    return estimate.work(config, task, known=known)
+    return replace(estimate.work(config, task, known=known), hindrance=hindrance)
 
 
 def _checked_before(known: dict[str, Any] | None) -> set[str]:

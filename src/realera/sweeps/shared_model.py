@@ -16,6 +16,7 @@ from realera.contracts import Backbone
 from realera.costs import Meter
 from realera.runs import folders, steps
 from realera.settings import composition
+from realera.settings.run_settings import Settings
 
 PIECE = 1 << 24  # number of values summed at a time
 
@@ -39,9 +40,9 @@ def shared_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> It
     if not composition.in_sweep():
         yield steps.load_backbone(config, meter)
         return
-    key = json.dumps(
-        [config["backbone"], folders.weights_of(config), steps.device(config)], sort_keys=True, default=str
-    )
+    settings = Settings(config)
+    device = steps.device(settings.trainer)
+    key = json.dumps([settings.backbone.node, folders.weights_of(config), device], sort_keys=True, default=str)
     kept = _kept_models.pop() if _kept_models else None
     if kept is None or kept.key != key:
         del kept  # before the next one is loaded: two may not fit into memory
@@ -49,9 +50,9 @@ def shared_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> It
         kept = Kept(key, backbone, state_of(backbone))
     elif meter is not None:
         with meter.stage("load"):
-            meter.watch(kept.backbone, steps.device(config))
+            meter.watch(kept.backbone, device)
     yield kept.backbone
-    if restore(kept.backbone, steps.device(config), kept.state):
+    if restore(kept.backbone, device, kept.state):
         _kept_models.append(kept)
 
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from realera.runs import folders
 from realera.settings import composition
+from realera.settings.run_settings import Settings
 from realera.tasks.prompts import slug
 
 
@@ -32,8 +33,14 @@ def name_of(config: DictConfig) -> str:
     cfg = loader.load_sweep_config(config, list(fixed.values()))
     with open_dict(cfg):
         del cfg["hydra"]
-    settings = composition.plain(composition.with_concepts(cfg))
-    parts = ((settings.get(part) or {}).get("name") for part in ("method", "backbone"))
+    settings = Settings(composition.plain(composition.with_concepts(cfg)))
+    parts = settings.method.name, settings.backbone.name
     searched = {key: word for key, word in sorted(searched.items()) if key not in fixed}  # as the sweeper has it
-    content = {"settings": folders.identity(settings), "judge": settings.get("judge"), "searched": searched}
-    return "-".join([slug(folders.concept_of(settings)), *(slug(str(part)) for part in parts), folders.digest(content)])
+    content = {
+        "settings": folders.identity(settings.node),
+        "judge": settings.node.get("judge"),
+        "searched": searched,
+    }
+    return "-".join(
+        [slug(folders.concept_of(settings.node)), *(slug(str(part)) for part in parts), folders.digest(content)]
+    )

@@ -16,8 +16,9 @@ from realera.evaluation.results import scalars
 from realera.files.pictures import read_picture
 from realera.reporting.run_page import is_blurred
 from realera.reporting.sheets import blurred, image_rows
-from realera.runs.folders import Run, is_original
+from realera.runs.folders import Run
 from realera.settings.instantiate import locate
+from realera.settings.run_settings import Settings
 from realera.sweeps import jobs
 from realera.tracking.panels import SURFACES
 
@@ -78,7 +79,8 @@ def results_of(run: Run, metrics: Mapping[str, Any]) -> Results:
     """The results in a run's folder. Images that the page blurs (`blur`) are blurred."""
     spent = costs.scalars(costs.read(run.folder))
     named = {f"eval/{name}": value for name, value in scalars(metrics).items()}
-    most = (run.config.get("logger") or {}).get("images", ROWS_PER_SPLIT)
+    asked = run.settings.logger.images
+    most = ROWS_PER_SPLIT if asked is None else asked
     tables = {"cell": _cell(run, metrics, spent)}
     if most:
         tables["sheets"] = _sheets(run, metrics, most, is_blurred(run.config, metrics))
@@ -97,16 +99,16 @@ def system(run: Run) -> str:
 
 
 def job_type(run: Run) -> str:
-    return "evaluate" if is_original(run.config) else "train"
+    return "evaluate" if run.settings.unedited else "train"
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The names by which runs are filtered: {"task", "method", "backbone", "concepts": the first ones}."""
-    parts = {part: (config.get(part) or {}).get("name") for part in ("method", "backbone")}
-    concept = config.get("concept")
-    concepts = concept if isinstance(concept, (list, tuple)) else [concept]
+    settings = Settings(config)
+    parts = {"method": settings.method.name, "backbone": settings.backbone.name}
+    concepts = [] if settings.concept is None else settings.concepts
     more = [f"and {len(concepts) - TAGGED} more"] if len(concepts) > TAGGED else []
-    task = getattr(locate(config["task"]["_target_"]), "name", None)
+    task = getattr(locate(str(settings.task.target)), "name", None)
     return {"task": task, **parts, "concepts": [*concepts[:TAGGED], *more]}
 
 
@@ -134,8 +136,8 @@ def grid(rows: Sequence[Sequence[Picture | None]]) -> Image.Image:
 
 def _cell(run: Run, metrics: Mapping[str, Any], spent: Mapping[str, float]) -> Table:
     """One row: run, system, concept, settings, and the main metrics with their intervals (None if not measured)."""
-    mining = (run.config.get("method") or {}).get("neighbours") or {}
-    row: dict[str, Any] = {"run": run.folder.name, "system": system(run), "seed": run.config.get("seed")}
+    mining = run.settings.method.neighbours.node
+    row: dict[str, Any] = {"run": run.folder.name, "system": system(run), "seed": run.settings.seed}
     row["concept"] = ", ".join(c["target"] for c in metrics["protocol"].get("concepts", [])[:TAGGED])
     row |= {axis: loggable(mining.get(axis)) for pair in SURFACES for axis in pair}
     for name in ORDER:
@@ -157,6 +159,6 @@ def _sheets(run: Run, metrics: Mapping[str, Any], most: int, hidden: bool) -> Ta
     for prompt, seed, split, original, erased, verdict in image_rows(run.folder, judge, headline):
         taken[split] = taken.get(split, 0) + 1
         if taken[split] <= most:
-            before, after = (erased, None) if is_original(run.config) else (original, erased)
+            before, after = (erased, None) if run.settings.unedited else (original, erased)
             rows.append([prompt, seed, split, picture(before), picture(after), verdict])
     return Table(["prompt", "seed", "split", *IMAGES, "verdict"], rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 
 from realera import paths
 from realera.runs.folders import Run
+from realera.runs.session import Session
 from realera.settings import resolvers
 from realera.settings.loggers import KINDS, SHARED, WANDB, Kind, dotted, kind, nodes
 from realera.tracking import content
@@ -37,7 +39,7 @@ def make(run: Run, logger: Mapping[str, Any] | None = None) -> list[Tracker]:
     """The trackers of a run's `logger` settings, or of `logger` if given; without those that cannot start."""
     made: list[Tracker] = []
     try:
-        for node in nodes(run.config.get("logger") if logger is None else logger).values():
+        for node in nodes(run.settings.logger.node if logger is None else logger).values():
             if (tracker := _adapter(node).begin(run, node)) is not None:
                 made.append(tracker)
     except BaseException:
@@ -63,7 +65,7 @@ def log_results(trackers: Sequence[Tracker], run: Run, metrics: Mapping[str, Any
 def log_weights(trackers: Sequence[Tracker], run: Run) -> None:
     """Stores the weights and the settings of a run, if logger.artifact is true."""
     files = [file for file in (run.erased, run.folder / paths.CONFIG) if file.is_file()]
-    if (run.config.get("logger") or {}).get("artifact") and run.erased.is_file():
+    if run.settings.logger.artifact and run.erased.is_file():
         for tracker in trackers:
             tracker.weights(run, files)
 
@@ -75,7 +77,7 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
     If `typed` has no tracker, nothing is logged. Otherwise a tracker gets from the run folder only settings that do no
     harm (`Tracker.again`).
     """
-    own = nodes(run.config.get("logger"))
+    own = nodes(run.settings.logger.node)
     if typed is None:
         chosen = {name: node for name, node in own.items() if _adapter(node).has_agent}
     elif not nodes(typed):
@@ -85,13 +87,22 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
         chosen = {name: node for name, node in found.items() if node is not None}
     if not chosen:
         return
-    shared = {key: value for key, value in (run.config.get("logger") or {}).items() if key in SHARED}
+    shared = {key: value for key, value in run.settings.logger.node.items() if key in SHARED}
     if typed is not None:
         shared["artifact"] = bool(typed.get("artifact"))
     trackers = make(run, {**chosen.pop("", {}), **chosen})
     with closing(trackers):
         log_results(trackers, run, metrics)
         log_weights(trackers, Run(run.folder, {**run.config, "logger": shared}))
+
+
+@contextmanager
+def tracked(session: Session) -> Iterator[tuple[Session, list[Tracker]]]:
+    """The session with the loggers of the run's trackers, and the trackers, which only the first process has. They are
+    closed at the end of the block."""
+    made = make(session.run) if session.ranks.first else []
+    with closing(made):
+        yield replace(session, loggers=loggers(made)), made
 
 
 @contextmanager

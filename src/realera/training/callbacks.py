@@ -184,21 +184,26 @@ class ClosedFormEdit(Callback):
             return []
         like = next(iter(before.values()))
         anchors = self._projected_anchors(module.pairs, before)
+        default = next(iter(anchors.values()))
         means = []
         for start in range(0, len(self.probes), AT_ONCE):
             probes = self.probes[start : start + AT_ONCE]
             read = module.backbone.encode([probe.text for probe in probes])
-            for states, end, probe in zip(read.states, read.length.tolist(), probes):
-                h = states[1 : end + 1].to(like)
-                rows = []
-                for name, anchor in zip(before, anchors.get(probe.concept, next(iter(anchors.values())))):
-                    old, new = h @ before[name].T, h @ after[name].T
-                    near = [torch.cosine_similarity(q[-1], anchor, dim=0).float() for q in (old, new)]
-                    rows.append(torch.stack([_relative_norm(new - old, old).float(), *near]))
-                means.append(torch.stack(rows).mean(dim=0))  # stays on the device: only one transfer at the end
+            counts = read.length.to(like.device)
+            h = torch.cat([states[1 : end + 1] for states, end in zip(read.states, counts.tolist())]).to(like)
+            owners = torch.arange(len(probes), device=like.device).repeat_interleave(counts)
+            ends = counts.cumsum(0) - 1
+            rows = []
+            for layer, name in enumerate(before):
+                old, new = h @ before[name].T, h @ after[name].T
+                lengths = [_norms(x, owners, len(probes)) for x in (new - old, old)]
+                goals = torch.stack([anchors.get(probe.concept, default)[layer] for probe in probes])
+                near = [torch.cosine_similarity(q[ends], goals, dim=1).float() for q in (old, new)]
+                rows.append(torch.stack([(lengths[0] / lengths[1].clamp(min=1e-300)).float(), *near], dim=1))
+            means.append(torch.stack(rows).mean(dim=0))  # stays on the device: only one transfer at the end
         return [
             {"text": probe.text, "split": probe.split, "shift": shift, "to_anchor_before": old, "to_anchor_after": new}
-            for probe, (shift, old, new) in zip(self.probes, torch.stack(means).tolist())
+            for probe, (shift, old, new) in zip(self.probes, torch.cat(means).tolist())
         ]
 
     def _projected_anchors(self, pairs: Sequence[Pair], before: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
@@ -335,6 +340,12 @@ def spread(probes: Sequence[Prompt], most: int) -> list[Prompt]:
         for place in (own if len(own) <= most else [own[i * (len(own) - 1) // (most - 1)] for i in range(most)])
     }
     return [probe for place, probe in enumerate(probes) if place in kept]
+
+
+def _norms(rows: Tensor, owners: Tensor, count: int) -> Tensor:
+    """(count,) float64: the norm of all rows (R, D) that each owner has; owners (R,)."""
+    squares = rows.double().square().sum(dim=1)
+    return torch.zeros(count, dtype=squares.dtype, device=rows.device).index_add(0, owners, squares).sqrt()
 
 
 def _relative_norm(change: Tensor, whole: Tensor) -> Tensor:

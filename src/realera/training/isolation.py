@@ -45,7 +45,8 @@ def isolated() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         torch.set_default_dtype(dtype)
         for logger, level, handlers in levels:
-            logger.setLevel(level)  # type: ignore[union-attr]
+            if logger.level != level:  # type: ignore[union-attr]  # each call clears the caches of all loggers
+                logger.setLevel(level)  # type: ignore[union-attr]
             logger.handlers[:] = handlers  # type: ignore[union-attr]
         for name in set(os.environ) - set(environment):
             del os.environ[name]

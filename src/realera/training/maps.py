@@ -19,6 +19,7 @@ from torch import Tensor
 from realera.closed_form import compose, interpolate
 from realera.contracts import KEYS, PROJECTIONS, VALUES, UserError
 from realera.files import checksums, json_shapes, plain_data
+from realera.settings.run_settings import MethodSettings, Settings
 from realera.training.checkpoint import read_map_whole
 
 MOST_NAMED = 3  # concepts that are named in one line
@@ -73,9 +74,8 @@ def json_of(content: Any) -> str:
 def read(file: Path) -> Map:
     """Raises UserError if the file is missing, torn or not a map, or has values that are not finite."""
     matrix, origin, said = read_map_whole(file)
-    method = origin.config.get("method") or {}
-    concept = origin.config.get("concept")
-    named = [str(one) for one in concept] if isinstance(concept, list) else [] if concept is None else [str(concept)]
+    settings = Settings(origin.config)
+    named = [] if settings.concept is None else settings.concepts
     try:
         projections = _suffixes(said["projections"])
         concepts, anchors = (_json(said.get(key, ""), TEXTS, []) for key in ("concepts", "anchors"))
@@ -89,25 +89,21 @@ def read(file: Path) -> Map:
         matrix=matrix.double(),
         projections=projections,
         text=text,
-        method=str(
-            said.get("method") or (method.get("name") if isinstance(method, dict) else None) or "unknown method"
-        ),
+        method=str(said.get("method") or settings.method.name or "unknown method"),
         concepts=concepts or named,
         anchors=anchors,
-        left_out=left_out(method),
+        left_out=left_out(settings.method),
         digest=checksums.digest_of(matrix.float().contiguous().numpy().tobytes() + repr(projections).encode()),
     )
 
 
-def left_out(method: Any) -> list[str]:
-    """The parts of a run's method (its settings) that changed weights after the first closed form, so that its map
-    lacks them."""
-    method = method if isinstance(method, Mapping) else {}
-    align, finish = method.get("align"), method.get("finish")
-    if align and not align.get("steps", 1):  # nothing was trained, so there is nothing to finish
+def left_out(method: MethodSettings) -> list[str]:
+    """The parts of a run's method that changed weights after the first closed form, so that its map lacks them."""
+    align, finish = method.align, method.finish
+    if align and align.steps == 0:  # nothing was trained, so there is nothing to finish
         return []
-    trained = [] if not align else ["LoRA" if align.get("lora") else "training"]
-    return [*trained, *([str(finish["_target_"]).rpartition(".")[2].lower()] if finish else [])]
+    trained = [] if not align else ["LoRA" if align.lora else "training"]
+    return [*trained, *([finish.class_name.lower()] if finish else [])]
 
 
 def described(concepts: Sequence[str], method: str) -> str:

@@ -32,8 +32,8 @@ CLIP = 1.0  # MACE's gradient norm; also used for RealEra and the others whose p
 class ErasureModule(LightningModule):
     """Minimises the sum of the terms of `method.align`, one concept per step, on latents from `method.latents`.
 
-    Only the U-Net is registered as a submodule, so Lightning moves and DDP wraps only the U-Net. The random numbers of
-    a step depend only on the seed and the step. Every process draws the same batch and takes its part of it
+    Only the trained network is registered as a submodule, so Lightning moves and DDP wraps only it. The random numbers
+    of a step depend only on the seed and the step. Every process draws the same batch and takes its part of it
     (`part_of`), so the mean of the gradients is that of a single process, and the result is the same for any number of
     processes, up to rounding. An aligner must therefore return terms that are means over the latents, and draw the same
     random numbers for any number of latents.
@@ -41,7 +41,7 @@ class ErasureModule(LightningModule):
 
     def __init__(self, backbone: Backbone, method: Method, pairs: Sequence[Pair], seed: int) -> None:
         super().__init__()
-        self.denoiser = backbone.denoiser
+        self.network = backbone.trained
         self.backbone = backbone
         self.method = method
         self.pairs = [

@@ -31,6 +31,7 @@ from realera.reporting.sweep.systems import (
 )
 from realera.reporting.sweep.tables import tables
 from realera.reporting.sweep.trends import too_many
+from realera.settings.run_settings import Settings
 from realera.system import disk
 
 TEMPLATE = "sweep_page.html.j2"
@@ -161,7 +162,7 @@ def _originals(runs: Sequence[Run]) -> list[Run]:
 
 def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | None) -> dict[str, Any]:
     """The template's values for a chapter. `runs` lists the runs that have a folder of their own."""
-    runs = [run for run in chapter.runs if run.config.get("method") is not None or run.base != ORIGINAL]
+    runs = [run for run in chapter.runs if Settings(run.config).method or run.base != ORIGINAL]
     names = differing([run.settings for run in runs])
     shown = [_run(run, names, beside, blur) for run in runs]
     measured = bool(chapter.systems)

@@ -11,6 +11,7 @@ from realera.reporting.cells import ORIGINAL
 from realera.reporting.sheets import Picture, picture
 from realera.reporting.sweep.chapter import Chapter
 from realera.reporting.sweep.systems import Run
+from realera.settings.run_settings import Settings
 
 COLUMNS: Mapping[Split, int] = {"erase": 3, "near": 3, "keep": 3, "associated": 1}  # images of each split in a row
 MOST_CONCEPTS, MOST_SYSTEMS = 6, 30  # limits of a page
@@ -78,7 +79,7 @@ def _sheet(chapter: Chapter, concept: str, runs: Mapping[str, Run]) -> Sheet | N
     own = [system for system in runs if system != ORIGINAL and runs[system].method != ORIGINAL]
     before = [system for system in runs if system not in own]
     top: list[tuple[str, tuple[Picture | None, ...]]] = []
-    if before and runs[before[0]].config.get("method") is not None:
+    if before and Settings(runs[before[0]].config).method:
         top.append((before[0], pictures(runs[before[0]], "erased")))
     else:
         with_original = (runs[system] for system in runs if any(row.original for row in drawn[system].values()))

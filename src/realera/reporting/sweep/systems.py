@@ -12,6 +12,7 @@ from realera import paths
 from realera.evaluation.records import read_config, read_metrics, read_verdicts, verdict_file
 from realera.reporting.cells import ORIGINAL, Cell, read_cell
 from realera.reporting.printed import ORDER
+from realera.settings.run_settings import Settings
 
 # Settings that do not affect the metrics, or that do not belong to a system's name.
 IGNORED_SETTINGS = (
@@ -46,18 +47,17 @@ class Run:
 
     @property
     def method(self) -> str:
-        return str((self.config.get("method") or {}).get("name") or ORIGINAL)
+        return Settings(self.config).method.name or ORIGINAL
 
     @property
     def concept(self) -> str:
         if self.cell is not None:
             return self.cell.concept
-        concept = self.config.get("concept")
-        return ", ".join(map(str, concept)) if isinstance(concept, list) else str(concept)
+        return ", ".join(Settings(self.config).concepts)
 
     @property
     def seed(self) -> int:
-        return int(self.config.get("seed") or 0)
+        return Settings(self.config).seed or 0
 
     @property
     def task(self) -> str:
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def backbone(self) -> str:
-        return str((self.config.get("backbone") or {}).get("name") or "")
+        return Settings(self.config).backbone.name or ""
 
 
 def read_run(folder: Path, base: str | None = None) -> Run | None:
@@ -75,7 +75,7 @@ def read_run(folder: Path, base: str | None = None) -> Run | None:
         return None
     config = read_config(folder)
     settings = flat(config)
-    base = base or str(config.get("label") or (config.get("method") or {}).get("name") or ORIGINAL)
+    base = base or Settings(config).system
     metrics = read_metrics(folder)
     judge = str(((metrics.get("protocol") or {}).get("judge") or {}).get("judge") or "")
     whole = (folder / paths.MANIFEST).is_file() and verdict_file(folder, judge).is_file()

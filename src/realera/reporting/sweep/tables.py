@@ -18,6 +18,7 @@ from realera.reporting.sweep.chapter import Chapter, cells
 from realera.reporting.sweep.systems import Run
 from realera.reporting.table import mean_counts
 from realera.reporting.table_formats import Column, Number, Row, Table, ranked
+from realera.settings.run_settings import Settings
 
 MEAN = "mean"
 NUDITY = "nudity"  # the concept of the paper's Table 2
@@ -105,13 +106,12 @@ def parts_of(run: Run) -> frozenset[str] | None:
     """The parts of RealEra that a run has; None for another method."""
     if not run.method.startswith("realera"):
         return None
-    config = run.config.get("method") or {}
-    mining, align = config.get("neighbours") or {}, config.get("align") or {}
+    method = Settings(run.config).method
     has = {
-        "closed_form": bool(config.get("edit")),
-        "noise_alignment": bool(align.get("steps")),
-        "neighbor_mining": bool(mining.get("m")),
-        "beyond_concept_reg": bool(mining.get("n")),
+        "closed_form": bool(method.edit),
+        "noise_alignment": bool(method.align.steps),
+        "neighbor_mining": bool(method.neighbours.m),
+        "beyond_concept_reg": bool(method.neighbours.n),
     }
     return frozenset(name for name, there in has.items() if there)
 
