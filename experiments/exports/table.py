@@ -207,6 +207,29 @@ def single(file: Path, folder: Path) -> StableDiffusionPipeline:
     )
 
 
+def markdown(results: dict[str, dict[str, dict[str, float | str]]]) -> str:
+    """The table of each model: a row for each method, a column for each form and client."""
+    blocks = []
+    for model, methods in results.items():
+        columns = list(dict.fromkeys(name for found in methods.values() for name in found if "left out" not in name))
+        columns = [name for name in columns if name != "all"]
+        lines = [f"**{model}**", "", f"| method | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        notes = []
+        for method, found in methods.items():
+            row = []
+            for name in columns:
+                value = found.get(name, found.get("all", ""))
+                if isinstance(value, str) and value:
+                    if (note := value) not in notes:
+                        notes.append(note)
+                    value = f"({notes.index(note) + 1})"
+                row.append(str(value))
+            lines.append(f"| {method} | {' | '.join(row)} |")
+        lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
 def main() -> None:
     out, models = Path(sys.argv[1]), sys.argv[2:] or ["miniature", "small", "full"]
     known = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
@@ -217,6 +240,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as files:
                     known.setdefault(model, {})[method] = cells(model, place, method, Path(files))
                 out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    print(markdown(known))
 
 
 if __name__ == "__main__":
