@@ -414,7 +414,7 @@ def test_a_wrong_keyword_names_the_setting_that_was_meant(
 
 def test_a_pipe_that_is_nowhere_is_answered_with_the_known_models() -> None:
     for name in ("sd14", "nowhere"):
-        with pytest.raises(UserError, match=f"pipe='{name}' is neither a folder nor a hub id") as caught:
+        with pytest.raises(UserError, match=f"pipe='{name}' is no folder, no file and no hub id") as caught:
             realera.erase(name, "airplane")
         for known in ("CompVis/stable-diffusion-v1-4 (sd14)", "(sdxl)", "realera.miniature_pipeline() (mini)"):
             assert known in str(caught.value)

@@ -254,8 +254,8 @@ def erase(
 ) -> Erased:
     """Erases one or several concepts from a pipeline, in place.
 
-    pipe: a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, or a folder or hub id to load one from. Its device,
-    dtype, scheduler and safety checker do not change. anchor: the concept that replaces the erased one; None = the
+    pipe: a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, or a folder, file or hub id of one. Its device, dtype,
+    scheduler and safety checker do not change. anchor: the concept that replaces the erased one; None = the
     task's own anchor, if it has one. task: "object", "celebrity", "style" or "nsfw"; it sets the prompts. seed: for all
     random numbers. overrides: settings as typed on the command line. settings: the same as keywords, **{"edit.ridge":
     1} or **{"method.edit.ridge": 1}. cache: a folder for the images that the method generates to train on; False = do
@@ -428,15 +428,16 @@ def _first_sentences(group: str) -> dict[str, str]:
 
 
 def _opened(pipe: str | Path) -> DiffusionPipeline:
-    """The pipeline of a folder or hub id. Raises UserError that names the known models if it can be neither."""
+    """The pipeline of a folder, a single file or a hub id. Raises UserError that names the known models if it is none
+    of them."""
     from realera.backbones import folder, pipelines
 
-    if paths.dir_of(pipe) is None and not folder.HUB_ID.fullmatch(str(pipe)):
+    if paths.dir_of(pipe) is None and paths.file_of(pipe) is None and not folder.HUB_ID.fullmatch(str(pipe)):
         known = {file.stem: Settings({"backbone": plain_data.read_yaml(file)}).backbone for file in _yamls("backbone")}
         named = ", ".join(f"{model.pretrained} ({name})" for name, model in known.items() if model.pretrained)
         raise UserError(
-            f"pipe={str(pipe)!r} is neither a folder nor a hub id: give a pipeline, its folder, a hub id such as those "
-            f"of the known backbones, {named}, or realera.miniature_pipeline() (mini)."
+            f"pipe={str(pipe)!r} is no folder, no file and no hub id: give a pipeline, its folder, a .safetensors "
+            f"file, a hub id such as those of the known backbones, {named}, or realera.miniature_pipeline() (mini)."
         )
     return pipelines.opened(pipe)
 

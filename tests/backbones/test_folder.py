@@ -163,7 +163,7 @@ def test_half_precision_copies_and_shards_are_read(kind: str, request: pytest.Fi
     assert (found.float() - expected.float()).abs().mean() < 3
     assert folder.fingerprint(copy, 77) != folder.fingerprint(source, 77)
     backbone.apply(Edit(map=_some_map(backbone.width)))
-    portable.save_pipeline(copy, backbone.erased_state(), tmp_path / "out")
+    portable.save_pipeline(copy, backbone.erased_state(), tmp_path / "out", torch.float32)
     again = UNetBackbone(kind, tmp_path / "out", sampler)
     assert torch.equal(again.generate(["a cat"], [0]), backbone.generate(["a cat"], [0]))
     assert not list((tmp_path / "out").glob("*/*.fp16.*"))

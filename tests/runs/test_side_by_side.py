@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,7 @@ def test_each_model_draws_the_images_of_its_own_run(runs: list[Run]) -> None:
         assert list(drawn) == ["original", *methods]
         for name in methods:
             run = models.runs[name]
-            alone = steps.pairs_from(steps.load_run(run), run.config)(PROMPT, 3)
+            alone = steps.pairs_from(steps.load_run(run), run.settings)(PROMPT, 3)
             assert np.array_equal(drawn[name][0], alone["erased"].numpy())
             assert np.array_equal(drawn["original"][0], alone["original"].numpy())
             assert not np.array_equal(drawn[name], drawn["original"])
@@ -118,10 +117,8 @@ def test_a_full_memory_is_a_sentence(runs: list[Run], monkeypatch: pytest.Monkey
 
 
 def fake(folder: Path, method: str = "uce", concept: str = "cat", pretrained: str | None = None) -> Any:
-    return SimpleNamespace(
-        folder=folder,
-        config={"method": {"name": method}, "concept": concept, "backbone": {"name": "mini", "pretrained": pretrained}},
-    )
+    backbone = {"name": "mini", "pretrained": pretrained}
+    return Run(folder, {"method": {"name": method}, "concept": concept, "backbone": backbone})
 
 
 @pytest.mark.parametrize(

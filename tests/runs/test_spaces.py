@@ -97,11 +97,11 @@ def test_nothing_in_it_names_a_folder_of_this_machine(space: Path, run: Run, tin
 def test_its_run_draws_what_the_run_draws(space: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from realera.runs import steps
 
-    expected = steps.pairs_from(steps.load_run(run), run.config)("a photo of the airplane", 1)
+    expected = steps.pairs_from(steps.load_run(run), run.settings)("a photo of the airplane", 1)
     monkeypatch.chdir(space)
     theirs = folders.open_run("runs/0-uce")
     together.check([theirs])
-    drawn = steps.pairs_from(steps.load_run(theirs), theirs.config)("a photo of the airplane", 1)
+    drawn = steps.pairs_from(steps.load_run(theirs), theirs.settings)("a photo of the airplane", 1)
     assert all(torch.equal(drawn[which], expected[which]) for which in ("original", "erased"))
     checksums.verify(theirs.erased)
 

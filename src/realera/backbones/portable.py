@@ -131,10 +131,10 @@ def low_rank(changes: Mapping[str, Tensor], rank: int | None, error: float = 0.0
             lost += square
             continue
         values, left = singular(change)
-        kept = min(needed_rank(values, error) if rank is None else rank, len(values))
+        kept = min(needed_rank(values, error) if rank is None else rank, int((values > 0).sum()))
         root = values[:kept].sqrt()
         up = left[:, :kept] * root
-        down = (left[:, :kept].T @ change.flatten(1)) / root.clamp(min=1e-300)[:, None]
+        down = (left[:, :kept].T @ change.flatten(1)) / root[:, None]
         lost += float((change.flatten(1) - up @ down).square().sum())
         if change.dim() > 2:  # a convolution: the kernel goes to `down`, `up` is 1 x 1
             down, up = down.reshape(-1, *change.shape[1:]), up[:, :, None, None]
