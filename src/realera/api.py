@@ -254,8 +254,8 @@ def erase(
 ) -> Erased:
     """Erases one or several concepts from a pipeline, in place.
 
-    pipe: a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, or a folder, file or hub id of one. Its device, dtype,
-    scheduler and safety checker do not change. anchor: the concept that replaces the erased one; None = the
+    pipe: a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, or a folder, file or hub id of one. Its device,
+    dtype, scheduler and safety checker do not change. anchor: the concept that replaces the erased one; None = the
     task's own anchor, if it has one. task: "object", "celebrity", "style" or "nsfw"; it sets the prompts. seed: for all
     random numbers. overrides: settings as typed on the command line. settings: the same as keywords, **{"edit.ridge":
     1} or **{"method.edit.ridge": 1}. cache: a folder for the images that the method generates to train on; False = do
