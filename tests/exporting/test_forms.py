@@ -298,3 +298,15 @@ def test_diffusers_reads_a_lora_whose_layers_need_different_ranks(
     fused = dict(pipe.unet.named_parameters())
     for name in (VALUE, key):
         assert torch.allclose(fused[name], state[f"edit.{name}"], atol=1e-5)
+
+
+def test_a_readme_of_somebody_else_stays(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", rank_one(base))
+    (tmp_path / "README.md").write_text("# My project\n")
+    forms.export(run, "kohya", tmp_path, NOT_DRAWN)
+    assert (tmp_path / "README.md").read_text() == "# My project\n" and "no model card is written" in said.text
+    forms.export(run, "kohya", tmp_path / "out", NOT_DRAWN)
+    forms.export(run, "lora", tmp_path / "out", NOT_DRAWN)  # a card of an earlier export is replaced
+    assert "load_lora_weights" in (tmp_path / "out" / "README.md").read_text()

@@ -75,6 +75,12 @@ def text(about: Description, form: str, names: Mapping[str, str], notes: Mapping
     return str(card)
 
 
+def is_ours(written: str) -> bool:
+    """Whether a README.md is such a card, and not somebody's own."""
+    head = written.partition("\n---\n")[0]
+    return head.startswith("---") and "\n- concept-erasure\n" in head and "\n- realera\n" in head
+
+
 def _front(about: Description, form: str) -> Any:
     from huggingface_hub import ModelCardData
 

@@ -17,6 +17,7 @@ from realera.backbones import portable
 from realera.backbones.folder import locate
 from realera.contracts import UserError
 from realera.exporting import card, description, verification
+from realera.files import plain_data
 from realera.runs import map_files, preflight
 from realera.runs.folders import Run
 from realera.system import disk
@@ -108,8 +109,11 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
         made = _weights(run, to, out, options, source, state, about)
     for part, why in made.left_out.items():
         log.warning("not in the export: the %s (%s)", part, why)
-    names = _names(to, out, made.path, about, options)
-    disk.write_text(out / CARD, card.text(about, to, names, _notes(made)))
+    if _is_foreign(out / CARD):
+        log.warning("%s has a %s of its own, which stays: no model card is written", out, CARD)
+    else:
+        names = _names(to, out, made.path, about, options)
+        disk.write_text(out / CARD, card.text(about, to, names, _notes(made)))
     if options.push is not None:
         _push(options.push, options.private, out)
     return made
@@ -166,6 +170,16 @@ def _map(run: Run, out: Path, about: description.Description) -> Exported:
     if about.guide:
         left_out[about.guide] = "it acts while images are drawn; only realera's own commands can apply it"
     return Exported(out / paths.MAP, left_out=left_out)
+
+
+def _is_foreign(file: Path) -> bool:
+    """Whether a file exists and is not a card of an earlier export."""
+    if not file.is_file():
+        return False
+    try:
+        return not card.is_ours(plain_data.text(file))
+    except (OSError, ValueError):
+        return True
 
 
 def _notes(made: Exported) -> dict[str, str]:
