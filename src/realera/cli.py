@@ -51,11 +51,14 @@ def run_command(config_name: str, step: Step, positional: str | None = None) -> 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of print: its errors become sentences here
     os.environ.setdefault(jobs.STAMP, jobs.new_stamp())  # the same for all runs and processes of a sweep
     jobs.begin_launch()
-    with interrupts.handling():
-        try:
-            status = _run(config_name, step, positional)
-        except KeyboardInterrupt:
-            status = _status_of_signal()
+    try:
+        with interrupts.handling():
+            try:
+                status = _run(config_name, step, positional)
+            except KeyboardInterrupt:
+                status = _status_of_signal()
+    except KeyboardInterrupt:  # the signal came before `handling` reached its block
+        status = _status_of_signal()
     if status:
         sys.exit(status)
 
