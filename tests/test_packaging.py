@@ -115,11 +115,12 @@ def test_a_python_that_will_not_do_is_one_sentence(tmp_path: Path) -> None:
         ("[ $1 != -m ]", r"makes no environment with pip: install python3-venv"),
     ):
         done = set_up(tmp_path, python)
-        first, *more = done.stderr.splitlines()
+        # A disk with little room warns first.
+        first, *more = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
         assert done.returncode == 2 and re.match(f"error: .*{said}", first), done.stderr
         assert len(more) == 1 and more[0].startswith("make: ***") and not (tmp_path / "venv").exists()
     done = make("-s", "setup", f"VENV={tmp_path / 'venv'}", "PYTHON=python9")
-    assert done.returncode == 2 and done.stderr.startswith("error: there is no python9 here: install Python 3.10-3.13")
+    assert done.returncode == 2 and "error: there is no python9 here: install Python 3.10-3.13" in done.stderr
 
 
 @pytest.mark.parametrize("fails", ["torchvision", "-e .[dev]"])
