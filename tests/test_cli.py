@@ -208,7 +208,19 @@ def test_a_prompt_that_is_cut_before_the_concept_is_refused(tiny_sd: Path, tmp_p
 
 
 def test_help_comes_fast_and_names_what_there_is(typed: Callable[..., Typed], tmp_path: Path) -> None:
-    for name in ("train", "evaluate", "generate", "export", "apply", "report", "demo", "cache", "dashboard", "residue"):
+    for name in (
+        "train",
+        "evaluate",
+        "generate",
+        "export",
+        "apply",
+        "report",
+        "demo",
+        "cache",
+        "dashboard",
+        "residue",
+        "attack",
+    ):
         began = time.monotonic()
         done = door("--help", name=name, cwd=tmp_path) if name == "train" else typed("--help", name=name)
         assert time.monotonic() - began < LIMIT

@@ -31,6 +31,7 @@ LINES = {
     "cache": ["captions=nowhere", "backbone=mini"],
     "dashboard": ["dry_run=true"],
     "residue": ["run=nowhere"],
+    "attack": ["run=original", "concept=airplane", "backbone=mini", "dry_run=true"],
 }
 OPTIONS = ("method=uce", "method=mace", "method=sa", "method=sld", "task=style", "judge=clip", "trainer=ddp", "+x.y=1")
 _known: dict[str, list[str]] = {}

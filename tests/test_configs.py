@@ -31,6 +31,7 @@ NEEDED = {
     "export": ["run=x", "to=map", "out=z"],
     "apply": ["map=x", "pretrained=mini", "out=z"],
     "residue": ["run=x"],
+    "attack": ["run=original", "concept=airplane"],
     "cache": ["captions=x"],
 }
 BACKBONES = [option for group, option in OPTIONS if group == "backbone"]
@@ -70,6 +71,7 @@ def test_the_folder_holds_what_it_should() -> None:
         "cache",
         "dashboard",
         "residue",
+        "attack",
     } == set(DOORS)
     assert {"mini", "sd14"} <= set(BACKBONES)
     assert {"realera", "uce"} <= set(METHODS)
@@ -89,7 +91,8 @@ def test_the_folder_holds_what_it_should() -> None:
     ),
 )
 def test_every_option_composes_on_every_backbone(group: str, option: str, backbone: str) -> None:
-    config = composed("train", "concept=airplane", f"backbone={backbone}", f"{group}={option}")
+    door = ["attack", "run=original"] if group == "attack" else ["train"]
+    config = composed(*door, "concept=airplane", f"backbone={backbone}", f"{group}={option}")
     for target in targets(config):
         assert callable(resolve_name(target)), target
 

@@ -11,8 +11,20 @@ import pytest
 import realera
 
 ROOT = Path(realera.__file__).parent
-COMMANDS = {"train", "evaluate", "generate", "export", "apply", "report", "demo", "cache", "dashboard", "residue"}
-BASE = {"contracts", "paths", "setting_types"}
+COMMANDS = {
+    "train",
+    "evaluate",
+    "generate",
+    "export",
+    "apply",
+    "report",
+    "demo",
+    "cache",
+    "dashboard",
+    "residue",
+    "attack",
+}
+BASE = {"contracts", "attack_contract", "paths", "setting_types"}
 MATHEMATICS = {"closed_form", "value_space", "mining"}
 FOUNDATION = BASE | {"system", "files"}
 # What each part of realera may import besides itself: a part comes after all that it may import, so there is no circle.
@@ -27,6 +39,7 @@ MAY = {
     "callable_module": set[str](),
     "setting_types": set[str](),
     "contracts": {"setting_types"},
+    "attack_contract": {"contracts"},
     "paths": {"contracts"},
     "system": BASE,
     "files": BASE | {"system"},
@@ -36,6 +49,7 @@ MAY = {
     "costs": FOUNDATION,
     "backbones": FOUNDATION,
     "methods": FOUNDATION | MATHEMATICS | {"callable_module"},  # not judges: a method cannot see its judge
+    "attacks": FOUNDATION | {"methods", "tasks", "callable_module"},  # not judges: an attack asks, and is told
     "judges": FOUNDATION | {"settings"},
     "training": FOUNDATION | {"closed_form", "costs", "settings"},
     "evaluation": FOUNDATION,  # not methods: ours and a rival's images are judged alike

@@ -60,6 +60,7 @@ def test_the_documents_have_something_to_type() -> None:
         "demo",
         "dashboard",
         "residue",
+        "attack",
     }
     assert len(blocks(CONTRIBUTING, "python")) >= 2 and len(blocks(CONTRIBUTING, "yaml")) >= 4
 

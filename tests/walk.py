@@ -16,7 +16,7 @@ from realera.paths import CONF_DIR
 from realera.settings import composition, resolvers
 
 ODD: tuple[Any, ...] = (None, True, "abc", -1, 0, 1e308, math.nan, math.inf, 1e20, 5, 2**63 - 1, [], [5], {"a": 1}, "")
-GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger")
+GROUPS = ("task", "method", "backbone", "judge", "trainer", "logger", "attack")
 NEEDED = {
     "train": ["concept=airplane", "anchor=sky", "backbone=mini"],
     "evaluate": ["run=original", "concept=airplane", "anchor=sky", "backbone=mini"],
@@ -24,9 +24,22 @@ NEEDED = {
     "export": ["run=x", "to=map", "out=z"],
     "apply": ["map=x", "pretrained=mini", "out=z"],
     "residue": ["run=x"],
+    "attack": ["run=original", "concept=airplane", "anchor=sky", "backbone=mini"],
     "cache": [f"captions={__file__}", "backbone=mini"],
 }
-DOORS = ("train", "evaluate", "generate", "export", "apply", "report", "demo", "cache", "dashboard", "residue")
+DOORS = (
+    "train",
+    "evaluate",
+    "generate",
+    "export",
+    "apply",
+    "report",
+    "demo",
+    "cache",
+    "dashboard",
+    "residue",
+    "attack",
+)
 Place = tuple[str | int, ...]
 
 
@@ -96,7 +109,8 @@ def walked(group: str, option: str) -> tuple[str, dict[str, Any], list[Place]]:
         resolved = composition.plain(composed(option))
         own = own_yaml(CONF_DIR / f"{option}.yaml")
         return option, resolved, [place for key in own for place in leaves(resolved[key], (key,))]
-    resolved = composition.plain(composed("train", f"{group}={option}"))
+    door = "attack" if group == "attack" else "train"
+    resolved = composition.plain(composed(door, f"{group}={option}"))
     own = own_yaml(CONF_DIR / group / f"{option}.yaml")
     if group == "experiment":
         return "train", resolved, [place for place in leaves(own) if _there(resolved, place)]
@@ -104,7 +118,7 @@ def walked(group: str, option: str) -> tuple[str, dict[str, Any], list[Place]]:
     node: Any = resolved
     for name in at:
         node = node[name]
-    return "train", resolved, list(leaves(_shape(own, node), at))
+    return door, resolved, list(leaves(_shape(own, node), at))
 
 
 def _shape(own: Any, resolved: Any) -> Any:

@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from realera.evaluation.summary import Evaluation as Evaluation
 
 __version__ = "0.1.0"
-COMMANDS = ("train", "evaluate", "generate", "export", "apply", "report", "demo", "cache", "dashboard", "residue")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "generate",
+    "export",
+    "apply",
+    "report",
+    "demo",
+    "cache",
+    "dashboard",
+    "residue",
+    "attack",
+)
 CALLED = ("apply", "evaluate", "methods", "tasks")
 PUBLIC = ("Applied", "Erased", "Evaluation", "erase", "load", "miniature_pipeline")
 __all__ = [

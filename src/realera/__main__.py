@@ -14,6 +14,7 @@ LINES = {
     "export": "write a run's erasure in a format of other programs",
     "apply": "apply an exported map to other checkpoints",
     "report": "write the page of one run or of several",
+    "attack": "look for inputs with which an erased model draws the concept again",
     "residue": "search for texts that still draw the concept",
     "demo": "serve a page on this machine: the original and the erased models side by side",
     "cache": "sum captions that a closed form must preserve",

@@ -44,6 +44,7 @@ console = Console()
 STATES = {"done": "done", "found": "already finished", "refused": "refused", "failed": "failed"}  # a sweep's cells
 MOST_CONCEPTS = 12  # erased concepts in the terminal; metrics.json has all of them
 MOST_TEXTS = 24  # texts per concept in the terminal; residue.json has all of them
+ATTACK_ROWS = {"original": "original model", "pre_asr": "erased", "asr": "erased and attacked"}
 MOST = 10  # reasons of refused cells in a plan; plan.json has all of them
 
 
@@ -157,6 +158,32 @@ def show_residue(found: Mapping[str, Any]) -> None:
             table.add_row(f"and {more} more in {paths.RESIDUE}")
         console.print()
         console.print(table)
+
+
+def show_attack_plan(plan: Any, name: str, hindrance: str | None = None) -> None:
+    """Shows the planned work of an attack (`attacking.Plan`)."""
+    hours = "?" if plan.hours is None else f"{plan.hours:.2f}"
+    _say(
+        f"attack {name}: {plan.prompts} prompts, at most {plan.passes:,.0f} U-Net passes, {hours} hours ({plan.basis})"
+    )
+    if hindrance:
+        _say(f"this is a plan only; on this machine the attack could not start now: {hindrance}")
+
+
+def show_attack(name: str, numbers: Mapping[str, Any], title: str) -> None:
+    """Shows the numbers of an attack."""
+    table = Table(title=_plain(f"{title}, attacked by {name}"), title_justify="left")
+    table.add_column("% of prompts that draw the concept", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    for key, words in ATTACK_ROWS.items():
+        table.add_row(words, _cell(numbers[key]))
+    console.print()
+    console.print(table)
+    cost, steps = numbers["cost"], numbers["steps"]
+    _say(
+        f"{numbers['prompts']} prompts, {cost['draws']} images, {cost['passes']:,.0f} U-Net passes, "
+        f"{cost['seconds']:.0f} s" + (f"; won at step {steps['median']:g} (median)" if steps else "")
+    )
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:

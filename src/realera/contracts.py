@@ -187,6 +187,20 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class Course:
+    """Another course of sampling than from a seed's noise through all steps. latents (1 or B, C, h, w): z_t before step
+    `first`, in place of the noise. eta: DDIM's share of fresh noise (of the same seeds) in every step; above 1 it is
+    more than the model was trained for. variance: factor on the fresh noise. change: (step, z_t) -> the z_t that the
+    step takes; it is also called after the last step, with the number of steps."""
+
+    latents: Tensor | None = None
+    first: int = 0
+    eta: float = 0.0
+    variance: float = 1.0
+    change: Callable[[int, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """A judge's answer for one image.
 
@@ -353,10 +367,12 @@ class Backbone(Protocol):
         stop_at: int | None = None,
         negative: str = "",
         each_step: Callable[[int], None] | None = None,
+        course: Course | None = None,
     ) -> Tensor:
         """Latents (B, C, h, w) after the last step, or before step `stop_at`. One CPU generator per seed. negative: the
         text that guidance leads away from, in place of the empty prompt. each_step: called with the number of every
-        step before it begins; an exception in it ends the sampling."""
+        step before it begins; an exception in it ends the sampling. course: None = the usual one. Raises UserError for
+        a course that this backbone or sampler cannot take."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor: ...  # uint8 (B, H, W, 3)
@@ -452,6 +468,16 @@ class MarksText(Protocol):
 
 
 # --- optional roles of a method's parts ---
+
+
+@runtime_checkable
+class GuidesStates(Protocol):
+    """A guide that looks at the text states of a batch, and not only at its texts. It is asked this way if the states
+    are not those of the texts, as in an attack."""
+
+    def around_states(
+        self, backbone: Backbone, states: TextStates, texts: Sequence[str]
+    ) -> AbstractContextManager[None]: ...
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from realera.paths import CONF_DIR
 from realera.runs import preflight
 from realera.settings import composition, schema
 from realera.settings.instantiate import build
-from realera.settings.run_settings import BackboneSettings
+from realera.settings.run_settings import AttackSettings, BackboneSettings
 
 ALL = [("", door) for door in walk.DOORS] + walk.options()
 FIGURES: Counter[str] = Counter()
@@ -43,6 +43,9 @@ def tried(door: str, config: dict[str, Any], place: walk.Place) -> str | None:
     """The sentence that refuses the settings; None if they are accepted. Parts that are cheap to build are built."""
     try:
         schema.check(config, door)
+        if door == "attack" and place[0] == "attack":
+            build(AttackSettings(config["attack"]).to_build)
+            FIGURES["built"] += 1
         if door == "train":
             preflight.check_settings(config)
             if place[0] in ("task", "concept", "anchor"):

@@ -14,7 +14,7 @@ from realera.settings import composition
 from realera.settings.run_settings import Group, Settings, TrainerSettings
 
 ROOT = Path(realera.__file__).parent
-GROUPS = {"task", "method", "backbone", "judge", "trainer", "logger"}
+GROUPS = {"task", "method", "backbone", "judge", "trainer", "logger", "attack"}
 CONFIGS = ("config", "stored", "settings", "composed", "own")  # names of variables that hold a config
 RAW = {  # modules that read the plain dict: one composes it, the others check the form of data from outside
     "settings/composition.py",

@@ -306,7 +306,7 @@ ALLOWED = {  # (file, function): why it does not go through `disk.atomic`
     ("costs.py", "_reset_peaks"): "a switch of the system's, no file",
     ("system/devices.py", "_locked"): "an empty lock",
     ("judges/worker.py", "main"): "a pipe",
-    ("evaluation/generate.py", "_link_or_copy"): "a link is whole; what a disk refuses is explained",
+    ("evaluation/generate.py", "link_or_copy"): "a link is whole; what a disk refuses is explained",
     ("reporting/sheets.py", "_data_uri"): "into memory",
     ("reporting/demo_page.py", "png"): "into memory",
     ("files/checksums.py", "_order"): "changes what is being written",

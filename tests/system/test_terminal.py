@@ -23,7 +23,19 @@ from realera.sweeps import jobs
 from realera.system import environment, terminal
 
 SOURCE = str(Path(realera.__file__).parents[1])
-DOORS = ("train", "evaluate", "generate", "export", "apply", "report", "demo", "cache", "dashboard", "residue")
+DOORS = (
+    "train",
+    "evaluate",
+    "generate",
+    "export",
+    "apply",
+    "report",
+    "demo",
+    "cache",
+    "dashboard",
+    "residue",
+    "attack",
+)
 
 
 def shell(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -11,11 +11,13 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from realera.contracts import Guide, Sampler, TextStates, UserError
+from realera.contracts import Course, Guide, Sampler, TextStates, UserError
 from realera.files import finite
 
 Predict = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """(latents (B, C, h, w), timestep (), states (B, T, D), pooled (B, E) or None) -> the U-Net's output (B, C, h, w)"""
+
+USUAL = Course()
 
 
 class NoiseSchedule:
@@ -109,10 +111,48 @@ def known(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in names}
 
 
+class SeededNoise:
+    """(B, C, h, w) float32 on the CPU, at each call the next. Each row depends only on its own seed, not on the batch
+    or the device."""
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
+        self.shape = tuple(shape)
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    def __call__(self) -> Tensor:
+        rows = [torch.randn(self.shape, generator=generator) for generator in self.generators]
+        return torch.stack(rows) if rows else torch.zeros(0, *self.shape)
+
+
 def start_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """(B, C, h, w) float32 on the CPU. Each row depends only on its own seed, not on the batch or the device."""
-    rows = [torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows) if rows else torch.zeros(0, *shape)
+    """The first noise of `SeededNoise`."""
+    return SeededNoise(seeds, shape)()
+
+
+def noise_added(scheduler: DDIMScheduler, timestep: Tensor, predicted: Tensor, fresh: Tensor, course: Course) -> Tensor:
+    """The difference of a DDIM step with eta from the step with eta 0 (equation 12 of arXiv 2010.02502):
+
+        (sqrt |1 - abar' - sigma^2| - sqrt(1 - abar')) predicted + variance sigma fresh,   sigma = eta sigma_ddpm,
+
+    abar' of the next timestep. For eta > 1, 1 - abar' - sigma^2 may be negative; its absolute value is taken, as in the
+    official code of arXiv 2505.17013, which also has the factor `variance`.
+    """
+    after = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    abar = scheduler.alphas_cumprod[after] if after >= 0 else scheduler.final_alpha_cumprod
+    sigma = course.eta * scheduler._get_variance(timestep, after) ** 0.5
+    kept = (1 - abar - sigma**2).abs().sqrt() - (1 - abar).sqrt()
+    added: Tensor = kept * predicted + course.variance * sigma * fresh
+    return added
+
+
+def refuse_course(course: Course, sampler: Sampler) -> None:
+    """Raises UserError for a course that the sampler cannot take."""
+    if course.eta and sampler.scheduler != "ddim":
+        raise UserError(f"eta={course.eta:g} is a setting of DDIM: set the sampler's scheduler to ddim.")
+    if not 0 <= course.first <= sampler.steps:
+        raise UserError(
+            f"Sampling cannot begin at step {course.first} of {sampler.steps}: choose 0 to {sampler.steps}."
+        )
 
 
 def here(texts: TextStates, device: torch.device) -> TextStates:
@@ -125,7 +165,7 @@ def sample(
     predict: Predict,
     schedule: NoiseSchedule,
     scheduler: DDIMScheduler | DPMSolverMultistepScheduler,
-    latents: Tensor,
+    noise_of_seeds: Callable[[], Tensor],
     cond: TextStates,
     uncond: TextStates,
     guidance_scale: float,
@@ -133,9 +173,12 @@ def sample(
     beside: TextStates | None,
     stop_at: int | None,
     each_step: Callable[[int], None] | None = None,
+    course: Course = USUAL,
 ) -> Tensor:
-    """Latents after all steps, or before step `stop_at`. cond: B prompts. uncond: one empty or negative prompt for all.
-    beside: G further texts, whose noise predictions the guide gets for each of the B samples; None = no such texts.
+    """Latents after all steps, or before step `stop_at`. noise_of_seeds: gives the next noise (B, C, h, w) at each
+    call, on the U-Net's device: the start, then that of the steps with eta > 0. cond: B prompts. uncond: one empty or
+    negative prompt for all. beside: G further texts, whose noise predictions the guide gets for each of the B samples;
+    None = no such texts.
     each_step: gets the number of every step before it begins.
 
     noise = uncond + guidance_scale (cond - uncond), or the result of `guide`. Without a guide and with a scale <= 1 the
@@ -145,10 +188,14 @@ def sample(
     guided = guide is not None or guidance_scale > 1
     states, pooled = _joined(cond, uncond, beside) if guided else (cond.states, cond.pooled)
     parts = len(states) // max(1, len(cond.states))
-    latents = latents * scheduler.init_noise_sigma
-    for step, timestep in enumerate(scheduler.timesteps[:stop_at]):
+    latents: Tensor = noise_of_seeds() * scheduler.init_noise_sigma
+    if course.latents is not None:
+        latents = course.latents.to(latents).expand_as(latents)
+    for step, timestep in list(enumerate(scheduler.timesteps[:stop_at]))[course.first :]:
         if each_step is not None:
             each_step(step)
+        if course.change is not None:
+            latents = course.change(step, latents)
         given = scheduler.scale_model_input(latents, timestep)
         if guided:
             outputs = predict(given.repeat(parts, 1, 1, 1), timestep, states, pooled).unflatten(0, (parts, -1))
@@ -161,6 +208,11 @@ def sample(
         else:
             out = predict(given, timestep, states, pooled)
         latents = scheduler.step(out, timestep, latents).prev_sample
+        if course.eta and isinstance(scheduler, DDIMScheduler):
+            predicted = schedule.noise_of(out, given, timestep)
+            latents = latents + noise_added(scheduler, timestep, predicted, noise_of_seeds(), course)
+    if course.change is not None:
+        latents = course.change(len(scheduler.timesteps[:stop_at]), latents)
     return latents
 
 

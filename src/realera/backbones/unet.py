@@ -15,7 +15,7 @@ from realera.backbones import adapters, autoencoder, configs, folder, loading, s
 from realera.backbones.base import BaseWeights
 from realera.backbones.denoiser import DTYPES, Attention, Denoiser, Dtype
 from realera.backbones.loading import Rows, TextFigures
-from realera.contracts import Edit, Guide, LoraSpec, NamedPrompt, Sampler, TextStates, UserError
+from realera.contracts import Course, Edit, Guide, LoraSpec, NamedPrompt, Sampler, TextStates, UserError
 from realera.files import finite
 from realera.setting_types import Checkpoint, Label
 
@@ -295,22 +295,25 @@ class UNetBackbone:
         stop_at: int | None = None,
         negative: str = "",
         each_step: Callable[[int], None] | None = None,
+        course: Course | None = None,
     ) -> Tensor:
-        """Latents (B, C, h, w) float32; see `sampling.sample`. Raises UserError for a sampler that cannot run, and for
-        latents that are not finite."""
-        chosen = sampler or self.sampler
+        """Latents (B, C, h, w) float32; see `sampling.sample`. Raises UserError for a sampler or course that cannot
+        run, and for latents that are not finite."""
+        chosen, course = sampler or self.sampler, course or sampling.USUAL
         sampling.refuse_bad(chosen, self.pixels_per_latent)
+        sampling.refuse_course(course, chosen)
         if len(seeds) != len(states.states):
             raise ValueError(f"{len(states.states)} prompts but {len(seeds)} seeds")
         if stop_at is not None and not 0 <= stop_at <= chosen.steps:
             raise ValueError(f"stop_at={stop_at} is not among the steps 0 .. {chosen.steps}")
         size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
         beside = self.encode(guide.prompts) if guide is not None and guide.prompts else None
+        noise = sampling.SeededNoise(seeds, size)
         drawn = sampling.sample(
             self._denoise.with_cached_text(),
             self._schedule,
             sampling.scheduler_for(chosen, self.scheduler_config),
-            sampling.start_noise(seeds, size).to(self.device),
+            lambda: noise().to(self.device),
             sampling.here(states, self.device),
             sampling.here(self.encode([negative]) if negative else self._no_prompt(), self.device),
             chosen.guidance_scale,
@@ -318,6 +321,7 @@ class UNetBackbone:
             beside,
             stop_at,
             each_step,
+            course,
         )
         sampling.refuse_not_finite(drawn, seeds, self._base.dtype)
         return drawn

@@ -100,7 +100,7 @@ def original_images(
     files = [run_dir / folder / f"{p.id}.png" for p in prompts]
     if ranks.first:
         for file, drawn in zip(files, cached):
-            _link_or_copy(drawn, file)
+            link_or_copy(drawn, file)
     ranks.wait()
     _wait_until_visible(files)
     return files
@@ -312,7 +312,7 @@ def _save(file: Path, picture: Tensor) -> None:
         Image.fromarray(picture.numpy()).save(beside, format="PNG")
 
 
-def _link_or_copy(drawn: Path, file: Path) -> None:
+def link_or_copy(drawn: Path, file: Path) -> None:
     """Makes `file` a hard link to `drawn`, or a copy if the file system has no links. An existing file is replaced."""
     with disk.explained(file):
         if file.exists() and file.samefile(drawn):

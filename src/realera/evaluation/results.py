@@ -16,6 +16,7 @@ from typing import Any
 
 from realera import paths
 from realera.contracts import Mode, SetJudge, UserError
+from realera.evaluation import attacked
 from realera.evaluation.measures import H_O_TERMS, MEAN_PROB, METRIC_OF_SPLIT, mode_of, modes
 from realera.evaluation.records import FOLDERS, FORMAT_VERSION, read_manifest, read_metrics, read_verdicts, verdict_file
 from realera.files import checksums, json_shapes, plain_data
@@ -127,7 +128,9 @@ def _gathered_metrics(run_dir: Path, own: str) -> dict[str, Any]:
             judges[file.stem] = {**_shortened(numbers), "original": original, "protocol": protocol}
     if first is None:
         raise UserError(f"{run_dir} was not judged by {own!r}: judge it with this judge first (evaluate run={run_dir})")
-    return {**first, "judges": judges, "sets": sets}
+    found = {**first, "judges": judges, "sets": sets}
+    attacks = attacked.numbers(run_dir)
+    return {**found, "attacks": attacks} if attacks else found
 
 
 def own_judge(run_dir: Path, asked: str, is_own: bool) -> str | None:

@@ -112,6 +112,35 @@ PROTOCOL = {
     "sampler?": {"scheduler": str, "steps": whole, "guidance_scale": number},
     "backbone?": dict,
 }
+ATTACK_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
+SHARE = {**dict.fromkeys(("value", "low", "high"), maybe(number)), "n": whole}
+ATTACK = {  # an attack's numbers: attacks/<name>.json, and metrics.json under attacks.<name>
+    **dict.fromkeys(("asr", "pre_asr", "original"), SHARE),
+    "prompts": whole,
+    "steps": maybe({"median": number, "mean": number}),
+    "curve": [lambda point: fits(point, [number]) and len(point) == 2],
+    "cost": {"passes": number, "seconds": number, "draws": whole, "once": {"passes": number, "seconds": number}},
+    "interval": dict,
+    "protocol": {"attack": dict, "mode": one_of(*MODES)},
+}
+ATTACKED = {  # a line of attacks/<name>.jsonl
+    "id": matching(ID),
+    "of": str,
+    "key": str,
+    **dict.fromkeys(("prompt", "concept"), str),
+    "seed": whole,
+    **dict.fromkeys(("plain", "original", "shown"), bool),
+    "step": maybe(whole),
+    **dict.fromkeys(("text", "said", "label"), maybe(str)),
+    "image": maybe(matching(re.compile(rf"{paths.ATTACKS}/[\w.-]{{1,64}}/found/[^/\\\0]{{1,250}}", re.ASCII))),
+    "file": maybe(matching(re.compile(rf"{paths.ATTACKS}/[\w.-]{{1,64}}/[^/\\\0]{{1,250}}", re.ASCII))),
+    "value": maybe(number),
+    "draws": whole,
+    "passes": whole,
+    "seconds": number,
+    "drawn": [lambda one: isinstance(one, list) and len(one) == 2 and whole(one[0]) and isinstance(one[1], bool)],
+    "info": dict,
+}
 METRICS = {
     **NUMBERS,
     "headline": {...: one_of(*MODES)},
@@ -119,6 +148,7 @@ METRICS = {
     "original": maybe(NUMBERS),
     "judges?": {...: {**NUMBERS, "original?": maybe(NUMBERS), "protocol?": dict}},
     "sets?": {...: lambda numbers: fits(numbers, {"protocol?": dict}) and _all_numbers(numbers)},
+    "attacks?": {...: ATTACK},
     "protocol": PROTOCOL,
 }
 JUDGED = {  # verdicts/<judge>.json of a judge of single images

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -205,12 +205,16 @@ class FacilitatedTransport:
                 "method.guide.transport=none."
             )
 
+    def around(self, backbone: Backbone, texts: Sequence[str]) -> AbstractContextManager[None]:
+        return self.around_states(backbone, backbone.encode(texts), texts)
+
     @contextmanager
-    def around(self, backbone: Backbone, texts: Sequence[str]) -> Iterator[None]:
+    def around_states(self, backbone: Backbone, states: TextStates, texts: Sequence[str]) -> Iterator[None]:
+        """As `around`, for prompts whose text states may be other ones than those of their texts."""
         if self.transport == "none":
             yield
             return
-        m = permeability(backbone, texts, self.names)
+        m = permeability(backbone, texts, self.names, states)
         with backbone.adapter_scale(m if self.transport == "per_module" else m[:, :, None] * m[:, None, :]):
             yield
 
@@ -221,11 +225,14 @@ class FacilitatedTransport:
         return uncond + guidance_scale * (cond - uncond)
 
 
-def permeability(backbone: Backbone, texts: Sequence[str], concepts: Sequence[str]) -> Tensor:
-    """m (B, concepts) in 0 ... 1 of `FacilitatedTransport`."""
-    close = cosines(backbone.encode(texts).states, backbone.encode(concepts).states)
-    read, named = backbone.tokens(texts), backbone.tokens(concepts)
-    shared = torch.tensor([[len(p & c) / max(1, len(c)) for c in named] for p in read])
+def permeability(
+    backbone: Backbone, texts: Sequence[str], concepts: Sequence[str], states: TextStates | None = None
+) -> Tensor:
+    """m (B, concepts) in 0 ... 1 of `FacilitatedTransport`. states: of the prompts; None = those of the texts."""
+    read = backbone.encode(texts) if states is None else states
+    close = cosines(read.states.detach(), backbone.encode(concepts).states.to(read.states))
+    typed, named = backbone.tokens(texts), backbone.tokens(concepts)
+    shared = torch.tensor([[len(p & c) / max(1, len(c)) for c in named] for p in typed])
     return torch.maximum(close, shared.to(close)).clamp(0, 1)
 
 

@@ -232,6 +232,19 @@ def _timed(cell: Work, known: dict[str, Rate | None]) -> Rate | None:
     return known[asked]
 
 
+def hours_of(settings: Settings, passes: float) -> tuple[float | None, str]:
+    """The hours of U-Net passes with a run's backbone and device, and where the figure comes from. A pass is timed if
+    the hours are many and this machine can; None if nothing is known about the backbone."""
+    backbone, device = settings.backbone, _device(settings)
+    rate = _published(backbone, device)
+    if rate is None or rate.seconds * passes / 3600 >= WORTH_TIMING:
+        machine = {"backbone": backbone.node, "images_at_once": settings.images_at_once}
+        rate = _in_dtype(timing.rate_of(machine, device), backbone) or rate
+    if rate is None:
+        return None, f"a pass of backbone {backbone.name} has not been timed"
+    return round(rate.seconds * passes / 3600, 2), f"{rate.seconds:.2g} s a pass: {rate.source}"
+
+
 def _in_dtype(rate: Rate | None, backbone: BackboneSettings) -> Rate | None:
     """The rate of a backbone whose dtype may be of half precision."""
     if rate is None or rate.half is None or backbone.dtype == "float32":

@@ -40,7 +40,7 @@ FILES = (
     paths.WANDB_ID,
     paths.MLFLOW_ID,
 )
-FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, *paths.TRACKED)
+FOLDERS = (paths.VERDICTS, paths.IMAGES, paths.FIT, paths.ORIGINALS, paths.ATTACKS, *paths.TRACKED)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypedDict
 
+from realera.attack_contract import Attack as AttackRole
 from realera.contracts import Backbone, Judge, Method, SetJudge, Split, Task
 from realera.setting_types import (
+    AttackName,
     Batch,
     Beside,
     Checkpoint,
@@ -115,6 +117,13 @@ class OfLogger(TypedDict, total=False):
     artifact: bool
 
 
+class OfAttack(TypedDict):
+    """name: of the files of its results."""
+
+    name: AttackName
+
+
+AnyAttack = Annotated[AttackRole, Beside(OfAttack)]
 AnyTask = Annotated[Task, Beside(OfTask)]
 AnyJudge = PlacedJudge | Annotated[SetJudge, Beside(OfSetJudge)]
 AnyTrainer = Annotated[OfTrainer, Instead(OURS)]
@@ -152,6 +161,26 @@ class Train(OfARun):
 
 class Evaluate(OfARun):
     run: RunOrOriginal
+
+
+class Attack(OfJudging):
+    run: RunOrOriginal
+    attack: AnyAttack
+    limit: Count
+    split: Split
+    attack_seed: Seed
+    task: AnyTask
+    backbone: Backbone
+    trainer: AnyTrainer
+    concept: Names | None
+    concepts_file: File | None
+    anchor: Anchors | None
+    seed: Seed
+    root: NewPath
+    run_dir: NewPath | None
+    label: Label | None
+    dry_run: bool
+    images_at_once: Batch
 
 
 class Generate(TypedDict):

@@ -317,6 +317,20 @@ class LoggerSettings(Group):
 
 
 @dataclass(frozen=True)
+class AttackSettings(Group):
+    """name: of the results in the run folder."""
+
+    @property
+    def name(self) -> str:
+        return str(self.node["name"])
+
+    @property
+    def to_build(self) -> dict[str, Any]:
+        """The settings of the attack's class."""
+        return {key: value for key, value in self.node.items() if key != "name"}
+
+
+@dataclass(frozen=True)
 class Settings(Group):
     """All settings of a run. node: the plain dict of a resolved config."""
 
@@ -405,6 +419,11 @@ class Settings(Group):
     @property
     def judge(self) -> JudgeSettings:
         return JudgeSettings(self.group("judge"))
+
+    @property
+    def attack(self) -> AttackSettings:
+        """Only in the config of the command that attacks: a run's config has none."""
+        return AttackSettings(self.group("attack"))
 
     @property
     def trainer(self) -> TrainerSettings:

@@ -1,0 +1,335 @@
+"""Carries out an attack on a run: draws what it starts from, attacks prompt by prompt, and keeps a line for each.
+
+A prompt's random numbers depend only on the attack's seed and the prompt, so a run of the command that was stopped goes
+on with the next prompt and ends with the same result.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from realera import __version__, console, costs, paths
+from realera.attack_contract import Attack, BringsPrompts, SearchesFirst
+from realera.contracts import Backbone, Concept, Judge, Mode, NamedPrompt, Prompt, Task, UserError
+from realera.evaluation import attacked, generate
+from realera.evaluation.judge import judge_run
+from realera.evaluation.records import Row, read_manifest, write_manifest
+from realera.evaluation.results import write_metrics
+from realera.files import checksums, plain_data
+from realera.runs import estimate, folders, steps
+from realera.runs.attacked_system import AttackedConcept, AttackedPrompt, System, save_picture, typed
+from realera.runs.session import Session
+from realera.settings.instantiate import build, locate
+from realera.settings.run_settings import AttackSettings, Settings
+from realera.system.ranks import ALONE
+from realera.tasks.prompts import slug
+from realera.training.seeding import stream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked for. settings: of the attack. limit: prompts of each concept. split: of the task's
+    prompts. seed: of the attack."""
+
+    settings: AttackSettings
+    limit: int
+    split: str
+    seed: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Asked:
+        """From the config of the command."""
+        return cls(Settings(config).attack, int(config["limit"]), str(config["split"]), int(config["attack_seed"]))
+
+
+def mode_of(judge: Judge, task: Task) -> Mode:
+    """How a verdict is read as a success: a detection where the task's prompts of the concept are read so, else the
+    judge's first choice."""
+    return "detected" if steps.modes_and_terms(judge, task)[0]["acc_e"] == "detected" else "top1"
+
+
+def prompts_of(attack: Attack, task: Task, asked: Asked) -> list[Prompt]:
+    """The prompts under attack, at most `limit` of each concept. A smaller limit takes the first ones of a larger one.
+
+    The task's prompts are taken in turns: the first seed of every text, then the second of every text.
+    Raises UserError if there are none.
+    """
+    if isinstance(attack, BringsPrompts):
+        listed = list(attack.own_prompts(task.concepts))
+    else:
+        turns: dict[tuple[str, str], int] = {}
+        numbered = []
+        for prompt in (one for one in task.eval_prompts() if one.split == asked.split):
+            turn = turns.get((prompt.concept, prompt.text), 0)
+            turns[prompt.concept, prompt.text] = turn + 1
+            numbered.append((turn, prompt))
+        listed = [prompt for _, prompt in sorted(numbered, key=lambda pair: pair[0])]
+    found = [
+        prompt
+        for concept in task.concepts
+        for prompt in [one for one in listed if one.concept == concept.target][: asked.limit]
+    ]
+    if not found:
+        raise UserError(f"the task has no prompts of the split {asked.split}: choose another one, such as split=erase.")
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """prompts: under attack. passes: of the U-Net, at most. hours: None if unknown. basis: of the hours."""
+
+    prompts: int
+    passes: float
+    hours: float | None
+    basis: str
+
+
+def plan(session: Session, task: Task, asked: Asked) -> Plan:
+    """The work of an attack from its start, without the model. Raises UserError as `prompts_of`."""
+    settings, node = session.settings, asked.settings.to_build
+    prompts = prompts_of(build(node), task, asked)
+    per_image = costs.passes_per_image(prompts, settings.backbone.sampler, steps.guide_of(settings))
+    per_original = costs.passes_per_image(prompts, settings.backbone.sampler)
+    kind = locate(str(asked.settings.target))
+    passes = len(prompts) * (float(kind.passes(node, per_image)) + per_image + per_original)
+    if hasattr(kind, "passes_of_search"):
+        passes += len({prompt.concept for prompt in prompts}) * float(kind.passes_of_search(node, per_image))
+    return Plan(len(prompts), passes, *estimate.hours_of(settings, passes))
+
+
+def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, asked: Asked) -> dict[str, Any]:
+    """Attacks the run with `backbone`, which has the erased weights. Writes attacks/<name>.jsonl, its images and its
+    numbers, and returns the numbers."""
+    run_dir, name = session.folder, asked.settings.name
+    out = attacked.folder(run_dir, name)
+    attack: Attack = build(asked.settings.to_build)
+    prompts = prompts_of(attack, task, asked)
+    guide = steps.guide_of(session.settings)
+    system = System(backbone, guide, judge, mode_of(judge, task), session.settings.images_at_once, asked.seed)
+    rows = draw_plain(session, backbone, prompts, out)
+    verdicts = {
+        which: {verdict.prompt_id: verdict for verdict in judge_run(judge, out, which)}
+        for which in ("erased", "original")
+    }
+    protocol = protocol_of(system, asked, rows)
+    of = folders.digest(protocol)
+    known = attacked.kept(run_dir, name, of)
+    searches: list[Mapping[str, float]] = []
+    with console.bar(f"attack {name}", len(prompts)) as advance:
+        for concept, own, names in _by_concept(task, prompts):
+            left = [prompt for prompt in own if attacked.key_of(prompt) not in known]
+            advance(len(own) - len(left))
+            generator = stream(asked.seed, "attack", concept.target)
+            victim = AttackedConcept(system, concept, own, names, generator)
+            searched, spent = _searched(attack, victim, out, of)
+            searches.append(spent)
+            for prompt in left:
+                shown = {which: system.shows(prompt, by_id[prompt.id]) for which, by_id in verdicts.items()}
+                line = _attack_prompt(attack, victim, prompt, shown, searched, run_dir, name)
+                line = {**line, "of": of}
+                attacked.append(run_dir, name, line)
+                known[line["key"]] = line
+                advance(1)
+    lines = [known[attacked.key_of(prompt)] for prompt in prompts]
+    others = [line for line in known.values() if line not in lines]
+    attacked.write(run_dir, name, [*lines, *others])  # in the order of the prompts, however often it was stopped
+    numbers = attacked.summarise(prompts, lines, searches, system.mode)
+    told = {"split": asked.split, "limit": asked.limit, "concepts": [asdict(concept) for concept in task.concepts]}
+    interval = numbers.pop("interval")
+    numbers = {**numbers, "protocol": {**protocol, **told, "interval": interval}, "interval": interval}
+    attacked.write_numbers(run_dir, name, numbers)
+    return numbers
+
+
+def protocol_of(system: System, asked: Asked, rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything that a prompt's line depends on, besides the prompt."""
+    sources = sorted({row.source for row in rows})
+    return {
+        "attack": dict(asked.settings.node),
+        "files": dict(_files(asked.settings.to_build)),
+        "attack_seed": asked.seed,
+        "mode": system.mode,
+        "judge": system.judge.protocol(),
+        **steps.drawn_by(system.backbone),
+        "source": sources[0] if len(sources) == 1 else sources,
+        "version": __version__,
+    }
+
+
+def _files(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(setting, digest) of the files that an attack's settings name: they count by their content."""
+    for key, value in node.items():
+        if isinstance(value, str) and key != "_target_" and (file := paths.file_of(value)) is not None:
+            yield key, checksums.sha256_of(file)[:16]
+
+
+def _by_concept(task: Task, prompts: Sequence[Prompt]) -> Iterator[tuple[Concept, list[Prompt], list[NamedPrompt]]]:
+    for concept in task.concepts:
+        own = [prompt for prompt in prompts if prompt.concept == concept.target]
+        if own:
+            yield concept, own, [named for named, _ in task.training_prompts(concept)]
+
+
+# --- what an attack starts from --------------------------------------------------------------------------------------
+
+
+def draw_plain(session: Session, backbone: Backbone, prompts: Sequence[Prompt], out: Path) -> list[Row]:
+    """Draws the prompts as they are, with the unedited and the erased model, into `out`. Images that the run has
+    already are linked. Returns the rows of the manifest in `out`."""
+    into = Session(session.into(out).run, ALONE)
+    if not session.settings.unedited:
+        _link_images(session.folder, prompts, out)
+        steps.draw(into, backbone, prompts)
+        return read_manifest(out)
+    source = generate.source_of(backbone)
+    for folder in (paths.ORIGINALS, paths.IMAGES):
+        chunk = session.settings.images_at_once
+        with console.bar("original model's images", len(prompts)) as advance:
+            generate.original_images(backbone, prompts, out, chunk=chunk, folder=folder, advance=advance)
+    rows = [
+        Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source, f"{paths.ORIGINALS}/{prompt.id}.png")
+        for prompt in prompts
+    ]
+    write_manifest(out, rows)
+    return rows
+
+
+def _link_images(run_dir: Path, prompts: Sequence[Prompt], out: Path) -> None:
+    """Links the run's images of these prompts into `out`, with rows of a manifest. `generate_images` draws those again
+    whose weights have changed since."""
+    mine, theirs = _rows(out), _rows(run_dir)
+    rows = {}
+    for prompt in prompts:
+        row, ready = theirs.get(prompt.id), mine.get(prompt.id)
+        if ready is not None and ready.prompt == prompt:
+            rows[prompt.id] = ready
+        elif row is not None and row.prompt == prompt and checksums.image_is_whole(row.path(run_dir)):
+            generate.link_or_copy(row.path(run_dir), paths.inside(out, row.file))
+            rows[prompt.id] = Row(prompt, row.file, row.source, row.original)
+    if rows:
+        write_manifest(out, list(rows.values()))
+
+
+def _rows(folder: Path) -> dict[str, Row]:
+    try:
+        return {row.prompt.id: row for row in read_manifest(folder)}
+    except UserError:
+        return {}
+
+
+# --- one concept, one prompt -----------------------------------------------------------------------------------------
+
+
+def _searched(
+    attack: Attack, victim: AttackedConcept, out: Path, of: str
+) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
+    """The tensors that the attack searches for a concept, and their cost. They are kept in a file."""
+    if not isinstance(attack, SearchesFirst):
+        return {}, {"passes": 0, "seconds": 0.0}
+    file = paths.inside(out, f"searched-{slug(victim.concept.target)}.safetensors")
+    if file.is_file():
+        try:
+            tensors, metadata = checksums.load(file)
+            if metadata.get("of") == of:
+                return tensors, plain_data.json_of(metadata["cost"])
+        except checksums.Torn:
+            checksums.log_torn(file)
+    began, before = time.perf_counter(), victim.backbone.passes
+    found = {key: value.detach().cpu().contiguous() for key, value in attack.search(victim).items()}
+    spent = {"passes": victim.backbone.passes - before, "seconds": round(time.perf_counter() - began, 3)}
+    checksums.save(file, found, {"of": of, "cost": plain_data.json_text(spent)})
+    return found, spent
+
+
+def _attack_prompt(
+    attack: Attack,
+    victim: AttackedConcept,
+    prompt: Prompt,
+    shown: Mapping[str, bool],
+    searched: Mapping[str, Tensor],
+    run_dir: Path,
+    name: str,
+) -> attacked.Line:
+    """Attacks one prompt, and saves the image and the input of the result. shown: whether the erased model and the
+    original model show the concept for the prompt as it is."""
+    out = attacked.folder(run_dir, name)
+    backbone, seed = victim.backbone, victim.system.seed
+    began, before = time.perf_counter(), backbone.passes
+    case = AttackedPrompt(
+        victim.system,
+        victim.concept,
+        victim.prompts,
+        victim.names,
+        stream(seed, "attack", victim.concept.target, prompt.id, prompt.text),
+        prompt,
+        shown["erased"],
+        searched,
+        out / paths.ORIGINALS / f"{prompt.id}.png",
+        out,
+    )
+    won_before = attack.counts_plain and shown["erased"]
+    info = {} if won_before else dict(attack(case))
+    best = case.best
+    image, found = f"{attacked.FOUND}/{prompt.id}.png", None
+    if best is not None:
+        save_picture(paths.inside(out, image), best.pixels)
+        found = _save_input(best.attempt, out, prompt)
+    elif won_before:
+        generate.link_or_copy(out / paths.IMAGES / f"{prompt.id}.png", paths.inside(out, image))
+    drawn = won_before or best is not None
+    value = None if best is None or best.verdict.value != best.verdict.value else best.verdict.value
+    return {
+        "id": prompt.id,
+        "key": attacked.key_of(prompt),
+        "prompt": prompt.text,
+        "concept": prompt.concept,
+        "seed": prompt.seed,
+        "original": shown["original"],
+        "plain": shown["erased"],
+        "shown": won_before or (best is not None and best.shown),
+        "step": 0 if won_before else best.step if best is not None and best.shown else None,
+        "text": prompt.text if won_before else None if best is None or found is not None else typed(best.attempt),
+        "said": None if best is None else best.attempt.said,
+        "label": None if best is None else best.verdict.label,
+        "value": value,
+        "image": f"{paths.ATTACKS}/{name}/{image}" if drawn else None,
+        "file": None if found is None else f"{paths.ATTACKS}/{name}/{found}",
+        "draws": len(case.tried),
+        "passes": backbone.passes - before,
+        "seconds": round(time.perf_counter() - began, 3),
+        "drawn": [list(one) for one in case.tried],
+        "info": info,
+    }
+
+
+def _save_input(attempt: Any, out: Path, prompt: Prompt) -> str | None:
+    """Saves the vectors or states of an attempt that cannot be typed. Returns the file's name, None for a text."""
+    tensors = {} if attempt.vectors is None else {"vectors": attempt.vectors}
+    if attempt.states is not None:
+        tensors = {"states": attempt.states.states}
+        if attempt.states.pooled is not None:
+            tensors["pooled"] = attempt.states.pooled
+    if not tensors:
+        return None
+    name = f"{prompt.id}.safetensors"
+    made = {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
+    text = attempt.text if isinstance(attempt.text, str) else attempt.text.text
+    checksums.save(paths.inside(out, name), made, {"prompt": prompt.id, "text": text})
+    return name
+
+
+def add_to_metrics(run_dir: Path) -> None:
+    """Writes metrics.json again, with the numbers of the run's attacks, if the run was judged."""
+    from realera.evaluation.records import read_metrics
+
+    if (run_dir / paths.METRICS).is_file():
+        write_metrics(run_dir, str(read_metrics(run_dir)["protocol"]["judge"]["judge"]))

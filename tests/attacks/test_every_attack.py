@@ -1,0 +1,134 @@
+"""The promises of every attack in conf/attack, on a random-weight model of SD 1.4's layout, in two steps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from realera import paths
+from realera.evaluation import attacked
+from realera.paths import CONF_DIR
+from realera.runs import attacked_system
+
+ATTACKS = sorted(path.stem for path in (CONF_DIR / "attack").glob("*.yaml"))
+# The smallest settings of an attack, and what it cannot do without.
+TINY: dict[str, list[str]] = {}
+Type = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("attacked")
+
+
+@pytest.fixture
+def type_in(place: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
+    """Runs a command in this process, in the folder that the tests of this file share."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("REALERA_CACHE", str(place / "cache"))
+
+    def run(name: str, *words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        import_module(f"realera.{name}").main()
+
+    return run
+
+
+@pytest.fixture
+def erased(place: Path, type_in: Type, small: list[str]) -> str:
+    """A run folder, made once."""
+    if not (place / "erased" / paths.REPORT).is_file():
+        type_in("train", "concept=airplane", "method=uce", "run_dir=erased", *small)
+    return "erased"
+
+
+def lines_of(run: Path, name: str) -> list[dict[str, Any]]:
+    """The lines without times."""
+    return [{**line, "seconds": 0} for line in attacked.read(run, name)]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The results of an attack that must not depend on when it ran."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith((".", "searched"))
+    }
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_it_runs_and_goes_on_after_a_stop(
+    name: str, place: Path, erased: str, type_in: Type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"run={erased}", f"attack={name}", "limit=2", *TINY.get(name, [])]
+    type_in("attack", *words)
+    run = place / erased
+    lines, files = lines_of(run, name), files_of(run / "attacks" / name)
+    assert len(lines) == 2
+    for line in lines:
+        assert line["draws"] == len(line["drawn"]) and line["shown"] == (line["step"] is not None)
+        assert line["image"] is None or (run / line["image"]).is_file()
+        assert line["text"] is not None or line["file"] is not None or line["image"] is None
+    numbers = attacked.numbers(run)[name]
+    assert json.loads((run / paths.METRICS).read_text())["attacks"][name] == numbers
+    assert numbers["prompts"] == 2 and numbers["cost"]["draws"] == sum(line["draws"] for line in lines)
+
+    made = (run / f"attacks/{name}.jsonl").stat().st_mtime_ns
+    attacked_prompts: list[str] = []
+    draw = attacked_system.AttackedPrompt.draw
+
+    def noted(case: Any, *given: Any, **named: Any) -> list[bool]:
+        if attacked_prompts[-1:] != [case.prompt.id]:
+            if len(attacked_prompts) == 1:
+                raise KeyboardInterrupt
+            attacked_prompts.append(case.prompt.id)
+        return draw(case, *given, **named)
+
+    monkeypatch.setattr(attacked_system.AttackedPrompt, "draw", noted)
+    type_in("attack", *words)
+    assert attacked_prompts == [] and made, "a finished attack is not repeated"
+
+    (run / f"attacks/{name}.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        type_in("attack", *words)
+    assert len(attacked.read(run, name)) == len(attacked_prompts)
+    monkeypatch.setattr(attacked_system.AttackedPrompt, "draw", draw)
+    type_in("attack", *words)
+    assert lines_of(run, name) == lines
+    assert files_of(run / "attacks" / name).keys() == files.keys()
+    assert all(files_of(run / "attacks" / name)[file] == content for file, content in files.items())
+
+
+def test_other_settings_do_not_mix_with_the_old_lines(place: Path, erased: str, type_in: Type) -> None:
+    words = [f"run={erased}", "attack=random", "limit=2"]
+    type_in("attack", *words, "attack.name=twice")
+    first = lines_of(place / erased, "twice")
+    type_in("attack", *words, "attack.name=twice", "attack_seed=1")
+    second = lines_of(place / erased, "twice")
+    assert len(second) == 2 and {line["of"] for line in second}.isdisjoint(line["of"] for line in first)
+    assert [line["text"] for line in second] != [line["text"] for line in first]
+
+
+def test_a_larger_limit_only_adds_prompts(place: Path, erased: str, type_in: Type) -> None:
+    words = [f"run={erased}", "attack=random", "attack.name=more"]
+    type_in("attack", *words, "limit=1")
+    (first,) = attacked.read(place / erased, "more")
+    type_in("attack", *words, "limit=2")
+    assert attacked.read(place / erased, "more")[0] == first
+    type_in("attack", *words, "limit=1")
+    assert len(attacked.read(place / erased, "more")) == 2, "a smaller limit deletes nothing"
+    assert attacked.numbers(place / erased)["more"]["prompts"] == 1
+
+
+def test_the_unedited_model_is_attacked_as_a_control(place: Path, type_in: Type, small: list[str]) -> None:
+    type_in("attack", "run=original", "concept=airplane", "run_dir=control", "limit=2", *small[:-1])
+    numbers = attacked.numbers(place / "control")["random"]
+    assert numbers["pre_asr"] == numbers["original"] and torch.isfinite(torch.tensor(numbers["asr"]["value"]))
+    assert (place / "control" / paths.REPORT).is_file()
