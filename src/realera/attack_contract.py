@@ -117,6 +117,10 @@ class Case(Attacked, Protocol):
         """
         ...
 
+    def draw_all(self, cases: Sequence[Case], attempts: Sequence[Attempt], step: int = 0) -> list[bool]:
+        """As `draw`, for several cases of one concept at once: attempt i belongs to case i. For `AttacksTogether`."""
+        ...
+
 
 class Attack(Protocol):
     """counts_plain: True = a prompt that draws the concept as it is counts as won and is not attacked, because the
@@ -150,6 +154,19 @@ class SearchesFirst(Protocol):
     @staticmethod
     def passes_of_search(settings: Mapping[str, Any], per_image: float) -> float:
         """U-Net passes for a concept."""
+        ...
+
+
+@runtime_checkable
+class AttacksTogether(Protocol):
+    """An attack on several prompts of a concept in one batch, which a small model needs to be quick. together: the most
+    prompts at once, a setting. Prompts with equal guidance and size are put together, always the same ones; after a
+    stop they are attacked again together."""
+
+    together: int
+
+    def attack_together(self, cases: Sequence[Case]) -> Sequence[Mapping[str, Any]]:
+        """As `Attack.__call__` for each case. Random numbers of a case come from its own generator."""
         ...
 
 

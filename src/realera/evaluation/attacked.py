@@ -135,7 +135,7 @@ def summarise(
         "steps": {"median": statistics.median(won), "mean": statistics.mean(won)} if won else None,
         "curve": [[step, 100 * sum(one <= step for one in first) / len(first)] for step in steps],
         "cost": {
-            "passes": sum(line["passes"] for line in lines) + sum(int(one["passes"]) for one in searches),
+            "passes": round(sum(line["passes"] for line in lines) + sum(one["passes"] for one in searches)),
             "seconds": round(sum(line["seconds"] for line in lines) + sum(one["seconds"] for one in searches), 3),
             "draws": sum(line["draws"] for line in lines),
             "once": {

@@ -136,7 +136,7 @@ ATTACKED = {  # a line of attacks/<name>.jsonl
     "file": maybe(matching(re.compile(rf"{paths.ATTACKS}/[\w.-]{{1,64}}/[^/\\\0]{{1,250}}", re.ASCII))),
     "value": maybe(number),
     "draws": whole,
-    "passes": whole,
+    "passes": number,
     "seconds": number,
     "drawn": [lambda one: isinstance(one, list) and len(one) == 2 and whole(one[0]) and isinstance(one[1], bool)],
     "info": dict,

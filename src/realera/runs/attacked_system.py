@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from realera import paths
-from realera.attack_contract import Attempt
+from realera.attack_contract import Attempt, Case
 from realera.contracts import (
     Backbone,
     Concept,
@@ -133,25 +133,43 @@ class AttackedPrompt(AttackedConcept):
         sampler: Sampler | None = None,
         course: Course | None = None,
     ) -> list[bool]:
+        return self._draw([self] * len(attempts), attempts, step, sampler or self.sampler, course)
+
+    def draw_all(self, cases: Sequence[Case], attempts: Sequence[Attempt], step: int = 0) -> list[bool]:
+        own = [case for case in cases if isinstance(case, AttackedPrompt)]
+        assert len(own) == len(cases) == len(attempts)
+        return self._draw(own, attempts, step, self.sampler, None)
+
+    def _draw(
+        self,
+        cases: Sequence[AttackedPrompt],
+        attempts: Sequence[Attempt],
+        step: int,
+        sampler: Sampler,
+        course: Course | None,
+    ) -> list[bool]:
         size = self.system.at_once if course is None else max(1, len(attempts))
         shown = []
         for start in range(0, len(attempts), size):
-            part = attempts[start : start + size]
-            pixels = self._pixels(part, sampler or self.sampler, course)
-            for attempt, one, verdict in zip(part, pixels, self._judged(pixels)):
-                found = self.system.shows(self.prompt, verdict)
-                self.tried.append((step, found))
+            part, own = attempts[start : start + size], cases[start : start + size]
+            pixels = self._pixels(part, own, sampler, course)
+            verdicts = self._judged(pixels, [case.prompt for case in own])
+            for case, attempt, one, verdict in zip(own, part, pixels, verdicts):
+                found = self.system.shows(case.prompt, verdict)
+                case.tried.append((step, found))
                 shown.append(found)
-                if self.best is None or not self.best.shown:
-                    self.best = Drawn(attempt, step, one, verdict, found)
+                if case.best is None or not case.best.shown:
+                    case.best = Drawn(attempt, step, one, verdict, found)
         return shown
 
     @torch.no_grad()
-    def _pixels(self, attempts: Sequence[Attempt], sampler: Sampler, course: Course | None) -> Tensor:
+    def _pixels(
+        self, attempts: Sequence[Attempt], cases: Sequence[AttackedPrompt], sampler: Sampler, course: Course | None
+    ) -> Tensor:
         """uint8 (B, H, W, 3)."""
         read = [self._encoded(attempt) for attempt in attempts]
         states = stacked(read, self.system.device)
-        seeds = [self.prompt.seed if attempt.seed is None else attempt.seed for attempt in attempts]
+        seeds = [case.prompt.seed if attempt.seed is None else attempt.seed for case, attempt in zip(cases, attempts)]
         with self.system.acting([typed(attempt) for attempt in attempts], states):
             latents = self.backbone.sample(states, seeds, sampler, self.system.guide, course=course)
         return self.backbone.decode(latents).cpu()
@@ -161,13 +179,13 @@ class AttackedPrompt(AttackedConcept):
             return attempt.states
         return self.backbone.encode([attempt.text], vectors=attempt.vectors)
 
-    def _judged(self, pixels: Tensor) -> list[Verdict]:
+    def _judged(self, pixels: Tensor, prompts: Sequence[Prompt]) -> list[Verdict]:
         with disk.temporary(self.scratch / "judged") as beside:
             beside.mkdir()
             files = [beside / f"{number:04d}.png" for number in range(len(pixels))]
             for file, one in zip(files, pixels):
                 save_picture(file, one)
-            verdicts = self.system.judge(files, [self.prompt] * len(files))
+            verdicts = self.system.judge(files, prompts)
         if len(verdicts) != len(files):
             raise UserError(
                 f"the judge {self.system.judge.name!r} must return one verdict per image: use another judge"

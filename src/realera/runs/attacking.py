@@ -7,6 +7,7 @@ on with the next prompt and ends with the same result.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from realera import __version__, console, costs, paths
-from realera.attack_contract import Attack, BringsPrompts, SearchesFirst
-from realera.contracts import Backbone, Concept, Judge, Mode, NamedPrompt, Prompt, Task, UserError
+from realera.attack_contract import Attack, AttacksTogether, Attempt, BringsPrompts, SearchesFirst
+from realera.contracts import Backbone, Concept, Judge, Mode, NamedPrompt, Prompt, Sampler, Task, UserError
 from realera.evaluation import attacked, generate
 from realera.evaluation.judge import judge_run
 from realera.evaluation.records import Row, read_manifest, write_manifest
@@ -117,8 +118,8 @@ def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, as
     system = System(backbone, guide, judge, mode_of(judge, task), session.settings.images_at_once, asked.seed)
     rows = draw_plain(session, backbone, prompts, out)
     verdicts = {
-        which: {verdict.prompt_id: verdict for verdict in judge_run(judge, out, which)}
-        for which in ("erased", "original")
+        "erased": {verdict.prompt_id: verdict for verdict in judge_run(judge, out)},
+        "original": {verdict.prompt_id: verdict for verdict in judge_run(judge, out, "original")},
     }
     protocol = protocol_of(system, asked, rows)
     of = folders.digest(protocol)
@@ -132,13 +133,17 @@ def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, as
             victim = AttackedConcept(system, concept, own, names, generator)
             searched, spent = _searched(attack, victim, out, of)
             searches.append(spent)
-            for prompt in left:
-                shown = {which: system.shows(prompt, by_id[prompt.id]) for which, by_id in verdicts.items()}
-                line = _attack_prompt(attack, victim, prompt, shown, searched, run_dir, name)
-                line = {**line, "of": of}
-                attacked.append(run_dir, name, line)
-                known[line["key"]] = line
-                advance(1)
+            for group in groups_of(attack, own, backbone.sampler):
+                if all(attacked.key_of(prompt) in known for prompt in group):
+                    continue
+                shown = {
+                    prompt.id: {which: system.shows(prompt, by_id[prompt.id]) for which, by_id in verdicts.items()}
+                    for prompt in group
+                }
+                for line in _attack_group(attack, victim, group, shown, searched, run_dir, name):
+                    known[line["key"]] = line = {**line, "of": of}
+                    attacked.append(run_dir, name, line)
+                advance(sum(prompt in left for prompt in group))
     lines = [known[attacked.key_of(prompt)] for prompt in prompts]
     others = [line for line in known.values() if line not in lines]
     attacked.write(run_dir, name, [*lines, *others])  # in the order of the prompts, however often it was stopped
@@ -250,68 +255,97 @@ def _searched(
     return found, spent
 
 
-def _attack_prompt(
+def groups_of(attack: Attack, prompts: Sequence[Prompt], base: Sampler) -> list[list[Prompt]]:
+    """The prompts of a concept in the groups that are attacked at once, in order."""
+    size = attack.together if isinstance(attack, AttacksTogether) else 1
+    return [[prompts[place] for place in chunk.places] for chunk in generate.chunks_of(prompts, base, max(1, size))]
+
+
+def _attack_group(
     attack: Attack,
     victim: AttackedConcept,
-    prompt: Prompt,
-    shown: Mapping[str, bool],
+    prompts: Sequence[Prompt],
+    shown: Mapping[str, Mapping[str, bool]],
     searched: Mapping[str, Tensor],
     run_dir: Path,
     name: str,
-) -> attacked.Line:
-    """Attacks one prompt, and saves the image and the input of the result. shown: whether the erased model and the
-    original model show the concept for the prompt as it is."""
+) -> list[attacked.Line]:
+    """Attacks prompts at once, and saves their images and inputs. shown: {id: whether the erased model and the original
+    model show the concept for the prompt as it is}. The cost is divided equally among them."""
     out = attacked.folder(run_dir, name)
-    backbone, seed = victim.backbone, victim.system.seed
+    backbone = victim.backbone
     began, before = time.perf_counter(), backbone.passes
-    case = AttackedPrompt(
-        victim.system,
-        victim.concept,
-        victim.prompts,
-        victim.names,
-        stream(seed, "attack", victim.concept.target, prompt.id, prompt.text),
-        prompt,
-        shown["erased"],
-        searched,
-        out / paths.ORIGINALS / f"{prompt.id}.png",
-        out,
-    )
-    won_before = attack.counts_plain and shown["erased"]
-    info = {} if won_before else dict(attack(case))
-    best = case.best
+    cases = [
+        AttackedPrompt(
+            victim.system,
+            victim.concept,
+            victim.prompts,
+            victim.names,
+            stream(victim.system.seed, "attack", victim.concept.target, prompt.id, prompt.text),
+            prompt,
+            shown[prompt.id]["erased"],
+            searched,
+            out / paths.ORIGINALS / f"{prompt.id}.png",
+            out,
+        )
+        for prompt in prompts
+    ]
+    todo = [case for case in cases if not (attack.counts_plain and case.plain)]
+    if todo and isinstance(attack, AttacksTogether):
+        infos = list(attack.attack_together(todo))
+    else:
+        infos = [attack(case) for case in todo]
+    spent = (backbone.passes - before) / max(1, len(todo)), (time.perf_counter() - began) / max(1, len(todo))
+    by_id = {case.prompt.id: info for case, info in zip(todo, infos, strict=True)}
+    return [
+        _line(case, by_id.get(case.prompt.id), spent, shown[case.prompt.id]["original"], run_dir, name)
+        for case in cases
+    ]
+
+
+def _line(
+    case: AttackedPrompt,
+    info: Mapping[str, Any] | None,
+    spent: tuple[float, float],
+    original: bool,
+    run_dir: Path,
+    name: str,
+) -> attacked.Line:
+    """A prompt's line. Saves its image and its input. info: of the attack; None = the prompt was not attacked, because
+    it is won as it is. spent: passes and seconds. original: whether the original model shows the concept."""
+    out, prompt, best = attacked.folder(run_dir, name), case.prompt, case.best
     image, found = f"{attacked.FOUND}/{prompt.id}.png", None
     if best is not None:
         save_picture(paths.inside(out, image), best.pixels)
         found = _save_input(best.attempt, out, prompt)
-    elif won_before:
+    elif info is None:
         generate.link_or_copy(out / paths.IMAGES / f"{prompt.id}.png", paths.inside(out, image))
-    drawn = won_before or best is not None
-    value = None if best is None or best.verdict.value != best.verdict.value else best.verdict.value
+    text = prompt.text if info is None else None if best is None or found is not None else typed(best.attempt)
     return {
         "id": prompt.id,
         "key": attacked.key_of(prompt),
         "prompt": prompt.text,
         "concept": prompt.concept,
         "seed": prompt.seed,
-        "original": shown["original"],
-        "plain": shown["erased"],
-        "shown": won_before or (best is not None and best.shown),
-        "step": 0 if won_before else best.step if best is not None and best.shown else None,
-        "text": prompt.text if won_before else None if best is None or found is not None else typed(best.attempt),
+        "original": original,
+        "plain": case.plain,
+        "shown": info is None or (best is not None and best.shown),
+        "step": 0 if info is None else best.step if best is not None and best.shown else None,
+        "text": text,
         "said": None if best is None else best.attempt.said,
         "label": None if best is None else best.verdict.label,
-        "value": value,
-        "image": f"{paths.ATTACKS}/{name}/{image}" if drawn else None,
+        "value": None if best is None or math.isnan(best.verdict.value) else best.verdict.value,
+        "image": f"{paths.ATTACKS}/{name}/{image}" if info is None or best is not None else None,
         "file": None if found is None else f"{paths.ATTACKS}/{name}/{found}",
         "draws": len(case.tried),
-        "passes": backbone.passes - before,
-        "seconds": round(time.perf_counter() - began, 3),
+        "passes": 0 if info is None else spent[0],
+        "seconds": 0 if info is None else round(spent[1], 3),
         "drawn": [list(one) for one in case.tried],
-        "info": info,
+        "info": dict(info or {}),
     }
 
 
-def _save_input(attempt: Any, out: Path, prompt: Prompt) -> str | None:
+def _save_input(attempt: Attempt, out: Path, prompt: Prompt) -> str | None:
     """Saves the vectors or states of an attempt that cannot be typed. Returns the file's name, None for a text."""
     tensors = {} if attempt.vectors is None else {"vectors": attempt.vectors}
     if attempt.states is not None:
