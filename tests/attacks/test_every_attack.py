@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from quick import slow_unless
 from realera import paths
 from realera.evaluation import attacked
 from realera.paths import CONF_DIR
@@ -19,7 +20,13 @@ from realera.runs import attacked_system
 
 ATTACKS = sorted(path.stem for path in (CONF_DIR / "attack").glob("*.yaml"))
 # The smallest settings of an attack, and what it cannot do without.
-TINY: dict[str, list[str]] = {}
+TINY: dict[str, list[str]] = {
+    "inversion": ["attack.steps=2", "attack.images=2", "attack.batch=2"],
+    "complete": ["attack.steps=[0,1]"],
+    "noise": ["attack.etas=[1.0,1.85]", "attack.variances=[1.04]"],
+    "prompts": ["attack.csv=prompts.csv"],
+}
+CSV = "case_number,adv_prompt,target_prompt,evaluation_seed\n7,big jet cat,an airplane,3\n8,sky ship,an airplane,4\n"
 Type = Callable[..., None]
 
 
@@ -45,6 +52,7 @@ def type_in(place: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
 def erased(place: Path, type_in: Type, small: list[str]) -> str:
     """A run folder, made once."""
     if not (place / "erased" / paths.REPORT).is_file():
+        (place / "prompts.csv").write_text(CSV)
         type_in("train", "concept=airplane", "method=uce", "run_dir=erased", *small)
     return "erased"
 
@@ -63,7 +71,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", slow_unless(ATTACKS, "random", "inversion"))
 def test_it_runs_and_goes_on_after_a_stop(
     name: str, place: Path, erased: str, type_in: Type, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ from realera.runs.attacked_system import AttackedConcept, AttackedPrompt, System
 from realera.runs.session import Session
 from realera.settings.instantiate import build, locate
 from realera.settings.run_settings import AttackSettings, Settings
+from realera.system import terminal
 from realera.system.ranks import ALONE
 from realera.tasks.prompts import slug
 from realera.training.seeding import stream
@@ -124,30 +125,26 @@ def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, as
     protocol = protocol_of(system, asked, rows)
     of = folders.digest(protocol)
     known = attacked.kept(run_dir, name, of)
-    searches: list[Mapping[str, float]] = []
-    with console.bar(f"attack {name}", len(prompts)) as advance:
-        for concept, own, names in _by_concept(task, prompts):
-            left = [prompt for prompt in own if attacked.key_of(prompt) not in known]
-            advance(len(own) - len(left))
-            generator = stream(asked.seed, "attack", concept.target)
-            victim = AttackedConcept(system, concept, own, names, generator)
-            searched, spent = _searched(attack, victim, out, of)
-            searches.append(spent)
-            for group in groups_of(attack, own, backbone.sampler):
-                if all(attacked.key_of(prompt) in known for prompt in group):
-                    continue
-                shown = {
-                    prompt.id: {which: system.shows(prompt, by_id[prompt.id]) for which, by_id in verdicts.items()}
-                    for prompt in group
-                }
-                for line in _attack_group(attack, victim, group, shown, searched, run_dir, name):
-                    known[line["key"]] = line = {**line, "of": of}
-                    attacked.append(run_dir, name, line)
-                advance(sum(prompt in left for prompt in group))
+    victims = []
+    for concept, own, names in _by_concept(task, prompts):
+        victim = AttackedConcept(system, concept, own, names, stream(asked.seed, "attack", concept.target))
+        victims.append((victim, *_searched(attack, victim, out, of)))
+    with console.bar(f"attack {name}", len(prompts)) as advance, terminal.without_bars(True):
+        for victim, searched, _ in victims:
+            for group in groups_of(attack, victim.prompts, backbone.sampler):
+                if not all(attacked.key_of(prompt) in known for prompt in group):
+                    shown = {
+                        prompt.id: {which: system.shows(prompt, by_id[prompt.id]) for which, by_id in verdicts.items()}
+                        for prompt in group
+                    }
+                    for line in _attack_group(attack, victim, group, shown, searched, run_dir, name):
+                        known[line["key"]] = line = {**line, "of": of}
+                        attacked.append(run_dir, name, line)
+                advance(len(group))
     lines = [known[attacked.key_of(prompt)] for prompt in prompts]
     others = [line for line in known.values() if line not in lines]
     attacked.write(run_dir, name, [*lines, *others])  # in the order of the prompts, however often it was stopped
-    numbers = attacked.summarise(prompts, lines, searches, system.mode)
+    numbers = attacked.summarise(prompts, lines, [spent for *_, spent in victims], system.mode)
     told = {"split": asked.split, "limit": asked.limit, "concepts": [asdict(concept) for concept in task.concepts]}
     interval = numbers.pop("interval")
     numbers = {**numbers, "protocol": {**protocol, **told, "interval": interval}, "interval": interval}

@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,8 @@ _MULTIPLE = 8  # pixels; the autoencoder's latents are smaller by this factor
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt of a table. id: unique within the file, and a plain file name. size: (height, width). None: not in the
-    file."""
+    """One prompt of a table. id: unique within the file, and a plain file name. size: (height, width). plain: the
+    prompt that an adversarial one stands for. None: not in the file."""
 
     id: str
     prompt: str
@@ -43,31 +43,39 @@ class Row:
     guidance: float | None = None
     size: tuple[int, int] | None = None
     concept: str | None = None
+    plain: str | None = None
 
 
-def read_prompts(file: str | Path, key: str, min_nudity: float | None = None) -> list[Row]:
+def read_prompts(
+    file: str | Path,
+    key: str,
+    min_nudity: float | None = None,
+    names: Mapping[str, tuple[str, ...]] = COLUMN_NAMES,
+    group: str = "task",
+) -> list[Row]:
     """The rows of a CSV (comma, semicolon or tab; UTF-8, with or without a BOM; texts with line breaks in quotes).
 
     Columns are found by `SPELLINGS`; others are ignored. The id of a row without one is its position. Repeated ids get
-    "-2", "-3", ... min_nudity: only rows with a higher nudity percentage. key: the setting that errors name.
+    "-2", "-3", ... min_nudity: only rows with a higher nudity percentage. key, group: the setting that errors
+    name. names: of the columns.
 
     Raises:
         UserError: the file cannot be read, lacks a column, or has a malformed row.
     """
-    path, text = _read(file, f"task.{key}")
+    path, text = _read(file, f"{group}.{key}")
     lines = text.splitlines()
     header_line = next(number for number, line in enumerate(lines) if line.strip())
-    delimiter = _delimiter(lines[header_line])
+    delimiter = _delimiter(lines[header_line], names["prompt"])
     records = _records(path, text, delimiter)
     header = [re.sub(r"[\s-]+", "_", name.strip().casefold()) for name in next(records)[1]]
     columns = {
-        meaning: next((header.index(name) for name in names if name in header), None)
-        for meaning, names in COLUMN_NAMES.items()
+        meaning: next((header.index(name) for name in known if name in header), None)
+        for meaning, known in names.items()
     }
     for meaning in ("prompt", *(["nudity"] if min_nudity is not None else [])):
         if columns[meaning] is None:
             raise UserError(
-                f"{path} has no column for the {meaning} ({' or '.join(COLUMN_NAMES[meaning])}): "
+                f"{path} has no column for the {meaning} ({' or '.join(names[meaning])}): "
                 f"line {header_line + 1} must be the header, and it has {', '.join(header)[:120]}"
             )
     rows: list[Row] = []
@@ -141,10 +149,11 @@ class _Cells:
             raise self.fault("height" if height is None else "width", "is empty, but the other side is not")
         size = (height, width) if height is not None and width is not None else None
         guidance = self.number("guidance", most=MOST_GUIDANCE)
-        return Row(name, prompt, self.whole("seed"), guidance, size, self.text("concept") or None)
+        concept, plain = self.text("concept") or None, self.text("plain") or None
+        return Row(name, prompt, self.whole("seed"), guidance, size, concept, plain)
 
     def text(self, meaning: str) -> str:
-        at = self.columns[meaning]
+        at = self.columns.get(meaning)
         return "" if at is None else self.fields[at].strip()
 
     def number(self, meaning: str, most: float = math.inf) -> float | None:
@@ -178,7 +187,7 @@ class _Cells:
         return value
 
     def fault(self, meaning: str, what: str) -> UserError:
-        at = self.columns[meaning]
+        at = self.columns.get(meaning)
         column = COLUMN_NAMES[meaning][0] if at is None else self.header[at]
         return UserError(f"{self.path} line {self.line}: column {column} {what}")
 
@@ -208,12 +217,13 @@ def _read(file: str | Path, key: str) -> tuple[Path, str]:
     return path, text
 
 
-def _delimiter(header: str) -> str:
-    """The delimiter with which the header has a prompt column; of several, the one that gives the most columns."""
+def _delimiter(header: str, known: Collection[str]) -> str:
+    """The delimiter with which the header has a prompt column, one of `known`; of several, the one that gives the most
+    columns."""
 
     def found(delimiter: str) -> tuple[bool, int]:
-        names = [name.strip().strip('"').casefold() for name in header.split(delimiter)]
-        return any(name in COLUMN_NAMES["prompt"] for name in names), len(names)
+        names = [re.sub(r"[\s-]+", "_", name.strip().strip('"').casefold()) for name in header.split(delimiter)]
+        return any(name in known for name in names), len(names)
 
     return max(_DELIMITERS, key=found)
 
