@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from realera.api import tasks as tasks
     from realera.applied import Applied as Applied
     from realera.contracts import UserError as UserError
+    from realera.evaluation.summary import AttackResult as AttackResult
     from realera.evaluation.summary import Evaluation as Evaluation
 
 __version__ = "0.1.0"
@@ -31,14 +32,17 @@ COMMANDS = (
     "residue",
     "attack",
 )
-CALLED = ("apply", "evaluate", "methods", "tasks")
-PUBLIC = ("Applied", "Erased", "Evaluation", "erase", "load", "miniature_pipeline")
+CALLED = ("apply", "attack", "attacks", "evaluate", "methods", "tasks")
+PUBLIC = ("Applied", "AttackResult", "Erased", "Evaluation", "erase", "load", "miniature_pipeline")
 __all__ = [
     "Applied",
+    "AttackResult",
     "Erased",
     "Evaluation",
     "UserError",
     "apply",
+    "attack",
+    "attacks",
     "erase",
     "evaluate",
     "load",

@@ -26,7 +26,7 @@ from realera.applied import Applied as Applied
 from realera.applied import apply as apply
 from realera.backbones import stacks
 from realera.contracts import UserError
-from realera.evaluation.summary import Evaluation
+from realera.evaluation.summary import AttackResult, Evaluation
 from realera.files import plain_data
 from realera.settings import composition
 from realera.settings.run_settings import Settings
@@ -395,6 +395,81 @@ def evaluate(
         if folder is None:
             shutil.rmtree(place, ignore_errors=True)
     return Evaluation(metrics, None if folder is None else place)
+
+
+def attack(
+    erased: Erased,
+    attack: str,
+    *,
+    folder: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    progress: bool = True,
+    **settings: Any,
+) -> AttackResult:
+    """Looks for inputs with which the erased model draws the concept again, and lets the task's judge decide. The
+    numbers equal those of the command.
+
+    attack: a name of `attacks`. folder: keeps the files of the attack and the page report.html there, also those of
+    several attacks; None = they are temporary. settings, overrides: as in `erase`, such as limit=5 or
+    **{"attack.steps": 100}.
+
+    Raises:
+        UserError: one sentence that says what is wrong and what to give instead.
+    """
+    from realera.evaluation import attacked
+    from realera.reporting import attack_rows
+    from realera.runs import attacking, preflight, starting, steps
+    from realera.runs.folders import Run
+    from realera.runs.session import Session
+
+    own = erased.settings
+    words = [
+        "run=original",
+        f"attack={attack}",
+        composition.word("concept", own.concept),
+        composition.word("anchor", erased.anchor[0] if len(erased.anchor) == 1 else erased.anchor),
+        f"task={composition.build_task(own.node).name}",
+        f"backbone={own.backbone.name}",
+        *_keyword_overrides(settings),
+        *overrides,
+    ]
+    composed = composition.settings_of("attack", words, _as_keyword)
+    asked = attacking.Asked.of(composed)
+    kept = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node, "seed": own.seed}
+    own_keys = ("run", "attack", "limit", "split", "attack_seed", "dry_run")
+    rest = {key: value for key, value in composed.items() if key not in own_keys}
+    config, judged = starting.named({**rest, **kept})
+    preflight.check_judge(config)
+    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else Path(folder).expanduser()
+    try:
+        with _isolated(erased, progress), erased._unmerged() as backbone:
+            judge = steps.build_judge(config, judged)
+            numbers = attacking.carry_out(Session(Run(place, config)), backbone, judged, judge, asked)
+        name = asked.settings.name
+        shown = [
+            (row.typed or row.said, row.shown, [row.original.uri, row.erased.uri, row.back.uri])
+            for chapter in attack_rows.chapters(place)
+            if chapter["name"] == name
+            for row in chapter["rows"]
+        ]
+        lines = attacked.read(place, name)[: numbers["prompts"]]
+        if folder is not None:
+            import yaml
+
+            from realera.reporting.run_page import write_report
+            from realera.system import disk
+
+            disk.write_text(place / paths.CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            write_report(place)
+    finally:
+        if folder is None:
+            shutil.rmtree(place, ignore_errors=True)
+    return AttackResult(name, numbers, lines, None if folder is None else place, shown)
+
+
+def attacks() -> dict[str, str]:
+    """{name: one line about it} of every attack."""
+    return _first_sentences("attack")
 
 
 def methods() -> dict[str, str]:

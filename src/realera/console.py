@@ -36,6 +36,7 @@ from realera.evaluation.measures import (
     some_unscored,
     symbol,
 )
+from realera.evaluation.summary import ATTACK_ROWS
 from realera.paths import printable
 from realera.reporting import cost_words, residue_words
 from realera.system.terminal import bars_hidden
@@ -44,7 +45,6 @@ console = Console()
 STATES = {"done": "done", "found": "already finished", "refused": "refused", "failed": "failed"}  # a sweep's cells
 MOST_CONCEPTS = 12  # erased concepts in the terminal; metrics.json has all of them
 MOST_TEXTS = 24  # texts per concept in the terminal; residue.json has all of them
-ATTACK_ROWS = {"original": "original model", "pre_asr": "erased", "asr": "erased and attacked"}
 MOST = 10  # reasons of refused cells in a plan; plan.json has all of them
 
 

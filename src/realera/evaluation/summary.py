@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,3 +52,69 @@ class Evaluation(Mapping[str, float]):
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+@dataclass(frozen=True, eq=False)
+class AttackResult(Mapping[str, float]):
+    """The outcome of an attack: result["asr"], result["pre_asr"] and result["original"] in percent of the prompts. It
+    prints as a table, with pictures in a notebook.
+
+    name: of the attack. numbers: as in a run's metrics.json under attacks.<name>, with intervals, cost and protocol.
+    lines: one for each prompt, as in attacks/<name>.jsonl. folder: of the files; None if they were temporary. shown:
+    for pictures, (text, whether it was won, data URIs of the images: original, erased, attacked).
+    """
+
+    name: str
+    numbers: Mapping[str, Any]
+    lines: Sequence[Mapping[str, Any]]
+    folder: Path | None
+    shown: Sequence[tuple[str, bool, Sequence[str]]] = ()
+
+    def __getitem__(self, name: str) -> float:
+        if name not in ATTACK_ROWS:
+            raise KeyError(name)
+        return float(self.numbers[name]["value"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(ATTACK_ROWS)
+
+    def __len__(self) -> int:
+        return len(ATTACK_ROWS)
+
+    def interval(self, name: str) -> tuple[float, float]:
+        """The 95% interval over prompts."""
+        return float(self.numbers[name]["low"]), float(self.numbers[name]["high"])
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        return [
+            (words, f"{self[name]:.1f}", "{:.1f} to {:.1f}".format(*self.interval(name)))
+            for name, words in ATTACK_ROWS.items()
+        ]
+
+    def _head(self) -> tuple[str, str, str]:
+        return f"{self.name}, {self.numbers['prompts']} prompts", "% draw it", "95% interval"
+
+    def __str__(self) -> str:
+        rows = [self._head(), *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self._head())
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
+        )
+        pictures = "".join(
+            "<tr>"
+            + "".join(f'<td><img src="{html.escape(uri)}" width="96"></td>' for uri in uris)
+            + f"<td>{html.escape(text)}{' (the concept is back)' if won else ''}</td></tr>"
+            for text, won, uris in self.shown
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><table>{pictures}</table>"
+
+
+ATTACK_ROWS: Mapping[str, str] = {
+    "original": "original model",
+    "pre_asr": "erased",
+    "asr": "erased and attacked",
+}

@@ -15,7 +15,7 @@ from realera.contracts import Split, UserError
 from realera.evaluation.measures import MEAN_PROB, METRIC_OF_SPLIT, mode_of, near
 from realera.evaluation.records import read_config, read_lines, read_metrics
 from realera.files import checksums, json_shapes, plain_data
-from realera.reporting import charts, cost_words, page_rows
+from realera.reporting import attack_rows, charts, cost_words, page_rows
 from realera.reporting.sheets import first_pairs, sheets
 from realera.settings.run_settings import Settings
 from realera.system import disk
@@ -45,6 +45,7 @@ FILES = {
     paths.MANIFEST: "one image per line",
     paths.VERDICTS: "one file per judge, one verdict per line",
     paths.IMAGES: "the generated images",
+    paths.ATTACKS: "for each attack: numbers, one prompt per line, images",
 }
 
 
@@ -102,6 +103,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
         "first": first_pairs(sheet),
         "splits": [(split, *titles, sheet[split]) for split, titles in splits.items() if split in sheet],
         "seen": _seen(metrics),
+        "attacks": attack_rows.chapters(run_dir),
         "edits": [(title, block) for title, block in (("", _edit(edit)), ("after training", _edit(finish))) if block],
         "curves": charts.curves(read_lines(paths.inside(run_dir, paths.LOSSES))),
         "cost": {

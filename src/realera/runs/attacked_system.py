@@ -70,7 +70,7 @@ class System:
 class AttackedConcept:
     """`attack_contract.Attacked`."""
 
-    system: System
+    _system: System  # not the attack's: it has the judge
     concept: Concept
     prompts: Sequence[Prompt]
     names: Sequence[NamedPrompt]
@@ -78,16 +78,16 @@ class AttackedConcept:
 
     @property
     def backbone(self) -> Backbone:
-        return self.system.backbone
+        return self._system.backbone
 
     def latents(self, count: int, chunk: int = 8) -> Tensor:
         with self.backbone.original():
             states = self.backbone.encode(self.names)
             title = f"Images of '{self.concept.target}'"
-            return drawn(self.backbone, states, count, chunk, None, paths.cache_dir(), self.system.seed, title)
+            return drawn(self.backbone, states, count, chunk, None, paths.cache_dir(), self._system.seed, title)
 
     def acting(self, texts: Sequence[str], states: TextStates | None = None) -> AbstractContextManager[None]:
-        return self.system.acting(texts, states)
+        return self._system.acting(texts, states)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class AttackedPrompt(AttackedConcept):
 
     def image(self) -> Tensor:
         pixels = torch.from_numpy(np.array(read_picture(self.original)))
-        return (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).to(self.system.device)
+        return (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).to(self._system.device)
 
     def image_latents(self) -> Tensor:
         with torch.no_grad():
@@ -148,14 +148,14 @@ class AttackedPrompt(AttackedConcept):
         sampler: Sampler,
         course: Course | None,
     ) -> list[bool]:
-        size = self.system.at_once if course is None else max(1, len(attempts))
+        size = self._system.at_once if course is None else max(1, len(attempts))
         shown = []
         for start in range(0, len(attempts), size):
             part, own = attempts[start : start + size], cases[start : start + size]
             pixels = self._pixels(part, own, sampler, course)
             verdicts = self._judged(pixels, [case.prompt for case in own])
             for case, attempt, one, verdict in zip(own, part, pixels, verdicts):
-                found = self.system.shows(case.prompt, verdict)
+                found = self._system.shows(case.prompt, verdict)
                 case.tried.append((step, found))
                 shown.append(found)
                 if case.best is None or not case.best.shown:
@@ -168,10 +168,10 @@ class AttackedPrompt(AttackedConcept):
     ) -> Tensor:
         """uint8 (B, H, W, 3)."""
         read = [self._encoded(attempt) for attempt in attempts]
-        states = stacked(read, self.system.device)
+        states = stacked(read, self._system.device)
         seeds = [case.prompt.seed if attempt.seed is None else attempt.seed for case, attempt in zip(cases, attempts)]
-        with self.system.acting([typed(attempt) for attempt in attempts], states):
-            latents = self.backbone.sample(states, seeds, sampler, self.system.guide, course=course)
+        with self._system.acting([typed(attempt) for attempt in attempts], states):
+            latents = self.backbone.sample(states, seeds, sampler, self._system.guide, course=course)
         return self.backbone.decode(latents).cpu()
 
     def _encoded(self, attempt: Attempt) -> TextStates:
@@ -185,10 +185,10 @@ class AttackedPrompt(AttackedConcept):
             files = [beside / f"{number:04d}.png" for number in range(len(pixels))]
             for file, one in zip(files, pixels):
                 save_picture(file, one)
-            verdicts = self.system.judge(files, prompts)
+            verdicts = self._system.judge(files, prompts)
         if len(verdicts) != len(files):
             raise UserError(
-                f"the judge {self.system.judge.name!r} must return one verdict per image: use another judge"
+                f"the judge {self._system.judge.name!r} must return one verdict per image: use another judge"
             )
         return verdicts
 

@@ -274,11 +274,11 @@ def _attack_group(
     began, before = time.perf_counter(), backbone.passes
     cases = [
         AttackedPrompt(
-            victim.system,
+            victim._system,
             victim.concept,
             victim.prompts,
             victim.names,
-            stream(victim.system.seed, "attack", victim.concept.target, prompt.id, prompt.text),
+            stream(victim._system.seed, "attack", victim.concept.target, prompt.id, prompt.text),
             prompt,
             shown[prompt.id]["erased"],
             searched,

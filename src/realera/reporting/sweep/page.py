@@ -17,6 +17,7 @@ from realera.reporting.cells import ORIGINAL
 from realera.reporting.run_page import is_blurred, render
 from realera.reporting.sheets import first_pairs, sheets
 from realera.reporting.sweep import plots
+from realera.reporting.sweep.attacked import attack_sheet, attack_tables
 from realera.reporting.sweep.beside import beside_tables
 from realera.reporting.sweep.chapter import Chapter
 from realera.reporting.sweep.figures import Line, Scatter, Surface, corrected, families, scatter
@@ -168,7 +169,8 @@ def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | 
     measured = bool(chapter.systems)
     return {
         "title": chapter.title,
-        "tables": [*tables(chapter), *beside_tables(chapter)] if measured else [],
+        "tables": [*tables(chapter), *beside_tables(chapter), *attack_tables(chapter)] if measured else [],
+        "attacks": attack_sheet(chapter) if measured else None,
         "families": families(chapter, typed) if measured else [],
         "scatter": scatter(chapter) if measured else None,
         "sheets": sheets_of(chapter) if measured else [],

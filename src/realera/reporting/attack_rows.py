@@ -1,0 +1,92 @@
+"""The attacks of a run as values for its page: numbers, and pictures of the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from realera import paths
+from realera.contracts import UserError
+from realera.evaluation import attacked
+from realera.reporting import charts
+from realera.reporting.sheets import Picture, plain_picture
+
+SHOWN = 6  # prompts of an attack with pictures
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """A prompt with its pictures. original, erased: of the prompt as it is. back: of the attack. typed: the text of the
+    attack, or None if it cannot be typed; then said is in its place. where: "step 50", or "" if it was not won."""
+
+    prompt: str
+    typed: str | None
+    said: str
+    shown: bool
+    where: str
+    original: Picture
+    erased: Picture
+    back: Picture
+
+
+def chapters(run_dir: Path) -> list[dict[str, Any]]:
+    """A chapter for each attack of the run: name, numbers, sentence, curve and rows. The prompts that were won come
+    first."""
+    found = []
+    for name, numbers in attacked.numbers(run_dir).items():
+        lines = attacked.read(run_dir, name)[: numbers["prompts"]]
+        first = sorted(lines, key=lambda line: (not line["shown"], line["plain"]))[:SHOWN]
+        found.append(
+            {
+                "name": name,
+                "numbers": [(words, numbers[key]) for key, words in WORDS.items()],
+                "sentence": sentence(numbers),
+                "cost": numbers["cost"],
+                "rows": [row(run_dir, name, line) for line in first],
+                "count": len(lines),
+            }
+        )
+    return found
+
+
+WORDS: Mapping[str, str] = {
+    "original": "the original model",
+    "pre_asr": "the erased model",
+    "asr": "the erased model, attacked",
+}
+
+
+def sentence(numbers: Mapping[str, Any]) -> str:
+    """ "The attack drew the concept for 12 of 20 prompts; 3 drew it as they are. Won at step 50 (median)." """
+    count = numbers["prompts"]
+    won, plain = (round(count * (numbers[key]["value"] or 0) / 100) for key in ("asr", "pre_asr"))
+    steps = numbers["steps"]
+    at = f" Won at step {charts.number(steps['median'])} (median)." if steps else ""
+    return f"The attack drew the concept for {won} of {count} prompts; {plain} drew it as they are.{at}"
+
+
+def row(run_dir: Path, name: str, line: attacked.Line) -> Attacked:
+    """A line with its pictures. Its texts are shown as texts; only its ids, which were checked, are parts of paths."""
+    out = attacked.folder(run_dir, name)
+    label = line["label"] or ""
+
+    def pictured(place: str, text: str, said: str = "") -> Picture:
+        try:
+            file = paths.inside(out, place)
+        except UserError:
+            return Picture("", said, text, None, True)
+        return plain_picture(file, text, said)
+
+    image = f"{line['id']}.png"
+    return Attacked(
+        line["prompt"],
+        line["text"],
+        line["said"] or "",
+        line["shown"],
+        f"step {line['step']}" if line["step"] is not None else "",
+        pictured(f"{paths.ORIGINALS}/{image}", f"{line['prompt']}: the original model"),
+        pictured(f"{paths.IMAGES}/{image}", f"{line['prompt']}: the erased model"),
+        pictured(f"{attacked.FOUND}/{image}", f"{line['text'] or line['said'] or line['prompt']}: attacked", label),
+    )
