@@ -163,10 +163,10 @@ def test_the_loss_and_gradient_of_inversion(new_backbone: Any) -> None:
                 total += float((backbone.predict_noise(z, t[i : i + 1], states) - noise[i]).double().square().mean())
         return total / 3
 
-    assert float(loss) == pytest.approx(slow(vectors.detach()), rel=1e-5)
+    assert loss.item() == pytest.approx(slow(vectors.detach()), rel=1e-5)
     (gradient,) = torch.autograd.grad(loss, [vectors])
     direction = gradient / gradient.norm()
-    step = 0.3
+    step = 0.01
     rise = (slow(vectors.detach() + step * direction) - slow(vectors.detach() - step * direction)) / (2 * step)
     assert rise == pytest.approx(float(gradient.norm()), rel=0.05)
 
@@ -183,9 +183,8 @@ def test_inversion_puts_its_vector_in_the_place_of_the_name(new_backbone: Any) -
         case.searched = found
     attack.attack_together(cases)
     first, second = (case.drawn[0][0] for case in cases)
-    assert (
-        isinstance(first.text, NamedPrompt) and first.text.name == "CAT" and first.said == "two <new token>S in a room"
-    )
+    assert isinstance(first.text, NamedPrompt) and first.text.name == "CAT"
+    assert first.said == "two <new token>S in a room"
     assert second.text == NAMES[0] and second.vectors is found["vectors"] and cases[0].drawn[0][1] == 3
 
 
@@ -224,13 +223,10 @@ def test_complete_begins_with_the_unedited_models_steps(new_backbone: Any) -> No
     assert [step for _, step, _, _ in case.drawn] == [1, 2]
     states = backbone.encode(["a photo of the cat"])
     last = case.drawn[1][3]
-    assert torch.equal(
-        backbone.sample(states, [0], course=last), fresh.sample(fresh.encode(["a photo of the cat"]), [0])
-    )
+    erased, unedited = (one.sample(states, [0]) for one in (backbone, fresh))
+    assert torch.equal(backbone.sample(states, [0], course=last), unedited)
     first = backbone.sample(states, [0], course=case.drawn[0][3])
-    assert not torch.allclose(first, backbone.sample(states, [0])) and not torch.allclose(
-        first, fresh.sample(states, [0])
-    )
+    assert not torch.allclose(first, erased) and not torch.allclose(first, unedited)
 
 
 def test_noise_tries_every_combination_until_one_succeeds(new_backbone: Any) -> None:

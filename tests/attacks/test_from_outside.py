@@ -28,7 +28,8 @@ class Twice:
         return 2 * per_image
 
     def __call__(self, case):
-        assert not any(word in name for name in dir(case) for word in ("judge", "verdict"))
+        public = [name for name in dir(case) if not name.startswith("_")]
+        assert not any(hasattr(getattr(case, name), "judge") or "judge" in name for name in public)
         text = case.prompt.text
         first = case.draw([Attempt(text + self.between + text)], step=1)
         second = case.draw([Attempt("<img src=x onerror=alert(1)> ../../up")], step=2)
