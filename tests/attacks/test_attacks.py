@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -296,3 +297,13 @@ def test_bad_rows_of_a_set_are_named_by_line(tmp_path: Path) -> None:
             PromptFile(file).own_prompts([CAT])
     with pytest.raises(UserError, match=r"attack\.csv=FILE"):
         PromptFile().own_prompts([CAT])
+
+
+def test_the_documented_attack(new_backbone: Any) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "attacks.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from realera.attack_contract.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    case = FakeCase(new_backbone(), prompt("a cat"), shows=[False, True])
+    assert names["Shout"]()(case) == {"information": "for the prompt's line"}
+    assert [(attempt.text, step) for attempt, step, _, _ in case.drawn] == [("A CAT", 0), ("A CAT!", 1)]
