@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,9 @@ def test_a_sweep_has_a_table_and_pictures(tmp_path: Path) -> None:
     table = (tmp_path / "tables" / "object-attacks.md").read_text()
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row.startswith("|")]
     assert [cell.split()[-2] for cell in rows[0][1:]] == ["erased", "Acc_s", "other_one", "own"]
-    values = {row[0]: [cell.strip("*").split()[0] for cell in row[1:] if cell] for row in rows[2:]}
-    assert values["uce"] == ["25.0", "100.0", "75.0"] and values["esd-u"] == ["0.0", "100.0", "100.0", "0.0"]
+    found = {row[0]: [re.findall(r"[\d.]+", cell) for cell in row[1:]] for row in rows[2:]}
+    values = {system.strip("*"): [cell[0] for cell in cells if cell] for system, cells in found.items()}
+    assert values["uce"] == ["25.0", "90.0", "75.0"] and values["esd-u"] == ["0.0", "90.0", "100.0", "0.0"]
     assert "mace" not in values and "Erased, kept, attacked" in page and "<script>alert" not in page
 
 

@@ -319,6 +319,7 @@ ALLOWED = {  # (file, function): why it does not go through `disk.atomic`
     ("api.py", "erase"): "a temporary folder",
     ("api.py", "load"): "into a temporary folder",
     ("api.py", "evaluate"): "a temporary folder",
+    ("api.py", "attack"): "a temporary folder",
     ("system/disk.py", "_locked"): "an empty lock",
     ("system/locks.py", "_taken"): "a lock",
     ("system/terminal.py", "_opened"): "nothing's device",
