@@ -63,7 +63,7 @@ def test_nothing_names_one_index() -> None:
 
 
 def test_every_command_is_there() -> None:
-    assert len(PROJECT["scripts"]) == 11
+    assert len(PROJECT["scripts"]) == 12
     for target in PROJECT["scripts"].values():
         assert callable(resolve_name(target))
 
