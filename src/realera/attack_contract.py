@@ -177,3 +177,35 @@ class BringsPrompts(Protocol):
     def own_prompts(self, concepts: Sequence[Concept]) -> Sequence[Prompt]:
         """In a fixed order. Ids are unique, and plain file names. Raises UserError for a file that cannot be read."""
         ...
+
+
+@runtime_checkable
+class MeasuresReturn(Protocol):
+    """An attack that draws every prompt at the same steps, whether it was won before or not. Its numbers have the share
+    of the prompts that show the concept at each step, and the step at which half of the original model's is back."""
+
+    draws_all: bool  # only declares the role: its value is not read
+
+
+# --- an optional role of a backbone ---
+
+
+@runtime_checkable
+class HasTokens(Protocol):
+    """A backbone whose prompts can be searched token by token. V: rows of the token embeddings."""
+
+    def token_embeddings(self) -> Tensor:
+        """(V, D) float32 on the model's device, not a copy; of several text encoders side by side."""
+        ...
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text's tokens in order, up to the token limit, without BOS, EOS and padding."""
+        ...
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, without special ones. Read again, it may give other tokens."""
+        ...
+
+    def writable_tokens(self) -> list[int]:
+        """The ids of all tokens that can be typed: no special tokens, and no parts of characters."""
+        ...

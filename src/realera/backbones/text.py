@@ -18,7 +18,22 @@ BATCH = 64  # prompts of full length in one forward pass of the text encoder; mo
 KEPT = 64 << 20  # bytes of text states in the memory cache
 WORD_END = "</w>"  # suffix of a CLIP token that ends a word
 LETTERS = 3  # minimum length of the words in `words`
+NO_CHARACTER = "\ufffd"  # in place of bytes that are no character
 BATCH_OF_ALL_LAYERS = 16  # as BATCH, when the states of every layer are in memory: a few hundred MB
+
+
+def _bytes() -> dict[str, bytes]:
+    """{letter: byte} of byte-level BPE, whose tokens spell bytes as letters: printable bytes as themselves, the others
+    as the letters from U+0100."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {
+        **{chr(byte): bytes([byte]) for byte in plain},
+        **{chr(256 + number): bytes([byte]) for number, byte in enumerate(others)},
+    }
+
+
+BYTES = _bytes()
 
 
 class TextEncoder:
@@ -186,6 +201,31 @@ class TextEncoder:
         ended = (token.removesuffix(WORD_END) for token, _ in known if token.endswith(WORD_END))
         return [word for word in ended if len(word) >= LETTERS and word.isascii() and word.isalpha()]
 
+    def token_embeddings(self) -> Tensor:
+        """(V, D) float32: the embedding of every token id; not a copy."""
+        return self.model.get_input_embeddings().weight.detach()
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `tokens`, in the text's order and with repeats."""
+        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return [list(ids[: self.length - 2]) for ids in found]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of these tokens, without special tokens. Read again, it may give other tokens: two parts of words
+        can be one word. Bytes that are no character give U+FFFD."""
+        special = set(self.tokenizer.all_special_ids)
+        pieces = self.tokenizer.convert_ids_to_tokens([int(token) for token in ids if int(token) not in special])
+        letters = "".join(
+            f"{piece.removesuffix(WORD_END)} " if piece.endswith(WORD_END) else piece for piece in pieces
+        )
+        return b"".join(BYTES.get(letter, letter.encode()) for letter in letters).decode(errors="replace").strip()
+
+    def writable_tokens(self) -> list[int]:
+        """The ids of the tokens that can be typed, in order: no special tokens, and no parts of characters."""
+        ids = sorted(set(self.tokenizer.get_vocab().values()) - set(self.tokenizer.all_special_ids))
+        texts = ((token, self.text_of([token])) for token in ids)
+        return [token for token, text in texts if text and text.isprintable() and NO_CHARACTER not in text]
+
     def to(self, device: Any) -> None:
         self.model.to(device)
 
@@ -275,6 +315,25 @@ class PairedTextEncoder:
     def words(self) -> list[str]:
         """As `TextEncoder`; the two tokenizers have the same vocabulary."""
         return self.first.words()
+
+    def token_embeddings(self) -> Tensor:
+        """As `TextEncoder.token_embeddings`, joined for both encoders: (V, D1 + D2)."""
+        rows = [encoder.token_embeddings() for encoder in (self.first, self.second)]
+        shared = min(map(len, rows))  # the smaller table has all ids of the shared vocabulary
+        return torch.cat([row[:shared] for row in rows], dim=-1)
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `TextEncoder`; the two tokenizers have the same vocabulary."""
+        return self.first.token_ids(texts)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """As `TextEncoder`; the two tokenizers have the same vocabulary."""
+        return self.first.text_of(ids)
+
+    def writable_tokens(self) -> list[int]:
+        """The tokens that both tokenizers can type: their padding tokens differ."""
+        both = set(self.second.writable_tokens())
+        return [token for token in self.first.writable_tokens() if token in both]
 
     def to(self, device: Any) -> None:
         self.first.to(device)

@@ -146,6 +146,20 @@ class UNetBackbone:
     def words(self) -> list[str]:
         return self.text.words()
 
+    def token_embeddings(self) -> Tensor:
+        """See `attack_contract.HasTokens`, also for the next three."""
+        self.text.to(self.device)
+        return self.text.token_embeddings()
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.text.token_ids(texts)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        return self.text.text_of(ids)
+
+    def writable_tokens(self) -> list[int]:
+        return self.text.writable_tokens()
+
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def text_projections(self) -> dict[str, nn.Linear]:
