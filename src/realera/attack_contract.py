@@ -60,10 +60,10 @@ class Attacked(Protocol):
     @property
     def generator(self) -> Generator: ...
 
-    def latents(self, count: int, chunk: int = 8) -> Tensor:
+    def latents(self, count: int, chunk: int = 8, texts: Sequence[str] | None = None) -> Tensor:
         """(count, C, h, w) on the model's device: images of the concept, drawn by the original model from `names` with
         the backbone's sampler. They are shared through the cache, with all attacks and methods that ask for as many.
-        chunk: images drawn at once."""
+        chunk: images drawn at once. texts: prompts in place of `names`. Image i has prompt i mod P."""
         ...
 
     def acting(self, texts: Sequence[str], states: TextStates | None = None) -> AbstractContextManager[None]:

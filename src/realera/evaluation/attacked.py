@@ -10,6 +10,7 @@ Every line has the digest of the protocol that made it. Lines of another protoco
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import statistics
@@ -104,7 +105,12 @@ def _text(line: Line) -> str:
 
 
 def summarise(
-    prompts: Sequence[Prompt], lines: Sequence[Line], searches: Sequence[Mapping[str, float]], mode: Mode, seed: int = 0
+    prompts: Sequence[Prompt],
+    lines: Sequence[Line],
+    searches: Sequence[Mapping[str, float]],
+    mode: Mode,
+    draws_all: bool = False,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The block of metrics.json without its protocol, from the line of each prompt.
 
@@ -112,6 +118,8 @@ def summarise(
     images of the prompts as they are; original: for the unedited model's. Each has a bootstrap interval over prompts.
     steps: median and mean of the step at which the prompts were won that do not draw the concept as they are. curve:
     [step, percent won until then]. cost: of the attack alone; once: the part that was searched for a concept.
+    draws_all: every prompt was drawn at every step (`attack_contract.MeasuresReturn`). The block then has `returned`:
+    see `returned`.
     """
     from realera.evaluation.bootstrap import Resamples, described, image_key
     from realera.evaluation.metrics import Images, sample
@@ -143,8 +151,29 @@ def summarise(
                 "seconds": round(sum(one["seconds"] for one in searches), 3),
             },
         },
+        **({"returned": returned(lines)} if draws_all else {}),
         "interval": described("prompts", resamples),
     }
+
+
+def returned(lines: Sequence[Line]) -> dict[str, Any]:
+    """How the concept comes back, from lines that were drawn at the same steps.
+
+    curve: [step, percent of the prompts whose image of this step shows the concept], step 0 without the attack. half:
+    the first step at which the percentage is half of the original model's, on straight lines between the steps; None if
+    it is never reached, or if the original model does not draw the concept.
+    """
+    shown: dict[int, list[bool]] = {0: [line["plain"] for line in lines]}
+    for line in lines:
+        for step, found in line["drawn"]:
+            shown.setdefault(step, []).append(found)
+    curve = [[step, 100 * sum(found) / len(found)] for step, found in sorted(shown.items())]
+    goal = 50 * sum(line["original"] for line in lines) / len(lines)
+    half = float(curve[0][0]) if curve[0][1] >= goal else None
+    for (before, low), (after, high) in itertools.pairwise(curve):
+        if half is None and high >= goal:
+            half = before + (after - before) * (goal - low) / (high - low)
+    return {"curve": curve, "half": half if goal > 0 else None}
 
 
 def write_numbers(run_dir: Path, name: str, numbers: Mapping[str, Any]) -> None:

@@ -114,11 +114,13 @@ PROTOCOL = {
 }
 ATTACK_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 SHARE = {**dict.fromkeys(("value", "low", "high"), maybe(number)), "n": whole}
+CURVE = [lambda point: fits(point, [number]) and len(point) == 2]
 ATTACK = {  # an attack's numbers: attacks/<name>.json, and metrics.json under attacks.<name>
     **dict.fromkeys(("asr", "pre_asr", "original"), SHARE),
     "prompts": whole,
     "steps": maybe({"median": number, "mean": number}),
-    "curve": [lambda point: fits(point, [number]) and len(point) == 2],
+    "curve": CURVE,
+    "returned?": {"curve": CURVE, "half": maybe(number)},
     "cost": {"passes": number, "seconds": number, "draws": whole, "once": {"passes": number, "seconds": number}},
     "interval": dict,
     "protocol": {"attack": dict, "mode": one_of(*MODES)},

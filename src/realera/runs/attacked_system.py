@@ -80,10 +80,10 @@ class AttackedConcept:
     def backbone(self) -> Backbone:
         return self._system.backbone
 
-    def latents(self, count: int, chunk: int = 8) -> Tensor:
+    def latents(self, count: int, chunk: int = 8, texts: Sequence[str] | None = None) -> Tensor:
         with self.backbone.original():
-            states = self.backbone.encode(self.names)
-            title = f"Images of '{self.concept.target}'"
+            states = self.backbone.encode(self.names if texts is None else texts)
+            title = f"Images of '{self.concept.target}'" if texts is None else "Images of other things"
             return drawn(self.backbone, states, count, chunk, None, paths.cache_dir(), self._system.seed, title)
 
     def acting(self, texts: Sequence[str], states: TextStates | None = None) -> AbstractContextManager[None]:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from realera import __version__, console, costs, paths
-from realera.attack_contract import Attack, AttacksTogether, Attempt, BringsPrompts, SearchesFirst
+from realera.attack_contract import Attack, AttacksTogether, Attempt, BringsPrompts, MeasuresReturn, SearchesFirst
 from realera.contracts import Backbone, Concept, Judge, Mode, NamedPrompt, Prompt, Sampler, Task, UserError
 from realera.evaluation import attacked, generate
 from realera.evaluation.judge import judge_run
@@ -144,7 +144,8 @@ def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, as
     lines = [known[attacked.key_of(prompt)] for prompt in prompts]
     others = [line for line in known.values() if line not in lines]
     attacked.write(run_dir, name, [*lines, *others])  # in the order of the prompts, however often it was stopped
-    numbers = attacked.summarise(prompts, lines, [spent for *_, spent in victims], system.mode)
+    spent = [cost for *_, cost in victims]
+    numbers = attacked.summarise(prompts, lines, spent, system.mode, isinstance(attack, MeasuresReturn))
     told = {"split": asked.split, "limit": asked.limit, "concepts": [asdict(concept) for concept in task.concepts]}
     interval = numbers.pop("interval")
     numbers = {**numbers, "protocol": {**protocol, **told, "interval": interval}, "interval": interval}
