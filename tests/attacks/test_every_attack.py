@@ -25,6 +25,11 @@ TINY: dict[str, list[str]] = {
     "complete": ["attack.steps=[0,1]"],
     "noise": ["attack.etas=[1.0,1.85]", "attack.variances=[1.04]"],
     "prompts": ["attack.csv=prompts.csv"],
+    "unlearndiff": ["attack.timesteps=2", "attack.iterations=1", "attack.vocabulary=all"],
+    "p4d": ["attack.steps=2", "attack.test=1", "attack.tokens=3"],
+    "ring-a-bell": ["attack.population=4", "attack.generations=2", "attack.tokens=3"],
+    "mma": ["attack.steps=2", "attack.candidates=8", "attack.tokens=4"],
+    "relearn": ["attack.steps=[1,2]", "attack.count=2", "attack.batch=1"],
 }
 CSV = "case_number,adv_prompt,target_prompt,evaluation_seed\n7,big jet cat,an airplane,3\n8,sky ship,an airplane,4\n"
 Type = Callable[..., None]

@@ -131,7 +131,7 @@ class Relearning:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             if not loss.isfinite():
-                raise NotFinite(f"The loss of relearning is {float(loss)} at step {step}: lower attack.lr.")
+                raise NotFinite(f"The loss of relearning is {loss.item()} at step {step}: lower attack.lr.")
             nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
             optimizer.step()
             if step in self.steps:
