@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import string
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -130,7 +132,7 @@ def test_texts_of_tokens(new_backbone: Callable[..., Any]) -> None:
     assert isinstance(backbone, HasTokens)
     known = backbone.text.tokenizer.get_vocab()
     ids = backbone.token_ids(["a photo of the Cat", ""])
-    assert ids == [[known[f"{word}</w>"] for word in "a photo of the cat".split()], []]
+    assert ids == [[known[f"{word}</w>"] for word in ("a", "photo", "of", "the", "cat")], []]
     assert backbone.text_of(ids[0]) == "a photo of the cat"
     assert backbone.text_of([known["c"], known["a"], known["t</w>"], known["<|endoftext|>"]]) == "cat"
     assert backbone.text_of([known["\u00c3"]]) == "\ufffd"
@@ -449,7 +451,7 @@ def test_a_step_of_mma_takes_the_best_of_all_replacements(erased: Any) -> None:
     vocabulary = Vocabulary(erased, "all", banned=["cat"])
     goal = mma.end_state(erased.encode(["a photo of the cat"]))[0]
     found = attack.climbed(vocabulary, goal, ["cat"], Generator().manual_seed(0))
-    letters = [letter for letter in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    letters = string.ascii_letters
     first = torch.randint(len(letters), (2,), generator=Generator().manual_seed(0)).tolist()
     start = erased.token_ids([" ".join(letters[i] for i in first)])[0]
     best, least = start, 9.0
@@ -492,3 +494,40 @@ def test_mma_returns_the_best_of_all_steps(erased: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(mma, "losses", noted)
     found = MMADiffusion(tokens=3, steps=8, candidates=4).climbed(vocabulary, goal, [], Generator().manual_seed(0))
     assert seen[erased.text_of(found)] == min(seen.values())
+
+
+# --- on the miniature ------------------------------------------------------------------------------------------------
+
+TWO_STEPS = {
+    "unlearndiff": ["attack.timesteps=2", "attack.iterations=2"],
+    "p4d": ["attack.steps=2", "attack.test=2", "attack.form=k"],
+    "ring-a-bell": ["attack.population=6", "attack.generations=2"],
+    "mma": ["attack.steps=2", "attack.candidates=8"],
+    "relearn": ["attack.steps=[1,2]", "attack.count=2", "attack.weights=full", "attack.images=harmless"],
+}
+
+
+@pytest.mark.slow
+def test_two_steps_on_the_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from realera import attack, train
+    from realera.evaluation import attacked
+
+    def type_in(main: Callable[[], None], *words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["realera", *words])
+        main()
+
+    monkeypatch.chdir(tmp_path)
+    images = "task.images={erase:1,near:1,keep:1,associated:1,unseen:0}"
+    common = ["concept=gun", "anchor=room", "backbone=mini", "trainer=cpu", "task.first_seed=50000", images]
+    words = ["task.synonyms=[pistol]", "task.associated=[a bank robbery]", "evaluate=false", "logger=none"]
+    type_in(train.main, "method=uce", "run_dir=erased", *common, *words)
+    for name, settings in TWO_STEPS.items():
+        type_in(attack.main, "run=erased", f"attack={name}", "limit=2", *settings)
+        lines = attacked.read(tmp_path / "erased", name)
+        assert [line["plain"] for line in lines] and all(line["draws"] for line in lines)
+        if name == "relearn":
+            assert attacked.numbers(tmp_path / "erased")[name]["returned"]["curve"][-1][0] == 2
+        else:
+            assert all(line["text"] and line["info"]["searched"] for line in lines)
+        if name == "mma":
+            assert not any("gun" in line["text"] for line in lines)

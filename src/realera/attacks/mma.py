@@ -1,5 +1,5 @@
-"""MMA-Diffusion's attack on the text (arXiv 2311.17516): a prompt without the concept's words that the text encoder reads
-as the prompt of the concept."""
+"""MMA-Diffusion's attack on the text (arXiv 2311.17516): a prompt without the concept's words that the text encoder
+reads as the prompt of the concept."""
 
 from __future__ import annotations
 

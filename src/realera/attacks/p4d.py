@@ -1,5 +1,5 @@
-"""Prompting4Debugging (arXiv 2309.06135): a prompt for which the erased model predicts the noise that the original model
-predicts for the prompt of the concept."""
+"""Prompting4Debugging (arXiv 2309.06135): a prompt for which the erased model predicts the noise that the original
+model predicts for the prompt of the concept."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class PromptingForDebugging:
     """Searches vectors P for the loss |eps_erased(z_t, t, proj(P)) - eps_original(z_t, t, prompt)|^2, z_t the original
     model's image of the prompt at a random timestep (equation 5 of the paper).
 
-    proj replaces each vector by the token embedding of the largest cosine; the gradient at proj(P) moves P. Every `test`
-    steps of AdamW the projected tokens are drawn as they read when typed; it ends at the first image of the concept
-    (official code: all steps, then the prompt whose image is most like the original's, by CLIP). Official code:
+    proj replaces each vector by the token embedding of the largest cosine; the gradient at proj(P) moves P. Every
+    `test` steps of AdamW the projected tokens are drawn as they read when typed; it ends at the first image of the
+    concept (official code: all steps, then the prompt whose image is most like the original's, by CLIP). Official code:
     joycenerd/P4D.
 
-    form: n = a prompt of `tokens` searched tokens in place of the prompt (P4D-N) | k = the prompt itself, with a searched
-    token before each `interval` of its tokens and at its end (P4D-K). The vectors begin as those of random tokens. batch:
-    timesteps of a step. vocabulary: see `Searched`. together: prompts attacked at once.
+    form: n = a prompt of `tokens` searched tokens in place of the prompt (P4D-N) | k = the prompt itself, with a
+    searched token before each `interval` of its tokens and at its end (P4D-K). The vectors begin as those of random
+    tokens. batch: timesteps of a step. vocabulary: see `Searched`. together: prompts attacked at once.
     """
 
     counts_plain = False
@@ -115,8 +115,8 @@ class _Search:
 
 
 def arranged(own: Sequence[int], interval: int, room: int) -> list[int | None]:
-    """The tokens of a prompt with None where a token is searched: before each `interval` tokens and, where one would come
-    next, at the end. At most `room` in all."""
+    """The tokens of a prompt with None where a token is searched: before each `interval` tokens and, where one would
+    come next, at the end. At most `room` in all."""
     count = len(own) // interval + 1
     found: list[int | None] = []
     for number in range(count):
@@ -127,7 +127,9 @@ def arranged(own: Sequence[int], interval: int, room: int) -> list[int | None]:
 def step(searches: Sequence[_Search], batch: int) -> None:
     """One step of all searches, each at `batch` timesteps."""
     backbone = searches[0].case.backbone
-    parts = [noised(backbone, one.latents, torch.zeros(batch, dtype=torch.int64), one.case.generator) for one in searches]
+    parts = [
+        noised(backbone, one.latents, torch.zeros(batch, dtype=torch.int64), one.case.generator) for one in searches
+    ]
     z_t, timesteps = (torch.cat([part[which] for part in parts]) for which in (0, 1))
     wanted = joined([repeat(search.goal, 0, batch) for search in searches])
     with backbone.original():

@@ -1,9 +1,11 @@
-"""Relearning: the erased model's weights are fine-tuned, and its images tell after how many steps the concept is back."""
+"""Relearning: the erased model's weights are fine-tuned, and its images tell after how many steps the concept is
+back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,11 +28,12 @@ class Relearning:
     """Minimises |noise - eps(z_t, t, prompt)|^2 over images that the original model draws, z_t their noised latents, by
     AdamW on the erased model, and draws the concept's prompts with the weights of each of `steps`.
 
-    images: concept = images of the concept, with the task's training prompts | harmless = images of `things` alone, with
-    `template`; things with a word of the concept's name are left out. count: of the images. weights: lora = adapters
-    h = W x + B A x of this rank on the layers that end in one of `targets`, in addition to those that the erased model
-    has; A is drawn from N(0, 1/rank^2), B is 0 | full = all weights of the denoiser, with the erased model's adapters as
-    they are. batch: images of a step. lr, weight_decay: of AdamW; the gradient's norm is clipped to 1.
+    images: concept = images of the concept, with the task's training prompts | harmless = images of `things` alone,
+    with `template`; things with a word of the concept's name are left out. count: of the images. weights: lora =
+    adapters h = W x + B A x of this rank on the layers that end in one of `targets`, in addition to those that the
+    erased model has; A is drawn from N(0, 1/rank^2), B is 0 | full = all weights of the denoiser, with the erased
+    model's adapters as they are. batch: images of a step. lr, weight_decay: of AdamW; the gradient's norm is clipped to
+    1.
 
     Settings as in diffusers' examples/text_to_image/train_text_to_image_lora.py. The trained weights of each step are
     kept in the run folder's attacks/<name>/. The model has its own weights again, bit for bit, after every image.
@@ -57,7 +60,7 @@ class Relearning:
         things: Things = ("dog",),
         together: Batch = 1,
     ) -> None:
-        if any(later <= earlier for earlier, later in zip(steps, steps[1:])):
+        if any(later <= earlier for earlier, later in pairwise(steps)):
             raise UserError(f"attack.steps={list(steps)} must rise from one number to the next, such as [10,50,100].")
         self.images, self.count, self.full, self.steps = images, count, weights == "full", list(steps)
         self.rank, self.targets = rank, tuple(targets)
@@ -71,7 +74,7 @@ class Relearning:
 
     @staticmethod
     def passes_of_search(settings: Mapping[str, Any], per_image: float) -> float:
-        training = PASSES_OF_A_GRADIENT * max(settings["steps"]) * int(settings["batch"])
+        training = PASSES_OF_A_GRADIENT * int(max(settings["steps"])) * int(settings["batch"])
         return training + int(settings["count"]) * per_image
 
     def __call__(self, case: Case) -> Mapping[str, Any]:
@@ -171,8 +174,8 @@ def tuned(backbone: Backbone, values: Mapping[str, Tensor], trained: bool = Fals
 
 
 def new_adapters(backbone: Backbone, targets: Sequence[str], rank: int, generator: Generator) -> dict[str, Tensor]:
-    """{"<layer>.down": (rank, in), "<layer>.up": (out, rank)} float32 for the linear layers that end in a target. Raises
-    UserError if a target matches none."""
+    """{"<layer>.down": (rank, in), "<layer>.up": (out, rank)} float32 for the linear layers that end in a target.
+    Raises UserError if a target matches none."""
     layers = linear_layers(backbone.denoiser)
     found: dict[str, Tensor] = {}
     for target in targets:

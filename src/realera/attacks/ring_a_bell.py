@@ -23,14 +23,15 @@ class RingABell:
     of all rows (T, D) of the original text encoder and c the concept vector: the mean of H(prompt with the concept) -
     H(the same with its anchor) over the task's training prompts of the concept.
 
-    A generation: the better half of the population stays; each of it, with the probability `crossover`, has two children
-    with another one of the half, which swap the tokens after a random place; then each individual, with the probability
-    `mutation`, has one token replaced by a random one. The best prompt of all generations (official code: of the last
-    one) is drawn once. Here the text of an individual is typed and read again before its distance is computed; the
-    official code computes it from the tokens. Official code: chiayi-hsu/Ring-A-Bell.
+    A generation: the better half of the population stays; each of it, with the probability `crossover`, has two
+    children with another one of the half, which swap the tokens after a random place; then each individual, with the
+    probability `mutation`, has one token replaced by a random one. The best prompt of all generations (official code:
+    of the last one) is drawn once. Here the text of an individual is typed and read again before its distance is
+    computed; the official code computes it from the tokens. Official code: chiayi-hsu/Ring-A-Bell.
 
-    tokens: K. population, generations: of the search. eta: strength of the concept. vocabulary: see `Searched`. together:
-    prompts drawn at once. The search knows neither the erased model nor its images, so it is shared through the cache.
+    tokens: K. population, generations: of the search. eta: strength of the concept. vocabulary: see `Searched`.
+    together: prompts drawn at once. The search knows neither the erased model nor its images, so it is shared through
+    the cache.
     """
 
     counts_plain = False

@@ -25,8 +25,8 @@ typed, almost always. all: the parts of words too (official), some of which are 
 
 class Vocabulary:
     """The tokens among which an attack searches. ids (V',): of the text encoder. vectors (V', D): their embeddings, on
-    the model's device. Positions in these two are called places. banned: tokens with one of these words in them are left
-    out (`is_banned`)."""
+    the model's device. Positions in these two are called places. banned: tokens with one of these words in them are
+    left out (`is_banned`)."""
 
     def __init__(self, backbone: Backbone, searched: Searched, banned: Sequence[str] = ()) -> None:
         self.backbone, self.reads = backbone, encoder_of(backbone)
@@ -99,8 +99,8 @@ def joined(parts: Sequence[TextStates]) -> TextStates:
 
 
 def both_ways(backbone: Backbone, ids: Sequence[int], text: str) -> dict[str, Any]:
-    """For an attack's information on a prompt: the tokens that were searched, and those that are read from the text that
-    was typed."""
+    """For an attack's information on a prompt: the tokens that were searched, and those that are read from the text
+    that was typed."""
     reads = encoder_of(backbone)
     typed = reads.token_ids([text])[0]
     return {

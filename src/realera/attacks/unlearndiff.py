@@ -104,9 +104,7 @@ def step(searches: Sequence[_Search], level: float) -> None:
         search.vocabulary.vectors[places.to(search.points.device)].requires_grad_()
         for search, places in zip(searches, chosen)
     ]
-    texts = [
-        f"{search.vocabulary.text(places)} {search.case.prompt.text}" for search, places in zip(searches, chosen)
-    ]
+    texts = [f"{search.vocabulary.text(places)} {search.case.prompt.text}" for search, places in zip(searches, chosen)]
     with torch.enable_grad():
         states = states_of(backbone, [torch.cat([own, one.after]) for own, one in zip(vectors, searches)])
         latents = torch.cat([search.latents for search in searches])
@@ -122,9 +120,7 @@ def step(searches: Sequence[_Search], level: float) -> None:
         search.points.copy_(on_simplex(search.points))
 
 
-def denoising_losses(
-    backbone: Backbone, latents: Tensor, noise: Tensor, level: float, states: TextStates
-) -> Tensor:
+def denoising_losses(backbone: Backbone, latents: Tensor, noise: Tensor, level: float, states: TextStates) -> Tensor:
     """(B,): the mean squared error of the predicted noise, for latents (B, C, h, w) with this noise."""
     timesteps = at_level(backbone, torch.full((len(latents),), level)).to(latents.device)
     z_t = backbone.noisy_latents(latents, noise, timesteps)

@@ -203,7 +203,8 @@ class TextEncoder:
 
     def token_embeddings(self) -> Tensor:
         """(V, D) float32: the embedding of every token id; not a copy."""
-        return self.model.get_input_embeddings().weight.detach()
+        table: Tensor = self.model.get_input_embeddings().weight
+        return table.detach()
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """As `tokens`, in the text's order and with repeats."""
@@ -215,9 +216,7 @@ class TextEncoder:
         can be one word. Bytes that are no character give U+FFFD."""
         special = set(self.tokenizer.all_special_ids)
         pieces = self.tokenizer.convert_ids_to_tokens([int(token) for token in ids if int(token) not in special])
-        letters = "".join(
-            f"{piece.removesuffix(WORD_END)} " if piece.endswith(WORD_END) else piece for piece in pieces
-        )
+        letters = "".join(f"{piece.removesuffix(WORD_END)} " if piece.endswith(WORD_END) else piece for piece in pieces)
         return b"".join(BYTES.get(letter, letter.encode()) for letter in letters).decode(errors="replace").strip()
 
     def writable_tokens(self) -> list[int]:
