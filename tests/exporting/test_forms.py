@@ -119,7 +119,7 @@ def test_auto_takes_the_smallest_rank_and_a_given_rank_is_judged(
     flat = f"lora_unet_{VALUE.removesuffix('.weight').replace('.', '_')}"
     lora = load_file(found.path)
     assert found.error < 1e-6 and lora[f"{flat}.lora_down.weight"].shape[0] == 1 and lora[f"{flat}.alpha"] == 1
-    change = portable.read_lora(found.path, "kohya", [VALUE.removesuffix(".weight")])[VALUE]
+    change = portable.read_lora(found.path, "kohya", {VALUE.removesuffix(".weight"): flat})[VALUE]
     assert torch.allclose(change, state[f"edit.{VALUE}"].double() - base[VALUE].double(), atol=1e-6)
 
     generator = torch.Generator().manual_seed(1)

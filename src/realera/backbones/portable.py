@@ -192,16 +192,43 @@ def padded(lora: Lora) -> Lora:
     return made
 
 
-def save_lora(lora: Lora, file: Path, style: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-    """Writes a LoRA file. style: "lora" = diffusers' keys (load_lora_weights), "kohya" = the keys of A1111, ComfyUI."""
+def lora_names(weights: Iterable[str], style: str, kind: original_layout.Kind) -> dict[str, str]:
+    """{layer: its name in a LoRA file} of a U-Net with these weights. style: "lora" = diffusers' names, "kohya" = those
+    of A1111 and ComfyUI.
+
+    Stable Diffusion XL has the original layout's names in a kohya file, as sd-scripts writes it: A1111 reads diffusers'
+    names there too, but not of all layers.
+    """
+    weights = list(weights)
+    layers = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+    if style == "lora":
+        return {layer: f"unet.{layer}" for layer in layers}
+    own = {layer: layer for layer in layers}
+    if kind == "xl":
+        original = original_layout.unet_names(weights)
+        own = {layer: original[f"{layer}.weight"].removeprefix(original_layout.UNET) for layer in layers}
+        own = {layer: name.removesuffix(".weight") for layer, name in own.items()}
+    return {layer: f"lora_unet_{name.replace('.', '_')}" for layer, name in own.items()}
+
+
+def save_lora(
+    lora: Lora,
+    file: Path,
+    style: str,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    names: Mapping[str, str],
+) -> None:
+    """Writes a LoRA file. style: "lora" = diffusers' keys (load_lora_weights), "kohya" = the keys of A1111, ComfyUI.
+    names: of `lora_names`."""
     state: dict[str, Tensor] = {}
-    for name, (down, up) in padded(lora).items():
+    for layer, (down, up) in padded(lora).items():
+        name = names[layer]
         if style == "lora":
-            state |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+            state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         else:
-            flat = f"lora_unet_{name.replace('.', '_')}"
-            state |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
-            state[f"{flat}.alpha"] = torch.tensor(float(down.shape[0]))  # alpha = rank: a scale of 1
+            state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            state[f"{name}.alpha"] = torch.tensor(float(down.shape[0]))  # alpha = rank: a scale of 1
     with disk.atomic(file) as beside:
         save_file(
             {key: value.contiguous() for key, value in cast(state, dtype).items()},
@@ -210,19 +237,15 @@ def save_lora(lora: Lora, file: Path, style: str, dtype: torch.dtype | None, met
         )
 
 
-def read_lora(file: Path, style: str, layers: Iterable[str]) -> dict[str, Tensor]:
-    """{weight name: change} of a file that `save_lora` wrote, float64. layers: all layers of the U-Net."""
+def read_lora(file: Path, style: str, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """{weight name: change} of a file that `save_lora` wrote, float64. names: of `lora_names`."""
     state = load_file(file)
+    below, above = ("lora_A", "lora_B") if style == "lora" else ("lora_down", "lora_up")
     found: dict[str, Tensor] = {}
-    for name in layers:
-        head, down, up = (
-            (f"unet.{name}.", "lora_A.weight", "lora_B.weight")
-            if style == "lora"
-            else (f"lora_unet_{name.replace('.', '_')}.", "lora_down.weight", "lora_up.weight")
-        )
-        if head + down in state:
-            product = state[head + up].double().flatten(1) @ state[head + down].double().flatten(1)
-            found[f"{name}.weight"] = product.reshape(-1, *state[head + down].shape[1:])
+    for layer, name in names.items():
+        if (down := state.get(f"{name}.{below}.weight")) is not None:
+            product = state[f"{name}.{above}.weight"].double().flatten(1) @ down.double().flatten(1)
+            found[f"{layer}.weight"] = product.reshape(-1, *down.shape[1:])
     return found
 
 

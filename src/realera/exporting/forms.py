@@ -139,7 +139,8 @@ def _weights(
         path = out / f"{about.name}.safetensors"
         portable.save_checkpoint(source, state, path, dtype, description.metadata_of(about, left_out))
     else:
-        found = portable.lora_of(portable.base_unet(source), state, options.rank, options.error)
+        base = portable.base_unet(source)
+        found = portable.lora_of(base, state, options.rank, options.error)
         error = found.error
         if found.left_out:
             share = sum(found.left_out.values()) ** 0.5
@@ -148,7 +149,9 @@ def _weights(
             )
         path = out / (f"{about.name}.safetensors" if to == "kohya" else LORA_FILE)
         metadata = description.metadata_of(about, left_out, found.ranks)
-        portable.save_lora(found.lora, path, to, dtype, metadata)
+        portable.save_lora(
+            found.lora, path, to, dtype, metadata, portable.lora_names(base, to, portable.kind_of(source))
+        )
         ranks = sorted(found.ranks.values())
         spread = f"rank {ranks[-1]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
         said = "LoRA of %s on %d layers; it misses %.2f%% of the change"
