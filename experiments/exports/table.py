@@ -11,7 +11,8 @@ client's images and those of the run: same prompts, same noise, same sampler. Mo
 Random weights are scaled so that text and latents move the image (`lively`): the first row of each model says how far
 the erasure moves it, and a cell far below that is the same image.
 
-Rows of other models and methods that RESULTS.json holds already are kept. Full size takes 9 GB of disk and 12 GB of memory.
+Rows of other models and methods that RESULTS.json holds already are kept. Full size takes 9 GB of disk and 12 GB of
+memory.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,17 +43,19 @@ def adapters(erased: Mapping[str, Tensor]) -> Lora:
     return found
 
 
-def differences(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{weight name: erased - original}, float64, adapters included, biases too."""
-    change = {
-        key[len(EDIT) :]: value.double() - base[key[len(EDIT) :]].double()
-        for key, value in erased.items()
-        if key.startswith(EDIT)
-    }
-    for name, (down, up) in adapters(erased).items():
-        delta = (up.double().flatten(1) @ down.double().flatten(1)).reshape(base[f"{name}.weight"].shape)
-        change[f"{name}.weight"] = change.get(f"{name}.weight", 0) + delta
-    return change
+def changes(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(weight name, erased - original) of every changed weight, float64, adapters included, biases too. One at a time:
+    all of them together would be twice the size of the model."""
+    lora = adapters(erased)
+    edited = [key[len(EDIT) :] for key in erased if key.startswith(EDIT)]
+    for name in dict.fromkeys([*edited, *(f"{layer}.weight" for layer in lora)]):
+        original = base[name].double()
+        edit = erased.get(EDIT + name)
+        change = torch.zeros_like(original) if edit is None else edit.double() - original
+        if (layer := name.removesuffix(".weight")) in lora and name != layer:
+            down, up = lora[layer]
+            change += (up.double().flatten(1) @ down.double().flatten(1)).reshape(original.shape)
+        yield name, change
 
 
 def merged(
@@ -62,7 +64,7 @@ def merged(
     """The U-Net's whole state with edits and adapters merged. dtype: of all floating-point weights; None = each weight
     keeps its own. Raises UserError for a weight that is not finite in that dtype."""
     state = dict(base)
-    for name, change in differences(base, erased).items():
+    for name, change in changes(base, erased):
         state[name] = (base[name].double() + change).to(base[name].dtype if dtype is None else dtype)
     return cast(state, dtype)
 
@@ -115,13 +117,14 @@ class Approximated:
         return {name: down.shape[0] for name, (down, _) in self.lora.items()}
 
 
-def low_rank(changes: Mapping[str, Tensor], rank: int | None, error: float = 0.01) -> Approximated:
-    """Each change truncated to its largest singular values. rank: of all layers; None = for each layer the smallest
-    whose relative error is at most `error`. Singular values are split evenly between `up` and `down`."""
+def low_rank(changed: Iterable[tuple[str, Tensor]], rank: int | None, error: float = 0.01) -> Approximated:
+    """Each change truncated to its largest singular values. changed: (weight name, change). rank: of all layers; None =
+    for each layer the smallest whose relative error is at most `error`. Singular values are split evenly between `up`
+    and `down`."""
     lora: Lora = {}
     lost, whole = 0.0, 0.0
     outside: dict[str, float] = {}
-    for name, change in changes.items():
+    for name, change in changed:
         square = float(change.square().sum())
         whole += square
         if square == 0:
@@ -151,19 +154,24 @@ def lora_of(
     trained.
 
     Raises:
-        UserError: nothing was changed; weights were changed and rank is None, or "auto" needs more than `MOST`.
+        UserError: nothing was changed, or biases and norms alone; weights were changed and rank is None, or "auto" needs
+            more than `MOST`.
     """
-    changes = differences(base, erased)
-    if not any(bool(change.any()) for change in changes.values()):
+    touched = {name: change.dim() for name, change in changes(base, erased) if bool(change.any())}
+    if not touched:
         raise UserError("this run changed nothing, so there is no LoRA to export.")
+    if max(touched.values()) < 2:
+        raise UserError(
+            "this run changed biases and norms alone, which a LoRA cannot hold: give to=checkpoint or to=diffusers."
+        )
     if not any(key.startswith(EDIT) for key in erased) and rank in (None, "auto"):
         return Approximated(adapters(erased), 0.0, {})
     if isinstance(rank, int):
-        return low_rank(changes, rank)
+        return low_rank(changes(base, erased), rank)
     ranks = {
         name: needed_rank(singular(change)[0], error)
-        for name, change in changes.items()
-        if change.dim() > 1 and bool(change.any())
+        for name, change in changes(base, erased)
+        if change.dim() > 1 and name in touched
     }
     most, where = max((own, name) for name, own in ranks.items())
     if rank is None:
@@ -177,7 +185,7 @@ def lora_of(
             "to=checkpoint or to=diffusers, which are exact, a larger error=, or a rank= whose error you accept (it is "
             "printed)."
         )
-    return low_rank(changes, None, error)
+    return low_rank(changes(base, erased), None, error)
 
 
 def padded(lora: Lora) -> Lora:
