@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -223,11 +226,17 @@ def test_a_map_that_is_a_part_of_the_erasure_says_so(
         ({"error": 1.5}, "is not between 0 and 1"),
         ({"verify": -1}, "is not a whole number from 0"),
         ({"push": "me"}, "is not USER/NAME"),
+        ({"push": 1}, "is not USER/NAME"),
+        ({"variant": 16}, "is not a name such as fp16"),
+        ({"shard_size": 5}, "is not a size such as 5GB"),
+        ({"error": "small"}, "is not between 0 and 1"),
+        ({"error": float("nan")}, "is not between 0 and 1"),
+        ({"ranks": 4}, "export has no option 'ranks': its options are dtype, variant"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        forms.Options(**options)
+        forms.options_of(options)
 
 
 def test_push_is_refused_before_anything_is_written(
@@ -317,7 +326,7 @@ def test_a_run_that_changed_biases_alone_has_no_lora(
     rank: Any, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made(monkeypatch, tmp_path / "run", {f"edit.{BIAS}": base[BIAS].float() + 1})
-    with pytest.raises(UserError, match="biases and norms alone.*to=checkpoint"):
+    with pytest.raises(UserError, match=r"biases and norms alone.*to=checkpoint"):
         forms.export(run, "lora", tmp_path / "out", forms.Options(verify=0, rank=rank))
     assert not (tmp_path / "out").exists()
 
@@ -335,3 +344,65 @@ def test_changes_are_made_one_at_a_time(base: dict[str, torch.Tensor]) -> None:
     found = portable.changes(Watched(base), state)
     assert next(found)[0] == BIAS and read == [BIAS]
     assert next(found)[0] == VALUE and next(found, None) is None
+
+
+HOSTILE = "<img src=x onerror=alert(1)> [link](http://evil) **bold** `code`"
+
+
+def test_a_concept_s_name_is_words_on_the_card_and_nothing_else(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import ModelCard
+
+    run = made(monkeypatch, tmp_path / "run", rank_one(base))
+    described = forms.description.describe
+    monkeypatch.setattr(
+        forms.description,
+        "describe",
+        lambda *given: replace(described(*given), concepts=(HOSTILE,), anchors=("a\n---\nb",), method="x: [y]\n- z"),
+    )
+    forms.export(run, "kohya", tmp_path / "out", NOT_DRAWN)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "x: [y]\n- z" in card.data.tags and card.data.license == "apache-2.0"
+    assert not re.search(r"(?<!\\)<img|(?<!\\)\[link|(?<!\\)\*\*bold|(?<!\\)`code", card.text)
+    assert "\n---\n" not in card.text and "onerror" in card.text
+
+
+def test_the_card_names_the_folder(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", rank_one(base))
+    for name, shown in (("My model", "My model"), ('a"b`c', "a-b-c")):
+        forms.export(run, "diffusers", tmp_path / name, NOT_DRAWN)
+        assert f'from_pretrained("{shown}")' in (tmp_path / name / "README.md").read_text()
+
+
+def test_the_current_folder_is_not_replaced(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", rank_one(base))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"out=\. is the current folder"):
+        forms.export(run, "diffusers", Path("."), NOT_DRAWN)
+    forms.export(run, "kohya", Path("."), NOT_DRAWN)  # writes single files
+    assert sorted(file.name for file in Path(".").iterdir()) == ["README.md", "run.safetensors"]
+
+
+def test_a_pipeline_s_changed_scheduler_is_exported(tmp_path: Path) -> None:
+    import realera
+
+    pipe = realera.miniature_pipeline()
+    erased = realera.erase(pipe, "airplane", method="uce", progress=False)
+    erased.export("diffusers", tmp_path / "same", verify=0)
+    stored = (paths.MINIATURE / "scheduler" / "scheduler_config.json").read_bytes()
+    assert (tmp_path / "same" / "scheduler" / "scheduler_config.json").read_bytes() == stored
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    erased.export("diffusers", tmp_path / "other", verify=1)
+    again = DiffusionPipeline.from_pretrained(tmp_path / "other", local_files_only=True)
+    assert type(again.scheduler) is EulerDiscreteScheduler and again.scheduler.config.timestep_spacing == "trailing"
+    assert not any(file.is_symlink() for file in (tmp_path / "other").rglob("*"))
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    made_file = erased.export("checkpoint", tmp_path / "v", verify=0).path
+    with safe_open(made_file, "pt") as reader:
+        assert reader.metadata()["modelspec.prediction_type"] == "v"

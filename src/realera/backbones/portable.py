@@ -154,8 +154,8 @@ def lora_of(
     trained.
 
     Raises:
-        UserError: nothing was changed, or biases and norms alone; weights were changed and rank is None, or "auto" needs
-            more than `MOST`.
+        UserError: nothing was changed, or biases and norms alone; weights were changed and rank is None, or "auto"
+            needs more than `MOST`.
     """
     touched = {name: change.dim() for name, change in changes(base, erased) if bool(change.any())}
     if not touched:

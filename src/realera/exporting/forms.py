@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,18 +52,30 @@ class Options:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype} is none of {', '.join(DTYPES)}.")
-        if self.variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", self.variant):
+        if self.variant is not None and not _is_text(self.variant, r"[A-Za-z0-9_-]{1,40}"):
             raise UserError(f"variant={self.variant} is not a name such as fp16.")
-        if not re.fullmatch(r"[1-9][0-9]*(MB|GB)", self.shard_size):
+        if not _is_text(self.shard_size, r"[1-9][0-9]*(MB|GB)"):
             raise UserError(f"shard_size={self.shard_size} is not a size such as 5GB.")
         if not (self.rank in ("auto", None) or (type(self.rank) is int and self.rank > 0)):
             raise UserError(f"rank={self.rank} is not auto, null or a whole number above 0.")
-        if not 0 < self.error < 1:
+        if type(self.error) not in (int, float) or not 0 < self.error < 1:
             raise UserError(f"error={self.error} is not between 0 and 1.")
         if self.verify is not None and not (type(self.verify) is int and 0 <= self.verify <= 1000):
             raise UserError(f"verify={self.verify} is not a whole number from 0 to 1000, or null.")
-        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+        if self.push is not None and not _is_text(self.push, r"[\w.-]+/[\w.-]+"):
             raise UserError(f"push={self.push} is not USER/NAME.")
+
+
+def options_of(given: Mapping[str, Any]) -> Options:
+    """Raises UserError for an option that there is not."""
+    known = [one.name for one in fields(Options)]
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"export has no option {unknown[0]!r}: its options are {', '.join(known)}.")
+    return Options(**given)
+
+
+def _is_text(value: Any, pattern: str) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,8 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
         raise UserError(f"to={to} is none of {', '.join(FORMS)}.")
     if to in ("diffusers", "checkpoint") and out.is_dir() and any(out.iterdir()):
         raise UserError(f"out={out} contains other files: give a new or an empty folder.")
+    if to == "diffusers" and out.resolve() == Path.cwd():
+        raise UserError(f"out={out} is the current folder, which is replaced as a whole: give a new folder.")
     if options.push is not None:
         refuse_push(options.push)
     erased = read_erased(run.erased)
@@ -197,9 +211,11 @@ def _notes(made: Exported) -> dict[str, str]:
 
 
 def _names(to: Form, out: Path, path: Path, about: description.Description, options: Options) -> dict[str, str]:
+    folder = out.resolve().name
+    place = folder if re.fullmatch(r"[\w .()+-]+", folder) else paths.as_file_name(folder)
     pipeline = "StableDiffusionXLPipeline" if about.kind == "xl" else "StableDiffusionPipeline"
     return {
-        "place": options.push or out.name,
+        "place": options.push or place,
         "variant": f', variant="{options.variant}"' if options.variant else "",
         "file": path.name,
         "stem": path.stem,
