@@ -43,6 +43,8 @@ def demo(cfg: DictConfig) -> None:
     cli.say_backbone(runs[0].config, str(runs[0].folder))
     if config["host"] in ALL_HOSTS:
         cli.log.warning("host=%s: everyone on this network can use the page", config["host"])
+    with address_refusals(str(config["host"]), config["port"]):  # before the models are loaded, which takes a minute
+        free_port(str(config["host"]), config["port"])
     if gallery:
         serve_gradio(runs, prompts, config)
     else:

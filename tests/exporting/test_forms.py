@@ -406,3 +406,26 @@ def test_a_pipeline_s_changed_scheduler_is_exported(tmp_path: Path) -> None:
     made_file = erased.export("checkpoint", tmp_path / "v", verify=0).path
     with safe_open(made_file, "pt") as reader:
         assert reader.metadata()["modelspec.prediction_type"] == "v"
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "diffusers"])
+def test_an_export_that_is_interrupted_while_it_draws_can_be_typed_again(
+    to: forms.Form, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", rank_one(base))
+    written: list[str] = []
+
+    def interrupted(*_: Any) -> None:
+        written.extend(file.name for file in (tmp_path / "out").iterdir())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forms.verification, "distance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            forms.export(run, to, tmp_path / "out", NOT_DRAWN)
+        assert written and not (tmp_path / "out").exists()
+        (tmp_path / "out").mkdir()
+        with pytest.raises(KeyboardInterrupt):
+            forms.export(run, to, tmp_path / "out", NOT_DRAWN)
+    assert not list((tmp_path / "out").iterdir())
+    forms.export(run, to, tmp_path / "out", NOT_DRAWN)

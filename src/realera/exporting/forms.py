@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 Form = Literal["diffusers", "checkpoint", "lora", "kohya", "map"]
 FORMS: tuple[Form, ...] = ("diffusers", "checkpoint", "lora", "kohya", "map")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WHOLE: tuple[Form, ...] = ("diffusers", "checkpoint")
 CARD = "README.md"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
 SMALL = 0.05  # share of the change whose loss is only logged, not warned of
@@ -100,7 +103,7 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
     """
     if to not in FORMS:
         raise UserError(f"to={to} is none of {', '.join(FORMS)}.")
-    if to in ("diffusers", "checkpoint") and out.is_dir() and any(out.iterdir()):
+    if to in WHOLE and out.is_dir() and any(out.iterdir()):
         raise UserError(f"out={out} contains other files: give a new or an empty folder.")
     if to == "diffusers" and out.resolve() == Path.cwd():
         raise UserError(f"out={out} is the current folder, which is replaced as a whole: give a new folder.")
@@ -120,7 +123,8 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
                 f"{run.folder} changed no weights: its {about.guide} acts while images are drawn and cannot be "
                 f"exported. Draw images with python -m realera.generate run={run.folder}."
             )
-        made = _weights(run, to, out, options, source, state, about)
+        with _removed_if_stopped(to, out):
+            made = _weights(run, to, out, options, source, state, about)
     for part, why in made.left_out.items():
         log.warning("not in the export: the %s (%s)", part, why)
     if _is_foreign(out / CARD):
@@ -131,6 +135,22 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
     if options.push is not None:
         _push(options.push, options.private, out)
     return made
+
+
+@contextmanager
+def _removed_if_stopped(to: Form, out: Path) -> Iterator[None]:
+    """Removes a whole model whose check by drawing was interrupted, so that the same command can be typed again: it
+    refuses a folder with files in it."""
+    was_there = out.is_dir()
+    try:
+        yield
+    except BaseException:
+        if to in WHOLE and out.is_dir():  # it was empty before
+            for one in out.iterdir():
+                shutil.rmtree(one) if one.is_dir() else one.unlink()
+            if not was_there:
+                out.rmdir()
+        raise
 
 
 def _weights(
