@@ -289,6 +289,7 @@ def test_a_map_without_a_text_encoder_gets_it_from_the_run_s_base_model(
         (["map=[]", "pretrained=mini"], "map=[] is empty"),
         (["map=torn.safetensors", "pretrained=mini"], "torn"),
         (["map={both}", "pretrained=bare"], "lacks"),
+        (["map=whole.safetensors", "pretrained=mini"], "in int32, and a map is a square matrix of floating-point"),
     ],
 )
 def test_what_is_refused(
@@ -299,12 +300,28 @@ def test_what_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    tensors, metadata = checksums.load(made["both"] / paths.MAP)
+    checksums.save(tmp_path / "whole.safetensors", {"map": tensors["map"].int()}, metadata)
     (tmp_path / "torn.safetensors").write_bytes((made["both"] / paths.MAP).read_bytes()[:-9])
     (tmp_path / "bare" / "unet").mkdir(parents=True)
     assert type_in(*(word.replace("{both}", str(made["both"])) for word in words), "out=new") == 2
     error = capsys.readouterr().err
     assert sentence in error and "backbone" not in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_the_current_folder_and_long_names_of_a_foreign_map(
+    made: dict[str, Path], tiny_sd: Path, type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, metadata = checksums.load(made["both"] / paths.MAP)
+    long = {**metadata, "concepts": json.dumps(["x" * 100_000, "\x1b[31mred"])}
+    checksums.save(tmp_path.parent / "long.safetensors", tensors, long)
+    words = (f"map={tmp_path.parent / 'long.safetensors'}", f"pretrained={tiny_sd}")
+    assert type_in(*words, "out=.") == 2
+    assert "out=. is the current folder" in capsys.readouterr().err
+    assert type_in(*words, "out=new") == 0 and type_in(words[0], "pretrained=new", "out=again") == 2
+    said = capsys.readouterr().err.splitlines()[-1]  # the error
+    assert "already has the map of xxx" in said and "\x1b" not in said and len(said) < 1000
 
 
 def test_folders_of_the_same_name_are_told_apart(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -92,3 +93,16 @@ def test_a_space_is_not_written_into_a_folder_with_files(refusal: Type, monkeypa
     assert "out=a contains other files" in refusal("run=a", "to=space", "out=a")
     Path("p.json").write_text("[]")
     assert "give a JSON object of headings" in refusal("run=a", "ui=gradio", "presets=p.json")
+
+
+@pytest.mark.parametrize("page", ["page", "gradio"])
+def test_a_port_that_is_taken_is_refused_before_the_model_is_loaded(
+    page: str, refusal: Type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "gallery_of", lambda *_: {})
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refusal("run=a", f"port={port}", f"ui={page}")
+    assert f"port {port} cannot be opened" in said and "port=0" in said

@@ -177,6 +177,7 @@ class Erased:
         from realera.runs.folders import Run
 
         self._refuse_undone()
+        chosen = forms.options_of(options)
         known = self._backbone.checkpoint()
         with tempfile.TemporaryDirectory(prefix="realera-") as place:
             run = Run(
@@ -187,8 +188,8 @@ class Erased:
                 with self._unmerged() as backbone, backbone.original():
                     backbone.pipe.save_pretrained(source)
             else:
-                source = checkpoint.locate(known[0])
-            return forms.export(run, to, Path(out).expanduser(), forms.Options(**options), source)
+                source = self._backbone.with_own_scheduler(checkpoint.locate(known[0]), Path(place) / "base")
+            return forms.export(run, to, Path(out).expanduser(), chosen, source)
 
     def undo(self) -> DiffusionPipeline:
         """Restores the pipeline as it was before, bit for bit. Raises UserError if a later erasure is still on it."""

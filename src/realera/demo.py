@@ -43,6 +43,7 @@ def demo(cfg: DictConfig) -> None:
     cli.say_backbone(runs[0].config, str(runs[0].folder))
     if config["host"] in ALL_HOSTS:
         cli.log.warning("host=%s: everyone on this network can use the page", config["host"])
+    free_port(str(config["host"]), config["port"])  # refused before the models are loaded, which takes a minute
     if gallery:
         serve_gradio(runs, prompts, config)
     else:
@@ -73,8 +74,7 @@ def serve_gradio(runs: Sequence[Run], prompts: presets.Presets, config: Mapping[
     from realera.runs.side_by_side import SideBySide
 
     host, models = str(config["host"]), SideBySide(runs)
-    with address_refusals(host, config["port"]):
-        port = free_port(host, config["port"])
+    port = free_port(host, config["port"])
     about = gradio_page.About(**models.about(), presets=prompts)
     with gradio_page.served(models.draw, about, host, port), until_stopped(host, port):
         threading.Event().wait()

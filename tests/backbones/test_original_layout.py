@@ -181,6 +181,37 @@ def test_a_file_that_lacks_a_weight_is_refused_and_leaves_nothing(small: Path) -
     assert not list((small / "cache" / single_file.FOLDERS).glob("torn-*"))
 
 
+LAYER = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda value: value.to(torch.float8_e4m3fn), r"attn2.to_k.weight of its unet as float8_e4m3fn.*not quantised"),
+        (lambda value: value.to(torch.int32), r"as int32.*not quantised"),
+        (lambda value: value[:, :3], r"in the shape \(8, 3\), and Stable Diffusion 1 has it in \(8, 32\)"),
+    ],
+)
+def test_quantised_and_misshapen_weights_are_refused_before_anything_is_written(
+    change: Any, sentence: str, small: Path
+) -> None:
+    written("v1", small / "model.safetensors")
+    state = load_file(small / "model.safetensors")
+    state[LAYER] = change(state[LAYER]).contiguous()
+    save_file(state, small / "other.safetensors")
+    with pytest.raises(UserError, match=sentence):
+        folder.locate(small / "other.safetensors")
+    assert not list((small / "cache" / single_file.FOLDERS).glob("other-*"))
+
+
+def test_tensors_of_a_training_run_are_left_out(small: Path) -> None:
+    parts = written("v1", small / "model.safetensors")
+    more = {"model_ema.decay": torch.zeros(1), "alphas_cumprod": torch.zeros(9), "global_step": torch.zeros(1).int()}
+    save_file({**load_file(small / "model.safetensors"), **more}, small / "more.safetensors")
+    again = portable.part_state(folder.locate(small / "more.safetensors"), "unet")
+    assert again.keys() == parts["unet"].keys()
+
+
 def test_old_names_of_the_autoencoder_s_attention_are_known() -> None:
     parts = {part: portable.part_state(paths.MINIATURE, part) for part in ("unet", "vae", "text_encoder")}
     today = original_layout.from_diffusers(parts, "v1")

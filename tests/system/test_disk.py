@@ -76,7 +76,7 @@ def pipeline(file: Path) -> None:
 
 
 def lora(file: Path) -> None:
-    portable.save_lora({"a": (MANY, MANY.clone())}, file, "kohya", None, {})
+    portable.save_lora({"a": (MANY, MANY.clone())}, file, "kohya", None, {}, {"a": "lora_unet_a"})
 
 
 def text(file: Path) -> None:

@@ -525,3 +525,14 @@ def test_jobs_that_start_together_try_again(tmp_path: Path, monkeypatch: pytest.
     (tracker,) = trackers.make(run_of(tmp_path, mlflow=MLFLOW))
     assert waited == [1] and (tmp_path / paths.MLFLOW_ID).read_text() == "0" * 32 + "\n"
     assert tracker.title == "MLflow"
+
+
+def test_the_database_of_mlflow_needs_more_than_the_skinny_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"mlflow"}
+    monkeypatch.setattr(loggers, "_is_installed", lambda module: module in installed)
+    local = {"mlflow": {**MLFLOW, "tracking_uri": "sqlite:///mlflow.db"}}
+    with pytest.raises(UserError, match=r"sqlite:///mlflow.db, which mlflow-skinny cannot.*'realera\[mlflow\]'"):
+        loggers.check(local)
+    loggers.check({"mlflow": {**MLFLOW, "tracking_uri": "http://server"}})
+    installed.add("sqlalchemy")
+    loggers.check(local)

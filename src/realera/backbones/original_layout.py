@@ -293,5 +293,6 @@ def _taken(state: Mapping[str, Tensor], name: str) -> Tensor:
         return state[name]
     except KeyError:
         raise UserError(
-            f"The file lacks the weight {name!r}, so it is not a whole Stable Diffusion checkpoint: give another file."
+            f"The file lacks the weight {name!r} of a whole Stable Diffusion checkpoint: give another file, or a "
+            "diffusers folder, which may also have fewer layers (realera's miniature has)."
         ) from None

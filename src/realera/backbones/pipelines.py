@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +24,11 @@ from realera.backbones.denoiser import DTYPES
 from realera.backbones.loading import Parts, TextFigures, quiet
 from realera.backbones.unet import UNetBackbone
 from realera.contracts import Sampler, UserError
+from realera.files import plain_data
 from realera.files.headers import read_json
+from realera.system import disk
 
+log = logging.getLogger(__name__)
 IN_MEMORY = "in-memory/pipeline"  # replaces the hub id if the weights are not those of a checkpoint on disk
 # The settings of a scheduler that belong to the weights. A sampler with fewer steps does not change them.
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
@@ -99,6 +103,31 @@ class PipelineBackbone(UNetBackbone):
         if place is None or not self._weights_equal(place[1]):
             return None
         return place[0], folder.fingerprint(place[1], text_length=self.max_length)
+
+    def with_own_scheduler(self, source: Path, place: Path) -> Path:
+        """A folder like `source`, the files of this pipeline, with the pipeline's scheduler as it is now. It is
+        `source` itself if that has the same one, else the new folder `place` with links to the other parts."""
+        scheduler = self.pipe.scheduler
+        stored = read_json(source / "scheduler" / "scheduler_config.json")
+        if not type(scheduler).__module__.startswith("diffusers."):
+            log.warning(
+                "%s is no scheduler of diffusers: the export has the checkpoint's own", type(scheduler).__name__
+            )
+            return source
+        if stored.get("_class_name") == type(scheduler).__name__:
+            as_stored = type(scheduler).from_config(stored).config
+            if all(as_stored.get(key) == value for key, value in scheduler.config.items() if not key.startswith("_")):
+                return source
+        place.mkdir()
+        for part in source.iterdir():
+            if part.name not in ("scheduler", "model_index.json"):
+                (place / part.name).symlink_to(part.resolve(), target_is_directory=part.is_dir())
+        scheduler.save_pretrained(place / "scheduler")
+        index = source / "model_index.json"
+        settings = plain_data.read_json(index) if index.is_file() else {}
+        settings = {**settings, "scheduler": ["diffusers", type(scheduler).__name__]}
+        disk.write_text(place / "model_index.json", plain_data.json_text(settings))
+        return place
 
     def _weights_equal(self, place: Path) -> bool:
         first = self._base.first

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,17 +43,19 @@ def adapters(erased: Mapping[str, Tensor]) -> Lora:
     return found
 
 
-def differences(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{weight name: erased - original}, float64, adapters included, biases too."""
-    change = {
-        key[len(EDIT) :]: value.double() - base[key[len(EDIT) :]].double()
-        for key, value in erased.items()
-        if key.startswith(EDIT)
-    }
-    for name, (down, up) in adapters(erased).items():
-        delta = (up.double().flatten(1) @ down.double().flatten(1)).reshape(base[f"{name}.weight"].shape)
-        change[f"{name}.weight"] = change.get(f"{name}.weight", 0) + delta
-    return change
+def changes(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(weight name, erased - original) of every changed weight, float64, adapters included, biases too. One at a time:
+    all of them together would be twice the size of the model."""
+    lora = adapters(erased)
+    edited = [key[len(EDIT) :] for key in erased if key.startswith(EDIT)]
+    for name in dict.fromkeys([*edited, *(f"{layer}.weight" for layer in lora)]):
+        original = base[name].double()
+        edit = erased.get(EDIT + name)
+        change = torch.zeros_like(original) if edit is None else edit.double() - original
+        if (layer := name.removesuffix(".weight")) in lora and name != layer:
+            down, up = lora[layer]
+            change += (up.double().flatten(1) @ down.double().flatten(1)).reshape(original.shape)
+        yield name, change
 
 
 def merged(
@@ -62,7 +64,7 @@ def merged(
     """The U-Net's whole state with edits and adapters merged. dtype: of all floating-point weights; None = each weight
     keeps its own. Raises UserError for a weight that is not finite in that dtype."""
     state = dict(base)
-    for name, change in differences(base, erased).items():
+    for name, change in changes(base, erased):
         state[name] = (base[name].double() + change).to(base[name].dtype if dtype is None else dtype)
     return cast(state, dtype)
 
@@ -115,13 +117,14 @@ class Approximated:
         return {name: down.shape[0] for name, (down, _) in self.lora.items()}
 
 
-def low_rank(changes: Mapping[str, Tensor], rank: int | None, error: float = 0.01) -> Approximated:
-    """Each change truncated to its largest singular values. rank: of all layers; None = for each layer the smallest
-    whose relative error is at most `error`. Singular values are split evenly between `up` and `down`."""
+def low_rank(changed: Iterable[tuple[str, Tensor]], rank: int | None, error: float = 0.01) -> Approximated:
+    """Each change truncated to its largest singular values. changed: (weight name, change). rank: of all layers; None =
+    for each layer the smallest whose relative error is at most `error`. Singular values are split evenly between `up`
+    and `down`."""
     lora: Lora = {}
     lost, whole = 0.0, 0.0
     outside: dict[str, float] = {}
-    for name, change in changes.items():
+    for name, change in changed:
         square = float(change.square().sum())
         whole += square
         if square == 0:
@@ -151,19 +154,24 @@ def lora_of(
     trained.
 
     Raises:
-        UserError: nothing was changed; weights were changed and rank is None, or "auto" needs more than `MOST`.
+        UserError: nothing was changed, or biases and norms alone; weights were changed and rank is None, or "auto"
+            needs more than `MOST`.
     """
-    changes = differences(base, erased)
-    if not any(bool(change.any()) for change in changes.values()):
+    touched = {name: change.dim() for name, change in changes(base, erased) if bool(change.any())}
+    if not touched:
         raise UserError("this run changed nothing, so there is no LoRA to export.")
+    if max(touched.values()) < 2:
+        raise UserError(
+            "this run changed biases and norms alone, which a LoRA cannot hold: give to=checkpoint or to=diffusers."
+        )
     if not any(key.startswith(EDIT) for key in erased) and rank in (None, "auto"):
         return Approximated(adapters(erased), 0.0, {})
     if isinstance(rank, int):
-        return low_rank(changes, rank)
+        return low_rank(changes(base, erased), rank)
     ranks = {
         name: needed_rank(singular(change)[0], error)
-        for name, change in changes.items()
-        if change.dim() > 1 and bool(change.any())
+        for name, change in changes(base, erased)
+        if change.dim() > 1 and name in touched
     }
     most, where = max((own, name) for name, own in ranks.items())
     if rank is None:
@@ -177,7 +185,7 @@ def lora_of(
             "to=checkpoint or to=diffusers, which are exact, a larger error=, or a rank= whose error you accept (it is "
             "printed)."
         )
-    return low_rank(changes, None, error)
+    return low_rank(changes(base, erased), None, error)
 
 
 def padded(lora: Lora) -> Lora:
@@ -192,16 +200,43 @@ def padded(lora: Lora) -> Lora:
     return made
 
 
-def save_lora(lora: Lora, file: Path, style: str, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-    """Writes a LoRA file. style: "lora" = diffusers' keys (load_lora_weights), "kohya" = the keys of A1111, ComfyUI."""
+def lora_names(weights: Iterable[str], style: str, kind: original_layout.Kind) -> dict[str, str]:
+    """{layer: its name in a LoRA file} of a U-Net with these weights. style: "lora" = diffusers' names, "kohya" = those
+    of A1111 and ComfyUI.
+
+    Stable Diffusion XL has the original layout's names in a kohya file, as sd-scripts writes it: A1111 reads diffusers'
+    names there too, but not of all layers.
+    """
+    weights = list(weights)
+    layers = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+    if style == "lora":
+        return {layer: f"unet.{layer}" for layer in layers}
+    own = {layer: layer for layer in layers}
+    if kind == "xl":
+        original = original_layout.unet_names(weights)
+        own = {layer: original[f"{layer}.weight"].removeprefix(original_layout.UNET) for layer in layers}
+        own = {layer: name.removesuffix(".weight") for layer, name in own.items()}
+    return {layer: f"lora_unet_{name.replace('.', '_')}" for layer, name in own.items()}
+
+
+def save_lora(
+    lora: Lora,
+    file: Path,
+    style: str,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    names: Mapping[str, str],
+) -> None:
+    """Writes a LoRA file. style: "lora" = diffusers' keys (load_lora_weights), "kohya" = the keys of A1111, ComfyUI.
+    names: of `lora_names`."""
     state: dict[str, Tensor] = {}
-    for name, (down, up) in padded(lora).items():
+    for layer, (down, up) in padded(lora).items():
+        name = names[layer]
         if style == "lora":
-            state |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+            state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         else:
-            flat = f"lora_unet_{name.replace('.', '_')}"
-            state |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
-            state[f"{flat}.alpha"] = torch.tensor(float(down.shape[0]))  # alpha = rank: a scale of 1
+            state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            state[f"{name}.alpha"] = torch.tensor(float(down.shape[0]))  # alpha = rank: a scale of 1
     with disk.atomic(file) as beside:
         save_file(
             {key: value.contiguous() for key, value in cast(state, dtype).items()},
@@ -210,19 +245,15 @@ def save_lora(lora: Lora, file: Path, style: str, dtype: torch.dtype | None, met
         )
 
 
-def read_lora(file: Path, style: str, layers: Iterable[str]) -> dict[str, Tensor]:
-    """{weight name: change} of a file that `save_lora` wrote, float64. layers: all layers of the U-Net."""
+def read_lora(file: Path, style: str, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """{weight name: change} of a file that `save_lora` wrote, float64. names: of `lora_names`."""
     state = load_file(file)
+    below, above = ("lora_A", "lora_B") if style == "lora" else ("lora_down", "lora_up")
     found: dict[str, Tensor] = {}
-    for name in layers:
-        head, down, up = (
-            (f"unet.{name}.", "lora_A.weight", "lora_B.weight")
-            if style == "lora"
-            else (f"lora_unet_{name.replace('.', '_')}.", "lora_down.weight", "lora_up.weight")
-        )
-        if head + down in state:
-            product = state[head + up].double().flatten(1) @ state[head + down].double().flatten(1)
-            found[f"{name}.weight"] = product.reshape(-1, *state[head + down].shape[1:])
+    for layer, name in names.items():
+        if (down := state.get(f"{name}.{below}.weight")) is not None:
+            product = state[f"{name}.{above}.weight"].double().flatten(1) @ down.double().flatten(1)
+            found[f"{layer}.weight"] = product.reshape(-1, *down.shape[1:])
     return found
 
 

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 FOLDERS = "single_file"  # in the cache
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # of a part's weights; others: "model"
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 INPAINTING = 9  # channels that the U-Net of an inpainting model reads
 
 
@@ -95,7 +96,9 @@ def _unpack(file: Path, kind: Any, place: Path) -> None:
     with safe_open(file, "pt") as reader, disk.atomic(place) as beside:
         metadata = reader.metadata() or {}
         settings["scheduler"]["prediction_type"] = _prediction(file, kind, metadata, set(reader.keys()))
-        parts = original_layout.to_diffusers(_Stored(reader), kind, _template(kind))
+        template = _template(kind)
+        parts = original_layout.to_diffusers(_Stored(reader), kind, template)
+        _refuse_other_tensors(file, kind, parts, template)
         for part, config in settings.items():
             (beside / part).mkdir(parents=True)
             name = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -148,14 +151,34 @@ class _Stored(Mapping[str, "Tensor"]):
         return len(self._names)
 
 
-def _template(kind: str) -> dict[str, list[str]]:
-    """{part: names of its weights} of the standard model. The modules are built without memory."""
+def _refuse_other_tensors(
+    file: Path, kind: str, parts: Mapping[str, Mapping[str, Tensor]], template: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Raises UserError for quantised weights, and for other shapes than those of the standard model."""
+    for part, state in parts.items():
+        for name, value in state.items():
+            stored, wanted = str(value.dtype).removeprefix("torch."), tuple(template[part][name].shape)
+            if stored not in FLOATS:
+                raise UserError(
+                    f"{file} has the weight {name} of its {part} as {stored}, and only {', '.join(FLOATS)} are "
+                    "supported: give a copy that is not quantised."
+                )
+            if tuple(value.shape) != wanted:
+                raise UserError(
+                    f"{file} has the weight {name} of its {part} in the shape {tuple(value.shape)}, and Stable "
+                    f"Diffusion {kind.lstrip('v').upper()} has it in {wanted}: give another checkpoint, or a diffusers "
+                    "folder."
+                )
+
+
+def _template(kind: str) -> dict[str, dict[str, Tensor]]:
+    """{part: its weights} of the standard model, without memory."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     settings = standard.MODELS[kind]
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, Tensor]] = {}
     with torch.device("meta"):
         for part, config in settings.items():
             if part == "scheduler":
@@ -168,7 +191,7 @@ def _template(kind: str) -> dict[str, list[str]]:
             else:
                 of = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
                 model = of(CLIPTextConfig(**{key: value for key, value in config.items() if key != "model_type"}))
-            found[part] = [name for name, _ in model.named_parameters()]
+            found[part] = dict(model.named_parameters())
     return found
 
 

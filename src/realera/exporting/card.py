@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,14 +46,19 @@ CHECK = """Draw a prompt that names the concept, with the same seed in the base 
 shows it, the second does not. Other prompts give nearly the same image in both."""
 
 
+def plain(words: str) -> str:
+    """Words of a run as Markdown shows them: on one line, without HTML, links or emphasis."""
+    return re.sub(r"([\\`*_\[\]<>&|~#!])", r"\\\1", " ".join(words.split()))
+
+
 def text(about: Description, form: str, names: Mapping[str, str], notes: Mapping[str, str]) -> str:
     """The card, with the hub's front matter. names: the blanks of `LOADING`. notes: {heading: sentence} of everything
     that is left out or approximated."""
     from huggingface_hub import ModelCard
 
     body = [
-        f"# {about.title}",
-        f"{_list(about.concepts)} was erased from {_base(about)} by the method `{about.method}` of "
+        f"# {plain(about.title)}",
+        f"{_list(about.concepts)} was erased from {_base(about)} by the method {plain(about.method)} of "
         f"[realera](https://arxiv.org/abs/2410.09140) {__version__}: prompts that name or describe it are drawn as "
         f"{_list(about.anchors)}.",
         "## Use",
@@ -61,7 +67,7 @@ def text(about: Description, form: str, names: Mapping[str, str], notes: Mapping
         "## Measured",
         _measured(about),
         *(
-            ("## Limits of this file", "\n".join(f"* **{key}**: {value}" for key, value in notes.items()))
+            ("## Limits of this file", "\n".join(f"* **{plain(key)}**: {plain(value)}" for key, value in notes.items()))
             if notes
             else ()
         ),
@@ -143,11 +149,11 @@ def _measured(about: Description) -> str:
     protocol = about.metrics.get("protocol", {})
     judge = protocol.get("judge", {})
     said = judge.get("judge") if isinstance(judge, Mapping) else judge
-    about_judge = f" The judge is {said}." if said else ""
+    about_judge = f" The judge is {plain(str(said))}." if said else ""
     return "\n".join(
         [
-            f"By the protocol of `task={protocol.get('task', 'object')}`, in percent, with 95% intervals over images."
-            f"{about_judge} The numbers are of the run, before it was exported.",
+            f"By the protocol of task={plain(str(protocol.get('task', 'object')))}, in percent, with 95% intervals "
+            f"over images.{about_judge} The numbers are of the run, before it was exported.",
             "",
             "| measure | value | interval | images |",
             "|---|---|---|---|",
@@ -157,7 +163,7 @@ def _measured(about: Description) -> str:
 
 
 def _list(names: tuple[str, ...]) -> str:
-    named = [f"“{name}”" for name in names[:10]]
+    named = [f"“{plain(name)}”" for name in names[:10]]
     return ", ".join(named) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 Form = Literal["diffusers", "checkpoint", "lora", "kohya", "map"]
 FORMS: tuple[Form, ...] = ("diffusers", "checkpoint", "lora", "kohya", "map")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WHOLE: tuple[Form, ...] = ("diffusers", "checkpoint")
 CARD = "README.md"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
 SMALL = 0.05  # share of the change whose loss is only logged, not warned of
@@ -52,18 +55,30 @@ class Options:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype} is none of {', '.join(DTYPES)}.")
-        if self.variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", self.variant):
+        if self.variant is not None and not _is_text(self.variant, r"[A-Za-z0-9_-]{1,40}"):
             raise UserError(f"variant={self.variant} is not a name such as fp16.")
-        if not re.fullmatch(r"[1-9][0-9]*(MB|GB)", self.shard_size):
+        if not _is_text(self.shard_size, r"[1-9][0-9]*(MB|GB)"):
             raise UserError(f"shard_size={self.shard_size} is not a size such as 5GB.")
         if not (self.rank in ("auto", None) or (type(self.rank) is int and self.rank > 0)):
             raise UserError(f"rank={self.rank} is not auto, null or a whole number above 0.")
-        if not 0 < self.error < 1:
+        if type(self.error) not in (int, float) or not 0 < self.error < 1:
             raise UserError(f"error={self.error} is not between 0 and 1.")
         if self.verify is not None and not (type(self.verify) is int and 0 <= self.verify <= 1000):
             raise UserError(f"verify={self.verify} is not a whole number from 0 to 1000, or null.")
-        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+        if self.push is not None and not _is_text(self.push, r"[\w.-]+/[\w.-]+"):
             raise UserError(f"push={self.push} is not USER/NAME.")
+
+
+def options_of(given: Mapping[str, Any]) -> Options:
+    """Raises UserError for an option that there is not."""
+    known = [one.name for one in fields(Options)]
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"export has no option {unknown[0]!r}: its options are {', '.join(known)}.")
+    return Options(**given)
+
+
+def _is_text(value: Any, pattern: str) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 @dataclass(frozen=True)
@@ -88,8 +103,10 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
     """
     if to not in FORMS:
         raise UserError(f"to={to} is none of {', '.join(FORMS)}.")
-    if to in ("diffusers", "checkpoint") and out.is_dir() and any(out.iterdir()):
+    if to in WHOLE and out.is_dir() and any(out.iterdir()):
         raise UserError(f"out={out} contains other files: give a new or an empty folder.")
+    if to == "diffusers" and out.resolve() == Path.cwd():
+        raise UserError(f"out={out} is the current folder, which is replaced as a whole: give a new folder.")
     if options.push is not None:
         refuse_push(options.push)
     erased = read_erased(run.erased)
@@ -106,7 +123,8 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
                 f"{run.folder} changed no weights: its {about.guide} acts while images are drawn and cannot be "
                 f"exported. Draw images with python -m realera.generate run={run.folder}."
             )
-        made = _weights(run, to, out, options, source, state, about)
+        with _removed_if_stopped(to, out):
+            made = _weights(run, to, out, options, source, state, about)
     for part, why in made.left_out.items():
         log.warning("not in the export: the %s (%s)", part, why)
     if _is_foreign(out / CARD):
@@ -117,6 +135,22 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
     if options.push is not None:
         _push(options.push, options.private, out)
     return made
+
+
+@contextmanager
+def _removed_if_stopped(to: Form, out: Path) -> Iterator[None]:
+    """Removes a whole model whose check by drawing was interrupted, so that the same command can be typed again: it
+    refuses a folder with files in it."""
+    was_there = out.is_dir()
+    try:
+        yield
+    except BaseException:
+        if to in WHOLE and out.is_dir():  # it was empty before
+            for one in out.iterdir():
+                shutil.rmtree(one) if one.is_dir() else one.unlink()
+            if not was_there:
+                out.rmdir()
+        raise
 
 
 def _weights(
@@ -139,7 +173,8 @@ def _weights(
         path = out / f"{about.name}.safetensors"
         portable.save_checkpoint(source, state, path, dtype, description.metadata_of(about, left_out))
     else:
-        found = portable.lora_of(portable.base_unet(source), state, options.rank, options.error)
+        base = portable.base_unet(source)
+        found = portable.lora_of(base, state, options.rank, options.error)
         error = found.error
         if found.left_out:
             share = sum(found.left_out.values()) ** 0.5
@@ -148,7 +183,9 @@ def _weights(
             )
         path = out / (f"{about.name}.safetensors" if to == "kohya" else LORA_FILE)
         metadata = description.metadata_of(about, left_out, found.ranks)
-        portable.save_lora(found.lora, path, to, dtype, metadata)
+        portable.save_lora(
+            found.lora, path, to, dtype, metadata, portable.lora_names(base, to, portable.kind_of(source))
+        )
         ranks = sorted(found.ranks.values())
         spread = f"rank {ranks[-1]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
         said = "LoRA of %s on %d layers; it misses %.2f%% of the change"
@@ -194,9 +231,11 @@ def _notes(made: Exported) -> dict[str, str]:
 
 
 def _names(to: Form, out: Path, path: Path, about: description.Description, options: Options) -> dict[str, str]:
+    folder = out.resolve().name
+    place = folder if re.fullmatch(r"[\w .()+-]+", folder) else paths.as_file_name(folder)
     pipeline = "StableDiffusionXLPipeline" if about.kind == "xl" else "StableDiffusionPipeline"
     return {
-        "place": options.push or out.name,
+        "place": options.push or place,
         "variant": f', variant="{options.variant}"' if options.variant else "",
         "file": path.name,
         "stem": path.stem,

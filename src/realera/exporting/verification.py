@@ -65,8 +65,7 @@ def exported_weights(source: Path, to: str, path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as reader:
             found = {name: reader.get_tensor(there) for name, there in prefixes.items()}
     else:
-        layers = [name.removesuffix(".weight") for name in base if name.endswith(".weight")]
-        changes = portable.read_lora(path, to, layers)
+        changes = portable.read_lora(path, to, portable.lora_names(base, to, portable.kind_of(source)))
         found = {name: (base[name].double() + change).float() for name, change in changes.items()}
     changed = {name: value.float() for name, value in found.items() if not torch.equal(value, base[name])}
     return {f"{portable.EDIT}{name}": value for name, value in changed.items()}

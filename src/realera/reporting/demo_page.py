@@ -204,8 +204,9 @@ def address_refusals(host: str, port: int) -> Iterator[None]:
 
 
 def free_port(host: str, port: int) -> int:
-    """`port`, or any free one if it is 0. Raises OSError if it is taken or `host` is not an address of this machine."""
-    with Server((host, port), BaseHTTPRequestHandler) as server:
+    """`port`, or any free one if it is 0. Raises UserError if it is taken or `host` is not an address of this
+    machine."""
+    with address_refusals(host, port), Server((host, port), BaseHTTPRequestHandler) as server:
         return server.server_port
 
 

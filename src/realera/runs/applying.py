@@ -120,6 +120,8 @@ def apply_to(pretrained: str, out: Path, applied: Application) -> bool:
         if (there := read_record(out)) is not None and {**there, "realera": __version__} == record:
             return False
         raise UserError(f"{out} contains other files: give a new or an empty folder as out.")
+    if out.resolve() == Path.cwd():
+        raise UserError(f"out={out} is the current folder, which is replaced as a whole: give a new folder as out.")
     if applied.check:
         refuse_other_text(applied, text_marks.of_folder(place), pretrained)
     factors, condition = applied.factors()

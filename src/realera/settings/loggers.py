@@ -35,6 +35,7 @@ class Kind:
 
 
 OTHER = Kind("the logger")
+MLFLOW = Kind("MLflow", ("mlflow",), "mlflow", artifacts=True)
 WANDB = Kind("W&B", ("wandb",), artifacts=True, behind="wandb.sdk.wandb_init.init")
 KINDS = {  # by the name of Lightning's class
     "WandbLogger": WANDB,
@@ -45,7 +46,7 @@ KINDS = {  # by the name of Lightning's class
         behind="torch.utils.tensorboard.writer.SummaryWriter",
     ),
     "CSVLogger": Kind("CSV", images=False),
-    "MLFlowLogger": Kind("MLflow", ("mlflow",), "mlflow", artifacts=True),
+    "MLFlowLogger": MLFLOW,
 }
 
 
@@ -107,6 +108,12 @@ def check(logger: Mapping[str, Any] | None) -> None:
             raise UserError(
                 f"{dotted(name)} needs {one.modules[0]}, which is not installed: pip install '{said}'"
                 + (f" (in a checkout: '.[{one.extra}]')." if one.extra else ".")
+            )
+        uri = str(nodes(logger)[name].get("tracking_uri") or "")
+        if one is MLFLOW and uri.startswith("sqlite:") and not _is_installed("sqlalchemy"):
+            raise UserError(
+                f"{dotted(name)} would write the database {uri}, which mlflow-skinny cannot: pip install "
+                f"'realera[{one.extra}]', or name a server, MLFLOW_TRACKING_URI=http://..."
             )
     if (logger or {}).get("artifact") and not any(one.artifacts for one in kinds.values()):
         able = " and ".join(one.title for one in KINDS.values() if one.artifacts)

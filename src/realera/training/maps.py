@@ -23,6 +23,7 @@ from realera.settings.run_settings import MethodSettings, Settings
 from realera.training.checkpoint import read_map_whole
 
 MOST_NAMED = 3  # concepts that are named in one line
+LONGEST = 80  # letters of a name in a sentence
 SINGULAR = 1e6  # condition number; maps are stored in float32, so a larger one says nothing about the inverse
 COMMUTE = 1e-5  # share of the change; float32 rounding stays below
 TEXTS = [str]
@@ -83,7 +84,11 @@ def read(file: Path) -> Map:
     except (KeyError, ValueError) as error:
         raise UserError(f"{file} has metadata that no map has ({error}): export it again from its run.") from None
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():
-        raise UserError(f"{file} holds a tensor of shape {tuple(matrix.shape)}, and a map is a square matrix.")
+        kind = str(matrix.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{file} holds a tensor of shape {tuple(matrix.shape)} in {kind}, and a map is a square matrix of "
+            "floating-point numbers: export it again from its run."
+        )
     return Map(
         name=str(file),
         matrix=matrix.double(),
@@ -108,9 +113,14 @@ def left_out(method: MethodSettings) -> list[str]:
 
 def described(concepts: Sequence[str], method: str) -> str:
     """ "airplane by uce"."""
-    named = ", ".join(concepts[:MOST_NAMED]) or "an unnamed concept"
+    named = ", ".join(_shortened(one) for one in concepts[:MOST_NAMED]) or "an unnamed concept"
     more = f" and {len(concepts) - MOST_NAMED} more" if len(concepts) > MOST_NAMED else ""
-    return f"{named}{more} by {method}"
+    return f"{named}{more} by {_shortened(method)}"
+
+
+def _shortened(name: str) -> str:
+    """A file from elsewhere may say anything."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}..."
 
 
 # --- what is applied -------------------------------------------------------------------------------------------------
