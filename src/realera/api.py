@@ -287,7 +287,10 @@ def erase(
         *_keyword_overrides(settings),
         *overrides,
     ]
-    config, judged = starting.ready(composition.settings_of("train", words, _as_keyword))
+    composed = composition.settings_of("train", words, _as_keyword)
+    if composed.pop("attacks"):
+        raise UserError("attacks is a setting of the command: leave it out, and then call realera.attack(erased, ...).")
+    config, judged = starting.ready(composed)
     model = Settings(config).backbone
     backbone = pipelines.PipelineBackbone(pipe, kind, model.sampler, model.text_figures)
     folder = Path(tempfile.mkdtemp(prefix="realera-"))
@@ -418,7 +421,7 @@ def attack(
     """
     from realera.evaluation import attacked
     from realera.reporting import attack_rows
-    from realera.runs import attacking, preflight, starting, steps
+    from realera.runs import asked_attacks, attacking, preflight, starting, steps
     from realera.runs.folders import Run
     from realera.runs.session import Session
 
@@ -434,7 +437,7 @@ def attack(
         *overrides,
     ]
     composed = composition.settings_of("attack", words, _as_keyword)
-    asked = attacking.Asked.of(composed)
+    asked = asked_attacks.Asked.of(composed)
     kept = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node, "seed": own.seed}
     own_keys = ("run", "attack", "limit", "split", "attack_seed", "dry_run")
     rest = {key: value for key, value in composed.items() if key not in own_keys}
