@@ -287,10 +287,7 @@ def erase(
         *_keyword_overrides(settings),
         *overrides,
     ]
-    composed = composition.settings_of("train", words, _as_keyword)
-    if composed.pop("attacks"):
-        raise UserError("attacks is a setting of the command: leave it out, and then call realera.attack(erased, ...).")
-    config, judged = starting.ready(composed)
+    config, judged = starting.ready(_composed(words))
     model = Settings(config).backbone
     backbone = pipelines.PipelineBackbone(pipe, kind, model.sampler, model.text_figures)
     folder = Path(tempfile.mkdtemp(prefix="realera-"))
@@ -374,7 +371,7 @@ def evaluate(
         *_keyword_overrides(settings),
         *overrides,
     ]
-    composed = composition.settings_of("train", words, _as_keyword)
+    composed = _composed(words)
     as_erased = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node}
     config, judged = starting.named({**composed, **as_erased})
     preflight.check_judge(config)
@@ -545,6 +542,14 @@ def _device_overrides(pipe: DiffusionPipeline) -> list[str]:
     if device.type != "cuda":
         return ["trainer.accelerator=cpu"]
     return ["trainer.accelerator=gpu", f"trainer.devices=[{device.index or 0}]"]
+
+
+def _composed(words: Sequence[str]) -> dict[str, Any]:
+    """The checked settings of an erasure. Raises UserError."""
+    composed = composition.settings_of("train", words, _as_keyword)
+    if composed.pop("attacks"):
+        raise UserError("attacks is a setting of the command: leave it out, and then call realera.attack(erased, ...).")
+    return composed
 
 
 def _keyword_overrides(settings: Mapping[str, Any]) -> list[str]:

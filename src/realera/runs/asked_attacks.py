@@ -99,7 +99,7 @@ def _words(entry: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"it cannot be read ({error}): give an attack's name and its settings.") from error
     if not NAME.fullmatch(name):
-        raise UserError("it does not begin with an attack's name: give one, as in \"inversion attack.steps=200\".")
+        raise UserError('it does not begin with an attack\'s name: give one, as in "inversion attack.steps=200".')
     for word in rest:
         key = word.lstrip("+~").partition("=")[0]
         if key not in OWN and not key.startswith("attack."):
