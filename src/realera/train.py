@@ -42,7 +42,8 @@ def train(cfg: DictConfig) -> float | None:
 
 @contextmanager
 def opened(asked: starting.Training) -> Iterator[tuple[Session, Sequence[Asked]]]:
-    """Locks the run's folder, makes the run or finds it, and connects its processes. Yields its missing attacks too."""
+    """Locks the run's folder, makes the run or finds it, and connects its processes. Yields its missing attacks too. The
+    costs of a finished run are not measured again."""
     plan, config = asked.plan, {**asked.config, "trainer": dict(asked.plan.trainer)}
     with folders.locked(folders.folder_of(config), plan.first):
         run = folders.claim(config) if plan.first else Run(folders.folder_of(config), config)
@@ -52,7 +53,8 @@ def opened(asked: starting.Training) -> Iterator[tuple[Session, Sequence[Asked]]
         jobs.record_run(run, found=run.finished and not attacks)
         cli.say_backbone(config)
         with processes.connected(plan, "train", needed=not run.finished) as ranks:
-            yield Session.of_run(processes.same_run(ranks, run), ranks), attacks
+            same = processes.same_run(ranks, run)
+            yield Session(same, ranks) if run.finished else Session.of_run(same, ranks), attacks
 
 
 def say_finished(session: Session) -> None:

@@ -75,8 +75,8 @@ class Work:
 @dataclass(frozen=True)
 class Plan:
     """plan.json. images: of the erased models. original_images: of the unedited model, counted once if cells share
-    them. Existing images are not counted. refusals: {reason: number of cells that cannot run}. attacked: prompts under attack,
-    counted once for each attack; passes_of_attacks: of the U-Net, at most."""
+    them. Existing images are not counted. refusals: {reason: number of cells that cannot run}. attacked: prompts under
+    attack, once for each attack. passes_of_attacks: of the U-Net, at most."""
 
     cells: int
     finished: int
