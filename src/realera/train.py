@@ -42,8 +42,8 @@ def train(cfg: DictConfig) -> float | None:
 
 @contextmanager
 def opened(asked: starting.Training) -> Iterator[tuple[Session, Sequence[Asked]]]:
-    """Locks the run's folder, makes the run or finds it, and connects its processes. Yields its missing attacks too. The
-    costs of a finished run are not measured again."""
+    """Locks the run's folder, makes the run or finds it, and connects its processes. Yields its missing attacks
+    too. The costs of a finished run are not measured again."""
     plan, config = asked.plan, {**asked.config, "trainer": dict(asked.plan.trainer)}
     with folders.locked(folders.folder_of(config), plan.first):
         run = folders.claim(config) if plan.first else Run(folders.folder_of(config), config)

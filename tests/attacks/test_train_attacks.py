@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -106,7 +107,7 @@ def test_a_later_command_adds_the_missing_attacks_and_repeats_none(
     capsys.readouterr()
     assert type_in(*words, f"attacks={TWO}", "dry_run=true") == 0
     planned = capsys.readouterr().out
-    assert "finished" not in planned and "prompts to attack" in planned
+    assert "1 finished" not in planned and "prompts to attack" in planned
     monkeypatch.setattr(attacking, "carry_out", noted)
     assert type_in(*words, f"attacks={TWO}") == 0
     assert done == ["closed-form"] and read_metrics(run)["attacks"].keys() == {"random", "closed-form"}
@@ -161,8 +162,6 @@ def test_a_sweep_counts_and_carries_out_attacks(
 def test_wrong_attacks_are_one_sentence_before_any_work(
     words: list[str], said: str, type_in: Type, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     assert type_in("train", "concept=airplane", "method=uce", "run_dir=run", *words) == 2
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and re.search(said, errors[0]), errors
@@ -173,7 +172,7 @@ def test_attacks_of_a_folder_of_one_s_own_are_found(type_in: Type, tmp_path: Pat
     own = tmp_path / "mine" / "attack" / "shout.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("_target_: realera.attacks.random.RandomPrompt\nname: shout\ntries: 1\ntogether: 2\n")
-    words = ["concept=airplane", "method=uce", "run_dir=run", '"attacks=[shout limit=1]"'.strip('"')]
+    words = ["concept=airplane", "method=uce", "run_dir=run", "attacks=[shout limit=1]"]
     assert type_in("train", "--config-dir", "mine", *words) == 0
     assert attacked.numbers(tmp_path / "run").keys() == {"shout"}
 
@@ -181,7 +180,7 @@ def test_attacks_of_a_folder_of_one_s_own_are_found(type_in: Type, tmp_path: Pat
 def test_the_python_interface_refuses_the_list() -> None:
     from realera import api
 
-    with pytest.raises(UserError, match="realera.attack"):
+    with pytest.raises(UserError, match=r"realera\.attack"):
         api._composed(["concept=airplane", "backbone=mini", "attacks=[random]"])
     assert "attacks" not in api._composed(["concept=airplane", "backbone=mini"])
 
