@@ -155,15 +155,16 @@ def test_a_sweep_counts_and_carries_out_attacks(
         (['attacks=[random,"random limit=3"]'], "two of the attacks are named random"),
         (["attacks=[random]", "evaluate=false"], "attacks need the run's judge"),
         (["attacks=[5]"], "attacks"),
-        (['attacks=["random split=near"]', "task.images={erase:2}"], "no prompts of the split near"),
+        (["attacks=[random limit=3]"], "put an attack with settings into quotes"),
+        (['attacks=["random split=keep"]'], "no prompts of the split keep"),
         (["attacks=[prompts]"], "csv"),
     ],
 )
 def test_wrong_attacks_are_one_sentence_before_any_work(
-    words: list[str], said: str, type_in: Type, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    words: list[str], said: str, type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert type_in("train", "concept=airplane", "method=uce", "run_dir=run", *words) == 2
-    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and re.search(said, errors[0]), errors
     assert not (tmp_path / "run").exists()
 
@@ -172,7 +173,7 @@ def test_attacks_of_a_folder_of_one_s_own_are_found(type_in: Type, tmp_path: Pat
     own = tmp_path / "mine" / "attack" / "shout.yaml"
     own.parent.mkdir(parents=True)
     own.write_text("_target_: realera.attacks.random.RandomPrompt\nname: shout\ntries: 1\ntogether: 2\n")
-    words = ["concept=airplane", "method=uce", "run_dir=run", "attacks=[shout limit=1]"]
+    words = ["concept=airplane", "method=uce", "run_dir=run", 'attacks=["shout limit=1"]']
     assert type_in("train", "--config-dir", "mine", *words) == 0
     assert attacked.numbers(tmp_path / "run").keys() == {"shout"}
 
