@@ -288,7 +288,7 @@ def erase(
         *_keyword_overrides(settings),
         *overrides,
     ]
-    config, judged = starting.ready(composition.settings_of("train", words, _as_keyword))
+    config, judged = starting.ready(_composed(words))
     model = Settings(config).backbone
     backbone = pipelines.PipelineBackbone(pipe, kind, model.sampler, model.text_figures)
     folder = Path(tempfile.mkdtemp(prefix="realera-"))
@@ -372,7 +372,7 @@ def evaluate(
         *_keyword_overrides(settings),
         *overrides,
     ]
-    composed = composition.settings_of("train", words, _as_keyword)
+    composed = _composed(words)
     as_erased = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node}
     config, judged = starting.named({**composed, **as_erased})
     preflight.check_judge(config)
@@ -419,7 +419,7 @@ def attack(
     """
     from realera.evaluation import attacked
     from realera.reporting import attack_rows
-    from realera.runs import attacking, preflight, starting, steps
+    from realera.runs import asked_attacks, attacking, preflight, starting, steps
     from realera.runs.folders import Run
     from realera.runs.session import Session
 
@@ -435,7 +435,7 @@ def attack(
         *overrides,
     ]
     composed = composition.settings_of("attack", words, _as_keyword)
-    asked = attacking.Asked.of(composed)
+    asked = asked_attacks.Asked.of(composed)
     kept = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node, "seed": own.seed}
     own_keys = ("run", "attack", "limit", "split", "attack_seed", "dry_run")
     rest = {key: value for key, value in composed.items() if key not in own_keys}
@@ -543,6 +543,14 @@ def _device_overrides(pipe: DiffusionPipeline) -> list[str]:
     if device.type != "cuda":
         return ["trainer.accelerator=cpu"]
     return ["trainer.accelerator=gpu", f"trainer.devices=[{device.index or 0}]"]
+
+
+def _composed(words: Sequence[str]) -> dict[str, Any]:
+    """The checked settings of an erasure. Raises UserError."""
+    composed = composition.settings_of("train", words, _as_keyword)
+    if composed.pop("attacks"):
+        raise UserError("attacks is a setting of the command: leave it out, and then call realera.attack(erased, ...).")
+    return composed
 
 
 def _keyword_overrides(settings: Mapping[str, Any]) -> list[str]:

@@ -39,16 +39,16 @@ def attack(cfg: DictConfig) -> None:
         preflight.check_run(run)
     hindrance = preflight.check_model(run.settings.backbone, plan=config["dry_run"])
 
-    from realera.runs import attacking  # torch and diffusers: slow, so imported after all checks
+    from realera.runs import asked_attacks, attacking  # torch and diffusers: slow, so imported after all checks
 
-    asked = attacking.Asked.of(config)
+    asked = asked_attacks.Asked.of(config)
     console.show_attack_plan(attacking.plan(Session(run), task, asked), asked.settings.name, hindrance)
     if config["dry_run"]:
         return
     cli.say_backbone(run.config, None if original else str(run.folder))
     run = claimed(run) if original else run
     name = asked.settings.name
-    with folders.locked(paths.inside(run.folder, f"{paths.ATTACKS}/{name}"), key="attack.name"):
+    with attacking.lock(run.folder, asked):
         numbers = carried_out(run, task, asked, original)
     console.show_attack(name, numbers, folders.title(run.config))
     console.show_path("page to open", run.folder / paths.REPORT)
@@ -79,16 +79,13 @@ def carried_out(run: Run, task: Any, asked: Any, original: bool) -> dict[str, An
     """Attacks, and brings metrics.json and the page up to date. Returns the attack's numbers."""
     from realera.reporting.run_page import write_report
     from realera.runs import attacking, steps
-    from realera.system import locks
 
     trust.check_tables(run.config, run.folder)
     judge = steps.build_judge(run.config, task)
     steps.warn_unknown(judge, task)
     backbone = steps.load_backbone(run.config) if original else steps.load_run(run)
     numbers = attacking.carry_out(Session(run), backbone, task, judge, asked)
-    with locks.exclusive(run.folder / paths.METRICS):  # another attack of the same run may end at the same time
-        attacking.add_to_metrics(run.folder)
-        write_report(run.folder)
+    attacking.add_to_run(run.folder, write_report)
     return numbers
 
 

@@ -201,6 +201,9 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     table.add_row("images of the original, drawn once", f"{plan['original_images']:,}")
     table.add_row("images to judge", f"{plan['judged']:,}")
     table.add_row("training steps", f"{plan['train_steps']:,}")
+    if plan.get("attacked"):
+        table.add_row("prompts to attack", f"{plan['attacked']:,}")
+        table.add_row("U-Net passes of the attacks, at most", f"{plan['passes_of_attacks']:,}")
     table.add_row("hours", "?" if plan["hours"] is None else f"{plan['hours']:.{1 if plan['hours'] >= 10 else 2}f}")
     if plan.get("half_hours") is not None:
         table.add_row("hours with the U-Net in half precision", f"{plan['half_hours']:.2f}")

@@ -3,62 +3,58 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from omegaconf import DictConfig
 
 from realera import cli, console, paths
 from realera.contracts import Task
 from realera.evaluation.records import read_metrics
-from realera.runs import estimate, folders, preflight, processes, prompt_lengths, starting
+from realera.runs import asked_attacks, estimate, folders, processes, prompt_lengths, starting
+from realera.runs.asked_attacks import Asked
 from realera.runs.folders import Run
 from realera.runs.session import Session
 from realera.settings import composition
 from realera.settings.run_settings import Settings
 from realera.sweeps import jobs
-from realera.system import devices
 
 
 def train(cfg: DictConfig) -> float | None:
     """Makes one run and returns its H_o, which a search maximises."""
-    config, task, plan = ready(composition.plain(cfg))
-    hindrance = starting.check(config)
-    if Settings(config).dry_run:
-        estimate.show(estimate.summed([replace(estimate.work(config, task), hindrance=hindrance)]))
+    config = composition.plain(cfg)
+    jobs.refuse_single_run(config)
+    asked = starting.training(config, sweep=composition.in_sweep())
+    hindrance = starting.check(asked.config)
+    if Settings(asked.config).dry_run:
+        work = estimate.work(asked.config, asked.task, attacks=asked.attacks)
+        estimate.show(estimate.summed([replace(work, hindrance=hindrance)]))
         return None
-    with opened(config, plan) as session:
-        if session.run.finished:
+    with opened(asked) as (session, attacks):
+        if session.run.finished and not attacks:
             say_finished(session)
         else:
             with starting.remove_if_refused(session.run):
-                carry_out(session, task)
-    return show(session.run) if session.ranks.first else None
-
-
-def ready(config: dict[str, Any]) -> tuple[dict[str, Any], Task, processes.ProcessPlan]:
-    """The checked settings, the task, and the plan of the run's processes. Torch is not imported."""
-    jobs.refuse_single_run(config)
-    config, task = starting.ready(config, sweep=composition.in_sweep())
-    settings = Settings(config)
-    preflight.check_task(task, settings.backbone)
-    if settings.evaluate:
-        preflight.check_judge(config)
-    return config, task, processes.plan(settings.trainer, devices.number())
+                carry_out(session, asked.task, attacks)
+    return show(session.run, asked.attacks) if session.ranks.first else None
 
 
 @contextmanager
-def opened(config: dict[str, Any], plan: processes.ProcessPlan) -> Iterator[Session]:
-    """Locks the run's folder, makes the run or finds it, and connects its processes."""
-    config = {**config, "trainer": dict(plan.trainer)}
+def opened(asked: starting.Training) -> Iterator[tuple[Session, Sequence[Asked]]]:
+    """Locks the run's folder, makes the run or finds it, and connects its processes. Yields its missing attacks
+    too. The costs of a finished run are not measured again."""
+    plan, config = asked.plan, {**asked.config, "trainer": dict(asked.plan.trainer)}
     with folders.locked(folders.folder_of(config), plan.first):
         run = folders.claim(config) if plan.first else Run(folders.folder_of(config), config)
-        jobs.record_run(run, found=run.finished)
+        attacks = asked.attacks
+        if run.finished:
+            attacks = asked_attacks.missing(run.folder, attacks, asked.task.concepts)
+        jobs.record_run(run, found=run.finished and not attacks)
         cli.say_backbone(config)
         with processes.connected(plan, "train", needed=not run.finished) as ranks:
-            yield Session.of_run(processes.same_run(ranks, run), ranks)
+            same = processes.same_run(ranks, run)
+            yield Session(same, ranks) if run.finished else Session.of_run(same, ranks), attacks
 
 
 def say_finished(session: Session) -> None:
@@ -71,40 +67,44 @@ def say_finished(session: Session) -> None:
         log_judged(run, read_metrics(run.folder))
 
 
-def carry_out(session: Session, task: Task) -> None:
-    """Erases, saves, draws, judges, logs and reports. If it was interrupted, the next call continues."""
+def carry_out(session: Session, task: Task, attacks: Sequence[Asked]) -> None:
+    """Erases, saves, draws, judges, logs, reports and attacks. If it was interrupted, the next call continues."""
     run, first = session.run, session.ranks.first
     cli.log.info("run %s", run.folder)
     from realera.reporting.run_page import write_report
-    from realera.runs import steps
+    from realera.runs import attacking, steps
     from realera.sweeps import shared_model
     from realera.tracking import trackers  # torch, diffusers, Lightning: slow, so imported after all checks
 
     judge = steps.build_judge(run.config, task) if run.settings.evaluate else None  # first: it may not be available
+    for one in attacks:
+        asked_attacks.work_of(run.settings, task, one)  # refuses one without prompts before any work
     if judge is not None and first:
         prompt_lengths.warn_of_task(task, run.settings.backbone)
         steps.warn_unknown(judge, task)
-    with (
-        session.meter,
-        shared_model.shared_backbone(run.config, session.meter) as backbone,
-        trackers.tracked(session) as (session, tracked),
-    ):
-        steps.erase(session, backbone, task)
-        trackers.log_weights(tracked, run)
-        if judge is None:
-            return
-        steps.draw(session, backbone, task.eval_prompts())
-        metrics = steps.judge(session, judge, task, steps.drawn_by(backbone))
-        if first:
-            write_report(run.folder)
-            trackers.log_results(tracked, run, metrics)
+    with session.meter, shared_model.shared_backbone(run.config, session.meter) as backbone:
+        if not run.finished:
+            with trackers.tracked(session) as (tracked_session, tracked):
+                steps.erase(tracked_session, backbone, task)
+                trackers.log_weights(tracked, run)
+                if judge is None:
+                    return
+                steps.draw(tracked_session, backbone, task.eval_prompts())
+                metrics = steps.judge(tracked_session, judge, task, steps.drawn_by(backbone))
+                if first:
+                    write_report(run.folder)
+                    trackers.log_results(tracked, run, metrics)
+        if judge is not None:
+            attacking.carry_out_each(session, backbone, task, judge, attacks, write_report)
 
 
-def show(run: Run) -> float | None:
-    """Prints a finished run's table and the paths of its files. Returns H_o if it was computed."""
+def show(run: Run, attacks: Sequence[Asked] = ()) -> float | None:
+    """Prints a finished run's tables and the paths of its files. Returns H_o if it was computed."""
     if run.settings.evaluate and (run.folder / paths.METRICS).is_file():
         metrics = read_metrics(run.folder)
         column = "unchanged" if run.settings.unedited else "erased"
+        for one in attacks:
+            console.show_attack(one.settings.name, metrics["attacks"][one.settings.name], folders.title(run.config))
         console.show_run(run.folder, metrics, folders.title(run.config), erased=column)
         result: float | None = metrics["main"].get("h_o", {}).get("value")
         return result

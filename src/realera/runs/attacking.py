@@ -9,80 +9,42 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from realera import __version__, console, costs, paths
-from realera.attack_contract import Attack, AttacksTogether, Attempt, BringsPrompts, MeasuresReturn, SearchesFirst
+from realera import console, paths
+from realera.attack_contract import Attack, AttacksTogether, Attempt, MeasuresReturn, SearchesFirst
 from realera.contracts import Backbone, Concept, Judge, Mode, NamedPrompt, Prompt, Sampler, Task, UserError
 from realera.evaluation import attacked, generate
 from realera.evaluation.judge import judge_run
-from realera.evaluation.records import Row, read_manifest, write_manifest
+from realera.evaluation.records import Row, read_manifest, read_metrics, write_manifest
 from realera.evaluation.results import write_metrics
 from realera.files import checksums, plain_data
 from realera.runs import estimate, folders, steps
+from realera.runs.asked_attacks import Asked, prompts_of, work_of
 from realera.runs.attacked_system import AttackedConcept, AttackedPrompt, System, save_picture, typed
 from realera.runs.session import Session
-from realera.settings.instantiate import build, locate
-from realera.settings.run_settings import AttackSettings, Settings
-from realera.system import terminal
+from realera.settings.instantiate import build
+from realera.system import locks, terminal
 from realera.system.ranks import ALONE
 from realera.tasks.prompts import slug
+from realera.training.checkpoint import load_erased
 from realera.training.seeding import stream
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What the command was asked for. settings: of the attack. limit: prompts of each concept. split: of the task's
-    prompts. seed: of the attack."""
-
-    settings: AttackSettings
-    limit: int
-    split: str
-    seed: int
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Asked:
-        """From the config of the command."""
-        return cls(Settings(config).attack, int(config["limit"]), str(config["split"]), int(config["attack_seed"]))
+OF_PROMPTS = ("split", "limit", "concepts")  # keys of a protocol that choose the prompts
 
 
 def mode_of(judge: Judge, task: Task) -> Mode:
     """How a verdict is read as a success: a detection where the task's prompts of the concept are read so, else the
     judge's first choice."""
     return "detected" if steps.modes_and_terms(judge, task)[0]["acc_e"] == "detected" else "top1"
-
-
-def prompts_of(attack: Attack, task: Task, asked: Asked) -> list[Prompt]:
-    """The prompts under attack, at most `limit` of each concept. A smaller limit takes the first ones of a larger one.
-
-    The task's prompts are taken in turns: the first seed of every text, then the second of every text.
-    Raises UserError if there are none.
-    """
-    if isinstance(attack, BringsPrompts):
-        listed = list(attack.own_prompts(task.concepts))
-    else:
-        turns: dict[tuple[str, str], int] = {}
-        numbered = []
-        for prompt in (one for one in task.eval_prompts() if one.split == asked.split):
-            turn = turns.get((prompt.concept, prompt.text), 0)
-            turns[prompt.concept, prompt.text] = turn + 1
-            numbered.append((turn, prompt))
-        listed = [prompt for _, prompt in sorted(numbered, key=lambda pair: pair[0])]
-    found = [
-        prompt
-        for concept in task.concepts
-        for prompt in [one for one in listed if one.concept == concept.target][: asked.limit]
-    ]
-    if not found:
-        raise UserError(f"the task has no prompts of the split {asked.split}: choose another one, such as split=erase.")
-    return found
 
 
 @dataclass(frozen=True)
@@ -97,15 +59,8 @@ class Plan:
 
 def plan(session: Session, task: Task, asked: Asked) -> Plan:
     """The work of an attack from its start, without the model. Raises UserError as `prompts_of`."""
-    settings, node = session.settings, asked.settings.to_build
-    prompts = prompts_of(build(node), task, asked)
-    per_image = costs.passes_per_image(prompts, settings.backbone.sampler, steps.guide_of(settings))
-    per_original = costs.passes_per_image(prompts, settings.backbone.sampler)
-    kind = locate(str(asked.settings.target))
-    passes = len(prompts) * (float(kind.passes(node, per_image)) + per_image + per_original)
-    if hasattr(kind, "passes_of_search"):
-        passes += len({prompt.concept for prompt in prompts}) * float(kind.passes_of_search(node, per_image))
-    return Plan(len(prompts), passes, *estimate.hours_of(settings, passes))
+    prompts, passes = work_of(session.settings, task, asked)
+    return Plan(prompts, passes, *estimate.hours_of(session.settings, passes))
 
 
 def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, asked: Asked) -> dict[str, Any]:
@@ -122,8 +77,8 @@ def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, as
         "erased": {verdict.prompt_id: verdict for verdict in judge_run(judge, out)},
         "original": {verdict.prompt_id: verdict for verdict in judge_run(judge, out, "original")},
     }
-    protocol = protocol_of(system, asked, rows)
-    of = folders.digest(protocol)
+    protocol = protocol_of(system, asked, task, rows)
+    of = folders.digest({key: value for key, value in protocol.items() if key not in OF_PROMPTS})
     known = attacked.kept(run_dir, name, of)
     victims = []
     for concept, own, names in _by_concept(task, prompts):
@@ -146,33 +101,22 @@ def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, as
     attacked.write(run_dir, name, [*lines, *others])  # in the order of the prompts, however often it was stopped
     spent = [cost for *_, cost in victims]
     numbers = attacked.summarise(prompts, lines, spent, system.mode, isinstance(attack, MeasuresReturn))
-    told = {"split": asked.split, "limit": asked.limit, "concepts": [asdict(concept) for concept in task.concepts]}
     interval = numbers.pop("interval")
-    numbers = {**numbers, "protocol": {**protocol, **told, "interval": interval}, "interval": interval}
+    numbers = {**numbers, "protocol": {**protocol, "interval": interval}, "interval": interval}
     attacked.write_numbers(run_dir, name, numbers)
     return numbers
 
 
-def protocol_of(system: System, asked: Asked, rows: Sequence[Row]) -> dict[str, Any]:
-    """Everything that a prompt's line depends on, besides the prompt."""
+def protocol_of(system: System, asked: Asked, task: Task, rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything that the attack's numbers depend on. A prompt's line depends on all but `OF_PROMPTS`."""
     sources = sorted({row.source for row in rows})
     return {
-        "attack": dict(asked.settings.node),
-        "files": dict(_files(asked.settings.to_build)),
-        "attack_seed": asked.seed,
+        **asked.told(task.concepts),
         "mode": system.mode,
         "judge": system.judge.protocol(),
         **steps.drawn_by(system.backbone),
         "source": sources[0] if len(sources) == 1 else sources,
-        "version": __version__,
     }
-
-
-def _files(node: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(setting, digest) of the files that an attack's settings name: they count by their content."""
-    for key, value in node.items():
-        if isinstance(value, str) and key != "_target_" and (file := paths.file_of(value)) is not None:
-            yield key, checksums.sha256_of(file)[:16]
 
 
 def _by_concept(task: Task, prompts: Sequence[Prompt]) -> Iterator[tuple[Concept, list[Prompt], list[NamedPrompt]]]:
@@ -359,9 +303,37 @@ def _save_input(attempt: Attempt, out: Path, prompt: Prompt) -> str | None:
     return name
 
 
-def add_to_metrics(run_dir: Path) -> None:
-    """Writes metrics.json again, with the numbers of the run's attacks, if the run was judged."""
-    from realera.evaluation.records import read_metrics
+# --- a run's attacks -------------------------------------------------------------------------------------------------
 
-    if (run_dir / paths.METRICS).is_file():
-        write_metrics(run_dir, str(read_metrics(run_dir)["protocol"]["judge"]["judge"]))
+
+def lock(run_dir: Path, asked: Asked) -> AbstractContextManager[None]:
+    """Locks the files of an attack against other commands."""
+    return folders.locked(paths.inside(run_dir, f"{paths.ATTACKS}/{asked.settings.name}"), key="attack.name")
+
+
+def add_to_run(run_dir: Path, write_page: Callable[[Path], object]) -> None:
+    """Brings metrics.json, if the run was judged, and the page up to date with the numbers of the run's attacks."""
+    with locks.exclusive(run_dir / paths.METRICS):  # another attack of the same run may end at the same time
+        if (run_dir / paths.METRICS).is_file():
+            write_metrics(run_dir, str(read_metrics(run_dir)["protocol"]["judge"]["judge"]))
+        write_page(run_dir)
+
+
+def carry_out_each(
+    session: Session,
+    backbone: Backbone,
+    task: Task,
+    judge: Judge,
+    attacks: Sequence[Asked],
+    write_page: Callable[[Path], object],
+) -> dict[str, dict[str, Any]]:
+    """Carries out attacks on a judged run, one after the other. backbone: unedited, or with any weights of a run.
+    Returns {name: numbers}."""
+    found = {}
+    for asked in attacks:
+        with lock(session.folder, asked):
+            if not session.settings.unedited:
+                load_erased(session.run.erased, backbone)  # the saved weights, as the command that attacks
+            found[asked.settings.name] = carry_out(session, backbone, task, judge, asked)
+            add_to_run(session.folder, write_page)
+    return found

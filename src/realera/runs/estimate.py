@@ -16,7 +16,8 @@ from typing import Any
 from realera import console, costs, paths
 from realera.contracts import PASSES_OF_A_STEP, Concept, Task, UserError
 from realera.files import plain_data
-from realera.runs import folders, timing
+from realera.runs import asked_attacks, folders, timing
+from realera.runs.asked_attacks import Asked
 from realera.runs.folders import Run, digest
 from realera.runs.timing import Rate
 from realera.settings.instantiate import build, locate
@@ -52,7 +53,7 @@ class Work:
     """The remaining work of one cell. originals: keys of the unedited model's images. made: {key: passes} of inputs
     that the method makes once for all cells that share them, such as anchor images. pace: seconds of (an image, a step,
     everything else) in finished runs, None without any. rate: the time of a pass, None if unknown. hindrance: why the
-    run could not start on this machine now."""
+    run could not start on this machine now. attacked: prompts under attack; passes_of_attacks: at most."""
 
     finished: bool = False
     images: int = 0
@@ -63,6 +64,8 @@ class Work:
     passes_per_step: float = 0.0
     originals: frozenset[int] = frozenset()
     made: Mapping[str, float] = field(default_factory=dict)
+    attacked: int = 0
+    passes_of_attacks: float = 0.0
     pace: tuple[float, float, float] | None = None
     rate: Rate | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -72,7 +75,8 @@ class Work:
 @dataclass(frozen=True)
 class Plan:
     """plan.json. images: of the erased models. original_images: of the unedited model, counted once if cells share
-    them. Existing images are not counted. refusals: {reason: number of cells that cannot run}."""
+    them. Existing images are not counted. refusals: {reason: number of cells that cannot run}. attacked: prompts under
+    attack, once for each attack. passes_of_attacks: of the U-Net, at most."""
 
     cells: int
     finished: int
@@ -85,6 +89,8 @@ class Plan:
     basis: str
     refusals: Mapping[str, int] = field(default_factory=dict)
     half_hours: float | None = None
+    attacked: int = 0
+    passes_of_attacks: int = 0
     hindrances: Sequence[str] = ()  # of this machine at this moment: not saved
 
 
@@ -94,15 +100,18 @@ def work(
     unedited: bool = False,
     known: dict[str, Any] | None = None,
     again: bool = False,
+    attacks: Sequence[Asked] = (),
 ) -> Work:
     """The remaining work of the run of a resolved config. unedited: the run is one of the unedited model. known: a
-    cache shared by the cells of a sweep. again: plan a finished run too, to be judged again."""
+    cache shared by the cells of a sweep. again: plan a finished run too, to be judged again. attacks: on the judged
+    run; those that a finished run has already are not counted."""
     known = {} if known is None else known
-    if not again and folders.is_finished(config):
+    folder = folders.folder_of(config)
+    finished = not again and folders.is_finished(config)
+    if finished and not (attacks := asked_attacks.missing(folder, attacks, task.concepts)):
         return Work(finished=True)
     settings = Settings(config)
     method, backbone = settings.method, settings.backbone
-    folder = folders.folder_of(config)
     sampler = backbone.sampler_node
     what = digest([settings.task.node, settings.concept, settings.anchor, sampler, backbone.pretrained])
     if what not in known:
@@ -128,15 +137,18 @@ def work(
     asked = (str(backbone.name), str(method.name), device, str(settings.root or folders.ROOT))
     if (paced := digest([*asked, again])) not in known:
         known[paced] = _pace(*asked[:3], Path(asked[3]), AGAIN if again else None)
+    under_attack = [asked_attacks.work_of(settings, task, one) for one in attacks]
     return Work(
         images=images,
-        judged=len(originals) * (1 if unedited else 2),  # the original model's images are judged too
+        judged=0 if finished else len(originals) * (1 if unedited else 2),  # the original model's images are judged too
         steps=steps,
         passes_per_image=known[guided],
         passes_per_original=per_original,
         passes_per_step=0.0 if not steps else of_step,
         originals=frozenset(originals[name] for name in missing),
         made=made,
+        attacked=sum(prompts for prompts, _ in under_attack),
+        passes_of_attacks=sum(passes for _, passes in under_attack),
         pace=known[paced],
         rate=_published(backbone, device),
         machine={"backbone": backbone.node, "images_at_once": settings.images_at_once, "device": device},
@@ -178,9 +190,11 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
         if cell.pace is not None:
             image, step, rest = cell.pace
             seconds += cell.images * image + cell.steps * step + rest
+            if cell.passes_of_attacks:
+                seconds += cell.passes_of_attacks * image / cell.passes_per_image
             basis["finished runs of the same backbone and method on such a device"] = None
         elif cell.rate is not None:
-            passes = cell.images * cell.passes_per_image + cell.steps * cell.passes_per_step
+            passes = cell.images * cell.passes_per_image + cell.steps * cell.passes_per_step + cell.passes_of_attacks
             seconds += passes * cell.rate.seconds + AROUND
             saved += passes * _saved(cell.rate)
             basis[f"{cell.rate.seconds:.2g} s a pass of the U-Net ({cell.rate.source})"] = None
@@ -204,6 +218,8 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
         original_images=len(originals),
         judged=sum(cell.judged for cell in to_do),
         train_steps=sum(cell.steps for cell in to_do),
+        attacked=sum(cell.attacked for cell in to_do),
+        passes_of_attacks=round(sum(cell.passes_of_attacks for cell in to_do)),
         hours=round(seconds / 3600, 2) if known == len(to_do) else None,
         half_hours=round((seconds - saved) / 3600, 2) if saved and known == len(to_do) else None,
         basis=f"estimated: {said}" if to_do else said,

@@ -4,17 +4,20 @@ anything was made in it."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from realera import paths
-from realera.contracts import Task
-from realera.runs import compatibility, folders, preflight, repairs, trust
+from realera.contracts import Task, UserError
+from realera.runs import asked_attacks, compatibility, folders, preflight, processes, repairs, trust
+from realera.runs.asked_attacks import Asked
 from realera.runs.folders import Run
 from realera.settings import composition, error_sentences
 from realera.settings.instantiate import build
 from realera.settings.run_settings import Settings
+from realera.system import devices
 
 
 def ready(config: dict[str, Any], *, sweep: bool = False) -> tuple[dict[str, Any], Task]:
@@ -27,6 +30,33 @@ def ready(config: dict[str, Any], *, sweep: bool = False) -> tuple[dict[str, Any
     preflight.check_settings(config, sweep=sweep)
     repairs.check_sums(Settings(config).method.node)
     return named(config)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A checked run of train. config: without `attacks`, which are not part of a run. plan: of its processes."""
+
+    config: dict[str, Any]
+    task: Task
+    plan: processes.ProcessPlan
+    attacks: Sequence[Asked]
+
+
+def training(config: dict[str, Any], *, sweep: bool) -> Training:
+    """`ready`, with the checks of the commands alone. Torch is not imported. Raises UserError."""
+    config, task = ready(config, sweep=sweep)
+    settings = Settings(config)
+    preflight.check_task(task, settings.backbone)
+    if settings.evaluate:
+        preflight.check_judge(config)
+    attacks = asked_attacks.of_training(config)
+    plan = processes.plan(settings.trainer, devices.number())
+    if attacks and plan.world > 1:
+        raise UserError(
+            "attacks work in one process: set trainer.devices=1, or leave attacks out and then type "
+            "python -m realera.attack run=FOLDER attack=NAME."
+        )
+    return Training({key: value for key, value in config.items() if key != "attacks"}, task, plan, attacks)
 
 
 def named(config: dict[str, Any]) -> tuple[dict[str, Any], Task]:

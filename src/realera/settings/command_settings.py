@@ -156,6 +156,7 @@ class OfARun(OfJudging):
 class Train(OfARun):
     method: Method
     evaluate: bool
+    attacks: list[Prompt]
     blur: bool | None
 
 

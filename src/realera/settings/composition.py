@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import hydra
@@ -30,8 +31,23 @@ def settings_of(command: str, words: Sequence[str], spelt: Callable[[str], str] 
     """The checked settings of `python -m realera.<command> <words>`, for use inside another program: that program's
     Hydra state is restored. spelt: how an error sentence writes a setting that it suggests. Raises UserError for words
     that cannot be composed and for settings that are not valid."""
+    with _hydra_restored():
+        return _settings_of(command, words, spelt)
+
+
+@contextmanager
+def _hydra_restored() -> Iterator[None]:
+    """Without Hydra's global state, which is restored at the end."""
     state, own = Singleton.get_state(), GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        Singleton.set_state(state)  # a copy of the global state of Hydra and OmegaConf
+        GlobalHydra.instance().hydra = own
+
+
+def _settings_of(command: str, words: Sequence[str], spelt: Callable[[str], str]) -> dict[str, Any]:
     resolvers.register_resolvers()
     try:
         with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
@@ -42,9 +58,18 @@ def settings_of(command: str, words: Sequence[str], spelt: Callable[[str], str] 
             return checked(with_concepts(cfg), command)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(error_sentences.of_config(error, command, list(words), spelt)) from error
-    finally:
-        Singleton.set_state(state)  # a copy of the global state of Hydra and OmegaConf
-        GlobalHydra.instance().hydra = own
+
+
+def of_another(command: str, words: Sequence[str]) -> DictConfig:
+    """The config of another command, composed in a job of this one: yaml files in this command's --config-dir and
+    hydra.searchpath are found too. Raises UserError for words that cannot be composed."""
+    own = HydraConfig.get().overrides.hydra if HydraConfig.initialized() else []
+    found = [word for word in own if word.lstrip("+").startswith("hydra.searchpath=")]
+    try:
+        return hydra.compose(command, [*found, *words])
+    except (HydraException, OmegaConfBaseException) as error:
+        with _hydra_restored():  # the sentence is found by composing once more
+            raise UserError(error_sentences.of_config(error, command, list(words))) from error
 
 
 def word(key: str, value: Any) -> str:

@@ -155,6 +155,11 @@ def _unreadable(override: str) -> str:
     if not given:
         return f"'{override}' is not a setting: type key=value, or a flag such as --help or -m."
     bare = value.strip("'\"")
+    if key == "attacks" and bare.startswith("["):
+        return (
+            f"{key}={bare} cannot be read: put an attack with settings into quotes, as in "
+            "'attacks=[random,\"inversion attack.steps=200 limit=4\"]'."
+        )
     return (
         f"{key}={bare} cannot be read without quotes: a text with commas, parentheses, apostrophes, brackets, accents "
         f"or colons needs quotes inside the shell's quotes: {_quoted(override)}"

@@ -426,6 +426,11 @@ class Settings(Group):
         return AttackSettings(self.group("attack"))
 
     @property
+    def attacks(self) -> Sequence[str]:
+        """The attacks that train carries out, each as typed after `attack=`."""
+        return self.node.get("attacks") or ()
+
+    @property
     def trainer(self) -> TrainerSettings:
         return TrainerSettings(self.group("trainer"))
 

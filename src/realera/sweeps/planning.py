@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from realera import console, paths
 from realera.contracts import UserError
-from realera.runs import estimate, folders, preflight, rejudging, starting
+from realera.runs import asked_attacks, estimate, folders, preflight, rejudging, starting
 from realera.runs.estimate import Plan, Work
 from realera.settings import composition, error_sentences, schema
 from realera.settings.instantiate import NotBuilt
@@ -219,6 +219,7 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
             return estimate.judging(run, composition.build_task(run.config), unedited, known)
         preflight.check_settings(config, here=False)
         config, task = starting.named(config)
+        attacks = asked_attacks.of_training(config, (known if known is not None else {}).setdefault("attacks", {}))
         folder = folders.folder_of(config)
         hindrance = starting.check(config, _checked_before(known))
         if (folder / paths.METRICS).is_file():  # the run is finished only if this judge judged it; slow to compose
@@ -228,7 +229,7 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
             made.setdefault(folder, set()).add(content)
     finally:
         hydra_config.cfg = outside
-    return replace(estimate.work(config, task, known=known), hindrance=hindrance)
+    return replace(estimate.work(config, task, known=known, attacks=attacks), hindrance=hindrance)
 
 
 def _checked_before(known: dict[str, Any] | None) -> set[str]:

@@ -1,0 +1,200 @@
+"""train attacks=[...]: attacks on a run that has just been judged, or that was finished before."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quick import slow_unless
+from realera import paths
+from realera.contracts import UserError
+from realera.evaluation import attacked
+from realera.evaluation.records import read_metrics
+from realera.runs import asked_attacks, attacking, folders, steps
+
+TWO = '[random,"closed-form limit=1 attack.together=1"]'
+Type = Callable[..., int]
+
+
+@pytest.fixture
+def type_in(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Type:
+    """Runs a command in this process and returns its exit status. train gets the tiny model's words."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("REALERA_STAMP", "stamp")
+
+    def run(name: str, *words: str) -> int:
+        monkeypatch.setattr(sys, "argv", [name, *words, *(small if name == "train" else [])])
+        try:
+            import_module(f"realera.{name}").main()
+        except SystemExit as left:
+            return int(left.code or 0)
+        return 0
+
+    return run
+
+
+def without_times(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: without_times(value) for key, value in node.items() if key != "seconds"}
+    return node
+
+
+def results(run: Path, name: str) -> tuple[Any, Any, dict[str, bytes]]:
+    """Numbers, lines and images of an attack, without times."""
+    images = sorted((run / "attacks" / name).rglob("*.png"))
+    return (
+        without_times(attacked.numbers(run)[name]),
+        [without_times(line) for line in attacked.read(run, name)],
+        {str(file.relative_to(run)): file.read_bytes() for file in images},
+    )
+
+
+@pytest.mark.parametrize("method", slow_unless(["uce", "original", "esd-u", "mace"], "uce"))
+def test_train_and_the_attack_command_have_equal_results(method: str, type_in: Type, tmp_path: Path) -> None:
+    words = ["train", "concept=airplane", f"method={method}"]
+    few = [] if method in ("uce", "original") else ["method.align.steps=1"]
+    few += ["method.latents.images=2"] if method == "mace" else []
+    assert type_in(*words, *few, "run_dir=one", f"attacks={TWO}") == 0
+    assert type_in(*words, *few, "run_dir=two") == 0
+    assert type_in("attack", "run=two", "attack=random") == 0
+    assert type_in("attack", "run=two", "attack=closed-form", "limit=1", "attack.together=1") == 0
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name in ("random", "closed-form"):
+        assert results(one, name) == results(two, name)
+    metrics = read_metrics(one)
+    assert metrics["attacks"] == attacked.numbers(one) and metrics["attacks"].keys() == {"random", "closed-form"}
+    assert without_times(metrics["attacks"]) == without_times(read_metrics(two)["attacks"])
+    assert "<h2>Attacks</h2>" in (one / paths.REPORT).read_text()
+    assert "attacks" not in folders.read_config(one), "they are no part of the run"
+    spent = [json.loads((run / paths.COSTS).read_text())["passes"] for run in (one, two)]
+    assert spent[0] == spent[1], "the attacks' passes are not the erasure's"
+
+
+def test_a_later_command_adds_the_missing_attacks_and_repeats_none(
+    type_in: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "concept=airplane", "method=uce"]
+    assert type_in(*words) == 0
+    (run,) = (tmp_path / "runs").glob("airplane-uce-mini-*")
+    weights, costs = (run / paths.ERASED).read_bytes(), (run / paths.COSTS).read_text()
+
+    carry_out = attacking.carry_out
+
+    def interrupted(*given: Any) -> Any:
+        if given[-1].settings.name == "closed-form":
+            raise KeyboardInterrupt
+        return carry_out(*given)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(attacking, "carry_out", interrupted)
+        assert type_in(*words, f"attacks={TWO}") != 0
+    assert read_metrics(run)["attacks"].keys() == {"random"}
+
+    done: list[str] = []
+
+    def noted(*given: Any) -> Any:
+        done.append(given[-1].settings.name)
+        return carry_out(*given)
+
+    capsys.readouterr()
+    assert type_in(*words, f"attacks={TWO}", "dry_run=true") == 0
+    planned = capsys.readouterr().out
+    assert "1 finished" not in planned and "prompts to attack" in planned
+    monkeypatch.setattr(attacking, "carry_out", noted)
+    assert type_in(*words, f"attacks={TWO}") == 0
+    assert done == ["closed-form"] and read_metrics(run)["attacks"].keys() == {"random", "closed-form"}
+    assert list((tmp_path / "runs").glob("airplane-*")) == [run]
+    assert (run / paths.ERASED).read_bytes() == weights and (run / paths.COSTS).read_text() == costs
+
+    with monkeypatch.context() as changed:
+        changed.setattr(steps, "load_backbone", None)
+        assert type_in(*words, f"attacks={TWO}") == 0, "all are there: no model is loaded"
+        assert type_in(*words) == 0, "and the run keeps them"
+    assert done == ["closed-form"]
+    capsys.readouterr()
+    assert type_in(*words, f"attacks={TWO}", "dry_run=true") == 0
+    planned = capsys.readouterr().out
+    assert "1 (1 finished)" in planned and "to attack" not in planned
+    assert type_in(*words, 'attacks=["random attack_seed=1"]') == 0
+    assert done == ["closed-form", "random"], "another seed is another attack"
+
+
+def test_a_sweep_counts_and_carries_out_attacks(
+    type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "-m", "concept=airplane", "method=original,uce", "attacks=[random]"]
+    assert type_in(*words) == 0
+    plan = json.loads((tmp_path / "runs/sweeps/stamp/plan.json").read_text())
+    images = 2 * 2  # prompts of two cells; each is drawn by the original, by the system, and under attack
+    assert plan["attacked"] == images and plan["passes_of_attacks"] == images * 3 * 4 and plan["finished"] == 0
+    table = (tmp_path / "runs/sweeps/stamp/tables/object-attacks.md").read_text()
+    assert "random" in table and "uce" in table and "original" in table
+    assert type_in(*words, "dry_run=true") == 0
+    assert "2 finished" in capsys.readouterr().out
+    assert type_in("train", "-m", "concept=airplane", "method=original,uce", f"attacks={TWO}", "dry_run=true") == 0
+    assert "2 finished" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["attacks=[nothing]"], "in attacks, 'nothing': .*nothing"),
+        (['attacks=["random limit=0"]'], "in attacks, 'random limit=0': limit=0 is not valid"),
+        (['attacks=["inversion attack.step=3"]'], "in attacks, .*there is no setting 'attack.step'"),
+        (['attacks=["random concept=cat"]'], "concept is not a setting of an attack"),
+        (['attacks=["limit=3 random"]'], "does not begin with an attack's name"),
+        (['attacks=["random \'"]'], "cannot be read"),
+        (['attacks=[random,"random limit=3"]'], "two of the attacks are named random"),
+        (["attacks=[random]", "evaluate=false"], "attacks need the run's judge"),
+        (["attacks=[5]"], "attacks"),
+        (["attacks=[random limit=3]"], "put an attack with settings into quotes"),
+        (['attacks=["random split=keep"]'], "no prompts of the split keep"),
+        (["attacks=[prompts]"], "csv"),
+    ],
+)
+def test_wrong_attacks_are_one_sentence_before_any_work(
+    words: list[str], said: str, type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert type_in("train", "concept=airplane", "method=uce", "run_dir=run", *words) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.search(said, errors[0]), errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_attacks_of_a_folder_of_one_s_own_are_found(type_in: Type, tmp_path: Path) -> None:
+    own = tmp_path / "mine" / "attack" / "shout.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("_target_: realera.attacks.random.RandomPrompt\nname: shout\ntries: 1\ntogether: 2\n")
+    words = ["concept=airplane", "method=uce", "run_dir=run", 'attacks=["shout limit=1"]']
+    assert type_in("train", "--config-dir", "mine", *words) == 0
+    assert attacked.numbers(tmp_path / "run").keys() == {"shout"}
+
+
+def test_the_python_interface_refuses_the_list() -> None:
+    from realera import api
+
+    with pytest.raises(UserError, match=r"realera\.attack"):
+        api._composed(["concept=airplane", "backbone=mini", "attacks=[random]"])
+    assert "attacks" not in api._composed(["concept=airplane", "backbone=mini"])
+
+
+def test_settings_follow_the_run_s_backbone() -> None:
+    from hydra import compose, initialize_config_dir
+
+    from realera.settings import composition
+
+    with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+        found = {}
+        for backbone in ("mini", "sd14"):
+            words = ["concept=airplane", f"backbone={backbone}", "attacks=[inversion]"]
+            (found[backbone],) = asked_attacks.of_training(composition.plain(compose("train", words)))
+    assert (found["mini"].limit, found["sd14"].limit) == (20, 50)
+    assert (found["mini"].settings.node["steps"], found["sd14"].settings.node["steps"]) == (500, 1000)
