@@ -30,7 +30,7 @@ from realera.evaluation.summary import AttackResult, Evaluation
 from realera.files import plain_data
 from realera.settings import composition
 from realera.settings.run_settings import Settings
-from realera.system import terminal
+from realera.system import collector, terminal
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -264,10 +264,12 @@ def erase(
     Raises:
         UserError: one sentence that says what is wrong and what to give instead. The pipeline is unchanged.
     """
-    from realera.backbones import pipelines
-    from realera.runs import starting
     from realera.runs.folders import Run
     from realera.runs.session import Session
+
+    with collector.paused():
+        from realera.backbones import pipelines
+        from realera.runs import starting, steps
 
     pipe = _opened(pipe) if isinstance(pipe, str | Path) else pipe
     parts = pipelines.parts_of(pipe)
@@ -294,10 +296,8 @@ def erase(
     erased = Erased(backbone, config, folder, _cache_of(cache))
     weakref.finalize(erased, shutil.rmtree, folder, ignore_errors=True)
     with _isolated(erased, progress):
-        from realera.runs import steps
-
         try:
-            steps.erase(Session(Run(folder, config)), backbone, judged)
+            steps.erase(Session(Run(folder, config)), backbone, judged, lightning=False)
         except BaseException:
             backbone.load_erased({})
             raise
@@ -308,9 +308,11 @@ def erase(
 def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     """Applies the erasure in a run folder, made by `Erased.save` or by a command, to the pipeline it was made with, in
     place. Raises UserError if the folder is not a run, or a run of another model."""
-    from realera.backbones import pipelines
     from realera.runs import folders
-    from realera.training.checkpoint import read_erased
+
+    with collector.paused():
+        from realera.backbones import pipelines
+        from realera.training.checkpoint import read_erased
 
     run = folders.open_run(str(folder))
     file = run.erased
@@ -484,7 +486,8 @@ def tasks() -> dict[str, str]:
 
 def miniature_pipeline() -> DiffusionPipeline:
     """The small model that ships with the package, as a diffusers pipeline: 32 x 32 pixels, on the CPU."""
-    from realera.backbones import pipelines
+    with collector.paused():
+        from realera.backbones import pipelines
 
     return pipelines.miniature()
 

@@ -31,8 +31,8 @@ from realera.settings.run_settings import Settings, TrainerSettings
 from realera.system.ranks import Ranks
 from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
-from realera.training.module import trains
 from realera.training.pairs import encoded_pairs
+from realera.training.schedule import trains
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,9 @@ def load_run(run: Run, meter: Meter | None = None) -> Backbone:
     return backbone
 
 
-def erase(session: Session, backbone: Backbone, task: Task) -> None:
+def erase(session: Session, backbone: Backbone, task: Task, *, lightning: bool = True) -> None:
     """Erases the task's concepts from `backbone` and saves the weights. All processes train together. Without training,
-    the first process does the work and the others read the saved weights."""
+    the first process does the work and the others read the saved weights. lightning: see `fit`."""
     run, settings, ranks, meter = session.run, session.settings, session.ranks, session.meter
     method: Method = build(settings.method.node)
     there = ranks.from_first(lambda: checksums.fit_is_intact(run.erased))
@@ -91,6 +91,7 @@ def erase(session: Session, backbone: Backbone, task: Task) -> None:
             loggers=session.loggers,
             probes=task.eval_prompts(),
             meter=meter,
+            lightning=lightning,
         )
     meter.gather(ranks)
     if not (shared or ranks.first):
