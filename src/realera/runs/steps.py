@@ -19,7 +19,7 @@ from realera.costs import ORIGINAL_IMAGES, Meter
 from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
 from realera.evaluation.measures import METRIC_OF_SPLIT
-from realera.evaluation.records import Row, Which, read_manifest, write_manifest
+from realera.evaluation.records import ManifestEntry, Which, read_manifest, write_manifest
 from realera.evaluation.results import measure, measure_set, numbers_of
 from realera.files import checksums
 from realera.judges.other_interpreter import with_interpreters
@@ -118,7 +118,7 @@ def draw_original(session: Session, backbone: Backbone, prompts: Sequence[Prompt
     meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler))
     if ranks.first:
         source = source_of(backbone)
-        write_manifest(folder, [Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source) for prompt in prompts])
+        write_manifest(folder, [ManifestEntry(prompt, f"{paths.IMAGES}/{prompt.id}.png", source) for prompt in prompts])
     chunk = session.settings.images_at_once
     with _bar("original model's images", len(prompts), ranks) as advance, meter.stage("draw"):
         original_images(backbone, prompts, folder, chunk=chunk, folder=paths.IMAGES, advance=advance, ranks=ranks)

@@ -16,7 +16,7 @@ from realera.contracts import Prepares, PreparesTogether
 from realera.costs import Meter
 from realera.files.cache_costs import collect_costs
 from realera.paths import printable
-from realera.system.ranks import ALONE, Ranks, patient_group
+from realera.system.ranks import ONE_PROCESS, Ranks, patient_group
 from realera.system.terminal import bars_hidden
 from realera.training.editing import Editing
 from realera.training.module import ErasureModule
@@ -127,7 +127,7 @@ class FitProgress(Callback):
 def _patient(trainer: Trainer) -> Iterator[Ranks]:
     """The run's processes, with a group whose time limit is long enough for the preparation of latents."""
     if trainer.world_size == 1:
-        yield ALONE
+        yield ONE_PROCESS
         return
     group = patient_group()
     yield Ranks(trainer.global_rank, trainer.world_size, trainer.local_rank, group=group)

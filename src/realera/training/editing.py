@@ -121,8 +121,8 @@ class Editing:
                 if found.files:
                     self.meter.reused("edit", found)
             self.report = self._apply(edit, "edit")
-            if (sights := getattr(method.neighbours, "sights", None)) is not None:
-                self.report["seen"] = [asdict(sight) for sight in sights()]
+            if (found_texts := getattr(method.neighbours, "found_texts", None)) is not None:
+                self.report["found_texts"] = [asdict(one) for one in found_texts()]
             for logger in loggers:
                 logger.log_metrics({f"edit/{name}": value for name, value in self.report["info"].items()}, step=0)
             if first:
