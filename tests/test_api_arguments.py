@@ -131,6 +131,8 @@ def test_odd_paths_and_options(erased: realera.Erased, tmp_path: Path) -> None:
         erased.export("map", tmp_path / "x", rnak=3)
     with pytest.raises(UserError, match=r"evaluate takes what realera.erase .* not a StableDiffusionPipeline"):
         realera.evaluate(erased.pipe)
+    with pytest.raises(UserError, match="attack takes what"):
+        realera.attack(erased.pipe, "random")
     assert not list(tmp_path.iterdir())
 
 

@@ -434,6 +434,8 @@ def attack(
     from realera.runs.folders import Run
     from realera.runs.session import Session
 
+    if not isinstance(erased, Erased):
+        raise UserError(f"attack takes what realera.erase or realera.load returned, not a {type(erased).__name__}.")
     own = erased.settings
     words = [
         "run=original",
@@ -442,8 +444,7 @@ def attack(
         composition.word("anchor", erased.anchor[0] if len(erased.anchor) == 1 else erased.anchor),
         f"task={composition.build_task(own.node).name}",
         f"backbone={own.backbone.name}",
-        *_keyword_overrides(settings),
-        *overrides,
+        *arguments.words(overrides, _with_prefix(settings)),
     ]
     composed = composition.settings_of("attack", words, _as_keyword)
     asked = attacking.Asked.of(composed)
@@ -452,7 +453,7 @@ def attack(
     rest = {key: value for key, value in composed.items() if key not in own_keys}
     config, judged = starting.named({**rest, **kept})
     preflight.check_judge(config)
-    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else Path(folder).expanduser()
+    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.path(folder, "folder")
     try:
         with _isolated(erased, progress), erased._unmerged() as backbone:
             judge = steps.build_judge(config, judged)

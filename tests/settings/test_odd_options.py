@@ -17,7 +17,6 @@ from realera.settings import composition
         ("method={a:1}", "there is no method '{a:1}'"),
         ("task=[1]", r"there is no task '\[1\]'; known: celebrity, "),
         ("judge=2", "there is no judge '2'"),
-        ("judge=1/2", "there is no judge '1"),
     ],
 )
 def test_an_odd_choice_is_answered_with_the_known_ones(word: str, said: str) -> None:

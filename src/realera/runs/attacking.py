@@ -21,7 +21,7 @@ from realera.attack_contract import Attack, AttacksTogether, Attempt, BringsProm
 from realera.contracts import Backbone, Concept, Judge, Mode, NamedPrompt, Prompt, Sampler, Task, UserError
 from realera.evaluation import attacked, generate
 from realera.evaluation.judge import judge_run
-from realera.evaluation.records import Row, read_manifest, write_manifest
+from realera.evaluation.records import ManifestEntry, read_manifest, write_manifest
 from realera.evaluation.results import write_metrics
 from realera.files import checksums, plain_data
 from realera.runs import estimate, folders, steps
@@ -30,7 +30,7 @@ from realera.runs.session import Session
 from realera.settings.instantiate import build, locate
 from realera.settings.run_settings import AttackSettings, Settings
 from realera.system import terminal
-from realera.system.ranks import ALONE
+from realera.system.ranks import ONE_PROCESS
 from realera.tasks.prompts import slug
 from realera.training.seeding import stream
 
@@ -86,7 +86,7 @@ def prompts_of(attack: Attack, task: Task, asked: Asked) -> list[Prompt]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttackPlan:
     """prompts: under attack. passes: of the U-Net, at most. hours: None if unknown. basis: of the hours."""
 
     prompts: int
@@ -95,7 +95,7 @@ class Plan:
     basis: str
 
 
-def plan(session: Session, task: Task, asked: Asked) -> Plan:
+def plan(session: Session, task: Task, asked: Asked) -> AttackPlan:
     """The work of an attack from its start, without the model. Raises UserError as `prompts_of`."""
     settings, node = session.settings, asked.settings.to_build
     prompts = prompts_of(build(node), task, asked)
@@ -105,7 +105,7 @@ def plan(session: Session, task: Task, asked: Asked) -> Plan:
     passes = len(prompts) * (float(kind.passes(node, per_image)) + per_image + per_original)
     if hasattr(kind, "passes_of_search"):
         passes += len({prompt.concept for prompt in prompts}) * float(kind.passes_of_search(node, per_image))
-    return Plan(len(prompts), passes, *estimate.hours_of(settings, passes))
+    return AttackPlan(len(prompts), passes, *estimate.hours_of(settings, passes))
 
 
 def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, asked: Asked) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, as
     return numbers
 
 
-def protocol_of(system: System, asked: Asked, rows: Sequence[Row]) -> dict[str, Any]:
+def protocol_of(system: System, asked: Asked, rows: Sequence[ManifestEntry]) -> dict[str, Any]:
     """Everything that a prompt's line depends on, besides the prompt."""
     sources = sorted({row.source for row in rows})
     return {
@@ -184,10 +184,10 @@ def _by_concept(task: Task, prompts: Sequence[Prompt]) -> Iterator[tuple[Concept
 # --- what an attack starts from --------------------------------------------------------------------------------------
 
 
-def draw_plain(session: Session, backbone: Backbone, prompts: Sequence[Prompt], out: Path) -> list[Row]:
+def draw_plain(session: Session, backbone: Backbone, prompts: Sequence[Prompt], out: Path) -> list[ManifestEntry]:
     """Draws the prompts as they are, with the unedited and the erased model, into `out`. Images that the run has
     already are linked. Returns the rows of the manifest in `out`."""
-    into = Session(session.into(out).run, ALONE)
+    into = Session(session.into(out).run, ONE_PROCESS)
     if not session.settings.unedited:
         _link_images(session.folder, prompts, out)
         steps.draw(into, backbone, prompts)
@@ -198,7 +198,7 @@ def draw_plain(session: Session, backbone: Backbone, prompts: Sequence[Prompt], 
         with console.bar("original model's images", len(prompts)) as advance:
             generate.original_images(backbone, prompts, out, chunk=chunk, folder=folder, advance=advance)
     rows = [
-        Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source, f"{paths.ORIGINALS}/{prompt.id}.png")
+        ManifestEntry(prompt, f"{paths.IMAGES}/{prompt.id}.png", source, f"{paths.ORIGINALS}/{prompt.id}.png")
         for prompt in prompts
     ]
     write_manifest(out, rows)
@@ -216,12 +216,12 @@ def _link_images(run_dir: Path, prompts: Sequence[Prompt], out: Path) -> None:
             rows[prompt.id] = ready
         elif row is not None and row.prompt == prompt and checksums.image_is_whole(row.path(run_dir)):
             generate.link_or_copy(row.path(run_dir), paths.inside(out, row.file))
-            rows[prompt.id] = Row(prompt, row.file, row.source, row.original)
+            rows[prompt.id] = ManifestEntry(prompt, row.file, row.source, row.original)
     if rows:
         write_manifest(out, list(rows.values()))
 
 
-def _rows(folder: Path) -> dict[str, Row]:
+def _rows(folder: Path) -> dict[str, ManifestEntry]:
     try:
         return {row.prompt.id: row for row in read_manifest(folder)}
     except UserError:

@@ -18,7 +18,7 @@ ELSEWHERE: Mapping[str, str] = {
     "overwrite": "call erased.save(folder) with a new folder",
     "evaluate": "call realera.evaluate(erased)",
     "logger": "track the numbers of realera.evaluate(erased) yourself",
-    "dry_run": "type python -m realera.train ... dry_run=true",
+    "dry_run": "type the command with dry_run=true",
 }
 
 
