@@ -13,7 +13,7 @@ from PIL import Image
 from realera import paths
 from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation.measures import H_O_TERMS, MEAN_PROB
-from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.records import ManifestEntry, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
 from realera.system import disk
 
@@ -60,7 +60,7 @@ def judged(
         for i in range(images):
             looked_for = concept if split != "keep" else ("frog", "ship")[i % 2]
             prompt = Prompt(f"{split}-{i}", f"a photo of {split} {i % 2}", looked_for, split, 1000 * seed + i)
-            rows.append(Row(prompt, f"images/{prompt.id}.png", "x", f"originals/{prompt.id}.png"))
+            rows.append(ManifestEntry(prompt, f"images/{prompt.id}.png", "x", f"originals/{prompt.id}.png"))
             seen = (i + 0.5) / images < share
             verdicts.append(Verdict(prompt.id, 0.9 if seen else 0.1, looked_for if seen else "sky", detail or {}))
             before.append(Verdict(prompt.id, 1.0, looked_for, detail or {}))
@@ -72,7 +72,7 @@ def judged(
     write_verdicts(verdict_file(folder, JUDGE, "original"), before)
     measure(folder, JUDGE, {"task": task, "judge": {"judge": JUDGE}}, headline, terms)
     if cost is not None:
-        spent = {"form": 1, "device": "cpu", "stages": {"edit": cost, "draw": 9}, "passes": {"erase": 10}}
+        spent = {"format_version": 1, "device": "cpu", "stages": {"edit": cost, "draw": 9}, "passes": {"erase": 10}}
         disk.write_text(folder / paths.COSTS, json.dumps(spent))
     return folder
 

@@ -1,4 +1,4 @@
-"""The recorder of what a run costs: its stages, its sittings, its file; and true counts of whole runs."""
+"""The recorder of what a run costs: its stages, its starts, its file; and true counts of whole runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_stage_within_a_stage_stops_the_outer_ones_clock(tmp_path: Path, clock
     record = held(tmp_path / "costs.json")
     assert record["stages"] == {"latents": 10.0, "train": 3.0, "draw": 4.0}
     assert record["passes"] == {"erase": 406, "draw": 80}
-    assert record["form"] == 1 and record["sittings"] == 1 and record["device"].startswith("cpu, ")
+    assert record["format_version"] == 1 and record["starts"] == 1 and record["device"].startswith("cpu, ")
 
 
 def test_originals_stand_apart_from_what_a_method_costs(tmp_path: Path, clock: SimpleNamespace) -> None:
@@ -86,7 +86,7 @@ def test_a_sitting_that_is_interrupted_is_kept_and_the_next_one_added(
             clock.now, backbone.passes = 107.0, 70
     record = held(file)
     assert record["stages"] == {"text": 1.0, "train": 6.0} and record["passes"] == {"erase": 70}
-    assert record["sittings"] == 2 and (record["edited_parameters"], record["trained_parameters"]) == (6, 8)
+    assert record["starts"] == 2 and (record["edited_parameters"], record["trained_parameters"]) == (6, 8)
     assert [name.name for name in tmp_path.iterdir()] == ["costs.json"], "written beside and put in place"
 
 
@@ -99,11 +99,11 @@ def test_what_is_killed_within_a_stage_has_lost_little(tmp_path: Path) -> None:
             time.sleep(0.005)
         so_far = held(file)
     assert 0.05 < so_far["stages"]["train"] <= held(file)["stages"]["train"]
-    assert so_far["sittings"] == held(file)["sittings"] == 1
+    assert so_far["starts"] == held(file)["starts"] == 1
 
 
 @pytest.mark.slow
-def test_peaks_are_the_sittings_own_and_the_largest_is_kept(tmp_path: Path) -> None:
+def test_peaks_are_those_of_each_start_and_the_largest_is_kept(tmp_path: Path) -> None:
     import torch
 
     file = tmp_path / "costs.json"
@@ -205,25 +205,27 @@ def test_totals_are_of_what_is_known() -> None:
     assert costs.totals(judged_only) == {"passes_per_image": 4} and costs.totals({}) == {}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"form": 99}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 99}'])
 def test_a_file_of_another_version_is_no_costs(tmp_path: Path, content: str) -> None:
     (tmp_path / paths.COSTS).write_text(content)
     assert costs.read(tmp_path) == {} and costs.read(tmp_path / "nowhere") == {}
     with Meter(tmp_path / paths.COSTS) as meter, meter.stage("edit"):
         pass
-    assert costs.read(tmp_path)["sittings"] == 1
+    assert costs.read(tmp_path)["starts"] == 1
 
 
 def test_another_device_is_named_beside_the_first(tmp_path: Path) -> None:
     file = tmp_path / "costs.json"
-    file.write_text(json.dumps({"form": 1, "device": "a slow one", "sittings": 1}))
+    file.write_text(json.dumps({"format_version": 1, "device": "a slow one", "starts": 1}))
     meter = Meter(file)
     meter.watch(model(), "cpu")
     assert meter.record()["device"].startswith("a slow one; cpu, ")
 
 
 def test_judging_anew_is_counted_once(tmp_path: Path) -> None:
-    (tmp_path / paths.COSTS).write_text(json.dumps({"form": 1, "stages": {"edit": 1.0, "judge": 9.0}, "sittings": 1}))
+    (tmp_path / paths.COSTS).write_text(
+        json.dumps({"format_version": 1, "stages": {"edit": 1.0, "judge": 9.0}, "starts": 1})
+    )
     costs.forget(tmp_path, "judge")
     assert costs.read(tmp_path)["stages"] == {"edit": 1.0}
     costs.forget(tmp_path / "nowhere", "judge")
@@ -289,7 +291,7 @@ def test_a_fusion_is_an_edit_too_and_counts_each_weight_once(erase: Any, new_bac
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_fit_that_is_stopped_and_gone_on_with_sums_both_sittings(
+def test_a_fit_that_is_stopped_and_resumed_sums_both_starts(
     erase: Any, tmp_path: Path, error: type[BaseException]
 ) -> None:
     import signal
@@ -308,7 +310,7 @@ def test_a_fit_that_is_stopped_and_gone_on_with_sums_both_sittings(
     stopped = costs.read(tmp_path / "run")
     assert stopped["passes"] == {"erase": BANK + LOOP // 2} and stopped["stages"]["train"] > 0
     record = erase("realera")
-    assert record["passes"] == {"erase": BANK + LOOP} and record["sittings"] == 2
+    assert record["passes"] == {"erase": BANK + LOOP} and record["starts"] == 2
     assert record["shared"]["latents"]["passes"] == 0, "the bank that it finds is its own"
     assert record["stages"]["train"] > stopped["stages"]["train"]
 

@@ -111,7 +111,7 @@ def test_a_run_counts_what_it_costs(type_in: Type, place: Path, capsys: pytest.C
     bank, loop = 2 * steps * 2, 2 * (1 + 2 + 1)  # two images; student and teacher, near and beyond in the second step
     assert record["passes"]["erase"] + record["shared"]["latents"]["passes"] == bank + loop
     assert list(record["stages"]) == ["load", "text", "edit", "latents", "train", "finish", "draw", "judge"]
-    assert all(seconds > 0 for seconds in record["stages"].values()) and record["sittings"] == 1
+    assert all(seconds > 0 for seconds in record["stages"].values()) and record["starts"] == 1
     weights = load_file(next((place / "runs").glob("horse-realera-mini-*/erased.safetensors")))
     lora = sum(value.numel() for name, value in weights.items() if name.endswith((".down", ".up")))
     assert record["trained_parameters"] == lora > 0
@@ -128,11 +128,11 @@ def test_a_run_counts_what_it_costs(type_in: Type, place: Path, capsys: pytest.C
         planned = estimate.work(config, composition.build_task(config))
         assert (planned.passes_per_image, planned.images) == (per_image, images)
         assert planned.passes_per_original == steps * 2
-    for sitting in (1, 2):
+    for start in (1, 2):
         type_in("evaluate", "run=original", "concept=horse")
         plain, _ = costs_of(place, "horse-original")
         assert plain["passes"] == {"draw": 0} and plain["passes_per_image"] == steps * 2
-        assert set(plain["stages"]) == {"load", "draw", "judge"} and plain["sittings"] == sitting
+        assert set(plain["stages"]) == {"load", "draw", "judge"} and plain["starts"] == start
 
 
 @pytest.mark.slow
@@ -141,12 +141,12 @@ def test_a_run_that_is_done_again_is_counted_anew(type_in: Type, place: Path) ->
     for _ in range(2):
         type_in(*words, "overwrite=true", "run_dir=runs/deer-ridge-mini-2")
         record, _ = costs_of(place, "deer-ridge")
-        assert record["sittings"] == 1 and record["passes"] == {"erase": 0} and record["trained_parameters"] == 0
-    for sitting in (2, 3):  # drawn and judged later, and judged again: its own judge's last time counts
+        assert record["starts"] == 1 and record["passes"] == {"erase": 0} and record["trained_parameters"] == 0
+    for start in (2, 3):  # drawn and judged later, and judged again: its own judge's last time counts
         type_in("evaluate", "run=runs/deer-ridge-mini-2", small=False)
         later, images = costs_of(place, "deer-ridge")
         assert later["passes"] == {"erase": 0, "draw": images * 4} and images > 0
-        assert later["stages"]["edit"] == record["stages"]["edit"] and later["sittings"] == sitting
+        assert later["stages"]["edit"] == record["stages"]["edit"] and later["starts"] == start
 
 
 def test_a_concept_nobody_can_judge_still_ends_in_a_page(

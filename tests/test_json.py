@@ -16,7 +16,7 @@ import pytest
 import realera
 from realera import costs, paths
 from realera.contracts import Prompt, Verdict
-from realera.evaluation.records import Row, write_manifest, write_verdicts
+from realera.evaluation.records import ManifestEntry, write_manifest, write_verdicts
 from realera.files import plain_data
 from realera.reporting.run_page import render
 
@@ -81,7 +81,7 @@ def test_data_in_a_page_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_lines_and_costs(tmp_path: Path) -> None:
     prompt = Prompt("a", "a cat", "cat", "erase", 0, None, math.nan)
-    write_manifest(tmp_path, [Row(prompt, "images/a.png", "s")])
+    write_manifest(tmp_path, [ManifestEntry(prompt, "images/a.png", "s")])
     write_verdicts(tmp_path / "v.jsonl", [Verdict("a", math.nan, "", {"score": math.nan, "top": [["x", math.inf]]})])
     meter = costs.Meter(tmp_path / paths.COSTS)
     meter.note(passes_per_image=math.inf)

@@ -170,7 +170,7 @@ def test_a_price_beside_what_is_held_is_the_minimum_of_both_and_ends_in_holding_
     quiet = value_space.quiet(world["metric"], world["captions"], 3.0)
     held, names = world["held"][:, :1], world["names"]
     found = value_space.blind(quiet, quiet @ centred(world), held)
-    rest = value_space.beside(quiet, held)
+    rest = value_space.blind_quiet(quiet, held)
     average = float((names.T @ rest @ names).diagonal().mean())
     inner = torch.linalg.inv(quiet)
     start = quiet @ (world["concepts"] - world["mean"][:, None])
@@ -209,7 +209,7 @@ def test_further_directions_bring_the_space_nearest_to_the_values_of_all_rows(wo
     layers, which are not R k but lie to one another as those do."""
     (rows, _), shift = differing(world), world["concepts"][:, 0] - world["anchors"][:, 0]
     weights = torch.cat(world["weights"])
-    more = value_space.further(rows, shift, world["metric"], 2)
+    more = value_space.further_directions(rows, shift, world["metric"], 2)
 
     def missed(columns: Tensor) -> Tensor:
         basis, _ = torch.linalg.qr(weights @ torch.cat([shift[:, None], columns], dim=1))
@@ -237,7 +237,11 @@ def test_further_directions_bring_the_space_nearest_to_the_values_of_all_rows(wo
 def test_further_directions_are_projected_out_and_what_is_held_stays(world: dict[str, Tensor]) -> None:
     shifts = world["concepts"] - world["anchors"]
     more = torch.cat(
-        [value_space.further(rows, shift, world["metric"], 2) for rows, shift in zip(differing(world), shifts.T)], dim=1
+        [
+            value_space.further_directions(rows, shift, world["metric"], 2)
+            for rows, shift in zip(differing(world), shifts.T)
+        ],
+        dim=1,
     )
     quiet = value_space.quiet(world["metric"], world["captions"], 3.0)
     found = value_space.blind(quiet, quiet @ torch.cat([centred(world), more], dim=1), world["held"])
@@ -256,13 +260,13 @@ def test_further_directions_are_projected_out_and_what_is_held_stays(world: dict
 def test_no_more_directions_than_there_are(world: dict[str, Tensor]) -> None:
     (rows, _), shift = differing(world, rank=2), world["concepts"][:, 0] - world["anchors"][:, 0]
     with pytest.raises(UserError, match=r"method\.edit\.directions=4 is more than the 3 "):
-        value_space.further(rows, shift, world["metric"], 3)
-    nothing = value_space.further(torch.zeros_like(rows), torch.zeros_like(shift), world["metric"], 3)
+        value_space.further_directions(rows, shift, world["metric"], 3)
+    nothing = value_space.further_directions(torch.zeros_like(rows), torch.zeros_like(shift), world["metric"], 3)
     assert torch.equal(nothing, torch.zeros(D, 3, dtype=torch.float64)), "a concept that is its own anchor"
     flat = torch.zeros(D, D, dtype=torch.float64)
     flat[0, 0] = D  # the U-Net reads one number, which the shift spans
     with pytest.raises(UserError, match="more than the 1 "):
-        value_space.further(rows, shift, flat, 1)
+        value_space.further_directions(rows, shift, flat, 1)
 
 
 def test_what_cannot_be_told_apart_is_refused(world: dict[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ TASKS = {"": "objects", "-celebrity": "people", "-nsfw": "unsafe things"}
 
 
 def reading(row: dict[str, Any], mode: str, measure: str) -> float | None:
-    said = row["readings"].get(mode, {}).get(measure)
+    said = row["by_mode"].get(mode, {}).get(measure)
     return None if said is None else float(said["value"])
 
 

@@ -26,7 +26,7 @@ def table(rows: dict[str, dict[str, Any]], labels: list[str], symbol: str, phras
     for label in labels:
         if label not in rows:
             continue
-        mean, readings = rows[label]["mean"], rows[label]["readings"]
+        mean, readings = rows[label]["mean"], rows[label]["by_mode"]
         h_o = mean.get("h_o")
         said = [f"{number(h_o)} [{h_o['low']:.1f}, {h_o['high']:.1f}]" if h_o else "–"]
         said += [number(mean.get(name)) for name in ("acc_e", "acc_g", *(["acc_a"] if phrases else []), "acc_s")]

@@ -1,8 +1,8 @@
 """Tests whether predicted noise tells which texts draw a concept: draws.py RESULTS.json
 
 For each concept, none of which a table erases: the tokenizer's words that are nearest in values, the distance of their
-predicted noise from the name's (`nearness.apart`), and the judge's verdicts on images of each word. Writes the table in
-README.md.
+predicted noise from the name's (`nearness.noise_distances`), and the judge's verdicts on images of each word. Writes
+the table in README.md.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ from realera.backbones import stacks
 from realera.contracts import UserError
 from realera.evaluation.summary import AttackResult, Evaluation
 from realera.files import plain_data
-from realera.settings import composition
+from realera.settings import arguments, composition
 from realera.settings.run_settings import Settings
-from realera.system import terminal
+from realera.system import collector, terminal
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -110,8 +110,8 @@ class Erased:
 
         from realera.runs import steps as run_steps
 
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        numbers = [seeds] * len(texts) if isinstance(seeds, int) else list(seeds)
+        texts = arguments.prompts(prompts)
+        numbers = arguments.seeds(seeds, len(texts))
         if len(numbers) != len(texts):
             if len(texts) != 1:
                 raise UserError(f"{len(texts)} prompts and {len(numbers)} seeds were given: give one seed per prompt.")
@@ -119,8 +119,10 @@ class Erased:
         sampler = self._backbone.sampler
         sampler = replace(
             sampler,
-            steps=sampler.steps if steps is None else steps,
-            guidance_scale=sampler.guidance_scale if guidance_scale is None else guidance_scale,
+            steps=sampler.steps if steps is None else arguments.steps(steps),
+            guidance_scale=sampler.guidance_scale
+            if guidance_scale is None
+            else arguments.guidance_scale(guidance_scale),
         )
         size = self.settings.images_at_once
         made: list[Image] = []
@@ -145,7 +147,7 @@ class Erased:
         from realera.system import disk
 
         self._refuse_undone()
-        place = Path(folder).expanduser()
+        place = arguments.path(folder, "folder")
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise UserError(f"{place} already has files in it: give a new or an empty folder.")
         from realera.backbones.pipelines import IN_MEMORY
@@ -177,19 +179,19 @@ class Erased:
         from realera.runs.folders import Run
 
         self._refuse_undone()
-        chosen = forms.options_of(options)
+        place, chosen = arguments.path(out, "out"), forms.options_of(options)
         known = self._backbone.checkpoint()
-        with tempfile.TemporaryDirectory(prefix="realera-") as place:
+        with tempfile.TemporaryDirectory(prefix="realera-") as own:
             run = Run(
-                self.save(Path(place) / paths.as_file_name("-".join([*self.concept[:3], self.method]))), self.config
+                self.save(Path(own) / paths.as_file_name("-".join([*self.concept[:3], self.method]))), self.config
             )
             if known is None:  # the original weights are in memory only
-                source = Path(place) / "base"
+                source = Path(own) / "base"
                 with self._unmerged() as backbone, backbone.original():
                     backbone.pipe.save_pretrained(source)
             else:
-                source = self._backbone.with_own_scheduler(checkpoint.locate(known[0]), Path(place) / "base")
-            return forms.export(run, to, Path(out).expanduser(), chosen, source)
+                source = self._backbone.with_own_scheduler(checkpoint.locate(known[0]), Path(own) / "base")
+            return forms.export(run, to, place, chosen, source)
 
     def undo(self) -> DiffusionPipeline:
         """Restores the pipeline as it was before, bit for bit. Raises UserError if a later erasure is still on it."""
@@ -235,6 +237,10 @@ class Erased:
     def _refuse_under_later(self) -> None:
         stacks.refuse_under_later(self._backbone.denoiser, self._number)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises UserError: a copy would undo the changes of a pipeline that it does not have."""
+        raise UserError("an erasure belongs to its pipeline: to keep it, call erased.save(folder), and realera.load.")
+
     def __repr__(self) -> str:
         undone = ", undone" if self._undone else ""
         return f"<Erased {', '.join(self.concept)} -> {', '.join(self.anchor)} by {self.method}{undone}>"
@@ -265,17 +271,19 @@ def erase(
     Raises:
         UserError: one sentence that says what is wrong and what to give instead. The pipeline is unchanged.
     """
-    from realera.backbones import pipelines
-    from realera.runs import starting
     from realera.runs.folders import Run
     from realera.runs.session import Session
+
+    with collector.paused():
+        from realera.backbones import pipelines
+        from realera.runs import starting, steps
 
     pipe = _opened(pipe) if isinstance(pipe, str | Path) else pipe
     parts = pipelines.parts_of(pipe)
     figures, kind = pipelines.settings_of(pipe, parts), pipelines.kind_of(parts)
     words = [
-        composition.word("concept", _names_as_text(concept)),
-        composition.word("anchor", _names_as_text(anchor)),
+        composition.word("concept", arguments.names(concept, "concept")),
+        composition.word("anchor", arguments.names(anchor, "anchor")),
         f"method={method}",
         f"task={task}",
         f"backbone={kind}",
@@ -285,8 +293,7 @@ def erase(
         *(composition.word(f"backbone.text.{key}", value) for key, value in figures["text"].items()),
         *(composition.word(f"backbone.sampler.{key}", value) for key, value in figures["sampler"].items()),
         *_device_overrides(pipe),
-        *_keyword_overrides(settings),
-        *overrides,
+        *arguments.words(overrides, _with_prefix(settings)),
     ]
     config, judged = starting.ready(_composed(words))
     model = Settings(config).backbone
@@ -295,10 +302,8 @@ def erase(
     erased = Erased(backbone, config, folder, _cache_of(cache))
     weakref.finalize(erased, shutil.rmtree, folder, ignore_errors=True)
     with _isolated(erased, progress):
-        from realera.runs import steps
-
         try:
-            steps.erase(Session(Run(folder, config)), backbone, judged)
+            steps.erase(Session(Run(folder, config)), backbone, judged, lightning=False)
         except BaseException:
             backbone.load_erased({})
             raise
@@ -309,9 +314,11 @@ def erase(
 def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     """Applies the erasure in a run folder, made by `Erased.save` or by a command, to the pipeline it was made with, in
     place. Raises UserError if the folder is not a run, or a run of another model."""
-    from realera.backbones import pipelines
     from realera.runs import folders
-    from realera.training.checkpoint import read_erased
+
+    with collector.paused():
+        from realera.backbones import pipelines
+        from realera.training.checkpoint import read_erased
 
     run = folders.open_run(str(folder))
     file = run.erased
@@ -361,6 +368,8 @@ def evaluate(
     from realera.runs.folders import Run
     from realera.runs.session import Session
 
+    if not isinstance(erased, Erased):
+        raise UserError(f"evaluate takes what realera.erase or realera.load returned, not a {type(erased).__name__}.")
     own = erased.settings
     words = [
         composition.word("concept", own.concept),
@@ -369,14 +378,13 @@ def evaluate(
         f"backbone={own.backbone.name}",
         composition.word("seed", own.seed),
         "logger=none",
-        *_keyword_overrides(settings),
-        *overrides,
+        *arguments.words(overrides, _with_prefix(settings)),
     ]
     composed = _composed(words)
     as_erased = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node}
     config, judged = starting.named({**composed, **as_erased})
     preflight.check_judge(config)
-    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else Path(folder).expanduser()
+    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.path(folder, "folder")
     if folder is not None and place.exists() and any(place.iterdir()):
         raise UserError(f"{place} already has files in it: give a new or an empty folder.")
     try:
@@ -423,6 +431,8 @@ def attack(
     from realera.runs.folders import Run
     from realera.runs.session import Session
 
+    if not isinstance(erased, Erased):
+        raise UserError(f"attack takes what realera.erase or realera.load returned, not a {type(erased).__name__}.")
     own = erased.settings
     words = [
         "run=original",
@@ -431,8 +441,7 @@ def attack(
         composition.word("anchor", erased.anchor[0] if len(erased.anchor) == 1 else erased.anchor),
         f"task={composition.build_task(own.node).name}",
         f"backbone={own.backbone.name}",
-        *_keyword_overrides(settings),
-        *overrides,
+        *arguments.words(overrides, _with_prefix(settings)),
     ]
     composed = composition.settings_of("attack", words, _as_keyword)
     asked = asked_attacks.Asked.of(composed)
@@ -441,7 +450,7 @@ def attack(
     rest = {key: value for key, value in composed.items() if key not in own_keys}
     config, judged = starting.named({**rest, **kept})
     preflight.check_judge(config)
-    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else Path(folder).expanduser()
+    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.path(folder, "folder")
     try:
         with _isolated(erased, progress), erased._unmerged() as backbone:
             judge = steps.build_judge(config, judged)
@@ -485,7 +494,8 @@ def tasks() -> dict[str, str]:
 
 def miniature_pipeline() -> DiffusionPipeline:
     """The small model that ships with the package, as a diffusers pipeline: 32 x 32 pixels, on the CPU."""
-    from realera.backbones import pipelines
+    with collector.paused():
+        from realera.backbones import pipelines
 
     return pipelines.miniature()
 
@@ -535,7 +545,7 @@ def _isolated(erased: Erased, progress: bool) -> Iterator[None]:
 def _cache_of(cache: bool | str | Path) -> Path | None:
     if cache is True:
         return paths.cache_dir()
-    return None if cache is False else Path(cache).expanduser()
+    return None if cache is False else arguments.path(cache, "cache")
 
 
 def _device_overrides(pipe: DiffusionPipeline) -> list[str]:
@@ -553,11 +563,9 @@ def _composed(words: Sequence[str]) -> dict[str, Any]:
     return composed
 
 
-def _keyword_overrides(settings: Mapping[str, Any]) -> list[str]:
-    """Keywords as command-line overrides. A key that begins with a method's part, "edit.ridge", gets the prefix
-    "method."."""
-    named = {f"method.{key}" if key.partition(".")[0] in PARTS else key: value for key, value in settings.items()}
-    return [composition.word(key, value) for key, value in named.items()]
+def _with_prefix(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords by their names on the command line: a method's part, "edit.ridge", gets the prefix "method."."""
+    return {f"method.{key}" if key.partition(".")[0] in PARTS else key: value for key, value in settings.items()}
 
 
 def _as_keyword(key: str) -> str:
@@ -565,10 +573,3 @@ def _as_keyword(key: str) -> str:
     own = key.removeprefix("method.")
     short = own if own.partition(".")[0] in PARTS else key
     return f'**{{"{short}": ...}}' if "." in short else f"{short}=..."
-
-
-def _names_as_text(given: Any) -> Any:
-    """One name as a str, several as a list of str. None stays None, also inside a list."""
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return [None if one is None else str(one) for one in given]
-    return None if given is None else str(given)

@@ -55,6 +55,10 @@ class Applied:
         self._undone = True
         return self._backbone.pipe
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises UserError: a copy would undo the changes of a pipeline that it does not have."""
+        raise UserError("applied maps belong to their pipeline: apply them again to another one.")
+
     def __repr__(self) -> str:
         named = "; ".join(f"{one}, weight {weight:g}" for one, weight in zip(self._maps, self.weights))
         return f"<Applied {named}{', undone' if self._undone else ''}>"

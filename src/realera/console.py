@@ -161,7 +161,7 @@ def show_residue(found: Mapping[str, Any]) -> None:
 
 
 def show_attack_plan(plan: Any, name: str, hindrance: str | None = None) -> None:
-    """Shows the planned work of an attack (`attacking.Plan`)."""
+    """Shows the planned work of an attack (`attacking.AttackPlan`)."""
     hours = "?" if plan.hours is None else f"{plan.hours:.2f}"
     _say(
         f"attack {name}: {plan.prompts} prompts, at most {plan.passes:,.0f} U-Net passes, {hours} hours ({plan.basis})"

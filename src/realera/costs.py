@@ -34,7 +34,7 @@ MB = 1e6  # bytes
 
 
 class Meter:
-    """Measures a run from its start and adds the costs of its earlier starts, which `file` contains (`sittings`).
+    """Measures a run from its start and adds the costs of its earlier starts, which `file` contains (`starts`).
 
     A nested stage stops the clock of the outer one. The file is written after every stage and, within `with meter:`,
     every `every` seconds, so that a killed run loses little. Without a file, the meter only measures.
@@ -139,7 +139,7 @@ class Meter:
             self._lap()
             before = self.before
             stages = _sums(before.get("stages", {}), self.seconds)
-            known = {**{key: before[key] for key in before if key not in ("form", "sittings")}, **self.known}
+            known = {**{key: before[key] for key in before if key not in ("format_version", "starts")}, **self.known}
             if before.get("device") not in (None, known.get("device")):
                 known["device"] = f"{before['device']}; {known['device']}"
             peaks = {
@@ -147,14 +147,14 @@ class Meter:
                 for name, own in self.peaks.items()
             }
             return {
-                "form": FORMAT_VERSION,
+                "format_version": FORMAT_VERSION,
                 **known,
                 "stages": {name: round(stages[name], 3) for name in STAGES if name in stages},
                 "passes": _sums(before.get("passes", {}), _grouped(self.passes), _grouped(self.helpers)),
                 "shared": {**before.get("shared", {}), **self.shared},
                 **self._originals(),
                 **peaks,
-                "sittings": before.get("sittings", 0) + 1,
+                "starts": before.get("starts", 0) + 1,
             }
 
     def _originals(self) -> dict[str, Any]:
@@ -263,7 +263,9 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError:
         log.warning("%s is torn: the run's cost so far is unknown", file)
         return {}
-    return record if json_shapes.fits(record, json_shapes.COSTS) and record.get("form") == FORMAT_VERSION else {}
+    return (
+        record if json_shapes.fits(record, json_shapes.COSTS) and record.get("format_version") == FORMAT_VERSION else {}
+    )
 
 
 def _sums(*parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class DeviceList:
 
 
 @dataclass(frozen=True)
-class Place:
+class PathText:
     """A path. name: the words for it in errors. stands: "file" or "folder" = it must exist; "" = it need not exist.
     besides: allowed words that are not paths. numbers: a whole number other than 0 is allowed, because the code that
     reads the setting converts it to text."""
@@ -176,7 +176,7 @@ class Program:
     name: str = "the path of a Python 3.10+"
 
     def fault(self, value: Any, here: bool = True) -> str | None:
-        if (wrong := Place().fault(value, here)) is not None:
+        if (wrong := PathText().fault(value, here)) is not None:
             return wrong
         found = not here or shutil.which(os.path.expanduser(str(value)))
         return None if found else "is not a program that can be run"
@@ -192,7 +192,7 @@ class Filled:
 
 
 @dataclass(frozen=True)
-class Beside:
+class WithSettings:
     """Mark of a part: `settings` (a TypedDict) are further settings in its config node, not passed to its
     constructor."""
 
@@ -206,7 +206,7 @@ class Tracked:
 
 
 @dataclass(frozen=True)
-class Instead:
+class UseInstead:
     """Mark of a TypedDict: {a name that is not a setting of it: the setting to use instead}."""
 
     names: Mapping[str, str]
@@ -281,13 +281,13 @@ WandbMode = Annotated[
 
 # --- paths -----------------------------------------------------------------------------------------------------------
 
-NewPath = Annotated[str | Path, Place("a path", numbers=True)]
-File = Annotated[str | Path, Place("a file", "file")]
-Folder = Annotated[str | Path, Place("a folder", "folder")]
-Checkpoint = Annotated[str | Path, Place("a hub id or a diffusers folder")]
-GivenMap = Annotated[str | Path, Place("a map.safetensors, a folder with one, or latest", numbers=True)]
-Run = Annotated[str, Place("a run folder or latest", numbers=True)]
-RunOrOriginal = Annotated[str, Place("a run folder, latest or original", numbers=True)]
-Sums = Annotated[str, Place("a file that python -m realera.cache made", "file", ("everyday",))]
-Vocabulary = Annotated[str, Place("a file with one text on each line", "file", ("words", "everyday"))]
+NewPath = Annotated[str | Path, PathText("a path", numbers=True)]
+File = Annotated[str | Path, PathText("a file", "file")]
+Folder = Annotated[str | Path, PathText("a folder", "folder")]
+Checkpoint = Annotated[str | Path, PathText("a hub id or a diffusers folder")]
+GivenMap = Annotated[str | Path, PathText("a map.safetensors, a folder with one, or latest", numbers=True)]
+Run = Annotated[str, PathText("a run folder or latest", numbers=True)]
+RunOrOriginal = Annotated[str, PathText("a run folder, latest or original", numbers=True)]
+Sums = Annotated[str, PathText("a file that python -m realera.cache made", "file", ("everyday",))]
+Vocabulary = Annotated[str, PathText("a file with one text on each line", "file", ("words", "everyday"))]
 Python = Annotated[str, Program()]

@@ -8,7 +8,9 @@ a linear function u^T k of a text state.
     G = sum_l c_l W_l^T W_l                     the metric of the U-Net's values
     Q = G (G C G + r I)^-1 G                    the quiet readings, see below
     U = Q (E - mu 1^T),  then  U^T H = 0        one reading per concept, blind to the preserved columns H
-    M = I - g X (U^T X)^-1 U^T,   X = E - A     the map: W = W0 M (`further` adds columns to X, and their readings to U)
+    M = I - g X (U^T X)^-1 U^T,   X = E - A     the map: W = W0 M
+
+`further_directions` adds columns to X, and their readings to U.
 
 Why Q. A reading u^T k = w^T G k of the values, with w in the U-Net's coordinates, should give 1 on e - mu and little on
 captions, w^T G C G w, at a price r ||w||^2 on large coefficients. Minimising the sum of both gives
@@ -79,7 +81,7 @@ def quiet(metric: Tensor, covariance: Tensor, price: float) -> Tensor:
     return metric @ torch.cholesky_solve(metric, lower)
 
 
-def further(differences: Tensor, shift: Tensor, metric: Tensor, count: int) -> Tensor:
+def further_directions(differences: Tensor, shift: Tensor, metric: Tensor, count: int) -> Tensor:
     """(D, count): directions besides a concept's mean shift x (D,) in which its values differ most from the anchor's.
 
     differences: rows d_i (n, D), each a row of the concept less the matching row of the anchor, so the effect of their
@@ -110,7 +112,7 @@ def further(differences: Tensor, shift: Tensor, metric: Tensor, count: int) -> T
     return result
 
 
-def beside(quiet: Tensor, held: Tensor) -> Tensor:
+def blind_quiet(quiet: Tensor, held: Tensor) -> Tensor:
     """Q - Q H (H^T Q H)^+ H^T Q, (D, D): the quiet readings that are blind to held (D, m)."""
     known = quiet @ held
     result: Tensor = quiet - known @ torch.linalg.pinv(held.T @ known, hermitian=True) @ known.T
@@ -123,7 +125,8 @@ def blind(quiet: Tensor, readings: Tensor, held: Tensor, keep: float = math.inf)
 
     keep: inf = exactly blind; else a price on readings of held, (keep / d) ||U^T h||^2 for each h against the distance,
     d the mean of h^T Q h: (H^T Q H + d I / keep)^-1 replaces the pseudo-inverse. If other columns are preserved exactly
-    as well, the readings must already be blind to those and quiet must be `beside` them, or one step undoes the other.
+    as well, the readings must already be blind to those and quiet must come from
+    `blind_quiet`, or one step undoes the other.
     """
     if held.shape[1] == 0 or keep == 0:
         return readings

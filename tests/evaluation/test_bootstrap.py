@@ -15,7 +15,7 @@ from realera.evaluation import bootstrap as module
 from realera.evaluation.bootstrap import Resamples, exact, image_key, interval, run_key
 from realera.evaluation.measures import MEAN_PROB
 from realera.evaluation.metrics import Sample, estimates, h_o, samples
-from realera.reporting.cells import Cell, pooled
+from realera.reporting.pooling import RunVerdicts, pooled
 from realera.reporting.sweep.tables import difference
 from realera.reporting.table import markdown, table
 
@@ -29,16 +29,18 @@ def images(split: Split, concept: str, scores: list[float]) -> list[tuple[Prompt
     return [(p, Verdict(p.id, s, concept if s > 0.5 else "sky")) for p, s in zip(prompts, scores)]
 
 
-def cell(system: str, concept: str, seed: int, *of: list[tuple[Prompt, Verdict]]) -> Cell:
+def cell(system: str, concept: str, seed: int, *of: list[tuple[Prompt, Verdict]]) -> RunVerdicts:
     pairs = [pair for group in of for pair in group]
-    return Cell(system, concept, seed, [p for p, _ in pairs], [v for _, v in pairs], h_o_terms=("acc_e", "acc_s"))
+    return RunVerdicts(
+        system, concept, seed, [p for p, _ in pairs], [v for _, v in pairs], h_o_terms=("acc_e", "acc_s")
+    )
 
 
 def chance(*size: int, seed: int = 0) -> Tensor:
     return torch.rand(size, generator=torch.Generator().manual_seed(seed))
 
 
-def mean(cells: list[Cell], headline: dict[str, Mode] | None = None, draws: int = 2000) -> dict[str, Sample]:
+def mean(cells: list[RunVerdicts], headline: dict[str, Mode] | None = None, draws: int = 2000) -> dict[str, Sample]:
     return pooled(cells, headline or dict(MEAN_PROB), Resamples(0, draws))
 
 
@@ -173,7 +175,7 @@ def test_the_interval_is_exact_if_all_images_have_the_same_value(read: Mode, see
 
 
 def test_an_exact_interval_of_a_table_counts_prompts_once() -> None:
-    def run(concept: str, seed: int, kept: list[float]) -> Cell:
+    def run(concept: str, seed: int, kept: list[float]) -> RunVerdicts:
         return cell("a", concept, seed, images("erase", concept, [0.1] * 30), images("keep", "dog", kept))
 
     cells = [run(concept, seed, [0.9] * 20) for concept in ("cat", "bird") for seed in (0, 1)]
@@ -187,7 +189,7 @@ def test_an_exact_interval_of_a_table_counts_prompts_once() -> None:
 
 
 def test_a_run_without_a_scored_image_is_left_out_with_a_note() -> None:
-    def run(system: str, seed: int, erased: float) -> Cell:
+    def run(system: str, seed: int, erased: float) -> RunVerdicts:
         return cell(system, "cat", seed, images("erase", "cat", [erased] * 4), images("keep", "dog", [0.8] * 4))
 
     results = table([run("a", 0, 0.2), run("a", 1, NAN), run("b", 0, NAN), run("b", 1, NAN)])

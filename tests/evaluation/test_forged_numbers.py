@@ -13,7 +13,7 @@ from realera import evaluate
 from realera.contracts import Prompt, UserError, Verdict
 from realera.evaluation import results
 from realera.evaluation.judge import judge_run
-from realera.evaluation.records import Row, read_metrics, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.records import ManifestEntry, read_metrics, verdict_file, write_manifest, write_verdicts
 from realera.runs import steps
 from realera.tasks.nsfw import NsfwTask
 from realera.tasks.objects import ObjectTask
@@ -23,7 +23,7 @@ from realera.tasks.objects import ObjectTask
 def judged(tmp_path: Path) -> Path:
     """A run with one image per split, judged by "eye"."""
     prompts = [Prompt(split, "a photo", "cat", split, 0) for split in ("erase", "near", "keep")]  # type: ignore[arg-type]
-    write_manifest(tmp_path, [Row(prompt, f"images/{prompt.id}.png", "x") for prompt in prompts])
+    write_manifest(tmp_path, [ManifestEntry(prompt, f"images/{prompt.id}.png", "x") for prompt in prompts])
     write_verdicts(verdict_file(tmp_path, "eye"), [Verdict(prompt.id, 0.25, "dog") for prompt in prompts])
     results.measure(tmp_path, "eye", {"task": "object", "judge": {"judge": "eye"}})
     return tmp_path

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from realera.contracts import Backbone, Guide, Prompt, Sampler, UserError, Verdict
 from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
-from realera.evaluation.records import Row, read_manifest, read_verdicts, verdict_file, write_manifest
+from realera.evaluation.records import ManifestEntry, read_manifest, read_verdicts, verdict_file, write_manifest
 
 PROMPTS = [Prompt(f"erase-cat-{i:04d}", "a photo of the cat", "cat", "erase", i) for i in range(7)]
 
@@ -271,7 +271,7 @@ def test_a_run_that_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     write_manifest(tmp_path, [])
     with pytest.raises(UserError, match="no images to judge"):
         judge_run(Eye(), tmp_path)
-    write_manifest(tmp_path, [Row(PROMPTS[0], "images/a.png", "s")])
+    write_manifest(tmp_path, [ManifestEntry(PROMPTS[0], "images/a.png", "s")])
     with pytest.raises(UserError, match="original model"):
         judge_run(Eye(), tmp_path, "original")
     (tmp_path / "manifest.jsonl").write_text('{"id": "a"')

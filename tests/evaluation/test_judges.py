@@ -16,7 +16,7 @@ from realera.contracts import Prompt, SetJudge, Split, UserError, Verdict
 from realera.evaluation.bootstrap import Resamples
 from realera.evaluation.measures import MEAN_PROB
 from realera.evaluation.metrics import samples
-from realera.evaluation.records import Row, read_metrics, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.records import ManifestEntry, read_metrics, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import first_torn_file, measure, measure_set, own_judge, write_metrics
 from realera.files import checksums
 
@@ -30,7 +30,11 @@ def draw(folder: Path, source: str = "s") -> None:
             (folder / place).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8)).save(folder / place / f"{split}.png")
         concept = "dog" if split == "keep" else "cat"
-        rows.append(Row(Prompt(split, "t", concept, split, i), f"images/{split}.png", source, f"originals/{split}.png"))
+        rows.append(
+            ManifestEntry(
+                Prompt(split, "t", concept, split, i), f"images/{split}.png", source, f"originals/{split}.png"
+            )
+        )
     write_manifest(folder, rows)
 
 

@@ -14,7 +14,7 @@ from realera.evaluation.bootstrap import Resamples
 from realera.evaluation.box_counts import CLASSES, counts
 from realera.evaluation.measures import MEAN_PROB, score
 from realera.evaluation.metrics import available_modes, by_prompt, estimates, h_o, summarise
-from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.records import ManifestEntry, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure, scalars
 
 Judged = tuple[list[Prompt], list[Verdict]]
@@ -242,7 +242,7 @@ PROTOCOL = {"judge": {"judge": "eye"}}
 
 def _run(folder: Path, judged: Judged, original: bool = True) -> None:
     prompts, verdicts = judged
-    write_manifest(folder, [Row(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png") for p in prompts])
+    write_manifest(folder, [ManifestEntry(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png") for p in prompts])
     write_verdicts(verdict_file(folder, "eye"), verdicts)
     if original:
         before = [Verdict(p.id, 1.0, p.concept) for p in prompts]

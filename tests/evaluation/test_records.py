@@ -9,13 +9,13 @@ import pytest
 
 from realera import paths
 from realera.contracts import Prompt, UserError
-from realera.evaluation.records import Row, read_manifest, read_metrics, write_manifest
+from realera.evaluation.records import ManifestEntry, read_manifest, read_metrics, write_manifest
 
 
 def test_a_prompt_s_own_settings_are_written_and_read_back(tmp_path: Path) -> None:
     plain = Prompt("a", "a cat", "cat", "erase", 1)
     own = Prompt("b", "a still", "Van Gogh", "near", 2, "An artwork by Van Gogh", 7.0, (384, 512))
-    rows = [Row(plain, "images/a.png", "s"), Row(own, "images/b.png", "s", "originals/b.png")]
+    rows = [ManifestEntry(plain, "images/a.png", "s"), ManifestEntry(own, "images/b.png", "s", "originals/b.png")]
     write_manifest(tmp_path, rows)
     first, second = (json.loads(line) for line in (tmp_path / paths.MANIFEST).read_text().splitlines())
     assert set(first) == {"id", "file", "prompt", "concept", "split", "seed", "source"}
@@ -43,7 +43,7 @@ def test_the_first_format_of_metrics_is_converted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("{", "torn"), ("[]", "torn"), ('{"form": 99, "main": {}}', "another version")]
+    ("content", "said"), [("{", "torn"), ("[]", "torn"), ('{"format_version": 99, "main": {}}', "another version")]
 )
 def test_metrics_that_cannot_be_read_are_refused(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / paths.METRICS).write_text(content)

@@ -10,7 +10,7 @@ import yaml
 
 from realera import paths
 from realera.contracts import Prompt, UserError, Verdict
-from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.records import ManifestEntry, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
 from realera.reporting.table import MARKS, write_results
 from realera.system import disk
@@ -21,7 +21,7 @@ def run(folder: Path, label: str, seed: int, erased: float, judge: str = "eye") 
     disk.write_text(folder / paths.CONFIG, yaml.safe_dump({"concept": "cat", "seed": seed, "label": label}))
     splits = {"erase": ("cat", erased), "near": ("cat", erased), "keep": ("dog", 0.9)}
     prompts = [Prompt(split, "a photo", concept, split, 0) for split, (concept, _) in splits.items()]  # type: ignore[arg-type]
-    write_manifest(folder, [Row(prompt, f"images/{prompt.id}.png", "x") for prompt in prompts])
+    write_manifest(folder, [ManifestEntry(prompt, f"images/{prompt.id}.png", "x") for prompt in prompts])
     verdicts = [Verdict(prompt.id, splits[prompt.split][1], "dog") for prompt in prompts]
     write_verdicts(verdict_file(folder, judge), verdicts)
     measure(folder, judge, {"judge": {"judge": judge}})

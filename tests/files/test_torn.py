@@ -88,7 +88,7 @@ def check_same(place: Path, finished: Path) -> None:
         pictures = sorted(file.relative_to(theirs) for file in (theirs / folder).rglob("*.png"))
         assert pictures == sorted(file.relative_to(ours) for file in (ours / folder).rglob("*.png"))
         assert all((ours / file).read_bytes() == (theirs / file).read_bytes() for file in pictures)
-    assert json.loads((ours / "costs.json").read_text())["form"] == 1
+    assert json.loads((ours / "costs.json").read_text())["format_version"] == 1
     assert checksums.page_is_whole(ours / "report.html")
     assert leftovers(place / "runs", place / "cache") == []
 

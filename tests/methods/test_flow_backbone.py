@@ -292,7 +292,7 @@ def test_every_law_of_a_rollout_gives_the_backbones_timesteps(
 def test_texts_are_compared_on_its_noise_levels() -> None:
     backbone = Flow()
     images = torch.randn(2, CHANNELS, SIDE, SIDE, generator=Generator().manual_seed(0))
-    near, far = nearness.apart(backbone, images, "cat", ["cat", "truck"]).tolist()
+    near, far = nearness.noise_distances(backbone, images, "cat", ["cat", "truck"]).tolist()
     assert near == 0 < far
     levels = {round(float(sigma), 3) for sigmas in backbone.network.seen for sigma in sigmas}
     assert levels == {level / 1000 for level in nearness.LEVELS}

@@ -54,25 +54,27 @@ def test_texts_are_sorted_by_their_noise(new_backbone: Any, new_pairs: Any, file
     (pair,) = new_pairs(backbone, CAT)
     every = miner(file, backbone, looked=5, beside=0, within=1e9, outside=1e9)
     mined = every(pair, seeded())
-    (sight,) = every.sights()
+    (sight,) = every.found_texts()
     seen = {one.text: one for one in sight.erased}
     assert set(seen) == {"a kitten", "a dog", "two trees", "the sea at night", "a red house"}, "without the name"
-    assert [one.apart for one in sight.erased] == sorted(one.apart for one in sight.erased) and not sight.kept
+    assert [one.noise_distance for one in sight.erased] == sorted(
+        one.noise_distance for one in sight.erased
+    ) and not sight.kept
     far = measured(backbone, every.drawn(backbone, pair), "cat", list(seen), paths.cache_dir())
-    assert [one.apart for one in seen.values()] == pytest.approx(far.tolist(), rel=1e-5)
+    assert [one.noise_distance for one in seen.values()] == pytest.approx(far.tolist(), rel=1e-5)
     assert mined.near.shape == mined.near_targets.shape == (5, 77, backbone.width) and len(mined.beyond) == 0
 
-    middle = sight.erased[2].apart
-    some = miner(file, backbone, looked=5, beside=0, within=sight.erased[1].apart, outside=middle)
+    middle = sight.erased[2].noise_distance
+    some = miner(file, backbone, looked=5, beside=0, within=sight.erased[1].noise_distance, outside=middle)
     both = some(pair, seeded())
-    (parted,) = some.sights()
+    (parted,) = some.found_texts()
     assert [one.text for one in parted.erased] == [one.text for one in sight.erased[:2]]
     assert {one.text for one in parted.kept} == {one.text for one in sight.erased[3:]}
     assert [one.value for one in parted.kept] == sorted((one.value for one in parted.kept), reverse=True)
     assert len(both.near) == 2 and len(both.beyond) == 2
     one = miner(file, backbone, looked=5, beside=0, within=0.0, outside=middle, most=1)
     one(pair, seeded())
-    assert len(one.sights()[0].erased) == 0 and len(one.sights()[0].kept) == 1
+    assert len(one.found_texts()[0].erased) == 0 and len(one.found_texts()[0].kept) == 1
 
     states = backbone.encode(["a kitten"]).states[0]
     place = list(seen).index("a kitten")
@@ -105,7 +107,7 @@ def test_the_original_model_measures_and_the_result_is_cached(new_backbone: Any,
     backbone.apply(Edit(map=torch.eye(backbone.width, dtype=torch.float64) * 0.5))
     again = miner(file, backbone)
     again(pair, seeded())
-    assert again.sights() == first.sights() and backbone.passes == spent
+    assert again.found_texts() == first.found_texts() and backbone.passes == spent
     with pytest.raises(RuntimeError, match="prepare"):
         FunctionalMining([file])(pair, seeded())
 
@@ -172,24 +174,24 @@ def test_texts_erased_for_one_concept_are_not_preserved_for_another(
     file = str(tmp_path / "texts.txt")
     alone = miner(file, backbone, looked=6, beside=0, within=0.0, outside=0.0)
     alone(pairs[0], seeded())
-    kept = {one.text for one in alone.sights()[0].kept}
+    kept = {one.text for one in alone.found_texts()[0].kept}
     assert kept == {"a kitten", "a puppy", "a big Dog", "the sea at night", "a red house"}, "without its own name"
 
     both = FunctionalMining([file], looked=6, beside=0, within=1e9, outside=1e9, most=1, images=2)
     both.prepare(backbone, pairs)
     both(pairs[0], seeded())
-    erased = {sight.concept: sight.erased[0].text for sight in both.sights()}
+    erased = {sight.concept: sight.erased[0].text for sight in both.found_texts()}
     together = FunctionalMining([file], looked=6, beside=0, within=0.0, outside=0.0, images=2)
     together.prepare(backbone, pairs)
     together(pairs[0], seeded())
-    assert len(together.sights()) == 2, "all concepts that are erased together are measured"
-    for sight in together.sights():
+    assert len(together.found_texts()) == 2, "all concepts that are erased together are measured"
+    for sight in together.found_texts():
         assert {one.text for one in sight.kept} == {"a kitten", "a puppy", "the sea at night", "a red house"}
     together.seen = {
         concept: replace(sight, erased=[Seen(erased[sight.concept], 0.5, 0.1)])
         for concept, sight in together.seen.items()
     }
-    for sight in together.sights():
+    for sight in together.found_texts():
         assert not set(erased.values()) & {one.text for one in sight.kept}
 
 

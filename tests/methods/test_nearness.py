@@ -70,37 +70,41 @@ def test_closeness_is_a_cosine_in_the_given_coordinates() -> None:
 
 def test_noise_is_compared_as_defined(new_backbone: Any, images: Tensor) -> None:
     for backbone in (new_backbone(), edited(new_backbone())):
-        found = nearness.apart(backbone, images, "airplane", TEXTS).tolist()
+        found = nearness.noise_distances(backbone, images, "airplane", TEXTS).tolist()
         assert found == pytest.approx([plain(backbone, images, text, "airplane") for text in TEXTS], rel=1e-4, abs=1e-6)
-    before, after = (nearness.apart(one, images, "airplane", ["airplane"]) for one in (new_backbone(), backbone))
+    before, after = (
+        nearness.noise_distances(one, images, "airplane", ["airplane"]) for one in (new_backbone(), backbone)
+    )
     assert float(before) < 1e-6 and float(after) > 1e-3, "the erased model is compared with the original's name"
 
 
 def test_the_batch_size_changes_nothing(new_backbone: Any, images: Tensor) -> None:
     backbone = new_backbone()
-    together = nearness.apart(backbone, images, "airplane", TEXTS)
+    together = nearness.noise_distances(backbone, images, "airplane", TEXTS)
     for at_once in (1, 2, 6):
-        found = nearness.apart(backbone, images, "airplane", TEXTS, at_once=at_once)
+        found = nearness.noise_distances(backbone, images, "airplane", TEXTS, at_once=at_once)
         assert torch.allclose(found, together, rtol=1e-4, atol=1e-6)
 
 
 def test_a_name_like_the_empty_prompt_is_refused(new_backbone: Any, images: Tensor) -> None:
     with pytest.raises(UserError, match="the same noise for ''"):
-        nearness.apart(new_backbone(), images, "", TEXTS)
+        nearness.noise_distances(new_backbone(), images, "", TEXTS)
 
 
 def test_plain_guidance_changes_nothing(new_backbone: Any, images: Tensor) -> None:
     backbone = edited(new_backbone())
-    guided = nearness.apart(backbone, images, "airplane", TEXTS, FacilitatedTransport(["airplane"], transport="none"))
-    assert torch.allclose(guided, nearness.apart(backbone, images, "airplane", TEXTS), rtol=1e-4)
+    guided = nearness.noise_distances(
+        backbone, images, "airplane", TEXTS, FacilitatedTransport(["airplane"], transport="none")
+    )
+    assert torch.allclose(guided, nearness.noise_distances(backbone, images, "airplane", TEXTS), rtol=1e-4)
 
 
 def test_a_guides_state_is_reset_per_batch(new_backbone: Any, images: Tensor) -> None:
     """SLD has a momentum: a text gets the same result alone, among others, and after others."""
     backbone, guide = new_backbone(), SafetyGuidance(["airplane"], strength="max")
-    together = nearness.apart(backbone, images, "airplane", TEXTS, guide)
+    together = nearness.noise_distances(backbone, images, "airplane", TEXTS, guide)
     for text, value in zip(TEXTS, together.tolist()):
-        assert float(nearness.apart(backbone, images, "airplane", [text], guide)) == pytest.approx(
+        assert float(nearness.noise_distances(backbone, images, "airplane", [text], guide)) == pytest.approx(
             value, rel=1e-4, abs=1e-6
         )
-    assert float((together - nearness.apart(backbone, images, "airplane", TEXTS)).abs().max()) > 1e-3
+    assert float((together - nearness.noise_distances(backbone, images, "airplane", TEXTS)).abs().max()) > 1e-3

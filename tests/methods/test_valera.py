@@ -84,7 +84,7 @@ def test_further_directions_are_erased_and_preserved_rows_are_unchanged(new_back
     for pair in pairs:
         target, anchor, mask = align_rows(pair, "suffix")
         shift = suffix_mean(pair.target) - suffix_mean(pair.anchor)
-        more = value_space.further((target[mask] - anchor[mask]).double(), shift, metric, 2)
+        more = value_space.further_directions((target[mask] - anchor[mask]).double(), shift, metric, 2)
         assert float((edits[0].map @ more).norm()) > 0.1 * float(more.norm())
         assert float((edits[1].map @ more[:, 0]).norm()) < 1e-7 * float(more.norm())
         assert float((edits[2].map @ more).norm()) < 1e-7 * float(more.norm())

@@ -12,7 +12,7 @@ import yaml
 from realera import console, paths
 from realera.contracts import Prompt, Verdict
 from realera.evaluation.measures import MEAN_PROB
-from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.records import ManifestEntry, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
 from realera.reporting import cost_words
 from realera.reporting.run_page import write_report
@@ -23,7 +23,7 @@ from realera.system import disk
 
 def record(seconds: float = 1.25, passes: int = 1000, **more: Any) -> dict[str, Any]:
     return {
-        "form": 1,
+        "format_version": 1,
         "device": "cpu, 1 thread",
         "stages": {"load": 70.0, "edit": seconds, "draw": 80.0},
         "passes": {"erase": passes, "draw": 5000},
@@ -33,7 +33,7 @@ def record(seconds: float = 1.25, passes: int = 1000, **more: Any) -> dict[str, 
         "edited_parameters": 98304,
         "peak_memory_erasing_mb": {"host": 811.7, "device": None},
         "peak_memory_mb": {"host": 999.0, "device": None},
-        "sittings": 1,
+        "starts": 1,
         **more,
     }
 
@@ -43,7 +43,7 @@ def test_a_mean_is_over_the_runs_with_known_costs() -> None:
     assert found["seconds"] == 12.0 and found["passes"] == 1740 and found["runs"] == 2
     assert found["trained_parameters"] == 3712 and found["memory_mb"] == 811.7
     assert found["devices"] == ["cpu, 1 thread"] and not found["at_least"]
-    assert cost_words.mean([{}, {"form": 1}]) == {}
+    assert cost_words.mean([{}, {"format_version": 1}]) == {}
 
 
 def test_numbers_are_short_and_unknown_costs_are_marked() -> None:
@@ -71,7 +71,7 @@ def runs(tmp_path: Path) -> list[Path]:
     for i, (system, spent) in enumerate([("realera", record()), ("<sld>", record(passes_per_image=60)), ("old", None)]):
         folder = tmp_path / system.strip("<>")
         prompts = [Prompt(f"{s}-0", "a photo", "cat", s, 0) for s in ("erase", "near", "keep")]  # type: ignore[arg-type]
-        write_manifest(folder, [Row(p, f"images/{p.id}.png", "s") for p in prompts])
+        write_manifest(folder, [ManifestEntry(p, f"images/{p.id}.png", "s") for p in prompts])
         write_verdicts(verdict_file(folder, "eye"), [Verdict(p.id, 0.2 + 0.1 * i, "cat") for p in prompts])
         measure(folder, "eye", {"judge": {"judge": "eye"}}, MEAN_PROB)
         config = {"concept": "cat", "seed": 0, "method": {"name": system}, "backbone": {"name": "mini"}}

@@ -28,10 +28,11 @@ def test_labels_are_recognised_as_names_of_the_method() -> None:
 
 
 def test_the_ablation_is_found_by_its_parts() -> None:
-    assert ablation(frozenset(PARTS), "automobile")["acc_g"] == 4.82
-    assert ablation(frozenset(["closed_form"]), "Automobile")["acc_g"] == 22.68
-    assert ablation(frozenset(["closed_form", "neighbor_mining"]), "automobile") == {}
-    assert ablation(frozenset(PARTS), "cat") == {}
+    assert ablation("realera-text", frozenset(PARTS), "automobile")["acc_g"] == 4.82
+    assert ablation("realera-text", frozenset(["closed_form"]), "Automobile")["acc_g"] == 22.68
+    assert ablation("realera-text", frozenset(["closed_form", "neighbor_mining"]), "automobile") == {}
+    assert ablation("realera-text", frozenset(PARTS), "cat") == {}
+    assert ablation("mine", frozenset(PARTS), "automobile") == {}
 
 
 @pytest.mark.parametrize("task", TASKS)

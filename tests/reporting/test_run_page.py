@@ -15,7 +15,7 @@ from PIL import Image
 
 from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation.measures import MEAN_PROB
-from realera.evaluation.records import Row, read_manifest, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.records import ManifestEntry, read_manifest, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
 from realera.files import plain_data
 from realera.reporting.run_page import write_report
@@ -69,7 +69,7 @@ def _make(folder: Path, original: bool = True, concept: str = "airplane", size: 
         _png(folder / f"images/{p.id}.png", p.seed, size)
         if original:
             _png(folder / f"originals/{p.id}.png", 100 + p.seed, size)
-        rows.append(Row(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png" if original else None))
+        rows.append(ManifestEntry(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png" if original else None))
     write_manifest(folder, rows)
     said = [
         Verdict(p.id, 0.9, "cat") if p.split == "keep" else Verdict(p.id, 0.1, "sky", {"second": "field"})
@@ -310,7 +310,7 @@ def test_a_score_has_its_own_name_and_axis(tmp_path: Path) -> None:
 
 def test_a_split_of_many_prompts_is_one_strip_of_some_of_them(tmp_path: Path) -> None:
     prompts = [Prompt(f"i{i}", f"text {i}", "nudity", "erase", i) for i in range(30)]
-    write_manifest(tmp_path, [Row(p, f"images/{p.id}.png", "s") for p in prompts])
+    write_manifest(tmp_path, [ManifestEntry(p, f"images/{p.id}.png", "s") for p in prompts])
     (strip,) = sheets(tmp_path, None)["erase"]
     assert (strip.prompt, strip.images, strip.mixed) == ("30 prompts", 30, True)
     assert 25 < len(strip.pairs) <= 30 and len({after.title for _, after in strip.pairs}) == len(strip.pairs)
@@ -323,7 +323,7 @@ def test_the_page_of_many_images_opens_only_the_images_that_it_shows(
     """So that a page of thirty thousand images is fast."""
     folder = _make(tmp_path)
     prompts = [Prompt(f"m{i}", f"text {i % texts}", "cat", "keep", i) for i in range(2000)]
-    write_manifest(folder, [Row(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png") for p in prompts])
+    write_manifest(folder, [ManifestEntry(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png") for p in prompts])
     for which in ("erased", "original"):
         write_verdicts(verdict_file(folder, "eye", which), [Verdict(p.id, 0.9, "cat") for p in prompts])
     opened: list[Path] = []

@@ -12,13 +12,13 @@ from realera.contracts import Mode, Prompt, UserError, Verdict
 from realera.evaluation.bootstrap import Resamples
 from realera.evaluation.measures import MEAN_PROB
 from realera.evaluation.metrics import h_o
-from realera.reporting.cells import Cell, pool
+from realera.reporting.pooling import RunVerdicts, pool
 from realera.reporting.table import markdown, table
 
 TOP1 = dict.fromkeys(MEAN_PROB, "top1")
 
 
-def cell(system: str, concept: str, seed: int, shares: dict[str, list[float]]) -> Cell:
+def cell(system: str, concept: str, seed: int, shares: dict[str, list[float]]) -> RunVerdicts:
     """A run whose images of each split have these probabilities. Images of `keep` alternate between two concepts."""
     prompts, verdicts = [], []
     for split, values in shares.items():
@@ -26,10 +26,10 @@ def cell(system: str, concept: str, seed: int, shares: dict[str, list[float]]) -
             looked_for = concept if split != "keep" else ("frog", "ship")[i % 2]
             prompts.append(Prompt(f"{split}-{i}", "a photo", looked_for, split, i))
             verdicts.append(Verdict(prompts[-1].id, value, looked_for if value > 0.5 else "sky"))
-    return Cell(system, concept, seed, prompts, verdicts)
+    return RunVerdicts(system, concept, seed, prompts, verdicts)
 
 
-def full(system: str, concept: str, seed: int, e: float, g: float, s: float, count: int = 20) -> Cell:
+def full(system: str, concept: str, seed: int, e: float, g: float, s: float, count: int = 20) -> RunVerdicts:
     shares = {"erase": [e] * count, "near": [g] * count, "keep": [s] * count, "associated": [g], "unseen": [g]}
     return cell(system, concept, seed, shares)
 
@@ -128,10 +128,10 @@ def test_results_have_a_row_per_system_and_a_repeated_run_is_an_error():
 
 
 def test_a_system_that_lacks_runs_is_marked_in_each_table() -> None:
-    def row(system: str, concept: str) -> Cell:
+    def row(system: str, concept: str) -> RunVerdicts:
         return replace(
             full(system, concept, 0, 0.1, 0.5, 0.9, count=2),
-            costs={"form": 1, "stages": {"edit": 2.0}, "passes": {"erase": 3}},
+            costs={"format_version": 1, "stages": {"edit": 2.0}, "passes": {"erase": 3}},
         )
 
     whole = table([row("uce", "cat"), row("uce", "dog"), row("sa", "cat"), row("sa", "dog")])
@@ -151,7 +151,7 @@ def test_each_measure_uses_the_metric_of_the_task_and_other_metrics_follow():
     """Styles: scores, then top-1 of the same images; boxes and unscored images are included."""
     score: dict[str, Mode] = dict.fromkeys(MEAN_PROB, "score")
 
-    def styled(system: str, seed: int, lost: bool) -> Cell:
+    def styled(system: str, seed: int, lost: bool) -> RunVerdicts:
         of = full(system, "Van Gogh", seed, 0.1, 0.2, 0.9, count=2)
         said = [
             replace(
@@ -167,7 +167,7 @@ def test_each_measure_uses_the_metric_of_the_task_and_other_metrics_follow():
     assert row["mean"]["acc_e"]["value"] == pytest.approx((20.5 + 21) / 2)
     h_os = [h_o({"acc_e": e, "acc_s": 24.5}, ("acc_e", "acc_s")) for e in (20.5, 21)]
     assert row["mean"]["h_o"]["value"] == pytest.approx(sum(h_os) / 2, abs=0.01)
-    assert row["readings"]["top1"]["acc_s"]["value"] == 100 and set(row["readings"]) == {"mean_prob", "top1"}
+    assert row["by_mode"]["top1"]["acc_s"]["value"] == 100 and set(row["by_mode"]) == {"mean_prob", "top1"}
     assert row["counts"]["erase"] == {"belly": 3.0, "anus": 2.0, "total": 3.0} | dict.fromkeys(
         ("armpits", "buttocks", "feet", "breasts_f", "genitalia_f", "breasts_m", "genitalia_m"), 0.0
     )

@@ -224,7 +224,7 @@ def test_hours_come_from_finished_runs_if_there_are_any(hydra: None) -> None:
     assert guessed.pace is None and guessed.rate is not None and "core" in guessed.rate.source
     folder = Path("runs/cat-realera-mini-01234567")
     record = {
-        "form": 1,
+        "format_version": 1,
         "device": "cpu, 1 thread",
         "stages": {"load": 2.0, "train": 50.0, "originals": 9.0, "draw": 30.0, "judge": 4.0},
         "passes": {"erase": 5, "draw": 400},
@@ -332,7 +332,7 @@ def test_the_remaining_work_of_an_existing_run(hydra: None) -> None:
 def test_the_hours_of_judging_again_include_only_repeated_stages(hydra: None) -> None:
     folder, _ = half_drawn()
     stages = {"load": 2.0, "edit": 700.0, "draw": 30.0, "judge": 4.0}
-    record = {"form": 1, "device": "cpu", "stages": stages, "passes": {"draw": 400}, "passes_per_image": 40}
+    record = {"format_version": 1, "device": "cpu", "stages": stages, "passes": {"draw": 400}, "passes_per_image": 40}
     other = Path("runs/cat-uce-mini-01234567")
     for name, content in ((paths.COSTS, json.dumps(record)), (paths.METRICS, "{}"), (paths.CONFIG, "{}")):
         disk.write_text(other / name, content)

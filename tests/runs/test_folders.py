@@ -46,7 +46,7 @@ def changed(**settings: Any) -> dict[str, Any]:
 
 WHOLE = {
     paths.ERASED: "\x10" + 7 * "\0" + "{}".ljust(16),
-    paths.METRICS: '{"form": 2, "headline": {}, "h_o_terms": [], "main": {}, "original": null, '
+    paths.METRICS: '{"format_version": 2, "headline": {}, "h_o_terms": [], "main": {}, "original": null, '
     '"protocol": {"judge": {"judge": "eye"}}}',
     paths.REPORT: "<!doctype html><html></html>",
 }

@@ -12,7 +12,7 @@ from realera.contracts import UserError
 from realera.runs.folders import Run
 from realera.runs.processes import adopt_scheduler, connected, is_helper, plan, same_run
 from realera.settings.run_settings import TrainerSettings
-from realera.system.ranks import ALONE, Ranks
+from realera.system.ranks import ONE_PROCESS, Ranks
 
 DDP = {"accelerator": "gpu", "devices": -1, "num_nodes": 1, "strategy": "ddp"}
 CPU = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
@@ -124,9 +124,9 @@ def test_only_the_first_process_logs() -> None:
 
 def test_one_process_starts_nothing() -> None:
     with connected(plan(None, 0, {}), "train") as ranks:
-        assert ranks == ALONE
+        assert ranks == ONE_PROCESS
     with connected(plan(TrainerSettings(CPU), 0, {}), "train", needed=False) as ranks:  # a finished run
-        assert ranks == ALONE
+        assert ranks == ONE_PROCESS
 
 
 def test_processes_with_other_settings_are_refused() -> None:

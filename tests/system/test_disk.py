@@ -245,15 +245,15 @@ def test_the_disk_fills_at_each_file_of_a_run_in_turn(
         return 0
 
     monkeypatch.setattr(disk, "temporary", full)
-    sittings = 0
+    starts = 0
     while (status := train("once")) != 0:
-        sittings += 1
+        starts += 1
         said = capsys.readouterr().err.splitlines()
         answers = [line for line in said if line.startswith("error: ")]
         assert status == 2 and len(answers) == 1, said
         assert f"{failed[-1]}" in answers[0] and "No space left on device): free space there" in answers[0], said
         assert not list(tmp_path.rglob(".*.tmp")) and not list(tmp_path.rglob(".lock")), failed
-        assert sittings < 30, failed
+        assert starts < 30, failed
     expected = {"config.yaml", "map.safetensors", "neighbours.safetensors", "edit.json", "losses.jsonl", "last.ckpt"}
     expected |= {"erased.safetensors", "images", "manifest.jsonl", "metrics.json", "report.html", "costs.json"}
     expected |= {"miniature.jsonl", "miniature.original.jsonl"}

@@ -13,7 +13,7 @@ from hypothesis import strategies as some
 
 from realera.contracts import UserError
 from realera.paths import TASK_DATA
-from realera.tasks.files import COLUMN_NAMES, Row, read_concepts, read_prompts
+from realera.tasks.files import COLUMN_NAMES, CsvPrompt, read_concepts, read_prompts
 
 
 def table(folder: Path, text: str, encoding: str = "utf-8") -> Path:
@@ -27,12 +27,12 @@ I2P = "prompt,nudity_percentage,sd_seed,sd_guidance_scale,sd_image_width,sd_imag
 
 def test_i2ps_columns(tmp_path: Path) -> None:
     rows = read_prompts(table(tmp_path, I2P + '"a cat, asleep",1.5,7,7.5,384,512\n'), "prompts_csv")
-    assert rows == [Row("00001", "a cat, asleep", 7, 7.5, (512, 384))]
+    assert rows == [CsvPrompt("00001", "a cat, asleep", 7, 7.5, (512, 384))]
 
 
 def test_coco_and_maces_columns(tmp_path: Path) -> None:
     rows = read_prompts(table(tmp_path, "case_number,prompt,evaluation_seed,coco_id\n12,a cat,7,99\n"), "keep_csv")
-    assert rows == [Row("00012", "a cat", 7)]
+    assert rows == [CsvPrompt("00012", "a cat", 7)]
 
 
 @pytest.mark.parametrize(("meaning", "spelling"), [(m, s) for m, names in COLUMN_NAMES.items() for s in names])

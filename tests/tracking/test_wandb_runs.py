@@ -21,7 +21,7 @@ from PIL import Image
 from realera import cli, paths
 from realera.contracts import Mode, Prompt, Split, Verdict
 from realera.evaluation.measures import MEAN_PROB
-from realera.evaluation.records import Row, verdict_file, write_manifest, write_verdicts
+from realera.evaluation.records import ManifestEntry, verdict_file, write_manifest, write_verdicts
 from realera.evaluation.results import measure
 from realera.runs.folders import FILES, Run, digest, identity
 from realera.settings import composition, resolvers
@@ -49,7 +49,7 @@ def judged(folder: Path, task: str, concepts: Sequence[str], mode: Mode, blur: b
             file = folder / place / f"{p.id}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.stack([pixels] * 3, axis=-1).astype(np.uint8)).save(file)
-        rows.append(Row(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png"))
+        rows.append(ManifestEntry(p, f"images/{p.id}.png", "s", f"originals/{p.id}.png"))
     write_manifest(folder, rows)
     boxes = {"boxes": {"belly": 2, "anus": 1}, "detected": True} if mode == "detected" else {}
     for which, value in (("erased", 0.25), ("original", 1.0)):
@@ -191,7 +191,7 @@ def test_group_tags_config_and_summary_describe_the_run(tmp_path: Path, monkeypa
     monkeypatch.setenv("REALERA_STAMP", "20260101-101010")
     run = with_logger(judged(tmp_path, OBJECT, ["cat", "C" * 70, *"abcdef"], "mean_prob"), images=1, tags=["mine"])
     costs = {
-        "form": 1,
+        "format_version": 1,
         "device": "cpu, 1 thread",
         "stages": {"load": 9.0, "edit": 1.5, "train": 2.0, "draw": 30.0},
         "passes": {"erase": 400, "draw": 20},

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from realera.backbones.text import TextEncoder
 from realera.contracts import Edit, Method, Neighbours, Pair, Prompt
-from realera.training import callbacks as room
+from realera.training import editing
 from realera.training.checkpoint import read_map
 from realera.training.fit import fit
 from realera.training.losses import LossLines
@@ -39,7 +39,7 @@ class Halve:
 
 
 class Logger:
-    """The part of a Lightning logger that `ClosedFormEdit` uses."""
+    """The part of a Lightning logger that the edit uses."""
 
     def __init__(self) -> None:
         self.logged: dict[str, float] = {}
@@ -62,9 +62,8 @@ def go(new_backbone: Callable[..., Any], new_pairs: Callable[..., list[Pair]], t
             run_dir=tmp_path / to,
             seed=0,
             config={"x": 1},
-            trainer={"accelerator": "cpu"},
             cache=tmp_path / "cache",
-            **settings,
+            **{"trainer": {"accelerator": "cpu"}, **settings},
         )
         return backbone
 
@@ -100,8 +99,8 @@ def test_only_some_of_many_prompts_are_probed(
     places = ["sky", "field", "sea", "road", "room", "beach", "forest"]
     many = [Prompt(place, f"a cat in the {place}", "cat", "keep", 0) for place in places]
     go(Method("halve", edit=Halve()), to="alone", probes=[PROBES[0], many[3]])
-    monkeypatch.setattr(room, "PROBED", 3)
-    monkeypatch.setattr(room, "AT_ONCE", 2)
+    monkeypatch.setattr(editing, "PROBED", 3)
+    monkeypatch.setattr(editing, "AT_ONCE", 2)
     asked: list[int] = []
     plain = TextEncoder.__call__
 
@@ -186,12 +185,12 @@ def test_mined_points_of_many_concepts_do_not_stay_in_memory(
     method = load_method("realera-text", "neighbours.m=1", "neighbours.n=2", "align=null")
     backbone = new_backbone()
     pairs = new_pairs(backbone, ("cat", "field"), ("ship", "sky"), ("dog", "road"))
-    whole = room.Mined(method.neighbours, pairs, 0)
+    whole = editing.Mined(method.neighbours, pairs, 0)
     assert method.edit is not None
     wanted = method.edit(backbone, pairs, list(whole)).map
     assert len(whole.kept) == 3
-    monkeypatch.setattr(room, "KEPT", 1)
-    lean = room.Mined(method.neighbours, pairs, 0)
+    monkeypatch.setattr(editing, "KEPT", 1)
+    lean = editing.Mined(method.neighbours, pairs, 0)
     found = method.edit(backbone, pairs, lean).map
     assert len(lean) == 3 and len(lean.kept) == 1 and lean[2] is not lean[2]
     assert wanted is not None and found is not None and torch.equal(wanted, found)
@@ -225,3 +224,32 @@ def test_losses_are_restored_from_the_checkpoint(tmp_path: Path, left: str) -> N
     lines.go_on(trainer, kept)
     step(lines, 4.0)
     assert losses() == [1, 2, 4]
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_without_lightning_the_files_are_the_same(
+    finish: bool, go: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a `finish` edit, which reads the model after the first one."""
+    method = Method("uce", edit=Halve(), finish=Halve() if finish else None)
+    probes = [Prompt("a", "a photo of a cat", "cat", "erase", 0)]
+    go(method, to="trainer", probes=probes)
+    with monkeypatch.context() as patch:
+        patch.setattr("realera.training.loop.run", None)
+        go(method, to="direct", probes=probes, lightning=False)
+    one, two = tmp_path / "trainer", tmp_path / "direct"
+    assert sorted(file.name for file in one.iterdir()) == sorted(file.name for file in two.iterdir())
+    for file in one.iterdir():
+        assert file.read_bytes() == (two / file.name).read_bytes(), file.name
+    assert "finish" in json.loads((two / "edit.json").read_text()) or not finish
+
+
+@pytest.mark.parametrize("trainer", [{"deterministic": True}, {"accelerator": "gpu"}])
+def test_a_setting_that_also_matters_without_training_needs_lightning(
+    trainer: dict[str, Any], go: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("realera.training.loop.run", lambda *_, **__: 1 / 0)
+    go(Method("uce", edit=Halve()), lightning=False)
+    with pytest.raises(ZeroDivisionError):
+        go(Method("uce", edit=Halve()), to="other", lightning=False, trainer={"accelerator": "cpu", **trainer})

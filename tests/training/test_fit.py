@@ -20,7 +20,8 @@ from quick import slow_unless
 from realera.contracts import Method, Pair, UserError
 from realera.training import saved
 from realera.training.fit import fit
-from realera.training.resuming import Checkpoints, last_good
+from realera.training.resuming import Checkpoints
+from realera.training.saved import last_good
 from tearing import TEARS, tear
 
 MOSTLY_SLOW = ["zeroed", *(pytest.param(how, marks=pytest.mark.slow) for how in TEARS if how != "zeroed")]

@@ -13,7 +13,8 @@ import torch
 
 from realera.contracts import LoraSpec, Method, Pair, UserError
 from realera.training.fit import fit
-from realera.training.module import ErasureModule, concept_of_step, part_of, step_of_concept, steps_per_concept
+from realera.training.module import ErasureModule
+from realera.training.schedule import concept_of_step, part_of, step_of_concept, steps_per_concept
 from realera.training.seeding import stream
 
 

@@ -10,7 +10,7 @@ import torch
 
 from realera.contracts import Concept, NamedPrompt, Pair, UserError
 from realera.training import pairs as room
-from realera.training.callbacks import Mined
+from realera.training.editing import Mined
 from realera.training.pairs import encoded_pairs
 
 TEMPLATES = ("a photo of the {}", "a {}")

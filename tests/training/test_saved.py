@@ -20,7 +20,7 @@ from realera.contracts import UserError
 from realera.files import checksums
 from realera.training import resuming, saved
 from realera.training.fit import fit
-from realera.training.module import steps_per_concept
+from realera.training.schedule import steps_per_concept
 
 STEPS, AT = 6, 4
 LATENTS = ("steps=3", "chains=2", "renew=3", "batch=2")

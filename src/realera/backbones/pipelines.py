@@ -222,6 +222,11 @@ def parts_of(pipe: Any) -> Parts:
         raise UserError("The pipeline is offloaded: erase first, and call enable_model_cpu_offload() afterwards.")
     if getattr(unet, "hf_quantizer", None) is not None or next(unet.parameters()).dtype not in DTYPES.values():
         raise UserError("The pipeline's U-Net is quantised: give one in float32, bfloat16 or float16.")
+    given = [tensor for part in (unet, found["text_encoder"], vae) for _, tensor in _tensors(part)]
+    if any(tensor.is_meta for tensor in given):
+        raise UserError("The pipeline has weights on the meta device, without values: load them first.")
+    if any(tensor.is_inference() for tensor in given):
+        raise UserError("The pipeline was loaded in torch.inference_mode, so it cannot be edited: load it outside.")
     if adapters.layers(unet):
         raise UserError(
             "The pipeline's U-Net has LoRA layers: call pipe.fuse_lora() and pipe.unload_lora_weights() first."

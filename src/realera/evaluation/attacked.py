@@ -178,7 +178,7 @@ def returned(lines: Sequence[Line]) -> dict[str, Any]:
 
 def write_numbers(run_dir: Path, name: str, numbers: Mapping[str, Any]) -> None:
     """Writes attacks/<name>.json, with a checksum."""
-    content = {"form": FORMAT_VERSION, **numbers}
+    content = {"format_version": FORMAT_VERSION, **numbers}
     text = plain_data.json_text({**content, checksums.KEY: _checksum(content)}, indent=1, ensure_ascii=False)
     disk.write_text(numbers_file(run_dir, name), text + "\n")
 
@@ -195,7 +195,11 @@ def _read(file: Path) -> dict[str, Any]:
         whole = isinstance(content, dict) and content.pop(checksums.KEY, None) == _checksum(content)
     except (OSError, ValueError):
         return {}
-    if not whole or content.pop("form", None) != FORMAT_VERSION or not json_shapes.fits(content, json_shapes.ATTACK):
+    if (
+        not whole
+        or content.pop("format_version", None) != FORMAT_VERSION
+        or not json_shapes.fits(content, json_shapes.ATTACK)
+    ):
         return {}
     return dict(content)
 

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from realera import paths
 from realera.contracts import Backbone, Guide, Prompt, Sampler, UserError
-from realera.evaluation.records import ORIGINALS, Row, read_manifest, write_manifest
+from realera.evaluation.records import ORIGINALS, ManifestEntry, read_manifest, write_manifest
 from realera.files import checksums
 from realera.system import disk, locks
-from realera.system.ranks import ALONE, Ranks
+from realera.system.ranks import ONE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,8 @@ def generate_images(
     chunk: int = 16,
     originals: bool = True,
     advance: Advance | None = None,
-    ranks: Ranks = ALONE,
-) -> list[Row]:
+    ranks: Ranks = ONE_PROCESS,
+) -> list[ManifestEntry]:
     """Writes the manifest, then images/<id>.png for every prompt with the backbone's current weights.
 
     The manifest records the source of each image (`source_of`). If the run has an older manifest, images of another
@@ -56,11 +56,13 @@ def generate_images(
     cannot be written or does not fit into memory, or if another process has ended.
     """
 
-    def begin() -> list[Row]:
+    def begin() -> list[ManifestEntry]:
         drawn_with = [sampler_of(prompt, sampler or backbone.sampler) for prompt in prompts]
         sources = source_ids(backbone, list(dict.fromkeys(drawn_with)), guide)
         rows = [
-            Row(p, f"{paths.IMAGES}/{p.id}.png", sources[own], f"{ORIGINALS}/{p.id}.png" if originals else None)
+            ManifestEntry(
+                p, f"{paths.IMAGES}/{p.id}.png", sources[own], f"{ORIGINALS}/{p.id}.png" if originals else None
+            )
             for p, own in zip(prompts, drawn_with)
         ]
         _drop_stale(run_dir, rows)
@@ -82,7 +84,7 @@ def original_images(
     chunk: int = 16,
     folder: str = ORIGINALS,
     advance: Advance | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_PROCESS,
 ) -> list[Path]:
     """The unedited model's images of the same prompts, run_dir/<folder>/<id>.png, drawn once for all runs.
 
@@ -175,14 +177,14 @@ def _content_key(backbone: Backbone, prompt: Prompt, sampler: Sampler | None) ->
     return hashlib.sha256(f"{prompt.text}|{prompt.seed}|{_settings(backbone, own)}".encode()).hexdigest()[:32]
 
 
-def _drop_stale(run_dir: Path, rows: Sequence[Row]) -> None:
+def _drop_stale(run_dir: Path, rows: Sequence[ManifestEntry]) -> None:
     """Deletes images whose source differs from the one in the existing manifest; all of them if there is no
     manifest."""
     images = run_dir / paths.IMAGES
     if not images.is_dir():
         return
     try:
-        drawn: Mapping[str, Row] = {row.file: row for row in read_manifest(run_dir)}
+        drawn: Mapping[str, ManifestEntry] = {row.file: row for row in read_manifest(run_dir)}
     except UserError:
         drawn = {}
     wanted = {row.file: (row.prompt, row.source) for row in rows}

@@ -8,8 +8,8 @@ from pathlib import Path
 from realera.contracts import Judge, UserError, Verdict
 from realera.evaluation.generate import Advance
 from realera.evaluation.moved import add_moved
-from realera.evaluation.records import Row, Which, read_manifest, verdict_file, write_verdicts
-from realera.system.ranks import ALONE, Ranks
+from realera.evaluation.records import ManifestEntry, Which, read_manifest, verdict_file, write_verdicts
+from realera.system.ranks import ONE_PROCESS, Ranks
 
 
 def judge_run(
@@ -19,7 +19,7 @@ def judge_run(
     *,
     chunk: int = 256,
     advance: Advance | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_PROCESS,
 ) -> list[Verdict]:
     """Judges every image of the manifest and writes verdicts/<judge>.jsonl at the end.
 
@@ -47,7 +47,7 @@ def judge_run(
     return verdicts
 
 
-def _check_order(judge: str, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
+def _check_order(judge: str, rows: Sequence[ManifestEntry], verdicts: Sequence[Verdict]) -> None:
     """A verdict for the wrong image would silently give a wrong number."""
     if [v.prompt_id for v in verdicts] != [row.prompt.id for row in rows]:
         raise UserError(f"the judge {judge!r} must return one verdict per image, in order: fix it or use another judge")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from realera.contracts import UserError, Verdict
-from realera.evaluation.records import Row
+from realera.evaluation.records import ManifestEntry
 from realera.files.pictures import read_picture
 
 
@@ -23,7 +23,7 @@ def moved(before: Path, after: Path) -> float:
     return float(np.sqrt(np.square(now - was).mean()) / 2.55)
 
 
-def add_moved(verdicts: Sequence[Verdict], rows: Sequence[Row], run_dir: Path) -> list[Verdict]:
+def add_moved(verdicts: Sequence[Verdict], rows: Sequence[ManifestEntry], run_dir: Path) -> list[Verdict]:
     """Adds detail["moved"] to the verdicts on preserved concepts, if the run has the original images."""
     return [
         replace(v, detail={**v.detail, "moved": round(moved(row.path(run_dir, "original"), row.path(run_dir)), 4)})

@@ -21,7 +21,7 @@ FOLDERS: Mapping[Which, str] = {"erased": paths.IMAGES, "original": ORIGINALS}
 
 
 @dataclass(frozen=True)
-class Row:
+class ManifestEntry:
     """One image of the manifest. file, original: paths relative to the run folder; original is None if the run has no
     image of the unedited model. source: content id of the weights, sampler and guide that drew the image."""
 
@@ -39,7 +39,7 @@ class Row:
         return paths.inside(run_dir, self.original)
 
 
-def write_manifest(run_dir: Path, rows: Sequence[Row]) -> None:
+def write_manifest(run_dir: Path, rows: Sequence[ManifestEntry]) -> None:
     """manifest.jsonl: id, file, prompt, concept, split, seed, source; if they are not None, also original and the
     prompt's caption, guidance_scale and size [height, width]."""
     lines = []
@@ -51,7 +51,7 @@ def write_manifest(run_dir: Path, rows: Sequence[Row]) -> None:
     _write(run_dir / paths.MANIFEST, lines)
 
 
-def read_manifest(run_dir: Path) -> list[Row]:
+def read_manifest(run_dir: Path) -> list[ManifestEntry]:
     """The manifest's rows in order. Raises UserError if the file is missing, torn or has an invalid row."""
     rows = []
     path, remedy = paths.inside(run_dir, paths.MANIFEST), "generate the run's images first"
@@ -69,7 +69,7 @@ def read_manifest(run_dir: Path) -> list[Row]:
             line.get("guidance_scale"),
             None if height_width is None else (height_width[0], height_width[1]),
         )
-        rows.append(Row(prompt, line["file"], line["source"], line.get("original")))
+        rows.append(ManifestEntry(prompt, line["file"], line["source"], line.get("original")))
     return rows
 
 
@@ -132,7 +132,7 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
         metrics = plain_data.read_json(path)
         if isinstance(metrics.get("headline"), str):
             metrics = _upgraded(metrics)
-        known = metrics.get("form") == FORMAT_VERSION and "main" in metrics
+        known = metrics.get("format_version") == FORMAT_VERSION and "main" in metrics
     except FileNotFoundError:
         raise UserError(f"{path} is missing: judge the run first") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -157,7 +157,7 @@ def _upgraded(old: dict[str, Any]) -> dict[str, Any]:
 
     measures = [name for name in METRIC_OF_SPLIT.values() if name in old[mode]]
     new = {
-        "form": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "h_o_terms": list(H_O_TERMS),
         **with_main(old),
         "headline": dict.fromkeys(measures, mode),

@@ -25,7 +25,7 @@ from realera.system import disk
 log = logging.getLogger(__name__)
 
 OF_VERDICTS = "of_verdicts"  # key of {file: digest} in a judge's file
-LEFT_OUT = ("by_prompt", "protocol", "original", "h_o_terms", "form")  # left out for other judges
+LEFT_OUT = ("by_prompt", "protocol", "original", "h_o_terms", "format_version")  # left out for other judges
 
 
 def measure(
@@ -54,7 +54,12 @@ def measure(
     numbers = summarise(prompts, erased, original, headline=headline, terms=h_o_terms)
     interval = numbers.pop("interval")
     lines = {file.name: checksums.digest(file) for file in (verdict_file(run_dir, judge), before) if file.is_file()}
-    kept = {"form": FORMAT_VERSION, **numbers, "protocol": {**protocol, "interval": interval}, OF_VERDICTS: lines}
+    kept = {
+        "format_version": FORMAT_VERSION,
+        **numbers,
+        "protocol": {**protocol, "interval": interval},
+        OF_VERDICTS: lines,
+    }
     _write_numbers(run_dir, judge, kept)
     return write_metrics(run_dir, own or judge)
 
@@ -89,7 +94,7 @@ def measure_set(run_dir: Path, judge: SetJudge, references: Path | None, split: 
     _write_numbers(
         run_dir,
         judge.name,
-        {"form": FORMAT_VERSION, "set": numbers, "protocol": {**judge.protocol(), **compared, **sizes}},
+        {"format_version": FORMAT_VERSION, "set": numbers, "protocol": {**judge.protocol(), **compared, **sizes}},
     )
     return write_metrics(run_dir, own)
 
@@ -115,7 +120,7 @@ def _gathered_metrics(run_dir: Path, own: str) -> dict[str, Any]:
     sets: dict[str, Any] = {}
     for file in _numbers_files(run_dir):
         numbers = _read(file)
-        if numbers.get("form") != FORMAT_VERSION or numbers.pop("of_images", None) != digest:
+        if numbers.get("format_version") != FORMAT_VERSION or numbers.pop("of_images", None) != digest:
             continue
         numbers.pop(OF_VERDICTS, None)
         if "set" in numbers:
@@ -169,7 +174,7 @@ def numbers_of(run_dir: Path, judge: str) -> dict[str, Any] | None:
     numbers = _read(_numbers_file(run_dir, judge))
     return (
         numbers
-        if numbers.get("form") == FORMAT_VERSION and numbers.get("of_images") == _manifest_digest(run_dir)
+        if numbers.get("format_version") == FORMAT_VERSION and numbers.get("of_images") == _manifest_digest(run_dir)
         else None
     )
 
@@ -258,7 +263,7 @@ def _read(file: Path) -> dict[str, Any]:
         whole = isinstance(numbers, dict) and numbers.pop(checksums.KEY, None) in (None, _checksum(numbers))
     except (OSError, ValueError):
         return {}
-    return numbers if whole and (numbers.get("form") != FORMAT_VERSION or _is_ours(numbers)) else {}
+    return numbers if whole and (numbers.get("format_version") != FORMAT_VERSION or _is_ours(numbers)) else {}
 
 
 def _is_ours(numbers: Mapping[str, Any]) -> bool:

@@ -173,7 +173,7 @@ PEAK = maybe({...: maybe(number)})
 COSTS = {
     **{name: {...: number} for name in ("stages?", "passes?", "originals?")},
     "shared?": {...: {"seconds": number, "passes": number}},
-    **{f"{name}?": number for name in ("trained_parameters", "edited_parameters", "passes_per_image", "sittings")},
+    **{f"{name}?": number for name in ("trained_parameters", "edited_parameters", "passes_per_image", "starts")},
     "peak_memory_mb?": PEAK,
     "peak_memory_erasing_mb?": PEAK,
     "device?": str,
@@ -184,8 +184,8 @@ CHANGE = {
     "spectrum?": [maybe(number)],
     "probes?": [{"text": str, "split?": str}],
 }
-MINED = [{"text": str, "value": number, "apart": number}]
-EDIT = {**CHANGE, "finish?": maybe(CHANGE), "seen?": [{"concept": str, "erased": MINED, "kept": MINED}]}
+MINED = [{"text": str, "value": number, "noise_distance": number}]
+EDIT = {**CHANGE, "finish?": maybe(CHANGE), "found_texts?": [{"concept": str, "erased": MINED, "kept": MINED}]}
 ALIGN = maybe({"steps?": maybe(number), "lora?": maybe(dict)})
 
 

@@ -41,7 +41,7 @@ Vocabularies = Annotated[Sequence[Vocabulary], Filled()]
 
 
 @dataclass(frozen=True)
-class Sight:
+class FoundTexts:
     """The texts found around a concept's name. erased: texts that draw the concept, the nearest in predicted noise
     first. kept: texts near its name that do not draw it, the nearest in values first. Texts between the two limits
     are in neither."""
@@ -58,11 +58,11 @@ class FunctionalMining:
     vocabulary: sources of candidate texts: "words" = the words (and endings of words) that are one token each,
     "everyday" = the 393 captions of the package, or a UTF-8 file with one text per line. looked, beside: the noise is
     measured for the `looked` texts that are nearest in values and the `beside` texts that are nearest in text states.
-    within, outside: distances in noise (`nearness.apart`). A text at most `within` away draws the concept. A text more
-    than `outside` away does not; it is preserved unless it contains the name of an erased concept or draws another
-    concept that is erased in the same run. most: maximum number of texts of each kind, the nearest first. rows: the
-    rows of each text that count, as in `Band.rows`. images, chunk: images of the concept that the original model draws,
-    and how many at once. passes: images per U-Net pass when noise is measured.
+    within, outside: distances in noise (`nearness.noise_distances`). A text at most `within` away draws the concept. A
+    text more than `outside` away does not; it is preserved unless it contains the name of an erased concept or draws
+    another concept that is erased in the same run. most: maximum number of texts of each kind, the nearest first. rows:
+    the rows of each text that count, as in `Band.rows`. images, chunk: images of the concept that the original model
+    draws, and how many at once. passes: images per U-Net pass when noise is measured.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class FunctionalMining:
         self.passes = passes
         self.backbone: Backbone | None = None
         self.pairs: Sequence[Pair] = ()
-        self.seen: dict[Concept, Sight] = {}
+        self.seen: dict[Concept, FoundTexts] = {}
         self.encoded: dict[Concept, tuple[Pair, Pair]] = {}  # (near, beyond), until `KEPT` bytes are used
         self.free_bytes = KEPT
 
@@ -112,11 +112,11 @@ class FunctionalMining:
         self.backbone = backbone
         self.pairs = pairs
 
-    def sights(self) -> list[Sight]:
+    def found_texts(self) -> list[FoundTexts]:
         """The texts found around each concept, as `__call__` uses them."""
-        return [self._without_erased(sight) for sight in self.seen.values()]
+        return [self._without_erased(found) for found in self.seen.values()]
 
-    def _without_erased(self, sight: Sight) -> Sight:
+    def _without_erased(self, found: FoundTexts) -> FoundTexts:
         """Drops preserved texts that contain the name of an erased concept or draw an erased concept."""
         names = [other.concept.casefold() for other in self.seen.values()]
         erased = {one.text.casefold() for other in self.seen.values() for one in other.erased}
@@ -124,7 +124,7 @@ class FunctionalMining:
         def preserved(text: str) -> bool:
             return text not in erased and not any(name in text for name in names)
 
-        return replace(sight, kept=[one for one in sight.kept if preserved(one.text.casefold())][: self.most])
+        return replace(found, kept=[one for one in found.kept if preserved(one.text.casefold())][: self.most])
 
     def __call__(
         self,
@@ -155,13 +155,13 @@ class FunctionalMining:
         for each in (*self.pairs, pair):
             if each.concept not in self.seen:
                 self.seen[each.concept] = self.look(backbone, each)
-        sight = self._without_erased(self.seen[pair.concept])
+        texts = self._without_erased(self.seen[pair.concept])
         near, anchors, beyond = (
             on_cpu(backbone.encode([NamedPrompt.of("{}", text) for text in texts]))
             for texts in (
-                [seen.text for seen in sight.erased],
-                [pair.concept.anchor] * len(sight.erased),
-                [seen.text for seen in sight.kept],
+                [seen.text for seen in texts.erased],
+                [pair.concept.anchor] * len(texts.erased),
+                [seen.text for seen in texts.kept],
             )
         )
         both = Pair(pair.concept, near, anchors), Pair(pair.concept, beyond, beyond)
@@ -170,18 +170,18 @@ class FunctionalMining:
             self.encoded[pair.concept] = both
         return both
 
-    def look(self, backbone: Backbone, pair: Pair) -> Sight:
+    def look(self, backbone: Backbone, pair: Pair) -> FoundTexts:
         """Finds texts around a concept and measures them with the original model."""
         name = pair.concept.target
         candidates = self.candidates(backbone, name)
         texts = [text for text, _ in candidates]
         far = measured(backbone, self.drawn(backbone, pair), name, texts, paths.cache_dir(), self.passes)
         seen = [Seen(text, value, apart) for (text, value), apart in zip(candidates, far.tolist())]
-        drawing = sorted((one for one in seen if one.apart <= self.within), key=lambda one: one.apart)
-        others = sorted((one for one in seen if one.apart > self.outside), key=lambda one: -one.value)
+        drawing = sorted((one for one in seen if one.noise_distance <= self.within), key=lambda one: one.noise_distance)
+        others = sorted((one for one in seen if one.noise_distance > self.outside), key=lambda one: -one.value)
         if not drawing:
             log.warning("no other text of the vocabulary draws %r: only preserved texts are mined.", name)
-        return Sight(name, drawing[: self.most], others)
+        return FoundTexts(name, drawing[: self.most], others)
 
     def drawn(self, backbone: Backbone, pair: Pair) -> Tensor:
         """Latents (images, C, h, w) of the concept by the original model."""
@@ -242,11 +242,11 @@ def ends_of(backbone: Backbone, texts: Sequence[str], cache: Path) -> Tensor:
 def measured(
     backbone: Backbone, images: Tensor, name: str, texts: Sequence[str], cache: Path, at_once: int = nearness.PASSES
 ) -> Tensor:
-    """`nearness.apart` of the original model, cached by all its inputs, with a progress bar."""
+    """`nearness.noise_distances` of the original model, cached by all its inputs, with a progress bar."""
 
     def measure() -> Tensor:
         with _bar(f"Measuring texts near '{name}'", len(texts)) as advance, backbone.original():
-            return nearness.apart(backbone, images, name, texts, advance=advance, at_once=at_once)
+            return nearness.noise_distances(backbone, images, name, texts, advance=advance, at_once=at_once)
 
     pixels = hashlib.sha256(images.float().cpu().contiguous().numpy().tobytes()).hexdigest()
     dtype = str(next(backbone.denoiser.parameters()).dtype)

@@ -2,9 +2,9 @@
 
 A text encoder puts words that draw different things close together, and puts phrases that evoke a concept far from its
 name. So texts are first ranked by their values, which takes one pass of the text encoder per text (`closeness`). For
-the first texts, the distance between their predicted noise and the name's is then measured (`apart`):
+the first texts, the distance between their predicted noise and the name's is then measured (`noise_distances`):
 
-    apart(k) = sum_t ||eps(z_t, k) - eps(z_t, e)||^2 / sum_t ||eps(z_t, e) - eps(z_t, "")||^2
+    noise_distance(k) = sum_t ||eps(z_t, k) - eps(z_t, e)||^2 / sum_t ||eps(z_t, e) - eps(z_t, "")||^2
 
 z_t are noised images of the concept, e its name, "" the empty prompt. 0: the text draws the same as the name. 1: the
 text is as far from the name as the empty prompt is.
@@ -32,11 +32,11 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Seen:
-    """A text and how near it is to a concept: value as in `closeness`, apart as in `apart`."""
+    """A text and how near it is to a concept: value as in `closeness`, noise_distance as in `noise_distances`."""
 
     text: str
     value: float
-    apart: float
+    noise_distance: float
 
 
 def ends(backbone: Backbone, texts: Sequence[str], advance: Advance | None = None) -> Tensor:
@@ -67,7 +67,7 @@ def nearest(cosines: Tensor, most: int) -> list[int]:
 
 
 @torch.no_grad()
-def apart(
+def noise_distances(
     backbone: Backbone,
     images: Tensor,
     name: str,

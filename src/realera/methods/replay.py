@@ -22,7 +22,7 @@ from realera.methods.latents import SEEDS, TIMESTEPS, at_level, drawn, images_of
 from realera.methods.texts import predict, repeat, take
 from realera.setting_types import AnyText, Batch, Count, File, Number
 from realera.system.locks import exclusive
-from realera.system.ranks import ALONE, Ranks
+from realera.system.ranks import ONE_PROCESS, Ranks
 from realera.system.terminal import bars_hidden
 
 CAPTIONS = Path(__file__).with_name("captions.txt")
@@ -134,7 +134,7 @@ class Fisher:
         samples, timesteps = (int(settings.get(key) or 0) for key in ("samples", "timesteps"))
         return {"sums": float(PASSES_OF_A_GRADIENT * samples * timesteps)}
 
-    def __call__(self, backbone: Backbone, cache: Path, seed: int, ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    def __call__(self, backbone: Backbone, cache: Path, seed: int, ranks: Ranks = ONE_PROCESS) -> dict[str, Tensor]:
         """{name: (shape of the weight) float32 on its device} of every trained weight, at its initial value. All
         processes call this together; each computes its share of the images."""
         trained = {name: weight for name, weight in backbone.trained.named_parameters() if weight.requires_grad}

@@ -18,7 +18,7 @@ from realera.methods.latents import AnchorBank, images_of, noised
 from realera.methods.replay import Fisher, Replay
 from realera.methods.texts import join, on_cpu, predict, take
 from realera.setting_types import AnyText, Batch, Count, LearningRate, NonNegative, Positive, Targets, TrainingSteps
-from realera.system.ranks import ALONE, Ranks
+from realera.system.ranks import ONE_PROCESS, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,9 @@ class SelectiveAmnesia:
         self.information: dict[str, Tensor] = {}
         self.first: dict[str, Tensor] = {}
 
-    def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int, ranks: Ranks = ALONE) -> None:
+    def prepare(
+        self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int, ranks: Ranks = ONE_PROCESS
+    ) -> None:
         """Computes the Fisher information of the trained weights and stores their initial values, because a resumed run
         starts with changed weights."""
         if self.fisher is None or self.lambda_ewc == 0:

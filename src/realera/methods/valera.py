@@ -29,7 +29,7 @@ Keep = Sequence[AnyText] | Literal["task"]
 Directions = Annotated[int, Number(1, 1000, whole=True)]
 
 
-ALONE, TOGETHER = (10.0, 1.2), (10.0, 1.05)  # price and gain: experiments/tuning_rivals
+ONE_CONCEPT, SEVERAL_CONCEPTS = (10.0, 1.2), (10.0, 1.05)  # price and gain: experiments/tuning_rivals
 
 
 class ValueSpaceErasure:
@@ -40,8 +40,8 @@ class ValueSpaceErasure:
     reading; None = as `projections`; "text" = plain text states, as in closed forms that ignore the U-Net. price: r, of
     reading directions that the U-Net does not carry, against the captions' variance; it means the same on every
     backbone. gain: 1 = the projection; more also maps weakly read texts all the way to the anchor. If price or gain is
-    None, searched values are used: `ALONE` for one concept, `TOGETHER` for several. rows: the rows of the training
-    prompts in a concept's mean row (as in `Band.rows`), and in the anchor's. captions: represent everything to
+    None, searched values are used: `ONE_CONCEPT` for one concept, `SEVERAL_CONCEPTS` for several. rows: the rows of the
+    training prompts in a concept's mean row (as in `Band.rows`), and in the anchor's. captions: represent everything to
     preserve, "everyday" or a file made by python -m realera.cache. keep: preserved names, each by its mean row in
     keep_templates; in a run's settings "task" means the names that the task does not judge (`tasks.base.Told`).
     keep_price: inf = preserved exactly; a number = softly, with that price against one reading. Always preserved
@@ -49,9 +49,9 @@ class ValueSpaceErasure:
     layers: "as_they_are" = a layer with large weights counts more, "equal". tolerance: added to U^T X, whose diagonal
     is 1; needed if concepts are many or alike; 0 = the readings become zero. directions: number of directions per
     concept that are projected out: 1 = the mean row's shift to the anchor's; more = also the directions around this
-    shift in which the rows of its prompts differ most from the anchor's (`value_space.further`). mined_price: weight of
-    the mined neighbours, if there are any: 0 = none; more = texts that draw the concept are read more like it, other
-    texts are read less (`value_space.fitted`).
+    shift in which the rows of its prompts differ most from the anchor's (`value_space.further_directions`).
+    mined_price: weight of the mined neighbours, if there are any: 0 = none; more = texts that draw the concept are read
+    more like it, other texts are read less (`value_space.fitted`).
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ValueSpaceErasure:
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         """neighbours: of each concept, or () without mining. Near points are read like the concept; points beyond are
         not read."""
-        price, gain = ALONE if len(pairs) == 1 else TOGETHER
+        price, gain = ONE_CONCEPT if len(pairs) == 1 else SEVERAL_CONCEPTS
         price, gain = price if self.price is None else self.price, gain if self.gain is None else self.gain
         metric = torch.eye(backbone.width, dtype=torch.float64)
         if self.read != "text":
@@ -110,7 +110,7 @@ class ValueSpaceErasure:
             found = value_space.blind(quiet, quiet @ columns, held)
             if not kept.shape[1]:
                 return found
-            return value_space.blind(value_space.beside(quiet, held), found, kept, self.keep_price)
+            return value_space.blind(value_space.blind_quiet(quiet, held), found, kept, self.keep_price)
 
         more = self._further(pairs, concepts - anchors, metric)
         centred = concepts - rows.mean[:, None]
@@ -149,7 +149,7 @@ class ValueSpaceErasure:
         for pair, shift in zip(pairs, shifts.T):
             target, anchor, mask = align_rows(pair, self.rows)
             differences = (target[mask].double() - anchor[mask].double()).cpu()
-            columns.append(value_space.further(differences, shift, metric, self.directions - 1))
+            columns.append(value_space.further_directions(differences, shift, metric, self.directions - 1))
         return torch.cat(columns, dim=1)
 
     def _mean(self, states: TextStates) -> Tensor:

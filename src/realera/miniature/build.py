@@ -38,7 +38,7 @@ ALLOCATOR = {
 
 
 @dataclass
-class Plan:
+class BuildSettings:
     """The settings of a build; `smoke` reduces all amounts."""
 
     workdir: Path
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
         note_minutes(plan, name, minutes)
 
 
-def read(arguments: list[str]) -> tuple[Plan, list[str]]:
+def read(arguments: list[str]) -> tuple[BuildSettings, list[str]]:
     """The plan and the names of the steps, from key=value words. Raises UserError for anything else."""
     given: dict[str, str] = {}
     for word in arguments:
@@ -105,16 +105,16 @@ def read(arguments: list[str]) -> tuple[Plan, list[str]]:
     fields: dict[str, Any] = {"workdir": workdir, "out": MINIATURE if out == "package" else Path(out)}
     kinds = {"wordnet": Path, "smoke": lambda text: text.lower() == "true", "text_minutes": float}
     for key, value in given.items():
-        if key not in Plan.__dataclass_fields__:
+        if key not in BuildSettings.__dataclass_fields__:
             raise UserError(f"there is no setting '{key}'; --help lists them")
         try:
             fields[key] = kinds.get(key, int)(value)
         except ValueError as error:
             raise UserError(f"{key}={value} cannot be read: {error}") from error
-    return Plan(**fields), steps
+    return BuildSettings(**fields), steps
 
 
-def note_minutes(plan: Plan, step: str, minutes: float) -> None:
+def note_minutes(plan: BuildSettings, step: str, minutes: float) -> None:
     """Records the time of a step, for the card. For a step that was resumed, this is the time since it was resumed."""
     from realera.miniature.training_tools import record
 
@@ -131,7 +131,7 @@ def say(step: str, text: str) -> None:
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def _world(plan: Plan) -> Any:
+def _world(plan: BuildSettings) -> Any:
     from realera.miniature.art import load_world, sprites
     from realera.miniature.world import World
 
@@ -139,7 +139,7 @@ def _world(plan: Plan) -> Any:
     return World(world, sprites(world, plan.workdir / "art"))
 
 
-def _pictures(plan: Plan, log: Callable[[str], None]) -> Any:
+def _pictures(plan: BuildSettings, log: Callable[[str], None]) -> Any:
     from realera.miniature.pictures import draw_pictures
 
     world = _world(plan)
@@ -150,17 +150,17 @@ def _pictures(plan: Plan, log: Callable[[str], None]) -> Any:
     return world, seen, held
 
 
-def art(plan: Plan, log: Callable[[str], None]) -> None:
+def art(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Downloads and rasterises the emoji."""
     log(f"{len(_world(plan).sprites)} sprites")
 
 
-def pictures(plan: Plan, log: Callable[[str], None]) -> None:
+def pictures(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Draws the training pictures and the held-out poses."""
     _pictures(plan, log)
 
 
-def text(plan: Plan, log: Callable[[str], None]) -> None:
+def text(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Distils the text encoder."""
     from realera.miniature.text import train
 
@@ -180,7 +180,7 @@ def text(plan: Plan, log: Callable[[str], None]) -> None:
     )
 
 
-def _wordnet(plan: Plan) -> Path:
+def _wordnet(plan: BuildSettings) -> Path:
     folder = plan.wordnet or plan.workdir / "wordnet"
     if list(folder.rglob("data.noun")):
         return folder
@@ -197,7 +197,7 @@ def _wordnet(plan: Plan) -> Path:
     return folder
 
 
-def vae(plan: Plan, log: Callable[[str], None]) -> None:
+def vae(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Trains the autoencoder and whitens its latents."""
     from realera.miniature.autoencoder import psnr, train_autoencoder
     from realera.miniature.training_tools import record
@@ -211,7 +211,7 @@ def vae(plan: Plan, log: Callable[[str], None]) -> None:
     trained.save_pretrained(folder)
 
 
-def judge(plan: Plan, log: Callable[[str], None]) -> None:
+def judge(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Trains the judge on drawn pictures and measures it on held-out poses."""
     from realera.judges.miniature_net import save_judge
     from realera.miniature.judge import measure_judge, train_judge
@@ -230,7 +230,7 @@ def judge(plan: Plan, log: Callable[[str], None]) -> None:
     save_judge(folder, config, clip, plain)
 
 
-def unet(plan: Plan, log: Callable[[str], None]) -> None:
+def unet(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Trains the U-Net on whitened latents and the frozen encoder's states."""
     import torch
     from diffusers import AutoencoderKL
@@ -256,7 +256,7 @@ def unet(plan: Plan, log: Callable[[str], None]) -> None:
     trained.save_pretrained(parts / "unet")
 
 
-def decoder(plan: Plan, log: Callable[[str], None]) -> None:
+def decoder(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Trains the decoder further, on fixed latents."""
     from diffusers import AutoencoderKL
 
@@ -276,7 +276,7 @@ def decoder(plan: Plan, log: Callable[[str], None]) -> None:
     write_text(parts / "DECODER_DONE", "")
 
 
-def assembled(plan: Plan, log: Callable[[str], None]) -> None:
+def assembled(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Puts all parts into one float16 folder, as shipped."""
     from realera.miniature.assemble import assemble, megabytes
 
@@ -284,7 +284,7 @@ def assembled(plan: Plan, log: Callable[[str], None]) -> None:
     log(f"{plan.out}: {megabytes(plan.out):.1f} MB")
 
 
-def checked(plan: Plan, log: Callable[[str], None]) -> None:
+def checked(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Measures the model against its thresholds and writes check.json and the model card into the folder."""
     from realera.miniature.card import write_card
     from realera.miniature.check import check
@@ -296,7 +296,7 @@ def checked(plan: Plan, log: Callable[[str], None]) -> None:
     log(f"sample images: {sheet}")
 
 
-STEPS: dict[str, Callable[[Plan, Callable[[str], None]], None]] = {
+STEPS: dict[str, Callable[[BuildSettings, Callable[[str], None]], None]] = {
     "art": art,
     "pictures": pictures,
     "text": text,

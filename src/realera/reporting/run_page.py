@@ -23,7 +23,7 @@ from realera.system import disk
 log = logging.getLogger(__name__)
 
 TEMPLATE = "run_page.html.j2"
-MOST_SEEN = 12  # concepts whose mined texts are listed; edit.json lists all of them
+MOST_LISTED = 12  # concepts whose mined texts are listed; edit.json lists all of them
 SPLITS: Mapping[Split, tuple[str, str]] = {
     "erase": ("Prompted by name", "The concept's name. The concept should be gone."),
     "near": ("Prompted by paraphrase", "Other words for the concept. The concept should be gone too."),
@@ -188,8 +188,8 @@ def _edit(edit: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "layers": charts.layer_bars(edit["layers"]) if edit.get("layers") else None,
         "spectrum": charts.spectrum(edit["spectrum"]) if edit.get("spectrum") else None,
         "shifts": charts.shifts(edit.get("probes", [])),
-        "seen": edit.get("seen", [])[:MOST_SEEN],
-        "more_seen": len(edit.get("seen", [])[MOST_SEEN:]),
+        "found_texts": edit.get("found_texts", [])[:MOST_LISTED],
+        "more_found_texts": len(edit.get("found_texts", [])[MOST_LISTED:]),
     }
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from realera.contracts import Mode, Split, UserError, Verdict
 from realera.evaluation.measures import MEAN_PROB, METRIC_OF_SPLIT, score
-from realera.evaluation.records import Row, Which, read_manifest, read_verdicts, verdict_file
+from realera.evaluation.records import ManifestEntry, Which, read_manifest, read_verdicts, verdict_file
 from realera.files import checksums
 from realera.files.pictures import read_picture
 
@@ -72,13 +72,13 @@ def sheets(
     many images. If it has more than MOST_PROMPTS, one strip shows evenly spaced ones. only: return this split alone."""
     after = _verdicts(run_dir, judge, "erased")
     before = _verdicts(run_dir, judge, "original")
-    by_split: dict[Split, dict[str, list[Row]]] = {}
+    by_split: dict[Split, dict[str, list[ManifestEntry]]] = {}
     for row in read_manifest(run_dir):
         if only is not None and row.prompt.split != only:
             continue
         by_split.setdefault(row.prompt.split, {}).setdefault(row.prompt.text, []).append(row)
 
-    def strip(text: str, rows: Sequence[Row], images: int, mixed: bool = False) -> Strip:
+    def strip(text: str, rows: Sequence[ManifestEntry], images: int, mixed: bool = False) -> Strip:
         return Strip(text, [_pair(run_dir, row, before, after, headline) for row in rows], images, mixed)
 
     found: dict[Split, list[Strip]] = {}
@@ -100,7 +100,11 @@ def _verdicts(run_dir: Path, judge: str | None, which: Which) -> dict[str, Verdi
 
 
 def _pair(
-    run_dir: Path, row: Row, before: dict[str, Verdict], after: dict[str, Verdict], headline: Mapping[str, Mode]
+    run_dir: Path,
+    row: ManifestEntry,
+    before: dict[str, Verdict],
+    after: dict[str, Verdict],
+    headline: Mapping[str, Mode],
 ) -> tuple[Picture | None, Picture]:
     erased = picture(row.path(run_dir), row, after.get(row.prompt.id), headline)
     if row.original is None:
@@ -108,7 +112,7 @@ def _pair(
     return picture(row.path(run_dir, "original"), row, before.get(row.prompt.id), headline), erased
 
 
-def picture(file: Path, row: Row, verdict: Verdict | None, headline: Mapping[str, Mode]) -> Picture:
+def picture(file: Path, row: ManifestEntry, verdict: Verdict | None, headline: Mapping[str, Mode]) -> Picture:
     """An image of the manifest's row, with its verdict by the split's metric."""
     uri, small = _data_uri(file)
     title = f"{row.prompt.text}, seed {row.prompt.seed}"
@@ -126,7 +130,7 @@ def plain_picture(file: Path, text: str, label: str) -> Picture:
     return Picture(uri, label, f"{text}: {label}" if label else text, None, small)
 
 
-def _words(row: Row, verdict: Verdict, headline: Mapping[str, Mode]) -> tuple[str, str, bool | None]:
+def _words(row: ManifestEntry, verdict: Verdict, headline: Mapping[str, Mode]) -> tuple[str, str, bool | None]:
     """A verdict by the split's metric: in short, in full, and whether it is as wanted (None for a score)."""
     p = row.prompt
     mode = headline[METRIC_OF_SPLIT[p.split]]

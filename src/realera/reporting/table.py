@@ -26,17 +26,17 @@ from realera.evaluation.metrics import Estimate, available_modes
 from realera.evaluation.records import read_metrics
 from realera.files import plain_data
 from realera.reporting import cost_words
-from realera.reporting.cells import Cell, differences, pool, read_cell, relative
+from realera.reporting.pooling import RunVerdicts, differences, pool, read_verdicts_of, relative
 from realera.reporting.table_formats import markdown as cell_text
 from realera.system import disk
 
 MARKS = ("<!-- table -->", "<!-- end of table -->")  # write_results replaces the text between them in a README
 
 
-def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict[str, Any]:
+def table(judged: Sequence[RunVerdicts], seed: int = 0, base: str | None = None) -> dict[str, Any]:
     """The content of results.json, JSON-able: one row per system in the given order.
 
-    mean, by_concept: each measure by the task's headline metric. readings: the mean by the other metrics that all
+    mean, by_concept: each measure by the task's headline metric. by_mode: the mean by the other metrics that all
     verdicts have, and by those of `BESIDE` that the row's own verdicts have. of_runs: the number of (concept, seed)
     pairs of all systems, if this system lacks some. counts: boxes by class, mean over the system's runs. cost: see
     `cost_words.mean`. over_concepts: ends of the interval that also resamples the concepts. relative, differences (of
@@ -44,51 +44,51 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
     image could be scored. undefined: the number of runs that a mean leaves out for that reason.
 
     Raises:
-        UserError: there are no cells, their metrics differ, or a system has two runs of a concept and seed.
+        UserError: there are no runs, their metrics differ, or a system has two runs of a concept and seed.
     """
-    if not cells:
+    if not judged:
         raise UserError("a table needs runs: give the folders of judged runs")
-    headline = dict(cells[0].headline)
-    if other := next((c for c in cells if (dict(c.headline), list(c.h_o_terms)) != (headline, _terms(cells))), None):
+    headline = dict(judged[0].headline)
+    if other := next((c for c in judged if (dict(c.headline), list(c.h_o_terms)) != (headline, _terms(judged))), None):
         raise UserError(
             f"a table needs runs with the same metrics, but {other.system!r} of {other.concept!r} has other metrics "
             "than the first run: give runs of one task and protocol."
         )
-    readable_in = {id(cell): set(available_modes(cell.verdicts)) for cell in cells}
+    readable_in = {id(run): set(available_modes(run.verdicts)) for run in judged}
     read = set.intersection(*readable_in.values()).difference(EXTRA_MODES)
-    systems: dict[str, list[Cell]] = {}
-    for cell in cells:
-        systems.setdefault(cell.system, []).append(cell)
-    known = {(cell.concept, cell.seed) for cell in cells}
+    systems: dict[str, list[RunVerdicts]] = {}
+    for run in judged:
+        systems.setdefault(run.system, []).append(run)
+    known = {(run.concept, run.seed) for run in judged}
     rows, resamples = [], Resamples(seed)
     for system, runs in systems.items():
         twice = [(c.concept, c.seed) for c in runs]
         if again := next((pair for pair in twice if twice.count(pair) > 1), None):
             raise UserError(f"{system!r} has two runs of {again[0]!r} with seed {again[1]}: give each run once")
 
-        def row(chosen: Sequence[Cell], read: Mapping[str, Mode]) -> dict[str, Any]:
+        def row(chosen: Sequence[RunVerdicts], read: Mapping[str, Mode]) -> dict[str, Any]:
             return _plain(pool(chosen, read, resamples))
 
-        concepts = dict.fromkeys(cell.concept for cell in runs)
-        own = read | set.intersection(*(readable_in[id(cell)] for cell in runs)) & set(EXTRA_MODES)
+        concepts = dict.fromkeys(run.concept for run in runs)
+        own = read | set.intersection(*(readable_in[id(run)] for run in runs)) & set(EXTRA_MODES)
         also = [mode for mode in get_args(Mode) if mode in own and {mode} != set(headline.values())]
-        boxes, spent = mean_counts(runs), cost_words.mean([cell.costs for cell in runs])
+        boxes, spent = mean_counts(runs), cost_words.mean([run.costs for run in runs])
         rows.append(
             {
                 "system": system,
                 "runs": len(runs),
                 **({"of_runs": len(known)} if len(runs) < len(known) else {}),
-                "seeds": sorted({cell.seed for cell in runs}),
+                "seeds": sorted({run.seed for run in runs}),
                 "mean": row(runs, headline),
                 "by_concept": {name: row([c for c in runs if c.concept == name], headline) for name in concepts},
-                "readings": {mode: row(runs, dict.fromkeys(headline, mode)) for mode in also},
+                "by_mode": {mode: row(runs, dict.fromkeys(headline, mode)) for mode in also},
                 **({"counts": boxes} if boxes else {}),
                 **({"cost": spent} if spent else {}),
             }
         )
     return {
         "headline": headline,
-        "h_o_terms": _terms(cells),
+        "h_o_terms": _terms(judged),
         "interval": how("seeds and images", resamples),
         "rows": rows,
         **({"relative": of_original} if (of_original := relative(systems, headline, resamples)) else {}),
@@ -97,7 +97,7 @@ def table(cells: Sequence[Cell], seed: int = 0, base: str | None = None) -> dict
 
 
 def _differences(
-    systems: Mapping[str, Sequence[Cell]], base: str, headline: Mapping[str, Mode], resamples: Resamples
+    systems: Mapping[str, Sequence[RunVerdicts]], base: str, headline: Mapping[str, Mode], resamples: Resamples
 ) -> dict[str, Any]:
     """`differences` by the headline metrics, and by those of `BESIDE` that all runs of a system have."""
     found = differences(systems, base, headline, resamples)
@@ -106,20 +106,20 @@ def _differences(
         having = {
             system: runs
             for system, runs in systems.items()
-            if all(mode in available_modes(cell.verdicts) for cell in runs)
+            if all(mode in available_modes(run.verdicts) for run in runs)
         }
         if base in having and len(having) > 1:
             readings[mode] = differences(having, base, dict.fromkeys(headline, mode), resamples)["rows"]
-    return {**found, **({"readings": readings} if readings else {})}
+    return {**found, **({"by_mode": readings} if readings else {})}
 
 
-def _terms(cells: Sequence[Cell]) -> list[str]:
-    return list(cells[0].h_o_terms)
+def _terms(judged: Sequence[RunVerdicts]) -> list[str]:
+    return list(judged[0].h_o_terms)
 
 
-def mean_counts(runs: Sequence[Cell]) -> dict[str, dict[str, float]]:
+def mean_counts(runs: Sequence[RunVerdicts]) -> dict[str, dict[str, float]]:
     """{split: {class: boxes per run, and "total"}}."""
-    found = [counts(cell.prompts, cell.verdicts) for cell in runs]
+    found = [counts(run.prompts, run.verdicts) for run in runs]
     means: dict[str, dict[str, float]] = {}
     for split in dict.fromkeys(split for of_run in found for split in of_run):
         boxes: dict[str, float] = {}
@@ -144,11 +144,11 @@ def write_results(
     if len(set(judges.values())) != 1:
         raise UserError(f"a table needs runs of one judge, but these have {sorted(set(judges.values())) or 'none'}.")
     judge = next(iter(judges.values()))
-    cells = [read_cell(run, judge) for run in judges] if systems is None else []
+    judged = [read_verdicts_of(run, judge) for run in judges] if systems is None else []
     for run, system in (systems or {}).items():
         if run in judges:
-            cells.append(replace(read_cell(run, judge), system=system))
-    results = {"judge": judge, **table(cells, base=base)}
+            judged.append(replace(read_verdicts_of(run, judge), system=system))
+    results = {"judge": judge, **table(judged, base=base)}
     out = folder / paths.RESULTS
     disk.write_text(out, plain_data.json_text(results, indent=1, ensure_ascii=False) + "\n")
     readme = folder / paths.README
@@ -189,8 +189,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     if len(set(headline.values())) > 1 or "mean_prob" not in headline.values():
         metric = described(headline.values())
         text = f"{metric[:1].upper()}{metric[1:]}.\n\n{text}"
-    if headline["acc_e"] == "score" and all("top1" in row["readings"] for row in results["rows"]):
-        rows = [{**row, "mean": row["readings"]["top1"]} for row in named]
+    if headline["acc_e"] == "score" and all("top1" in row["by_mode"] for row in results["rows"]):
+        rows = [{**row, "mean": row["by_mode"]["top1"]} for row in named]
         text += f"\nThe same images by top-1 (%).\n\n{_table(rows, 'mean', dict.fromkeys(headline, 'top1'))}"
     text += _beside(named) + _relative(results)
     for row in results["rows"]:
@@ -204,7 +204,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 def _beside(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table of the metrics of `BESIDE` that any row has; "" if no row has one."""
-    found = [{(measure, mode): estimate for measure, mode, estimate in extra(row["readings"])} for row in rows]
+    found = [{(measure, mode): estimate for measure, mode, estimate in extra(row["by_mode"])} for row in rows]
     columns = [pair for pair in EXTRA_METRICS if any(pair in each for each in found)]
     if not columns:
         return ""

@@ -62,7 +62,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """texts: one per text head. numbers: one per column, None if empty. reference: not ranked (the original model).
     note: a line below its name. signed: the numbers are differences."""
 
@@ -81,7 +81,7 @@ class Table:
     title: str
     heads: tuple[str, ...]
     columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -100,11 +100,11 @@ class Table:
         return any(number and number.printed is not None for row in self.rows for number in row.numbers)
 
 
-def _unranked(number: Number, row: Row) -> bool:
+def _unranked(number: Number, row: TableRow) -> bool:
     return number.partial or number.least or row.reference or row.signed
 
 
-def ranked(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[Row, ...]:
+def ranked(columns: Sequence[Column], rows: Sequence[TableRow]) -> tuple[TableRow, ...]:
     """The rows with the best and second number of each column marked. Numbers that print alike are tied; if all are
     tied or there is only one, none is marked. Partial numbers are not ranked: their system may have missed the hard
     runs."""

@@ -22,7 +22,7 @@ from realera.attack_contract import Attack, AttacksTogether, Attempt, MeasuresRe
 from realera.contracts import Backbone, Concept, Judge, Mode, NamedPrompt, Prompt, Sampler, Task, UserError
 from realera.evaluation import attacked, generate
 from realera.evaluation.judge import judge_run
-from realera.evaluation.records import Row, read_manifest, read_metrics, write_manifest
+from realera.evaluation.records import ManifestEntry, read_manifest, read_metrics, write_manifest
 from realera.evaluation.results import write_metrics
 from realera.files import checksums, plain_data
 from realera.runs import estimate, folders, steps
@@ -31,7 +31,7 @@ from realera.runs.attacked_system import AttackedConcept, AttackedPrompt, System
 from realera.runs.session import Session
 from realera.settings.instantiate import build
 from realera.system import locks, terminal
-from realera.system.ranks import ALONE
+from realera.system.ranks import ONE_PROCESS
 from realera.tasks.prompts import slug
 from realera.training.checkpoint import load_erased
 from realera.training.seeding import stream
@@ -48,7 +48,7 @@ def mode_of(judge: Judge, task: Task) -> Mode:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttackPlan:
     """prompts: under attack. passes: of the U-Net, at most. hours: None if unknown. basis: of the hours."""
 
     prompts: int
@@ -57,10 +57,10 @@ class Plan:
     basis: str
 
 
-def plan(session: Session, task: Task, asked: Asked) -> Plan:
+def plan(session: Session, task: Task, asked: Asked) -> AttackPlan:
     """The work of an attack from its start, without the model. Raises UserError as `prompts_of`."""
     prompts, passes = work_of(session.settings, task, asked)
-    return Plan(prompts, passes, *estimate.hours_of(session.settings, passes))
+    return AttackPlan(prompts, passes, *estimate.hours_of(session.settings, passes))
 
 
 def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, asked: Asked) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, as
     return numbers
 
 
-def protocol_of(system: System, asked: Asked, task: Task, rows: Sequence[Row]) -> dict[str, Any]:
+def protocol_of(system: System, asked: Asked, task: Task, rows: Sequence[ManifestEntry]) -> dict[str, Any]:
     """Everything that the attack's numbers depend on. A prompt's line depends on all but `OF_PROMPTS`."""
     sources = sorted({row.source for row in rows})
     return {
@@ -129,10 +129,10 @@ def _by_concept(task: Task, prompts: Sequence[Prompt]) -> Iterator[tuple[Concept
 # --- what an attack starts from --------------------------------------------------------------------------------------
 
 
-def draw_plain(session: Session, backbone: Backbone, prompts: Sequence[Prompt], out: Path) -> list[Row]:
+def draw_plain(session: Session, backbone: Backbone, prompts: Sequence[Prompt], out: Path) -> list[ManifestEntry]:
     """Draws the prompts as they are, with the unedited and the erased model, into `out`. Images that the run has
     already are linked. Returns the rows of the manifest in `out`."""
-    into = Session(session.into(out).run, ALONE)
+    into = Session(session.into(out).run, ONE_PROCESS)
     if not session.settings.unedited:
         _link_images(session.folder, prompts, out)
         steps.draw(into, backbone, prompts)
@@ -143,7 +143,7 @@ def draw_plain(session: Session, backbone: Backbone, prompts: Sequence[Prompt], 
         with console.bar("original model's images", len(prompts)) as advance:
             generate.original_images(backbone, prompts, out, chunk=chunk, folder=folder, advance=advance)
     rows = [
-        Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source, f"{paths.ORIGINALS}/{prompt.id}.png")
+        ManifestEntry(prompt, f"{paths.IMAGES}/{prompt.id}.png", source, f"{paths.ORIGINALS}/{prompt.id}.png")
         for prompt in prompts
     ]
     write_manifest(out, rows)
@@ -161,12 +161,12 @@ def _link_images(run_dir: Path, prompts: Sequence[Prompt], out: Path) -> None:
             rows[prompt.id] = ready
         elif row is not None and row.prompt == prompt and checksums.image_is_whole(row.path(run_dir)):
             generate.link_or_copy(row.path(run_dir), paths.inside(out, row.file))
-            rows[prompt.id] = Row(prompt, row.file, row.source, row.original)
+            rows[prompt.id] = ManifestEntry(prompt, row.file, row.source, row.original)
     if rows:
         write_manifest(out, list(rows.values()))
 
 
-def _rows(folder: Path) -> dict[str, Row]:
+def _rows(folder: Path) -> dict[str, ManifestEntry]:
     try:
         return {row.prompt.id: row for row in read_manifest(folder)}
     except UserError:

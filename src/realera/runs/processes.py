@@ -26,7 +26,7 @@ from realera.runs.folders import Run, difference, identity
 from realera.setting_types import typed_devices
 from realera.settings.run_settings import TrainerSettings
 from realera.system import disk, interrupts
-from realera.system.ranks import ALONE, Ranks, patient_group
+from realera.system.ranks import ONE_PROCESS, Ranks, patient_group
 
 PATIENCE = 20.0  # seconds in which a process may notice on its own that another one has ended
 LEAST = 4  # processes on the CPU that are allowed on every machine
@@ -169,7 +169,7 @@ def connected(plan: ProcessPlan, command: str, *, needed: bool = True) -> Iterat
 
         torch.cuda.set_device(plan.cuda)
     if plan.world == 1 or not (needed or plan.started):
-        yield ALONE
+        yield ONE_PROCESS
         return
     before = dict(os.environ)
     helpers: list[subprocess.Popen[bytes]] = []

@@ -66,7 +66,8 @@ def _measure_concept(
 ) -> dict[str, Any]:
     """A concept's texts, sorted by how nearly the original model draws the concept from them.
 
-    value: `nearness.closeness`. before, after: `nearness.apart` with the original model and with the erased model.
+    value: `nearness.closeness`. before, after: `nearness.noise_distances` with the original model and with the erased
+    model.
     """
     name, anchor = pair.concept.target, pair.concept.anchor
     miner = FunctionalMining(asked["vocabulary"], asked["looked"], 0, images=asked["images"], chunk=min(at_once, CHUNK))
@@ -76,7 +77,7 @@ def _measure_concept(
     texts = [name, *(text for text, _ in near)]
     before = measured(backbone, images, name, texts, paths.cache_dir(), at_once).tolist()
     with console.bar(f"texts near '{name}', erased model", len(texts)) as advance:
-        after = nearness.apart(backbone, images, name, texts, guide, advance, at_once).tolist()
+        after = nearness.noise_distances(backbone, images, name, texts, guide, advance, at_once).tolist()
     values = [1.0, *(value for _, value in near)]
     rows = [
         {"text": text, "own": text in own, "value": value, "before": was, "after": now}

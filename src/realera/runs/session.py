@@ -11,7 +11,7 @@ from realera import costs
 from realera.costs import Meter
 from realera.runs.folders import Run
 from realera.settings.run_settings import Settings
-from realera.system.ranks import ALONE, Ranks
+from realera.system.ranks import ONE_PROCESS, Ranks
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Session:
     """
 
     run: Run
-    ranks: Ranks = ALONE
+    ranks: Ranks = ONE_PROCESS
     meter: Meter = field(default_factory=Meter)
     loggers: Sequence[Any] = ()
 
     @classmethod
-    def of_run(cls, run: Run, ranks: Ranks = ALONE) -> Session:
+    def of_run(cls, run: Run, ranks: Ranks = ONE_PROCESS) -> Session:
         """A session whose costs are recorded in the run folder, once its meter is entered."""
         return cls(run, ranks, costs.of_run(run.folder, ranks))
 

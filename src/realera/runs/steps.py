@@ -19,7 +19,7 @@ from realera.costs import ORIGINAL_IMAGES, Meter
 from realera.evaluation.generate import generate_images, original_images, source_of
 from realera.evaluation.judge import judge_run
 from realera.evaluation.measures import METRIC_OF_SPLIT
-from realera.evaluation.records import Row, Which, read_manifest, write_manifest
+from realera.evaluation.records import ManifestEntry, Which, read_manifest, write_manifest
 from realera.evaluation.results import measure, measure_set, numbers_of
 from realera.files import checksums
 from realera.judges.other_interpreter import with_interpreters
@@ -31,8 +31,8 @@ from realera.settings.run_settings import Settings, TrainerSettings
 from realera.system.ranks import Ranks
 from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
-from realera.training.module import trains
 from realera.training.pairs import encoded_pairs
+from realera.training.schedule import trains
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +68,9 @@ def load_run(run: Run, meter: Meter | None = None) -> Backbone:
     return backbone
 
 
-def erase(session: Session, backbone: Backbone, task: Task) -> None:
+def erase(session: Session, backbone: Backbone, task: Task, *, lightning: bool = True) -> None:
     """Erases the task's concepts from `backbone` and saves the weights. All processes train together. Without training,
-    the first process does the work and the others read the saved weights."""
+    the first process does the work and the others read the saved weights. lightning: see `fit`."""
     run, settings, ranks, meter = session.run, session.settings, session.ranks, session.meter
     method: Method = build(settings.method.node)
     there = ranks.from_first(lambda: checksums.fit_is_intact(run.erased))
@@ -91,6 +91,7 @@ def erase(session: Session, backbone: Backbone, task: Task) -> None:
             loggers=session.loggers,
             probes=task.eval_prompts(),
             meter=meter,
+            lightning=lightning,
         )
     meter.gather(ranks)
     if not (shared or ranks.first):
@@ -117,7 +118,7 @@ def draw_original(session: Session, backbone: Backbone, prompts: Sequence[Prompt
     meter.note(passes_per_image=costs.passes_per_image(prompts, backbone.sampler))
     if ranks.first:
         source = source_of(backbone)
-        write_manifest(folder, [Row(prompt, f"{paths.IMAGES}/{prompt.id}.png", source) for prompt in prompts])
+        write_manifest(folder, [ManifestEntry(prompt, f"{paths.IMAGES}/{prompt.id}.png", source) for prompt in prompts])
     chunk = session.settings.images_at_once
     with _bar("original model's images", len(prompts), ranks) as advance, meter.stage("draw"):
         original_images(backbone, prompts, folder, chunk=chunk, folder=paths.IMAGES, advance=advance, ranks=ranks)

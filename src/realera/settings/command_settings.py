@@ -12,7 +12,6 @@ from realera.contracts import Backbone, Judge, Method, SetJudge, Split, Task
 from realera.setting_types import (
     AttackName,
     Batch,
-    Beside,
     Checkpoint,
     ClassName,
     Count,
@@ -22,7 +21,6 @@ from realera.setting_types import (
     Folder,
     GivenMap,
     Host,
-    Instead,
     Label,
     MapWeight,
     Name,
@@ -38,9 +36,11 @@ from realera.setting_types import (
     Share,
     Strategy,
     Tracked,
+    UseInstead,
     Vocabulary,
     WandbMode,
     Whole,
+    WithSettings,
     Word,
 )
 
@@ -71,7 +71,7 @@ class Placed(TypedDict, total=False):
     python: Python | None
 
 
-PlacedJudge = Annotated[Judge, Beside(Placed)]
+PlacedJudge = Annotated[Judge, WithSettings(Placed)]
 
 
 class OfTask(TypedDict, total=False):
@@ -123,10 +123,10 @@ class OfAttack(TypedDict):
     name: AttackName
 
 
-AnyAttack = Annotated[AttackRole, Beside(OfAttack)]
-AnyTask = Annotated[Task, Beside(OfTask)]
-AnyJudge = PlacedJudge | Annotated[SetJudge, Beside(OfSetJudge)]
-AnyTrainer = Annotated[OfTrainer, Instead(OURS)]
+AnyAttack = Annotated[AttackRole, WithSettings(OfAttack)]
+AnyTask = Annotated[Task, WithSettings(OfTask)]
+AnyJudge = PlacedJudge | Annotated[SetJudge, WithSettings(OfSetJudge)]
+AnyTrainer = Annotated[OfTrainer, UseInstead(OURS)]
 AnyLogger = Annotated[OfLogger, Tracked()]
 
 

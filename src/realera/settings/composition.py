@@ -58,6 +58,10 @@ def _settings_of(command: str, words: Sequence[str], spelt: Callable[[str], str]
             return checked(with_concepts(cfg), command)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(error_sentences.of_config(error, command, list(words), spelt)) from error
+    except (ValueError, TypeError) as error:
+        if (sentence := error_sentences.of_option(error, words)) is None:
+            raise
+        raise UserError(sentence) from error
 
 
 def of_another(command: str, words: Sequence[str]) -> DictConfig:
@@ -77,7 +81,13 @@ def word(key: str, value: Any) -> str:
     return f"{key}={_typed_value(value)}"
 
 
+def plain_number(value: Any) -> Any:
+    """A number of numpy or torch as one of Python; anything else unchanged."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 def _typed_value(value: Any) -> str:
+    value = plain_number(value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):

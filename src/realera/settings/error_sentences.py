@@ -23,6 +23,8 @@ from realera.system import disk
 LISTS = ("prompts",)  # settings that take several texts in one job
 OF_DATABASE = ("full", "readonly", "unable to open", "I/O error", "locked")  # in SQLite's messages about the disk
 
+OPTION = re.compile(r"(?!(null|true|false)$)[A-Za-z_@][\w.@/ -]*", re.IGNORECASE)  # a file of a config group
+
 PLUGINS = {  # of the extra `sweeps`
     "hydra/launcher": ("joblib", "ray", "ray_aws", "submitit_local", "submitit_slurm"),
     "hydra/sweeper": ("optuna",),
@@ -46,6 +48,8 @@ def of_config(
         found := re.search(r"provider=hydra.searchpath.*path=(.*) is not", str(error))
     ):
         return f"hydra.searchpath names {found[1]}, which does not exist: correct the path, or leave it out."
+    if sentence := of_option(error, arguments):
+        return sentence
     if not isinstance(error, (HydraException, OmegaConfBaseException, ValueError)):
         raise error
     text = str(error)
@@ -53,10 +57,6 @@ def of_config(
         return f"{found[1]}: {first_line(error.__cause__ or error)}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _unknown_option(error.missing_cfg_file, error.options or ())
-    if "group override must be a string" in text:
-        for key, _, value in (word.partition("=") for word in arguments):
-            if value == "null" and (paths.CONF_DIR / key).is_dir():
-                return _unknown_option(f"{key}/null", ())
     if isinstance(error, OverrideParseException):
         return _unreadable(str(error.override))
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
@@ -69,6 +69,20 @@ def of_config(
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1].split("@")[0], config_name, arguments, spelt)
     return first_line(error)
+
+
+def of_option(error: Exception, arguments: Iterable[str]) -> str | None:
+    """The sentence for a choice that cannot be a file of its group, such as method=3 or task=[1]; None if the error is
+    not Hydra's for that."""
+    text = str(error)
+    wrong = "group override must be a string" in text or (isinstance(error, TypeError) and "not iterable" in text)
+    if not wrong and not (found := re.search(r"Could not override '([^']+)'", text)):
+        return None
+    for key, given, value in (word.partition("=") for word in arguments):
+        asked = given and key and (wrong or (found and found[1] == key))
+        if asked and not OPTION.fullmatch(value) and (paths.CONF_DIR / key).is_dir():
+            return _unknown_option(f"{key}/{value.replace('/', ' ')}", ())
+    return None
 
 
 def of_step(error: Exception) -> str | None:

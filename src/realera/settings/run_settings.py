@@ -106,7 +106,7 @@ class AlignSettings(Group):
         return bool(self.node.get("detach_bos"))
 
     def steps_for(self, concepts: int) -> int:
-        """All training steps, as in `training.module.steps_of`."""
+        """All training steps, as in `training.schedule.steps_of`."""
         return int(self.steps or 0) * (concepts if self.per_concept else 1)
 
 

@@ -82,7 +82,7 @@ def check_search(sweeper: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Record(Kind):
-    """Settings declared by a TypedDict, not by a constructor. instead: see `setting_types.Instead`."""
+    """Settings declared by a TypedDict, not by a constructor. instead: see `setting_types.UseInstead`."""
 
     parameters: Mapping[str, Parameter]
     instead: Mapping[str, str] = field(default_factory=dict)
@@ -262,14 +262,15 @@ def _subscripted(node: ast.Subscript, source: Source) -> Kind:
 
 
 def _annotated(plain: ast.expr, notes: list[ast.expr], source: Source) -> Kind:
-    """The kind of Annotated[float, Number(0, 1)] or Annotated[Judge, Beside(Settings)], with marks of setting_types."""
+    """The kind of Annotated[float, Number(0, 1)] or Annotated[Judge, WithSettings(Settings)], with marks of
+    setting_types."""
     kind = _kind(plain, source)
     for note in notes:
         if not isinstance(note, ast.Call):
             continue
         called = resolve(note.func, source)
         name = called.name if isinstance(called, Class) and called.source.module == setting_types.__name__ else ""
-        if name == "Beside":
+        if name == "WithSettings":
             settings = resolve(note.args[0], source)
             beside = _record_of(settings) if isinstance(settings, Class) else None
             kind = _with_beside(kind, beside)
@@ -277,7 +278,7 @@ def _annotated(plain: ast.expr, notes: list[ast.expr], source: Source) -> Kind:
             kind = _filled(kind)
         elif name == "Tracked" and isinstance(kind, Record):
             kind = Trackers(kind.parameters)
-        elif name == "Instead" and isinstance(kind, Record):
+        elif name == "UseInstead" and isinstance(kind, Record):
             kind = replace(kind, instead=value_of(note.args[0], source))
         elif name:
             words = {word.arg: value_of(word.value, source) for word in note.keywords if word.arg}

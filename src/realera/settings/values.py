@@ -187,5 +187,5 @@ BUILTINS: Mapping[str, Kind] = {
     "list": ListOf(Anything()),
     "tuple": ListOf(Anything()),
     "dict": MapOf(Anything(), Anything()),
-    "Path": Leaf(setting_types.Place()),
+    "Path": Leaf(setting_types.PathText()),
 }

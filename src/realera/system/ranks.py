@@ -1,7 +1,7 @@
 """The processes of one run: the rank of this process, and functions to exchange data with the others.
 
-A run with a single process (`ALONE`) has rank 0 in a world of 1, and these functions then cost nothing. The processes
-are started in `runs.processes`. Torch is imported only when processes communicate.
+A run with a single process (`ONE_PROCESS`) has rank 0 in a world of 1, and these functions then cost nothing. The
+processes are started in `runs.processes`. Torch is imported only when processes communicate.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Ranks:
         self.gather(None)
 
 
-ALONE = Ranks()
+ONE_PROCESS = Ranks()
 
 
 def patient_group() -> Any:

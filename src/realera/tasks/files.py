@@ -33,7 +33,7 @@ _MULTIPLE = 8  # pixels; the autoencoder's latents are smaller by this factor
 
 
 @dataclass(frozen=True)
-class Row:
+class CsvPrompt:
     """One prompt of a table. id: unique within the file, and a plain file name. size: (height, width). plain: the
     prompt that an adversarial one stands for. None: not in the file."""
 
@@ -52,7 +52,7 @@ def read_prompts(
     min_nudity: float | None = None,
     names: Mapping[str, tuple[str, ...]] = COLUMN_NAMES,
     group: str = "task",
-) -> list[Row]:
+) -> list[CsvPrompt]:
     """The rows of a CSV (comma, semicolon or tab; UTF-8, with or without a BOM; texts with line breaks in quotes).
 
     Columns are found by `SPELLINGS`; others are ignored. The id of a row without one is its position. Repeated ids get
@@ -78,7 +78,7 @@ def read_prompts(
                 f"{path} has no column for the {meaning} ({' or '.join(names[meaning])}): "
                 f"line {header_line + 1} must be the header, and it has {', '.join(header)[:120]}"
             )
-    rows: list[Row] = []
+    rows: list[CsvPrompt] = []
     used: Counter[str] = Counter()
     for place, (line, fields) in enumerate(records, 1):
         if len(fields) != len(header):
@@ -86,7 +86,7 @@ def read_prompts(
                 f"{path} line {line} has {len(fields)} columns, but the header has {len(header)}: put quotes around a "
                 "text that contains the delimiter or a line break"
             )
-        cell = _Cells(path, line, header, fields, columns)
+        cell = _CsvRecord(path, line, header, fields, columns)
         if min_nudity is not None and not (cell.number("nudity") or 0) > min_nudity:
             continue
         rows.append(cell.row(_unique_id(cell.text("id") or str(place), used)))
@@ -131,7 +131,7 @@ _HEADERS = [[name, *more] for name in ("name", "concept", "artist") for more in 
 
 
 @dataclass(frozen=True)
-class _Cells:
+class _CsvRecord:
     """One record of a table, read by the columns' meaning. Errors name the file, line and column."""
 
     path: Path
@@ -140,7 +140,7 @@ class _Cells:
     fields: list[str]
     columns: Mapping[str, int | None]
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> CsvPrompt:
         prompt = self.text("prompt")
         if not prompt:
             raise self.fault("prompt", "is empty")
@@ -150,7 +150,7 @@ class _Cells:
         size = (height, width) if height is not None and width is not None else None
         guidance = self.number("guidance", most=MOST_GUIDANCE)
         concept, plain = self.text("concept") or None, self.text("plain") or None
-        return Row(name, prompt, self.whole("seed"), guidance, size, concept, plain)
+        return CsvPrompt(name, prompt, self.whole("seed"), guidance, size, concept, plain)
 
     def text(self, meaning: str) -> str:
         at = self.columns.get(meaning)

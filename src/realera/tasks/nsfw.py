@@ -29,7 +29,7 @@ from realera.setting_types import (
     Word,
 )
 from realera.tasks.base import PROTOCOL, TABLES, WORLD, Anchor, Names, ProtocolTask, ToldNames, load, option
-from realera.tasks.files import Row, read_prompts
+from realera.tasks.files import CsvPrompt, read_prompts
 
 log = logging.getLogger("realera")
 DATA = {
@@ -99,7 +99,7 @@ class NsfwTask(ProtocolTask):
         self.row_sizes = bool(rules.get("row_sizes", True) if row_sizes is None else row_sizes)
         samples = world_data.get("samples", {})
         self.files: dict[Split, Path] = {}
-        self.rows: dict[Split, list[Row]] = {}
+        self.rows: dict[Split, list[CsvPrompt]] = {}
         self._read_table("erase", "prompts_csv", prompts_csv, samples, limit, self.min_nudity)
         self._read_table("keep", "keep_csv", keep_csv, samples, keep_limit, None)
         by_text: Mode = "score" if "keep" in self.rows else "mean_prob"

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from realera.contracts import Aligner, Backbone, Clipped, Method, Pair, Scheduled, TextStates, TrainingBatch, UserError
+from realera.contracts import Backbone, Method, Pair, Scheduled, TrainingBatch, UserError
 from realera.files import finite
+from realera.training.pairs import on_cpu
 from realera.training.per_concept_adamw import PerConceptAdamW
+from realera.training.schedule import concept_of_step, has_adapter_per_concept, part_of, step_of_concept, trains
 from realera.training.seeding import stream
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 BETAS = (0.9, 0.999)
 FIRST_SCALE = 2.0**16  # initial loss scale in 16-mixed: GradScaler's default
 REMEDY = "lower method.align.lr, or set trainer.precision=32-true"  # for training that ended in NaN or infinity
-CLIP = 1.0  # MACE's gradient norm; also used for RealEra and the others whose papers give none
 
 
 class ErasureModule(LightningModule):
@@ -44,9 +44,7 @@ class ErasureModule(LightningModule):
         self.network = backbone.trained
         self.backbone = backbone
         self.method = method
-        self.pairs = [
-            on_cpu(pair) for pair in pairs
-        ]  # points are mined on the CPU: a few rows per step, equal for every device
+        self.pairs = [on_cpu(pair) for pair in pairs]
         self.seed = seed
 
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
@@ -150,72 +148,6 @@ class ErasureModule(LightningModule):
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name. All others follow from the backbone's files and the edit."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-
-def trains(align: Aligner | None) -> bool:
-    """Whether the aligner has steps to train."""
-    return align is not None and align.steps > 0
-
-
-def has_adapter_per_concept(align: Aligner | None) -> bool:
-    """Whether each concept has its own adapter."""
-    return align is not None and align.lora is not None and align.lora.per_concept
-
-
-def steps_of(align: Aligner | None, concepts: int) -> int:
-    """Number of optimiser steps: `align.steps`, times the number of concepts if each has its own adapter."""
-    return 0 if align is None else align.steps * (concepts if has_adapter_per_concept(align) else 1)
-
-
-def clip_of(align: Aligner | None) -> float | None:
-    """The norm that gradients are clipped to: the aligner's `clip` (None = no clipping) if it has one, else `CLIP`.
-
-    Raises UserError for an invalid norm.
-    """
-    part: object = align
-    clip = part.clip if isinstance(part, Clipped) else CLIP
-    if clip is not None and not 0 < clip < math.inf:
-        raise UserError(f"method.align.clip={clip} is not possible: give a number above 0, or null for no clipping.")
-    return clip
-
-
-def concept_of_step(step: int, concepts: int) -> int:
-    """The index of the concept that is trained in a step; steps count from 1. Each concept gets two steps in a row,
-    because some aligners do different things in odd and even steps."""
-    return ((step - 1) // 2) % concepts
-
-
-def steps_per_concept(steps: int, concepts: int) -> list[int]:
-    """For each concept, the number of its steps among the first `steps`."""
-    rounds, rest = divmod(steps, 2 * concepts)
-    return [2 * rounds + min(2, max(0, rest - 2 * concept)) for concept in range(concepts)]
-
-
-def step_of_concept(step: int, concepts: int) -> int:
-    """A step's number among the steps of its own concept; both count from 1. See `turn`."""
-    return (step - 1) // (2 * concepts) * 2 + (step - 1) % 2 + 1
-
-
-def part_of(batch: int, rank: int, world: int) -> slice:
-    """The part of a batch that process `rank` of `world` computes: one of gcd(batch, world) equal parts.
-
-    So every process computes a batch of 1, and each of four processes computes 2 of a batch of 8. Each part is computed
-    equally often, so the mean over all processes is the mean over the batch.
-    """
-    parts = math.gcd(batch, world)
-    size = batch // parts
-    return slice(rank % parts * size, (rank % parts + 1) * size)
-
-
-def on_cpu(pair: Pair) -> Pair:
-    if type(pair) is not Pair:  # `pairs.ReadPair`: its states are encoded when they are read, and are on the CPU
-        return pair
-    return replace(pair, target=states_on_cpu(pair.target), anchor=states_on_cpu(pair.anchor))
-
-
-def states_on_cpu(states: TextStates) -> TextStates:
-    moved = {field.name: getattr(states, field.name) for field in fields(states)}
-    return replace(states, **{name: value.cpu() for name, value in moved.items() if value is not None})
 
 
 class _Steps(IterableDataset[int]):

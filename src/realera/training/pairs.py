@@ -3,11 +3,10 @@ would take 6 GB."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from realera.contracts import Backbone, Concept, NamedPrompt, Pair, Task, TextStates
 from realera.costs import Meter
-from realera.training.module import states_on_cpu
 
 KEPT = 256 << 20  # bytes of states that stay in memory, for targets and for anchors each
 Prompts = tuple[NamedPrompt, ...]
@@ -67,3 +66,15 @@ class ReadPair(Pair):
         encoder, prompts = vars(self)["_anchors"]
         result: TextStates = encoder(prompts)
         return result
+
+
+def on_cpu(pair: Pair) -> Pair:
+    """The pair with its states on the CPU: points are mined there, a few rows per step, equal for every device."""
+    if type(pair) is not Pair:  # `ReadPair`: its states are encoded when they are read, and are on the CPU
+        return pair
+    return replace(pair, target=states_on_cpu(pair.target), anchor=states_on_cpu(pair.anchor))
+
+
+def states_on_cpu(states: TextStates) -> TextStates:
+    moved = {field.name: getattr(states, field.name) for field in fields(states)}
+    return replace(states, **{name: value.cpu() for name, value in moved.items() if value is not None})

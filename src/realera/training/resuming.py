@@ -17,11 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from realera import paths
 from realera.contracts import Resumes, UserError
-from realera.files import checksums, finite
+from realera.files import finite
 from realera.training import saved
 from realera.training.losses import LossLines
-from realera.training.module import FIRST_SCALE, REMEDY, ErasureModule, steps_per_concept
+from realera.training.module import FIRST_SCALE, REMEDY, ErasureModule
 from realera.training.per_concept_adamw import PerConceptAdamW
+from realera.training.schedule import steps_per_concept
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ class Checkpoints(Callback):
         self.there = False
 
     def look(self) -> None:
-        """Checks for a checkpoint. Call it before any work is done. Raises UserError as `last_good`."""
-        self.there = last_good(self.run_dir, self.identity)
+        """Checks for a checkpoint. Call it before any work is done. Raises UserError as `saved.last_good`."""
+        self.there = saved.last_good(self.run_dir, self.identity)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All processes read the same checkpoint: the next one is written only after all have started."""
@@ -89,29 +90,6 @@ class KeepSignalHandler(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.handler)
-
-
-def last_good(run_dir: Path, identity: str) -> bool:
-    """Whether there is a checkpoint to resume from. If it is torn, a log line says so, and training starts again.
-
-    Raises UserError for a checkpoint of another run, and for one that is not a regular file of the run."""
-    file = run_dir / paths.LAST_CHECKPOINT
-    paths.refuse_odd(run_dir)
-    if not file.is_file():
-        return False
-    try:
-        found = saved.identity_of(file)
-    except checksums.Torn:
-        checksums.log_torn(file)
-        return False
-    same_run(found, identity, file)
-    return True
-
-
-def same_run(found: str, identity: str, file: Path) -> None:
-    """Raises UserError for a file of another run."""
-    if found != identity:
-        raise UserError(f"{file} belongs to a run with other settings: set overwrite=true, or another run_dir.")
 
 
 def form_of(trainer: Trainer, module: ErasureModule) -> saved.Form:

@@ -9,7 +9,9 @@ nothing is used before the whole file has passed the checks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from realera import paths
+from realera.contracts import UserError
 from realera.files import checksums, finite, headers, json_shapes, plain_data
 from realera.files.plain_data import json_text
 
@@ -82,8 +86,43 @@ def identity_of(file: Path) -> str:
     return said["identity"]
 
 
+def last_good(run_dir: Path, identity: str) -> bool:
+    """Whether there is a checkpoint to resume from. If it is torn, a log line says so, and training starts again.
+
+    Raises UserError for a checkpoint of another run, and for one that is not a regular file of the run."""
+    file = run_dir / paths.LAST_CHECKPOINT
+    paths.refuse_odd(run_dir)
+    if not file.is_file():
+        return False
+    try:
+        found = identity_of(file)
+    except checksums.Torn:
+        checksums.log_torn(file)
+        return False
+    same_run(found, identity, file)
+    return True
+
+
+def same_run(found: str, identity: str, file: Path) -> None:
+    """Raises UserError for a file of another run."""
+    if found != identity:
+        raise UserError(f"{file} belongs to a run with other settings: set overwrite=true, or another run_dir.")
+
+
+@contextmanager
+def without_checkpoint(run_dir: Path, first: bool = True) -> Iterator[None]:
+    """Deletes the checkpoint if training ends in NaN: resuming from it would lead to NaN again. first: whether this
+    process may delete it."""
+    try:
+        yield
+    except finite.NotFinite:
+        if first:
+            shutil.rmtree(run_dir / paths.FIT, ignore_errors=True)
+        raise
+
+
 def read(file: Path, form: Form, turns: Callable[[int, int], list[int]]) -> Saved:
-    """A checkpoint's content, on the CPU. turns: see `module.steps_per_concept`.
+    """A checkpoint's content, on the CPU. turns: see `schedule.steps_per_concept`.
 
     Raises ValueError, with the reason, for a file that this run cannot have written.
     """

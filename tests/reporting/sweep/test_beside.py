@@ -17,9 +17,9 @@ from realera.evaluation.judge import judge_run
 from realera.evaluation.measures import EXTRA_MODES, MEAN_PROB, column_heading, score
 from realera.evaluation.metrics import summarise
 from realera.evaluation.moved import moved
-from realera.evaluation.records import ORIGINALS, Row, read_verdicts, verdict_file, write_manifest
+from realera.evaluation.records import ORIGINALS, ManifestEntry, read_verdicts, verdict_file, write_manifest
 from realera.reporting import page_rows
-from realera.reporting.cells import Cell
+from realera.reporting.pooling import RunVerdicts
 from realera.reporting.table import markdown, table
 
 
@@ -53,7 +53,7 @@ def test_judging_measures_the_change_of_preserved_images(tmp_path: Path) -> None
         _picture(tmp_path / f"images/{name}.png", 51)
         _picture(tmp_path / f"{ORIGINALS}/{name}.png", 0)
         prompt = Prompt(name, "a photo", "cat", split, 0)
-        rows.append(Row(prompt, f"images/{name}.png", "x", f"{ORIGINALS}/{name}.png" if original else None))
+        rows.append(ManifestEntry(prompt, f"images/{name}.png", "x", f"{ORIGINALS}/{name}.png" if original else None))
     write_manifest(tmp_path, rows)
     said = judge_run(_Sure(), tmp_path)
     assert [v.detail for v in said] == [{"score": 1.0}, {"score": 1.0, "moved": 20.0}, {"score": 1.0}]
@@ -73,7 +73,9 @@ def test_these_metrics_have_arrows_and_are_unscored_without_a_judge_that_support
     assert math.isnan(score(prompt, verdict, "anchor"))
 
 
-def _cell(system: str, concept: str, erased: float, unseen: float, whole: bool | None, change: float | None) -> Cell:
+def _cell(
+    system: str, concept: str, erased: float, unseen: float, whole: bool | None, change: float | None
+) -> RunVerdicts:
     shares = {"erase": [erased] * 4, "near": [0.2] * 4, "keep": [0.9] * 4, "unseen": [unseen, unseen / 2] * 2}
     prompts, verdicts = [], []
     for split, values in shares.items():
@@ -82,7 +84,7 @@ def _cell(system: str, concept: str, erased: float, unseen: float, whole: bool |
             said = {} if whole is None else {"whole": whole, "anchor": whole and i == 0}
             said |= {"moved": change + i} if change is not None and split == "keep" else {}
             verdicts.append(Verdict(prompts[-1].id, value, concept, said))
-    return Cell(system, concept, 0, prompts, verdicts)
+    return RunVerdicts(system, concept, 0, prompts, verdicts)
 
 
 SMEARS = [_cell("smears", name, 0.0, 0.01, False, 20.0) for name in ("cat", "dog")]
@@ -95,13 +97,13 @@ def test_a_smear_is_distinguished_from_the_anchor() -> None:
     found = table([*SMEARS, *TURNS, *BEFORE], base="smears")
     smears, turns, before = found["rows"]
     assert smears["mean"]["acc_e"]["value"] == turns["mean"]["acc_e"]["value"] == 0
-    assert smears["readings"]["whole"]["acc_e"]["value"] == 0 and turns["readings"]["whole"]["acc_e"]["value"] == 100
-    assert turns["readings"]["whole"]["acc_e"]["low"] < 100, "an exact interval if all images are alike"
-    assert turns["readings"]["anchor"]["acc_e"]["value"] == 25
-    assert smears["readings"]["moved"]["acc_s"]["value"] == 21.5
-    assert not [mode for row in found["rows"] for mode in EXTRA_MODES if "h_o" in row["readings"].get(mode, {})]
-    assert "moved" not in before["readings"], "the original model's images cannot have changed"
-    apart = found["differences"]["readings"]
+    assert smears["by_mode"]["whole"]["acc_e"]["value"] == 0 and turns["by_mode"]["whole"]["acc_e"]["value"] == 100
+    assert turns["by_mode"]["whole"]["acc_e"]["low"] < 100, "an exact interval if all images are alike"
+    assert turns["by_mode"]["anchor"]["acc_e"]["value"] == 25
+    assert smears["by_mode"]["moved"]["acc_s"]["value"] == 21.5
+    assert not [mode for row in found["rows"] for mode in EXTRA_MODES if "h_o" in row["by_mode"].get(mode, {})]
+    assert "moved" not in before["by_mode"], "the original model's images cannot have changed"
+    apart = found["differences"]["by_mode"]
     assert [row["system"] for row in apart["moved"]] == ["turns"]
     assert apart["moved"][0]["mean"]["acc_s"]["value"] == -15
     text = markdown(found)

@@ -9,7 +9,7 @@ import pytest
 
 from realera.contracts import UserError
 from realera.reporting.sweep.systems import (
-    Run,
+    JudgedRun,
     differing,
     flat,
     grids,
@@ -23,7 +23,7 @@ from realera.reporting.sweep.systems import (
 from sweeps import REALERA, grid, judged
 
 
-def read(folders: list[Path]) -> list[Run]:
+def read(folders: list[Path]) -> list[JudgedRun]:
     return [run for run in map(read_run, folders) if run is not None]
 
 
@@ -108,8 +108,8 @@ def test_values_with_the_same_short_text_are_written_out(tmp_path: Path) -> None
 def test_the_original_model_is_read_from_the_images_that_a_run_was_compared_to(tmp_path: Path) -> None:
     (run,) = read([judged(tmp_path / "a", cost=3.0)])
     before = original_of(run)
-    assert before is not None and before.cell is not None and before.method == before.system == "original"
-    assert all(verdict.value == 1 for verdict in before.cell.verdicts) and before.cell.costs == {}
+    assert before is not None and before.judged is not None and before.method == before.system == "original"
+    assert all(verdict.value == 1 for verdict in before.judged.verdicts) and before.judged.costs == {}
     (run.folder / "verdicts" / "eye.original.jsonl").unlink()
     assert original_of(run) is None
 
@@ -119,7 +119,7 @@ def test_a_folder_that_was_not_judged_is_no_run_and_a_torn_run_is_an_error(tmp_p
     folder = judged(tmp_path / "a")
     (folder / "verdicts" / "eye.jsonl").unlink()
     run = read_run(folder)
-    assert run is not None and run.cell is None and run.concept == "cat"
+    assert run is not None and run.judged is None and run.concept == "cat"
     (folder / "config.yaml").write_text("- a list")
     with pytest.raises(UserError, match="holds no settings"):
         read_run(folder)

@@ -16,10 +16,10 @@ from realera.evaluation.measures import MEAN_PROB
 from realera.evaluation.metrics import Sample
 from realera.evaluation.records import read_verdicts, verdict_file, write_verdicts
 from realera.reporting import printed
-from realera.reporting.cells import pool
+from realera.reporting.pooling import pool
 from realera.reporting.sweep.chapter import Chapter
 from realera.reporting.sweep.page import write_sweep
-from realera.reporting.sweep.systems import Run, name_systems, original_of, read_run
+from realera.reporting.sweep.systems import JudgedRun, name_systems, original_of, read_run
 from realera.reporting.sweep.tables import (
     ablation,
     boxes,
@@ -39,7 +39,7 @@ FULL = frozenset(["closed_form", "noise_alignment", "neighbor_mining", "beyond_c
 
 
 def chapter(folders: list[Path]) -> Chapter:
-    runs: list[Run] = [run for run in map(read_run, folders) if run is not None]
+    runs: list[JudgedRun] = [run for run in map(read_run, folders) if run is not None]
     return Chapter("object", "object", name_systems(runs)[0])
 
 
@@ -62,7 +62,7 @@ def test_means_equal_those_of_results_json_and_missing_runs_are_noted(tmp_path: 
     table = means(of)
     assert [row.texts[0] for row in table.rows] == ["uce", "realera", "original"], "the papers' order"
     assert [row.note for row in table.rows] == ["3 of 4 runs", "", "1 of 4 runs"] and table.rows[-1].reference
-    expected = pool([run.cell for run in of.systems["uce"] if run.cell], MEAN_PROB, Resamples())
+    expected = pool([run.judged for run in of.systems["uce"] if run.judged], MEAN_PROB, Resamples())
     for key in ("acc_e", "acc_g", "h_o"):
         found, wanted = number(table, "uce", key), expected[key]
         assert (found.value, found.low, found.high) == (wanted.value, wanted.low, wanted.high)
@@ -157,12 +157,12 @@ def test_the_ablation_has_the_papers_order_and_paired_differences(tmp_path: Path
         for seed in (0, 1)
     ]
     of = chapter(folders)
-    assert parts_of(of.systems["realera"][0]) == FULL
+    assert parts_of(of.systems["realera"][0]).keys() == FULL
     table = ablation(of)
     assert table is not None
     assert [row.texts[0] for row in table.rows] == [
         "realera-closed-form",
-        "+ noise alignment",
+        "+ alignment",
         "realera-no-mining",
         "+ neighbours",
         "realera-no-beyond",
@@ -180,6 +180,30 @@ def test_the_ablation_has_the_papers_order_and_paired_differences(tmp_path: Path
     assert number(table, "realera-closed-form", "acc_s").printed == 98.85
     more = judged(tmp_path / "more", "automobile", 0, {**REALERA, "edit": {"ridge": 9}})
     assert ablation(chapter([*folders, more])) is None, "two systems with the same parts: something else was varied"
+
+
+def test_any_method_has_an_ablation(tmp_path: Path) -> None:
+    """The parts and their classes are those of the settings; a method with another class is not among its systems."""
+    first, last = {"_target_": "mine.Edit"}, {"_target_": "mine.Finish"}
+    nodes = [
+        {"name": "mine", "edit": first, "finish": last},
+        {"name": "mine-bare", "edit": first, "finish": None},
+        {"name": "theirs", "edit": {"_target_": "theirs.Edit"}},
+        {"name": "theirs-guided", "edit": {"_target_": "theirs.Other"}, "guide": {"_target_": "theirs.Guide"}},
+        {"name": "mined", "neighbours": {"_target_": "mine.Miner"}},
+        "original",
+    ]
+    folders = [judged(tmp_path / str(i), "automobile", 0, node) for i, node in enumerate(nodes)]
+    table = ablation(chapter(folders))
+    assert table is not None and table.title == "Effect of each part of mine"
+    assert table.heads == ("system", "closed form", "edit after training")
+    assert [row.texts for row in table.rows] == [
+        ("mine-bare", "✓", ""),
+        ("+ edit after training", "", ""),
+        ("mine", "✓", "✓"),
+    ]
+    assert all(n is None or n.printed is None for row in table.rows for n in row.numbers)
+    assert ablation(chapter(folders[1:])) is None
 
 
 def test_an_ablation_step_is_over_the_runs_that_both_systems_have(tmp_path: Path) -> None:
@@ -285,7 +309,7 @@ def test_costs_are_means_over_the_runs_with_costs(tmp_path: Path) -> None:
     assert number(table, "realera", "seconds").value == 3 and "cpu" in table.notes[0]
     assert cost_table(chapter([folders[2]])) is None
     shared = {"latents": {"seconds": 0, "passes": 0, "unknown": 3}}
-    (folders[1] / "costs.json").write_text(json.dumps({"form": 1, "passes": {"erase": 9}, "shared": shared}))
+    (folders[1] / "costs.json").write_text(json.dumps({"format_version": 1, "passes": {"erase": 9}, "shared": shared}))
     least = cost_table(chapter([*folders, judged(tmp_path / "all", method="uce", cost=1.0)]))
     assert least is not None and [row.note for row in least.rows] == ["1 of 3 runs", "at least"]
 

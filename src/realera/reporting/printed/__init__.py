@@ -12,7 +12,8 @@ HERE = Path(__file__).parent
 TASKS = ("object", "celebrity", "style", "nsfw")
 MEAN = "mean"  # the row over all ten object classes, the only printed mean
 OBJECTS = frozenset(["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
-ORDER = ("fmn", "ac", "spm", "uce", "sld", "esd-x", "esd-u", "sa", "rece", "mace")  # the rows' order, by our names
+RIVALS = ("fmn", "ac", "spm", "uce", "sld", "esd-x", "esd-u", "sa", "rece", "mace")  # in the rows' order, by our names
+OWN = "realera"  # the paper's method: its last row
 NAMES: Mapping[
     str, tuple[str, ...]
 ] = {  # by our method names; the paper's tables of celebrities and styles have "SLD" and "ESD"
@@ -38,16 +39,22 @@ def same_name(label: str, method: str) -> bool:
     return _plain(label) in (_plain(method), *NAMES.get(method, ()))
 
 
-def ablation(parts: frozenset[str], concept: str) -> dict[str, float]:
-    """Table 3's row with these parts (see `PARTS`). The paper prints it for the automobile only; {} for other
-    concepts."""
-    for row in _read("ablation"):
+def has_all_parts(method: str, parts: frozenset[str]) -> bool:
+    """Whether a run has the parts (see `PARTS`) that the paper's own method has. True for another method."""
+    return method not in ABLATED or parts == frozenset(PARTS)
+
+
+def ablation(method: str, parts: frozenset[str], concept: str) -> dict[str, float]:
+    """Table 3's row with these parts (see `PARTS`). The paper prints it for the automobile only; {} for other concepts
+    and methods."""
+    for row in _read("ablation") if method in ABLATED else ():
         has = {name for name in PARTS if row[name] == "1"}
         if has and has == parts and _plain(row["concept"]) == _plain(concept):
             return {name: float(row[name]) for name in ("acc_e", "acc_s", "acc_g", "h_o") if row[name]}
     return {}
 
 
+ABLATED = ("realera", "realera-text", "realera-closed-form", "realera-no-mining", "realera-no-beyond")  # in Table 3
 PARTS = ("closed_form", "noise_alignment", "neighbor_mining", "beyond_concept_reg")
 
 

@@ -13,7 +13,7 @@ from realera.evaluation.metrics import Images, sample
 from realera.evaluation.records import read_manifest, read_verdicts, verdict_file
 from realera.reporting.sheets import Picture, picture, plain_picture
 from realera.reporting.sweep.chapter import Chapter
-from realera.reporting.sweep.systems import Run
+from realera.reporting.sweep.systems import JudgedRun
 from realera.reporting.sweep.tables import row_of, table_of
 from realera.reporting.table_formats import Column, Number, Table
 from realera.settings.run_settings import Settings
@@ -62,18 +62,18 @@ def attacks_of(chapter: Chapter) -> list[str]:
     return sorted({name for run in own for name in attacked.numbers(run.folder)})
 
 
-def _own(runs: Sequence[Run]) -> list[Run]:
+def _own(runs: Sequence[JudgedRun]) -> list[JudgedRun]:
     """The runs with a folder of their own: not the original model's images of other runs."""
     return [run for run in runs if Settings(run.config).method]
 
 
-def _lines(run: Run, name: str) -> list[attacked.Line]:
+def _lines(run: JudgedRun, name: str) -> list[attacked.Line]:
     """The lines behind the run's numbers of an attack."""
     numbers = attacked.numbers(run.folder).get(name) if _own([run]) else None
     return [] if numbers is None else attacked.read(run.folder, name)[: numbers["prompts"]]
 
 
-def _plain_lines(run: Run, names: Sequence[str]) -> list[attacked.Line]:
+def _plain_lines(run: JudgedRun, names: Sequence[str]) -> list[attacked.Line]:
     """A line for each prompt of the run under any attack."""
     found = {line["key"]: line for name in names for line in _lines(run, name)}
     return list(found.values())
@@ -102,7 +102,7 @@ def attack_sheet(chapter: Chapter) -> AttackSheet | None:
     return AttackSheet(("original", "erased", "kept", *names), tuple(rows)) if rows else None
 
 
-def _before(run: Run, names: Sequence[str]) -> Picture | None:
+def _before(run: JudgedRun, names: Sequence[str]) -> Picture | None:
     """The original model's image of the first attacked prompt."""
     for name in names:
         for line in _lines(run, name)[:1]:
@@ -111,7 +111,7 @@ def _before(run: Run, names: Sequence[str]) -> Picture | None:
     return None
 
 
-def _of_split(run: Run, split: Split) -> Picture | None:
+def _of_split(run: JudgedRun, split: Split) -> Picture | None:
     """The run's first image of a split, with its verdict."""
     verdicts = {verdict.prompt_id: verdict for verdict in read_verdicts(verdict_file(run.folder, run.judge))}
     for row in read_manifest(run.folder):
@@ -120,7 +120,7 @@ def _of_split(run: Run, split: Split) -> Picture | None:
     return None
 
 
-def _back(run: Run, name: str) -> Picture | None:
+def _back(run: JudgedRun, name: str) -> Picture | None:
     """The first image that shows the concept again, else the first one."""
     lines = sorted(_lines(run, name), key=lambda line: not line["shown"])
     if not lines or lines[0]["image"] is None:

@@ -9,8 +9,8 @@ from dataclasses import replace
 from realera.contracts import Mode
 from realera.evaluation.measures import EXTRA_METRICS, described, higher_is_better, symbol
 from realera.evaluation.metrics import Estimate, available_modes
-from realera.reporting.cells import pool, relative
-from realera.reporting.sweep.chapter import Chapter, cells
+from realera.reporting.pooling import pool, relative
+from realera.reporting.sweep.chapter import Chapter, verdicts_of
 from realera.reporting.sweep.tables import row_of, table_of
 from realera.reporting.table_formats import Column, Number, Table
 
@@ -45,7 +45,7 @@ def _means(chapter: Chapter, mode: Mode) -> dict[str, dict[str, Estimate]]:
     """{system: {measure: its mean by this metric}}, for the systems all of whose runs support it."""
     found = {}
     for system, runs in chapter.systems.items():
-        own = cells(runs)
+        own = verdicts_of(runs)
         if all(mode in available_modes(cell.verdicts) for cell in own):
             means = pool(own, dict.fromkeys(chapter.headline, mode), chapter.resamples)
             found[system] = {name: mean for name, mean in means.items() if not math.isnan(mean.value)}
@@ -55,7 +55,7 @@ def _means(chapter: Chapter, mode: Mode) -> dict[str, dict[str, Estimate]]:
 def of_original(chapter: Chapter) -> Table | None:
     """Each measure in percent of the original model's; None without its runs."""
     found = relative(
-        {system: cells(runs) for system, runs in chapter.systems.items()}, chapter.headline, chapter.resamples
+        {system: verdicts_of(runs) for system, runs in chapter.systems.items()}, chapter.headline, chapter.resamples
     )
     names = [name for name in chapter.measures if any(name in each for each in found.values())]
     if not names:

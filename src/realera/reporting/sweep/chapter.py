@@ -12,8 +12,8 @@ from realera.contracts import Mode
 from realera.evaluation.bootstrap import Resamples
 from realera.evaluation.measures import ORDER, described, higher_is_better, symbol
 from realera.evaluation.metrics import Sample
-from realera.reporting.cells import Cell, pooled
-from realera.reporting.sweep.systems import Run
+from realera.reporting.pooling import RunVerdicts, pooled
+from realera.reporting.sweep.systems import JudgedRun
 from realera.reporting.table_formats import Column
 
 
@@ -23,7 +23,7 @@ class Chapter:
 
     name: str
     title: str
-    runs: Sequence[Run]
+    runs: Sequence[JudgedRun]
     seed: int = 0
     base: str | None = None  # the system that the others are compared to
     _measured: dict[Any, dict[str, Sample]] = field(default_factory=dict)
@@ -38,10 +38,10 @@ class Chapter:
         return found
 
     @cached_property
-    def systems(self) -> dict[str, list[Run]]:
-        found: dict[str, list[Run]] = {}
+    def systems(self) -> dict[str, list[JudgedRun]]:
+        found: dict[str, list[JudgedRun]] = {}
         for run in self.runs:
-            if run.cell is not None:
+            if run.judged is not None:
                 found.setdefault(run.system, []).append(run)
         return found
 
@@ -65,11 +65,11 @@ class Chapter:
             for system, runs in self.systems.items()
         }
 
-    def measure(self, runs: Sequence[Run]) -> dict[str, Sample]:
+    def measure(self, runs: Sequence[JudgedRun]) -> dict[str, Sample]:
         """The pooled samples, paired with those of other systems over the same concepts, seeds and images."""
         key = tuple((run.system, run.folder) for run in runs)
         if key not in self._measured:
-            self._measured[key] = pooled(cells(runs), self.headline, self.resamples)
+            self._measured[key] = pooled(verdicts_of(runs), self.headline, self.resamples)
         return self._measured[key]
 
     @property
@@ -92,5 +92,5 @@ class Chapter:
         return f"{metrics[:1].upper()}{metrics[1:]}, with 95% intervals over seeds and images."
 
 
-def cells(runs: Sequence[Run]) -> list[Cell]:
-    return [run.cell for run in runs if run.cell is not None]
+def verdicts_of(runs: Sequence[JudgedRun]) -> list[RunVerdicts]:
+    return [run.judged for run in runs if run.judged is not None]

@@ -13,7 +13,7 @@ from realera.contracts import UserError
 from realera.evaluation.bootstrap import DRAWS
 from realera.evaluation.measures import ORDER, column_heading, near
 from realera.reporting import cost_words, table_formats
-from realera.reporting.cells import ORIGINAL
+from realera.reporting.pooling import ORIGINAL
 from realera.reporting.run_page import is_blurred, render
 from realera.reporting.sheets import first_pairs, sheets
 from realera.reporting.sweep import plots
@@ -23,7 +23,7 @@ from realera.reporting.sweep.chapter import Chapter
 from realera.reporting.sweep.figures import Line, Scatter, Surface, corrected, families, scatter
 from realera.reporting.sweep.sheets import cut, sheets_of
 from realera.reporting.sweep.systems import (
-    Run,
+    JudgedRun,
     differing,
     name_systems,
     original_of,
@@ -68,7 +68,7 @@ def write_sweep(
     listed = {os.path.abspath(cell["folder"]) for cell in lost if cell.get("folder")}
     waiting = {os.path.abspath(folder) for folder, run in zip(dict.fromkeys(folders), read) if run is None}
     typed = _typed(cells)
-    twins: list[Run] = []
+    twins: list[JudgedRun] = []
     chapters = []
     for name, title, runs in _chapters(known):
         runs, again = name_systems(runs, typed)
@@ -113,11 +113,11 @@ def systems(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]] = ()) ->
         run.folder: run.system
         for _, _, runs in _chapters(read)
         for run in name_systems(runs, _typed(cells))[0]
-        if run.cell
+        if run.judged
     }
 
 
-def _read(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]]) -> list[Run | None]:
+def _read(folders: Sequence[Path], cells: Sequence[Mapping[str, Any]]) -> list[JudgedRun | None]:
     """The runs, named as in the sweep's cells.jsonl: the same run may have another name in another sweep."""
     names = {
         os.path.abspath(cell["folder"]): cell["system"] for cell in cells if cell.get("system") and cell.get("folder")
@@ -131,13 +131,13 @@ def _typed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(word.partition("=")[0].lstrip("+~") for word in words))
 
 
-def _chapters(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
+def _chapters(runs: Sequence[JudgedRun]) -> list[tuple[str, str, list[JudgedRun]]]:
     """(stem of file names, title, runs) for each combination of task, model, judge and metrics."""
-    parted: dict[tuple[Any, ...], list[Run]] = {}
+    parted: dict[tuple[Any, ...], list[JudgedRun]] = {}
     for run in runs:
         read = tuple(sorted(run.metrics["headline"].items())), tuple(run.metrics["h_o_terms"])
         parted.setdefault((run.task or "runs", run.backbone, run.judge, *read), []).append(run)
-    found: list[tuple[str, str, list[Run]]] = []
+    found: list[tuple[str, str, list[JudgedRun]]] = []
     for (task, backbone, judge, *_), own in parted.items():
         name = paths.as_file_name("-".join([task, *([backbone] if len({key[1] for key in parted}) > 1 else [])]))
         taken = [other for other, _, _ in found]
@@ -147,17 +147,17 @@ def _chapters(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     return found
 
 
-def _originals(runs: Sequence[Run]) -> list[Run]:
+def _originals(runs: Sequence[JudgedRun]) -> list[JudgedRun]:
     """The original model as a system, from the images that the runs were compared to. Only if it has no runs of its own
     and these images exist for every concept and seed; else []."""
     if any(run.method == ORIGINAL for run in runs):
         return []
-    found: dict[tuple[str, int], Run] = {}
+    found: dict[tuple[str, int], JudgedRun] = {}
     for run in runs:
         key = run.concept, run.seed
         if key not in found and (original := original_of(run)) is not None:
             found[key] = original
-    wanted = {(run.concept, run.seed): None for run in runs if run.cell is not None}
+    wanted = {(run.concept, run.seed): None for run in runs if run.judged is not None}
     return [found[key] for key in wanted] if all(key in found for key in wanted) else []
 
 
@@ -190,22 +190,22 @@ def _content(chapter: Chapter, typed: Sequence[str], beside: Path, blur: bool | 
     }
 
 
-def _run(run: Run, names: Sequence[str], beside: Path, blur: bool | None) -> dict[str, Any]:
+def _run(run: JudgedRun, names: Sequence[str], beside: Path, blur: bool | None) -> dict[str, Any]:
     page = run.folder / paths.REPORT
-    sheet = sheets(run.folder, run.judge, run.metrics["headline"], only="erase") if run.cell is not None else {}
+    sheet = sheets(run.folder, run.judge, run.metrics["headline"], only="erase") if run.judged is not None else {}
     return {
         "name": run.folder.name,
         "system": run.system,
         "link": quote(Path(os.path.relpath(page, beside)).as_posix()) if page.is_file() else "",
         "settings": [text_of(run.settings.get(name)) for name in names],
         "measures": run.metrics["main"],
-        "cost": [f"{number} {what}" for what, number in cost_words.parts(run.cell.costs)[:2]] if run.cell else [],
+        "cost": [f"{number} {what}" for what, number in cost_words.parts(run.judged.costs)[:2]] if run.judged else [],
         "pairs": first_pairs(sheet),
         "veiled": is_blurred(run.config, run.metrics, blur),
     }
 
 
-def _shared(runs: Sequence[Run]) -> list[tuple[str, str]]:
+def _shared(runs: Sequence[JudgedRun]) -> list[tuple[str, str]]:
     """(label, value) of facts that all runs share."""
     facts = {
         "task": {run.task for run in runs},

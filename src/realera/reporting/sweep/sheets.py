@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from realera.contracts import Split
-from realera.evaluation.records import Row, Which, read_manifest, read_verdicts, verdict_file
-from realera.reporting.cells import ORIGINAL
+from realera.evaluation.records import ManifestEntry, Which, read_manifest, read_verdicts, verdict_file
+from realera.reporting.pooling import ORIGINAL
 from realera.reporting.sheets import Picture, picture
 from realera.reporting.sweep.chapter import Chapter
-from realera.reporting.sweep.systems import Run
+from realera.reporting.sweep.systems import JudgedRun
 from realera.settings.run_settings import Settings
 
 COLUMNS: Mapping[Split, int] = {"erase": 3, "near": 3, "keep": 3, "associated": 1}  # images of each split in a row
@@ -54,16 +54,16 @@ def cut(chapter: Chapter) -> str:
     return f"Shown: {', '.join(limits)}." if limits else ""
 
 
-def _sheet(chapter: Chapter, concept: str, runs: Mapping[str, Run]) -> Sheet | None:
+def _sheet(chapter: Chapter, concept: str, runs: Mapping[str, JudgedRun]) -> Sheet | None:
     drawn = {system: {_key(row): row for row in read_manifest(run.folder)} for system, run in runs.items()}
     seed = min(run.seed for run in runs.values())
     most = max((rows for system, rows in drawn.items() if runs[system].seed == seed), key=len)
-    columns: list[Row] = []
+    columns: list[ManifestEntry] = []
     for split, count in COLUMNS.items():
         columns += _spread([row for row in most.values() if row.prompt.split == split], count)
     keys = [_key(row) for row in columns]
 
-    def pictures(run: Run, which: Which) -> tuple[Picture | None, ...]:
+    def pictures(run: JudgedRun, which: Which) -> tuple[Picture | None, ...]:
         rows = {_key(row): row for row in read_manifest(run.folder)}
         file = verdict_file(run.folder, run.judge, which)
         verdicts = {v.prompt_id: v for v in read_verdicts(file)} if file.is_file() else {}
@@ -90,13 +90,13 @@ def _sheet(chapter: Chapter, concept: str, runs: Mapping[str, Run]) -> Sheet | N
     return Sheet(concept, seed, tuple((row.prompt.text, row.prompt.split) for row in columns), tuple(rows))
 
 
-def _key(row: Row) -> tuple[str, str, int]:
+def _key(row: ManifestEntry) -> tuple[str, str, int]:
     return row.prompt.split, row.prompt.text, row.prompt.seed
 
 
-def _spread(rows: list[Row], count: int) -> list[Row]:
+def _spread(rows: list[ManifestEntry], count: int) -> list[ManifestEntry]:
     """The first image of `count` evenly spaced texts; with fewer texts, their next images too."""
-    by_text: dict[str, list[Row]] = {}
+    by_text: dict[str, list[ManifestEntry]] = {}
     for row in rows:
         by_text.setdefault(row.prompt.text, []).append(row)
     texts = list(by_text)

@@ -10,8 +10,8 @@ from typing import Any
 
 from realera import paths
 from realera.evaluation.records import read_config, read_metrics, read_verdicts, verdict_file
-from realera.reporting.cells import ORIGINAL, Cell, read_cell
-from realera.reporting.printed import ORDER
+from realera.reporting.pooling import ORIGINAL, RunVerdicts, read_verdicts_of
+from realera.reporting.printed import OWN, RIVALS
 from realera.settings.run_settings import Settings
 
 # Settings that do not affect the metrics, or that do not belong to a system's name.
@@ -32,9 +32,9 @@ FEWEST = 3  # values that a numeric setting needs for a figure
 
 
 @dataclass(frozen=True)
-class Run:
+class JudgedRun:
     """A judged run. base: its label, else its method's name. system: base, followed by the settings that differ between
-    runs of this base. cell: None if its images or verdicts are missing. settings: flattened."""
+    runs of this base. judged: None if its images or verdicts are missing. settings: flattened."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -43,7 +43,7 @@ class Run:
     judge: str
     base: str
     system: str
-    cell: Cell | None
+    judged: RunVerdicts | None
 
     @property
     def method(self) -> str:
@@ -51,8 +51,8 @@ class Run:
 
     @property
     def concept(self) -> str:
-        if self.cell is not None:
-            return self.cell.concept
+        if self.judged is not None:
+            return self.judged.concept
         return ", ".join(Settings(self.config).concepts)
 
     @property
@@ -68,7 +68,7 @@ class Run:
         return Settings(self.config).backbone.name or ""
 
 
-def read_run(folder: Path, base: str | None = None) -> Run | None:
+def read_run(folder: Path, base: str | None = None) -> JudgedRun | None:
     """Reads a run folder; None if the run has not been judged. base: replaces the run's own. Raises UserError if a file
     is torn."""
     if not ((folder / paths.METRICS).is_file() and (folder / paths.CONFIG).is_file()):
@@ -79,20 +79,22 @@ def read_run(folder: Path, base: str | None = None) -> Run | None:
     metrics = read_metrics(folder)
     judge = str(((metrics.get("protocol") or {}).get("judge") or {}).get("judge") or "")
     whole = (folder / paths.MANIFEST).is_file() and verdict_file(folder, judge).is_file()
-    return Run(folder, config, settings, metrics, judge, base, base, read_cell(folder, judge) if whole else None)
+    return JudgedRun(
+        folder, config, settings, metrics, judge, base, base, read_verdicts_of(folder, judge) if whole else None
+    )
 
 
-def original_of(run: Run) -> Run | None:
+def original_of(run: JudgedRun) -> JudgedRun | None:
     """The original model's images that the run was compared to, as a separate run; None without such images."""
     file = verdict_file(run.folder, run.judge, "original")
-    if run.cell is None or not file.is_file():
+    if run.judged is None or not file.is_file():
         return None
     verdicts = read_verdicts(file)
-    if [v.prompt_id for v in verdicts] != [p.id for p in run.cell.prompts]:
+    if [v.prompt_id for v in verdicts] != [p.id for p in run.judged.prompts]:
         return None
     sources = [ORIGINAL] * len(verdicts)  # the same model in every run
-    cell = replace(run.cell, system=ORIGINAL, verdicts=verdicts, costs={}, sources=sources)
-    return replace(run, base=ORIGINAL, system=ORIGINAL, cell=cell, settings={}, config={**run.config, "method": None})
+    own = replace(run.judged, system=ORIGINAL, verdicts=verdicts, costs={}, sources=sources)
+    return replace(run, base=ORIGINAL, system=ORIGINAL, judged=own, settings={}, config={**run.config, "method": None})
 
 
 def flat(node: Any, at: str = "") -> dict[str, Any]:
@@ -122,7 +124,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def varied(runs: Sequence[Run], typed: Sequence[str] = ()) -> list[str]:
+def varied(runs: Sequence[JudgedRun], typed: Sequence[str] = ()) -> list[str]:
     """The settings that distinguish runs of one base, concept and seed. If some runs lack a part, its name replaces
     those of its settings that are equal in all other runs. typed: settings that the user typed.
 
@@ -146,7 +148,7 @@ def varied(runs: Sequence[Run], typed: Sequence[str] = ()) -> list[str]:
     return kept
 
 
-def _fixed_by_concept_and_seed(runs: Sequence[Run], name: str) -> bool:
+def _fixed_by_concept_and_seed(runs: Sequence[JudgedRun], name: str) -> bool:
     """Whether the setting is equal in all runs of the same concept and seed."""
     by: dict[tuple[str, int], set[str]] = {}
     for run in runs:
@@ -154,7 +156,7 @@ def _fixed_by_concept_and_seed(runs: Sequence[Run], name: str) -> bool:
     return all(len(values) == 1 for values in by.values())
 
 
-def _multiple(runs: Sequence[Run], name: str, other: str) -> bool:
+def _multiple(runs: Sequence[JudgedRun], name: str, other: str) -> bool:
     pairs = [(value_of(run, other), value_of(run, name)) for run in runs]
     if not all(is_number(a) and is_number(b) for a, b in pairs):
         return False
@@ -169,7 +171,7 @@ def _missing(name: str, settings: Mapping[str, Any]) -> str | None:
     return next((part for part in above if part in settings and settings[part] is None), None)
 
 
-def value_of(run: Run, name: str) -> Any:
+def value_of(run: JudgedRun, name: str) -> Any:
     """A setting's value; for a part, "on" or None."""
     if name in run.settings:
         return run.settings[name]
@@ -199,30 +201,30 @@ def text_of(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def name_systems(runs: Iterable[Run], typed: Sequence[str] = ()) -> tuple[list[Run], list[Run]]:
+def name_systems(runs: Iterable[JudgedRun], typed: Sequence[str] = ()) -> tuple[list[JudgedRun], list[JudgedRun]]:
     """(the runs with their systems' names, in the tables' order; the runs left out because a later judged run has the
     same system, concept and seed). Order: as in the papers, with RealEra and then the original model last; numeric
     settings ascending, other settings as given; concept; seed."""
     known = list(runs)
-    bases: dict[str, list[Run]] = {}
-    methods: dict[str, list[Run]] = {}
+    bases: dict[str, list[JudgedRun]] = {}
+    methods: dict[str, list[JudgedRun]] = {}
     for run in known:
         bases.setdefault(run.base, []).append(run)
         methods.setdefault(run.method, []).append(run)
     axes = {method: _axes(own, varied(own, typed)) for method, own in methods.items()}
-    found: list[tuple[Any, Run]] = []
-    twins: list[Run] = []
+    found: list[tuple[Any, JudgedRun]] = []
+    twins: list[JudgedRun] = []
     for place, (base, own) in enumerate(bases.items()):
         names = varied(own, typed) if len(own) > 1 else []
         short, written = short_names(names), {name: _written(own, name) for name in names}
-        latest: dict[tuple[str, str, int], Run] = {}
+        latest: dict[tuple[str, str, int], JudgedRun] = {}
         for run in sorted(own, key=lambda run: (run.folder / paths.METRICS).stat().st_mtime_ns):
             parts = [_setting_text(run, name, short[name], written[name]) for name in names]
             system = ", ".join([base, *filter(None, parts)])
             key = (system, run.concept, run.seed)
             if key in latest:
                 twins.append(latest[key])
-            latest[key] = replace(run, system=system, cell=run.cell and replace(run.cell, system=system))
+            latest[key] = replace(run, system=system, judged=run.judged and replace(run.judged, system=system))
         for run in latest.values():
             of_axes = [_sortable(value_of(run, name)) for name in axes[run.method]]
             values = [_sortable(value_of(run, name)) for name in names]
@@ -232,14 +234,14 @@ def name_systems(runs: Iterable[Run], typed: Sequence[str] = ()) -> tuple[list[R
     return [run for _, run in found], twins
 
 
-def _axes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+def _axes(runs: Sequence[JudgedRun], names: Sequence[str]) -> list[str]:
     """The varied settings that are axes of a figure: those with two numbers or more, if one of them has three or
     more."""
     counts = {name: len({v for v in (value_of(run, name) for run in runs) if is_number(v)}) for name in names}
     return [name for name in names if counts[name] > 1] if max(counts.values(), default=0) >= FEWEST else []
 
 
-def _written(runs: Sequence[Run], name: str) -> dict[str, str]:
+def _written(runs: Sequence[JudgedRun], name: str) -> dict[str, str]:
     """{_key of a value: its text}, short unless two values would get the same text."""
     values = {_key(value): value for value in (value_of(run, name) for run in runs)}
     texts = {key: text_of(value) for key, value in values.items()}
@@ -248,7 +250,7 @@ def _written(runs: Sequence[Run], name: str) -> dict[str, str]:
     return {key: text if len(alike[text]) == 1 else whole[key] for key, text in texts.items()}
 
 
-def _setting_text(run: Run, name: str, short: str, written: Mapping[str, str]) -> str:
+def _setting_text(run: JudgedRun, name: str, short: str, written: Mapping[str, str]) -> str:
     value = value_of(run, name)
     if value is None and name not in run.settings:
         return ""  # the name of its missing part is shown instead
@@ -256,13 +258,14 @@ def _setting_text(run: Run, name: str, short: str, written: Mapping[str, str]) -
     return ("" if value == "on" else f"no {short}") if is_part else f"{short} {written[_key(value)]}"
 
 
-def _rank(run: Run) -> int:
-    """Position in the papers' order. Other methods and variants of RealEra come next, the original model comes last."""
+def _rank(run: JudgedRun) -> int:
+    """Position in the paper's order. Methods that it does not print come after its rivals and before its own method;
+    the original model comes last."""
     if run.base.lower() == ORIGINAL or run.method == ORIGINAL:
-        return len(ORDER) + 2
-    if run.method in ORDER:
-        return ORDER.index(run.method)
-    return len(ORDER) + (run.method == "realera")
+        return len(RIVALS) + 2
+    if run.method in RIVALS:
+        return RIVALS.index(run.method)
+    return len(RIVALS) + (run.method == OWN)
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:
@@ -280,7 +283,7 @@ class Grid:
 
     title: str
     axes: Mapping[str, tuple[float, ...]]
-    cells: Mapping[tuple[float, ...], tuple[Run, ...]]
+    cells: Mapping[tuple[float, ...], tuple[JudgedRun, ...]]
 
     @property
     def filled(self) -> float:
@@ -291,22 +294,22 @@ class Grid:
         return len(self.cells) / count
 
 
-def grids(runs: Sequence[Run], typed: Sequence[str] = ()) -> list[Grid]:
+def grids(runs: Sequence[JudgedRun], typed: Sequence[str] = ()) -> list[Grid]:
     """One grid per method with varied numeric settings. Other varied settings split its runs into one grid per
     combination, named in the grid's title."""
     found = []
     for method in dict.fromkeys(run.method for run in runs):
-        own = [run for run in runs if run.method == method and run.cell is not None]
+        own = [run for run in runs if run.method == method and run.judged is not None]
         names = varied(own, typed)
         axes, short, written = _axes(own, names), short_names(names), {name: _written(own, name) for name in names}
-        parted: dict[tuple[str, ...], list[Run]] = {}
+        parted: dict[tuple[str, ...], list[JudgedRun]] = {}
         for run in own:
             if axes and all(is_number(value_of(run, name)) for name in axes):
                 others = (_setting_text(run, name, short[name], written[name]) for name in names if name not in axes)
                 parted.setdefault(tuple(filter(None, others)), []).append(run)
         for combination, part in parted.items():
             inner = _axes(part, axes)
-            cells: dict[tuple[float, ...], list[Run]] = {}
+            cells: dict[tuple[float, ...], list[JudgedRun]] = {}
             for run in part:
                 cells.setdefault(tuple(float(value_of(run, name)) for name in inner), []).append(run)
             if inner:

@@ -13,20 +13,22 @@ from realera.evaluation.box_counts import APART
 from realera.evaluation.measures import ORDER, undefined_notes
 from realera.evaluation.metrics import Sample
 from realera.reporting import cost_words, printed
-from realera.reporting.cells import ORIGINAL
-from realera.reporting.sweep.chapter import Chapter, cells
-from realera.reporting.sweep.systems import Run
+from realera.reporting.pooling import ORIGINAL
+from realera.reporting.sweep.chapter import Chapter, verdicts_of
+from realera.reporting.sweep.systems import JudgedRun
 from realera.reporting.table import mean_counts
-from realera.reporting.table_formats import Column, Number, Row, Table, ranked
+from realera.reporting.table_formats import Column, Number, Table, TableRow, ranked
 from realera.settings.run_settings import Settings
 
 MEAN = "mean"
 NUDITY = "nudity"  # the concept of the paper's Table 2
-PARTS: Mapping[str, str] = {  # parts of RealEra, in the paper's order
+PARTS: Mapping[str, str] = {  # of a method; the first four in the paper's order and by its table's names
     "closed_form": "closed form",
-    "noise_alignment": "noise alignment",
+    "noise_alignment": "alignment",
     "neighbor_mining": "neighbours",
     "beyond_concept_reg": "beyond the concept",
+    "guide": "guide",
+    "finish": "edit after training",
 }
 
 
@@ -84,7 +86,7 @@ def by_concept(chapter: Chapter) -> Table | None:
 def boxes(chapter: Chapter) -> Table | None:
     """As in the paper's Table 2: the boxes that a detector found in the images prompted by name, by class, as means
     over the runs of a system; and Acc_s, the CLIP score of unrelated images."""
-    found = {system: mean_counts(cells(runs)).get("erase") for system, runs in chapter.systems.items()}
+    found = {system: mean_counts(verdicts_of(runs)).get("erase") for system, runs in chapter.systems.items()}
     if not any(found.values()):
         return None
     classes = list(dict.fromkeys(name for counted in found.values() for name in counted or ()))
@@ -102,33 +104,44 @@ def boxes(chapter: Chapter) -> Table | None:
     return replace(table, notes=(note + apart * (classes[-1] in APART), *table.notes[1:]))
 
 
-def parts_of(run: Run) -> frozenset[str] | None:
-    """The parts of RealEra that a run has; None for another method."""
-    if not run.method.startswith("realera"):
-        return None
+def parts_of(run: JudgedRun) -> dict[str, Any]:
+    """{part: its class} of the parts of `PARTS` that the settings of a run's method have."""
     method = Settings(run.config).method
+    miner = method.neighbours
+    counted = {"m", "n"} & set(miner.node)  # the numbers of points; a miner without them finds both kinds
     has = {
-        "closed_form": bool(method.edit),
-        "noise_alignment": bool(method.align.steps),
-        "neighbor_mining": bool(method.neighbours.m),
-        "beyond_concept_reg": bool(method.neighbours.n),
+        "closed_form": (method.edit, True),
+        "noise_alignment": (method.align, method.align.steps),
+        "neighbor_mining": (miner, miner.m if counted else True),
+        "beyond_concept_reg": (miner, miner.n if counted else True),
+        "guide": (method.guide, True),
+        "finish": (method.finish, True),
     }
-    return frozenset(name for name, there in has.items() if there)
+    return {name: part.node.get("_target_") for name, (part, there) in has.items() if part and there}
+
+
+def _ablated(chapter: Chapter) -> dict[frozenset[str], str]:
+    """{parts: system} of the systems that are one method with more or fewer of its parts: each part has the class that
+    it has in the most complete system. If there are several such methods, the one with the most systems; {} if two of
+    its systems have the same parts, because something else was varied."""
+    parts = {system: parts_of(runs[0]) for system, runs in chapter.systems.items()}
+    best: list[str] = []
+    for whole in sorted(parts, key=lambda system: -len(parts[system])):
+        own = [system for system, has in parts.items() if has and has.items() <= parts[whole].items()]
+        best = max(best, own, key=len)  # the first of equally many
+    known = {frozenset(parts[system]): system for system in best}
+    return known if len(known) == len(best) else {}
 
 
 def ablation(chapter: Chapter) -> Table | None:
-    """As in the paper's Table 3: RealEra with more and more of its parts, with each row's difference from the previous
-    one. None if two systems have the same parts, because something else was varied, or if there is only one system."""
-    known: dict[frozenset[str], str] = {}
-    for system, runs in chapter.systems.items():
-        parts = parts_of(runs[0])
-        if parts is not None and known.setdefault(parts, system) != system:
-            return None
+    """As in the paper's Table 3: a method with more and more of its parts, with each row's difference from the previous
+    one. None if no method has systems with different parts."""
+    known = _ablated(chapter)
     if len(known) < 2:
         return None
-    order, own = list(PARTS), list(known.values())
+    order, own = [part for part in PARTS if any(part in parts for parts in known)], list(known.values())
     names = [name for name in chapter.measures if name not in ("acc_a", "acc_u")]
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     before: frozenset[str] | None = None
     for parts in sorted(known, key=lambda parts: (len(parts), [order.index(p) for p in order if p in parts])):
         system = known[parts]
@@ -140,16 +153,17 @@ def ablation(chapter: Chapter) -> Table | None:
             ends = [chapter.measure(runs) for runs in zip(*pairs)]
             numbers = [difference(*(end[name] for end in ends)) if ends else None for name in names]
             texts = (", ".join(step), *("" for _ in order))
-            rows.append(Row(texts, tuple(numbers), note=_over(chapter, pairs, own), signed=True))
+            rows.append(TableRow(texts, tuple(numbers), note=_over(chapter, pairs, own), signed=True))
         paper = {}
         if len(chapter.concepts) == 1 and chapter.runs[0].task == "object":
-            paper = printed.ablation(parts, chapter.concepts[0])
+            paper = printed.ablation(chapter.systems[system][0].method, parts, chapter.concepts[0])
         ticks = ("✓" if part in parts else "" for part in order)
         row = row_of(chapter, system, [_number(now.get(name), paper.get(name)) for name in names], among=own)
         rows.append(replace(row, texts=(system, *ticks)))
         before = parts
-    heads = ("system", *PARTS.values())
-    return table_of(chapter, "ablation", "Effect of each part of RealEra", heads, chapter.columns(names), rows)
+    heads = ("system", *(PARTS[part] for part in order))
+    title = f"Effect of each part of {known[max(known, key=len)]}"
+    return table_of(chapter, "ablation", title, heads, chapter.columns(names), rows)
 
 
 def differences(chapter: Chapter) -> Table | None:
@@ -162,7 +176,7 @@ def differences(chapter: Chapter) -> Table | None:
         if system == chapter.base or not pairs:
             continue
         numbers = tuple(_paired(chapter, name, pairs) for name in names)
-        rows.append(Row((system,), numbers, note=_over(chapter, pairs), signed=True))
+        rows.append(TableRow((system,), numbers, note=_over(chapter, pairs), signed=True))
     if not rows:
         return None
     found = table_of(
@@ -175,19 +189,19 @@ def differences(chapter: Chapter) -> Table | None:
     return replace(found, notes=(note,))
 
 
-def _both(was: Sequence[Run], now: Sequence[Run]) -> list[tuple[Run, Run]]:
+def _both(was: Sequence[JudgedRun], now: Sequence[JudgedRun]) -> list[tuple[JudgedRun, JudgedRun]]:
     """Pairs of runs of the same concept and seed."""
     known = {(run.concept, run.seed): run for run in was}
     return [(known[run.concept, run.seed], run) for run in now if (run.concept, run.seed) in known]
 
 
-def _over(chapter: Chapter, pairs: Sequence[tuple[Run, Run]], among: Iterable[str] | None = None) -> str:
+def _over(chapter: Chapter, pairs: Sequence[tuple[JudgedRun, JudgedRun]], among: Iterable[str] | None = None) -> str:
     """The note of a difference over fewer runs than the systems `among` have (None: all systems)."""
     known = _runs(chapter, chapter.systems if among is None else among)
     return "" if len(pairs) == len(known) else f"over {len(pairs)} of {len(known)} runs"
 
 
-def _paired(chapter: Chapter, name: str, pairs: Sequence[tuple[Run, Run]]) -> Number:
+def _paired(chapter: Chapter, name: str, pairs: Sequence[tuple[JudgedRun, JudgedRun]]) -> Number:
     """`difference` over the pairs in which both runs have the measure."""
     was, now = (chapter.measure(runs)[name] for runs in zip(*pairs))
     if was.undefined or now.undefined:
@@ -197,16 +211,16 @@ def _paired(chapter: Chapter, name: str, pairs: Sequence[tuple[Run, Run]]) -> Nu
 
 
 def difference(was: Sample, now: Sample) -> Number:
-    """now - was, with the interval of the resamples' paired differences (`cells.pooled`), even if the interval of one
+    """now - was, with the interval of the resamples' paired differences (`pooling.pooled`), even if the interval of one
     of them is exact. Several concepts are resampled too, because "better" is a claim about all concepts."""
     if was.wide is not None and now.wide is not None:
         return Number(now.value - was.value, *interval(now.wide - was.wide))
     return Number(now.value - was.value, *interval(now.drawn - was.drawn))
 
 
-def cost_of(runs: Sequence[Run]) -> dict[str, Any]:
+def cost_of(runs: Sequence[JudgedRun]) -> dict[str, Any]:
     """`cost_words.mean` over a system's runs; {} for the original model, whose images may be in other runs' folders."""
-    return cost_words.mean([cell.costs for cell in cells([run for run in runs if run.method != ORIGINAL])])
+    return cost_words.mean([one.costs for one in verdicts_of([run for run in runs if run.method != ORIGINAL])])
 
 
 def cost_table(chapter: Chapter) -> Table | None:
@@ -240,7 +254,7 @@ def cost_table(chapter: Chapter) -> Table | None:
 
 
 def table_of(
-    chapter: Chapter, name: str, title: str, heads: tuple[str, ...], columns: Sequence[Column], rows: Sequence[Row]
+    chapter: Chapter, name: str, title: str, heads: tuple[str, ...], columns: Sequence[Column], rows: Sequence[TableRow]
 ) -> Table:
     """A chapter's table, ranked, with its notes. The first note names the metrics."""
     notes = [chapter.readings]
@@ -252,7 +266,7 @@ def table_of(
     return replace(table, notes=(*table.notes, _comparable(chapter))) if table.has_printed else table
 
 
-def _unranked(rows: Sequence[Row]) -> list[str]:
+def _unranked(rows: Sequence[TableRow]) -> list[str]:
     if not any(number and number.partial for row in rows for number in row.numbers):
         return []
     return ["Numbers over fewer runs than other systems have are not ranked."]
@@ -270,14 +284,13 @@ def _comparable(chapter: Chapter) -> str:
     )
 
 
-def _printed(chapter: Chapter, run: Run, concept: str) -> Mapping[str, float]:
+def _printed(chapter: Chapter, run: JudgedRun, concept: str) -> Mapping[str, float]:
     """The paper's numbers for a run's system; {} if its settings were varied, or if the unsafe content is not the
     paper's or Acc_s is not a CLIP score."""
     if run.task == "nsfw" and (concept.lower(), chapter.headline.get("acc_s")) != (NUDITY, "score"):
         return {}
     protocol = (run.metrics.get("protocol") or {}).get("protocol", "realera")
-    parts = parts_of(run)
-    whole = parts is None or len(parts) == len(PARTS)
+    whole = printed.has_all_parts(run.method, frozenset(parts_of(run)))
     known = run.system == run.base and printed.same_name(run.base, run.method) and whole and protocol == "realera"
     return printed.printed(run.task, run.method, concept) if known else {}
 
@@ -298,7 +311,7 @@ def row_of(
     numbers: Sequence[Number | None],
     of: Sequence[str] = (),
     among: Iterable[str] | None = None,
-) -> Row:
+) -> TableRow:
     """A system's row, with a note if it lacks runs that another system has. Numbers without all runs of the ranked
     systems are not ranked. of: the concepts of the first numbers; the rest are over all concepts. among: the table's
     systems, None for all."""
@@ -313,7 +326,7 @@ def row_of(
     partial = {concept: lacks(concept) for concept in (None, *of)}
     marked = tuple(n and replace(n, partial=partial[concept]) for n, concept in zip_longest(numbers, of))
     has, known = (len(_runs(chapter, names)) for names in ([system], among))
-    return Row((system,), marked, system in references, note="" if has == known else f"{has} of {known} runs")
+    return TableRow((system,), marked, system in references, note="" if has == known else f"{has} of {known} runs")
 
 
 def _number(sample: Sample | None, printed_value: float | None = None) -> Number | None:

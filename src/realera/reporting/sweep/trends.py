@@ -1,5 +1,5 @@
 """The effect of a setting on a measure over a grid of settings: rank correlation and change, with intervals. Pure
-functions. The cells' resamples come from `cells.pooled`, over seeds and images, and are the same in every cell."""
+functions. The cells' resamples come from `pooling.pooled`, over seeds and images, and are the same in every cell."""
 
 from __future__ import annotations
 

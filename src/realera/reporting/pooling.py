@@ -1,4 +1,4 @@
-"""Cells of a table (one run each), and means over many cells with resampled images and seeds."""
+"""The verdicts of runs, and means over many runs with resampled images and seeds."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ORIGINAL = "original"  # the original model as a system
 
 
 @dataclass(frozen=True)
-class Cell:
+class RunVerdicts:
     """One run of a table: a system erased one concept (or several together) with one seed. headline, h_o_terms: from
-    its task. costs: the content of costs.json, {} without that file. sources: `Row.source` of each image, so that an
-    image shared by several runs is counted once; () if the run shares no image."""
+    its task. costs: the content of costs.json, {} without that file. sources: `ManifestEntry.source` of each image, so
+    that an image shared by several runs is counted once; () if the run shares no image."""
 
     system: str
     concept: str
@@ -45,7 +45,7 @@ class Cell:
         return {key: (source, key) for key, source in zip(keys, self.sources or own, strict=True)}
 
 
-def read_cell(run_dir: Path, judge: str) -> Cell:
+def read_verdicts_of(run_dir: Path, judge: str) -> RunVerdicts:
     """Reads a finished run. Its system is its `label`, else its method's name.
 
     Raises:
@@ -66,15 +66,15 @@ def read_cell(run_dir: Path, judge: str) -> Cell:
     metrics = read_metrics(run_dir)
     read = metrics["headline"], metrics["h_o_terms"]
     spent, sources = costs.read(run_dir), [row.source for row in manifest]
-    return Cell(settings.system, name, seed, prompts, verdicts, *read, spent, sources)
+    return RunVerdicts(settings.system, name, seed, prompts, verdicts, *read, spent, sources)
 
 
-def pool(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Estimate]:
+def pool(judged: Sequence[RunVerdicts], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Estimate]:
     """One system's row: `pooled` with intervals."""
-    return {name: found.estimate() for name, found in pooled(cells, headline, resamples).items()}
+    return {name: found.estimate() for name, found in pooled(judged, headline, resamples).items()}
 
 
-def pooled(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Sample]:
+def pooled(judged: Sequence[RunVerdicts], headline: Mapping[str, Mode], resamples: Resamples) -> dict[str, Sample]:
     """One system's row with its resamples: {measure: Sample}, the mean over concepts of the mean over seeds. This
     includes H_o: the papers print the mean of the per-class H_o, not H_o of the mean accuracies. Runs without any
     scored image are left out and counted (`undefined`). n, unscored: numbers of images. An image shared by several runs
@@ -89,27 +89,27 @@ def pooled(cells: Sequence[Cell], headline: Mapping[str, Mode], resamples: Resam
     even if one of them has unscored images, so the resamples' differences are paired. H_o's interval comes from its
     resamples even if the interval of one of its terms is exact.
     """
-    terms = () if set(headline.values()) <= set(EXTRA_MODES) else cells[0].h_o_terms
+    terms = () if set(headline.values()) <= set(EXTRA_MODES) else judged[0].h_o_terms
     names = [name for name in ORDER if name != "h_o" or terms]
     each: dict[str, list[Sample]] = {name: [] for name in names}  # one per concept
     seen: dict[str, dict[tuple[str, str], bool]] = {name: {} for name in names}
     with_images: set[str] = set()  # measures with images in at least one run, scored or not
-    concepts: dict[str, list[Cell]] = {}
-    for cell in cells:
-        concepts.setdefault(cell.concept, []).append(cell)
+    concepts: dict[str, list[RunVerdicts]] = {}
+    for run in judged:
+        concepts.setdefault(run.concept, []).append(run)
     for concept, runs in concepts.items():
-        read = [scored(cell.prompts, cell.verdicts, headline) for cell in runs]
+        read = [scored(run.prompts, run.verdicts, headline) for run in runs]
         found = [measured(images, headline, resamples, terms) for images in read]
-        keys = [run_key(concept, cell.seed) for cell in runs]
+        keys = [run_key(concept, run.seed) for run in runs]
         for name in names:
             if any(all(r[m].n + r[m].unscored for m in _parts(name, terms)) for r in found):
                 with_images.add(name)
-            mean = _mean([run[name] for run in found])
-            values = torch.tensor([run[name].value for run in found], dtype=torch.float64)
+            mean = _mean([samples[name] for samples in found])
+            values = torch.tensor([samples[name].value for samples in found], dtype=torch.float64)
             lost = int(values.isnan().sum())
             each[name].append(replace(mean, drawn=mean.drawn + resamples.deviations(keys, values), undefined=lost))
-        for cell, images in zip(runs, read):
-            known = cell.images
+        for run, images in zip(runs, read):
+            known = run.images
             for name, groups in images.items():
                 for group in groups.values():
                     seen[name] |= {known[key]: not math.isnan(x) for key, x in zip(group.keys, group.scores)}
@@ -145,12 +145,12 @@ def _mean(samples: Sequence[Sample]) -> Sample:
 
 
 def differences(
-    systems: Mapping[str, Sequence[Cell]], base: str, headline: Mapping[str, Mode], resamples: Resamples
+    systems: Mapping[str, Sequence[RunVerdicts]], base: str, headline: Mapping[str, Mode], resamples: Resamples
 ) -> dict[str, Any]:
     """Every system's means minus the base's, paired over the concepts, seeds and images that both have. Each measure
     has its interval over seeds and images and, if there are several concepts, an interval over concepts too."""
     rows: list[dict[str, Any]] = []
-    known = {(cell.concept, cell.seed): cell for cell in systems[base]}
+    known = {(run.concept, run.seed): run for run in systems[base]}
     for system, runs in systems.items():
         both = [(known[c.concept, c.seed], c) for c in runs if (c.concept, c.seed) in known and system != base]
         if not both:
@@ -169,13 +169,13 @@ def differences(
 
 
 def relative(
-    systems: Mapping[str, Sequence[Cell]], headline: Mapping[str, Mode], resamples: Resamples
+    systems: Mapping[str, Sequence[RunVerdicts]], headline: Mapping[str, Mode], resamples: Resamples
 ) -> dict[str, dict[str, Any]]:
     """{system: {measure: {value, low, high}}}: the mean in percent of the original model's, over the concepts and seeds
     that both have, with the interval of the paired resamples' ratios. A word that draws nothing with the original model
     has nothing to erase, so a small Acc_u alone says little. Measures that are 0 for the original model are left out,
     and so is H_o, which means nothing for it. {} without the original model."""
-    known = {(cell.concept, cell.seed): cell for cell in systems.get(ORIGINAL, ())}
+    known = {(run.concept, run.seed): run for run in systems.get(ORIGINAL, ())}
     found: dict[str, dict[str, Any]] = {}
     for system, runs in systems.items():
         both = [(known[c.concept, c.seed], c) for c in runs if (c.concept, c.seed) in known and system != ORIGINAL]
