@@ -36,7 +36,7 @@ from realera.system.ranks import ALONE, Ranks, patient_group
 from realera.system.terminal import bars_hidden
 from realera.training import maps
 from realera.training.checkpoint import Origin, save_map, save_neighbours, tensors_of
-from realera.training.module import ErasureModule, trains
+from realera.training.module import ErasureModule, adapter_of, trains
 from realera.training.resuming import trained_numbers
 from realera.training.seeding import stream
 
@@ -132,8 +132,8 @@ class ClosedFormEdit(Callback):
                 self._write(module, edit)
         self._count_edited(module)
         if method.align is not None and trains(method.align):
-            if method.align.lora is not None:
-                backbone.add_adapter(method.align.lora, stream(module.seed, "adapter"), len(module.pairs))
+            if (adapter := adapter_of(method.align)) is not None:
+                backbone.add_adapter(adapter, stream(module.seed, "adapter"), len(module.pairs))
             elif method.align.parameters:
                 backbone.unfreeze(method.align.parameters)
 
@@ -239,6 +239,7 @@ class PrepareLatents(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _erasure(pl_module)
+        module.backbone.to(trainer.strategy.root_device)  # Lightning has moved the trained network alone
         parts: tuple[object, ...] = (module.method.latents, module.method.align)
         together = [part for part in parts if isinstance(part, PreparesTogether)]
         alone = [part for part in parts if not isinstance(part, PreparesTogether) and isinstance(part, Prepares)]

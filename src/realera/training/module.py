@@ -16,7 +16,20 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from realera.contracts import Aligner, Backbone, Clipped, Method, Pair, Scheduled, TextStates, TrainingBatch, UserError
+from realera.contracts import (
+    Adapter,
+    Aligner,
+    Backbone,
+    Clipped,
+    Method,
+    Pair,
+    Scheduled,
+    TextStates,
+    TrainingBatch,
+    TrainsErasers,
+    TrainsNetwork,
+    UserError,
+)
 from realera.files import finite
 from realera.training.per_concept_adamw import PerConceptAdamW
 from realera.training.seeding import stream
@@ -41,6 +54,8 @@ class ErasureModule(LightningModule):
 
     def __init__(self, backbone: Backbone, method: Method, pairs: Sequence[Pair], seed: int) -> None:
         super().__init__()
+        part: object = method.align
+        backbone.choose(part.network if isinstance(part, TrainsNetwork) else "denoiser")
         self.network = backbone.trained
         self.backbone = backbone
         self.method = method
@@ -155,6 +170,14 @@ class ErasureModule(LightningModule):
 def trains(align: Aligner | None) -> bool:
     """Whether the aligner has steps to train."""
     return align is not None and align.steps > 0
+
+
+def adapter_of(align: Aligner | None) -> Adapter | None:
+    """What the aligner trains beside the weights; None: weights."""
+    part: object = align
+    if isinstance(part, TrainsErasers):
+        return part.eraser
+    return None if align is None else align.lora
 
 
 def has_adapter_per_concept(align: Aligner | None) -> bool:
