@@ -226,7 +226,8 @@ class Erased:
             )
         if any(name.startswith("eraser.") for name in self._state):
             log.warning(
-                "method %s adds erasers to the U-Net, which pipe.save_pretrained cannot keep: call erased.save", self.method
+                "method %s adds erasers to the U-Net, which pipe.save_pretrained cannot keep: call erased.save",
+                self.method,
             )
         self._merge_adapter()
         self._number = stacks.push(self._backbone.denoiser)

@@ -43,14 +43,16 @@ def found(unet: nn.Module) -> dict[str, Eraser]:
 def add(unet: nn.Module, spec: EraserSpec, generator: Generator) -> list[nn.Parameter]:
     """Adds an eraser behind every attn2 module and returns the trained parameters.
 
-    W1 and b1 are drawn from `generator` as torch draws a Linear layer's; W2 and b2 are 0, so nothing changes yet. Raises
-    UserError for a rank below 1.
+    W1 and b1 are drawn from `generator` as torch draws a Linear layer's; W2 and b2 are 0, so nothing changes yet.
+    Raises UserError for a rank below 1.
     """
     if spec.rank < 1:
         raise UserError(f"Eraser rank {spec.rank} is not possible; give a whole number of 1 or more.")
     for name, attention in _attentions(unet).items():
         eraser = _attach(name, attention, spec.rank)
-        bound = attention.to_out[0].out_features ** -0.5  # torch: kaiming uniform with a = sqrt(5), and 1 / sqrt(fan in)
+        bound = (
+            attention.to_out[0].out_features ** -0.5
+        )  # torch: kaiming uniform with a = sqrt(5), and 1 / sqrt(fan in)
         for start in (eraser.down.weight, eraser.down.bias):
             drawn = torch.rand(start.shape, generator=generator, device=generator.device) * 2 - 1
             start.data.copy_(bound * drawn)
@@ -108,8 +110,8 @@ def state(unet: nn.Module) -> dict[str, Tensor]:
 
 
 def load(unet: nn.Module, saved: Mapping[str, Tensor], backbone: str) -> None:
-    """The inverse of `state`, on a U-Net without erasers; the parameters are frozen. Raises UserError for tensors that do
-    not fit; no eraser is then left."""
+    """The inverse of `state`, on a U-Net without erasers; the parameters are frozen. Raises UserError for tensors that
+    do not fit; no eraser is then left."""
     if not saved:
         return
     attentions = _attentions(unet)
@@ -117,8 +119,8 @@ def load(unet: nn.Module, saved: Mapping[str, Tensor], backbone: str) -> None:
     if saved.keys() != wanted:
         odd = min(saved.keys() ^ wanted)
         raise UserError(
-            f"The erased weights and backbone {backbone} have other erasers (such as {odd}); use the backbone that they "
-            "were trained on."
+            f"The erased weights and backbone {backbone} have other erasers (such as {odd}); use the backbone "
+            "that they were trained on."
         )
     try:
         for name, attention in attentions.items():

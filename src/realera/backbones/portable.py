@@ -37,8 +37,8 @@ def refuse_erasers(erased: Mapping[str, Tensor]) -> None:
     """Raises UserError for erasers, which are no weights of a layer that other programs know."""
     if count := sum(key.endswith(".down.bias") for key in erased if key.startswith(ERASER)):
         raise UserError(
-            f"this run's erasure is {count} erasers behind the U-Net's cross-attention. They are not linear, so no file "
-            "for other programs can hold them: draw with realera (python -m realera.generate, realera.load)."
+            f"this run's erasure is {count} erasers behind the U-Net's cross-attention. They are not linear, so no "
+            "file for other programs can hold them: draw with realera (python -m realera.generate, realera.load)."
         )
 
 
@@ -81,8 +81,8 @@ def differences(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> dic
 def merged(
     base: Mapping[str, Tensor], erased: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The whole state of a part with edits and adapters merged. erased: of this part. dtype: of all floating-point weights; None = each weight
-    keeps its own. Raises UserError for a weight that is not finite in that dtype."""
+    """The whole state of a part with edits and adapters merged. erased: of this part. dtype: of all floating-point
+    weights; None = each weight keeps its own. Raises UserError for a weight that is not finite in that dtype."""
     state = dict(base)
     for name, change in differences(base, erased).items():
         state[name] = (base[name].double() + change).to(base[name].dtype if dtype is None else dtype)
@@ -255,9 +255,7 @@ def base_unet(source: Path) -> dict[str, Tensor]:
     return state
 
 
-def erased_part(
-    source: Path, part: str, erased: Mapping[str, Tensor], dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+def erased_part(source: Path, part: str, erased: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state of a part, erased if it is a part that was changed, by the names of the part's files."""
     own = of_part(erased, part)
     if part == "unet":

@@ -61,8 +61,8 @@ class TextEncoder:
     ) -> TextStates:
         """States (B, T, D) float32 on the model's device; see `contracts.TextStates`. `pooled` is the projected state
         of the text's end, if the model has one. to_end: do not compute the rows after a text's end. This does not
-        change the other rows, because attention is causal. weights: a name of the model's weights as they are now, under
-        which the states are kept; None = they are trained: the states are not kept and have gradients.
+        change the other rows, because attention is causal. weights: a name of the model's weights as they are now,
+        under which the states are kept; None = they are trained: the states are not kept and have gradients.
 
         Raises UserError if a name is cut off (see `rows`).
         """

@@ -204,8 +204,8 @@ class UNetBackbone:
 
     @torch.inference_mode(False)
     def add_adapter(self, spec: Adapter, generator: Generator, concepts: int = 1) -> list[nn.Parameter]:
-        """See `adapters.add` and `erasers.add`. The adapter is float32 for every dtype of the U-Net. Only one adapter is
-        allowed, and erasers only behind the U-Net's attention."""
+        """See `adapters.add` and `erasers.add`. The adapter is float32 for every dtype of the U-Net. Only one adapter
+        is allowed, and erasers only behind the U-Net's attention."""
         self._refuse_inside_original()
         self._base.refuse_adapting_float16()
         if adapters.layers(self.unet) or adapters.layers(self._changed_text.network) or erasers.found(self.unet):
@@ -251,8 +251,9 @@ class UNetBackbone:
         erasers.remove(self.unet)
 
     def erased_state(self) -> dict[str, Tensor]:
-        """{"edit.<layer>.weight": changed base weight, "lora.<layer>.down|up|alpha": adapter, "eraser.<attn2>.down.weight
-        ...": eraser}, copies on the CPU. Layers of a text encoder begin with the name of its folder."""
+        """{"edit.<layer>.weight": changed base weight, "lora.<layer>.down|up|alpha": adapter,
+        "eraser.<attn2>.down.weight ...": eraser}, copies on the CPU. Layers of a text encoder begin with the name of
+        its folder."""
         self._refuse_inside_original()
         changed = {**self._base.changed(), **self._changed_text.base.changed()}
         lora = {**adapters.state(self.unet), **self._changed_text.adapter_state()}
@@ -427,8 +428,8 @@ class UNetBackbone:
         return self
 
     def park(self) -> None:
-        """Moves text encoders and autoencoder to the CPU until their next use: the training loop needs neither, unless it
-        trains the text encoders."""
+        """Moves text encoders and autoencoder to the CPU until their next use: the training loop needs neither, unless
+        it trains the text encoders."""
         if self.trained is self.unet:
             self.text.to("cpu")
         self.vae.to("cpu")

@@ -26,8 +26,8 @@ def distance(
     run: Run, source: Path, state: Mapping[str, Tensor], to: str, path: Path, images: int | None, name: str
 ) -> float | None:
     """Mean absolute difference in grey levels (0 to 255) between images of the run and of the file, the same prompts
-    and seeds; only the U-Net and the text encoders differ. The prompts are the task's own, half of them with the concept. None if no images
-    are asked for.
+    and seeds; only the U-Net and the text encoders differ. The prompts are the task's own, half of them with the
+    concept. None if no images are asked for.
 
     source: the base model's folder. state: of the run's erased.safetensors. images: None = `USUAL` on a GPU or for
     small images, else 0.

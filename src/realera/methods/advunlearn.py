@@ -1,7 +1,8 @@
-"""AdvUnlearn (arXiv 2405.15234): the text encoder learns to steer away from the concept, as ESD's U-Net does, for prompts
-that an attacker has put learned vectors into; prompts of other things keep their noise.
+"""AdvUnlearn (arXiv 2405.15234): the text encoder learns to steer away from the concept, as ESD's U-Net does, for
+prompts that an attacker has put learned vectors into; prompts of other things keep their noise.
 
-Letters: B latents of the concept, R retained prompts and S attack steps for each of them, k attack vectors, D text width.
+Letters: B latents of the concept, R retained prompts and S attack steps for each of them, k attack vectors, D text
+width.
 """
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ class ForgetAndRetain:
     """z_t of the concept's name, of retained prompts and for the attack: images that the *original* model has drawn
     partway, with t uniform in the part of the noise levels that begins at that of z_t (as `Rollout`).
 
-    retain: the prompts to preserve, a list or a text file with one on each line; None = the 108 captions of the package.
-    Prompts that name an erased concept are left out. retained: R; 0 = none. attacks: S; warmup: steps of each concept
-    without an attack. tokens: k. scheduler, steps, guidance_scale: of the sampler. batch: B. images: None = every z_t is
-    drawn for its step (official); a number = so many images of each name, and of the retained prompts together, are drawn
-    once, `chunk` at a time, and cached with all their stages; a step takes stages at random.
+    retain: the prompts to preserve, a list or a text file with one on each line; None = the 108 captions of the
+    package. Prompts that name an erased concept are left out. retained: R; 0 = none. attacks: S; warmup: steps of each
+    concept without an attack. tokens: k. scheduler, steps, guidance_scale: of the sampler. batch: B. images: None =
+    every z_t is drawn for its step (official); a number = so many images of each name, and of the retained prompts
+    together, are drawn once, `chunk` at a time, and cached with all their stages; a step takes stages at random.
 
     Raises UserError for a list that is empty or names concepts only.
     """
@@ -101,8 +102,8 @@ class ForgetAndRetain:
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes of a step: half of each image, with guidance, and what the aligner makes of the R + S latents that
-        are given with each z_t: a teacher's pass and a gradient."""
+        """U-Net passes of a step: half of each image, with guidance, and what the aligner makes of the R + S latents
+        that are given with each z_t: a teacher's pass and a gradient."""
         beside = int(settings.get("retained") or 0) + int(settings.get("attacks") or 0)
         drawn = 0 if settings.get("images") else int(settings.get("steps") or steps) * (1 + beside)
         return float(int(settings.get("batch") or 1) * (drawn + beside * (1 + PASSES_OF_A_GRADIENT)))
@@ -191,12 +192,12 @@ class AdversarialUnlearning:
         || eps0(z, t, H(c')) - (eps0(z, t, H0('')) - eta (eps0(z, t, H0(c)) - eps0(z, t, H0(''))) ) ||^2
         + retain_weight || eps0(z_r, t, H(r)) - eps0(z_r, t, H0(r)) ||^2,   r a retained prompt
 
-    c' is the bare name c with k vectors before or behind it (`place`). They are found anew in each step, from the vectors
-    of random words, by S steps of Adam on || eps0(z, t, H(c')) - eps0(z, t, H0(c)) ||^2, each on another z. During the
-    warm-up c' is c. retain: as in `ForgetAndRetain`. parameters: the weights of the text encoders to train. attack_lr: of that Adam. attack: "pgd" = by
-    the gradient, "fast" = by its sign. accumulate: the gradient of an attack step is added to those before it (the
-    official code never clears it). negative_guidance: eta. steps, lr, weight_decay: of AdamW, which is Adam at
-    weight_decay 0. clip: upper bound of the gradient's norm, None = unbounded.
+    c' is the bare name c with k vectors before or behind it (`place`). They are found anew in each step, from the
+    vectors of random words, by S steps of Adam on || eps0(z, t, H(c')) - eps0(z, t, H0(c)) ||^2, each on another z.
+    During the warm-up c' is c. retain: as in `ForgetAndRetain`. parameters: the weights of the text encoders to train.
+    attack_lr: of that Adam. attack: "pgd" = by the gradient, "fast" = by its sign. accumulate: the gradient of an
+    attack step is added to those before it (the official code never clears it). negative_guidance: eta. steps, lr,
+    weight_decay: of AdamW, which is Adam at weight_decay 0. clip: upper bound of the gradient's norm, None = unbounded.
     """
 
     lora: LoraSpec | None = None
@@ -220,7 +221,12 @@ class AdversarialUnlearning:
         self.parameters = list(parameters)
         self.steps, self.lr, self.weight_decay, self.clip = steps, lr, weight_decay, clip
         self.negative_guidance, self.retain_weight = negative_guidance, retain_weight
-        self.attack_lr, self.fast, self.before, self.accumulate = attack_lr, attack == "fast", place == "prefix", accumulate
+        self.attack_lr, self.fast, self.before, self.accumulate = (
+            attack_lr,
+            attack == "fast",
+            place == "prefix",
+            accumulate,
+        )
         self.texts: dict[str, TextStates] = {}  # by the original text encoder
         self.own: dict[str, Tensor] = {}  # (n, D), the token vectors of a name
         self.retain = read_captions(retain, "method.align.retain")
@@ -229,7 +235,8 @@ class AdversarialUnlearning:
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes for each z_t itself; `ForgetAndRetain` counts those of the attack and of the retained prompts."""
+        """U-Net passes for each z_t itself; `ForgetAndRetain` counts those of the attack and of the retained
+        prompts."""
         return 2.0 + PASSES_OF_A_GRADIENT
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
@@ -249,8 +256,8 @@ class AdversarialUnlearning:
         batch: TrainingBatch,
         generator: Generator,
     ) -> dict[str, Tensor]:
-        """{"erase", "retain"}, and "attack" without gradient, the attacker's last loss; known: as `ForgetAndRetain` gives
-        it."""
+        """{"erase", "retain"}, and "attack" without gradient, the attacker's last loss; known: as `ForgetAndRetain`
+        gives it."""
         latents, timesteps, known, name = batch.latents, batch.timesteps, batch.known, pair.concept.target
         c, empty = (repeat(self.texts[text], 0, len(latents)) for text in (name, ""))
         with torch.no_grad(), backbone.original():

@@ -1,5 +1,5 @@
-"""Receler (arXiv 2311.17717): erasers behind the cross-attention learn to steer away from the concept, where the attention
-sees it and against an adversarial prompt that is learned beside them.
+"""Receler (arXiv 2311.17717): erasers behind the cross-attention learn to steer away from the concept, where the
+attention sees it and against an adversarial prompt that is learned beside them.
 
 Letters: B latents, T token rows, D text width, N adversarial rows.
 """
@@ -55,8 +55,9 @@ class AttackedRollout(Rollout):
     """`Rollout` of the concept's bare name by the model in training, and the adversarial prompt of each concept: N rows
     of text states, which stand behind the name's rows. They start uniform in [0, 1) and carry over from step to step.
 
-    In each step, `attacks` steps of Adam (lr, and weight_decay as a penalty) lead eps(z_t, t, name and rows) to eps0(z_t, t,
-    name). The loss sees the rows before the last of them, as in the official code. rows: N. The others: see `Rollout`.
+    In each step, `attacks` steps of Adam (lr, and weight_decay as a penalty) lead eps(z_t, t, name and rows) to
+    eps0(z_t, t, name). The loss sees the rows before the last of them, as in the official code. rows: N. The others:
+    see `Rollout`.
 
     Raises UserError if the rows do not fit behind a name.
     """
@@ -74,7 +75,9 @@ class AttackedRollout(Rollout):
         renew: Count = 1,
         chains: Batch = 8,
     ) -> None:
-        super().__init__(scheduler, steps, guidance_scale, "trained", "concept", "bin", batch=batch, renew=renew, chains=chains)
+        super().__init__(
+            scheduler, steps, guidance_scale, "trained", "concept", "bin", batch=batch, renew=renew, chains=chains
+        )
         self.attacks, self.rows, self.attack_lr, self.attack_decay = attacks, rows, attack_lr, attack_decay
         self.attackers: dict[int, dict[str, Tensor]] = {}  # {concept: `KEPT`}
         self.width = 0
@@ -95,19 +98,21 @@ class AttackedRollout(Rollout):
         for name, texts in zip(names, self.texts):
             if self.attacks and int(texts.last[0]) + self.rows >= texts.states.shape[1]:
                 raise UserError(
-                    f"{self.rows} adversarial rows do not fit behind {name!r} in {texts.states.shape[1]} token rows: lower "
-                    "method.latents.rows."
+                    f"{self.rows} adversarial rows do not fit behind {name!r} in {texts.states.shape[1]} token "
+                    "rows: lower method.latents.rows."
                 )
 
     def __call__(
         self, backbone: Backbone, concept: int, generator: Generator
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(z_t, t, known). known: "rows" (B, N, D), the adversarial rows; {} without attacks."""
-        if self.attacks and concept not in self.attackers:
+        attacked = self.attacks > 0 and int(self.texts[concept].last[0]) >= 0  # the empty name has no rows behind it
+        if attacked and concept not in self.attackers:
             start = torch.rand(self.rows, self.width, generator=generator)
-            self.attackers[concept] = dict(zip(KEPT, (start, torch.zeros(start.shape), torch.zeros(start.shape), torch.zeros(1))))
+            zeros = torch.zeros(start.shape)
+            self.attackers[concept] = dict(zip(KEPT, (start, zeros, zeros, torch.zeros(1))))
         z_t, timesteps, _ = self.with_prompts(backbone, concept, generator)
-        if not self.attacks:
+        if not attacked:
             return z_t, timesteps, {}
         rows = self._attack(backbone, concept, z_t, timesteps)
         return z_t, timesteps, {"rows": rows.expand(len(z_t), -1, -1)}
@@ -118,12 +123,10 @@ class AttackedRollout(Rollout):
         rows = attacker["prompt"].to(z_t.device).clone().requires_grad_(True)
         optimizer = torch.optim.Adam([rows], lr=self.attack_lr, weight_decay=self.attack_decay)
         if attacker["steps"]:
-            optimizer.load_state_dict(
-                {
-                    "state": {0: {"step": attacker["steps"][0], "exp_avg": attacker["mean"], "exp_avg_sq": attacker["square"]}},
-                    "param_groups": optimizer.state_dict()["param_groups"],
-                }
-            )
+            moments = {"exp_avg": attacker["mean"].clone(), "exp_avg_sq": attacker["square"].clone()}
+            moments["step"] = attacker["steps"][0].clone()
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": {0: moments}, "param_groups": groups})
         name = repeat(self.texts[concept], 0, len(z_t))
         with torch.no_grad(), backbone.original():
             goal = predict(backbone, z_t, timesteps, name)
@@ -145,7 +148,7 @@ class AttackedRollout(Rollout):
 
     def state_form(self, calls: Sequence[int]) -> dict[str, tuple[int, ...]]:
         shapes = dict(zip(KEPT, [(self.rows, self.width)] * 3 + [(1,)]))
-        used = [concept for concept, count in enumerate(calls) if count and self.attacks]
+        used = [c for c, count in enumerate(calls) if count and self.attacks and int(self.texts[c].last[0]) >= 0]
         return {**super().state_form(calls), **{f"{key}.{c}": shapes[key] for c in used for key in KEPT}}
 
     def load_state_dict(self, state: Mapping[str, Tensor], calls: Sequence[int]) -> None:
@@ -158,13 +161,14 @@ class AttackedRollout(Rollout):
 
 
 class ReliableErasing:
-    """|| eps(z_t, t, c') - (eps0(z_t, t, '') - eta (eps0(z_t, t, c) - eps0(z_t, t, ''))) ||^2 + reg_weight L_reg, as means.
+    """|| eps(z_t, t, c') - (eps0(z_t, t, '') - eta (eps0(z_t, t, c) - eps0(z_t, t, ''))) ||^2 + reg_weight L_reg, as
+    means.
 
     c is the concept's bare name, c' its states with the adversarial rows behind the name; the weights are those of the
     erasers (`eraser`). L_reg is the mean over the erasers of sum over pixels outside the concept of (the mean over the
-    channels of what the eraser adds, squared), divided by the number of these pixels. The concept's pixels are those where
-    eps0's attention to the name's rows, averaged over the heads and over the maps that are `mask_shrink` times smaller than
-    the latents, and scaled to 0 ... 1, is at least `mask_threshold`.
+    channels of what the eraser adds, squared), divided by the number of these pixels. The concept's pixels are those
+    where eps0's attention to the name's rows, averaged over the heads and over the maps that are `mask_shrink` times
+    smaller than the latents, and scaled to 0 ... 1, is at least `mask_threshold`.
 
     negative_guidance: eta. steps, lr, weight_decay: of AdamW, which is Adam at weight_decay 0. clip: upper bound of the
     gradient's norm, None = unbounded.
@@ -237,8 +241,8 @@ class ReliableErasing:
         return terms
 
     def concept_pixels(self, maps: Mapping[str, Tensor], texts: TextStates, size: Sequence[int]) -> Tensor:
-        """(B, h', w') bool: the pixels that attend to the name. size: (h, w) of the latents. Raises UserError if no map is
-        `mask_shrink` times smaller than the latents."""
+        """(B, h', w') bool: the pixels that attend to the name. size: (h, w) of the latents. Raises UserError if no map
+        is `mask_shrink` times smaller than the latents."""
         first, last = int(texts.first[0]), int(texts.last[0])
         sides = {name: side(found.shape[2], size) for name, found in maps.items()}
         wanted = tuple(one // self.mask_shrink for one in size)
@@ -250,8 +254,8 @@ class ReliableErasing:
         if not chosen:
             known = sorted({size[0] // height for height, _ in sides.values()})
             raise UserError(
-                f"No attention map is {self.mask_shrink} times smaller than the latents: set method.align.mask_shrink to one "
-                f"of {', '.join(map(str, known))}."
+                f"No attention map is {self.mask_shrink} times smaller than the latents: set "
+                f"method.align.mask_shrink to one of {', '.join(map(str, known))}."
             )
         mean = torch.stack(chosen).mean(0)
         low, high = mean.amin((1, 2), keepdim=True), mean.amax((1, 2), keepdim=True)

@@ -155,8 +155,8 @@ class Rollout:
     def _stages(
         self, backbone: Backbone, concept: int, prompts: Tensor, stops: Sequence[int], generator: Generator
     ) -> dict[int, Tensor]:
-        """{k: latents (count, C, h, w) after k steps} of images of the texts `prompts` (count,), drawn up to the last of
-        `stops`."""
+        """{k: latents (count, C, h, w) after k steps} of images of the texts `prompts` (count,), drawn up to the last
+        of `stops`."""
         texts = take(self.texts[concept], prompts)
         seeds = torch.randint(FIRST_SEED, 2**62, (len(prompts),), generator=generator).tolist()
         recorder = _Recorder(stops[:-1]) if len(stops) > 1 else None

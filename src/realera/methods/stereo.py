@@ -1,5 +1,6 @@
-"""STEREO (arXiv 2408.16807): first it searches for token vectors that bring the concept back, on a copy of the U-Net that is
-erased again after each of them; then it erases the name and all of them from the original U-Net at once, beside anchors.
+"""STEREO (arXiv 2408.16807): first it searches for token vectors that bring the concept back, on a copy of the U-Net
+that is erased again after each of them; then it erases the name and all of them from the original U-Net at once, beside
+anchors.
 
 Letters: B latents, K found vectors, T token rows, D text width.
 """
@@ -70,8 +71,8 @@ class ThoroughSearch:
        with the noise loss on images of the concept by the original model, another 1 / rounds of `images` in each round.
        It starts as the last token vector of `start`.
 
-    scale: negative_guidance of the official code; at 2 the first target is eps1(z_t, ''). The found vectors are cached in
-    <cache>/search/, so a search that was stopped repeats only its erasing steps.
+    scale: negative_guidance of the official code; at 2 the first target is eps1(z_t, ''). The found vectors are cached
+    in <cache>/search/, so a search that was stopped repeats only its erasing steps.
     """
 
     def __init__(
@@ -99,7 +100,9 @@ class ThoroughSearch:
     def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
         rollout = settings.get("rollout") or {}
         drawn = Rollout.passes(rollout, steps)
-        erase = int(settings.get("erase_steps") or 0) * (drawn + int(rollout.get("batch") or 1) * (2 + PASSES_OF_A_GRADIENT))
+        erase = int(settings.get("erase_steps") or 0) * (
+            drawn + int(rollout.get("batch") or 1) * (2 + PASSES_OF_A_GRADIENT)
+        )
         batch = int((settings.get("images") or {}).get("batch") or 1)
         invert = int(settings.get("invert_steps") or 0) * batch * PASSES_OF_A_GRADIENT
         rounds = int(settings.get("rounds") or 0)
@@ -124,7 +127,12 @@ class ThoroughSearch:
         files = [folder / f"{number}.safetensors" for number in range(self.rounds)]
         vectors: list[Tensor] = []
         erased = 0  # rounds whose erasing the copy has
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+        )
         with Progress(*columns, TimeRemainingColumn(), disable=bars_hidden()) as bar:
             for number, file in enumerate(files):
 
@@ -209,17 +217,27 @@ class ThoroughSearch:
         drawn += [rollout.batch, rollout.renew, rollout.chains]
         trained = [n for n, weight in backbone.trained.named_parameters() if weight.requires_grad]
         bank = self.images.banks[concept]
-        about = [backbone.fingerprint, bank.device.type, own, drawn, trained, name, seed, self.images.batch, self.images.flip]
+        about = [
+            backbone.fingerprint,
+            bank.device.type,
+            own,
+            drawn,
+            trained,
+            name,
+            seed,
+            self.images.batch,
+            self.images.flip,
+        ]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         digest.update(bank.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
 class SearchedRollout(Rollout):
-    """z_t of stage 2: images of the name or of a found vector, drawn partway by the model in training, each equally often
-    on average. search: stage 1. anchors: the prompts that the model is led to, one at random for each z_t: the training
-    prompts that name the target (as the official list, whose scenes all show the concept) or the anchor, or a list of
-    texts, {} = the target. The others: see `Rollout`.
+    """z_t of stage 2: images of the name or of a found vector, drawn partway by the model in training, each equally
+    often on average. search: stage 1. anchors: the prompts that the model is led to, one at random for each z_t: the
+    training prompts that name the target (as the official list, whose scenes all show the concept) or the anchor, or a
+    list of texts, {} = the target. The others: see `Rollout`.
     """
 
     def __init__(
@@ -245,7 +263,9 @@ class SearchedRollout(Rollout):
         super().prepare(backbone, pairs, cache, seed)
         found = self.search(backbone, pairs, cache, seed)
         with torch.no_grad():
-            self.texts = [erased_texts(backbone, pair.concept.target, own) for pair, own in zip(pairs, found, strict=True)]
+            self.texts = [
+                erased_texts(backbone, pair.concept.target, own) for pair, own in zip(pairs, found, strict=True)
+            ]
             self.anchored = [self._anchors(backbone, pair) for pair in pairs]
         self.prompts = {}
 
@@ -265,7 +285,10 @@ class SearchedRollout(Rollout):
         known = {"prompts": prompts, "anchor_states": anchors.states}
         known["erase_states"] = texts.states.expand(self.batch, *texts.states.shape)
         if texts.pooled is not None and anchors.pooled is not None:
-            known |= {"erase_pooled": texts.pooled.expand(self.batch, *texts.pooled.shape), "anchor_pooled": anchors.pooled}
+            known |= {
+                "erase_pooled": texts.pooled.expand(self.batch, *texts.pooled.shape),
+                "anchor_pooled": anchors.pooled,
+            }
         return z_t, timesteps, known
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -290,10 +313,10 @@ class RobustErasing:
             - (scale + 1) mean_i (eps0(z_t, t, c_i) - eps0(z_t, t, '')),
 
     c_0 is the concept's name and c_1 ... c_K the found vectors, c_j the one that z_t shows, a an anchor, and eps0 the
-    original model. scale: the official compositional_guidance_scale; with its 2 the concept counts three times as much as
-    the anchor. parameters: the U-Net weights to train, as `Backbone.unfreeze` takes them. norms: whether to train the
-    normalisation layers among them. steps, lr, weight_decay: of AdamW. clip: upper bound of the gradient's norm, None =
-    unbounded.
+    original model. scale: the official compositional_guidance_scale; with its 2 the concept counts three times as much
+    as the anchor. parameters: the U-Net weights to train, as `Backbone.unfreeze` takes them. norms: whether to train
+    the normalisation layers among them. steps, lr, weight_decay: of AdamW. clip: upper bound of the gradient's norm,
+    None = unbounded.
     """
 
     lora: LoraSpec | None = None
@@ -314,7 +337,8 @@ class RobustErasing:
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes for each latent: of the teacher for '', the anchor, the name and K = 2 vectors, and a gradient."""
+        """U-Net passes for each latent: of the teacher for '', the anchor, the name and K = 2 vectors, and a
+        gradient."""
         return 5.0 + PASSES_OF_A_GRADIENT
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:
@@ -345,7 +369,9 @@ class RobustErasing:
         with torch.no_grad(), backbone.original():
             uncond = noise(empty.states, empty.pooled)
             led = noise(known["anchor_states"], known.get("anchor_pooled")) - uncond
-            each = [noise(erase[:, i], None if pooled is None else pooled[:, i]) - uncond for i in range(erase.shape[1])]
+            each = [
+                noise(erase[:, i], None if pooled is None else pooled[:, i]) - uncond for i in range(erase.shape[1])
+            ]
         target = uncond + (self.scale - 1) * led - (self.scale + 1) * torch.stack(each).mean(0)
         rows = torch.arange(len(latents), device=erase.device), known["prompts"].to(erase.device)
         made = noise(erase[rows], None if pooled is None else pooled[rows])

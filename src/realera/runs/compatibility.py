@@ -18,7 +18,8 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
     """Checks the settings against a model. model: a checkpoint's folder.
 
     Raises:
-        UserError: the trained network lacks a LoRA's target or a parameter, or the autoencoder cannot draw the image size.
+        UserError: the trained network lacks a LoRA's target or a parameter, or the autoencoder cannot draw the image
+        size.
     """
     settings = Settings(config)
     backbone, align = settings.backbone, settings.method.align
