@@ -53,7 +53,7 @@ class PipelineBackbone(UNetBackbone):
         return self._marks[False]
 
     @property
-    def _text_as_loaded(self) -> str:  # type: ignore[override]
+    def _text_as_loaded(self) -> str:
         return self._marks[True]
 
     def text_marks(self) -> dict[str, str]:
@@ -85,8 +85,9 @@ class PipelineBackbone(UNetBackbone):
                 module.to(device)
                 for name, child in module.named_modules():
                     child.training = modes.get(name, False)
-            for parameter, asked in graded.values():
-                parameter.requires_grad_(asked)
+            for module in modules:  # what was added, such as erasers, is not to be trained by the caller
+                for parameter in module.parameters():
+                    parameter.requires_grad_(graded.get(id(parameter), (parameter, False))[1])
             if set(unet.attn_processors) == set(processors):
                 unet.set_attn_processor(processors)
             self._forget_text()
