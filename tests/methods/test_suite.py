@@ -45,6 +45,10 @@ TO_ANCHOR = {  # settings that erase two concepts in keys and values, each towar
     "leace": ("edit.contrast=anchor", "edit.rows=concept"),
     "speed": ("edit.projections=both", "edit.ridge=0.01"),
 }
+GUIDED = {
+    **dict.fromkeys(("esd-u", "esd-x", "advunlearn", "receler"), "align.negative_guidance=10"),
+    "stereo": "align.scale=10",
+}
 NOT_THE_UNET = {"advunlearn", "receler"}  # these train a text encoder, and erasers
 QUICK = ("realera", "uce", "esd-x", "mace")  # the long tests run for these by default, for all methods if slow
 CAT = ("cat", "field")
@@ -271,13 +275,10 @@ def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, 
     few = ["align.lr=3e-4"]
     if name == "spm":  # all words are alike in this model, and SPM's anchoring preserves words like the concept
         few += ["align.anchor_weight=0", "align.warmup=0"]
-    if name in (
-        "esd-u",
-        "esd-x",
-        "advunlearn",
-        "receler",
-    ):  # the guidance is smaller than the change of all weights in 12 steps
-        few += ["align.negative_guidance=10"]
+    if name in GUIDED:  # the guidance is smaller than the change of all weights in 12 steps
+        few += [GUIDED[name]]
+    if name == "stereo":  # one anchor, and weights that can tell the concepts apart
+        few += ["latents.anchors=[dog]", "align.parameters=[attn2]"]
     few += ALONE.get(name, ())[:1]
     backbones = (
         run(name, "align.steps=0", to="before", concepts=concepts),
@@ -298,7 +299,7 @@ def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, 
         losses.append([])
         for i, pair in enumerate(pairs):
             draw = torch.Generator().manual_seed(5)
-            z_t, t, *more = method.latents(backbone, i, draw)
+            z_t, t, *more = method.latents(backbones[0], i, draw)  # both losses are of the same latents
             known = {key: value for one in more for key, value in one.items()}
             with torch.no_grad():
                 terms = method.align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, known), draw)
