@@ -543,16 +543,6 @@ class Scheduled(Protocol):
 
 
 @runtime_checkable
-class TrainsNetwork(Protocol):
-    network: Network  # that an aligner's `parameters` or `lora` belong to, in place of the denoiser
-
-
-@runtime_checkable
-class TrainsErasers(Protocol):
-    eraser: EraserSpec  # trained in place of a LoRA or `parameters`
-
-
-@runtime_checkable
 class Clipped(Protocol):
     """An aligner that sets the norm its gradient is clipped to, which is 1 for the others; None = no clipping."""
 
@@ -563,30 +553,13 @@ PASSES_OF_A_GRADIENT = 3  # a forward and a backward pass cost as much as 3 forw
 PASSES_OF_A_STEP = 7  # of a training step, for each latent: two gradients, and the teacher's forward pass
 
 
-class Planned(Protocol):
-    """A part that tells its cost before it is built, for estimates and sweep plans. Both methods are optional, for a
-    part at any depth of a method's settings. settings: the part's own node. steps: steps of the backbone's sampler."""
-
-    @staticmethod
-    def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes of a training step: for each latent if the part is an aligner (default: `PASSES_OF_A_STEP`), for
-        the whole batch if it is a latent source (default: 0)."""
-        ...
-
-    @staticmethod
-    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> Mapping[str, float]:
-        """{name: U-Net passes} of everything that the part makes and caches before the first step. A name begins with
-        its kind ("images field"). Parts with equal settings and names share the result: it is made once."""
-        ...
-
-
 @dataclass
 class Method:
     """A method has up to six parts. Each is a node in the yaml and may be null.
 
     Some facts about a part are checked before its class is imported. The class states them as constant class attributes
     (`source_code.fact` reads them from the source): trains_lora = the aligner trains only a LoRA; network = see
-    `TrainsNetwork`; reads_attention = its loss reads attention maps, which gradient checkpointing drops;
+    `method_roles`; reads_attention = its loss reads attention maps, which gradient checkpointing drops;
     weighs_adapters = the guide does nothing without the adapters of `align`; idle_where = settings that erase nothing.
     """
 

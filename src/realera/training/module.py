@@ -26,11 +26,10 @@ from realera.contracts import (
     Scheduled,
     TextStates,
     TrainingBatch,
-    TrainsErasers,
-    TrainsNetwork,
     UserError,
 )
 from realera.files import finite
+from realera.method_roles import TrainsErasers, TrainsNetwork
 from realera.training.per_concept_adamw import PerConceptAdamW
 from realera.training.seeding import stream
 
