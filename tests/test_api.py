@@ -45,7 +45,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rece": CLOSED_FORM,
     "valera": CLOSED_FORM,
     "oce": CLOSED_FORM,
+    "advunlearn": {
+        "align.steps": 2,
+        "latents.steps": 2,
+        "latents.attacks": 1,
+        "latents.retained": 1,
+        "latents.warmup": 1,
+        **CLOSED_FORM,
+    },
 }
+RECELER = {"align.steps": 2, "align.eraser.rank": 4, "align.mask_shrink": 1, "latents.steps": 2, "latents.attacks": 1}
 IMAGES = {"erase": 2, "near": 1, "keep": 1, "associated": 1, "unseen": 1}
 SMALL: dict[str, Any] = {"task.images": IMAGES, "judge": "miniature"}
 PROMPT = ["a photo of a cat"]
@@ -87,7 +96,7 @@ def erase(pipe: Any, method: str = "uce", **settings: Any) -> realera.Erased:
     )
 
 
-@pytest.mark.parametrize("method", slow_unless(list(SETTINGS), "uce", "realera", "mace-ablation"))
+@pytest.mark.parametrize("method", slow_unless(list(SETTINGS), "uce", "realera", "mace-ablation", "advunlearn"))
 def test_undo_restores_the_pipeline_bit_for_bit(method: str, pipe: Any) -> None:
     pipe.unet.train()
     pipe.text_encoder.requires_grad_(True)
@@ -95,7 +104,8 @@ def test_undo_restores_the_pipeline_bit_for_bit(method: str, pipe: Any) -> None:
     scheduler = pipe.scheduler
     erased = erase(pipe, method)
     changed = {n for n, t in weights(pipe).items() if n in before and not torch.equal(t, before[n])}
-    assert erased.pipe is pipe and changed and all(n.startswith("unet.") for n in changed)
+    part = "text_encoder." if method == "advunlearn" else "unet."
+    assert erased.pipe is pipe and changed and all(n.startswith(part) for n in changed)
     assert weights(pipe).keys() == before.keys() and flags(pipe) == as_it_was and pipe.scheduler is scheduler
     erased.undo()
     assert same(weights(pipe), before) and flags(pipe) == as_it_was and np.array_equal(generated(pipe), image)
@@ -113,6 +123,46 @@ def test_a_half_precision_pipeline_keeps_its_dtype(dtype: torch.dtype, pipe: Any
     assert [n for n, t in weights(pipe).items() if not torch.equal(t, before[n])]
     erased.undo()
     assert same(weights(pipe), before)
+
+
+def test_a_trained_text_encoder_of_a_half_precision_pipeline(pipe: Any, tiny_sd: Path, tmp_path: Path) -> None:
+    """It is trained in float32, and rounded once; what is drawn and saved is not rounded."""
+    pipe.to(torch.float16)
+    before = weights(pipe)
+    erased = erase(
+        pipe, "advunlearn", **{"align.lr": 1e-2, "trainer.precision": "32-true", "backbone.dtype": "bfloat16"}
+    )
+    assert {value.dtype for value in erased._state.values()} == {torch.float32} and erased._state
+    assert weights(pipe).keys() == before.keys() and pipe.text_encoder.dtype == torch.float16
+    image = np.asarray(erased.draw(PROMPT)[0])
+    assert not np.array_equal(image, np.asarray(erased.draw(PROMPT, original=True)[0]))
+    erased.save(tmp_path / "run")
+    erased.undo()
+    assert same(weights(pipe), before)
+
+
+def test_erasers_stay_in_the_pipeline_until_undo(
+    pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("realera"), "propagate", True)
+    before, as_it_was, image = weights(pipe), flags(pipe), generated(pipe)
+    erased = erase(pipe, "receler", **RECELER, **{"align.lr": 0.1})
+    assert "which pipe.save_pretrained cannot keep" in caplog.text
+    assert {n for n in weights(pipe) if n not in before} and same({n: weights(pipe)[n] for n in before}, before)
+    assert not any(q.requires_grad for n, q in pipe.unet.named_parameters() if ".eraser." in n)
+    after = generated(pipe)
+    assert not np.array_equal(after, image)
+    with pytest.raises(UserError, match="has erasers of an earlier erasure"):
+        erase(pipe, "uce")
+    for to in ("diffusers", "checkpoint", "lora", "kohya"):
+        with pytest.raises(UserError, match="7 erasers behind the U-Net's cross-attention"):
+            erased.export(to, tmp_path / to)  # type: ignore[arg-type]
+    drawn = np.asarray(erased.draw(PROMPT)[0])
+    erased.save(tmp_path / "run")
+    erased.undo()
+    assert same(weights(pipe), before) and flags(pipe) == as_it_was and np.array_equal(generated(pipe), image)
+    again = realera.load(pipe, tmp_path / "run")
+    assert np.array_equal(generated(pipe), after) and np.array_equal(np.asarray(again.draw(PROMPT)[0]), drawn)
 
 
 def test_an_adapter_is_merged_into_the_pipeline_but_not_in_draw(pipe: Any) -> None:

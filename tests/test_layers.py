@@ -24,7 +24,7 @@ COMMANDS = {
     "residue",
     "attack",
 }
-BASE = {"contracts", "attack_contract", "paths", "setting_types"}
+BASE = {"contracts", "attack_contract", "method_roles", "paths", "setting_types"}
 MATHEMATICS = {"closed_form", "value_space", "mining"}
 FOUNDATION = BASE | {"system", "files"}
 # What each part of realera may import besides itself: a part comes after all that it may import, so there is no circle.
@@ -40,6 +40,7 @@ MAY = {
     "setting_types": set[str](),
     "contracts": {"setting_types"},
     "attack_contract": {"contracts"},
+    "method_roles": {"contracts"},
     "paths": {"contracts"},
     "system": BASE,
     "files": BASE | {"system"},

@@ -227,6 +227,11 @@ class Erased:
                 "method %s also has a guide, which acts only in erased.draw: erased.pipe has the changed weights alone",
                 self.method,
             )
+        if any(name.startswith("eraser.") for name in self._state):
+            log.warning(
+                "method %s adds erasers to the U-Net, which pipe.save_pretrained cannot keep: call erased.save",
+                self.method,
+            )
         self._merge_adapter()
         self._number = stacks.push(self._backbone.denoiser)
 

@@ -33,6 +33,8 @@ unscored."""
 Scheduler = Literal["ddim", "dpm++"]
 """DDIM with eta 0 | DPM-Solver++ 2M."""
 
+Network = Literal["denoiser", "text_encoder"]  # what a method trains; text_encoder: all text encoders of the backbone
+
 
 KEYS, VALUES = "attn2.to_k", "attn2.to_v"  # suffixes of the cross-attention layers that project the text states
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {"values": (VALUES,), "keys": (KEYS,), "both": (KEYS, VALUES)}
@@ -109,8 +111,8 @@ class TextStates:
 
 @dataclass(frozen=True)
 class Pair:
-    """The encoded training prompts of one concept: P prompts that name the target, and the same P templates, in the
-    same order, with the anchor's name."""
+    """The training prompts of one concept, encoded by the original model: P that name the target, and the same P
+    templates, in the same order, with the anchor's name."""
 
     concept: Concept
     target: TextStates
@@ -173,6 +175,17 @@ class LoraSpec:
     targets: Targets = ("attn2.to_k", "attn2.to_v")
     init: Literal["gaussian", "kaiming"] = "gaussian"
     per_concept: bool = False
+
+
+@dataclass(frozen=True)
+class EraserSpec:
+    """An eraser behind every cross-attention module: its output o becomes o + W2 gelu(W1 o + b1) + b2, where W1 has
+    `rank` rows. W2 and b2 start at 0. It is not linear, so no file of plain weights can hold it."""
+
+    rank: Rank = 128
+
+
+Adapter = LoraSpec | EraserSpec
 
 
 @dataclass(frozen=True)
@@ -269,8 +282,8 @@ class Task(Protocol):
 @runtime_checkable
 class Backbone(Protocol):
     """A text-to-image model. Only backbones use diffusers. The weights are frozen and change only through `apply`,
-    `add_adapter`, `unfreeze` and `load_erased`. If they are those of a text encoder, `encode` passes gradients to them,
-    and inside `original` it encodes as the model that was loaded."""
+    `add_adapter`, `unfreeze` and `load_erased`. If they are those of a text encoder, `encode` passes gradients to them
+    and never repeats states of other weights, and inside `original` it encodes as the model that was loaded."""
 
     name: str
     width: int  # D
@@ -284,9 +297,10 @@ class Backbone(Protocol):
 
     @property
     def trained(self) -> nn.Module:
-        """The network whose weights `add_adapter` and `unfreeze` train: the denoiser or, for example, a text
-        encoder."""
+        """The network whose weights `add_adapter` and `unfreeze` train: the denoiser, until `choose` says otherwise."""
         ...
+
+    def choose(self, network: Network) -> None: ...
 
     @property
     def passes(self) -> int: ...  # images that went through the U-Net so far
@@ -295,7 +309,7 @@ class Backbone(Protocol):
     def fingerprint(self) -> str: ...  # content id of the weights; may read them all on first use
 
     @property
-    def text_fingerprint(self) -> str: ...  # content id of the text encoder: equal ids can share maps and cached sums
+    def text_fingerprint(self) -> str: ...  # of the text encoder as it is now: equal ids share maps and cached sums
 
     def encode(
         self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None, to_end: bool = False
@@ -325,7 +339,11 @@ class Backbone(Protocol):
     # The teacher, without a second U-Net: no adapters, and the base weights as loaded (edited=True: as they are now).
     def original(self, edited: bool = False) -> AbstractContextManager[None]: ...
 
-    def add_adapter(self, spec: LoraSpec, generator: Generator, concepts: int = 1) -> list[nn.Parameter]: ...
+    def add_adapter(self, spec: Adapter, generator: Generator, concepts: int = 1) -> list[nn.Parameter]: ...
+
+    def eraser_outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """As `attention`, {name of an attn2 module: what its eraser adds (B, pixels, channels)}."""
+        ...
 
     def adapter_scale(self, scale: Tensor) -> AbstractContextManager[None]:
         """Inside this context the adapter of concept i is multiplied by scale[b, i] for sample b; scale is
@@ -535,31 +553,14 @@ PASSES_OF_A_GRADIENT = 3  # a forward and a backward pass cost as much as 3 forw
 PASSES_OF_A_STEP = 7  # of a training step, for each latent: two gradients, and the teacher's forward pass
 
 
-class Planned(Protocol):
-    """A part that tells its cost before it is built, for estimates and sweep plans. Both methods are optional, for a
-    part at any depth of a method's settings. settings: the part's own node. steps: steps of the backbone's sampler."""
-
-    @staticmethod
-    def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes of a training step: for each latent if the part is an aligner (default: `PASSES_OF_A_STEP`), for
-        the whole batch if it is a latent source (default: 0)."""
-        ...
-
-    @staticmethod
-    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> Mapping[str, float]:
-        """{name: U-Net passes} of everything that the part makes and caches before the first step. A name begins with
-        its kind ("images field"). Parts with equal settings and names share the result: it is made once."""
-        ...
-
-
 @dataclass
 class Method:
     """A method has up to six parts. Each is a node in the yaml and may be null.
 
     Some facts about a part are checked before its class is imported. The class states them as constant class attributes
-    (`source_code.fact` reads them from the source): trains_lora = the aligner trains only a LoRA; reads_attention = its
-    loss reads attention maps, which gradient checkpointing drops; weighs_adapters = the guide does nothing without the
-    adapters of `align`; idle_where = settings with which the part erases nothing, such as {"refine": False}.
+    (`source_code.fact` reads them from the source): trains_lora = the aligner trains only a LoRA; network = see
+    `method_roles`; reads_attention = its loss reads attention maps, which gradient checkpointing drops;
+    weighs_adapters = the guide does nothing without the adapters of `align`; idle_where = settings that erase nothing.
     """
 
     name: Label

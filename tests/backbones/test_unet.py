@@ -472,7 +472,7 @@ def test_states_of_another_model_are_refused(changed: UNetBackbone) -> None:
     layer = next(iter(changed.text_projections()))
     down = state[f"lora.{layer}.down"]
     bad: list[tuple[dict[str, Tensor], str]] = [
-        (state | {"weights": down}, "neither an edit nor a LoRA"),
+        (state | {"weights": down}, "neither an edit nor an adapter"),
         (state | {"edit.nothing.weight": down}, "has no weight"),
         (state | {f"edit.{layer}.weight": down}, "backbone it was made with"),
         (state | {"lora.nothing.down": down, "lora.nothing.up": down}, "does not have"),

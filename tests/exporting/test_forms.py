@@ -59,6 +59,61 @@ def rank_one(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 NOT_DRAWN = forms.Options(verify=0)
+TEXT = "text_encoder.encoder.layers.1.mlp.fc1.weight"
+
+
+@pytest.fixture(scope="module")
+def text_change() -> dict[str, torch.Tensor]:
+    """A change of one weight of the text encoder, far enough to be seen."""
+    base = {n.removeprefix("text_model."): w for n, w in portable.part_state(paths.MINIATURE, "text_encoder").items()}
+    weight = base[TEXT.removeprefix("text_encoder.")].float()
+    return {f"edit.{TEXT}": weight + 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))}
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "diffusers"])
+def test_a_changed_text_encoder_is_exported(
+    to: forms.Form, text_change: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    run = made(monkeypatch, tmp_path / "run", text_change)
+    found = forms.export(run, to, tmp_path / "out", forms.Options(dtype="float32", verify=2))
+    assert found.distance is not None and found.distance < 0.1 and found.left_out == {}
+    if to == "diffusers":
+        model = StableDiffusionPipeline.from_pretrained(found.path, safety_checker=None).text_encoder
+        own = {n.removeprefix("text_model."): w for n, w in model.state_dict().items()}
+        assert torch.equal(own[TEXT.removeprefix("text_encoder.")], text_change[f"edit.{TEXT}"])
+    back = forms.verification.exported_weights(paths.MINIATURE, to, found.path)
+    assert back.keys() == text_change.keys() and all(torch.equal(back[key], text_change[key]) for key in back)
+
+
+@pytest.mark.parametrize("to", ["lora", "kohya"])
+def test_a_lora_says_how_much_of_the_text_encoder_it_leaves_out(
+    to: forms.Form,
+    text_change: dict[str, torch.Tensor],
+    base: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", text_change)
+    with pytest.raises(UserError, match=f"changed the text encoder and not the U-Net, and to={to} holds only"):
+        forms.export(run, to, tmp_path / "none", NOT_DRAWN)
+    run = made(monkeypatch, tmp_path / "run", rank_one(base) | text_change)
+    found = forms.export(run, to, tmp_path / "out", NOT_DRAWN)
+    original = portable.part_state(paths.MINIATURE, "text_encoder")
+    weight = {n.removeprefix("text_model."): w for n, w in original.items()}[
+        TEXT.removeprefix("text_encoder.")
+    ].double()
+    share = float((text_change[f"edit.{TEXT}"].double() - weight).norm() / weight.norm())
+    assert found.error < 0.01 and f"it is {share:.1%} of" in found.left_out["change of the text encoder"]
+
+
+def test_a_map_without_a_closed_form_is_refused(
+    text_change: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", text_change, "method=advunlearn")
+    with pytest.raises(UserError, match=r"has no map\.safetensors"):
+        forms.export(run, "map", tmp_path / "out", NOT_DRAWN)
 
 
 def test_a_checkpoint_has_the_original_layout_and_says_where_it_comes_from(

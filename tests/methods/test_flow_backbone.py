@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from realera.contracts import (
+    Adapter,
     Backbone,
     Concept,
     Edit,
@@ -21,6 +22,7 @@ from realera.contracts import (
     Method,
     NamedPrompt,
     Neighbours,
+    Network,
     Pair,
     Prepares,
     Sampler,
@@ -80,6 +82,12 @@ class Flow:
     def trained(self) -> nn.Module:
         return self.embedding if self.train_text else self.network
 
+    def choose(self, network: Network) -> None:
+        self.train_text = network == "text_encoder"
+
+    def eraser_outputs(self) -> Any:
+        raise NotImplementedError
+
     def encode(
         self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None, to_end: bool = False
     ) -> TextStates:
@@ -127,7 +135,8 @@ class Flow:
             if name in values:
                 value.data = values[name]
 
-    def add_adapter(self, spec: LoraSpec, generator: Generator, concepts: int = 1) -> list[nn.Parameter]:
+    def add_adapter(self, spec: Adapter, generator: Generator, concepts: int = 1) -> list[nn.Parameter]:
+        assert isinstance(spec, LoraSpec)
         down = nn.Parameter(SCALE * torch.randn(spec.rank, WIDTH, generator=generator))
         self.network.adapter = nn.ParameterList([down, nn.Parameter(torch.zeros(CHANNELS, spec.rank))])
         return list(self.network.adapter)
@@ -300,8 +309,9 @@ def test_texts_are_compared_on_its_noise_levels() -> None:
 
 def test_the_trained_network_may_be_the_text_encoder(load_method: Callable[..., Method]) -> None:
     """A loss on fresh text states trains it; the teacher encodes as the model that was loaded."""
-    backbone = Flow(train_text=True)
+    backbone = Flow()
     method = load_method("esd-x")
+    vars(method.align)["network"] = "text_encoder"
     module = ErasureModule(backbone, method, [pair_of(backbone)], 0)
     assert {id(p) for p in module.parameters()} == {id(p) for p in backbone.embedding.parameters()}
     assert method.align is not None

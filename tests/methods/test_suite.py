@@ -20,6 +20,7 @@ from realera.paths import CONF_DIR
 from realera.runs import preflight
 from realera.training.checkpoint import load_erased, read_erased
 from realera.training.fit import fit
+from realera.training.schedule import adapter_of
 
 METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 PARTS: dict[str, Any] = {name: method_settings(name) for name in METHODS}
@@ -31,7 +32,12 @@ FUSED = [name for name in METHODS if PARTS[name].get("finish")]  # the trained L
 TRAINED = [name for name in METHODS if PARTS[name].get("align") and name not in EDITED]  # without a closed form
 # methods that erase the concept even if it is its own anchor
 IGNORE_ANCHOR = {"fmn", "leace", "mace", "mace-ablation", "sa", "rece"}
-TO_EMPTY = {"esd-u", "esd-x", "spm"}  # these map the bare name to '', so "erase nothing" means: the name is ''
+# these map the bare name to '', so "erase nothing" means: the name is ''
+TO_EMPTY = {"advunlearn", "esd-u", "esd-x", "receler", "spm", "stereo"}
+ALONE = {  # settings without the terms that do other things than erase
+    "advunlearn": ("latents.retained=0",),
+    "stereo": ("latents.search.rounds=0", "latents.anchors=['{}']"),
+}
 MERGED = {"leace", "valera"}  # the concept and its anchor become equal, but the anchor may change
 ROTATED = {"oce"}  # the concept is rotated away from itself, not to an anchor, and no value becomes shorter
 TO_ANCHOR = {  # settings that erase two concepts in keys and values, each towards its anchor
@@ -39,6 +45,11 @@ TO_ANCHOR = {  # settings that erase two concepts in keys and values, each towar
     "leace": ("edit.contrast=anchor", "edit.rows=concept"),
     "speed": ("edit.projections=both", "edit.ridge=0.01"),
 }
+GUIDED = {
+    **dict.fromkeys(("esd-u", "esd-x", "advunlearn", "receler"), "align.negative_guidance=10"),
+    "stereo": "align.scale=10",
+}
+NOT_THE_UNET = {"advunlearn", "receler"}  # these train a text encoder, and erasers
 QUICK = ("realera", "uce", "esd-x", "mace")  # the long tests run for these by default, for all methods if slow
 CAT = ("cat", "field")
 
@@ -116,10 +127,13 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_only_the_named_weights_change(name: str, plain: Any, new_backbone: Any) -> None:
-    fresh = dict(new_backbone().unet.named_parameters())
+    def weights(backbone: Any) -> dict[str, Tensor]:
+        texts = {f"text_encoder.{key}": value for key, value in backbone.text.model.named_parameters()}
+        unet = {key.replace(".base_layer", ""): value for key, value in backbone.unet.named_parameters()}
+        return {key: value for key, value in (unet | texts).items() if "lora" not in key and ".eraser." not in key}
+
     erased, _ = plain(name)
-    state = erased.erased_state()
-    now = {key.replace(".base_layer", ""): value for key, value in erased.unet.named_parameters() if "lora" not in key}
+    fresh, now, state = weights(new_backbone()), weights(erased), erased.erased_state()
     changed = {f"edit.{key}" for key, value in now.items() if not torch.equal(value, fresh[key])}
     assert changed == {key for key in state if key.startswith("edit.")}
     assert now.keys() == fresh.keys()
@@ -185,7 +199,7 @@ def test_erasing_nothing_changes_nothing(
     pairs = new_pairs(backbone, ("cat", "cat"))
     if name in TO_EMPTY:
         pairs = [replace(pair, concept=Concept("", "cat")) for pair in pairs]
-    still = ("align.weight_decay=0",) if name in TRAINED else ()  # decay alone changes a weight
+    still = ("align.weight_decay=0", *ALONE.get(name, ())) if name in TRAINED else ()  # decay alone changes a weight
     fit(
         backbone,
         replace(load_method(name, *still), neighbours=None),
@@ -261,8 +275,11 @@ def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, 
     few = ["align.lr=3e-4"]
     if name == "spm":  # all words are alike in this model, and SPM's anchoring preserves words like the concept
         few += ["align.anchor_weight=0", "align.warmup=0"]
-    if name in ("esd-u", "esd-x"):  # the guidance is smaller than the change of all weights in 12 steps
-        few += ["align.negative_guidance=10"]
+    if name in GUIDED:  # the guidance is smaller than the change of all weights in 12 steps
+        few += [GUIDED[name]]
+    if name == "stereo":  # one anchor, and weights that can tell the concepts apart
+        few += ["latents.anchors=[dog]", "align.parameters=[attn2]"]
+    few += ALONE.get(name, ())[:1]
     backbones = (
         run(name, "align.steps=0", to="before", concepts=concepts),
         run(name, *few, "align.steps=12", to="after", concepts=concepts),
@@ -270,15 +287,19 @@ def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, 
     losses: list[list[float]] = []
     for backbone in backbones:
         method, pairs = load_method(name, *few, "latents.batch=8"), new_pairs(backbone, *concepts)
-        if method.align.lora is None:
+        adapter = adapter_of(method.align)
+        if adapter is None:
+            backbone.choose(getattr(method.align, "network", "denoiser"))
             backbone.unfreeze(method.align.parameters)  # as in a run: `prepare` may use the trained weights
+        elif adapter is not method.align.lora and backbone is backbones[0]:
+            backbone.add_adapter(adapter, torch.Generator().manual_seed(0))
         parts = [part for part in (method.latents, method.align) if hasattr(part, "prepare")]
         for part in parts:
             part.prepare(backbone, pairs, cache, 0)
         losses.append([])
         for i, pair in enumerate(pairs):
             draw = torch.Generator().manual_seed(5)
-            z_t, t, *more = method.latents(backbone, i, draw)
+            z_t, t, *more = method.latents(backbones[0], i, draw)  # both losses are of the same latents
             known = {key: value for one in more for key, value in one.items()}
             with torch.no_grad():
                 terms = method.align.loss(backbone, pair, None, TrainingBatch(z_t, t, 1, known), draw)
@@ -312,7 +333,7 @@ def test_gradient_checkpointing(name: str, run: Any) -> None:
     def early() -> None:
         preflight.check_settings({"method": {**settings, "neighbours": None}, "backbone": checkpointing})
 
-    if name not in {"ac", "fmn", "mace", "mace-ablation"}:
+    if name not in {"ac", "fmn", "mace", "mace-ablation", "receler"}:
         early()
         assert run(name, model=checkpointing).erased_state()
         return
@@ -323,14 +344,16 @@ def test_gradient_checkpointing(name: str, run: Any) -> None:
 
 @pytest.mark.parametrize("name", slow_unless(ALIGNED, "realera", "esd-x"))
 def test_a_model_in_bfloat16(name: str, run: Any) -> None:
-    """Adapters on it can be trained. Its own weights would hardly change, so this is refused before and in the run."""
+    """Adapters on it and its text encoder can be trained. Its own weights would hardly change, so this is refused
+    before and in the run."""
     settings: dict[str, Any] = OmegaConf.to_container(PARTS[name])  # type: ignore[assignment]
     bfloat16 = {"dtype": "bfloat16"}
     config = {"method": {**settings, "neighbours": None}, "backbone": bfloat16}
-    if settings["align"].get("lora"):
+    if settings["align"].get("lora") or name in NOT_THE_UNET:
         preflight.check_settings(config)
         state = run(name, model=bfloat16).erased_state()
-        assert any(value.any() for key, value in state.items() if key.endswith(".up") or name in FUSED)
+        changed = (".up", ".up.weight") if name not in FUSED and name != "advunlearn" else ("",)
+        assert any(value.any() for key, value in state.items() if key.endswith(changed))
         return
     with pytest.raises(UserError, match=f"method {name} .*dtype=float32"):
         preflight.check_settings(config)

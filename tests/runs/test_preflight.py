@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from options import method_settings
 from realera.contracts import UserError
 from realera.paths import CONF_DIR
-from realera.runs import preflight
+from realera.runs import compatibility, preflight
 from realera.settings.run_settings import BackboneSettings, MethodSettings, TrainerSettings
 
 HUB = "someone/some-model"
@@ -227,3 +227,22 @@ def test_a_flat_band_counts_its_rows() -> None:
         preflight.check_band(MethodSettings({"neighbours": {**mining, "unit": "flat"}}), backbone)
     preflight.check_band(MethodSettings({"neighbours": None}), backbone)
     preflight.check_band(MethodSettings({}), BackboneSettings({}))
+
+
+def test_a_text_encoder_that_is_trained(tiny_sd: Path, tiny_sdxl: Path) -> None:
+    """`parameters` name its own weights, also of both encoders of XL, and the U-Net may be in half precision."""
+    settings: dict[str, Any] = OmegaConf.to_container(method_settings("advunlearn"))  # type: ignore[assignment]
+
+    def config(*parameters: str, name: str = "mini", dtype: str = "bfloat16") -> dict[str, Any]:
+        align = {**settings["align"], "parameters": list(parameters), "steps": 2}
+        return {"method": {**settings, "align": align}, "backbone": {"name": name, "dtype": dtype}}
+
+    preflight.check_settings(config("encoder"))
+    with pytest.raises(UserError, match=r"dtype=float16 is only for drawing"):
+        preflight.check_settings(config("encoder", dtype="float16"))
+    compatibility.check(tiny_sd, config("encoder", "final_layer_norm", "text_encoder", "-layers.0"))
+    compatibility.check(tiny_sdxl, config("text_encoder_2", "text_projection", name="sdxl"))
+    for folder, name in ((tiny_sd, "attn2"), (tiny_sd, "text_projection"), (tiny_sd, "text_encoder_2")):
+        said = rf"parameters\[0\]={name} is not a weight .*: it has embeddings, encoder, final_layer_norm"
+        with pytest.raises(UserError, match=said):
+            compatibility.check(folder, config(name))

@@ -1,4 +1,4 @@
-"""LoRA on the U-Net, with peft: h = W x + (alpha / rank) B A x (arXiv 2106.09685)."""
+"""LoRA on a network, the U-Net or the text encoders, with peft: h = W x + (alpha / rank) B A x (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -73,6 +73,13 @@ def remove(unet: nn.Module) -> None:
 def deltas(unet: nn.Module) -> dict[str, Tensor]:
     """{module path: (alpha / rank) B A} in the shape of the layer's weight, float32."""
     return {name: layer.get_delta_weight(ADAPTER).detach() for name, layer in layers(unet).items()}
+
+
+def taken(unet: nn.Module) -> dict[str, Tensor]:
+    """`deltas`, after the adapter was removed."""
+    found = deltas(unet)
+    remove(unet)
+    return found
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""The U-Net's own weights: which ones were changed, and their original values."""
+"""A network's own weights, of the U-Net or of the text encoders: which were changed, and their original values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,15 +17,15 @@ class BaseWeights:
     U-Net.
 
     Names and parameters are read once, before any adapter is added. peft moves a layer to "<path>.base_layer" but keeps
-    the same object, so the plain names stay valid.
+    the same object, so the plain names stay valid. named: gives a parameter its name here, from its path.
     """
 
-    def __init__(self, unet: nn.Module, backbone: str) -> None:
+    def __init__(self, network: nn.Module, backbone: str, named: Callable[[str], str] = str) -> None:
         self.backbone = backbone
-        self.parameters = dict(unet.named_parameters())
+        self.parameters = {named(name): parameter for name, parameter in network.named_parameters()}
         self.cross_attention = {
             name: module
-            for name, module in unet.named_modules()
+            for name, module in network.named_modules()
             if isinstance(module, nn.Linear) and name.endswith(("attn2.to_k", "attn2.to_v"))
         }
         self.first: dict[str, Tensor] = {}
@@ -98,6 +98,10 @@ class BaseWeights:
         for name, value in rounded.items():
             self._put(name, value if name in narrowed or owned else value.clone())
 
+    def merge(self, deltas: Mapping[str, Tensor]) -> None:
+        """Adds {layer: change of its weight}, in float64."""
+        self.set({f"{n}.weight": self.parameters[f"{n}.weight"].double() + d.double() for n, d in deltas.items()})
+
     def keep(self, name: str) -> nn.Parameter:
         """The parameter, after a copy of its original value; call this before any change."""
         parameter = self.parameters[name]
@@ -128,7 +132,8 @@ class BaseWeights:
 
         for target in (*wanted, *excluded):
             if not any(has_any(name, [target]) for name in self.parameters):
-                parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in self.parameters))
+                heads = (name.split(".")[name.startswith("text_encoder")] for name in self.parameters)
+                parts = ", ".join(dict.fromkeys(heads))
                 raise UserError(
                     f"The target {target!r} matched 0 weights of backbone {self.backbone}; its parts are: {parts}."
                 )

@@ -94,6 +94,14 @@ def to_diffusers(
             is_linear = part == "vae" and ".attentions." in name and value.dim() == 4
             own[name] = value[:, :, 0, 0].contiguous() if is_linear else value
         found[part] = own
+    return found | text_parts(state, kind, template)
+
+
+def text_parts(
+    state: Mapping[str, Tensor], kind: Kind, template: Mapping[str, Iterable[str]]
+) -> dict[str, dict[str, Tensor]]:
+    """{part: state} of the text encoders alone; see `to_diffusers`."""
+    found: dict[str, dict[str, Tensor]] = {}
     for part, (prefix, code) in zip(("text_encoder", "text_encoder_2"), ENCODERS[kind]):
         read = _clip_value if code == "clip" else _open_clip_value
         found[part] = {name: read(state, prefix, name.removeprefix("text_model.")) for name in template[part]}

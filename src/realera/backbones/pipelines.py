@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from realera import paths
-from realera.backbones import adapters, folder, text_marks
+from realera.backbones import adapters, erasers, folder, text_marks
 from realera.backbones.denoiser import DTYPES
 from realera.backbones.loading import Parts, TextFigures, quiet
 from realera.backbones.unet import UNetBackbone
@@ -57,7 +57,7 @@ class PipelineBackbone(UNetBackbone):
         return self._marks[False]
 
     @property
-    def text_fingerprint(self) -> str:
+    def _text_as_loaded(self) -> str:
         return self._marks[True]
 
     def text_marks(self) -> dict[str, str]:
@@ -78,23 +78,23 @@ class PipelineBackbone(UNetBackbone):
         for module in self._other_models:
             module.float()
         self._denoise.forget_attention()
-        self.text.forget()
+        self._forget_text()
         try:
             yield
         finally:
             for module, own in zip(self._other_models, dtypes):
                 for name, tensor in _tensors(module):
-                    tensor.data = tensor.data.to(own[name])
+                    tensor.data = tensor.data.to(own.get(name, tensor.dtype))
             for module, device, modes in kept:
                 module.to(device)
                 for name, child in module.named_modules():
                     child.training = modes.get(name, False)
-            for parameter, asked in graded.values():
-                parameter.requires_grad_(asked)
+            for module in modules:  # what was added, such as erasers, is not to be trained by the caller
+                for parameter in module.parameters():
+                    parameter.requires_grad_(graded.get(id(parameter), (parameter, False))[1])
             if set(unet.attn_processors) == set(processors):
                 unet.set_attn_processor(processors)
-            self.text.forget()
-            self._empty = None
+            self._forget_text()
 
     def checkpoint(self) -> tuple[str, str] | None:
         """(hub id or folder, its fingerprint) of the files with the pipeline's original weights; None if these files
@@ -130,9 +130,11 @@ class PipelineBackbone(UNetBackbone):
         return place
 
     def _weights_equal(self, place: Path) -> bool:
-        first = self._base.first
+        first = {**self._base.first, **self._changed_text.base.first}
         for part, module in _modules(self.parts).items():
-            held = {_plain(n): first.get(n, p) if part == "unet" else p for n, p in module.state_dict().items()}
+            head = f"{part}." if part.startswith("text_encoder") else ""
+            named = {_plain(n): p for n, p in module.state_dict().items() if f".{erasers.CHILD}." not in n}
+            held = named if part == "vae" else {n: first.get(head + n, p) for n, p in named.items()}
             seen = set()
             for file in folder.part_files(place, part)[1]:
                 with safe_open(file, framework="pt") as opened:
@@ -231,6 +233,8 @@ def parts_of(pipe: Any) -> Parts:
         raise UserError(
             "The pipeline's U-Net has LoRA layers: call pipe.fuse_lora() and pipe.unload_lora_weights() first."
         )
+    if erasers.found(unet):
+        raise UserError("The pipeline's U-Net has erasers of an earlier erasure: call its undo() first.")
     second = getattr(pipe, "text_encoder_2", None)
     xl = second is not None
     tokenizers = [found["tokenizer"], *([pipe.tokenizer_2] if xl else [])]

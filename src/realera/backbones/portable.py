@@ -1,7 +1,8 @@
 """Exports an erasure for other programs: a pipeline folder, a single checkpoint, a LoRA file. Uses only tensors and
 files, no models.
 
-Layer names are the U-Net's module paths ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k").
+Layer names are the U-Net's module paths ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"); those of a text
+encoder begin with its folder ("text_encoder.encoder.layers.0.mlp.fc1").
 """
 
 from __future__ import annotations
@@ -25,10 +26,31 @@ from realera.files import finite, plain_data
 from realera.files.headers import read_json
 from realera.system import disk
 
-EDIT, LORA = "edit.", "lora."
+EDIT, LORA, ERASER = "edit.", "lora.", "eraser."
+TEXT = "text_encoder"  # how the folder of a text encoder begins
 SAFETY_CHECKER = ["stable_diffusion", "StableDiffusionSafetyChecker"]  # a class of diffusers, in model_index.json
 MOST = 256  # the largest rank that "auto" writes: the file would approach the size of the model
 Lora = dict[str, tuple[Tensor, Tensor]]  # {layer: (down (r, in, ...), up (out, r, ...))}, W + up @ down
+
+
+def refuse_erasers(erased: Mapping[str, Tensor]) -> None:
+    """Raises UserError for erasers, which are no weights of a layer that other programs know."""
+    if count := sum(key.endswith(".down.bias") for key in erased if key.startswith(ERASER)):
+        raise UserError(
+            f"this run's erasure is {count} erasers behind the U-Net's cross-attention. They are not linear, so no "
+            "file for other programs can hold them: draw with realera (python -m realera.generate, realera.load)."
+        )
+
+
+def of_part(erased: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The entries of one part of a checkpoint, named as the part names its weights, without "text_model."."""
+    found = {}
+    for key, value in erased.items():
+        kind, _, name = key.partition(".")
+        folder = name.partition(".")[0] if name.startswith(TEXT) else "unet"
+        if folder == part:
+            found[f"{kind}.{name if part == 'unet' else name.removeprefix(f'{part}.')}"] = value
+    return found
 
 
 def adapters(erased: Mapping[str, Tensor]) -> Lora:
@@ -61,8 +83,8 @@ def changes(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> Iterato
 def merged(
     base: Mapping[str, Tensor], erased: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """The U-Net's whole state with edits and adapters merged. dtype: of all floating-point weights; None = each weight
-    keeps its own. Raises UserError for a weight that is not finite in that dtype."""
+    """The whole state of a part with edits and adapters merged. erased: of this part. dtype: of all floating-point
+    weights; None = each weight keeps its own. Raises UserError for a weight that is not finite in that dtype."""
     state = dict(base)
     for name, change in changes(base, erased):
         state[name] = (base[name].double() + change).to(base[name].dtype if dtype is None else dtype)
@@ -264,6 +286,19 @@ def base_unet(source: Path) -> dict[str, Tensor]:
     return state
 
 
+def erased_part(source: Path, part: str, erased: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state of a part, erased if it is a part that was changed, by the names of the part's files."""
+    own = of_part(erased, part)
+    if part == "unet":
+        return merged(base_unet(source), own, dtype)
+    base = part_state(source, part)
+    if not own:
+        return cast(base, dtype)
+    files = {name.removeprefix("text_model."): name for name in base}
+    whole = merged({plain: base[name] for plain, name in files.items()}, own, dtype)
+    return {name: whole[plain] for plain, name in files.items()}
+
+
 def part_state(source: Path, part: str) -> dict[str, Tensor]:
     """The weights of one part of a diffusers folder."""
     state: dict[str, Tensor] = {}
@@ -277,8 +312,7 @@ def save_checkpoint(
 ) -> None:
     """Writes one file in the original layout, with U-Net, autoencoder and text encoders. dtype: None = each weight
     keeps its own. Raises UserError for a U-Net that the layout has no names for."""
-    parts: dict[str, Mapping[str, Tensor]] = {part: part_state(source, part) for part in checkpoint.models(source)}
-    parts["unet"] = merged(base_unet(source), erased, dtype)
+    parts = {part: erased_part(source, part, erased, dtype) for part in checkpoint.models(source)}
     state = original_layout.from_diffusers(parts, kind_of(source))
     if is_v_prediction(source) and kind_of(source) == "xl":
         state["v_pred"] = torch.zeros(0)  # the mark by which ComfyUI knows such a model
@@ -308,7 +342,7 @@ def save_pipeline(
     variant: str | None = None,
     shard_size: str = "10GB",
 ) -> None:
-    """Writes a diffusers folder like `source` with the erased U-Net, completely or not at all.
+    """Writes a diffusers folder like `source` with the erased U-Net and text encoders, completely or not at all.
 
     dtype: of all networks; None = each weight keeps its own. variant: as in from_pretrained(variant="fp16"); None = the
     names without one. A safety checker and other extras are not copied.
@@ -323,8 +357,7 @@ def save_pipeline(
             if part.startswith("text_encoder"):
                 _promise_float32(beside / part / "config.json")
             if part in models:
-                unet = part == "unet"
-                state = merged(base_unet(source), erased, dtype) if unet else cast(part_state(source, part), dtype)
+                state = erased_part(source, part, erased, dtype)
                 _write_weights(state, beside / part, models[part], variant, shard_size)
         (beside / "model_index.json").write_text(plain_data.json_text(_index(source), indent=2), encoding="utf-8")
 

@@ -71,15 +71,25 @@ class TextEncoder:
                 "length in this range."
             )
 
-    def __call__(self, texts: Sequence[str | NamedPrompt], to_end: bool = False) -> TextStates:
+    def __call__(
+        self, texts: Sequence[str | NamedPrompt], to_end: bool = False, weights: str | None = "loaded"
+    ) -> TextStates:
         """States (B, T, D) float32 on the model's device; see `contracts.TextStates`. `pooled` is the projected state
         of the text's end, if the model has one. to_end: do not compute the rows after a text's end. This does not
-        change the other rows, because attention is causal.
+        change the other rows, because attention is causal. weights: a name of the model's weights as they are now,
+        under which the states are kept; None = they are trained: the states are not kept and have gradients.
 
         Raises UserError if a name is cut off (see `rows`).
         """
-        key = (str(self.model.device), to_end, tuple(texts))
-        found = self._cache.pop(key, None) or self._encode(texts, to_end)
+        if weights is None:
+            return self._encode(texts, to_end, "lower method.align.lr")
+        key = (weights, str(self.model.device), to_end, tuple(texts))
+        found = self._cache.pop(key, None)
+        if found is None:
+            # no_grad and not inference_mode: a training step saves these states for its backward pass, which inference
+            # tensors do not allow.
+            with torch.no_grad():
+                found = self._encode(texts, to_end, "copy or download the checkpoint's text encoder again")
         if found.states.nbytes > KEPT:  # a data set's captions: they are not encoded twice
             return found
         self._cache[key] = found  # the latest last
@@ -87,15 +97,12 @@ class TextEncoder:
             self._cache.popitem(last=False)
         return _copy(found)
 
-    @torch.no_grad()
-    def _encode(self, texts: Sequence[str | NamedPrompt], to_end: bool) -> TextStates:
+    def _encode(self, texts: Sequence[str | NamedPrompt], to_end: bool, remedy: str) -> TextStates:
         device = self.model.device
         ids = self._tokens(texts)
         length = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)
         sizes = length + 1 if to_end else torch.full_like(length, self.length)
         rows = [self.rows(text) if isinstance(text, NamedPrompt) else (-1, -1) for text in texts]
-        # no_grad and not inference_mode: a training step saves these states for its backward pass, which inference
-        # tensors do not allow.
         states = torch.zeros(len(texts), int(sizes.max()) if len(texts) else self.length, self.width, device=device)
         pooled = torch.zeros(len(texts), self.pooled_width, device=device) if self.pooled_width else None
         for here in self._batches(sizes):
@@ -105,8 +112,8 @@ class TextEncoder:
             if pooled is not None:
                 pooled[here] = out.text_embeds
         if to_end:
-            states *= torch.arange(states.shape[1], device=device)[:, None] < sizes.to(device)[:, None, None]
-        self._refuse_not_finite(texts, states, "copy or download the checkpoint's text encoder again")
+            states = states * (torch.arange(states.shape[1], device=device)[:, None] < sizes.to(device)[:, None, None])
+        self._refuse_not_finite(texts, states, remedy)
         first, last = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
         return TextStates(
             states=states,
@@ -276,9 +283,11 @@ class PairedTextEncoder:
         self.width = first.width + second.width
         self.pooled_width = second.pooled_width
 
-    def __call__(self, texts: Sequence[str | NamedPrompt], to_end: bool = False) -> TextStates:
+    def __call__(
+        self, texts: Sequence[str | NamedPrompt], to_end: bool = False, weights: str | None = "loaded"
+    ) -> TextStates:
         """As `TextEncoder`. Also raises UserError if the two tokenizers split a text differently."""
-        return self._joined(texts, self.first(texts, to_end), self.second(texts, to_end))
+        return self._joined(texts, self.first(texts, to_end, weights), self.second(texts, to_end, weights))
 
     def forget(self) -> None:
         self.first.forget()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -11,15 +11,27 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from realera.backbones import adapters, autoencoder, configs, folder, loading, sampling, text_marks
+from realera.backbones import adapters, autoencoder, configs, erasers, folder, loading, sampling, text_marks
 from realera.backbones.base import BaseWeights
+from realera.backbones.changed_text import ChangedText
 from realera.backbones.denoiser import DTYPES, Attention, Denoiser, Dtype
 from realera.backbones.loading import Rows, TextFigures
-from realera.contracts import Course, Edit, Guide, LoraSpec, NamedPrompt, Sampler, TextStates, UserError
+from realera.contracts import (
+    Adapter,
+    Course,
+    Edit,
+    EraserSpec,
+    Guide,
+    NamedPrompt,
+    Network,
+    Sampler,
+    TextStates,
+    UserError,
+)
 from realera.files import finite
 from realera.setting_types import Checkpoint, Label
 
-EDIT, LORA = "edit.", "lora."
+EDIT, LORA, ERASER = "edit.", "lora.", "eraser."
 
 
 class UNetBackbone:
@@ -90,7 +102,9 @@ class UNetBackbone:
         self._schedule = sampling.NoiseSchedule(self.scheduler_config)
         self._zeros = parts.xl and parts.zeros_for_no_prompt
         self._depth = 0  # nesting level of original()
-        self._empty: TextStates | None = None
+        self._changed_text = ChangedText(parts.text_models, name)
+        self._trained: nn.Module = self.unet
+        self._empty: dict[str, TextStates] = {}  # states of the empty prompt, by the state of the text encoders
 
     @property
     def denoiser(self) -> nn.Module:
@@ -98,16 +112,23 @@ class UNetBackbone:
 
     @property
     def trained(self) -> nn.Module:
-        return self.unet
+        return self._trained
+
+    def choose(self, network: Network) -> None:
+        self._trained = self._changed_text.network if network == "text_encoder" else self.unet
 
     @cached_property
     def fingerprint(self) -> str:
         """Content id of weights, configuration, tokenizer and text length; reads all weights on first use."""
         return folder.fingerprint(self.folder, text_length=self.max_length)
 
-    @cached_property
+    @property
     def text_fingerprint(self) -> str:
-        """Content id of what the text states depend on: text encoders, tokenizers and text length."""
+        """Content id of what the text states depend on now: text encoders with their changes, tokenizers, length."""
+        return self._changed_text.fingerprint(self._text_as_loaded)
+
+    @cached_property
+    def _text_as_loaded(self) -> str:
         return folder.fingerprint(self.folder, text_length=self.max_length, only_text=True)
 
     def text_marks(self) -> dict[str, str]:
@@ -124,12 +145,13 @@ class UNetBackbone:
     def encode(
         self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None, to_end: bool = False
     ) -> TextStates:
-        """See `TextEncoder.__call__`, and `with_vectors` for vectors; on the U-Net's device, always in float32."""
+        """See `TextEncoder.__call__`, and `with_vectors` for vectors; on the U-Net's device, always in float32. With
+        gradients for text encoders that are trained."""
         device = self.device
         self.text.to(device)
         with torch.autocast(device.type, enabled=False):
             if vectors is None:
-                return self.text(texts, to_end)
+                return self.text(texts, to_end, self._changed_text.state)
             return self.text.with_vectors(texts, vectors.to(device))
 
     def check_not_truncated(self, prompts: Sequence[NamedPrompt]) -> None:
@@ -184,53 +206,76 @@ class UNetBackbone:
             if self._depth > 1:
                 yield
             else:
-                weights = nullcontext() if edited else self._base.swapped()
-                with torch.no_grad(), adapters.disabled(self.unet), weights:
+                with ExitStack() as stack:
+                    stack.enter_context(torch.no_grad())
+                    stack.enter_context(adapters.disabled(self.unet))
+                    stack.enter_context(erasers.disabled(self.unet))
+                    stack.enter_context(self._changed_text.original(edited))
+                    stack.enter_context(nullcontext() if edited else self._base.swapped())
                     yield
         finally:
             self._depth -= 1
 
     @torch.inference_mode(False)
-    def add_adapter(self, spec: LoraSpec, generator: Generator, concepts: int = 1) -> list[nn.Parameter]:
-        """See `adapters.add`. The adapter is float32 for every dtype of the U-Net. Only one adapter is allowed."""
+    def add_adapter(self, spec: Adapter, generator: Generator, concepts: int = 1) -> list[nn.Parameter]:
+        """See `adapters.add` and `erasers.add`. The adapter is float32 for every dtype of the U-Net. Only one adapter
+        is allowed, and erasers only behind the U-Net's attention."""
         self._refuse_inside_original()
         self._base.refuse_adapting_float16()
-        if adapters.layers(self.unet):
+        if adapters.layers(self.unet) or adapters.layers(self._changed_text.network) or erasers.found(self.unet):
             raise RuntimeError("an adapter is in place: call merge_adapter() or remove_adapter() first")
-        return adapters.add(self.unet, spec, generator, self.name, concepts)
+        if isinstance(spec, EraserSpec):
+            return erasers.add(self.unet, spec, generator)
+        self._forget_text()
+        return adapters.add(self.trained, spec, generator, self.name, concepts)
 
     def adapter_scale(self, scale: Tensor) -> AbstractContextManager[None]:
         """See `adapters.scaled`."""
         return adapters.scaled(self.unet, scale)
 
+    def eraser_outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """See `erasers.outputs`."""
+        return erasers.outputs(self.unet)
+
     @torch.inference_mode(False)
     def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
-        """Makes the U-Net's own weights trainable, for methods without a LoRA; see `BaseWeights.unfreeze`."""
+        """Makes the network's own weights trainable, for methods without a LoRA; see `BaseWeights.unfreeze`."""
         self._refuse_inside_original()
-        return self._base.unfreeze(targets)
+        if self.trained is self.unet:
+            return self._base.unfreeze(targets)
+        self._forget_text()
+        return self._changed_text.base.unfreeze(targets)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def merge_adapter(self) -> None:
-        """Adds (alpha / rank) B A to the base weights and removes the adapter; images change only by rounding."""
+        """Adds (alpha / rank) B A to the base weights and removes the adapter; images change only by rounding. Erasers
+        stay: they cannot be merged."""
         self._refuse_inside_original()
-        deltas = adapters.deltas(self.unet)
-        adapters.remove(self.unet)
-        parameters = self._base.parameters
-        self._base.set(
-            {f"{n}.weight": parameters[f"{n}.weight"].double() + delta.double() for n, delta in deltas.items()}
-        )
+        self._forget_text()
+        self._base.merge(adapters.taken(self.unet))
+        self._changed_text.base.merge(adapters.taken(self._changed_text.network))
 
     def remove_adapter(self) -> None:
         """Removes the adapter without merging it."""
         self._refuse_inside_original()
+        self._forget_text()
         adapters.remove(self.unet)
+        adapters.remove(self._changed_text.network)
+        erasers.remove(self.unet)
 
     def erased_state(self) -> dict[str, Tensor]:
-        """{"edit.<layer>.weight": changed base weight, "lora.<layer>.down|up|alpha": adapter}, copies on the CPU."""
+        """{"edit.<layer>.weight": changed base weight, "lora.<layer>.down|up|alpha": adapter,
+        "eraser.<attn2>.down.weight ...": eraser}, copies on the CPU. Layers of a text encoder begin with the name of
+        its folder."""
         self._refuse_inside_original()
-        state = {EDIT + name: value for name, value in self._base.changed().items()}
-        return state | {LORA + name: value for name, value in adapters.state(self.unet).items()}
+        changed = {**self._base.changed(), **self._changed_text.base.changed()}
+        lora = {**adapters.state(self.unet), **self._changed_text.adapter_state()}
+        return {
+            **{EDIT + name: value for name, value in changed.items()},
+            **{LORA + name: value for name, value in lora.items()},
+            **{ERASER + name: value for name, value in erasers.state(self.unet).items()},
+        }
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -240,21 +285,38 @@ class UNetBackbone:
         Raises UserError for a state of another model and for one that is not finite; the model is then the original.
         """
         self._refuse_inside_original()
-        adapters.remove(self.unet)
-        self._base.restore()
-        if unknown := [key for key in state if not key.startswith((EDIT, LORA))]:
+        self._restore()
+        if unknown := [key for key in state if not key.startswith((EDIT, LORA, ERASER))]:
             raise UserError(
-                f"The erased weights contain {unknown[0]!r}, which is neither an edit nor a LoRA; give an "
+                f"The erased weights contain {unknown[0]!r}, which is neither an edit nor an adapter; give an "
                 "erased.safetensors."
             )
         finite.refuse(state, "The erased weight", "erase again, with a larger ridge or a lower method.align.lr")
+        edit, lora, eraser = (
+            {key.removeprefix(kind): value for key, value in state.items() if key.startswith(kind)}
+            for kind in (EDIT, LORA, ERASER)
+        )
+        text_edit, text_lora = self._changed_text.own(edit), self._changed_text.own(lora)
         try:
-            self._base.set({key.removeprefix(EDIT): value for key, value in state.items() if key.startswith(EDIT)})
-            lora = {key.removeprefix(LORA): value for key, value in state.items() if key.startswith(LORA)}
-            adapters.load(self.unet, lora, self.name)
+            self._base.set({name: value for name, value in edit.items() if name not in text_edit})
+            self._changed_text.base.set(text_edit)
+            adapters.load(self.unet, {n: value for n, value in lora.items() if n not in text_lora}, self.name)
+            self._changed_text.load_adapter(text_lora)
+            erasers.load(self.unet, eraser, self.name)
         except UserError:
-            self._base.restore()
+            self._restore()
             raise
+
+    def _restore(self) -> None:
+        """The model as loaded, without adapters."""
+        self.remove_adapter()
+        self._base.restore()
+        self._changed_text.base.restore()
+
+    def _forget_text(self) -> None:
+        """No text state is used again: the text encoders change now, or may have."""
+        self.text.forget()
+        self._empty = {}
 
     def _refuse_inside_original(self) -> None:
         if self._depth:
@@ -342,12 +404,15 @@ class UNetBackbone:
 
     def _no_prompt(self) -> TextStates:
         """The unconditional text states (1 prompt): the encoded empty text, or zeros if SDXL's index says so."""
-        if self._empty is None:  # the text encoder is never edited, so they are encoded once
-            empty = self.encode([""])
-            if self._zeros and empty.pooled is not None:
-                empty = replace(empty, states=torch.zeros_like(empty.states), pooled=torch.zeros_like(empty.pooled))
-            self._empty = empty
-        return self._empty
+        state = self._changed_text.state
+        if state is not None and state in self._empty:
+            return self._empty[state]
+        empty = self.encode([""])
+        if self._zeros and empty.pooled is not None:
+            empty = replace(empty, states=torch.zeros_like(empty.states), pooled=torch.zeros_like(empty.pooled))
+        if state is not None:
+            self._empty[state] = empty
+        return empty
 
     def decode(self, latents: Tensor) -> Tensor:
         return autoencoder.decode(self.vae, latents, self.vae_slicing)
@@ -365,7 +430,7 @@ class UNetBackbone:
         each_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         """uint8 (B, H, W, 3). All B images are generated in one batch, so the caller chooses B by the memory."""
-        with nullcontext() if guide is None else guide.around(self, texts):
+        with torch.no_grad(), nullcontext() if guide is None else guide.around(self, texts):
             latents = self.sample(self.encode(texts), seeds, sampler, guide, None, negative, each_step)
         return self.decode(latents)
 
@@ -377,6 +442,8 @@ class UNetBackbone:
         return self
 
     def park(self) -> None:
-        """Moves text encoders and autoencoder to the CPU until their next use: the training loop needs neither."""
-        self.text.to("cpu")
+        """Moves text encoders and autoencoder to the CPU until their next use: the training loop needs neither, unless
+        it trains the text encoders."""
+        if self.trained is self.unet:
+            self.text.to("cpu")
         self.vae.to("cpu")

@@ -16,7 +16,7 @@ import torch
 
 from realera import paths
 from realera.backbones import portable
-from realera.backbones.folder import locate
+from realera.backbones.folder import locate, models
 from realera.contracts import UserError
 from realera.exporting import card, description, verification
 from realera.files import plain_data
@@ -164,6 +164,7 @@ def _weights(
 ) -> Exported:
     dtype = DTYPES.get(options.dtype or "")
     left_out = {}
+    portable.refuse_erasers(state)
     if about.guide:
         left_out[about.guide] = "it acts while images are drawn; only realera's own commands can apply it"
     error, path = 0.0, out
@@ -173,9 +174,20 @@ def _weights(
         path = out / f"{about.name}.safetensors"
         portable.save_checkpoint(source, state, path, dtype, description.metadata_of(about, left_out))
     else:
+        texts = _change_of_texts(source, state)
+        unet = portable.of_part(state, "unet")
+        if texts and not unet:
+            raise UserError(
+                f"this run changed the text encoder and not the U-Net, and to={to} holds only the U-Net's change: give "
+                "to=checkpoint or to=diffusers."
+            )
         base = portable.base_unet(source)
-        found = portable.lora_of(base, state, options.rank, options.error)
+        found = portable.lora_of(base, unet, options.rank, options.error)
         error = found.error
+        if texts:
+            left_out["change of the text encoder"] = (
+                f"to={to} holds only the U-Net's change; it is {texts:.1%} of the text encoder's weights (Frobenius)"
+            )
         if found.left_out:
             share = sum(found.left_out.values()) ** 0.5
             left_out[f"change of {len(found.left_out)} biases and norms"] = (
@@ -192,6 +204,18 @@ def _weights(
         (log.warning if error > SMALL else log.info)(said, spread, len(ranks), 100 * error)
     distance = verification.distance(run, source, state, to, path, options.verify, about.name)
     return Exported(path, error, distance, left_out)
+
+
+def _change_of_texts(source: Path, state: Mapping[str, torch.Tensor]) -> float:
+    """||change|| / ||weights|| over the changed weights of the text encoders; 0 if none was changed."""
+    change, whole = 0.0, 0.0
+    for part in (part for part in models(source) if part.startswith(portable.TEXT)):
+        if own := portable.of_part(state, part):
+            base = {n.removeprefix("text_model."): value for n, value in portable.part_state(source, part).items()}
+            for name, moved in portable.changes(base, own):
+                change += float(moved.square().sum())
+                whole += float(base[name].double().square().sum())
+    return (change / whole) ** 0.5 if whole else 0.0
 
 
 def _map(run: Run, out: Path, about: description.Description) -> Exported:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from realera.backbones import original_layout, portable
+from realera.backbones import folder, original_layout, portable
 from realera.contracts import Prompt
 from realera.runs import steps
 from realera.runs.folders import Run
@@ -26,8 +26,8 @@ def distance(
     run: Run, source: Path, state: Mapping[str, Tensor], to: str, path: Path, images: int | None, name: str
 ) -> float | None:
     """Mean absolute difference in grey levels (0 to 255) between images of the run and of the file, the same prompts
-    and seeds; the U-Net alone differs. The prompts are the task's own, half of them with the concept. None if no images
-    are asked for.
+    and seeds; only the U-Net and the text encoders differ. The prompts are the task's own, half of them with the
+    concept. None if no images are asked for.
 
     source: the base model's folder. state: of the run's erased.safetensors. images: None = `USUAL` on a GPU or for
     small images, else 0.
@@ -56,8 +56,12 @@ def distance(
 
 
 def exported_weights(source: Path, to: str, path: Path) -> dict[str, Tensor]:
-    """{"edit.<name>": weight} of the U-Net as a reader of the file gets it, float32, for `Backbone.load_erased`."""
+    """{"edit.<name>": weight} of U-Net and text encoders as a reader of the file gets them, float32, for
+    `Backbone.load_erased`."""
     base = portable.base_unet(source)
+    texts: dict[str, Tensor] = {}
+    if to in ("diffusers", "checkpoint"):
+        texts = _text_weights(source, to, path)
     if to == "diffusers":
         found = portable.part_state(path, "unet")
     elif to == "checkpoint":
@@ -68,7 +72,25 @@ def exported_weights(source: Path, to: str, path: Path) -> dict[str, Tensor]:
         changes = portable.read_lora(path, to, portable.lora_names(base, to, portable.kind_of(source)))
         found = {name: (base[name].double() + change).float() for name, change in changes.items()}
     changed = {name: value.float() for name, value in found.items() if not torch.equal(value, base[name])}
-    return {f"{portable.EDIT}{name}": value for name, value in changed.items()}
+    return {f"{portable.EDIT}{name}": value for name, value in {**changed, **texts}.items()}
+
+
+def _text_weights(source: Path, to: str, path: Path) -> dict[str, Tensor]:
+    """{"<folder>.<name>": weight} of the text encoders' changed weights, float32."""
+    parts = [part for part in folder.models(source) if part.startswith(portable.TEXT)]
+    bases = {part: portable.part_state(source, part) for part in parts}
+    if to == "diffusers":
+        found = {part: portable.part_state(path, part) for part in parts}
+    else:
+        with safe_open(path, "pt") as reader:
+            stored = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
+        found = original_layout.text_parts(stored, portable.kind_of(source), bases)
+    return {
+        f"{part}.{name.removeprefix('text_model.')}": found[part][name].float()
+        for part, base in bases.items()
+        for name, value in base.items()
+        if value.is_floating_point() and not torch.equal(found[part][name].to(value.dtype), value)
+    }
 
 
 def _prompts(run: Run, images: int) -> list[Prompt]:

@@ -31,6 +31,31 @@ CAPTIONS = Path(__file__).with_name("captions.txt")
 Timesteps = Annotated[int, Number(1, TIMESTEPS, whole=True)]
 
 
+def named(caption: str, names: Sequence[str]) -> bool:
+    """Whether a caption contains one of the names as a whole word."""
+    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", caption, re.IGNORECASE) for name in names if name)
+
+
+def read_captions(captions: Sequence[str] | str | Path | None, setting: str) -> list[str]:
+    """The captions of a list or of a text file with one on each line; None = those of the package. setting: its name in
+    errors.
+
+    Raises UserError for a file that cannot be read and for an empty list.
+    """
+    if captions is None or isinstance(captions, str | Path):
+        file = CAPTIONS if captions is None else Path(captions).expanduser()
+        try:
+            if file.exists() and not file.is_file():  # reading a pipe would block
+                raise OSError(f"{file} is not a file")
+            captions = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: give {setting} a text file with one caption per line.") from error
+    found = [caption.strip() for caption in captions if caption.strip()]
+    if not found:
+        raise UserError(f"{setting} is empty: give captions, or null for those of the package.")
+    return found
+
+
 class Replay:
     """Images of captions, drawn once by the original model and cached.
 
@@ -47,19 +72,7 @@ class Replay:
         chunk: Batch = 8,
         sampler: Sampler | None = None,
     ) -> None:
-        if captions is None or isinstance(captions, str | Path):
-            file = CAPTIONS if captions is None else Path(captions).expanduser()
-            try:
-                if file.exists() and not file.is_file():  # reading a pipe would block
-                    raise OSError(f"{file} is not a file")
-                captions = file.read_text(encoding="utf-8-sig").splitlines()
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{file} cannot be read: give replay.captions a text file with one caption per line."
-                ) from error
-        self.captions = [caption.strip() for caption in captions if caption.strip()]
-        if not self.captions:
-            raise UserError("replay.captions is empty: give captions, or null for those of the package.")
+        self.captions = read_captions(captions, "replay.captions")
         self.images = images
         self.chunk = chunk
         self.sampler = sampler
@@ -80,8 +93,7 @@ class Replay:
     def without(self, names: Sequence[str]) -> Tensor:
         """(n,) int64: indices of the images whose captions contain none of the names as a whole word. Raises UserError
         if there is no such image."""
-        words = [re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE) for name in names]
-        clean = [not any(word.search(caption) for word in words) for caption in self.captions]
+        clean = [not named(caption, names) for caption in self.captions]
         kept = [image for image in range(self.images) if clean[image % len(clean)]]
         if not kept:
             raise UserError(f"Every caption of replay.captions names {', '.join(names)}: add captions that do not.")

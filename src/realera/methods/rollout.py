@@ -71,6 +71,7 @@ class Rollout:
         self.stages: dict[int, Tensor] = {}  # (steps + 1, chains, C, h, w) of each concept, if renew > 1
         self.uses: dict[int, int] = {}
         self.size: tuple[int, ...] = ()  # (C, h, w)
+        self.prompts: dict[int, Tensor] = {}  # (chains,) of each concept, the text that each chain was drawn from
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
@@ -91,24 +92,37 @@ class Rollout:
             named = [pair.concept.target if name == "concept" else pair.concept.anchor for pair in pairs]
             self.texts = [backbone.encode([text]) for text in named]
 
-    def __call__(self, backbone: Backbone, concept: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, backbone: Backbone, concept: int, generator: Generator) -> Any:
         """(z_t (batch, C, h, w), t (batch,)) of one concept."""
+        return self.with_prompts(backbone, concept, generator)[:2]
+
+    def with_prompts(self, backbone: Backbone, concept: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """As a call, and (batch,): the index of the text that each image was drawn from."""
         stops = torch.randint(self.first_stop, self.steps, (self.batch,), generator=generator)
-        timesteps = self._timesteps(backbone, stops, generator)
+        timesteps = self.timesteps_of(backbone, stops, generator)
         stops = (stops + self.extra_steps).clamp(max=self.steps)
         if self.renew == 1:
             chains = torch.arange(self.batch)
-            stages = self._drawn(backbone, concept, self.batch, sorted(set(stops.tolist())), generator)
+            stages, prompts = self._drawn(backbone, concept, self.batch, sorted(set(stops.tolist())), generator)
             latents = torch.stack([stages[stop][chain] for stop, chain in zip(stops.tolist(), chains.tolist())])
         else:
             if self.uses.get(concept, 0) % self.renew == 0:
-                drawn = self._drawn(backbone, concept, self.chains, range(self.steps + 1), generator)
+                drawn, self.prompts[concept] = self._drawn(
+                    backbone, concept, self.chains, range(self.steps + 1), generator
+                )
                 self.stages[concept] = torch.stack(list(drawn.values()))
             self.uses[concept] = self.uses.get(concept, 0) + 1
             chains = torch.randint(self.chains, (self.batch,), generator=generator)
             latents = self.stages[concept][stops, chains]
+            prompts = self.prompts[concept][chains] if concept in self.prompts else torch.zeros_like(chains)
         device = next(backbone.denoiser.parameters()).device
-        return latents.to(device), timesteps.to(device)
+        return latents.to(device), timesteps.to(device), prompts
+
+    def all_stages(self, backbone: Backbone, kind: int, numbers: Tensor, generator: Generator) -> Tensor:
+        """(steps + 1, images, C, h, w): all stages of the images `numbers` (images,) of a text source. Image i is drawn
+        from text i mod their number."""
+        prompts = numbers % len(self.texts[kind].states)
+        return torch.stack(list(self._stages(backbone, kind, prompts, range(self.steps + 1), generator).values()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The kept stages. They cannot be drawn again, because the model has changed since."""
@@ -122,7 +136,7 @@ class Rollout:
         self.stages = {int(concept): stages for concept, stages in state.items()}
         self.uses = {concept: calls[concept] for concept in self.stages}
 
-    def _timesteps(self, backbone: Backbone, stops: Tensor, generator: Generator) -> Tensor:
+    def timesteps_of(self, backbone: Backbone, stops: Tensor, generator: Generator) -> Tensor:
         if self.timestep == "level":
             return backbone.timesteps(self._sampler(backbone))[stops]
         if self.timestep == "list":
@@ -133,11 +147,18 @@ class Rollout:
 
     def _drawn(
         self, backbone: Backbone, concept: int, count: int, stops: Sequence[int], generator: Generator
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """`_stages` of `count` images, each of a random text, and the text (count,) of each."""
+        prompts = torch.randint(len(self.texts[concept].states), (count,), generator=generator)
+        return self._stages(backbone, concept, prompts, stops, generator), prompts
+
+    def _stages(
+        self, backbone: Backbone, concept: int, prompts: Tensor, stops: Sequence[int], generator: Generator
     ) -> dict[int, Tensor]:
-        """{k: latents (count, C, h, w) after k steps} of `count` images, drawn up to the last of `stops`."""
-        texts = self.texts[concept]
-        texts = take(texts, torch.randint(len(texts.states), (count,), generator=generator))
-        seeds = torch.randint(FIRST_SEED, 2**62, (count,), generator=generator).tolist()
+        """{k: latents (count, C, h, w) after k steps} of images of the texts `prompts` (count,), drawn up to the last
+        of `stops`."""
+        texts = take(self.texts[concept], prompts)
+        seeds = torch.randint(FIRST_SEED, 2**62, (len(prompts),), generator=generator).tolist()
         recorder = _Recorder(stops[:-1]) if len(stops) > 1 else None
         with backbone.original() if self.original else nullcontext():
             last = backbone.sample(texts, seeds, self._sampler(backbone), recorder, stop_at=stops[-1])

@@ -11,13 +11,15 @@ from realera.backbones import folder
 from realera.contracts import UserError
 from realera.files import headers
 from realera.settings.run_settings import BackboneSettings, Settings
+from realera.settings.source_code import fact
 
 
 def check(model: Path, config: Mapping[str, Any]) -> None:
     """Checks the settings against a model. model: a checkpoint's folder.
 
     Raises:
-        UserError: the U-Net lacks a LoRA's target or a parameter, or the autoencoder cannot draw the image size.
+        UserError: the trained network lacks a LoRA's target or a parameter, or the autoencoder cannot draw the image
+        size.
     """
     settings = Settings(config)
     backbone, align = settings.backbone, settings.method.align
@@ -31,7 +33,7 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
                 )
     if not align.steps:
         return
-    axes = folder.weights(model, "unet")
+    axes = _trained_weights(model, str(fact(str(align.target), "network", "denoiser")))
     if align.lora:
         layers = [name.removesuffix(".weight") for name in axes if axes[name] > 1 and name.endswith(".weight")]
         endings = (re.search(r"attn\d\.to_\w+(\.\d+)?$", layer) for layer in layers)
@@ -43,8 +45,20 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
         for number, target in enumerate(align.parameters):
             part = str(target).removeprefix("-")
             if part != "all" and not any(f".{part}." in f".{name}." for name in axes):
-                known = list(dict.fromkeys(name.split(".")[0] for name in axes))
+                known = list(dict.fromkeys(name.split(".")[name.startswith("text_encoder")] for name in axes))
                 raise UserError(_no_such(f"method.align.parameters[{number}]", target, "weight", backbone, known))
+
+
+def _trained_weights(model: Path, network: str) -> Mapping[str, int]:
+    """{name of a weight: number of its axes} of the network that is trained, named as `Backbone.trained` names it."""
+    if network == "denoiser":
+        return folder.weights(model, "unet")
+    texts = [part for part in folder.models(model) if part.startswith("text_encoder")]
+    return {
+        f"{part}.{name.removeprefix('text_model.')}": axes
+        for part in texts
+        for name, axes in folder.weights(model, part).items()
+    }
 
 
 def _no_such(at: str, target: Any, kind: str, backbone: BackboneSettings, known: Sequence[str]) -> str:

@@ -287,15 +287,15 @@ def _device(settings: Settings) -> str:
 
 
 def _passes(part: Mapping[str, Any], steps: int, otherwise: float) -> float:
-    """U-Net passes of a training step, from the part's class (`contracts.Planned`). steps: of the backbone's
+    """U-Net passes of a training step, from the part's class (`method_roles.Planned`). steps: of the backbone's
     sampler."""
     said = getattr(_class_of(part), "passes", None)
     return otherwise if said is None else float(said(part, steps))
 
 
 def _made(node: Any, settings: Settings, steps: int, concepts: Sequence[Concept]) -> Iterator[tuple[str, float]]:
-    """(key, passes) of the inputs that a method's parts make before training, from their classes (`contracts.Planned`)
-    and at any depth of its settings. Inputs that two runs share have one key."""
+    """(key, passes) of the inputs that a method's parts make before training, from their classes
+    (`method_roles.Planned`) and at any depth of its settings. Inputs that two runs share have one key."""
     if not isinstance(node, Mapping):
         return
     if (makes := getattr(_class_of(node), "makes", None)) is not None:

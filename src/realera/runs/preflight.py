@@ -202,7 +202,7 @@ def check_training(method: MethodSettings, backbone: BackboneSettings) -> None:
                 "method.align.detach_bos does not work with backbone.gradient_checkpointing: set one of them to false."
             )
     dtype, name = backbone.dtype, method.name
-    if not align.lora and align.parameters and dtype != "float32":
+    if not align.lora and align.parameters and dtype != "float32" and fact(target, "network") != "text_encoder":
         raise UserError(
             f"method {name} trains the U-Net's weights, and backbone.dtype={dtype} would round its small steps away: "
             "set backbone.dtype=float32, with trainer.precision=bf16-mixed for speed."

@@ -49,6 +49,7 @@ class PrepareLatents(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _erasure(pl_module)
+        module.backbone.to(trainer.strategy.root_device)  # Lightning has moved the trained network alone
         parts: tuple[object, ...] = (module.method.latents, module.method.align)
         together = [part for part in parts if isinstance(part, PreparesTogether)]
         alone = [part for part in parts if not isinstance(part, PreparesTogether) and isinstance(part, Prepares)]

@@ -25,7 +25,7 @@ from realera.system.disk import write_text
 from realera.training import maps
 from realera.training.checkpoint import Origin, save_map, save_neighbours, tensors_of
 from realera.training.pairs import on_cpu
-from realera.training.schedule import trains
+from realera.training.schedule import adapter_of, trains
 from realera.training.seeding import stream
 
 PROBED = 50  # most prompts of a split whose shift is reported: a data set has tens of thousands of captions
@@ -129,8 +129,8 @@ class Editing:
                 self._write(edit)
         self._count_edited()
         if method.align is not None and trains(method.align):
-            if method.align.lora is not None:
-                backbone.add_adapter(method.align.lora, stream(self.seed, "adapter"), len(self.pairs))
+            if (adapter := adapter_of(method.align)) is not None:
+                backbone.add_adapter(adapter, stream(self.seed, "adapter"), len(self.pairs))
             elif method.align.parameters:
                 backbone.unfreeze(method.align.parameters)
 

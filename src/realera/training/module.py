@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from realera.contracts import Backbone, Method, Pair, Scheduled, TrainingBatch, UserError
 from realera.files import finite
+from realera.method_roles import TrainsNetwork
 from realera.training.pairs import on_cpu
 from realera.training.per_concept_adamw import PerConceptAdamW
 from realera.training.schedule import concept_of_step, has_adapter_per_concept, part_of, step_of_concept, trains
@@ -41,6 +42,8 @@ class ErasureModule(LightningModule):
 
     def __init__(self, backbone: Backbone, method: Method, pairs: Sequence[Pair], seed: int) -> None:
         super().__init__()
+        part: object = method.align
+        backbone.choose(part.network if isinstance(part, TrainsNetwork) else "denoiser")
         self.network = backbone.trained
         self.backbone = backbone
         self.method = method

@@ -40,7 +40,7 @@ class Encoder:
     def __call__(self, prompts: Prompts) -> TextStates:
         if (found := self.first.get(prompts) or self.last.get(prompts)) is not None:
             return found
-        with self.meter.stage("text"):
+        with self.meter.stage("text"), self.backbone.original():  # a text encoder may be in training by now
             states = states_on_cpu(self.backbone.encode(prompts))
         self.last = {prompts: states}
         self.free_bytes -= states.states.nbytes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from realera.contracts import Aligner, Clipped, UserError
+from realera.contracts import Adapter, Aligner, Clipped, UserError
+from realera.method_roles import TrainsErasers
 
 CLIP = 1.0  # MACE's gradient norm; also used for RealEra and the others whose papers give none
 
@@ -12,6 +13,14 @@ CLIP = 1.0  # MACE's gradient norm; also used for RealEra and the others whose p
 def trains(align: Aligner | None) -> bool:
     """Whether the aligner has steps to train."""
     return align is not None and align.steps > 0
+
+
+def adapter_of(align: Aligner | None) -> Adapter | None:
+    """What the aligner trains beside the weights; None: weights."""
+    part: object = align
+    if isinstance(part, TrainsErasers):
+        return part.eraser
+    return None if align is None else align.lora
 
 
 def has_adapter_per_concept(align: Aligner | None) -> bool:
