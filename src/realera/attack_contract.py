@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
-
-from torch import Generator, Tensor
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from realera.contracts import Backbone, Concept, Course, NamedPrompt, Prompt, Sampler, TextStates
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)

@@ -522,7 +522,7 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(backbone: UNetBackbo
     assert torch.equal(plain, backbone.generate(texts, seeds, negative=""))
     away = backbone.generate(texts, seeds, negative="a truck")
     assert not torch.equal(plain, away)
-    backbone._empty = backbone.encode(["a truck"])  # as if the model's empty prompt were this text
+    backbone._empty = {"loaded": backbone.encode(["a truck"])}  # as if the model's empty prompt were this text
     assert torch.equal(away, backbone.generate(texts, seeds))
 
 

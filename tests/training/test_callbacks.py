@@ -104,9 +104,9 @@ def test_only_some_of_many_prompts_are_probed(
     asked: list[int] = []
     plain = TextEncoder.__call__
 
-    def counted(self: TextEncoder, texts: list[str], subjects: Any = None) -> Any:
+    def counted(self: TextEncoder, texts: list[str], *more: Any) -> Any:
         asked.append(len(texts))
-        return plain(self, texts, subjects)
+        return plain(self, texts, *more)
 
     monkeypatch.setattr(TextEncoder, "__call__", counted)
     go(Method("halve", edit=Halve()), probes=[*many, PROBES[0]])

@@ -27,6 +27,7 @@ class ChangedText:
     def __init__(self, models: Sequence[nn.Module], backbone: str) -> None:
         self.backbone = backbone
         self.network = nn.ModuleDict(dict(zip(FOLDERS, models)))
+        self.network.training = False  # as a loaded model; the encoders keep their own mode
         self.base = BaseWeights(self.network, backbone, plain)
         self._inside = ""  # the state inside `original`
 

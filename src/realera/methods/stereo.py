@@ -158,7 +158,7 @@ class ThoroughSearch:
         self.rollout.stages, self.rollout.uses = {}, {}
         with backbone.original():
             empty = backbone.encode([""])
-        task = None if bar is None else bar.add_task(f"Erasing, round {number + 1}", total=self.erase_steps)
+        task = None if bar is None else bar.add_task(printable(f"Erasing, round {number + 1}"), total=self.erase_steps)
         for step in range(1, self.erase_steps + 1):
             z_t, t = self.rollout(backbone, concept, generator)
             c, none = (repeat(one, 0, len(z_t)) for one in (texts, empty))
