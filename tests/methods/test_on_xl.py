@@ -82,8 +82,8 @@ def test_a_membrane_is_scaled_for_each_image_by_its_prompt(backbone: UNetBackbon
 def test_each_method_is_fitted_saved_and_drawn(
     name: str, backbone: UNetBackbone, tiny_sdxl: Path, new_pairs: Any, load_method: Callable[..., Any], tmp_path: Path
 ) -> None:
-    settings = ("align.warmup=0",) if name == "spm" else ("guide.warmup=0",) if name == "sld" else ()
-    method = load_method(name, *settings)
+    settings = {"spm": "align.warmup=0", "sld": "guide.warmup=0", "receler": "align.mask_shrink=2"}
+    method = load_method(name, *([settings[name]] if name in settings else []))
     before = backbone.generate(TEXTS, SEEDS)
     pairs = new_pairs(backbone, ("cat", "field"))
     fit(backbone, method, pairs, run_dir=tmp_path, seed=0, config={}, trainer={"accelerator": "cpu"}, cache=tmp_path)
