@@ -29,7 +29,8 @@ with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
     for group in (path for path in paths.CONF_DIR.iterdir() if path.is_dir()):
         for option in group.glob("*.yaml"):
             typed = ["concept=airplane", "anchor=sky", "backbone=mini", f"{group.name}={option.stem}"]
-            config = composition.plain(compose("train", typed))
+            command, own = ("attack", ["run=original"]) if group.name == "attack" else ("train", [])
+            config = composition.plain(compose(command, [*own, *typed]))
             composition.build_task(config)
             count += 1
 print(count)
