@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, TrainingBatch, UserError
 from realera.methods.inversion import TextualInversion
-from realera.methods.texts import predict, take
+from realera.methods.texts import need_attention_maps, predict, take
 from realera.setting_types import LearningRate, NonNegative, Targets, TrainingSteps
 
 Pooler = Literal["none", "eos", "pads"]
@@ -63,11 +63,7 @@ class AttentionResteering:
     ) -> dict[str, Tensor]:
         """{"attention"}. known: "prompts" (B,), the index of the prompt that each image was drawn from."""
         latents, timesteps, known = batch.latents, batch.timesteps, batch.known
-        if getattr(backbone.denoiser, "is_gradient_checkpointing", False):
-            raise UserError(
-                "method fmn reads the attention maps, which gradient checkpointing drops: set "
-                "backbone.gradient_checkpointing=false."
-            )
+        need_attention_maps(backbone, "fmn")
         texts = pair.target
         if self.inversion is not None:
             texts, prompts = self.found[pair.concept.target], torch.zeros(len(latents), dtype=torch.int64)

@@ -34,7 +34,7 @@ from realera.methods.fmn import Pooler, positions
 from realera.methods.latents import TIMESTEPS, at_level, bank_folder, drawn, images_of
 from realera.methods.masks import Masks, grid
 from realera.methods.priors import Preserved
-from realera.methods.texts import one_of, predict, repeat
+from realera.methods.texts import need_attention_maps, one_of, predict, repeat
 from realera.setting_types import (
     Batch,
     Count,
@@ -237,11 +237,7 @@ class AttentionSuppression:
     ) -> dict[str, Tensor]:
         """{"attention"}. known: "mask" (B, H, W) bool, of any size."""
         latents, timesteps, known = batch.latents, batch.timesteps, batch.known
-        if getattr(backbone.denoiser, "is_gradient_checkpointing", False):
-            raise UserError(
-                "method mace reads the attention maps, which gradient checkpointing drops: set "
-                "backbone.gradient_checkpointing=false."
-            )
+        need_attention_maps(backbone, "mace")
         texts = repeat(pair.target, one_of(pair.target, generator), len(latents))
         tokens = positions(texts, self.pooler).to(latents.device)
         with backbone.attention() as maps:

@@ -30,7 +30,7 @@ from realera.contracts import (
     UserError,
 )
 from realera.methods.rollout import Rollout
-from realera.methods.texts import predict, repeat
+from realera.methods.texts import need_attention_maps, predict, repeat
 from realera.setting_types import (
     Batch,
     Count,
@@ -217,11 +217,7 @@ class ReliableErasing:
     ) -> dict[str, Tensor]:
         """{"erase", "outside"}; known: "rows" (B, N, D), as `AttackedRollout` gives it."""
         latents, timesteps, known = batch.latents, batch.timesteps, batch.known
-        if getattr(backbone.denoiser, "is_gradient_checkpointing", False):
-            raise UserError(
-                "method receler reads the attention maps, which gradient checkpointing drops: set "
-                "backbone.gradient_checkpointing=false."
-            )
+        need_attention_maps(backbone, "receler")
         c, empty = (repeat(self.texts[text], 0, len(latents)) for text in (pair.concept.target, ""))
         with torch.no_grad(), backbone.original():
             uncond = predict(backbone, latents, timesteps, empty)

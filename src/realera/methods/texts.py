@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Generator, Tensor
 
-from realera.contracts import Backbone, TextStates
+from realera.contracts import Backbone, TextStates, UserError
 
 
 def take(texts: TextStates, index: Tensor) -> TextStates:
@@ -63,3 +63,12 @@ def predict(backbone: Backbone, latents: Tensor, timesteps: Tensor, texts: TextS
     squares would be too inexact."""
     pooled = None if texts.pooled is None else texts.pooled.to(latents.device)
     return backbone.predict_noise(latents, timesteps, texts.states.to(latents.device), pooled).float()
+
+
+def need_attention_maps(backbone: Backbone, method: str) -> None:
+    """Raises UserError if the network drops the attention maps that the method's loss reads."""
+    if getattr(backbone.denoiser, "is_gradient_checkpointing", False):
+        raise UserError(
+            f"method {method} reads the attention maps, which gradient checkpointing drops: set "
+            "backbone.gradient_checkpointing=false."
+        )
