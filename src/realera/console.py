@@ -184,10 +184,10 @@ def show_attack(name: str, numbers: Mapping[str, Any], title: str) -> None:
         f"{numbers['prompts']} prompts, {cost['draws']} images, {cost['passes']:,.0f} U-Net passes, "
         f"{cost['seconds']:.0f} s" + (f"; won at step {steps['median']:g} (median)" if steps else "")
     )
-    if returned := numbers.get("returned"):
-        curve = ", ".join(f"{value:.0f}% at step {step:g}" for step, value in returned["curve"])
-        half = "half is not back" if returned["half"] is None else f"half is back at step {returned['half']:.0f}"
-        _say(f"returned: {curve}; {half}")
+    if "returned" in numbers:
+        from realera.evaluation.attacked import return_sentence  # only here: --help is quick without it
+
+        _say(return_sentence(numbers["returned"]))
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:

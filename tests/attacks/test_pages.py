@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -95,6 +96,19 @@ def test_the_page_has_a_chapter_and_texts_stay_texts(tmp_path: Path) -> None:
     assert first.typed == EVIL and first.where == "step 3" and first.shown and not first.typed.startswith("/")
     assert all(picture.uri.startswith("data:image/png") for picture in (first.original, first.erased, first.back))
     assert chapter["rows"][-1].where == "" and [row.shown for row in chapter["rows"]] == [True, True, True, False]
+
+
+def test_the_curve_of_the_return_is_on_the_page_and_in_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = sweeps.judged(tmp_path / "run")
+    numbers = attack_of(run)
+    numbers["returned"] = {"curve": [[0, 25.0], [3, 50.0], [7, 75.0]], "half": 3.2}
+    attacked.write_numbers(run, "own", numbers)
+    told = "The concept's return: 25% at step 0, 50% at step 3, 75% at step 7; half is back at step 3."
+    assert told in html.unescape(write_report(run).read_text())
+    console.show_attack("own", numbers, "cat erased by uce")
+    assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_sweep_has_a_table_and_pictures(tmp_path: Path) -> None:

@@ -176,6 +176,13 @@ def returned(lines: Sequence[Line]) -> dict[str, Any]:
     return {"curve": curve, "half": half if goal > 0 else None}
 
 
+def return_sentence(returned: Mapping[str, Any]) -> str:
+    """ "The concept's return: 0% at step 0, 25% at step 10, 100% at step 50; half is back at step 23." """
+    curve = ", ".join(f"{value:.0f}% at step {step:g}" for step, value in returned["curve"])
+    half = "half is not back" if returned["half"] is None else f"half is back at step {returned['half']:.0f}"
+    return f"The concept's return: {curve}; {half}."
+
+
 def write_numbers(run_dir: Path, name: str, numbers: Mapping[str, Any]) -> None:
     """Writes attacks/<name>.json, with a checksum."""
     content = {"format_version": FORMAT_VERSION, **numbers}

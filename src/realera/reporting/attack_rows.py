@@ -59,12 +59,14 @@ WORDS: Mapping[str, str] = {
 
 
 def sentence(numbers: Mapping[str, Any]) -> str:
-    """ "The attack drew the concept for 12 of 20 prompts; 3 drew it as they are. Won at step 50 (median)." """
+    """ "The attack drew the concept for 12 of 20 prompts; 3 drew it as they are. Won at step 50 (median)." The curve of
+    the concept's return follows, if the attack measures it."""
     count = numbers["prompts"]
     won, plain = (round(count * (numbers[key]["value"] or 0) / 100) for key in ("asr", "pre_asr"))
     steps = numbers["steps"]
     at = f" Won at step {charts.number(steps['median'])} (median)." if steps else ""
-    return f"The attack drew the concept for {won} of {count} prompts; {plain} drew it as they are.{at}"
+    told = f" {attacked.return_sentence(numbers['returned'])}" if "returned" in numbers else ""
+    return f"The attack drew the concept for {won} of {count} prompts; {plain} drew it as they are.{at}{told}"
 
 
 def row(run_dir: Path, name: str, line: attacked.Line) -> Attacked:
