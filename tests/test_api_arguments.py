@@ -68,6 +68,8 @@ def erase(pipe: Any, concept: Any = "cat", **given: Any) -> realera.Erased:
         ({"evaluate": True}, r"realera.evaluate\(erased\)"),
         ({"overrides": ["logger=wandb"]}, "logger is a setting of the command"),
         ({"overrides": ["+dry_run=true"]}, "dry_run is a setting of the command"),
+        ({"overrides": ["backbone=sd14"]}, "backbone is fixed by the pipeline"),
+        ({"backbone.pretrained": "x"}, "backbone.pretrained is fixed by the pipeline"),
         ({"logger.project": "x"}, "logger.project is a setting of the command"),
     ],
 )

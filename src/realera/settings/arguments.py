@@ -46,6 +46,8 @@ def words(overrides: Any, settings: Mapping[str, Any]) -> list[str]:
         raise UserError('a setting has an empty name: give its key, as in **{"edit.ridge": 1}.')
     found = [*(composition.word(key, value) for key, value in settings.items()), *overrides]
     for key in (one.lstrip("+~").partition("=")[0] for one in found):
+        if key in ("backbone", "backbone.pretrained"):
+            raise UserError(f"{key} is fixed by the pipeline: leave it out, or give another pipeline.")
         if (top := key.partition(".")[0]) in ELSEWHERE:
             raise UserError(f"{key} is a setting of the command: leave it out here, and {ELSEWHERE[top]}.")
     return found
