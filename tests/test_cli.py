@@ -174,6 +174,7 @@ def test_an_uncached_model_without_a_network_names_the_remedies(tmp_path: Path) 
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_torn_or_missing_weights_file_is_named(tiny_sd: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -208,19 +209,7 @@ def test_a_prompt_that_is_cut_before_the_concept_is_refused(tiny_sd: Path, tmp_p
 
 
 def test_help_comes_fast_and_names_what_there_is(typed: Callable[..., Typed], tmp_path: Path) -> None:
-    for name in (
-        "train",
-        "evaluate",
-        "generate",
-        "export",
-        "apply",
-        "report",
-        "demo",
-        "cache",
-        "dashboard",
-        "residue",
-        "attack",
-    ):
+    for name in realera.COMMANDS:
         began = time.monotonic()
         done = door("--help", name=name, cwd=tmp_path) if name == "train" else typed("--help", name=name)
         assert time.monotonic() - began < LIMIT
@@ -229,6 +218,7 @@ def test_help_comes_fast_and_names_what_there_is(typed: Callable[..., Typed], tm
         assert "Hydra" not in done.stdout
 
 
+@pytest.mark.slow
 def test_one_command_for_all(tmp_path: Path) -> None:
     def said(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-m", "realera", *words], cwd=tmp_path, capture_output=True, text=True)

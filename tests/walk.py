@@ -12,6 +12,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import realera
 from realera.paths import CONF_DIR
 from realera.settings import composition, resolvers
 
@@ -27,19 +28,7 @@ NEEDED = {
     "attack": ["run=original", "concept=airplane", "anchor=sky", "backbone=mini"],
     "cache": [f"captions={__file__}", "backbone=mini"],
 }
-DOORS = (
-    "train",
-    "evaluate",
-    "generate",
-    "export",
-    "apply",
-    "report",
-    "demo",
-    "cache",
-    "dashboard",
-    "residue",
-    "attack",
-)
+DOORS = realera.COMMANDS
 Place = tuple[str | int, ...]
 
 

@@ -107,10 +107,10 @@ def test_its_run_draws_what_the_run_draws(space: Path, run: Run, monkeypatch: py
 
 
 def test_settings_that_name_files_stay_here(run: Run) -> None:
-    config = {**run.config, "task": {**run.config["task"], "prompts_csv": "/home/me/p.csv", "associated_file": "x"}}
+    config = {**run.config, "task": {**run.config["task"], "prompts_csv": "/data/p.csv", "associated_file": "x"}}
     kept = spaces.drawing_settings(config, None)
     assert set(kept["task"]) == set(run.config["task"]) and kept["backbone"]["pretrained"] is None
-    sld = {"name": "sld", "guide": {"_target_": "x"}, "edit": {"prior_cache": "/home/me/c"}}
+    sld = {"name": "sld", "guide": {"_target_": "x"}, "edit": {"prior_cache": "/data/c"}}
     assert spaces.drawing_settings({**run.config, "method": sld}, None)["method"] == {
         "name": "sld",
         "guide": {"_target_": "x"},

@@ -23,19 +23,7 @@ from realera.sweeps import jobs
 from realera.system import environment, terminal
 
 SOURCE = str(Path(realera.__file__).parents[1])
-DOORS = (
-    "train",
-    "evaluate",
-    "generate",
-    "export",
-    "apply",
-    "report",
-    "demo",
-    "cache",
-    "dashboard",
-    "residue",
-    "attack",
-)
+DOORS = realera.COMMANDS
 
 
 def shell(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -67,6 +55,7 @@ DRY = "concept=airplane backbone=mini dry_run=true"
         ("door.train nonsense >&-", 2, "error: 'nonsense' is not a setting"),
     ],
 )
+@pytest.mark.slow
 def test_closed_and_full_consoles(command: str, status: int, says: str, tmp_path: Path) -> None:
     if "/dev/full" in command and not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
@@ -181,6 +170,7 @@ def test_empty_variables_are_removed() -> None:
             environment.remove_empty_variables({"RANK": value})
 
 
+@pytest.mark.slow
 def test_an_empty_wandb_mode_is_ignored(tmp_path: Path) -> None:
     names = ("WANDB_MODE", "REALERA_CACHE", "WANDB_PROJECT", "HF_HOME", "OMP_NUM_THREADS", "REALERA_STAMP", "RANK")
     done = shell(f"door.train {DRY} --cfg job", tmp_path, **dict.fromkeys(names, ""), HOME=str(tmp_path))
