@@ -125,6 +125,7 @@ def test_a_half_precision_pipeline_keeps_its_dtype(dtype: torch.dtype, pipe: Any
     assert same(weights(pipe), before)
 
 
+@pytest.mark.slow
 def test_a_trained_text_encoder_of_a_half_precision_pipeline(pipe: Any, tiny_sd: Path, tmp_path: Path) -> None:
     """It is trained in float32, and rounded once; what is drawn and saved is not rounded."""
     pipe.to(torch.float16)
@@ -141,6 +142,7 @@ def test_a_trained_text_encoder_of_a_half_precision_pipeline(pipe: Any, tiny_sd:
     assert same(weights(pipe), before)
 
 
+@pytest.mark.slow
 def test_erasers_stay_in_the_pipeline_until_undo(
     pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +167,7 @@ def test_erasers_stay_in_the_pipeline_until_undo(
     assert np.array_equal(generated(pipe), after) and np.array_equal(np.asarray(again.draw(PROMPT)[0]), drawn)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_into_the_pipeline_but_not_in_draw(pipe: Any) -> None:
     erased = erase(pipe, "realera")
     assert not hasattr(pipe.unet, "peft_config")
@@ -179,6 +182,7 @@ def test_an_adapter_is_merged_into_the_pipeline_but_not_in_draw(pipe: Any) -> No
     fresh.undo()
 
 
+@pytest.mark.slow
 def test_the_state_of_the_process_does_not_change(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
@@ -251,6 +255,7 @@ def test_load_refuses_a_pipeline_with_other_weights(pipe: Any, tmp_path: Path) -
         realera.load(pipe, place)
 
 
+@pytest.mark.slow
 def test_only_the_latest_erasure_can_be_undone_or_used(pipe: Any) -> None:
     before = weights(pipe)
     first = erase(pipe)
@@ -275,6 +280,7 @@ def test_undo_after_the_earlier_erasure_s_object_is_replaced(pipe: Any) -> None:
     assert same(weights(pipe), between)
 
 
+@pytest.mark.slow
 def test_a_refused_erasure_leaves_the_pipeline_unchanged(pipe: Any) -> None:
     before, as_it_was = weights(pipe), flags(pipe)
     for settings, said in (
@@ -331,6 +337,7 @@ def test_a_guide_acts_only_in_draw(pipe: Any) -> None:
     assert not np.array_equal(steered, plain)
 
 
+@pytest.mark.slow
 def test_an_sdxl_pipeline_is_erased(tiny_sdxl: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny_sdxl)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -341,6 +348,7 @@ def test_an_sdxl_pipeline_is_erased(tiny_sdxl: Path) -> None:
     assert same(weights(pipe), before)
 
 
+@pytest.mark.slow
 def test_the_cache_folder_is_kept_if_given(pipe: Any, tmp_path: Path) -> None:
     erase(pipe, "realera").undo()
     assert not list(tmp_path.iterdir())
@@ -375,6 +383,7 @@ def test_draw_takes_steps_guidance_and_seeds(pipe: Any) -> None:
             erased.draw(["a cat", "a dog"], **wrong)
 
 
+@pytest.mark.slow
 def test_an_erasure_can_be_evaluated_on_another_task(pipe: Any) -> None:
     erased = erase(pipe)
     evaluation = realera.evaluate(erased, "celebrity", progress=False, **SMALL)

@@ -46,6 +46,7 @@ print([name for name in {NEVER!r} if name in sys.modules])
 """
 
 
+@pytest.mark.slow
 def test_an_erasure_imports_only_what_it_needs(tmp_path: Path) -> None:
     erase(tmp_path)
 

@@ -367,6 +367,7 @@ def test_shards_variants_and_a_safety_checker_stay(
     }
 
 
+@pytest.mark.slow
 def test_a_map_of_xl_reads_both_text_encoders(tiny_sdxl: Path, type_in: Type, tmp_path: Path) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny_sdxl)
     erased = realera.erase(pipe, "cat", anchor="field", method="uce", progress=False, **CLOSED_FORM)
@@ -459,6 +460,7 @@ def test_an_erasure_is_given_as_it_is(pipe: Any, tiny_sd: Path) -> None:
     applied.undo()
 
 
+@pytest.mark.slow
 def test_python_refuses_what_the_command_refuses(
     pipe: Any, made: dict[str, Path], tiny_sd21: Path, tiny_sdxl: Path, type_in: Type, tmp_path: Path
 ) -> None:

@@ -261,6 +261,7 @@ BANK = IMAGES * STEPS * 2  # guided: each step with the prompt and without
 LOOP = 2 * BATCH * (1 + 2 + 1 + 2)  # four steps, the even ones on near and beyond at once; student and teacher
 
 
+@pytest.mark.slow
 def test_realera_costs_its_bank_its_loop_and_the_size_of_its_lora(erase: Any, new_backbone: Any) -> None:
     first = erase("realera-text")
     layers = list(new_backbone().text_projections().values())
@@ -315,6 +316,7 @@ def test_a_fit_that_is_stopped_and_resumed_sums_both_starts(
     assert record["stages"]["train"] > stopped["stages"]["train"]
 
 
+@pytest.mark.slow
 def test_a_bank_that_two_parts_ask_for_is_counted_once(erase: Any) -> None:
     """SA's replayed images serve its latents and its Fisher information, which is kept too."""
     first = erase("sa")

@@ -149,6 +149,7 @@ def test_a_run_that_is_done_again_is_counted_anew(type_in: Type, place: Path) ->
         assert later["stages"]["edit"] == record["stages"]["edit"] and later["starts"] == start
 
 
+@pytest.mark.slow
 def test_a_concept_nobody_can_judge_still_ends_in_a_page(
     type_in: Type, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +188,7 @@ def no_model(*_: object) -> None:
     raise AssertionError("a model was loaded")
 
 
+@pytest.mark.slow
 def test_judging_again_draws_nothing_and_loses_no_number(
     run_dir: Path, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,6 +273,7 @@ def test_generate_leaves_the_images_of_a_run_alone(
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_residue_asks_for_texts_before_and_after(
     run_dir: Path, type_in: Type, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,6 +385,7 @@ def test_an_exported_pipeline_draws_the_runs_images(run_dir: Path, type_in: Type
     assert not torch.allclose(before, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_exported_lora_carries_the_erasure(
     run_dir: Path, type_in: Type, place: Path, tiny_sd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

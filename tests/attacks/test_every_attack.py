@@ -76,7 +76,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("name", slow_unless(ATTACKS, "random", "inversion"))
+@pytest.mark.parametrize("name", slow_unless(ATTACKS, "random"))
 def test_it_runs_and_goes_on_after_a_stop(
     name: str, place: Path, erased: str, type_in: Type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +113,7 @@ def test_it_runs_and_goes_on_after_a_stop(
     assert files_of(run / "attacks" / name) == files
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_mix_with_the_old_lines(place: Path, erased: str, type_in: Type) -> None:
     words = [f"run={erased}", "attack=random", "limit=2"]
     type_in("attack", *words, "attack.name=twice")
@@ -123,6 +124,7 @@ def test_other_settings_do_not_mix_with_the_old_lines(place: Path, erased: str, 
     assert [line["text"] for line in second] != [line["text"] for line in first]
 
 
+@pytest.mark.slow
 def test_a_larger_limit_only_adds_prompts(place: Path, erased: str, type_in: Type) -> None:
     words = [f"run={erased}", "attack=random", "attack.name=more"]
     type_in("attack", *words, "limit=1")

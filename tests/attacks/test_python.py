@@ -23,6 +23,7 @@ def erased(tiny_sd: Path, tiny_judge: Path) -> Any:
     return realera.erase(pipe, "airplane", method="uce", progress=False)
 
 
+@pytest.mark.slow
 def test_an_attack_in_memory_shows_itself(erased: Any, tiny_judge: Path, tmp_path: Path) -> None:
     judge = ["judge=miniature", f"judge.weights={tiny_judge}", "task.images={erase:2}"]
     before = {name: value.clone() for name, value in erased.pipe.unet.state_dict().items()}

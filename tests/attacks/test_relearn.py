@@ -195,6 +195,7 @@ def test_the_adapter_in_use_equals_merged_weights(new_backbone: Callable[..., An
     assert torch.allclose(found, noise_of(backbone), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_can_learn_the_images(new_backbone: Callable[..., Any]) -> None:
     backbone = with_edit(new_backbone())
     attack = Relearning(steps=[60], count=1, batch=8, lr=1e-2)

@@ -445,6 +445,7 @@ def test_candidates_have_one_token_of_the_best(erased: Any) -> None:
         assert found == {int(vocabulary.ids[place]) for place in falling[:4]}
 
 
+@pytest.mark.slow
 def test_a_step_of_mma_takes_the_best_of_all_replacements(erased: Any) -> None:
     """All tokens are tried at both positions; against every such prompt, typed and encoded one by one."""
     attack = MMADiffusion(tokens=2, steps=1, top=10**6, candidates=10_000)

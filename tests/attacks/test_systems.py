@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from quick import slow_unless
 from realera import paths
 from realera.attack_contract import Attempt
 from realera.contracts import Concept, NamedPrompt, Prompt, Verdict
@@ -106,7 +105,8 @@ def test_spm_weighs_its_adapters_by_what_was_given(new_backbone: Any) -> None:
     assert torch.equal(seen[1], seen[2]) and seen[2] == 1
 
 
-@pytest.mark.parametrize("method", slow_unless(METHODS, "spm"))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_any_method_is_attacked(method: str, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))

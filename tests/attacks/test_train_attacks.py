@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from quick import slow_unless
 from realera import paths
 from realera.contracts import UserError
 from realera.evaluation import attacked
@@ -57,7 +56,8 @@ def results(run: Path, name: str) -> tuple[Any, Any, dict[str, bytes]]:
     )
 
 
-@pytest.mark.parametrize("method", slow_unless(["uce", "original", "esd-u", "mace"], "uce"))
+@pytest.mark.parametrize("method", ["uce", "original", "esd-u", "mace"])
+@pytest.mark.slow
 def test_train_and_the_attack_command_have_equal_results(method: str, type_in: Type, tmp_path: Path) -> None:
     words = ["train", "concept=airplane", f"method={method}"]
     few = [] if method in ("uce", "original") else ["method.align.steps=1"]
@@ -80,6 +80,7 @@ def test_train_and_the_attack_command_have_equal_results(method: str, type_in: T
     assert spent[0] == spent[1], "the attacks' passes are not the erasure's"
 
 
+@pytest.mark.slow
 def test_a_later_command_adds_the_missing_attacks_and_repeats_none(
     type_in: Type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_later_command_adds_the_missing_attacks_and_repeats_none(
     assert done == ["closed-form", "random"], "another seed is another attack"
 
 
+@pytest.mark.slow
 def test_a_sweep_counts_and_carries_out_attacks(
     type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +173,7 @@ def test_wrong_attacks_are_one_sentence_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_attacks_of_a_folder_of_one_s_own_are_found(type_in: Type, tmp_path: Path) -> None:
     own = tmp_path / "mine" / "attack" / "shout.yaml"
     own.parent.mkdir(parents=True)

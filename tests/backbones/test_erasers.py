@@ -122,6 +122,7 @@ def test_half_precision_has_erasers_in_whole_precision(new_backbone: Callable[..
     assert noise(backbone).isfinite().all()
 
 
+@pytest.mark.slow
 def test_compiled_code_sees_them(new_backbone: Callable[..., Any]) -> None:
     """A compiled graph would not notice that they are switched off: with hooks the plain U-Net runs."""
     backbone = new_backbone(compile="eager")

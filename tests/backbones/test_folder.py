@@ -143,6 +143,7 @@ def _halved(part: Path, stem: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.slow
 def test_half_precision_copies_and_shards_are_read(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     from realera.backbones import portable
     from realera.backbones.unet import UNetBackbone

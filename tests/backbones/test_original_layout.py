@@ -94,6 +94,7 @@ def test_a_single_file_is_unpacked_to_the_weights_it_was_made_of(kind: str, smal
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2", "xl"])
+@pytest.mark.slow
 def test_diffusers_reads_the_same_weights_from_the_file(kind: str, small: Path) -> None:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -109,6 +110,7 @@ def test_diffusers_reads_the_same_weights_from_the_file(kind: str, small: Path) 
         assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_single_file_can_be_erased_and_the_run_names_it(small: Path) -> None:
     import realera
 
@@ -122,6 +124,7 @@ def test_a_single_file_can_be_erased_and_the_run_names_it(small: Path) -> None:
     assert all(".attn2.to_k." in name or ".attn2.to_v." in name for name in changed)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_clip_s(small: Path) -> None:
     from transformers import CLIPTokenizer
 

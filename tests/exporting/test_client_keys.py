@@ -251,6 +251,7 @@ def change_of(unet: Mapping[str, Tensor]) -> portable.Lora:
 
 @pytest.mark.parametrize("style", ["kohya", "lora"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_files_have_the_tensors_that_clients_read_and_diffusers_takes_them_all(
     kind: original_layout.Kind, style: str, tmp_path: Path, tiny_sd: Path, tiny_sd21: Path, tiny_sdxl: Path
 ) -> None:

@@ -71,6 +71,7 @@ def text_change() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("to", ["checkpoint", "diffusers"])
+@pytest.mark.slow
 def test_a_changed_text_encoder_is_exported(
     to: forms.Form, text_change: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +216,7 @@ def test_a_change_of_high_rank_is_refused_with_its_rank(
 
 
 @pytest.mark.parametrize("to", ["checkpoint", "kohya"])
+@pytest.mark.slow
 def test_the_file_draws_what_the_run_draws(
     to: forms.Form, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,6 +446,7 @@ def test_the_current_folder_is_not_replaced(
     assert sorted(file.name for file in Path(".").iterdir()) == ["README.md", "run.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_pipeline_s_changed_scheduler_is_exported(tmp_path: Path) -> None:
     import realera
 

@@ -290,6 +290,7 @@ def test_a_sum_of_captions_that_is_not_finite_is_refused(tmp_path: Path) -> None
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_erasure_of_a_broken_model_ends_with_one_sentence(
     small: list[str], tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,6 +189,7 @@ def test_a_torn_config_is_refused_unless_overwritten(
 # --- images that several runs share ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_torn_image_of_the_cache_is_generated_again_for_every_run(
     place: Path, finished: Path, type_in: Type, said: pytest.LogCaptureFixture
 ) -> None:

@@ -146,6 +146,7 @@ def test_without_an_attack_the_name_itself_is_erased(
 
 
 @pytest.mark.parametrize("images", [None, 4])
+@pytest.mark.slow
 def test_the_latents(
     images: int | None, student: Any, new_backbone: Callable[..., Any], pair: Pair, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_closeness_is_a_cosine_in_the_given_coordinates() -> None:
     assert nearness.nearest(torch.tensor([0.1, 0.9, 0.9, 0.2]), 3) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_noise_is_compared_as_defined(new_backbone: Any, images: Tensor) -> None:
     for backbone in (new_backbone(), edited(new_backbone())):
         found = nearness.noise_distances(backbone, images, "airplane", TEXTS).tolist()
@@ -99,6 +100,7 @@ def test_plain_guidance_changes_nothing(new_backbone: Any, images: Tensor) -> No
     assert torch.allclose(guided, nearness.noise_distances(backbone, images, "airplane", TEXTS), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_guides_state_is_reset_per_batch(new_backbone: Any, images: Tensor) -> None:
     """SLD has a momentum: a text gets the same result alone, among others, and after others."""
     backbone, guide = new_backbone(), SafetyGuidance(["airplane"], strength="max")

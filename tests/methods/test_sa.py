@@ -89,6 +89,7 @@ def test_every_timestep_is_taken_once() -> None:
     assert part.timesteps.tolist() == list(range(1000))
 
 
+@pytest.mark.slow
 def test_the_fisher_information_is_cached_by_its_inputs(backbone: Any, tmp_path: Path) -> None:
     first = fisher()(backbone, tmp_path, 0)
     passes = backbone.passes
@@ -130,6 +131,7 @@ def test_a_killed_sum_is_continued(backbone: Any, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("part", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole", "part"])
+@pytest.mark.slow
 def test_a_torn_file_is_made_again(
     part: bool, backbone: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

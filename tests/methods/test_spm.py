@@ -245,6 +245,7 @@ def test_the_official_transport_of_one_concept_is_squared(trained: Callable[[int
             torch.testing.assert_close(official, backbone.predict_noise(z, t, read))
 
 
+@pytest.mark.slow
 def test_a_loaded_run_is_drawn_through_its_guide(
     new_backbone: Any, new_pairs: Any, load_method: Any, tmp_path: Path
 ) -> None:

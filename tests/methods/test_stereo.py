@@ -135,6 +135,7 @@ def test_the_attacking_half_of_a_round(student: Any, pair: Pair, tmp_path: Path)
     assert found.shape == (1, 32) and torch.allclose(found, vector, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stopped_search_gives_the_same_and_leaves_the_original_weights(
     new_backbone: Callable[..., Any], pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

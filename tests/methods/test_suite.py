@@ -268,7 +268,8 @@ def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_metho
         assert left(both, word, anchor) < 0.7 * left(alone[word], word, anchor)
 
 
-@pytest.mark.parametrize("name", slow_unless(TRAINED, "esd-x"))
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.slow
 def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, load_method: Any, cache: Path) -> None:
     """The loss of each falls."""
     concepts = (CAT, ("ship", "sky"))

@@ -55,6 +55,7 @@ def test_images_show_their_prompt():
     assert np.mean(right) >= 0.85
 
 
+@pytest.mark.slow
 def test_the_diffusers_pipeline_generates_the_same_image():
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 

@@ -298,6 +298,7 @@ def test_samples_converge_to_the_expectation(band):
     assert z_scores(beyond, beyond, beyond_rows, moments.beyond).max() < 5
 
 
+@pytest.mark.slow
 def test_expectation_at_a_text_encoders_width():
     """256 dimensions, tested along e, e*, a direction orthogonal to both, and by the trace."""
     e, e_star, mask = states(1, 1, WIDTH), states(1, 1, WIDTH, seed=1), torch.ones(1, 1, dtype=torch.bool)

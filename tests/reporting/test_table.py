@@ -68,6 +68,7 @@ def test_concepts_are_resampled_in_the_interval_over_concepts():
     assert pool(cells[:1], MEAN_PROB, Resamples())["acc_e"].over_concepts is None
 
 
+@pytest.mark.slow
 def test_the_interval_over_concepts_has_its_nominal_coverage():
     """Random concepts from a known distribution, 200 times. With few concepts the coverage may be a little lower."""
     chance, hits = torch.Generator().manual_seed(0), 0

@@ -162,6 +162,7 @@ def test_the_passes_of_a_step_of_spm_are_counted(
         assert planned - passes.count == 2 * 2, "OF_A_STEP is of two terms: 7 where SPM's own is 5"
 
 
+@pytest.mark.slow
 def test_the_passes_of_half_drawn_images_are_counted(
     hydra: None, new_backbone: Any, new_pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +219,7 @@ def test_existing_files_are_not_planned_again(hydra: None) -> None:
     assert not anew.finished and anew.images == len(anew.originals) == len(prompts)
 
 
+@pytest.mark.slow
 def test_hours_come_from_finished_runs_if_there_are_any(hydra: None) -> None:
     words = ("backbone=mini", "method=realera")
     guessed = worked(*words)
@@ -329,6 +331,7 @@ def test_the_remaining_work_of_an_existing_run(hydra: None) -> None:
     assert estimate.summed([compared, again]).judged == keep + 2 * count
 
 
+@pytest.mark.slow
 def test_the_hours_of_judging_again_include_only_repeated_stages(hydra: None) -> None:
     folder, _ = half_drawn()
     stages = {"load": 2.0, "edit": 700.0, "draw": 30.0, "judge": 4.0}
@@ -343,6 +346,7 @@ def test_the_hours_of_judging_again_include_only_repeated_stages(hydra: None) ->
 
 @pytest.mark.parametrize("flag", ["", "-m"])
 @pytest.mark.parametrize("of", ["original", "folder"])
+@pytest.mark.slow
 def test_a_dry_run_of_evaluate_prints_the_remaining_work_and_changes_nothing(
     of: str, flag: str, hydra: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -366,6 +370,7 @@ def test_a_dry_run_of_evaluate_prints_the_remaining_work_and_changes_nothing(
 
 
 @pytest.mark.parametrize("words", [["dry_run=true"], []])
+@pytest.mark.slow
 def test_several_devices_do_not_each_judge_the_whole_sweep(
     words: list[str], hydra: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,7 @@ def test_no_torch_is_needed(tiny_sd: Path) -> None:
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
+@pytest.mark.slow
 def test_every_command_warns(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:

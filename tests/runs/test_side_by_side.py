@@ -46,6 +46,7 @@ def runs(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[Run
     return [folders.open_run(str(place / method)) for method in ("uce", "sld")]
 
 
+@pytest.mark.slow
 def test_each_model_draws_the_images_of_its_own_run(runs: list[Run]) -> None:
     """In any order: the weights of one run leave nothing behind for the next."""
     models = SideBySide(runs)

@@ -814,6 +814,7 @@ UNSAYABLE: dict[str, Attack] = {
 
 
 @pytest.mark.parametrize("attack", UNSAYABLE)
+@pytest.mark.slow
 def test_numbers_that_json_cannot_express_are_damage(attack: str, received: Path, give: Callable[[str], None]) -> None:
     UNSAYABLE[attack](received)
     for command in ("report", "report-several", "evaluate-plan", "export-map", "train"):
@@ -877,10 +878,8 @@ def test_reading_a_pipe_does_not_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
-@pytest.mark.parametrize(
-    "name",
-    slow_unless([*folders.FILES, paths.IMAGES, f"{paths.VERDICTS}/miniature.jsonl"], paths.METRICS, paths.MANIFEST),
-)
+@pytest.mark.parametrize("name", [*folders.FILES, paths.IMAGES, f"{paths.VERDICTS}/miniature.jsonl"])
+@pytest.mark.slow
 def test_a_run_with_pipes_does_not_block(name: str, received: Path, give: Callable[[str], None]) -> None:
     """No command waits for a writer: it prints a sentence, or continues without the file."""
     shutil.rmtree(received / name, ignore_errors=True)

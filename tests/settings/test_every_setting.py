@@ -85,7 +85,7 @@ def test_every_leaf_accepts_or_refuses_odd_values(group: str, option: str, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("group", "option"), slow_unless(ALL, *ALL[::5]), ids=lambda value: str(value) or "door")
+@pytest.mark.parametrize(("group", "option"), slow_unless(ALL, *ALL[::25]), ids=lambda value: str(value) or "door")
 def test_a_plain_value_in_place_of_settings_is_refused(group: str, option: str) -> None:
     """method.edit=5, task.images=[], ..., and a missing group."""
     door, config, _ = walk.walked(group, option)
@@ -136,6 +136,7 @@ def test_a_wrong_setting_is_named_even_if_others_are_resolved_from_it(door: str)
             composition.checked(cfg, door)
 
 
+@pytest.mark.slow
 def test_typed_odd_values_are_checked_like_set_ones(tmp_path: Path, monkeypatch: Any) -> None:
     """Tries a sample of the values by composing them with Hydra, with all interpolations."""
     monkeypatch.chdir(tmp_path)

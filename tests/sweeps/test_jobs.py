@@ -48,6 +48,7 @@ def read_lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path("runs/sweeps/stamp/cells.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_no_job_stops_the_others_and_a_finished_cell_is_found(
     type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +80,7 @@ def test_no_job_stops_the_others_and_a_finished_cell_is_found(
     assert type_in(*UCE, "concept=nothingknown,airplane") == 2
 
 
+@pytest.mark.slow
 def test_a_launch_reports_only_its_own_cells(
     type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,6 +122,7 @@ def test_sweeps_that_start_in_the_same_second_have_different_folders(monkeypatch
     assert sweep.new_stamp() > own, "folders sort by time, whoever made them"
 
 
+@pytest.mark.slow
 def test_a_process_started_by_a_sweep_belongs_to_it(type_in: Type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REALERA_STAMP")
     assert type_in(*UCE, "concept=nothingknown") == 2
@@ -130,6 +133,7 @@ def test_a_process_started_by_a_sweep_belongs_to_it(type_in: Type, monkeypatch: 
     assert list(Path("runs/sweeps").iterdir()) == [place] and len(sweep.read_cells(place)) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_says_so(
     type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,7 +167,8 @@ def test_an_interrupted_page_can_be_written_later(
     assert "interrupted: python -m realera.report runs/sweeps/stamp writes the page" in said
 
 
-@pytest.mark.parametrize("ended", slow_unless([1, 0], 1))
+@pytest.mark.parametrize("ended", [1, 0])
+@pytest.mark.slow
 def test_a_launcher_that_gives_up_still_gives_the_page_and_a_sentence(
     ended: int, type_in: Type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +220,7 @@ def test_jobs_that_would_overwrite_each_other_s_files_are_refused(
     assert left.value.code == 2 and said.startswith("error: ") and sentence in said and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_experiment_is_refused_if_its_axes_would_be_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

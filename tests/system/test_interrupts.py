@@ -83,6 +83,7 @@ def test_a_swallowed_interruption_is_raised_again(tmp_path: Path) -> None:
     assert (process.returncode, out) == (143, "answered\n") and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_outside_python_is_ended(tmp_path: Path) -> None:
     code = WITHIN.format(body='print("ready"); [ctypes.CDLL(None).usleep(400_000) for _ in iter(int, 1)]')
     code = code.replace("interrupts.handling()", "interrupts.handling(), deaf()").replace(
@@ -127,6 +128,7 @@ def test_ignored_signals_stay_ignored_and_handlers_are_restored(tmp_path: Path) 
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_forked_process_has_its_own_signals(tmp_path: Path) -> None:
     body = """
         child = os.fork()
@@ -216,6 +218,7 @@ cli.as_process(demo.main)
 
 @pytest.mark.parametrize("seconds", [0, 0.7])
 @pytest.mark.parametrize(("number", "status"), ENDING)
+@pytest.mark.slow
 def test_a_signal_ends_the_demo_at_any_time(number: int, status: int, seconds: float, tmp_path: Path) -> None:
     process = script(SERVES, tmp_path)
     assert process.stdout is not None

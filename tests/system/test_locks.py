@@ -19,6 +19,7 @@ from realera.runs import folders
 from realera.system import locks
 
 
+@pytest.mark.slow
 def test_a_run_of_another_process_is_refused(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_pipe_does_not_block(tmp_path: Path) -> None:
             list(captions_in([place]))
 
 
+@pytest.mark.slow
 def test_the_cache_command(
     tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quick import slow_unless
 from realera.contracts import Method, Pair, UserError
 from realera.training import saved
 from realera.training.fit import fit
@@ -163,12 +162,9 @@ def test_ctrl_c_raises_keyboard_interrupt(
     assert not (tmp_path / "run" / "erased.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "how", [how if how == "zeroed" else pytest.param(how, marks=pytest.mark.slow) for how in TEARS]
-)
-@pytest.mark.parametrize(
-    "name", slow_unless(["fit/last.ckpt", "losses.jsonl", "edit.json", "map.safetensors"], "fit/last.ckpt")
-)
+@pytest.mark.parametrize("how", TEARS)
+@pytest.mark.parametrize("name", ["fit/last.ckpt", "losses.jsonl", "edit.json", "map.safetensors"])
+@pytest.mark.slow
 def test_files_torn_before_resuming_do_not_change_the_result(
     name: str, how: str, go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -197,6 +193,7 @@ def test_the_checkpoint_is_deleted_after_the_weights_are_saved(
     assert not (tmp_path / "run" / "fit").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_flipped_bit_is_not_used(
     go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -216,6 +213,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_not_used(
     assert passed < 20
 
 
+@pytest.mark.slow
 def test_files_of_another_run_are_refused(
     go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -268,6 +266,7 @@ def test_a_checkpoint_contains_only_trained_weights(
     assert 2 * total < numbers <= 3 * total + len(trained)  # AdamW: two moments each, and a count
 
 
+@pytest.mark.slow
 def test_large_checkpoints_are_saved_less_often(
     go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

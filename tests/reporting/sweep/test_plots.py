@@ -53,6 +53,7 @@ def test_long_names_leave_room_for_the_plot(tmp_path: Path, recwarn: pytest.Warn
     assert dark.getbbox() is not None, "dots are in the right half, above the names"
 
 
+@pytest.mark.slow
 def test_a_hundred_systems_leave_room_for_the_plot_and_each_is_named(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
