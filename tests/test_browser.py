@@ -276,6 +276,8 @@ def test_the_gradio_page_is_served_on_other_addresses(host: str, painter: Painte
     with gradio_page.served(painter, ABOUT, host, port):
         tab.goto(f"http://[{host}]:{port}/" if ":" in host else f"http://127.0.0.1:{port}/")
         playwright.expect(tab).to_have_title("cat, before and after")
+        tab.wait_for_load_state("load")
+        tab.goto("about:blank")  # before the server ends: the page goes on asking it
 
 
 def focused(page: Any) -> str:
