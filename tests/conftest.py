@@ -156,6 +156,33 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_transformers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny_transformers("sd3"): a folder (see `folders.TRANSFORMERS`), made once."""
+    place = tmp_path_factory.mktemp("transformers")
+    return cache(lambda kind: folders.TRANSFORMERS[kind](place / kind))
+
+
+@pytest.fixture(scope="session")
+def new_transformer(tiny_transformers: Callable[[str], Path]) -> Callable[..., Any]:
+    """new_transformer("flux"): the backbone of such a folder, with a sampler of two steps; keywords are those of
+    `TransformerBackbone`. Each is a copy."""
+
+    @cache
+    def loaded(kind: str, settings: tuple[tuple[str, Any], ...]) -> Any:
+        from realera.backbones.transformer import TransformerBackbone
+        from realera.contracts import Sampler
+
+        given = {"t5": None if kind == "sd3-without-t5" else "float32", "t5_length": 24, **dict(settings)}
+        given = dict(settings) if kind == "one-clip" else given
+        family = "flux" if kind in ("flux", "schnell") else "sd3"
+        scale = {"flux": 3.5, "schnell": 1.0}.get(kind, 5.0)
+        sampler = Sampler("euler", 2, scale, 64, 64)
+        return TransformerBackbone(kind, tiny_transformers(kind), sampler, [family], **given)
+
+    return lambda kind, **settings: copy.deepcopy(loaded(kind, tuple(settings.items())))
+
+
+@pytest.fixture(scope="session")
 def new_backbone(tiny_sd: Path) -> Callable[..., Any]:
     """new_backbone() is `tiny_sd` as loaded, with a sampler of two steps; keywords are those of `UNetBackbone`. Each is
     a copy: of what was read once, in a third of the time."""
@@ -214,9 +241,10 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def load_method() -> Callable[..., Any]:
-    """load_method("realera", "align.steps=2", ...): conf/method/<name>.yaml, made small, then overridden."""
+    """load_method("realera", "align.steps=2", ...): conf/method/<name>.yaml, made small, then overridden. backbone: its
+    settings that defaults depend on; None = those of the miniature."""
 
-    def load(name: str, *overrides: str) -> Any:
+    def load(name: str, *overrides: str, backbone: dict[str, Any] | None = None) -> Any:
         from hydra.utils import instantiate
         from omegaconf import OmegaConf
 
@@ -225,7 +253,10 @@ def load_method() -> Callable[..., Any]:
 
         register_resolvers()
         method = method_settings(name)
-        backbone = {"name": "mini", "sampler": {"steps": 2, "height": 32, "width": 32}}
+        backbone = backbone or {
+            "name": "mini",
+            "sampler": {"steps": 2, "guidance_scale": 7.5, "height": 32, "width": 32},
+        }
         config = OmegaConf.create({"backbone": backbone, "concept": "cat", "method": method})
         for key, value in SMALL.items():
             if OmegaConf.select(config, f"method.{key}") is not None:

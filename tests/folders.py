@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,101 @@ def build_sdxl(folder: Path) -> Path:
     return save_index(folder, "StableDiffusionXLPipeline", force_zeros_for_empty_prompt=True)
 
 
+def build_sd3(folder: Path, t5: bool = True) -> Path:
+    """Stable Diffusion 3.5 medium: D = 96 (real: 4096), CLIP 32 + 48 (real: 768 + 1280), dual attention in the first of
+    three blocks, 16 channels of latents."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(35)
+        vocabulary = save_tokenizer(folder / "tokenizer")
+        save_tokenizer(folder / "tokenizer_2", pad="!")
+        save_text(
+            folder / "text_encoder", vocabulary, 32, layers=3, activation="quick_gelu", projection=32, projected=True
+        )
+        save_text(folder / "text_encoder_2", vocabulary, 48, layers=4, activation="gelu", projection=48, projected=True)
+        if t5:
+            save_t5(folder, "3", width=96)
+        SD3Transformer2DModel(
+            sample_size=8,
+            num_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=96,
+            caption_projection_dim=32,
+            pooled_projection_dim=80,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ).save_pretrained(folder / "transformer")
+        save_flow_vae(folder / "vae")
+    save_flow(folder, shift=3.0)
+    return save_transformer_index(folder, "StableDiffusion3Pipeline")
+
+
+def build_one_clip(folder: Path) -> Path:
+    """The layout of the built-in transformer: a Stable Diffusion 3 with one CLIP (D = 32), latents of 4 x 8 x 8 for 32
+    pixels."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        vocabulary = save_tokenizer(folder / "tokenizer")
+        save_text(folder / "text_encoder", vocabulary, 32, layers=2, activation="quick_gelu", projection=32)
+        SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            pos_embed_max_size=4,
+            qk_norm="rms_norm",
+        ).save_pretrained(folder / "transformer")
+        save_vae(folder / "vae")
+    save_flow(folder, shift=1.0)
+    return folder
+
+
+def build_flux(folder: Path, guided: bool = True) -> Path:
+    """FLUX.1 dev, or schnell if not guided: D = 64 (real: 4096), two double and two single blocks (real: 19 and 38)."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        vocabulary = save_tokenizer(folder / "tokenizer")
+        save_text(folder / "text_encoder", vocabulary, 32, layers=3, activation="quick_gelu", projection=32)
+        save_t5(folder, "2", width=64)
+        FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            pooled_projection_dim=32,
+            guidance_embeds=guided,
+            axes_dims_rope=(4, 6, 6),
+        ).save_pretrained(folder / "transformer")
+        save_flow_vae(folder / "vae")
+    save_flow(folder, shift=3.0 if guided else 1.0, use_dynamic_shifting=guided)
+    return save_transformer_index(folder, "FluxPipeline")
+
+
+TRANSFORMERS = {
+    "sd3": build_sd3,
+    "sd3-without-t5": partial(build_sd3, t5=False),
+    "flux": build_flux,
+    "schnell": partial(build_flux, guided=False),
+    "one-clip": build_one_clip,
+}
+
 # --- components ------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +251,70 @@ def save_vae(folder: Path, **settings: Any) -> None:
         up_block_types=("UpDecoderBlock2D",) * 4,
         **settings,
     ).save_pretrained(folder)
+
+
+def save_t5(folder: Path, number: str, width: int) -> None:
+    """T5's encoder, and a tokenizer like T5's (pieces that begin with a blank, </s> at the end) with `WORDS`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("\u2581", -3.0)]
+    pieces += [(f"\u2581{word}", -5.0) for word in dict.fromkeys(WORDS.split())]
+    pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'.,-"]
+    own = Tokenizer(models.Unigram(pieces, unk_id=2))
+    own.pre_tokenizer = pre_tokenizers.Metaspace()
+    own.decoder = decoders.Metaspace()
+    own.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, model_max_length=512, **special)
+    tokenizer.save_pretrained(folder / f"tokenizer_{number}")
+    config = T5Config(
+        vocab_size=len(pieces),
+        d_model=width,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    T5EncoderModel(config).save_pretrained(folder / f"text_encoder_{number}")
+
+
+def save_flow_vae(folder: Path) -> None:
+    save_vae(
+        folder,
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def save_flow(folder: Path, **settings: Any) -> None:
+    (folder / "scheduler").mkdir()
+    content = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **settings}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(content))
+
+
+def save_transformer_index(folder: Path, pipeline: str) -> Path:
+    flux = pipeline == "FluxPipeline"
+    clip = "CLIPTextModel" if flux else "CLIPTextModelWithProjection"
+    t5 = "2" if flux else "3"
+    kinds = {
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": ["transformers", clip],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "text_encoder_2": ["transformers", clip],
+        f"tokenizer_{t5}": ["transformers", "PreTrainedTokenizerFast"],
+        f"text_encoder_{t5}": ["transformers", "T5EncoderModel"],
+        "transformer": ["diffusers", "FluxTransformer2DModel" if flux else "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    }
+    parts = {part: kind if (folder / part).is_dir() else [None, None] for part, kind in kinds.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline, **parts}))
+    return folder
 
 
 def save_scheduler(folder: Path, kind: str, **settings: Any) -> None:

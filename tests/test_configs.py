@@ -182,7 +182,11 @@ def test_ac_draws_its_anchors_at_the_backbones_size(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_says_what_a_band_is_checked_against(backbone: str) -> None:
-    text = composed("train", "concept=airplane", f"backbone={backbone}")["backbone"]["text"]
+    own = composed("train", "concept=airplane", f"backbone={backbone}")["backbone"]
+    text = own["text"]
+    if "row_norm" not in text:  # of two kinds of encoders, or of T5: measured for each concept
+        assert "flow" in own["like"] and text["width"] == 4096
+        return
     radii = band.resolve(band.Band(), text["row_norm"], text["width"])
     assert 0 < radii.d1 < radii.d2
     assert text["max_length"] > 8

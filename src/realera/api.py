@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-    from realera.backbones.pipelines import PipelineBackbone
+    from realera.backbones.transformer_pipelines import Pipeline
     from realera.exporting.forms import Exported, Form
 
 log = logging.getLogger("realera")
@@ -51,7 +51,7 @@ class Erased:
     folder with the files of a run; it is deleted with the object.
     """
 
-    def __init__(self, backbone: PipelineBackbone, config: dict[str, Any], folder: Path, cache: Path | None) -> None:
+    def __init__(self, backbone: Pipeline, config: dict[str, Any], folder: Path, cache: Path | None) -> None:
         self.config = config
         self.folder = folder
         self._backbone = backbone
@@ -204,7 +204,7 @@ class Erased:
         return self._backbone.pipe
 
     @contextmanager
-    def _unmerged(self) -> Iterator[PipelineBackbone]:
+    def _unmerged(self) -> Iterator[Pipeline]:
         """The backbone with its adapter not merged, as in the commands."""
         self._refuse_undone()
         self._refuse_under_later()
@@ -266,12 +266,12 @@ def erase(
 ) -> Erased:
     """Erases one or several concepts from a pipeline, in place.
 
-    pipe: a Stable Diffusion 1.x, 2.x or XL pipeline of diffusers, or a folder, file or hub id of one. Its device,
-    dtype, scheduler and safety checker do not change. anchor: the concept that replaces the erased one; None = the
-    task's own anchor, if it has one. task: "object", "celebrity", "style" or "nsfw"; it sets the prompts. seed: for all
-    random numbers. overrides: settings as typed on the command line. settings: the same as keywords, **{"edit.ridge":
-    1} or **{"method.edit.ridge": 1}. cache: a folder for the images that the method generates to train on; False = do
-    not keep them, True = the commands' cache.
+    pipe: a Stable Diffusion 1.x, 2.x, XL, 3, 3.5 or a FLUX.1 pipeline of diffusers, or a folder, file or hub id of one.
+    Its device, dtype, scheduler and safety checker do not change. anchor: the concept that replaces the erased one;
+    None = the task's own anchor, if it has one. task: "object", "celebrity", "style" or "nsfw"; it sets the prompts.
+    seed: for all random numbers. overrides: settings as typed on the command line. settings: the same as keywords,
+    **{"edit.ridge": 1} or **{"method.edit.ridge": 1}. cache: a folder for the images that the method generates to train
+    on; False = do not keep them, True = the commands' cache.
 
     Raises:
         UserError: one sentence that says what is wrong and what to give instead. The pipeline is unchanged.
@@ -280,12 +280,11 @@ def erase(
     from realera.runs.session import Session
 
     with collector.paused():
-        from realera.backbones import pipelines
+        from realera.backbones import transformer_pipelines
         from realera.runs import starting, steps
 
     pipe = _opened(pipe) if isinstance(pipe, str | Path) else pipe
-    parts = pipelines.parts_of(pipe)
-    figures, kind = pipelines.settings_of(pipe, parts), pipelines.kind_of(parts)
+    kind, figures = transformer_pipelines.described(pipe)
     words = [
         composition.word("concept", arguments.names(concept, "concept")),
         composition.word("anchor", arguments.names(anchor, "anchor")),
@@ -294,7 +293,7 @@ def erase(
         f"backbone={kind}",
         composition.word("seed", seed),
         "logger=none",
-        *(composition.word(f"backbone.{key}", figures[key]) for key in ("pretrained", "dtype")),
+        *(composition.word(f"backbone.{key}", figures[key]) for key in ("pretrained", "dtype", "t5") if key in figures),
         *(composition.word(f"backbone.text.{key}", value) for key, value in figures["text"].items()),
         *(composition.word(f"backbone.sampler.{key}", value) for key, value in figures["sampler"].items()),
         *_device_overrides(pipe),
@@ -302,7 +301,7 @@ def erase(
     ]
     config, judged = starting.ready(_composed(words))
     model = Settings(config).backbone
-    backbone = pipelines.PipelineBackbone(pipe, kind, model.sampler, model.text_figures)
+    backbone = transformer_pipelines.backbone_of(pipe, kind, model.sampler, model.node)
     folder = Path(tempfile.mkdtemp(prefix="realera-"))
     erased = Erased(backbone, config, folder, _cache_of(cache))
     weakref.finalize(erased, shutil.rmtree, folder, ignore_errors=True)
@@ -322,7 +321,7 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     from realera.runs import folders
 
     with collector.paused():
-        from realera.backbones import pipelines
+        from realera.backbones import transformer_pipelines
         from realera.training.checkpoint import read_erased
 
     run = folders.open_run(str(folder))
@@ -330,7 +329,7 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     content = read_erased(file)
     pipe = _opened(pipe) if isinstance(pipe, str | Path) else pipe
     model = run.settings.backbone
-    backbone = pipelines.PipelineBackbone(pipe, str(model.name), model.sampler)
+    backbone = transformer_pipelines.backbone_of(pipe, str(model.name), model.sampler, {**model.node, "text": None})
     if content.origin.fingerprint != backbone.fingerprint:
         known = backbone.checkpoint()
         if known is None or known[1] != content.origin.fingerprint:
@@ -554,7 +553,9 @@ def _cache_of(cache: bool | str | Path) -> Path | None:
 
 
 def _device_overrides(pipe: DiffusionPipeline) -> list[str]:
-    device = pipe.unet.device
+    from realera.backbones.transformer_pipelines import device_of
+
+    device = device_of(pipe)
     if device.type != "cuda":
         return ["trainer.accelerator=cpu"]
     return ["trainer.accelerator=gpu", f"trainer.devices=[{device.index or 0}]"]

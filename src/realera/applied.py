@@ -88,6 +88,7 @@ def apply(
     from realera.settings import schema
     from realera.training import maps
 
+    _refuse_transformer(pipe)
     files = [sources.map_file(getattr(one, "folder", one)) for one in sources.as_list(map)]
     weights = sources.weights_of(weight, len(files))
     schema.check({"weight": weights}, "apply", schema.OPEN)
@@ -98,6 +99,7 @@ def apply(
     applied.warn()
 
     pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
+    _refuse_transformer(pipe)
     parts = pipelines.parts_of(pipe)
     backbone = pipelines.PipelineBackbone(pipe, pipelines.kind_of(parts), Sampler())
     source = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
@@ -113,3 +115,10 @@ def apply(
             backbone.load_erased({})
             raise
     return Applied(backbone, applied.maps, weights)
+
+
+def _refuse_transformer(pipe: Any) -> None:
+    if getattr(pipe, "transformer", None) is not None:
+        raise UserError(
+            "maps are applied to U-Net pipelines only: for a transformer, use realera.load with the run's folder."
+        )

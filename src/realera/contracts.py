@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from realera.setting_types import Guidance, Label, Pixels, Positive, Rank, SamplerSteps, Targets
+from realera.text_states import EncoderRows as EncoderRows
+from realera.text_states import NamedPrompt as NamedPrompt
+from realera.text_states import TextStates as TextStates
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -30,13 +33,19 @@ Mode = Literal["mean_prob", "top1", "score", "detected", "whole", "anchor", "mov
 other mode is a key of `Verdict.detail`: a bool counts 100 or 0, a number keeps its unit. Without the key the image is
 unscored."""
 
-Scheduler = Literal["ddim", "dpm++"]
-"""DDIM with eta 0 | DPM-Solver++ 2M."""
+Scheduler = Literal["ddim", "dpm++", "euler"]
+"""DDIM with eta 0 | DPM-Solver++ 2M | Euler steps of flow matching. The first two are for U-Nets, the last is for
+diffusion transformers."""
+
+Read = Literal["values", "keys", "both"]
+"""The projections of text states that an edit or a metric is about."""
 
 Network = Literal["denoiser", "text_encoder"]  # what a method trains; text_encoder: all text encoders of the backbone
 
 
-KEYS, VALUES = "attn2.to_k", "attn2.to_v"  # suffixes of the cross-attention layers that project the text states
+# Suffixes of the U-Net's cross-attention layers that project the text states. On every backbone, a map names its
+# projections by them; in a transformer all text rows pass one layer, and this layer takes every map.
+KEYS, VALUES = "attn2.to_k", "attn2.to_v"
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {"values": (VALUES,), "keys": (KEYS,), "both": (KEYS, VALUES)}
 
 
@@ -71,42 +80,6 @@ class Prompt:
     caption: str | None = None
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class NamedPrompt:
-    """A prompt and the position of a concept's name in it, text[start:end]. The position comes from the template's
-    slot. Searching for the name would be wrong: "a famous art by art" contains it twice."""
-
-    text: str
-    start: int
-    end: int
-
-    @classmethod
-    def of(cls, template: str, name: str) -> NamedPrompt:
-        """Replaces the first {} of `template` with `name`."""
-        before, _, after = template.partition("{}")
-        return cls(before + name + after, len(before), len(before) + len(name))
-
-    @property
-    def name(self) -> str:
-        return self.text[self.start : self.end]
-
-
-@dataclass(frozen=True)
-class TextStates:
-    """Encoded prompts, as the U-Net's cross-attention reads them.
-
-    states (B, T, D) float32: in SD 1.x and 2.x after the final norm, in SDXL the states of two encoders side by side.
-    first, last (B,) int64: rows of the first and last sub-token of a `NamedPrompt`'s name; -1 for a plain text.
-    length (B,): row of the first EOS. pooled (B, E) if the U-Net takes one (SDXL), else None.
-    """
-
-    states: Tensor
-    first: Tensor
-    last: Tensor
-    length: Tensor
-    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +123,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Edit:
-    """A closed-form edit of W_K / W_V: either `map` or `weights`.
+    """A closed-form edit of the layers that project text states (W_K and W_V of a U-Net): either `map` or `weights`.
 
     map (D, D) float64: W = W0 @ map in every layer. weights: {layer name: (out, D)}. info: numbers logged as `edit/*`
     (condition number, residuals, ...). factors: L (D, n) and R (n, D) float64 with map = I + L R, which are quicker to
@@ -281,9 +254,10 @@ class Task(Protocol):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A text-to-image model. Only backbones use diffusers. The weights are frozen and change only through `apply`,
-    `add_adapter`, `unfreeze` and `load_erased`. If they are those of a text encoder, `encode` passes gradients to them
-    and never repeats states of other weights, and inside `original` it encodes as the model that was loaded."""
+    """A text-to-image model: a U-Net or a diffusion transformer. Only backbones use diffusers. The weights are frozen
+    and change only through `apply`, `add_adapter`, `unfreeze` and `load_erased`. If they are those of a text encoder,
+    `encode` passes gradients to them and never repeats states of other weights, and inside `original` it encodes as the
+    model that was loaded."""
 
     name: str
     width: int  # D
@@ -315,8 +289,8 @@ class Backbone(Protocol):
         self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None, to_end: bool = False
     ) -> TextStates:
         """vectors (n, D): embeddings that replace the token embeddings of each prompt's name; gradients flow back to
-        them. to_end: compute only the rows up to each text's first EOS. T is then the length of the longest text, and
-        the rows after a shorter text's EOS are 0."""
+        them. to_end: only the rows up to each text's first EOS are needed. If the text encoder allows it, T is then the
+        length of the longest text, and the rows after a shorter text's EOS are 0."""
         ...
 
     def check_not_truncated(self, prompts: Sequence[NamedPrompt]) -> None:
@@ -329,9 +303,15 @@ class Backbone(Protocol):
 
     def words(self) -> list[str]: ...  # the words that are one token each, the most frequent first
 
-    def text_projections(self) -> dict[str, nn.Linear]:
+    def text_projections(self, read: Read = "both") -> dict[str, nn.Linear]:
         """{layer name: base Linear} of the layers that project text states, in the network's order. A closed form may
-        edit these layers. In Stable Diffusion: every attn2.to_k and attn2.to_v."""
+        edit these layers. In U-Nets: every attn2.to_k ("keys") and attn2.to_v ("values"). In transformers: the one
+        layer context_embedder, whatever `read` is, because keys and values are made of its output."""
+        ...
+
+    def text_readers(self, read: Read = "values") -> list[Tensor]:
+        """Matrices (n, D): the linear maps by which the layers read text states now, for the metric of `value_space`.
+        In U-Nets: the weights of `text_projections(read)`. In transformers: as the setting `backbone.reading` says."""
         ...
 
     def apply(self, edit: Edit) -> None: ...  # to the current base weights; the original values are kept
@@ -354,7 +334,7 @@ class Backbone(Protocol):
 
     def attention(self) -> AbstractContextManager[dict[str, Tensor]]:
         """{name of an attn2 module: probabilities (B, heads, pixels, T)} of the latest noise prediction inside this
-        context, with gradients."""
+        context, with gradients. UserError if the network has no cross-attention, with the reason."""
         ...
 
     # Timesteps are the backbone's own: whole numbers below 1000, or continuous noise levels. Methods get them from the
@@ -372,8 +352,16 @@ class Backbone(Protocol):
 
     def noisy_latents(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor: ...
 
+    # "Noise" in the losses and guides of methods is the model's own prediction: for flow matching, the velocity.
+
     def predict_noise(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Any = None) -> Tensor:
-        """The noise in z_t (B, C, h, w), also if the network itself predicts a velocity."""
+        """What the model predicts for z_t (B, C, h, w): the noise in it, also if a U-Net itself predicts v; with flow
+        matching, the velocity noise - x."""
+        ...
+
+    def target_of(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What `predict_noise` should give for z_t = noisy_latents(latents, noise, timesteps): the noise; with flow
+        matching, noise - latents."""
         ...
 
     def sample(

@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 CONF_DIR = next((p for p in (HERE / "conf", HERE.parents[1] / "conf") if (p / "train.yaml").is_file()), HERE / "conf")
 TASK_DATA = HERE / "tasks" / "data"
 MINIATURE = HERE / "miniature" / "weights"  # a diffusers folder, plus judge/
+MINIATURE_DIT = HERE / "miniature" / "weights_dit"  # a transformer of the same world, without the parts above
 
 # The files of a run folder.
 CONFIG = "config.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,21 @@ def made(file: Path, **changes: Any) -> UNetBackbone:
     return backbone
 
 
+TRANSFORMERS = {"flux-dev": ("flux", 64), "flux-schnell": ("schnell", 64), "sd3-medium": ("sd3", 96)}
+TRANSFORMERS |= {"sd35-medium": ("sd3", 96), "mini-dit": ("one-clip", 32)}
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_every_config_makes_a_backbone(file: Path, tiny_sd: Path) -> None:
-    tiny = {"pretrained": str(tiny_sd), "text": {"width": 32, "max_length": 77}}
-    backbone = made(file, **tiny)
+def test_every_config_makes_a_backbone(file: Path, tiny_sd: Path, tiny_transformers: Callable[[str], Path]) -> None:
+    kind, width = TRANSFORMERS.get(file.stem, ("", 32))
+    place = str(tiny_transformers(kind) if kind else tiny_sd)
+    rows = {} if kind in ("flux", "schnell", "sd3") else {"max_length": 77}
+    backbone = made(file, pretrained=place, text={"width": width, **rows})
     assert backbone.name == file.stem
     assert isinstance(backbone.sampler, Sampler)
     assert backbone.timesteps().shape == (backbone.sampler.steps,)
     with pytest.raises(InstantiationException) as wrapped:  # hydra's wrapper, which the commands remove
-        made(file, pretrained=str(tiny_sd))  # its text encoder differs from the config
+        made(file, pretrained=place)  # its text encoder differs from the config
     assert isinstance(wrapped.value.__cause__, UserError) and "backbone.text" in str(wrapped.value.__cause__)
 
 

@@ -206,9 +206,9 @@ def test_an_xl_is_recognised_by_its_unet_too(tiny_sdxl: Path, tiny_sd: Path, tmp
         folder.locate(copy)
 
 
-def test_a_diffusion_transformer_is_refused(copy: Path) -> None:
+def test_a_unet_is_no_transformer(copy: Path) -> None:
     (copy / "unet").rename(copy / "transformer")
-    with pytest.raises(UserError, match="SD 3 or FLUX"):
+    with pytest.raises(UserError, match="says _class_name='UNet2DConditionModel' where SD3Trans"):
         folder.locate(copy)
 
 

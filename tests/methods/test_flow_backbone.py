@@ -25,12 +25,13 @@ from realera.contracts import (
     Network,
     Pair,
     Prepares,
+    Read,
     Sampler,
     TextStates,
     TrainingBatch,
 )
 from realera.methods import nearness
-from realera.methods.latents import at_level
+from realera.methods.latents import at_level, noised
 from realera.training.module import ErasureModule
 
 WIDTH, ROWS, CHANNELS, SIDE = 8, 12, 2, 4
@@ -111,8 +112,11 @@ class Flow:
     def words(self) -> list[str]:
         return ["cat", "dog"]
 
-    def text_projections(self) -> dict[str, nn.Linear]:
+    def text_projections(self, read: Read = "both") -> dict[str, nn.Linear]:
         return {"to_k": self.network.to_k, "to_v": self.network.to_v}
+
+    def text_readers(self, read: Read = "values") -> list[Tensor]:
+        return [self.network.to_v.weight]
 
     def apply(self, edit: Edit) -> None:
         raise NotImplementedError
@@ -166,9 +170,11 @@ class Flow:
         return (1 - sigma) * latents + sigma * noise
 
     def predict_noise(self, latents: Tensor, timesteps: Tensor, states: Tensor, pooled: Any = None) -> Tensor:
-        velocity = self.network(latents, timesteps, states)
-        noise: Tensor = latents + (1 - timesteps.to(latents).view(-1, 1, 1, 1)) * velocity
-        return noise
+        velocity: Tensor = self.network(latents, timesteps, states)
+        return velocity
+
+    def target_of(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - latents
 
     def sample(
         self,
@@ -331,6 +337,15 @@ def test_the_trained_network_may_be_the_text_encoder(load_method: Callable[..., 
     assert (noise("cat") - taught).square().mean() < first
     with backbone.original():
         assert torch.equal(noise("sky"), taught)
+
+
+def test_the_noise_of_a_bank_is_what_the_model_should_predict() -> None:
+    """For a flow the velocity; AC's and SA's losses compare the prediction with it."""
+    backbone = Flow()
+    bank = torch.randn(3, CHANNELS, SIDE, SIDE, generator=Generator().manual_seed(0))
+    z_t, t, target = noised(backbone, bank, torch.tensor([0, 2]), Generator().manual_seed(1))
+    sigma = t.view(-1, 1, 1, 1)
+    torch.testing.assert_close(z_t, bank[[0, 2]] + sigma * target)
 
 
 def test_whole_timesteps_of_stable_diffusion_come_back_exactly(new_backbone: Callable[..., Backbone]) -> None:

@@ -15,7 +15,7 @@ from options import built
 from realera import value_space
 from realera.contracts import KEYS, VALUES, UserError
 from realera.methods import priors
-from realera.methods.valera import ValueSpaceErasure, _weights
+from realera.methods.valera import ValueSpaceErasure
 from realera.mining.sampling import align_rows
 
 CAT, DOG = ("cat", "field"), ("dog", "sky")
@@ -80,7 +80,7 @@ def test_further_directions_are_erased_and_preserved_rows_are_unchanged(new_back
     backbone = new_backbone()
     pairs = new_pairs(backbone, CAT, DOG)
     edits = [ValueSpaceErasure(directions=n, gain=1)(backbone, pairs, []) for n in (1, 2, 3)]
-    metric = value_space.metric(_weights(backbone, (VALUES,)))
+    metric = value_space.metric(backbone.text_readers("values"))
     for pair in pairs:
         target, anchor, mask = align_rows(pair, "suffix")
         shift = suffix_mean(pair.target) - suffix_mean(pair.anchor)

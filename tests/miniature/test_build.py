@@ -19,12 +19,22 @@ def test_settings_are_read_from_the_command_line(tmp_path):
     assert build.read([])[1] == list(build.STEPS)
 
 
+def test_the_transformer_has_steps_of_its_own(tmp_path):
+    plan, steps = build.read(["denoiser=dit", f"workdir={tmp_path}"])
+    assert plan.dit and plan.out == tmp_path / "weights_dit"
+    assert steps == ["art", "pictures", "transformer", "assemble", "check"]
+    assert build.read(["denoiser=dit", "out=package"])[0].out == build.MINIATURE_DIT
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["smoke"], "key=value"),
         (["steps=vea"], "no step 'vea'"),
         (["unet_stepz=3"], "no setting 'unet_stepz'"),
+        (["dit=true"], "no setting 'dit'"),
+        (["denoiser=gan"], "choose unet or dit"),
+        (["denoiser=dit", "steps=vae"], "no step 'vae'"),
         (["unet_steps=many"], "cannot be read"),
     ],
 )
@@ -45,6 +55,14 @@ def test_missing_packages_are_named_before_any_work(door, lacks, monkeypatch):
     monkeypatch.setattr(art, "find_spec", lambda name: None if name == lacks else True)
     with pytest.raises(UserError, match=rf"^{lacks} must be installed .*pip install -e '\.\[build\]'"):
         door.main([])
+
+
+def test_the_transformers_build_needs_no_teacher(monkeypatch):
+    monkeypatch.setattr(art, "find_spec", lambda name: None if name == "resvg_py" else True)
+    with pytest.raises(UserError, match=r"^resvg_py must be installed"):
+        build.main(["denoiser=dit"])
+    with pytest.raises(UserError, match="workdir has no effect"):
+        check.main(["denoiser=dit", "workdir=x"])
 
 
 @pytest.mark.slow

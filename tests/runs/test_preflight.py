@@ -188,8 +188,8 @@ ADAPTED = {"steps": 5, "parameters": [], "lora": {"rank": 1}}
     ("align", "dtype", "refused"),
     [
         (WHOLE, "float32", None),
-        (WHOLE, "bfloat16", "esd-u trains the U-Net's weights.*dtype=float32"),
-        (WHOLE, "float16", "esd-u trains the U-Net's weights.*dtype=float32"),
+        (WHOLE, "bfloat16", "esd-u trains the network's weights.*dtype=float32"),
+        (WHOLE, "float16", "esd-u trains the network's weights.*dtype=float32"),
         ({**WHOLE, "steps": 0}, "bfloat16", None),
         (ADAPTED, "bfloat16", None),
         (ADAPTED, "float16", "only for drawing images.*dtype=bfloat16"),

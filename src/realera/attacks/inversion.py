@@ -93,10 +93,11 @@ class Inversion:
         named = attacked.names[int(torch.randint(len(attacked.names), (1,), generator=draw))]
         timesteps = backbone.draw_timesteps(self.batch, draw).to(latents.device)
         noise = torch.randn(self.batch, *latents.shape[1:], generator=draw).to(latents.device)
-        z_t = backbone.noisy_latents(latents[chosen.to(latents.device)], noise, timesteps)
+        clean = latents[chosen.to(latents.device)]
+        z_t, target = (made(clean, noise, timesteps) for made in (backbone.noisy_latents, backbone.target_of))
         texts = repeat(backbone.encode([named], vectors=vectors), 0, self.batch)
         with attacked.acting([without_name(named)] * self.batch, texts):
-            return mse_loss(predict(backbone, z_t, timesteps, texts), noise)
+            return mse_loss(predict(backbone, z_t, timesteps, texts), target)
 
     def __call__(self, case: Case) -> Mapping[str, Any]:
         return self.attack_together([case])[0]

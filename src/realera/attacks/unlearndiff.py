@@ -123,8 +123,8 @@ def step(searches: Sequence[_Search], level: float) -> None:
 def denoising_losses(backbone: Backbone, latents: Tensor, noise: Tensor, level: float, states: TextStates) -> Tensor:
     """(B,): the mean squared error of the predicted noise, for latents (B, C, h, w) with this noise."""
     timesteps = at_level(backbone, torch.full((len(latents),), level)).to(latents.device)
-    z_t = backbone.noisy_latents(latents, noise, timesteps)
-    return (predict(backbone, z_t, timesteps, states) - noise).square().flatten(1).mean(dim=1)
+    z_t, target = (made(latents, noise, timesteps) for made in (backbone.noisy_latents, backbone.target_of))
+    return (predict(backbone, z_t, timesteps, states) - target).square().flatten(1).mean(dim=1)
 
 
 def drawn_tokens(points: Tensor, generator: Generator) -> Tensor:

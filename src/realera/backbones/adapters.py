@@ -1,4 +1,4 @@
-"""LoRA on a network, the U-Net or the text encoders, with peft: h = W x + (alpha / rank) B A x (arXiv 2106.09685)."""
+"""LoRA on the denoiser or the text encoders, with peft: h = W x + (alpha / rank) B A x (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def layers(unet: nn.Module) -> dict[str, LoraLayer]:
 
 def add(unet: nn.Module, spec: LoraSpec, generator: Generator, backbone: str, concepts: int = 1) -> list[nn.Parameter]:
     """Adds an adapter to every Linear and Conv2d whose path ends in one of `spec.targets`; returns the trained
-    parameters, A before B for each layer.
+    parameters, A before B for each layer. In a target, * stands for any letters.
 
     A is drawn from `generator` and B is zero, so the model's output does not change yet. `spec.per_concept`: the
     adapters of all concepts are joined into one of rank concepts x rank, with the scale alpha / rank of one adapter.
@@ -37,7 +38,7 @@ def add(unet: nn.Module, spec: LoraSpec, generator: Generator, backbone: str, co
         raise UserError(f"LoRA init {spec.init!r} is not known; choose gaussian or kaiming.")
     found: list[str] = []
     for target in spec.targets:
-        matched = [name for name in _adaptable(unet) if name == target or name.endswith(f".{target}")]
+        matched = [name for name in _adaptable(unet) if fnmatchcase(f".{name}", f"*.{target}")]
         if not matched:
             raise UserError(
                 f"LoRA target {target!r} matched 0 layers of backbone {backbone}; it has: {', '.join(_endings(unet))}."
@@ -200,6 +201,6 @@ def _adaptable(unet: nn.Module) -> list[str]:
 
 
 def _endings(unet: nn.Module) -> list[str]:
-    """The distinct suffixes of attention layers that a user can give as targets ("attn2.to_k", "attn2.to_out.0")."""
-    found = (re.search(r"attn\d\.to_\w+(\.\d+)?$", name) for name in _adaptable(unet))
+    """The distinct suffixes of attention layers that a user can give as targets ("attn2.to_k", "attn.add_k_proj")."""
+    found = (re.search(r"attn\d?\.(to|add)_\w+(\.\d+)?$", name) for name in _adaptable(unet))
     return sorted({match.group() for match in found if match})

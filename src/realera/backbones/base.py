@@ -1,14 +1,15 @@
-"""A network's own weights, of the U-Net or of the text encoders: which were changed, and their original values."""
+"""A network's own weights, of the denoiser or of the text encoders: which were changed, and their original values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from realera.contracts import Edit, UserError
+from realera.contracts import KEYS, VALUES, Edit, UserError
 from realera.files import finite
 
 
@@ -20,22 +21,30 @@ class BaseWeights:
     the same object, so the plain names stay valid. named: gives a parameter its name here, from its path.
     """
 
-    def __init__(self, network: nn.Module, backbone: str, named: Callable[[str], str] = str) -> None:
+    def __init__(
+        self, network: nn.Module, backbone: str, reader: str | None = None, named: Callable[[str], str] = str
+    ) -> None:
+        """reader: the name of the one layer that all text rows pass; None = the layers of cross-attention."""
         self.backbone = backbone
         self.parameters = {named(name): parameter for name, parameter in network.named_parameters()}
-        self.cross_attention = {
+        self.readers = {  # the layers that project text states
             name: module
             for name, module in network.named_modules()
-            if isinstance(module, nn.Linear) and name.endswith(("attn2.to_k", "attn2.to_v"))
+            if isinstance(module, nn.Linear) and (name == reader if reader else name.endswith((KEYS, VALUES)))
         }
         self.first: dict[str, Tensor] = {}
 
+    @staticmethod
+    def takes(name: str, projections: Sequence[str]) -> bool:
+        """Whether a layer is one of these projections. A layer that is read for keys and values alike is."""
+        return name.endswith(tuple(projections)) or not name.endswith((KEYS, VALUES))
+
     def apply(self, edit: Edit) -> None:
-        """Applies an edit to the current weights: W = W @ map in float64 on the edit's projections of every
-        cross-attention layer, or the given weights."""
+        """Applies an edit to the current weights: W = W @ map in float64 on the edit's projections of every layer that
+        projects text states, or the given weights."""
         if edit.map is not None and edit.weights:
             raise ValueError("an Edit is a map or weights, not both")
-        layers = self.cross_attention
+        layers = self.readers
         if unknown := [name for name in edit.weights if name not in layers]:
             raise UserError(
                 f"The edit changes the layer {unknown[0]!r}, which backbone {self.backbone} does not have; it has: "
@@ -49,8 +58,8 @@ class BaseWeights:
                     f"The map has shape {tuple(edit.map.shape)} but backbone {self.backbone} has text states of width "
                     f"{width}; use a map that was made with the same text encoder."
                 )
-            suffixes = tuple(edit.projections)
-            new = {n: self._edited(layer.weight, edit) for n, layer in layers.items() if n.endswith(suffixes)}
+            taking = {n: layer for n, layer in layers.items() if self.takes(n, edit.projections)}
+            new = {n: self._edited(layer.weight, edit) for n, layer in taking.items()}
         self.set({f"{name}.weight": weight for name, weight in new.items()}, owned=edit.map is not None)
 
     def _edited(self, weight: Tensor, edit: Edit) -> Tensor:
@@ -110,10 +119,11 @@ class BaseWeights:
         return parameter
 
     def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
-        """Makes parameters trainable and returns them in U-Net order.
+        """Makes parameters trainable and returns them in the network's order.
 
-        targets: whole parts of a parameter's path, "attn2.to_k" or "attn2". A target with a minus, "-attn2", excludes
-        parameters. "all", or only targets with a minus: everything that is not excluded.
+        targets: whole parts of a parameter's path, "attn2.to_k" or "attn2"; * stands for any letters, as in "norm*". A
+        target with a minus, "-attn2", excludes parameters. "all", or only targets with a minus: everything that is not
+        excluded.
 
         Raises UserError if a target matches nothing, and for weights in half precision: most update steps of 1e-5 would
         be rounded away, and the loss would not show it.
@@ -121,14 +131,14 @@ class BaseWeights:
         if (dtype := self.dtype) != torch.float32:
             raise UserError(
                 f"backbone.dtype={str(dtype).removeprefix('torch.')} cannot hold the small steps of a method that "
-                "trains the U-Net's own weights: set backbone.dtype=float32, with trainer.precision=bf16-mixed for "
+                "trains the network's own weights: set backbone.dtype=float32, with trainer.precision=bf16-mixed for "
                 "speed."
             )
         wanted = [target for target in targets if not target.startswith("-") and target != "all"]
         excluded = [target.removeprefix("-") for target in targets if target.startswith("-")]
 
         def has_any(name: str, parts: Sequence[str]) -> bool:
-            return any(f".{part}." in f".{name}." for part in parts)
+            return any(fnmatchcase(f".{name}.", f"*.{part}.*") for part in parts)
 
         for target in (*wanted, *excluded):
             if not any(has_any(name, [target]) for name in self.parameters):
@@ -163,7 +173,7 @@ class BaseWeights:
         try:
             for name in current:
                 parameter = self.parameters[name]
-                self.first[name] = self.first[name].to(parameter.device)  # a trainer may have moved the U-Net
+                self.first[name] = self.first[name].to(parameter.device)  # a trainer may have moved the network
                 parameter.data = self.first[name]
             yield
         finally:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from realera.backbones import adapters
 from realera.backbones.base import BaseWeights
 
-FOLDERS = ("text_encoder", "text_encoder_2")
+FOLDERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 INNER = ".text_model."
 
 
@@ -28,7 +28,7 @@ class ChangedText:
         self.backbone = backbone
         self.network = nn.ModuleDict(dict(zip(FOLDERS, models)))
         self.network.training = False  # as a loaded model; the encoders keep their own mode
-        self.base = BaseWeights(self.network, backbone, plain)
+        self.base = BaseWeights(self.network, backbone, named=plain)
         self._inside = ""  # the state inside `original`
 
     @property

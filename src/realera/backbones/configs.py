@@ -24,6 +24,10 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int and 0 < value <= MOST
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LAYERS
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < 1e6
 
@@ -54,10 +58,24 @@ SCHEDULER: Check = (
     "a scheduler that adds noise (not one of flow matching)",
     lambda value: isinstance(value, str) and value.endswith("Scheduler") and not value.startswith("FlowMatch"),
 )
+FLOW: Check = ("FlowMatchEulerDiscreteScheduler", lambda value: value == "FlowMatchEulerDiscreteScheduler")
+T5: Check = ("t5", lambda value: value == "t5")
+OFF: Check = ("false or null, because this is not supported", lambda value: value is False or value is None)
+WHOLE_OR_NONE: Check = ("a list of whole numbers, or null", lambda v: v is None or v == [] or _are(_is_count)(v))
 TOKEN: Check = ("a token id", lambda value: type(value) is int and 0 <= value <= MOST)
 SHARE: Check = ("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
 ACTIVATION: Check = ("one of " + ", ".join(ACTIVATIONS), lambda value: value in ACTIVATIONS)
 TRUTH: Check = ("true or false", lambda value: type(value) is bool)
+T5_TEXT: dict[str, Check] = {  # the settings of a T5 encoder that are used (see `t5_settings`), and "model_type"
+    "model_type": T5,
+    **dict.fromkeys(("d_model", "d_kv", "d_ff", "vocab_size"), WHOLE),
+    **dict.fromkeys(("relative_attention_num_buckets", "relative_attention_max_distance"), WHOLE),
+    **dict.fromkeys(("num_layers", "num_heads"), FEW),
+    **dict.fromkeys(("eos_token_id", "pad_token_id", "decoder_start_token_id"), TOKEN),
+    "layer_norm_epsilon": NUMBER,
+    "dropout_rate": SHARE,
+    "feed_forward_proj": ("gated-gelu, relu or gated-silu", lambda v: v in ("gated-gelu", "relu", "gated-silu")),
+}
 TEXT: dict[str, Check] = {  # the settings of a text encoder that are used (see `text_settings`), and "model_type"
     "model_type": CLIP,
     **dict.fromkeys(("hidden_size", "intermediate_size", "max_position_embeddings"), WHOLE),
@@ -98,6 +116,34 @@ CHECKS: Mapping[
     },
     "text_encoder": TEXT,
     "text_encoder_2": TEXT,
+    "t5": T5_TEXT,
+    "sd3_transformer": {
+        "_class_name": ("SD3Transformer2DModel", lambda value: value == "SD3Transformer2DModel"),
+        **dict.fromkeys(("sample_size", "in_channels", "out_channels", "attention_head_dim"), WHOLE),
+        **dict.fromkeys(("joint_attention_dim", "caption_projection_dim", "pooled_projection_dim"), WHOLE),
+        **dict.fromkeys(("patch_size", "num_layers", "num_attention_heads", "pos_embed_max_size"), FEW),
+        "dual_attention_layers": WHOLE_OR_NONE,
+        "qk_norm": ("rms_norm or null", lambda value: value in (None, "rms_norm")),
+    },
+    "flux_transformer": {
+        "_class_name": ("FluxTransformer2DModel", lambda value: value == "FluxTransformer2DModel"),
+        **dict.fromkeys(("in_channels", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim"), WHOLE),
+        **dict.fromkeys(("num_layers", "num_single_layers", "num_attention_heads"), FEW),
+        "patch_size": ("1", lambda value: value == 1),
+        "out_channels": ("null", lambda value: value is None),
+        "guidance_embeds": TRUTH,
+        "axes_dims_rope": WHOLES,
+    },
+    "flow_scheduler": {
+        "_class_name": FLOW,
+        "num_train_timesteps": (f"{TIMESTEPS}", lambda value: type(value) is int and value == TIMESTEPS),
+        **dict.fromkeys(("shift", "base_shift", "max_shift"), NUMBER),
+        **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), WHOLE),
+        "use_dynamic_shifting": TRUTH,
+        "time_shift_type": ("exponential or linear", lambda value: value in ("exponential", "linear")),
+        **dict.fromkeys(("invert_sigmas", "stochastic_sampling", "shift_terminal"), OFF),
+        **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), OFF),
+    },
     "scheduler": {
         "_class_name": SCHEDULER,
         "num_train_timesteps": (f"{TIMESTEPS}", lambda value: type(value) is int and value == TIMESTEPS),
@@ -137,6 +183,22 @@ def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in TEXT and key != "model_type"} | {"dtype": "float32"}
 
 
+def t5_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As `text_settings`, of a T5 encoder; its precision is the backbone's setting."""
+    return {key: value for key, value in config.items() if key in T5_TEXT and key != "model_type"}
+
+
+def check_transformer(place: Path, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """Raises UserError for a transformer that reads more than noisy latents, as for editing or inpainting."""
+    flux = transformer.get("_class_name") == "FluxTransformer2DModel"
+    channels, latents = int(transformer.get("in_channels", 64 if flux else 16)), int(vae.get("latent_channels", 4))
+    if channels != latents * (4 if flux else 1):
+        raise UserError(
+            f"The transformer of {str(place)!r} reads {channels} channels and its autoencoder makes {latents}: it is a "
+            "model for editing, filling or depth; give a text-to-image checkpoint."
+        )
+
+
 def check_unet(place: Path, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     """Raises UserError for a U-Net with inputs besides latents, timesteps and text, as for inpainting or upscaling."""
     channels, latents = unet.get("in_channels", 4), vae.get("latent_channels", 4)
@@ -158,15 +220,18 @@ def check_unet(place: Path, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> 
         )
 
 
-def check_weights(place: Path, part: str, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
-    """Raises UserError if a part's tensors do not match its settings. Some are checked here; loading checks all."""
+def check_weights(place: Path, form: str, config: Mapping[str, Any], stored: Mapping[str, Stored], part: str) -> None:
+    """Raises UserError if a part's tensors do not match its settings. Some are checked here; loading checks all.
+
+    form: a key of `CHECKS`.
+    """
     for name, tensor in stored.items():
         if tensor.dtype not in FLOATS and not name.endswith(COUNTERS):
             raise UserError(
                 f"The weights in {str(place / part)!r} have {name} as {tensor.dtype}, and only floating-point weights "
                 "are supported; give a checkpoint that is not quantised."
             )
-    for ending, wanted in _wanted(part, config):
+    for ending, wanted in _wanted(form, config):
         found = {name: tensor.shape for name, tensor in stored.items() if name.endswith(ending)}
         if not found:
             raise UserError(
@@ -194,6 +259,10 @@ def _wanted(part: str, config: Mapping[str, Any]) -> Sequence[tuple[str, tuple[i
             ("attn2.to_v.weight", (None, get("cross_attention_dim"))),
             ("conv_out.weight", (get("out_channels"), first, None, None)),
         ]
+    if part == "t5":
+        return [("encoder.block.0.layer.0.SelfAttention.q.weight", (None, get("d_model")))]
+    if part.endswith("_transformer"):
+        return [("context_embedder.weight", (None, get("joint_attention_dim")))]
     if part == "vae":
         return [("decoder.conv_in.weight", (last, get("latent_channels"), None, None))]
     return [

@@ -3,7 +3,8 @@ so errors are reported fast.
 
 A checkpoint is a diffusers folder (unet/, vae/, text_encoder/, tokenizer/, scheduler/; Stable Diffusion XL also
 text_encoder_2/ and tokenizer_2/) with safetensors weights, local or in the Hugging Face cache. Weights may be sharded.
-If a part has only the half-precision copy (`.fp16.`), that copy is read.
+If a part has only the half-precision copy (`.fp16.`), that copy is read. A diffusion transformer has transformer/ in
+place of unet/ (`kinds`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from realera.backbones import configs, vocabulary
+from realera.backbones import configs, kinds, vocabulary
 from realera.backbones.vocabulary import SPECIAL
 from realera.contracts import UserError
 from realera.files import checksums
 from realera.files.headers import Stored, quick_digest, read_json, tensors
 from realera.files.headers import refuse_torn as refuse_torn
-from realera.paths import MINIATURE, dir_of, file_of
+from realera.paths import MINIATURE, MINIATURE_DIT, dir_of, file_of
 
 MODELS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 SECOND = {"text_encoder_2": "model"}  # the additional model of Stable Diffusion XL
@@ -33,17 +34,18 @@ HUB_FILES = [
     "scheduler/scheduler_config.json",
     "tokenizer/*",
     "tokenizer_2/*",
-    *(f"{part}/config.json" for part in (*MODELS, *SECOND)),
+    "tokenizer_3/*",
+    *(f"{part}/config.json" for part in (*MODELS, *SECOND, *kinds.MODELS)),
     # Only the weights that are read: not the fp16, EMA or pickle copies in the same folder.
-    *(f"{part}/{stem}.safetensors" for part, stem in (MODELS | SECOND).items()),
-    *(f"{part}/{stem}.safetensors.index.json" for part, stem in (MODELS | SECOND).items()),
-    *(f"{part}/{stem}-*-of-*.safetensors" for part, stem in (MODELS | SECOND).items()),
+    *(f"{part}/{stem}.safetensors" for part, stem in (MODELS | SECOND | kinds.MODELS).items()),
+    *(f"{part}/{stem}.safetensors.index.json" for part, stem in (MODELS | SECOND | kinds.MODELS).items()),
+    *(f"{part}/{stem}-*-of-*.safetensors" for part, stem in (MODELS | SECOND | kinds.MODELS).items()),
 ]
 
 
 def locate(pretrained: str | Path | None) -> Path:
-    """The local folder of a complete checkpoint: the built-in miniature (None), a diffusers folder, a single file, or a
-    hub id.
+    """The local folder of a complete checkpoint: the built-in miniature (None), the built-in transformer ("mini-dit"),
+    a diffusers folder, a single file, or a hub id.
 
     A single file is unpacked into a folder in the cache (`single_file`). A hub id is taken from the local cache if that
     is complete, else it is downloaded. Raises UserError if files are missing or torn, and if the hub does not have the
@@ -54,6 +56,13 @@ def locate(pretrained: str | Path | None) -> Path:
             return check(MINIATURE)
         except UserError as error:
             raise UserError(f"The built-in model is damaged, so reinstall realera: {error}") from error
+    if str(pretrained) == kinds.MINI_DIT:
+        if not (MINIATURE_DIT / "transformer" / "config.json").is_file():
+            raise UserError(
+                "The built-in transformer has no weights in this installation: make them with python -m "
+                "realera.miniature.build denoiser=dit out=package (about two hours), or give another backbone."
+            )
+        return check(MINIATURE_DIT)
     if (path := dir_of(pretrained)) is not None:
         return check(path)
     if (file := file_of(pretrained)) is not None:
@@ -73,6 +82,8 @@ def on_disk(pretrained: str | Path | None) -> Path | None:
     built-in model; a single file must have been unpacked before, a hub's model must be in the cache as a whole."""
     if pretrained is None:
         return MINIATURE
+    if str(pretrained) == kinds.MINI_DIT:
+        return MINIATURE_DIT if MINIATURE_DIT.is_dir() else None
     if (place := dir_of(pretrained)) is not None:
         return place
     if (file := file_of(pretrained)) is not None:
@@ -91,9 +102,7 @@ def check(folder: Path) -> Path:
     otherwise. The values of the weights are checked when they are loaded."""
     if gone := missing(folder):
         hint = " (weights are read as safetensors only, not .bin)" if any(folder.glob("*/*.bin")) else ""
-        if (folder / "transformer").is_dir():
-            hint = " (a diffusion transformer, such as SD 3 or FLUX, is not supported: only U-Net models are)"
-        elif "unet/config.json" not in gone and is_xl(folder):
+        if "unet/config.json" not in gone and is_xl(folder):
             hint = f" (a Stable Diffusion XL has two text encoders and two tokenizers){hint}"
         raise UserError(
             f"The checkpoint folder {str(folder)!r} lacks {', '.join(gone)}{hint}; copy or download it again, or give "
@@ -105,17 +114,34 @@ def check(folder: Path) -> Path:
             "fingerprint does not cover: merge it into the weights, or remove it."
         )
     settings: dict[str, dict[str, Any]] = {}
+    kind = kinds.of(folder)
     for part in (*models(folder), "scheduler"):
-        file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        file = settings_file(folder, part)
         settings[part] = read_json(file)
-        configs.check_settings(file, part, settings[part])
-    configs.check_unet(folder, settings["unet"], settings["vae"])
+        configs.check_settings(file, kinds.form(kind, part), settings[part])
+    if kind == kinds.UNET:
+        configs.check_unet(folder, settings["unet"], settings["vae"])
+    else:
+        configs.check_transformer(folder, settings["transformer"], settings["vae"])
     for part in models(folder):
-        configs.check_weights(folder, part, settings[part], _stored(folder, part))
-    for tokenizer, encoder in zip(tokenizers(folder), ("text_encoder", "text_encoder_2")):
-        rows = [own.shape[0] for name, own in _stored(folder, encoder).items() if name.endswith(EMBEDDING)]
-        vocabulary.check(folder / tokenizer, rows[0] if rows else None)
+        configs.check_weights(folder, kinds.form(kind, part), settings[part], _stored(folder, part), part)
+    for tokenizer, encoder in zip(tokenizers(folder), kinds.encoders(kind, folder)):
+        t5 = kinds.form(kind, encoder) == kinds.T5
+        ending = kinds.T5_EMBEDDING if t5 else EMBEDDING
+        rows = [own.shape[0] for name, own in _stored(folder, encoder).items() if name.endswith(ending)]
+        vocabulary.check(place_of(folder, tokenizer), rows[0] if rows else None, t5)
     return folder
+
+
+def place_of(folder: Path, part: str) -> Path:
+    """The folder of a part. The built-in transformer has the text encoder, the tokenizer and the autoencoder of the
+    built-in U-Net, which are not stored twice."""
+    shared = folder == MINIATURE_DIT and part in kinds.SHARED
+    return (MINIATURE if shared else folder) / part
+
+
+def settings_file(folder: Path, part: str) -> Path:
+    return place_of(folder, part) / ("scheduler_config.json" if part == "scheduler" else "config.json")
 
 
 def _stored(folder: Path, part: str) -> dict[str, Stored]:
@@ -135,7 +161,9 @@ def _stored(folder: Path, part: str) -> dict[str, Stored]:
 
 def _listed(folder: Path, part: str, shard: str) -> list[str]:
     """The tensors that the index lists for a shard; [] for a part that is one file."""
-    index = folder / part / re.sub(r"^(.*?)(\.fp16)?-\d+-of-\d+\.safetensors$", r"\1.safetensors.index\2.json", shard)
+    index = place_of(folder, part) / re.sub(
+        r"^(.*?)(\.fp16)?-\d+-of-\d+\.safetensors$", r"\1.safetensors.index\2.json", shard
+    )
     if index.suffix != ".json" or not index.is_file():
         return []
     return [name for name, file in read_json(index)["weight_map"].items() if file == shard]
@@ -143,6 +171,8 @@ def _listed(folder: Path, part: str, shard: str) -> list[str]:
 
 def is_xl(folder: Path) -> bool:
     """Whether the folder is a Stable Diffusion XL, by its index or by the U-Net's settings."""
+    if kinds.of(folder) != kinds.UNET:
+        return False
     index, unet = folder / "model_index.json", folder / "unet" / "config.json"
     named = read_json(index).get("text_encoder_2") if index.is_file() else None
     if isinstance(named, list) and any(named):
@@ -152,23 +182,28 @@ def is_xl(folder: Path) -> bool:
 
 def models(folder: Path) -> dict[str, str]:
     """{part: stem of its weights files} of the networks in this kind of checkpoint."""
+    if (kind := kinds.of(folder)) != kinds.UNET:
+        return {part: kinds.MODELS.get(part) or MODELS[part] for part in kinds.parts(kind, folder)}
     return MODELS | SECOND if is_xl(folder) else dict(MODELS)
 
 
 def tokenizers(folder: Path) -> list[str]:
     """The tokenizer parts, in the order of their text encoders."""
+    if (kind := kinds.of(folder)) != kinds.UNET:
+        return [part.replace("text_encoder", "tokenizer") for part in kinds.encoders(kind, folder)]
     return ["tokenizer", "tokenizer_2"] if is_xl(folder) else ["tokenizer"]
 
 
 def missing(folder: Path) -> list[str]:
     """Names of the needed files that `folder` lacks."""
-    needed = [f"{part}/config.json" for part in models(folder)] + ["scheduler/scheduler_config.json"]
-    gone = [name for name in needed if not (folder / name).is_file()]
+    needed = [*models(folder), "scheduler"]
+    gone = [f"{part}/{file.name}" for part in needed if not (file := settings_file(folder, part)).is_file()]
     for part in tokenizers(folder):
-        split = [folder / part / "vocab.json", folder / part / "merges.txt"]
-        if not (folder / part / "tokenizer.json").is_file() and not all(file.is_file() for file in split):
+        place = place_of(folder, part)
+        split = [place / "vocab.json", place / "merges.txt"]
+        if not (place / "tokenizer.json").is_file() and not all(file.is_file() for file in split):
             gone.append(f"{part}/tokenizer.json")
-    return gone + [str(file.relative_to(folder)) for file in weight_files(folder) if not file.is_file()]
+    return gone + [f"{file.parent.name}/{file.name}" for file in weight_files(folder) if not file.is_file()]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -178,10 +213,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
     """The variant of one part ("", or "fp16" if there is no other) and the files to read."""
-    stem = models(folder)[part]
+    stem, place = models(folder)[part], place_of(folder, part)
     for mark in VARIANTS:
-        whole = folder / part / f"{stem}{mark}.safetensors"
-        index = folder / part / f"{stem}.safetensors.index{mark}.json"
+        whole = place / f"{stem}{mark}.safetensors"
+        index = place / f"{stem}.safetensors.index{mark}.json"
         if whole.is_file():
             return mark[1:], [whole]
         if index.is_file():
@@ -195,8 +230,8 @@ def part_files(folder: Path, part: str) -> tuple[str, list[Path]]:
                     f"The file {str(index)!r} names the shard {outside[0]!r}, which is not a file name in its own "
                     "folder; copy or download it again."
                 )
-            return mark[1:], [folder / part / name for name in sorted(set(listed.values()))]
-    return "", [folder / part / f"{stem}.safetensors"]
+            return mark[1:], [place / name for name in sorted(set(listed.values()))]
+    return "", [place / f"{stem}.safetensors"]
 
 
 def weights(folder: Path, part: str) -> dict[str, int]:
@@ -205,33 +240,35 @@ def weights(folder: Path, part: str) -> dict[str, int]:
     return {name: len(stored.shape) for file in files for name, stored in tensors(file).items()}
 
 
-def fingerprint(folder: Path, text_length: int, only_text: bool = False) -> str:
+def fingerprint(folder: Path, text_length: int, only_text: bool = False, also: str = "", without: str = "") -> str:
     """16 hex digits of a sha256 over everything an image depends on besides prompt, seed and sampler.
 
     That is: the contents of the weights, the components' configuration, the tokenizer's files, and the number of text
     rows. Not included: the folder's path, the library versions it was saved with, and the precision it runs in.
-    only_text: only the files that the text states depend on.
+    only_text: only the files that the text states depend on. also: further content. without: a part that is not used.
     """
     digest = hashlib.sha256()
     parts = [part for part in models(folder) if not only_text or part.startswith("text_encoder")]
+    parts = [part for part in parts if part != without]
     for file in (file for part in parts for file in part_files(folder, part)[1]):
-        digest.update(f"{file.relative_to(folder)} {_sha256(file)}\n".encode())
+        digest.update(f"{file.parent.name}/{file.name} {_sha256(file)}\n".encode())
     for part in tokenizers(folder):
         for name in ("tokenizer.json", "vocab.json", "merges.txt"):
-            if (file := folder / part / name).is_file():
+            if (file := place_of(folder, part) / name).is_file():
                 digest.update(f"{part}/{name} {_sha256(file)}\n".encode())
         # CLIP's usual tokens are left out, so that fingerprints from before this check are unchanged.
-        if other := {role: word for role, word in vocabulary.special(folder / part).items() if word != SPECIAL[role]}:
+        special = vocabulary.special(place_of(folder, part))
+        if other := {role: word for role, word in special.items() if word != SPECIAL[role]}:
             digest.update(json.dumps([part, other], sort_keys=True).encode())
     for part in (*parts, *(() if only_text else ("scheduler",))):
-        config = read_json(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
+        config = read_json(settings_file(folder, part))
         kept = {
             k: v
             for k, v in config.items()
             if not k.startswith("_") and k not in ("transformers_version", "torch_dtype", "dtype")
         }
         digest.update(json.dumps([part, kept], sort_keys=True).encode())
-    digest.update(f"text_length {text_length}".encode())
+    digest.update(f"text_length {text_length}{also}".encode())
     if is_xl(folder) and not only_text:
         digest.update(f"zeros {zeros_for_no_prompt(folder)}".encode())
     return digest.hexdigest()[:16]
@@ -246,7 +283,7 @@ def quick_fingerprint(folder: Path) -> str | None:
         if folder.is_file():
             return quick_digest(folder)[:16]
         for file in weight_files(folder):
-            digest.update(f"{file.relative_to(folder)} {quick_digest(file)}\n".encode())
+            digest.update(f"{file.parent.name}/{file.name} {quick_digest(file)}\n".encode())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None
     return digest.hexdigest()[:16]

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from realera.backbones import configs, folder, vocabulary
+from realera.backbones import kinds as kinds_of
 from realera.backbones.text import PairedTextEncoder, TextEncoder
 from realera.contracts import UserError
 from realera.files import finite, headers, plain_data
@@ -66,18 +67,23 @@ def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
 
     Raises UserError if the files are not those of a Stable Diffusion.
     """
+    if kinds_of.of(place) != kinds_of.UNET:
+        raise UserError(
+            f"The checkpoint {str(place)!r} is a diffusion transformer's: choose a backbone of its kind, such as "
+            "backbone=sd35-medium or backbone=flux-dev."
+        )
     xl = folder.is_xl(place)
     kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
     if xl:
         kinds["text_encoder_2"] = CLIPTextModelWithProjection
     try:
         with quiet():
-            tokenizers = [_tokenizer(place / part) for part in folder.tokenizers(place)]
+            tokenizers = [tokenizer(place / part) for part in folder.tokenizers(place)]
             text_models = [
-                _model(kind, place, part, config=_settings(kind, place / part)) for part, kind in kinds.items()
+                model(kind, place, part, config=clip_settings(kind, place / part)) for part, kind in kinds.items()
             ]
-            unet = _model(UNet2DConditionModel, place, "unet", torch_dtype=dtype)
-            vae = _model(AutoencoderKL, place, "vae", torch_dtype=torch.float32)
+            unet = model(UNet2DConditionModel, place, "unet", torch_dtype=dtype)
+            vae = model(AutoencoderKL, place, "vae", torch_dtype=torch.float32)
     except UserError:
         raise
     except Exception as error:  # constructors raise anything for settings that do not fit
@@ -85,7 +91,7 @@ def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
         raise UserError(
             f"The checkpoint {str(place)!r} cannot be loaded ({reason}); give a complete Stable Diffusion folder."
         ) from error
-    _refuse_not_finite(place, {**dict(zip(kinds, text_models)), "unet": unet, "vae": vae}, dtype)
+    refuse_not_finite(place, {**dict(zip(kinds, text_models)), "unet": unet, "vae": vae}, dtype)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
         vae.to(memory_format=torch.channels_last)
@@ -102,10 +108,10 @@ def text_encoder(parts: Parts, length: int | None) -> TextEncoder | PairedTextEn
     return PairedTextEncoder(*encoders) if parts.xl else encoders[0]
 
 
-def _refuse_not_finite(place: Path, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
+def refuse_not_finite(place: Path, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
     """Checks all weights in one pass. The billion weights of Stable Diffusion 1.x take a second on one core."""
     for part, model in parts.items():
-        is_half = part == "unet" and dtype == torch.float16
+        is_half = part in ("unet", "transformer") and dtype == torch.float16
         remedy = "set backbone.dtype=bfloat16, or " if is_half else ""
         whose = f"The checkpoint {str(place / part)!r} cannot be used{' in float16' if is_half else ''}: its weight"
         files = folder.part_files(place, part)[1]
@@ -156,34 +162,39 @@ def refuse_other_text(
             )
 
 
-def _tokenizer(place: Path) -> PreTrainedTokenizerBase:
+def tokenizer(place: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that `vocabulary` reads and checks. transformers' own loader would follow the folder's settings and
     could even run code from the folder."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=copy.deepcopy(vocabulary.read(place)),
+        tokenizer_object=copy_of(vocabulary.read(place)),
         model_max_length=vocabulary.longest(place),
         model_input_names=["input_ids", "attention_mask"],
         **vocabulary.special(place),
     )
 
 
-def _settings(kind: Any, place: Path) -> Any:
+def copy_of(tokenizer: Any) -> Any:
+    """A copy of a tokenizer that `vocabulary` keeps: truncation and padding are set in it."""
+    return copy.deepcopy(tokenizer)
+
+
+def clip_settings(kind: Any, place: Path) -> Any:
     """A text encoder's config, made only of the settings that are accepted from a checkpoint."""
     return kind.config_class.from_dict(configs.text_settings(read_json(place / "config.json")))
 
 
-def _model(kind: Any, place: Path, part: str, **options: Any) -> Any:
+def model(kind: Any, place: Path, part: str, **options: Any) -> Any:
     """One frozen model. Raises ValueError if a weight is not in the files: it would silently stay random."""
     if variant := folder.part_files(place, part)[0]:
         options["variant"] = variant
-    model, info = kind.from_pretrained(
-        place / part, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    loaded, info = kind.from_pretrained(
+        folder.place_of(place, part), use_safetensors=True, local_files_only=True, output_loading_info=True, **options
     )
     if lost := sorted(info["missing_keys"]) or sorted(map(str, info["mismatched_keys"])):
         raise ValueError(f"{part} lacks {len(lost)} weights such as {lost[0]}")
     if more := [str(name) for name in info["unexpected_keys"] if not str(name).endswith("position_ids")]:
         log.warning("%s has %d tensors that its model does not use, such as %s", place / part, len(more), min(more))
-    frozen: nn.Module = model.eval().requires_grad_(False)
+    frozen: nn.Module = loaded.eval().requires_grad_(False)
     return frozen
 
 

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline,
 from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5EncoderModel
 
 from realera import paths
 from realera.backbones import adapters, erasers, folder, text_marks
-from realera.backbones.denoiser import DTYPES
+from realera.backbones.common import DiffusersBackbone
+from realera.backbones.denoiser import DTYPES, Denoiser
 from realera.backbones.loading import Parts, TextFigures, quiet
 from realera.backbones.unet import UNetBackbone
 from realera.contracts import Sampler, UserError
@@ -32,24 +33,30 @@ log = logging.getLogger(__name__)
 IN_MEMORY = "in-memory/pipeline"  # replaces the hub id if the weights are not those of a checkpoint on disk
 # The settings of a scheduler that belong to the weights. A sampler with fewer steps does not change them.
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+FLOW_SCHEDULE = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 PEEK = 16  # numbers read at each end of a tensor for the fingerprint
 
 
-class PipelineBackbone(UNetBackbone):
-    """`contracts.Backbone` for a pipeline's own components.
+class InMemory(DiffusersBackbone):
+    """The part of a backbone of a pipeline's own components that does not depend on its kind. A subclass sets `pipe`,
+    `networks` = {part: network} as in a checkpoint's folder, `network_part` = the denoiser's part, and calls
+    `_describe`.
 
-    The U-Net keeps its dtype. All work is done inside `in_use`, where text encoders and autoencoder are float32;
-    afterwards they are in their own dtype again, bit for bit. Raises UserError for a pipeline that is not a Stable
-    Diffusion 1.x, 2.x or XL, or that lacks components.
+    The denoiser and T5 keep their dtype. All work is done inside `in_use`, where CLIP and the autoencoder are float32;
+    afterwards they are in their own dtype again, bit for bit.
     """
 
-    def __init__(self, pipe: DiffusionPipeline, name: str, sampler: Sampler, text: TextFigures | None = None) -> None:
-        self.pipe = pipe
-        self.vae_slicing = False
-        self.parts = parts_of(pipe)
-        self._other_models = [*self.parts.text_models, self.parts.vae]
-        self._init_from_parts(self.parts, name, sampler, text)
-        self._marks = {only: _marks_of(self.parts, self.max_length, only) for only in (False, True)}
+    pipe: DiffusionPipeline
+    networks: Mapping[str, nn.Module]
+    network_part: str
+    max_length: int
+    also: str = ""  # of `folder.fingerprint`
+    without: str = ""
+
+    def _describe(self, tokenizers: Sequence[PreTrainedTokenizerBase], schedule: Mapping[str, Any]) -> None:
+        self._marks = {
+            only: _marks_of(self.networks, tokenizers, schedule, self.max_length, only) for only in (False, True)
+        }
 
     @property
     def fingerprint(self) -> str:
@@ -60,29 +67,28 @@ class PipelineBackbone(UNetBackbone):
     def _text_as_loaded(self) -> str:
         return self._marks[True]
 
-    def text_marks(self) -> dict[str, str]:
-        return text_marks.of_parts(self.parts)
-
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """All work on the pipeline is done inside this context. At the end every module has its device, dtype, training
         mode and attention processors again, and every parameter its requires_grad."""
-        modules: list[nn.Module] = [self.unet, *self._other_models]
+        modules = list(self.networks.values())
         kept = [(m, next(m.parameters()).device, {n: c.training for n, c in m.named_modules()}) for m in modules]
         graded = {id(p): (p, p.requires_grad) for m in modules for p in m.parameters()}
-        dtypes = [{n: t.dtype for n, t in _tensors(m)} for m in self._other_models]
-        unet: Any = self.unet
-        processors = dict(unet.attn_processors)
+        rounded = [m for m in modules if m is not self.denoiser and not isinstance(m, T5EncoderModel)]
+        dtypes = [{n: t.dtype for n, t in _tensors(m)} for m in rounded]
+        network: Any = self.denoiser
+        processors = dict(network.attn_processors)
         for module in modules:
             module.eval().requires_grad_(False)
-        for module in self._other_models:
+        for module in rounded:
             module.float()
-        self._denoise.forget_attention()
+        if isinstance(self._denoise, Denoiser):
+            self._denoise.forget_attention()
         self._forget_text()
         try:
             yield
         finally:
-            for module, own in zip(self._other_models, dtypes):
+            for module, own in zip(rounded, dtypes):
                 for name, tensor in _tensors(module):
                     tensor.data = tensor.data.to(own.get(name, tensor.dtype))
             for module, device, modes in kept:
@@ -92,17 +98,17 @@ class PipelineBackbone(UNetBackbone):
             for module in modules:  # what was added, such as erasers, is not to be trained by the caller
                 for parameter in module.parameters():
                     parameter.requires_grad_(graded.get(id(parameter), (parameter, False))[1])
-            if set(unet.attn_processors) == set(processors):
-                unet.set_attn_processor(processors)
+            if set(network.attn_processors) == set(processors):
+                network.set_attn_processor(processors)
             self._forget_text()
 
     def checkpoint(self) -> tuple[str, str] | None:
         """(hub id or folder, its fingerprint) of the files with the pipeline's original weights; None if these files
         are not on this disk or have other weights."""
-        place = _files_of(self.pipe)
+        place = files_of(self.pipe, self.network_part)
         if place is None or not self._weights_equal(place[1]):
             return None
-        return place[0], folder.fingerprint(place[1], text_length=self.max_length)
+        return place[0], folder.fingerprint(place[1], self.max_length, also=self.also, without=self.without)
 
     def with_own_scheduler(self, source: Path, place: Path) -> Path:
         """A folder like `source`, the files of this pipeline, with the pipeline's scheduler as it is now. It is
@@ -131,7 +137,7 @@ class PipelineBackbone(UNetBackbone):
 
     def _weights_equal(self, place: Path) -> bool:
         first = {**self._base.first, **self._changed_text.base.first}
-        for part, module in _modules(self.parts).items():
+        for part, module in self.networks.items():
             head = f"{part}." if part.startswith("text_encoder") else ""
             named = {_plain(n): p for n, p in module.state_dict().items() if f".{erasers.CHILD}." not in n}
             held = named if part == "vae" else {n: first.get(head + n, p) for n, p in named.items()}
@@ -143,9 +149,27 @@ class PipelineBackbone(UNetBackbone):
                         seen.add(_plain(name))
                         if mine is not None and not torch.equal(opened.get_tensor(name).to(mine.dtype), mine.cpu()):
                             return False
-            if {name for name in held if not name.endswith("position_ids")} - seen:
+            if {name for name in held if not name.endswith(("position_ids", "embed_tokens.weight"))} - seen:
                 return False
         return True
+
+
+class PipelineBackbone(InMemory, UNetBackbone):
+    """`contracts.Backbone` for the components of a Stable Diffusion 1.x, 2.x or XL pipeline. Raises UserError for
+    another pipeline, and for one that lacks components."""
+
+    network_part = "unet"
+
+    def __init__(self, pipe: DiffusionPipeline, name: str, sampler: Sampler, text: TextFigures | None = None) -> None:
+        self.pipe = pipe
+        self.vae_slicing = False
+        self.parts = parts_of(pipe)
+        self.networks = _modules(self.parts)
+        self._init_from_parts(self.parts, name, sampler, text)
+        self._describe(self.parts.tokenizers, self.parts.scheduler_config)
+
+    def text_marks(self) -> dict[str, str]:
+        return text_marks.of_parts(self.parts)
 
 
 def miniature() -> StableDiffusionPipeline:
@@ -187,7 +211,7 @@ def kind_of(parts: Parts) -> str:
 
 def settings_of(pipe: DiffusionPipeline, parts: Parts) -> dict[str, Any]:
     """The backbone settings that come from the pipeline: pretrained, dtype, text width and length, image size."""
-    place = _files_of(pipe)
+    place = files_of(pipe)
     width = int(parts.unet.config.cross_attention_dim)
     length = min(tokenizer.model_max_length for tokenizer in parts.tokenizers)
     length = min(length, *(int(model.config.max_position_embeddings) for model in parts.text_models))
@@ -220,26 +244,14 @@ def parts_of(pipe: Any) -> Parts:
             f"The pipeline's U-Net takes {unet.config.in_channels} channels, as in models for inpainting or image "
             "editing: give a text-to-image pipeline."
         )
-    if any(hasattr(part, "_hf_hook") for part in (unet, found["text_encoder"], vae)):
-        raise UserError("The pipeline is offloaded: erase first, and call enable_model_cpu_offload() afterwards.")
-    if getattr(unet, "hf_quantizer", None) is not None or next(unet.parameters()).dtype not in DTYPES.values():
-        raise UserError("The pipeline's U-Net is quantised: give one in float32, bfloat16 or float16.")
-    given = [tensor for part in (unet, found["text_encoder"], vae) for _, tensor in _tensors(part)]
-    if any(tensor.is_meta for tensor in given):
-        raise UserError("The pipeline has weights on the meta device, without values: load them first.")
-    if any(tensor.is_inference() for tensor in given):
-        raise UserError("The pipeline was loaded in torch.inference_mode, so it cannot be edited: load it outside.")
-    if adapters.layers(unet):
-        raise UserError(
-            "The pipeline's U-Net has LoRA layers: call pipe.fuse_lora() and pipe.unload_lora_weights() first."
-        )
+    refuse_changed(unet, "U-Net", [found["text_encoder"], vae])
     if erasers.found(unet):
         raise UserError("The pipeline's U-Net has erasers of an earlier erasure: call its undo() first.")
     second = getattr(pipe, "text_encoder_2", None)
     xl = second is not None
     tokenizers = [found["tokenizer"], *([pipe.tokenizer_2] if xl else [])]
     return Parts(
-        tokenizers=[_tokenizer(one) for one in tokenizers],
+        tokenizers=[own_tokenizer(one) for one in tokenizers],
         text_models=[found["text_encoder"], *([second] if xl else [])],
         unet=unet,
         vae=vae,
@@ -249,7 +261,24 @@ def parts_of(pipe: Any) -> Parts:
     )
 
 
-def _tokenizer(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def refuse_changed(network: Any, word: str, others: Sequence[Any]) -> None:
+    """Raises UserError for a pipeline that is offloaded, and for a denoiser that is quantised or has LoRA layers."""
+    if any(hasattr(part, "_hf_hook") for part in (network, *others)):
+        raise UserError("The pipeline is offloaded: erase first, and call enable_model_cpu_offload() afterwards.")
+    if getattr(network, "hf_quantizer", None) is not None or next(network.parameters()).dtype not in DTYPES.values():
+        raise UserError(f"The pipeline's {word} is quantised: give one in float32, bfloat16 or float16.")
+    given = [tensor for part in (network, *others) for _, tensor in _tensors(part)]
+    if any(tensor.is_meta for tensor in given):
+        raise UserError("The pipeline has weights on the meta device, without values: load them first.")
+    if any(tensor.is_inference() for tensor in given):
+        raise UserError("The pipeline was loaded in torch.inference_mode, so it cannot be edited: load it outside.")
+    if adapters.layers(network):
+        raise UserError(
+            f"The pipeline's {word} has LoRA layers: call pipe.fuse_lora() and pipe.unload_lora_weights() first."
+        )
+
+
+def own_tokenizer(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A copy: a tokenizer remembers its last truncation and padding, and those of the pipeline must not change."""
     if given.is_fast:
         own = copy.deepcopy(given.backend_tokenizer)
@@ -278,31 +307,38 @@ def _modules(parts: Parts) -> dict[str, nn.Module]:
     return {**texts, "unet": parts.unet, "vae": parts.vae}
 
 
-def _marks_of(parts: Parts, length: int, only_text: bool) -> str:
+def _marks_of(
+    networks: Mapping[str, nn.Module],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    schedule: Mapping[str, Any],
+    length: int,
+    only_text: bool,
+) -> str:
     """16 hex digits from names, shapes and both ends of all tensors, the tokenizers, and the noise schedule."""
     digest = hashlib.sha256(f"{length}".encode())
-    for part, module in _modules(parts).items():
+    for part, module in networks.items():
         if only_text and not part.startswith("text_encoder"):
             continue
         for name, tensor in module.state_dict().items():
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             ends = torch.cat([tensor.flatten()[:PEEK], tensor.flatten()[-PEEK:]]).detach().cpu()
             digest.update(ends.contiguous().view(torch.uint8).numpy().tobytes())
-    for tokenizer in parts.tokenizers:
+    for tokenizer in tokenizers:
         digest.update(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).digest())
     if not only_text:
-        digest.update(repr([(key, parts.scheduler_config.get(key)) for key in SCHEDULE]).encode())
+        names = FLOW_SCHEDULE if "shift" in schedule else SCHEDULE
+        digest.update(repr([(key, schedule.get(key)) for key in names]).encode())
     return digest.hexdigest()[:16]
 
 
-def _files_of(pipe: DiffusionPipeline) -> tuple[str, Path] | None:
+def files_of(pipe: DiffusionPipeline, part: str = "unet") -> tuple[str, Path] | None:
     """(hub id or folder, folder on this disk) that the pipeline was loaded from, without asking a server."""
     said = str(getattr(pipe, "name_or_path", "") or "")
     if not said or said == IN_MEMORY:
         return None
     local = paths.dir_of(said) or paths.file_of(said)
     place = folder.on_disk(said)
-    if place is None or not (place / "unet").is_dir():
+    if place is None or not (place / part).is_dir():
         return None
     return (str(local.resolve()) if local else said), place
 

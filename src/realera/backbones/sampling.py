@@ -65,10 +65,13 @@ class NoiseSchedule:
         return abar.sqrt(), (1 - abar).sqrt()
 
 
-def refuse_bad(sampler: Sampler, multiple: int) -> None:
-    """Raises UserError for a sampler that cannot run. multiple: pixels per latent, on each side."""
-    if sampler.scheduler not in ("ddim", "dpm++"):
-        raise UserError(f"The sampler {sampler.scheduler!r} is not known; choose ddim or dpm++.")
+def refuse_bad(sampler: Sampler, multiple: int, known: Sequence[str] = ("ddim", "dpm++")) -> None:
+    """Raises UserError for a sampler that cannot run. multiple: pixels that the sides are multiples of. known: the
+    schedulers of this kind of model."""
+    if sampler.scheduler not in known:
+        raise UserError(
+            f"The sampler {sampler.scheduler!r} is not possible with this backbone; choose {' or '.join(known)}."
+        )
     if not 1 <= sampler.steps <= 1000:
         raise UserError(f"A sampler cannot take {sampler.steps} steps; choose 1 to 1000.")
     if any(size < multiple or size % multiple for size in (sampler.height, sampler.width)):
@@ -186,7 +189,7 @@ def sample(
     formula is linear, and the scheduler knows the prediction type.
     """
     guided = guide is not None or guidance_scale > 1
-    states, pooled = _joined(cond, uncond, beside) if guided else (cond.states, cond.pooled)
+    states, pooled = joined(cond, uncond, beside) if guided else (cond.states, cond.pooled)
     parts = len(states) // max(1, len(cond.states))
     latents: Tensor = noise_of_seeds() * scheduler.init_noise_sigma
     if course.latents is not None:
@@ -216,7 +219,7 @@ def sample(
     return latents
 
 
-def _joined(cond: TextStates, uncond: TextStates, beside: TextStates | None) -> tuple[Tensor, Tensor | None]:
+def joined(cond: TextStates, uncond: TextStates, beside: TextStates | None) -> tuple[Tensor, Tensor | None]:
     """States ((2 + G) B, T, D) and pooled states ((2 + G) B, E): the empty prompt B times, the B prompts, and each
     further text B times."""
     count = len(cond.states)

@@ -40,7 +40,8 @@ class TextEncoder:
     """CLIP's tokenizer and text model, always in float32 because closed-form edits are sums over these states.
 
     Padding is the tokenizer's own: SD 1.x pads with the end-of-text token, SD 2.x and the second encoder of SDXL with
-    "!". penultimate: return the states of the second-last layer, without the final norm, as SDXL reads them.
+    "!". penultimate: return the states of the second-last layer, without the final norm, as SDXL reads them. pooled:
+    also return the end-of-text state of a model without a projection, as FLUX reads it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TextEncoder:
         model: CLIPTextModel | CLIPTextModelWithProjection,
         length: int | None = None,
         penultimate: bool = False,
+        pooled: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.model = model
@@ -56,8 +58,8 @@ class TextEncoder:
         limit = int(model.config.max_position_embeddings)
         self.length = min(tokenizer.model_max_length, limit) if length is None else length
         self.width = int(model.config.hidden_size)
-        projected = isinstance(model, CLIPTextModelWithProjection)
-        self.pooled_width = int(model.config.projection_dim) if projected else 0
+        self.projected = isinstance(model, CLIPTextModelWithProjection)
+        self.pooled_width = int(model.config.projection_dim) if self.projected else self.width if pooled else 0
         self._cache: OrderedDict[tuple[Any, ...], TextStates] = OrderedDict()  # by the whole batch: results are equal
         probe = tokenizer("a")["input_ids"]
         if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in probe[1:]:
@@ -95,7 +97,7 @@ class TextEncoder:
         self._cache[key] = found  # the latest last
         while sum(one.states.nbytes for one in self._cache.values()) > KEPT:
             self._cache.popitem(last=False)
-        return _copy(found)
+        return copied(found)
 
     def _encode(self, texts: Sequence[str | NamedPrompt], to_end: bool, remedy: str) -> TextStates:
         device = self.model.device
@@ -110,10 +112,10 @@ class TextEncoder:
             out = self.model(input_ids=ids[here, :size].to(device), output_hidden_states=self.penultimate)
             states[here, :size] = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
             if pooled is not None:
-                pooled[here] = out.text_embeds
+                pooled[here] = self._pooled(out)
         if to_end:
             states = states * (torch.arange(states.shape[1], device=device)[:, None] < sizes.to(device)[:, None, None])
-        self._refuse_not_finite(texts, states, remedy)
+        refuse_not_finite(texts, states, remedy)
         first, last = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
         return TextStates(
             states=states,
@@ -157,8 +159,8 @@ class TextEncoder:
         for ids, text, (start, end) in zip(self._tokens(texts), texts, spans, strict=True):
             if start + count > self.length - 1:
                 raise UserError(
-                    f"The prompt {_short(_text(text))!r} is cut at {self.length} tokens before the end of {count} "
-                    "vectors; shorten it, or use fewer vectors."
+                    f"The prompt {shortened(plain_text(text))!r} is cut at {self.length} tokens before the end of "
+                    f"{count} vectors; shorten it, or use fewer vectors."
                 )
             # Token 0 is the placeholder of the vectors. It must not be the end-of-text token that `length` is found by.
             kept = torch.cat([ids[:start], torch.zeros(count, dtype=ids.dtype), ids[end + 1 :]])[: self.length]
@@ -181,20 +183,18 @@ class TextEncoder:
         finally:
             hook.remove()
         states = out.hidden_states[-2] if self.penultimate else out.last_hidden_state
-        self._refuse_not_finite(texts, states, "lower the learning rate of the vectors (method.align.inversion.lr)")
+        refuse_not_finite(texts, states, "lower the learning rate of the vectors (method.align.inversion.lr)")
         return TextStates(
             states=states,
             first=first.to(device),
             last=first.to(device) + count - 1,
             length=(ids == self.tokenizer.eos_token_id).int().argmax(dim=1),
-            pooled=out.text_embeds if self.pooled_width else None,
+            pooled=self._pooled(out) if self.pooled_width else None,
         )
 
-    @staticmethod
-    def _refuse_not_finite(texts: Sequence[str | NamedPrompt], states: Tensor, remedy: str) -> None:
-        if finite.first_bad([("states", states)]) is not None:
-            text = texts[int((~states.flatten(1).isfinite().all(dim=1)).int().argmax())]
-            raise finite.NotFinite(f"The text states of {_short(_text(text))!r} hold NaN or infinity: {remedy}.")
+    def _pooled(self, out: Any) -> Tensor:
+        pooled: Tensor = out.text_embeds if self.projected else out.pooler_output
+        return pooled
 
     def tokens(self, texts: Sequence[str]) -> list[set[int]]:
         """The ids of each text's sub-tokens, up to the token limit, without BOS, EOS and padding."""
@@ -244,14 +244,14 @@ class TextEncoder:
         offsets = self.tokenizer(prompt.text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         hits = [row for row, (start, end) in enumerate(offsets) if start < prompt.end and end > prompt.start]
         if not hits:
-            lacking = f"no part of {_short(prompt.name)!r}" if prompt.name.strip() else "no name"
+            lacking = f"no part of {shortened(prompt.name)!r}" if prompt.name.strip() else "no name"
             raise UserError(
-                f"The tokenizer finds {lacking} in {_short(prompt.text)!r}; write the concept in other letters."
+                f"The tokenizer finds {lacking} in {shortened(prompt.text)!r}; write the concept in other letters."
             )
         if hits[-1] > self.length - 2:  # the last row is for the end-of-text token
             raise UserError(
-                f"The prompt {_short(prompt.text)!r} is cut at {self.length} tokens before the end of "
-                f"{_short(prompt.name)!r}; shorten it or move the concept forward."
+                f"The prompt {shortened(prompt.text)!r} is cut at {self.length} tokens before the end of "
+                f"{shortened(prompt.name)!r}; shorten it or move the concept forward."
             )
         return hits[0], hits[-1]
 
@@ -259,7 +259,11 @@ class TextEncoder:
         if not texts:
             return torch.zeros(0, self.length, dtype=torch.int64)
         found: Any = self.tokenizer(
-            list(map(_text, texts)), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+            list(map(plain_text, texts)),
+            padding="max_length",
+            truncation=True,
+            max_length=self.length,
+            return_tensors="pt",
         )
         return torch.as_tensor(found["input_ids"])
 
@@ -287,7 +291,7 @@ class PairedTextEncoder:
         self, texts: Sequence[str | NamedPrompt], to_end: bool = False, weights: str | None = "loaded"
     ) -> TextStates:
         """As `TextEncoder`. Also raises UserError if the two tokenizers split a text differently."""
-        return self._joined(texts, self.first(texts, to_end, weights), self.second(texts, to_end, weights))
+        return side_by_side(texts, self.first(texts, to_end, weights), self.second(texts, to_end, weights))
 
     def forget(self) -> None:
         self.first.forget()
@@ -300,17 +304,7 @@ class PairedTextEncoder:
     def with_vectors(self, texts: Sequence[str | NamedPrompt], vectors: Tensor) -> TextStates:
         """As `TextEncoder.with_vectors`; each encoder takes its part of the width."""
         one, two = vectors.split([self.first.width, self.second.width], dim=-1)
-        return self._joined(texts, self.first.with_vectors(texts, one), self.second.with_vectors(texts, two))
-
-    def _joined(self, texts: Sequence[str | NamedPrompt], one: TextStates, two: TextStates) -> TextStates:
-        for name in ("first", "last", "length"):
-            differs = (getattr(one, name) != getattr(two, name)).nonzero()
-            if len(differs):
-                raise UserError(
-                    f"The two tokenizers split the prompt {_short(_text(texts[int(differs[0])]))!r} differently; give "
-                    "a checkpoint whose tokenizers have the same vocabulary."
-                )
-        return replace(two, states=torch.cat([one.states, two.states], dim=-1))
+        return side_by_side(texts, self.first.with_vectors(texts, one), self.second.with_vectors(texts, two))
 
     def rows(self, prompt: NamedPrompt) -> tuple[int, int]:
         """As `TextEncoder.rows`; the two tokenizers have the same vocabulary."""
@@ -348,16 +342,37 @@ class PairedTextEncoder:
         self.second.to(device)
 
 
-def _copy(found: TextStates) -> TextStates:
+def side_by_side(texts: Sequence[str | NamedPrompt], one: TextStates, two: TextStates) -> TextStates:
+    """The states of two encoders joined along the width; the other fields are the second's. Raises UserError if their
+    tokenizers split a text differently."""
+    for name in ("first", "last", "length"):
+        differs = (getattr(one, name) != getattr(two, name)).nonzero()
+        if len(differs):
+            raise UserError(
+                f"The two tokenizers split the prompt {shortened(plain_text(texts[int(differs[0])]))!r} differently; "
+                "give a checkpoint whose tokenizers have the same vocabulary."
+            )
+    return replace(two, states=torch.cat([one.states, two.states], dim=-1))
+
+
+def refuse_not_finite(texts: Sequence[str | NamedPrompt], states: Tensor, remedy: str) -> None:
+    """Raises UserError, with the text and the remedy, for states (B, T, D) that are not finite."""
+    if finite.first_bad([("states", states)]) is not None:
+        text = texts[int((~states.flatten(1).isfinite().all(dim=1)).int().argmax())]
+        raise finite.NotFinite(f"The text states of {shortened(plain_text(text))!r} hold NaN or infinity: {remedy}.")
+
+
+def copied(found: TextStates) -> TextStates:
     """A copy, so that a caller may change it without changing the cache."""
     pooled = None if found.pooled is None else found.pooled.clone()
     first, last, length = found.first.clone(), found.last.clone(), found.length.clone()
-    return TextStates(found.states.clone(), first, last, length, pooled)
+    parts = None if found.parts is None else found.parts.clone()
+    return TextStates(found.states.clone(), first, last, length, pooled, parts)
 
 
-def _text(prompt: str | NamedPrompt) -> str:
+def plain_text(prompt: str | NamedPrompt) -> str:
     return prompt.text if isinstance(prompt, NamedPrompt) else prompt
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from realera.backbones import adapters, autoencoder, configs, erasers, folder, loading, sampling, text_marks
+from realera.backbones import autoencoder, configs, folder, loading, sampling, text_marks
 from realera.backbones.base import BaseWeights
-from realera.backbones.changed_text import ChangedText
+from realera.backbones.common import EDIT as EDIT
+from realera.backbones.common import ERASER as ERASER
+from realera.backbones.common import LORA as LORA
+from realera.backbones.common import DiffusersBackbone
 from realera.backbones.denoiser import DTYPES, Attention, Denoiser, Dtype
 from realera.backbones.loading import Rows, TextFigures
-from realera.contracts import (
-    Adapter,
-    Course,
-    Edit,
-    EraserSpec,
-    Guide,
-    NamedPrompt,
-    Network,
-    Sampler,
-    TextStates,
-    UserError,
-)
-from realera.files import finite
+from realera.backbones.text import PairedTextEncoder, TextEncoder
+from realera.contracts import Course, Guide, Read, Sampler, TextStates, UserError
 from realera.setting_types import Checkpoint, Label
 
-EDIT, LORA, ERASER = "edit.", "lora.", "eraser."
 
-
-class UNetBackbone:
+class UNetBackbone(DiffusersBackbone):
     """`contracts.Backbone` for a diffusers folder or hub id; `pretrained` None is the built-in miniature.
 
     dtype: of the U-Net's weights: "float32", "bfloat16" (an adapter can be trained, the weights cannot) or "float16"
@@ -46,6 +35,9 @@ class UNetBackbone:
 
     Raises UserError for bad settings, and for a checkpoint that is missing, torn, or does not match `text`.
     """
+
+    text: TextEncoder | PairedTextEncoder
+    _denoise: Denoiser
 
     def __init__(
         self,
@@ -96,36 +88,21 @@ class UNetBackbone:
         self.pixels_per_latent = autoencoder.pixels_per_latent(parts.vae)
         sampling.refuse_bad(sampler, self.pixels_per_latent)
         self._base = BaseWeights(self.unet, name)
-        if not self._base.cross_attention:
+        if not self._base.readers:
             raise UserError(f"The U-Net of backbone {name} has no attn2.to_k / attn2.to_v; give a text-to-image U-Net.")
         self._denoise = Denoiser(parts.unet, attention, compile, self.pixels_per_latent, name)
         self._schedule = sampling.NoiseSchedule(self.scheduler_config)
         self._zeros = parts.xl and parts.zeros_for_no_prompt
-        self._depth = 0  # nesting level of original()
-        self._changed_text = ChangedText(parts.text_models, name)
-        self._trained: nn.Module = self.unet
-        self._empty: dict[str, TextStates] = {}  # states of the empty prompt, by the state of the text encoders
+        self._init_weights(parts.text_models)
 
     @property
     def denoiser(self) -> nn.Module:
         return self.unet
 
-    @property
-    def trained(self) -> nn.Module:
-        return self._trained
-
-    def choose(self, network: Network) -> None:
-        self._trained = self._changed_text.network if network == "text_encoder" else self.unet
-
     @cached_property
     def fingerprint(self) -> str:
         """Content id of weights, configuration, tokenizer and text length; reads all weights on first use."""
         return folder.fingerprint(self.folder, text_length=self.max_length)
-
-    @property
-    def text_fingerprint(self) -> str:
-        """Content id of what the text states depend on now: text encoders with their changes, tokenizers, length."""
-        return self._changed_text.fingerprint(self._text_as_loaded)
 
     @cached_property
     def _text_as_loaded(self) -> str:
@@ -135,200 +112,11 @@ class UNetBackbone:
         """See `backbones.text_marks`; reads the text encoders' files."""
         return text_marks.of_folder(self.folder)
 
-    @property
-    def device(self) -> torch.device:
-        """The U-Net's current device. A trainer may move the U-Net; everything else follows it."""
-        return next(self.unet.parameters()).device
-
-    # --- text --------------------------------------------------------------------------------------------------------
-
-    def encode(
-        self, texts: Sequence[str | NamedPrompt], *, vectors: Tensor | None = None, to_end: bool = False
-    ) -> TextStates:
-        """See `TextEncoder.__call__`, and `with_vectors` for vectors; on the U-Net's device, always in float32. With
-        gradients for text encoders that are trained."""
-        device = self.device
-        self.text.to(device)
-        with torch.autocast(device.type, enabled=False):
-            if vectors is None:
-                return self.text(texts, to_end, self._changed_text.state)
-            return self.text.with_vectors(texts, vectors.to(device))
-
-    def check_not_truncated(self, prompts: Sequence[NamedPrompt]) -> None:
-        """See `TextEncoder.rows`."""
-        for prompt in prompts:
-            self.text.rows(prompt)
-
-    def token_vectors(self, text: str) -> Tensor:
-        return self.text.vectors(text)
-
-    def tokens(self, texts: Sequence[str]) -> list[set[int]]:
-        return self.text.tokens(texts)
-
-    def words(self) -> list[str]:
-        return self.text.words()
-
-    def token_embeddings(self) -> Tensor:
-        """See `attack_contract.HasTokens`, also for the next three."""
-        self.text.to(self.device)
-        return self.text.token_embeddings()
-
-    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.text.token_ids(texts)
-
-    def text_of(self, ids: Sequence[int]) -> str:
-        return self.text.text_of(ids)
-
-    def writable_tokens(self) -> list[int]:
-        return self.text.writable_tokens()
-
-    # --- weights -----------------------------------------------------------------------------------------------------
-
-    def text_projections(self) -> dict[str, nn.Linear]:
-        return dict(self._base.cross_attention)
-
-    @torch.inference_mode(False)  # weights made in inference mode could never be trained
-    @torch.no_grad()
-    def apply(self, edit: Edit) -> None:
-        """Applies W = W @ map (in float64, then rounded once) or the given weights, on top of earlier edits."""
-        self._refuse_inside_original()
-        self._base.apply(edit)
-
-    @contextmanager
-    def original(self, edited: bool = False) -> Iterator[None]:
-        """The model as loaded, without adapters, inside this context. Gradients are off: they would be those of other
-        weights.
-
-        edited: keep the edited base weights. Contexts may be nested; the outermost one decides.
-        """
-        self._depth += 1
-        try:
-            if self._depth > 1:
-                yield
-            else:
-                with ExitStack() as stack:
-                    stack.enter_context(torch.no_grad())
-                    stack.enter_context(adapters.disabled(self.unet))
-                    stack.enter_context(erasers.disabled(self.unet))
-                    stack.enter_context(self._changed_text.original(edited))
-                    stack.enter_context(nullcontext() if edited else self._base.swapped())
-                    yield
-        finally:
-            self._depth -= 1
-
-    @torch.inference_mode(False)
-    def add_adapter(self, spec: Adapter, generator: Generator, concepts: int = 1) -> list[nn.Parameter]:
-        """See `adapters.add` and `erasers.add`. The adapter is float32 for every dtype of the U-Net. Only one adapter
-        is allowed, and erasers only behind the U-Net's attention."""
-        self._refuse_inside_original()
-        self._base.refuse_adapting_float16()
-        if adapters.layers(self.unet) or adapters.layers(self._changed_text.network) or erasers.found(self.unet):
-            raise RuntimeError("an adapter is in place: call merge_adapter() or remove_adapter() first")
-        if isinstance(spec, EraserSpec):
-            return erasers.add(self.unet, spec, generator)
-        self._forget_text()
-        return adapters.add(self.trained, spec, generator, self.name, concepts)
-
-    def adapter_scale(self, scale: Tensor) -> AbstractContextManager[None]:
-        """See `adapters.scaled`."""
-        return adapters.scaled(self.unet, scale)
-
-    def eraser_outputs(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """See `erasers.outputs`."""
-        return erasers.outputs(self.unet)
-
-    @torch.inference_mode(False)
-    def unfreeze(self, targets: Sequence[str]) -> list[nn.Parameter]:
-        """Makes the network's own weights trainable, for methods without a LoRA; see `BaseWeights.unfreeze`."""
-        self._refuse_inside_original()
-        if self.trained is self.unet:
-            return self._base.unfreeze(targets)
-        self._forget_text()
-        return self._changed_text.base.unfreeze(targets)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def merge_adapter(self) -> None:
-        """Adds (alpha / rank) B A to the base weights and removes the adapter; images change only by rounding. Erasers
-        stay: they cannot be merged."""
-        self._refuse_inside_original()
-        self._forget_text()
-        self._base.merge(adapters.taken(self.unet))
-        self._changed_text.base.merge(adapters.taken(self._changed_text.network))
-
-    def remove_adapter(self) -> None:
-        """Removes the adapter without merging it."""
-        self._refuse_inside_original()
-        self._forget_text()
-        adapters.remove(self.unet)
-        adapters.remove(self._changed_text.network)
-        erasers.remove(self.unet)
-
-    def erased_state(self) -> dict[str, Tensor]:
-        """{"edit.<layer>.weight": changed base weight, "lora.<layer>.down|up|alpha": adapter,
-        "eraser.<attn2>.down.weight ...": eraser}, copies on the CPU. Layers of a text encoder begin with the name of
-        its folder."""
-        self._refuse_inside_original()
-        changed = {**self._base.changed(), **self._changed_text.base.changed()}
-        lora = {**adapters.state(self.unet), **self._changed_text.adapter_state()}
-        return {
-            **{EDIT + name: value for name, value in changed.items()},
-            **{LORA + name: value for name, value in lora.items()},
-            **{ERASER + name: value for name, value in erasers.state(self.unet).items()},
-        }
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def load_erased(self, state: Mapping[str, Tensor]) -> None:
-        """Restores the original model and applies `state` to it. Nothing is trainable afterwards.
-
-        Raises UserError for a state of another model and for one that is not finite; the model is then the original.
-        """
-        self._refuse_inside_original()
-        self._restore()
-        if unknown := [key for key in state if not key.startswith((EDIT, LORA, ERASER))]:
-            raise UserError(
-                f"The erased weights contain {unknown[0]!r}, which is neither an edit nor an adapter; give an "
-                "erased.safetensors."
-            )
-        finite.refuse(state, "The erased weight", "erase again, with a larger ridge or a lower method.align.lr")
-        edit, lora, eraser = (
-            {key.removeprefix(kind): value for key, value in state.items() if key.startswith(kind)}
-            for kind in (EDIT, LORA, ERASER)
-        )
-        text_edit, text_lora = self._changed_text.own(edit), self._changed_text.own(lora)
-        try:
-            self._base.set({name: value for name, value in edit.items() if name not in text_edit})
-            self._changed_text.base.set(text_edit)
-            adapters.load(self.unet, {n: value for n, value in lora.items() if n not in text_lora}, self.name)
-            self._changed_text.load_adapter(text_lora)
-            erasers.load(self.unet, eraser, self.name)
-        except UserError:
-            self._restore()
-            raise
-
-    def _restore(self) -> None:
-        """The model as loaded, without adapters."""
-        self.remove_adapter()
-        self._base.restore()
-        self._changed_text.base.restore()
-
-    def _forget_text(self) -> None:
-        """No text state is used again: the text encoders change now, or may have."""
-        self.text.forget()
-        self._empty = {}
-
-    def _refuse_inside_original(self) -> None:
-        if self._depth:
-            raise RuntimeError("the weights cannot change inside original(): leave that context first")
+    def text_readers(self, read: Read = "values") -> list[Tensor]:
+        return [layer.weight for layer in self.text_projections(read).values()]
 
     def attention(self) -> AbstractContextManager[dict[str, Tensor]]:
         return self._denoise.recorded()
-
-    @property
-    def passes(self) -> int:
-        """Images that went through the U-Net so far, the teacher's and the unconditional ones included."""
-        return self._denoise.passes
 
     # --- noise -------------------------------------------------------------------------------------------------------
 
@@ -345,6 +133,9 @@ class UNetBackbone:
         """
         out = self._denoise(latents, timesteps, states, pooled)
         return self._schedule.noise_of(out, latents.to(out), timesteps)
+
+    def target_of(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -413,37 +204,3 @@ class UNetBackbone:
         if state is not None:
             self._empty[state] = empty
         return empty
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return autoencoder.decode(self.vae, latents, self.vae_slicing)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        return autoencoder.encode(self.vae, images, self.vae_slicing)
-
-    def generate(
-        self,
-        texts: Sequence[str],
-        seeds: Sequence[int],
-        sampler: Sampler | None = None,
-        guide: Guide | None = None,
-        negative: str = "",
-        each_step: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """uint8 (B, H, W, 3). All B images are generated in one batch, so the caller chooses B by the memory."""
-        with torch.no_grad(), nullcontext() if guide is None else guide.around(self, texts):
-            latents = self.sample(self.encode(texts), seeds, sampler, guide, None, negative, each_step)
-        return self.decode(latents)
-
-    # --- devices -----------------------------------------------------------------------------------------------------
-
-    def to(self, device: Any) -> UNetBackbone:
-        """Moves the U-Net. Text encoder and autoencoder follow at their next use."""
-        self.unet.to(device)
-        return self
-
-    def park(self) -> None:
-        """Moves text encoders and autoencoder to the CPU until their next use: the training loop needs neither, unless
-        it trains the text encoders."""
-        if self.trained is self.unet:
-            self.text.to("cpu")
-        self.vae.to("cpu")

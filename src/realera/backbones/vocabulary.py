@@ -14,6 +14,7 @@ from realera.files.headers import read_json
 FILE, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}  # {role: CLIP's token}
+T5_SPECIAL = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 FAR = 10**9  # tokens: no limit
 WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""  # CLIP's split of a text before the merges
 TOO_LONG = 64 << 20  # bytes; CLIP's own files have one or two million
@@ -54,20 +55,18 @@ def longest(folder: Path) -> int:
     return int(min(read_json(file).get("model_max_length", FAR) if file.is_file() else FAR, FAR))
 
 
-def check(folder: Path, rows: int | None) -> None:
+def check(folder: Path, rows: int | None, t5: bool = False) -> None:
     """Raises UserError if a tokenizer cannot be read, does not put begin and end tokens around a text, or has a token
-    id beyond the text encoder's `rows` (None = unknown); and for invalid settings."""
+    id beyond the text encoder's `rows` (None = unknown); and for invalid settings. t5: T5's, without a begin token."""
     _check_settings(folder)
     if (tokenizer := read(folder)) is None:
         return
     file = folder / (FILE if (folder / FILE).is_file() else VOCABULARY)
     plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    if not plain or whole[1:-1] != plain:
-        raise UserError(
-            f"The tokenizer {str(file)!r} does not put begin and end tokens around a text, as CLIP's does; copy or "
-            "download it again."
-        )
-    for role, token in special(folder).items():
+    if not plain or (whole[:-1] if t5 else whole[1:-1]) != plain or len(whole) == len(plain):
+        around = "an end token after a text, as T5's" if t5 else "begin and end tokens around a text, as CLIP's"
+        raise UserError(f"The tokenizer {str(file)!r} does not put {around} does; copy or download it again.")
+    for role, token in T5_SPECIAL.items() if t5 else special(folder).items():
         if tokenizer.token_to_id(token) is None:
             raise UserError(
                 f"The tokenizer {str(file)!r} does not have the token {token[:40]!r}, which its settings use as "

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from realera import paths
-from realera.backbones import portable
+from realera.backbones import kinds, portable
 from realera.backbones.folder import locate, models
 from realera.contracts import UserError
 from realera.exporting import card, description, verification
@@ -114,6 +114,12 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
     if source is None and to != "map":  # a map is exported without its base model
         preflight.check_model(run.settings.backbone)
         source = locate(run.settings.backbone.pretrained)
+    if source is not None and kinds.of(source) != kinds.UNET:
+        raise UserError(
+            f"to={to} and the other forms are for U-Nets, and {run.settings.backbone.name} is a transformer: draw "
+            f"images with python -m realera.generate run={run.folder}, or use realera.load on a pipeline in memory and "
+            "save that."
+        )
     about = description.describe(run, source, erased.origin.fingerprint)
     if source is None or to == "map":
         made = _map(run, out, about)

@@ -82,7 +82,13 @@ class Ablation:
 
 @contextmanager
 def _detached_bos(backbone: Backbone) -> Iterator[None]:
-    """Inside the context, row 0 of the keys and values has no gradient."""
+    """Inside the context, row 0 of the keys and values has no gradient. Raises UserError if a backbone's text rows do
+    not become keys and values directly, so that this would detach nothing."""
+    if getattr(backbone, "joint_attention", False):
+        raise UserError(
+            f"method.align.detach_bos has no meaning with backbone {backbone.name}, where the first row of the text is "
+            "mixed with the others: set it to false."
+        )
     # Checkpointing recomputes the layers after the hooks are removed.
     if getattr(backbone.denoiser, "is_gradient_checkpointing", False):
         raise UserError(

@@ -14,7 +14,7 @@ from realera.contracts import Backbone, LoraSpec, Miner, Pair, TextStates, Train
 from realera.methods.texts import predict, repeat
 from realera.setting_types import Finite, LearningRate, NonNegative, Positive, Targets, TrainingSteps
 
-NORMS = ("-norm", "-norm1", "-norm2", "-norm3", "-conv_norm_out")  # layer names in every Stable Diffusion U-Net
+NORMS = ("-*norm*",)  # in a U-Net norm, norm1, norm2, norm3 and conv_norm_out; in a transformer also its modulations
 
 
 class NegativeGuidance:

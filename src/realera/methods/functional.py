@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Generator, Tensor
 
 from realera import paths
-from realera.contracts import VALUES, Backbone, Concept, NamedPrompt, Neighbours, Pair, UserError
+from realera.contracts import Backbone, Concept, NamedPrompt, Neighbours, Pair, UserError
 from realera.files import plain_data
 from realera.files.cache_costs import cached
 from realera.methods import nearness
@@ -197,8 +197,7 @@ class FunctionalMining:
         texts = [*also, *found]
         own = nearness.ends(backbone, [name])[0]
         mean = ends_of(backbone, texts_of(backbone, [EVERYDAY]), cache).double().mean(dim=0)
-        weights = [layer.weight for key, layer in backbone.text_projections().items() if key.endswith(VALUES)]
-        values = nearness.closeness(rows, own, mean, roots(metric(weights))[0])
+        values = nearness.closeness(rows, own, mean, roots(metric(backbone.text_readers("values")))[0])
         given = {name.casefold(), *(text.casefold() for text in also)}
         others = [i for i, text in enumerate(texts) if text.casefold() not in given]
         chosen = [i for i, text in enumerate(also) if text.casefold() != name.casefold()]

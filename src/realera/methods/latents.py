@@ -32,9 +32,9 @@ class AnchorBank:
 
     images: number per concept; image i uses prompt i mod P. batch: number of z_t per step. chunk: images drawn, and
     stored, at once. sampler: null = the backbone's own. of: whose training prompts are drawn, the anchor's or the
-    target's. give: additional outputs for each z_t: "noise" (batch, C, h, w) = the noise in it, "prompts" (batch,) =
-    the index of its image's prompt. flip: half of the images, chosen at random, are `mirrored`. The *original* model
-    draws the bank once; see `drawn`.
+    target's. give: additional outputs for each z_t: "noise" (batch, C, h, w) = the noise in it, or the velocity if the
+    model predicts one (`Backbone.target_of`), "prompts" (batch,) = the index of its image's prompt. flip: half of the
+    images, chosen at random, are `mirrored`. The *original* model draws the bank once; see `drawn`.
     """
 
     def __init__(
@@ -95,11 +95,13 @@ def images_of(settings: Mapping[str, Any], names: Sequence[str], steps: int) -> 
 
 
 def noised(backbone: Backbone, bank: Tensor, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """(z_t (B, C, h, w), t (B,) as `Backbone.draw_timesteps`, the noise in z_t) of the images `chosen` (B,) of a
-    bank."""
+    """(z_t (B, C, h, w), t (B,) as `Backbone.draw_timesteps`, `Backbone.target_of` z_t: the noise in it, or the
+    velocity) of the images `chosen` (B,) of a bank."""
     timesteps = backbone.draw_timesteps(len(chosen), generator).to(bank.device)
     noise = torch.randn(len(chosen), *bank.shape[1:], generator=generator).to(bank.device)
-    return backbone.noisy_latents(bank[chosen.to(bank.device)], noise, timesteps), timesteps, noise
+    clean = bank[chosen.to(bank.device)]
+    target = backbone.target_of(clean, noise, timesteps)
+    return backbone.noisy_latents(clean, noise, timesteps), timesteps, target
 
 
 def at_level(backbone: Backbone, levels: Tensor) -> Tensor:

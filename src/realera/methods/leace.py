@@ -150,7 +150,6 @@ def eraser(covariance: Tensor, cross: Tensor, held: Tensor | None = None) -> tup
 def _captions(backbone: Backbone, cache: Sums) -> Moments:
     """Moments of all rows of the captions, including each caption's begin row."""
     rows = caption_rows(backbone, cache, paths.cache_dir())
-    begin = backbone.encode([""]).states[0, 0].double().cpu()
-    captions = rows.count // (backbone.max_length - 1)
-    total = rows.mean * rows.count + captions * begin
-    return Moments(rows.count + captions, total, rows.gram + captions * torch.outer(begin, begin))
+    begin, captions = rows.begin, rows.captions
+    total = rows.mean * rows.count + captions * begin.sum(dim=0)
+    return Moments(rows.count + captions * len(begin), total, rows.gram + captions * (begin.T @ begin))

@@ -99,12 +99,16 @@ class Refinement:
 
 def rows_around(pair: Pair, prompt: int) -> tuple[list[int], list[int]]:
     """The indices of one prompt's rows outside the concept, and of the matching rows of the anchor's prompt."""
-    (first_c, last_c), (first_a, last_a) = (
-        (int(states.first[prompt]), int(states.last[prompt])) for states in (pair.target, pair.anchor)
-    )
-    before = range(min(first_c, first_a))
-    after = range(1, pair.target.states.shape[1] - max(last_c, last_a))
-    return [*before, *(last_c + i for i in after)], [*before, *(last_a + i for i in after)]
+    own, other = list[int](), list[int]()
+    for c, a in zip(pair.target.encoders(), pair.anchor.encoders(), strict=True):
+        if c.begins == c.stop - c.start:
+            continue
+        (first_c, last_c), (first_a, last_a) = ((int(part.first[prompt]), int(part.last[prompt])) for part in (c, a))
+        before = range(c.start, min(first_c, first_a))
+        after = range(1, c.stop - max(last_c, last_a))
+        own += [*before, *(last_c + i for i in after)]
+        other += [*before, *(last_a + i for i in after)]
+    return own, other
 
 
 class ConceptImages:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, UserError
+from realera.contracts import Backbone, Edit, Neighbours, Pair, UserError
 from realera.methods.priors import Preserve, kept_texts, prior
 from realera.methods.texts import last_rows
 from realera.setting_types import AnyText, NonNegative, Positive, Projections, Sums, Template
@@ -82,13 +82,11 @@ class OrthogonalErasure:
         captions = captions / (count * backbone.max_length)
         kept = self.caption_scale * captions + self.ridge * torch.eye(backbone.width, dtype=torch.float64)
         if names := kept_texts(self.preserve, pairs):
-            rows = _double(last_rows(backbone.encode(names, to_end=True)))
+            rows = _double(torch.cat(last_rows(backbone.encode(names, to_end=True))))
             kept += self.preserve_scale * rows.T @ rows
         weights: dict[str, Tensor] = {}
         cosines = []
-        for name, layer in backbone.text_projections().items():
-            if not name.endswith(PROJECTIONS[self.projections]):
-                continue
+        for name, layer in backbone.text_projections(self.projections).items():
             weight = _double(layer.weight)
             weights[name] = rotated(weight, concepts, guides, kept, self.erase_scale)
             cosines.append(float(((weights[name] @ captions) * weight).sum() / ((weight @ captions) * weight).sum()))
@@ -98,7 +96,7 @@ class OrthogonalErasure:
     def _rows(self, backbone: Backbone, names: Sequence[str]) -> Tensor:
         """(n, D): the rows of all names' texts, each text once."""
         texts = dict.fromkeys(template.replace("{}", name) for name in names for template in ["{}", *self.expand])
-        return _double(last_rows(backbone.encode(list(texts), to_end=True)))
+        return _double(torch.cat(last_rows(backbone.encode(list(texts), to_end=True))))
 
 
 def rotated(weight: Tensor, concepts: Tensor, guides: Tensor, kept: Tensor, scale: float) -> Tensor:

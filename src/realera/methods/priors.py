@@ -158,12 +158,15 @@ def prior(backbone: Backbone, cache: str | Path) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True)
 class CaptionRows:
-    """Moments of the rows of captions, without the begin row, which all captions share. gram (D, D) = sum k k^T and
-    mean (D,), both float64 on the CPU; count: number of rows."""
+    """Moments of the rows of captions, without the begin rows, which all captions share. gram (D, D) = sum k k^T and
+    mean (D,), both float64 on the CPU; count: number of rows. begin (b, D): a caption's begin rows. captions: their
+    number."""
 
     gram: Tensor
     mean: Tensor
     count: int
+    begin: Tensor
+    captions: int
 
 
 def caption_rows(backbone: Backbone, cache: str | Path, folder: Path) -> CaptionRows:
@@ -171,7 +174,8 @@ def caption_rows(backbone: Backbone, cache: str | Path, folder: Path) -> Caption
 
     Raises UserError as `prior`, and for a file of an earlier version, which lacks the mean.
     """
-    begin = backbone.encode([""]).states[0, 0].double().cpu()
+    empty = backbone.encode([""])
+    begin = empty.states[0, empty.constant()].double().cpu()
     if str(cache) == EVERYDAY:
         captions = CAPTIONS.read_text(encoding="utf-8").splitlines()
         content = content_id([CAPTIONS], backbone.text_fingerprint)
@@ -184,8 +188,9 @@ def caption_rows(backbone: Backbone, cache: str | Path, folder: Path) -> Caption
         if len(both) == both.shape[1]:
             raise UserError(f"{cache} is of an earlier version and lacks the mean: make it again with overwrite=true.")
         total = both[-1]
-    rows = count * (backbone.max_length - 1)
-    return CaptionRows(gram - count * torch.outer(begin, begin), (total - count * begin) / rows, rows)
+    rows = count * len(empty.varying())
+    mean = (total - count * begin.sum(dim=0)) / rows
+    return CaptionRows(gram - count * (begin.T @ begin), mean, rows, begin, count)
 
 
 def _sums(backbone: Backbone, texts: Sequence[str]) -> Tensor:

@@ -20,7 +20,6 @@ from torch.nn.functional import mse_loss
 from realera.closed_form import NormalEquations
 from realera.contracts import (
     PROJECTIONS,
-    VALUES,
     Backbone,
     Edit,
     LoraSpec,
@@ -104,9 +103,22 @@ class Mining:
             if self.roots is None:
                 raise RuntimeError("mining in value space needs prepare(backbone) first")
             e, e_star = (_transformed(states, self.roots[0]) for states in (e, e_star))
-        band = fit_band(self.band, e, mask)  # on all prompts, so that a step's single prompt is mined in the same band
-        if prompts is not None:
-            e, e_star, mask = (x[list(prompts)] for x in (e, e_star, mask))
+        found: Neighbours | None = None
+        for part in pair.target.encoders():  # their rows have different norms, so each has a band of its own
+            own = mask.clone()
+            own[:, : part.start] = own[:, part.stop :] = False
+            if not bool(own.any()):
+                continue
+            band = fit_band(self.band, e, own)  # on all prompts: a step's single prompt is mined in the same band
+            some = slice(None) if prompts is None else list(prompts)
+            mined = self._mined(e[some], e_star[some], own[some], band, m, n, generator)
+            found = mined if found is None else _together(found, mined)
+        assert found is not None
+        return found if self.roots is None else _to_text_space(found, self.roots[1])
+
+    def _mined(
+        self, e: Tensor, e_star: Tensor, mask: Tensor, band: Band, m: float, n: float, generator: Generator
+    ) -> Neighbours:
         near, near_targets, near_rows = e[:0], e_star[:0], mask[:0]
         beyond, beyond_rows = e[:0], mask[:0]
         if not math.isinf(m):
@@ -117,14 +129,33 @@ class Mining:
         if math.isinf(m) or math.isinf(n):
             weights = (self.m_weight if math.isinf(m) else None, self.n_weight if math.isinf(n) else None)
             moments = expected_moments(e, e_star, mask, band, *weights)
-        found = Neighbours(near, near_targets, near_rows, beyond, beyond_rows, moments)
-        return found if self.roots is None else _to_text_space(found, self.roots[1])
+        return Neighbours(near, near_targets, near_rows, beyond, beyond_rows, moments)
+
+
+def _together(one: Neighbours, two: Neighbours) -> Neighbours:
+    """The points of two text encoders, mined around the same prompts: rows of the second that count replace the
+    first's."""
+
+    def merged(first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
+        return torch.where(rows[..., None], second, first)
+
+    moments = one.moments
+    if moments is not None and two.moments is not None:
+        sums = zip(vars(moments).items(), vars(two.moments).values())
+        moments = Moments(**{name: None if a is None else a + b for (name, a), b in sums})
+    return Neighbours(
+        merged(one.near, two.near, two.near_rows),
+        merged(one.near_targets, two.near_targets, two.near_rows),
+        one.near_rows | two.near_rows,
+        merged(one.beyond, two.beyond, two.beyond_rows),
+        one.beyond_rows | two.beyond_rows,
+        moments,
+    )
 
 
 def value_roots(backbone: Backbone) -> tuple[Tensor, Tensor]:
-    """`value_space.roots` of a backbone's cross-attention."""
-    weights = [layer.weight for name, layer in backbone.text_projections().items() if name.endswith(VALUES)]
-    return roots(metric(weights))
+    """`value_space.roots` of the values of a backbone's text states."""
+    return roots(metric(backbone.text_readers("values")))
 
 
 def _transformed(states: Tensor, matrix: Tensor) -> Tensor:
@@ -199,8 +230,8 @@ class ClosedForm:
                 if q.beyond is not None:
                     sums.add_moments(q.beyond, q.beyond, self.lambda_preserve)
         if self.preserve_prompts:
-            kept = backbone.encode(self.preserve_prompts).states[:, 1:]
-            sums.add_preserved(kept.flatten(0, 1), self.lambda_preserve)
+            texts = backbone.encode(self.preserve_prompts)
+            sums.add_preserved(texts.states[:, texts.varying()].flatten(0, 1), self.lambda_preserve)
         if self.prior_cache is not None:
             captions, _ = prior(backbone, self.prior_cache)
             sums.add_moments(captions, captions, self.prior_weight)

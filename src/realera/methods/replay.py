@@ -224,10 +224,11 @@ class Fisher:
         for part in self.timesteps.split(self.at_once):
             noise = torch.randn(len(part), *bank.shape[1:], generator=generator).to(bank.device)
             timesteps = at_level(backbone, part).to(bank.device)
-            z_t = backbone.noisy_latents(bank[image].expand_as(noise), noise, timesteps)
+            clean = bank[image].expand_as(noise)
+            z_t, target = (made(clean, noise, timesteps) for made in (backbone.noisy_latents, backbone.target_of))
             with torch.enable_grad():
                 out = predict(backbone, z_t, timesteps, repeat(text, 0, len(part)))
-                loss = (out - noise).square().mean(dim=(1, 2, 3)).sum() * (TIMESTEPS / len(self.timesteps))
+                loss = (out - target).square().mean(dim=(1, 2, 3)).sum() * (TIMESTEPS / len(self.timesteps))
                 found = torch.autograd.grad(loss, list(weights))
             for own, gradient in zip(total, found):
                 own += gradient

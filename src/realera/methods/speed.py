@@ -27,7 +27,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Generator, Tensor
 
-from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, UserError
+from realera.contracts import Backbone, Edit, Neighbours, Pair, UserError
 from realera.methods.priors import Preserve, kept_texts
 from realera.methods.texts import last_rows
 from realera.setting_types import AnyText, NonNegative, Number, Positive, Projections, Seed
@@ -84,14 +84,14 @@ class NullSpaceErasure:
         """
         target, cross = self._moments(backbone, pairs)
         retained = self._retained(backbone, pairs)
-        held = invariants(_double(backbone.encode([""]).states[0]), self.centres)
+        empty = backbone.encode([""])
+        rows_of_empty = _double(empty.states[0])
+        held = invariants(rows_of_empty[empty.constant()], rows_of_empty[empty.varying()], self.centres)
         plain = torch.linalg.solve(target + torch.eye(len(target)), cross - target, left=False)
         generator = Generator().manual_seed(self.seed)
         weights: dict[str, Tensor] = {}
         counted, free = [], []
-        for name, layer in backbone.text_projections().items():
-            if not name.endswith(PROJECTIONS[self.projections]):
-                continue
+        for name, layer in backbone.text_projections(self.projections).items():
             weight = _double(layer.weight)
             rows = self._prior(weight, weight @ plain, retained, generator)
             basis = null_space(rows.T @ rows / len(rows), self.threshold)
@@ -108,9 +108,9 @@ class NullSpaceErasure:
         guides = [pair.concept.anchor if self.guide is None else self.guide for pair in pairs]
         found = [backbone.encode(texts) for texts in (names, guides)]
         if self.rows == "last":
-            keys, anchors = (_double(last_rows(states)) for states in found)
+            keys, anchors = (_double(torch.cat(last_rows(states))) for states in found)
         else:
-            keys, anchors = (_double(states.states[:, 1:].flatten(0, 1)) for states in found)
+            keys, anchors = (_double(states.states[:, states.varying()].flatten(0, 1)) for states in found)
         return keys.T @ keys / len(pairs), anchors.T @ keys / len(pairs)
 
     def _retained(self, backbone: Backbone, pairs: Sequence[Pair]) -> Tensor:
@@ -119,8 +119,9 @@ class NullSpaceErasure:
         erased = [re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE) for name in names]
         texts = [text for text in kept_texts(self.retain, pairs) if not any(word.search(text) for word in erased)]
         if not texts:
-            return _double(backbone.encode([""]).states[0, 1:])
-        return _double(last_rows(backbone.encode(texts, to_end=True)))
+            empty = backbone.encode([""])
+            return _double(empty.states[0, empty.varying()])
+        return _double(torch.cat(last_rows(backbone.encode(texts, to_end=True))))
 
     def _prior(self, weight: Tensor, change: Tensor, retained: Tensor, generator: Generator) -> Tensor:
         """K0 (m, D) of one layer. weight: W, change: D0, both (out, D)."""
@@ -147,10 +148,9 @@ def noisy(rows: Tensor, weight: Tensor, copies: int, generator: Generator) -> Te
     return result
 
 
-def invariants(empty: Tensor, centres: int) -> Tensor:
-    """K2 (D, 1 + centres): the first of the empty prompt's rows (T, D), and k-means centres of the other rows. k-means
+def invariants(begin: Tensor, rows: Tensor, centres: int) -> Tensor:
+    """K2 (D, b + centres): the empty prompt's begin rows (b, D), and k-means centres of its other rows (n, D). k-means
     starts at rows spread evenly over the prompt."""
-    rows = empty[1:]
     means = rows[torch.linspace(0, len(rows) - 1, centres).long()]
     nearest = torch.full((len(rows),), -1)
     for _ in range(ITERATIONS if centres else 0):
@@ -159,7 +159,7 @@ def invariants(empty: Tensor, centres: int) -> Tensor:
             break
         own = [rows[nearest == one] for one in range(centres)]
         means = torch.stack([group.mean(dim=0) if len(group) else old for group, old in zip(own, means)])
-    return torch.cat([empty[:1], means]).T
+    return torch.cat([begin, means]).T
 
 
 def null_space(gram: Tensor, threshold: float) -> Tensor:

@@ -19,6 +19,7 @@ def take(texts: TextStates, index: Tensor) -> TextStates:
         last=texts.last[index],
         length=texts.length[index],
         pooled=None if texts.pooled is None else texts.pooled[index],
+        parts=None if texts.parts is None else texts.parts[index],
     )
 
 
@@ -38,9 +39,12 @@ def on_cpu(texts: TextStates) -> TextStates:
     return replace(texts, **{name: value.cpu() for name, value in moved.items() if value is not None})
 
 
-def last_rows(texts: TextStates) -> Tensor:
-    """(B, D): the row of each text's last sub-token; the BOS row if a text has none."""
-    return texts.states[torch.arange(len(texts.states), device=texts.states.device), texts.length - 1]
+def last_rows(texts: TextStates) -> list[Tensor]:
+    """For each text encoder (B, D): the row of each text's last sub-token; the encoder's first row (BOS) if a text has
+    none. An encoder that is left out has no rows."""
+    number = torch.arange(len(texts.states), device=texts.states.device)
+    read = [part for part in texts.encoders() if part.begins < part.stop - part.start]
+    return [texts.states[number, (part.end - 1).clamp(min=part.start)] for part in read]
 
 
 def join(first: TextStates, second: TextStates, device: torch.device) -> TextStates:
@@ -55,6 +59,7 @@ def join(first: TextStates, second: TextStates, device: torch.device) -> TextSta
         last=both(first.last, second.last),
         length=both(first.length, second.length),
         pooled=None if first.pooled is None or second.pooled is None else both(first.pooled, second.pooled),
+        parts=None if first.parts is None or second.parts is None else both(first.parts, second.parts),
     )
 
 

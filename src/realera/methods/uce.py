@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from realera.closed_form import NormalEquations
@@ -75,7 +76,8 @@ class UnifiedConceptEdit:
             gram = gram_of(backbone, kept)
             sums.add_moments(gram, gram, self._preserve_scale(len(kept)))
         elif kept:
-            sums.add_preserved(last_rows(backbone.encode(kept, to_end=True)), self._preserve_scale(len(kept)))
+            rows = torch.cat(last_rows(backbone.encode(kept, to_end=True)))
+            sums.add_preserved(rows, self._preserve_scale(len(kept)))
         if self.prior_cache is not None:
             captions, _ = prior(backbone, self.prior_cache)
             sums.add_moments(captions, captions, self.prior_weight)
@@ -86,15 +88,18 @@ class UnifiedConceptEdit:
     def _rows(self, states: TextStates, erased: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and their anchors (n, D), from texts and their guides: all at once for "last", else text by text."""
         if self.rows == "last":
-            rows = last_rows(states)
             targets, guides = zip(*erased)
-            yield rows[list(targets)], rows[list(guides)]
+            for rows in last_rows(states):
+                yield rows[list(targets)], rows[list(guides)]
             return
-        last = (states.length - 1).tolist()  # row of the last sub-token; BOS if there is none
-        for target, guide in erased:
-            c, a = last[target], last[guide]
-            count = states.states.shape[1] - max(c, a)
-            yield states.states[target, c : c + count], states.states[guide, a : a + count]
+        for part in states.encoders():
+            if part.begins == part.stop - part.start:
+                continue
+            last = (part.end - 1).clamp(min=part.start).tolist()  # row of the last sub-token; BOS if there is none
+            for target, guide in erased:
+                c, a = last[target], last[guide]
+                count = part.stop - max(c, a)
+                yield states.states[target, c : c + count], states.states[guide, a : a + count]
 
     def _preserve_scale(self, names: int) -> float:
         if self.preserve_scale is not None:

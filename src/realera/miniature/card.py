@@ -127,6 +127,50 @@ def write_card(folder: Path, parts: Path) -> None:
     write_text(folder / "README.md", card)
 
 
+TRANSFORMER_CARD = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# The miniature's transformer
+
+A small Stable Diffusion 3: diffusers' `SD3Transformer2DModel` with {{ layers }} joint blocks of width {{ width }}
+({{ "%.1f" | format(parameters) }} M parameters), trained with flow matching on the pictures, captions, text states and
+latents of [the miniature](../weights/README.md). It has the miniature's text encoder, tokenizer and autoencoder, which
+are not stored again: `backbone=mini-dit` puts them together. **It is an instrument, not a picture generator.**
+
+The pooled text state that its modulations read is the text encoder's end-of-text row, as in FLUX.
+
+Top-1 by the miniature's judge among all labels of the world, {{ check.images }} images or more a group
+(`python -m realera.miniature.check denoiser=dit`), beside the U-Net's:
+
+| group | transformer | U-Net | bar |
+|---|---|---|---|
+{% for name, value in check.groups.items() -%}
+| {{ name }} | {{ value }} | {{ unet[name] }} | {{ check.bars.get(name, "reported") }} |
+{% endfor %}
+`python -m realera.miniature.build denoiser=dit` makes it again. Its pictures were rasterised from the emoji art that
+the miniature's card credits.
+"""
+
+
+def write_transformer_card(folder: Path, check: Mapping[str, Any], unet: Mapping[str, float]) -> None:
+    """Writes folder/README.md from the measured numbers."""
+    config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
+    environment = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    card = environment.from_string(TRANSFORMER_CARD).render(
+        layers=config["num_layers"],
+        width=config["caption_projection_dim"],
+        parameters=size / 2e6,
+        check=check,
+        unet=unet,
+    )
+    write_text(folder / "README.md", card)
+
+
 def _parts(folder: Path) -> list[tuple[str, str, str]]:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     rows = []

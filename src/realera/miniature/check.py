@@ -1,5 +1,6 @@
 """Measures the miniature against its thresholds: python -m realera.miniature.check
 
+    denoiser=dit     measures the transformer (backbone=mini-dit): its groups must be within 5 points of the U-Net's
     folder=DIR       the model folder (default: the shipped one)
     images=200       images generated per group        seed=0
     workdir=runs/miniature   folder for held-out renderings (needs the emoji art: npm and the extra `build`)
@@ -24,7 +25,7 @@ import yaml
 from realera.contracts import NamedPrompt, Prompt, Sampler, UserError
 from realera.miniature.art import load_world, need_extra
 from realera.miniature.corpus import fill
-from realera.paths import CONF_DIR, MINIATURE
+from realera.paths import CONF_DIR, MINIATURE, MINIATURE_DIT
 from realera.system.disk import atomic, write_text
 
 BARS = {
@@ -42,6 +43,8 @@ BARS = {
     "judge/everyday": 85.0,
     "vae_psnr": 27.0,
 }
+LIKE_UNET = ("object", "synonym", "celebrity", "style", "unsafe", "everyday")  # groups with a bar for the transformer
+POINTS = 5.0  # that the transformer may be below the U-Net
 FLOOR = 60.0  # threshold of every other group, except those that are only reported
 REPORTED_ONLY = ("unseen", "celebrity_associated", "style_associated", "unsafe_associated", "scene", "person")
 
@@ -103,20 +106,9 @@ def check(
 ) -> dict[str, Any]:
     """Measures everything and writes folder/check.json. strict: raise SystemExit(1) if a threshold is missed. poses:
     number of held-out renderings. most_words: words of each group, for a quick check."""
-    world = load_world()
-    found: dict[str, Any] = {"images": images, "seed": seed, "groups": {}, "by_word": {}}
-    sheets = []
-    for name, prompts in groups(world, images, seed, most_words).items():
-        drawn, judged = generate_and_judge(folder, prompts)
-        right = [label == prompt.concept for label, prompt in zip(judged, prompts, strict=True)]
-        found["groups"][name] = round(100 * float(np.mean(right)), 2)
-        words: dict[str, list[bool]] = {}
-        for prompt, hit in zip(prompts, right, strict=True):
-            words.setdefault(prompt.text, []).append(hit)
-        found["by_word"][name] = {text: round(100 * float(np.mean(hits)), 1) for text, hits in words.items()}
-        log(f"{name:22s} {found['groups'][name]:6.2f}  {verdict(name, found['groups'][name])}")
-        each = len(prompts) // len(words)
-        sheets.append(drawn.reshape(len(words), each, *drawn.shape[1:])[:, :12])
+    found, sheets = measured_groups(
+        folder, images, seed, most_words, lambda name, value: log(f"{name:22s} {value:6.2f}  {verdict(name, value)}")
+    )
     row_norm(folder, found)
     held_out(folder, workdir, found, poses, log)
     write_text(folder / "check.json", json.dumps(found, indent=1) + "\n")
@@ -127,6 +119,65 @@ def check(
     if missed and strict:
         raise SystemExit(1)
     return found
+
+
+def check_transformer(
+    folder: Path = MINIATURE_DIT,
+    images: int = 200,
+    seed: int = 0,
+    sheet: Path | None = None,
+    log: Callable[[str], None] = print,
+    strict: bool = True,
+    most_words: int | None = None,
+) -> dict[str, Any]:
+    """As `check`, for the transformer, which has the U-Net's text encoder, autoencoder and judge: writes
+    folder/check.json and folder/README.md. A group of `LIKE_UNET` is missed if it is more than `POINTS` below the
+    U-Net's value in the shipped check.json."""
+    unet = json.loads((MINIATURE / "check.json").read_text(encoding="utf-8"))["groups"]
+    bars = {name: round(unet[name] - POINTS, 2) for name in LIKE_UNET}
+
+    def said(name: str, value: float) -> str:
+        return "reported" if name not in bars else "met" if value >= bars[name] else "MISSED"
+
+    found, sheets = measured_groups(
+        folder,
+        images,
+        seed,
+        most_words,
+        lambda name, value: log(f"{name:22s} {value:6.2f}  (U-Net {unet[name]:6.2f})  {said(name, value)}"),
+    )
+    from realera.miniature.card import write_transformer_card  # which reads this module's bars
+
+    found["bars"] = bars
+    write_text(folder / "check.json", json.dumps(found, indent=1) + "\n")
+    write_transformer_card(folder, found, unet)
+    if sheet:
+        save_sheet(sheets, sheet)
+    missed = [name for name, value in found["groups"].items() if said(name, value) == "MISSED"]
+    log(f"missed: {', '.join(missed)}" if missed else "all thresholds are met")
+    if missed and strict:
+        raise SystemExit(1)
+    return found
+
+
+def measured_groups(
+    folder: Path, images: int, seed: int, most_words: int | None, say: Callable[[str, float], None]
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """(the groups' top-1 and that of each word, sample images (words, images, 32, 32, 3) of each group)."""
+    found: dict[str, Any] = {"images": images, "seed": seed, "groups": {}, "by_word": {}}
+    sheets = []
+    for name, prompts in groups(load_world(), images, seed, most_words).items():
+        drawn, judged = generate_and_judge(folder, prompts)
+        right = [label == prompt.concept for label, prompt in zip(judged, prompts, strict=True)]
+        found["groups"][name] = round(100 * float(np.mean(right)), 2)
+        words: dict[str, list[bool]] = {}
+        for prompt, hit in zip(prompts, right, strict=True):
+            words.setdefault(prompt.text, []).append(hit)
+        found["by_word"][name] = {text: round(100 * float(np.mean(hits)), 1) for text, hits in words.items()}
+        say(name, found["groups"][name])
+        each = len(prompts) // len(words)
+        sheets.append(drawn.reshape(len(words), each, *drawn.shape[1:])[:, :12])
+    return found, sheets
 
 
 def verdict(name: str, value: float) -> str:
@@ -146,19 +197,15 @@ def generate_and_judge(folder: Path, prompts: list[Prompt]) -> tuple[np.ndarray,
     """Images (n, 32, 32, 3) uint8 and the judge's first choices, made with the code that every experiment uses."""
     import torch
 
-    from realera.backbones.unet import UNetBackbone
     from realera.judges.miniature_net import load_judge
     from realera.miniature.training_tools import to_tensor
 
     key = str(folder)
     if key not in _LOADED:
-        config, clip, _ = load_judge(folder / "judge")
+        config, clip, _ = load_judge((folder if (folder / "judge").is_dir() else MINIATURE) / "judge")
         with torch.no_grad():
             words = clip.encode_text(list(config.labels.values()))
-        sampler = yaml.safe_load((CONF_DIR / "backbone" / "mini.yaml").read_text(encoding="utf-8"))["sampler"]
-        sampler.pop("_target_")
-        backbone = UNetBackbone(name="mini", pretrained=key, sampler=Sampler(**sampler))
-        _LOADED[key] = (backbone, list(config.labels), clip, words)
+        _LOADED[key] = (_backbone(folder), list(config.labels), clip, words)
     backbone, labels, clip, words = _LOADED[key]
     drawn, judged = [], []
     for start in range(0, len(prompts), 64):
@@ -172,6 +219,21 @@ def generate_and_judge(folder: Path, prompts: list[Prompt]) -> tuple[np.ndarray,
 
 
 _LOADED: dict[str, Any] = {}
+
+
+def _backbone(folder: Path) -> Any:
+    """The model in a folder, with the sampler of its backbone's yaml."""
+    from realera.backbones import kinds
+    from realera.backbones.transformer import TransformerBackbone
+    from realera.backbones.unet import UNetBackbone
+
+    name = "mini" if kinds.of(folder) == kinds.UNET else "mini-dit"
+    settings = yaml.safe_load((CONF_DIR / "backbone" / f"{name}.yaml").read_text(encoding="utf-8"))
+    sampler = Sampler(**{key: value for key, value in settings["sampler"].items() if key != "_target_"})
+    if name == "mini":
+        return UNetBackbone(name, folder, sampler)
+    given = kinds.MINI_DIT if folder == MINIATURE_DIT else folder
+    return TransformerBackbone(name, given, sampler, settings["like"])
 
 
 def row_norm(folder: Path, found: dict[str, Any]) -> None:
@@ -233,6 +295,8 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return
+    dit = "denoiser=dit" in arguments
+    arguments = [word for word in arguments if word != "denoiser=dit"]
     kinds: dict[str, Callable[[str], Any]] = {
         "folder": Path,
         "images": int,
@@ -249,6 +313,11 @@ def main(arguments: list[str]) -> None:
             given[key] = kinds[key](value)
         except ValueError:
             raise UserError(f"{word}: {value!r} is not a whole number") from None
+    if dit:
+        if "workdir" in given:
+            raise UserError("workdir has no effect with denoiser=dit: the judge is measured with the U-Net")
+        check_transformer(**given)
+        return
     need_extra("scipy", "resvg_py")
     check(**given)
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from realera.contracts import Moments, Pair, TextStates, UserError
+from realera.contracts import EncoderRows, Moments, Pair, TextStates, UserError
 from realera.mining.band import Band, Radii, Region, beyond_region, check, cosine_of_radius, near_region, resolve
 from realera.mining.expectation import Polar, polar_moments
 
@@ -34,9 +34,9 @@ def align_rows(pair: Pair, rows: str) -> tuple[Tensor, Tensor, Tensor]:
 
     Row i from the concept's first sub-token on is paired with row i - last_c + last_a, which pairs the last sub-tokens
     (the 2023 code of UCE), but never with a row before the anchor's first sub-token. Rows whose partner would be past
-    T - 1 do not count. Earlier rows have the same words in both prompts: row i is paired with row i. Returns e
-    (P, T, D); e_star (P, T, D), whose row j is the partner of row j of e; and mask (P, T) bool, the rows that count
-    under `rows` (see `Band.rows`).
+    T - 1 do not count. Earlier rows have the same words in both prompts: row i is paired with row i. The rows of each
+    text encoder are paired among themselves. Returns e (P, T, D); e_star (P, T, D), whose row j is the partner of row j
+    of e; and mask (P, T) bool, the rows that count under `rows` (see `Band.rows`).
 
     Raises:
         UserError: a prompt that does not contain all of the concept or of the anchor.
@@ -45,24 +45,34 @@ def align_rows(pair: Pair, rows: str) -> tuple[Tensor, Tensor, Tensor]:
     for states, name in ((c, pair.concept.target), (a, pair.concept.anchor)):
         if bool((states.first < 0).any()):
             raise UserError(f"A training prompt does not contain all of '{name}': shorten the prompt or the name.")
-    length = c.states.shape[1]
-    row = torch.arange(length, device=c.states.device).expand(c.states.shape[:2])
-    first, last = c.first[:, None], c.last[:, None]
-    shifted = (row - last + a.last[:, None]).maximum(a.first[:, None])
-    partner = torch.where(row < first, row, shifted)
-    index = partner.clamp(max=length - 1)[..., None].expand_as(c.states)
-    return c.states, a.states.gather(1, index), counted_rows(c, rows) & (partner < length)
+    partners, inside = [], []
+    for own, other in zip(c.encoders(), a.encoders(), strict=True):
+        row = torch.arange(own.start, own.stop, device=c.states.device).expand(len(c.states), -1)
+        shifted = (row - own.last[:, None] + other.last[:, None]).maximum(other.first[:, None])
+        # the rows of an encoder that is left out have no name: each is its own partner
+        partner = torch.where((row < own.first[:, None]) | (own.first[:, None] < 0), row, shifted)
+        partners.append(partner.clamp(max=own.stop - 1))
+        inside.append(partner < own.stop)
+    index = torch.cat(partners, dim=1)[..., None].expand_as(c.states)
+    return c.states, a.states.gather(1, index), counted_rows(c, rows) & torch.cat(inside, dim=1)
 
 
 def counted_rows(states: TextStates, rows: str) -> Tensor:
     """(P, T) bool: the rows of each prompt that count under `rows` (see `Band.rows`)."""
-    row = torch.arange(states.states.shape[1], device=states.states.device).expand(states.states.shape[:2])
-    first, last, end = states.first[:, None], states.last[:, None], states.length[:, None]
+    return torch.cat([_counted(part, rows) for part in states.encoders()], dim=1)
+
+
+def _counted(part: EncoderRows, rows: str) -> Tensor:
+    """(P, stop - start) bool: `counted_rows` of one encoder. Rows of an encoder that is left out never count, except
+    for "all"."""
+    first, last, end = (row[:, None] for row in (part.first, part.last, part.end))
+    row = torch.arange(part.start, part.stop, device=first.device).expand(len(first), -1)
+    own = row >= part.start + (part.begins if part.begins == part.stop - part.start else 0)
     return {
-        "suffix": row >= first,
-        "concept": (row >= first) & (row <= last),
-        "to_eos": (row >= first) & (row <= end),
-        "all_but_bos": row >= 1,
+        "suffix": own & (row >= first),
+        "concept": own & (row >= first) & (row <= last),
+        "to_eos": own & (row >= first) & (row <= end),
+        "all_but_bos": row >= part.start + part.begins,
         "all": row >= 0,
     }[rows]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from realera.backbones import folder
+from realera.backbones import folder, kinds
 from realera.contracts import UserError
 from realera.files import headers
 from realera.settings.run_settings import BackboneSettings, Settings
@@ -18,12 +19,14 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
     """Checks the settings against a model. model: a checkpoint's folder.
 
     Raises:
-        UserError: the trained network lacks a LoRA's target or a parameter, or the autoencoder cannot draw the image
-        size.
+        UserError: the trained network lacks a LoRA's target or a parameter, or the image size or sampler is not
+        possible.
     """
     settings = Settings(config)
     backbone, align = settings.backbone, settings.method.align
-    multiple = 2 ** (len(headers.read_json(model / "vae" / "config.json").get("block_out_channels") or [0] * 4) - 1)
+    flow = kinds.of(model) != kinds.UNET
+    levels = headers.read_json(folder.settings_file(model, "vae")).get("block_out_channels") or [0] * 4
+    multiple = 2 ** (len(levels) - 1) * (kinds.patch(model) if flow else 1)
     for at, sampler in _samplers({"backbone": backbone.node, "method": settings.method.node}):
         for side in ("height", "width"):
             if sampler.get(side, multiple) % multiple:
@@ -31,20 +34,25 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
                     f"{at}.{side}={sampler[side]} cannot be drawn: choose a multiple of {multiple} pixels for backbone "
                     f"{backbone.name}."
                 )
+        if (sampler.get("scheduler", "ddim") == "euler") != flow:
+            raise UserError(
+                f"{at}.scheduler={sampler.get('scheduler', 'ddim')} is not possible with backbone {backbone.name}: "
+                f"choose {'euler' if flow else 'ddim or dpm++'}."
+            )
     if not align.steps:
         return
     axes = _trained_weights(model, str(fact(str(align.target), "network", "denoiser")))
     if align.lora:
         layers = [name.removesuffix(".weight") for name in axes if axes[name] > 1 and name.endswith(".weight")]
-        endings = (re.search(r"attn\d\.to_\w+(\.\d+)?$", layer) for layer in layers)
+        endings = (re.search(r"attn\d?\.(to|add)_\w+(\.\d+)?$", layer) for layer in layers)
         known = sorted({ending.group() for ending in endings if ending})
         for number, target in enumerate(align.lora_targets):
-            if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            if not any(fnmatchcase(f".{layer}", f"*.{target}") for layer in layers):
                 raise UserError(_no_such(f"method.align.lora.targets[{number}]", target, "layer", backbone, known))
     else:
         for number, target in enumerate(align.parameters):
             part = str(target).removeprefix("-")
-            if part != "all" and not any(f".{part}." in f".{name}." for name in axes):
+            if part != "all" and not any(fnmatchcase(f".{name}.", f"*.{part}.*") for name in axes):
                 known = list(dict.fromkeys(name.split(".")[name.startswith("text_encoder")] for name in axes))
                 raise UserError(_no_such(f"method.align.parameters[{number}]", target, "weight", backbone, known))
 
@@ -52,7 +60,7 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
 def _trained_weights(model: Path, network: str) -> Mapping[str, int]:
     """{name of a weight: number of its axes} of the network that is trained, named as `Backbone.trained` names it."""
     if network == "denoiser":
-        return folder.weights(model, "unet")
+        return folder.weights(model, "unet" if kinds.of(model) == kinds.UNET else "transformer")
     texts = [part for part in folder.models(model) if part.startswith("text_encoder")]
     return {
         f"{part}.{name.removeprefix('text_model.')}": axes

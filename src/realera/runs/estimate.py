@@ -25,7 +25,7 @@ from realera.settings.run_settings import BackboneSettings, Settings
 from realera.system import devices, disk
 from realera.tasks.prompts import slug
 
-SMALL = "mini"  # the backbone that runs on a CPU
+SMALL = ("mini", "mini-dit")  # the backbones that run on a CPU
 WORTH_TIMING = 0.25  # hours; shorter plans are not worth the ten seconds that a timing takes
 AROUND = 20.0  # seconds of a cell without U-Net passes: loading, encoding, judging, the page
 AGAIN = ("load", "judge")  # stages of a run that is judged again, besides drawing
@@ -45,6 +45,16 @@ PASS: Mapping[tuple[str, str], Rate] = {
     ("sd21", "gpu"): Rate(0.039, "2.6 times sd14 on an H100, for 2.25 times the pixels and longer attention", 0.012),
     ("sdxl", "cpu"): Rate(60.0, "3 T multiplications a pass at 50 G a second"),
     ("sdxl", "gpu"): Rate(0.12, "an A100: 7.36 s for 30 steps in float32 (Hugging Face's figures for diffusers)"),
+    ("mini-dit", "cpu"): Rate(0.008, "a guess from its training: 48 tokens, four blocks"),
+    ("mini-dit", "gpu"): Rate(0.001, "a guess: a small model is limited by its calls"),
+    ("sd3-medium", "cpu"): Rate(180.0, "9 T multiplications a pass at 50 G a second"),
+    ("sd3-medium", "gpu"): Rate(0.19, "13 times sd14 on an H100, by its multiplications", 0.06),
+    ("sd35-medium", "cpu"): Rate(220.0, "11 T multiplications a pass at 50 G a second"),
+    ("sd35-medium", "gpu"): Rate(0.24, "16 times sd14 on an H100, by its multiplications", 0.073),
+    ("flux-dev", "cpu"): Rate(1200.0, "60 T multiplications a pass at 50 G a second"),
+    ("flux-dev", "gpu"): Rate(1.3, "86 times sd14 on an H100, by its multiplications", 0.4),
+    ("flux-schnell", "cpu"): Rate(1200.0, "the same as flux-dev"),
+    ("flux-schnell", "gpu"): Rate(1.3, "the same as flux-dev", 0.4),
 }
 
 
@@ -282,7 +292,7 @@ def _pictures(place: Path, anew: bool) -> set[str]:
 
 def _device(settings: Settings) -> str:
     """ "gpu" or "cpu". A large model is planned for a GPU even if this machine has none, because it will run on one."""
-    there = devices.number() > 0 or settings.backbone.name != SMALL
+    there = devices.number() > 0 or settings.backbone.name not in SMALL
     return "gpu" if settings.trainer.allows_gpu and there else "cpu"
 
 

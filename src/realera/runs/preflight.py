@@ -191,6 +191,18 @@ def check_training(method: MethodSettings, backbone: BackboneSettings) -> None:
             f"method {method.name} trains (align) a LoRA, but method.align.lora is null: leave it out, "
             "or set method.align=null."
         )
+    if backbone.target and fact(backbone.target, "joint_attention"):
+        if fact(target, "reads_attention"):
+            alone = "; for its closed form alone, set method.align=null and method.finish=null" if method.edit else ""
+            raise UserError(
+                f"method {method.name} reads cross-attention maps, and backbone {backbone.name} has none: text and "
+                f"image attend to each other in one softmax. Choose a method such as realera, esd-x or uce{alone}."
+            )
+        if align.detach_bos:
+            raise UserError(
+                f"method.align.detach_bos has no meaning with backbone {backbone.name}, where the first row of the "
+                "text is mixed with the others: set it to false."
+            )
     if backbone.gradient_checkpointing:
         if fact(target, "reads_attention"):
             raise UserError(
@@ -204,7 +216,7 @@ def check_training(method: MethodSettings, backbone: BackboneSettings) -> None:
     dtype, name = backbone.dtype, method.name
     if not align.lora and align.parameters and dtype != "float32" and fact(target, "network") != "text_encoder":
         raise UserError(
-            f"method {name} trains the U-Net's weights, and backbone.dtype={dtype} would round its small steps away: "
+            f"method {name} trains the network's weights, and backbone.dtype={dtype} would round its small steps away: "
             "set backbone.dtype=float32, with trainer.precision=bf16-mixed for speed."
         )
     if dtype == "float16":
@@ -258,7 +270,7 @@ def model_folder(backbone: BackboneSettings) -> Path | None:
 def tokenizer_of(backbone: BackboneSettings) -> Any:
     """The backbone's tokenizer; None if it is not on this machine."""
     found = model_folder(backbone)
-    return None if found is None else vocabulary.read(found / "tokenizer")
+    return None if found is None else vocabulary.read(folder.place_of(found, "tokenizer"))
 
 
 def _short(text: str, width: int = 60) -> str:

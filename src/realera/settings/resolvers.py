@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from realera.contracts import UserError
 from realera.settings import help_text
@@ -54,13 +54,16 @@ def default_backbone() -> tuple[str, str]:
 
 
 def by_backbone(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:
-    """`${by_backbone:{default:1e-5,mini:1e-3}}`: the entry of the chosen backbone's `name`, otherwise `default`."""
+    """`${by_backbone:{default:1e-5,mini:1e-3}}`: the entry of the chosen backbone's `name`, otherwise of the first name
+    in its `like` that has one, otherwise `default`."""
     name = OmegaConf.select(_root_, "backbone.name")
     if not isinstance(name, str):
         raise UserError(f"backbone.name={'null' if name is None else name} is not valid: give a text, such as sd14.")
-    if name not in table and "default" not in table:
+    like = OmegaConf.select(_root_, "backbone.like")
+    kinds = list(like) if isinstance(like, ListConfig) else []
+    if (found := next((kind for kind in (name, *kinds, "default") if kind in table), None)) is None:
         raise UserError(f"this setting has no default for backbone {name} (only for {', '.join(table)}): type a value.")
-    return table[name] if name in table else table["default"]
+    return table[found]
 
 
 def by_task(table: Mapping[str, Any], *, _root_: DictConfig) -> Any:

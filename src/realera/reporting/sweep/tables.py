@@ -273,7 +273,7 @@ def _unranked(rows: Sequence[TableRow]) -> list[str]:
 
 
 def _comparable(chapter: Chapter) -> str:
-    if chapter.runs[0].backbone == "mini":
+    if chapter.runs[0].backbone in ("mini", "mini-dit"):
         return (
             "The paper's numbers are for Stable Diffusion 1.4 and cannot be compared to those of the miniature, a "
             "different model of different images; only the order of the systems can be compared."
