@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from realera.backbones.transformer import TransformerBackbone
 from realera.contracts import EraserSpec, UserError
 from realera.methods.ac import Ablation
 from realera.paths import CONF_DIR
-from realera.runs import preflight
+from realera.runs import compatibility, preflight
 from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
 
@@ -113,8 +114,31 @@ def test_learned_vectors_need_one_text_encoder(
         backbone.load_erased({})
 
     run("one-clip")
-    with pytest.raises(UserError, match=r"several text encoders|different numbers of tokens"):
+    made = set(tmp_path.rglob("*.safetensors"))
+    assert made
+    with pytest.raises(UserError, match="several text encoders"):
         run("flux")
+    assert set(tmp_path.rglob("*.safetensors")) == made, "images were drawn before it was refused"
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux", "one-clip"])
+@pytest.mark.parametrize("name", VECTORS)
+def test_learned_vectors_are_refused_before_the_model_is_loaded(
+    name: str, kind: str, tiny_transformers: Callable[[str], Path]
+) -> None:
+    like = LIKE["flux" if kind == "flux" else "sd3"]
+    settings = {**settings_of("sd3"), "like": like}
+    config = OmegaConf.create({"backbone": settings, "concept": "cat", "method": method_settings(name)})
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    check = partial(compatibility.check, tiny_transformers(kind))
+    if kind == "one-clip":
+        check(resolved)
+        return
+    with pytest.raises(UserError, match=f"method {name} puts learned vectors .* different numbers of tokens"):
+        check(resolved)
+    if name == "stereo":
+        resolved["method"]["latents"]["search"]["rounds"] = 0
+        check(resolved)
 
 
 def test_erasers_are_refused(new_transformer: Make) -> None:

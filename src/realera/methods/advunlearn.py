@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -202,6 +202,7 @@ class AdversarialUnlearning:
 
     lora: LoraSpec | None = None
     network: Network = "text_encoder"
+    learns_vectors: ClassVar[bool] = True
 
     def __init__(
         self,

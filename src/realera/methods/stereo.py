@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -75,6 +75,9 @@ class ThoroughSearch:
     in <cache>/search/, so a search that was stopped repeats only its erasing steps.
     """
 
+    learns_vectors: ClassVar[bool] = True
+    idle_where: ClassVar = {"rounds": 0}
+
     def __init__(
         self,
         images: AnchorBank,
@@ -113,6 +116,7 @@ class ThoroughSearch:
         original ones before and after."""
         if not self.rounds:
             return [[] for _ in pairs]
+        backbone.token_vectors(self.start)  # a backbone without them refuses here, before images are drawn
         self.images.prepare(backbone, pairs, cache, seed)
         self.rollout.prepare(backbone, pairs, cache, seed)
         found = []

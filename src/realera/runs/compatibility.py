@@ -20,7 +20,7 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: the trained network lacks a LoRA's target or a parameter, or the image size or sampler is not
-        possible.
+        possible; the method learns token vectors, and the model's text encoders have no common ones.
     """
     settings = Settings(config)
     backbone, align = settings.backbone, settings.method.align
@@ -41,6 +41,12 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
             )
     if not align.steps:
         return
+    if kinds.of(model) in (kinds.SD3, kinds.FLUX) and any(map(_learns_vectors, _parts(settings.method.node))):
+        raise UserError(
+            f"method {settings.method.name} puts learned vectors in place of a name's tokens, and the text encoders of "
+            f"backbone {backbone.name} split a name into different numbers of tokens: choose a method such as realera, "
+            "esd-x or uce."
+        )
     axes = _trained_weights(model, str(fact(str(align.target), "network", "denoiser")))
     if align.lora:
         layers = [name.removesuffix(".weight") for name in axes if axes[name] > 1 and name.endswith(".weight")]
@@ -73,10 +79,23 @@ def _no_such(at: str, target: Any, kind: str, backbone: BackboneSettings, known:
     return f"{at}={target} is not a {kind} of backbone {backbone.name}: it has {', '.join(known)}."
 
 
-def _samplers(node: Any, at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _samplers(node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(dotted name, settings) of every Sampler in the settings."""
+    return ((at, part) for at, part in _parts(node) if str(part["_target_"]).endswith(".Sampler"))
+
+
+def _learns_vectors(part: tuple[str, Mapping[str, Any]]) -> bool:
+    """Whether a part learns token vectors, according to the facts that its class states (`contracts.Method`)."""
+    _, settings = part
+    target = str(settings["_target_"])
+    idle = fact(target, "idle_where", {})
+    return bool(fact(target, "learns_vectors")) and not any(settings.get(key) == idle[key] for key in idle)
+
+
+def _parts(node: Any, at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(dotted name, settings) of everything in the settings that is built from a class, at any depth."""
     for key, value in node.items() if isinstance(node, Mapping) else ():
         here = f"{at}.{key}" if at else str(key)
-        if isinstance(value, Mapping) and str(value.get("_target_")).endswith(".Sampler"):
+        if isinstance(value, Mapping) and value.get("_target_"):
             yield here, value
-        yield from _samplers(value, here)
+        yield from _parts(value, here)
