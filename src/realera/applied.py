@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 from realera import paths
 from realera.backbones import stacks
-from realera.contracts import UserError
+from realera.contracts import JOINT, KEYS, VALUES, UserError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from realera.backbones.pipelines import PipelineBackbone
+    from realera.backbones.transformer_pipelines import Pipeline
     from realera.training.maps import Map
 
 
 class Applied:
-    """Maps on a pipeline, whose U-Net is edited in place.
+    """Maps on a pipeline, whose denoiser is edited in place.
 
     concept: the concepts that the maps erase. weights: one number for each map.
     """
 
-    def __init__(self, backbone: PipelineBackbone, maps: Sequence[Map], weights: Sequence[float]) -> None:
+    def __init__(self, backbone: Pipeline, maps: Sequence[Map], weights: Sequence[float]) -> None:
         self.weights = list(weights)
         self._backbone = backbone
         self._maps = list(maps)
@@ -72,7 +72,7 @@ def apply(
     check: bool = True,
 ) -> Applied:
     """Applies the map of an erasure to a pipeline, in place: W = W0 (I + weight (M - I)) for the projections that the
-    map names. The result is that of the command `apply`.
+    map names, or for the one layer that all text rows pass in a transformer. The result is that of the command `apply`.
 
     pipe: as in `erase`. map: a map.safetensors, a folder with one (a run or an export), an `Erased`, or a list of
     these. A list is applied in its order: W = W0 M1 M2; the order matters unless the maps commute, which is logged.
@@ -82,26 +82,24 @@ def apply(
     Raises:
         UserError: one sentence that says what is wrong and what to give instead. The pipeline is unchanged.
     """
-    from realera.backbones import pipelines
-    from realera.contracts import Edit, Sampler
+    from realera.backbones import pipelines, transformer_pipelines
+    from realera.contracts import Edit
     from realera.runs import applying, preflight, sources
     from realera.settings import schema
     from realera.training import maps
 
-    _refuse_transformer(pipe)
     files = [sources.map_file(getattr(one, "folder", one)) for one in sources.as_list(map)]
     weights = sources.weights_of(weight, len(files))
     schema.check({"weight": weights}, "apply", schema.OPEN)
     for file in files:
         preflight.check_map(file)
     applied = applying.Application([maps.read(file) for file in files], weights, check=check)
-    factors, _ = applied.factors()
+    applied.factors()  # refuses maps that do not fit together before a pipeline is loaded
     applied.warn()
 
     pipe = pipelines.opened(pipe) if isinstance(pipe, str | Path) else pipe
-    _refuse_transformer(pipe)
-    parts = pipelines.parts_of(pipe)
-    backbone = pipelines.PipelineBackbone(pipe, pipelines.kind_of(parts), Sampler())
+    backbone = transformer_pipelines.for_maps(pipe)
+    factors, _ = applied.factors(joint=isinstance(backbone, transformer_pipelines.TransformerPipeline))
     source = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
     if (place := paths.dir_of(source)) is not None:
         applying.refuse_twice(source, applying.read_record(place), applied)
@@ -110,15 +108,8 @@ def apply(
     with backbone.in_use():
         try:
             for suffix, matrix in factors.items():
-                backbone.apply(Edit(map=matrix, projections=(suffix,)))
+                backbone.apply(Edit(map=matrix, projections=(KEYS, VALUES) if suffix == JOINT else (suffix,)))
         except BaseException:
             backbone.load_erased({})
             raise
     return Applied(backbone, applied.maps, weights)
-
-
-def _refuse_transformer(pipe: Any) -> None:
-    if getattr(pipe, "transformer", None) is not None:
-        raise UserError(
-            "maps are applied to U-Net pipelines only: for a transformer, use realera.load with the run's folder."
-        )

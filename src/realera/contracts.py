@@ -46,6 +46,7 @@ Network = Literal["denoiser", "text_encoder"]  # what a method trains; text_enco
 # Suffixes of the U-Net's cross-attention layers that project the text states. On every backbone, a map names its
 # projections by them; in a transformer all text rows pass one layer, and this layer takes every map.
 KEYS, VALUES = "attn2.to_k", "attn2.to_v"
+JOINT = "context_embedder"  # that layer
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {"values": (VALUES,), "keys": (KEYS,), "both": (KEYS, VALUES)}
 
 

@@ -259,7 +259,7 @@ def test_files_have_the_tensors_that_clients_read_and_diffusers_takes_them_all(
 
     place = {"v1": tiny_sd, "v2": tiny_sd21, "xl": tiny_sdxl}[kind]
     assert portable.kind_of(place) == kind
-    base = portable.base_unet(place)
+    base = portable.base_denoiser(place)
     lora, names = change_of(base), portable.lora_names(base, style, kind)
     portable.save_lora(lora, tmp_path / "file.safetensors", style, None, {}, names)
     with safe_open(tmp_path / "file.safetensors", "pt") as reader:

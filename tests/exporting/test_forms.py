@@ -47,7 +47,7 @@ def made(monkeypatch: pytest.MonkeyPatch, folder: Path, state: dict[str, torch.T
 
 @pytest.fixture(scope="module")
 def base() -> dict[str, torch.Tensor]:
-    return portable.base_unet(paths.MINIATURE)
+    return portable.base_denoiser(paths.MINIATURE)
 
 
 def rank_one(base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ T5_EMBEDDING = "shared.weight"
 SHARED = ("text_encoder", "tokenizer", "vae")  # parts that the built-in transformer has in common with the U-Net
 MODELS = {"transformer": "diffusion_pytorch_model", "text_encoder_2": "model", "text_encoder_3": "model"}
 NETWORKS = {"SD3Transformer2DModel": SD3, "FluxTransformer2DModel": FLUX}
+DENOISERS = {"unet": "U-Net", "transformer": "transformer"}  # {part: its name in a sentence}
 
 
 def of(folder: Path) -> Kind:
@@ -35,6 +36,11 @@ def of(folder: Path) -> Kind:
     return found
 
 
+def denoiser(folder: Path) -> str:
+    """The part that predicts the noise: a key of `DENOISERS`."""
+    return "unet" if of(folder) == UNET else "transformer"
+
+
 def encoders(kind: Kind, folder: Path) -> list[str]:
     """The text encoders' parts in their order. Stable Diffusion 3's third, T5, may be missing."""
     if kind == UNET:
@@ -45,6 +51,12 @@ def encoders(kind: Kind, folder: Path) -> list[str]:
         return ["text_encoder", "text_encoder_2"]
     third = ["text_encoder_3"] if (folder / "text_encoder_3").is_dir() or _lists(folder, "text_encoder_3") else []
     return ["text_encoder", "text_encoder_2", *third]
+
+
+def left_out(folder: Path) -> dict[str, None]:
+    """The keywords that diffusers' from_pretrained must be given as None: those of a Stable Diffusion 3 without T5."""
+    lacks = of(folder) == SD3 and "text_encoder_3" not in encoders(SD3, folder)
+    return dict.fromkeys(("text_encoder_3", "tokenizer_3")) if lacks else {}
 
 
 def parts(kind: Kind, folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5EncoderModel
 
 from realera import paths
-from realera.backbones import adapters, erasers, folder, text_marks
+from realera.backbones import adapters, erasers, folder, kinds, text_marks
 from realera.backbones.common import DiffusersBackbone
 from realera.backbones.denoiser import DTYPES, Denoiser
 from realera.backbones.loading import Parts, TextFigures, quiet
@@ -181,7 +181,8 @@ def miniature() -> StableDiffusionPipeline:
 def opened(pretrained: str | Path) -> DiffusionPipeline:
     """Loads the pipeline of a folder, single file or hub id, in float32 on the CPU. Raises UserError as
     `folder.locate`."""
-    pipe = _loaded(DiffusionPipeline, folder.locate(str(pretrained)))
+    place = folder.locate(str(pretrained))
+    pipe = _loaded(DiffusionPipeline, place, **kinds.left_out(place))
     if (file := paths.file_of(pretrained)) is not None:  # the cache may be cleared, so the run names the file
         pipe.register_to_config(_name_or_path=str(file))
     return pipe

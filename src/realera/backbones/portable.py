@@ -1,8 +1,9 @@
 """Exports an erasure for other programs: a pipeline folder, a single checkpoint, a LoRA file. Uses only tensors and
 files, no models.
 
-Layer names are the U-Net's module paths ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"); those of a text
-encoder begin with its folder ("text_encoder.encoder.layers.0.mlp.fc1").
+Layer names are the module paths of the denoiser, a U-Net or a transformer
+("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "context_embedder"); those of a text encoder begin with
+its folder ("text_encoder.encoder.layers.0.mlp.fc1").
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from realera.backbones import folder as checkpoint
-from realera.backbones import original_layout
+from realera.backbones import kinds, original_layout
 from realera.contracts import UserError
 from realera.files import finite, plain_data
 from realera.files.headers import read_json
@@ -44,12 +46,14 @@ def refuse_erasers(erased: Mapping[str, Tensor]) -> None:
 
 def of_part(erased: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """The entries of one part of a checkpoint, named as the part names its weights, without "text_model."."""
+    if part not in kinds.DENOISERS and not part.startswith(TEXT):
+        return {}
+    head = f"{part}." if part.startswith(TEXT) else ""
     found = {}
     for key, value in erased.items():
         kind, _, name = key.partition(".")
-        folder = name.partition(".")[0] if name.startswith(TEXT) else "unet"
-        if folder == part:
-            found[f"{kind}.{name if part == 'unet' else name.removeprefix(f'{part}.')}"] = value
+        if (f"{name.partition('.')[0]}." if name.startswith(TEXT) else "") == head:
+            found[f"{kind}.{name.removeprefix(head)}"] = value
     return found
 
 
@@ -65,12 +69,17 @@ def adapters(erased: Mapping[str, Tensor]) -> Lora:
     return found
 
 
+def touched(erased: Mapping[str, Tensor]) -> list[str]:
+    """The names of all weights that an erasure of one part changes."""
+    edited = [key[len(EDIT) :] for key in erased if key.startswith(EDIT)]
+    return list(dict.fromkeys([*edited, *(f"{layer}.weight" for layer in adapters(erased))]))
+
+
 def changes(base: Mapping[str, Tensor], erased: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(weight name, erased - original) of every changed weight, float64, adapters included, biases too. One at a time:
     all of them together would be twice the size of the model."""
     lora = adapters(erased)
-    edited = [key[len(EDIT) :] for key in erased if key.startswith(EDIT)]
-    for name in dict.fromkeys([*edited, *(f"{layer}.weight" for layer in lora)]):
+    for name in touched(erased):
         original = base[name].double()
         edit = erased.get(EDIT + name)
         change = torch.zeros_like(original) if edit is None else edit.double() - original
@@ -179,10 +188,10 @@ def lora_of(
         UserError: nothing was changed, or biases and norms alone; weights were changed and rank is None, or "auto"
             needs more than `MOST`.
     """
-    touched = {name: change.dim() for name, change in changes(base, erased) if bool(change.any())}
-    if not touched:
+    changed = {name: change.dim() for name, change in changes(base, erased) if bool(change.any())}
+    if not changed:
         raise UserError("this run changed nothing, so there is no LoRA to export.")
-    if max(touched.values()) < 2:
+    if max(changed.values()) < 2:
         raise UserError(
             "this run changed biases and norms alone, which a LoRA cannot hold: give to=checkpoint or to=diffusers."
         )
@@ -193,7 +202,7 @@ def lora_of(
     ranks = {
         name: needed_rank(singular(change)[0], error)
         for name, change in changes(base, erased)
-        if change.dim() > 1 and name in touched
+        if change.dim() > 1 and name in changed
     }
     most, where = max((own, name) for name, own in ranks.items())
     if rank is None:
@@ -222,17 +231,18 @@ def padded(lora: Lora) -> Lora:
     return made
 
 
-def lora_names(weights: Iterable[str], style: str, kind: original_layout.Kind) -> dict[str, str]:
-    """{layer: its name in a LoRA file} of a U-Net with these weights. style: "lora" = diffusers' names, "kohya" = those
-    of A1111 and ComfyUI.
+def lora_names(weights: Iterable[str], style: str, kind: original_layout.Kind | None) -> dict[str, str]:
+    """{layer: its name in a LoRA file} of a denoiser with these weights. style: "lora" = diffusers' names, "kohya" =
+    those of A1111 and ComfyUI. kind: as `kind_of` says.
 
-    Stable Diffusion XL has the original layout's names in a kohya file, as sd-scripts writes it: A1111 reads diffusers'
-    names there too, but not of all layers.
+    Of a transformer ComfyUI reads diffusers' names, so there is no other style. Stable Diffusion XL has the original
+    layout's names in a kohya file, as sd-scripts writes it: A1111 reads diffusers' names there too, but not of all
+    layers.
     """
     weights = list(weights)
     layers = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
-    if style == "lora":
-        return {layer: f"unet.{layer}" for layer in layers}
+    if kind is None or style == "lora":
+        return {layer: f"{'transformer' if kind is None else 'unet'}.{layer}" for layer in layers}
     own = {layer: layer for layer in layers}
     if kind == "xl":
         original = original_layout.unet_names(weights)
@@ -279,18 +289,21 @@ def read_lora(file: Path, style: str, names: Mapping[str, str]) -> dict[str, Ten
     return found
 
 
-def base_unet(source: Path) -> dict[str, Tensor]:
-    """The original U-Net's state, from a diffusers folder. Raises UserError if a weight is not finite."""
-    state = part_state(source, "unet")
-    finite.refuse(state, f"The U-Net in {str(source)!r} cannot be exported: its weight", "copy or download it again")
+def base_denoiser(source: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The original denoiser's state, from a diffusers folder. names: only these weights. Raises UserError if a weight
+    is not finite."""
+    part = kinds.denoiser(source)
+    state = part_state(source, part, names)
+    what = f"The {kinds.DENOISERS[part]} in {str(source)!r}"
+    finite.refuse(state, f"{what} cannot be exported: its weight", "copy or download it again")
     return state
 
 
 def erased_part(source: Path, part: str, erased: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state of a part, erased if it is a part that was changed, by the names of the part's files."""
     own = of_part(erased, part)
-    if part == "unet":
-        return merged(base_unet(source), own, dtype)
+    if part in kinds.DENOISERS:
+        return merged(base_denoiser(source), own, dtype)
     base = part_state(source, part)
     if not own:
         return cast(base, dtype)
@@ -299,11 +312,15 @@ def erased_part(source: Path, part: str, erased: Mapping[str, Tensor], dtype: to
     return {name: whole[plain] for plain, name in files.items()}
 
 
-def part_state(source: Path, part: str) -> dict[str, Tensor]:
-    """The weights of one part of a diffusers folder."""
+def part_state(source: Path, part: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The weights of one part of a diffusers folder. names: only these, because a transformer may have 24 GB."""
     state: dict[str, Tensor] = {}
     for file in checkpoint.part_files(source, part)[1]:
-        state |= load_file(file)
+        if names is None:
+            state |= load_file(file)
+            continue
+        with safe_open(file, "pt") as reader:
+            state |= {name: reader.get_tensor(name) for name in reader.keys() if name in names}  # noqa: SIM118
     return state
 
 
@@ -313,17 +330,21 @@ def save_checkpoint(
     """Writes one file in the original layout, with U-Net, autoencoder and text encoders. dtype: None = each weight
     keeps its own. Raises UserError for a U-Net that the layout has no names for."""
     parts = {part: erased_part(source, part, erased, dtype) for part in checkpoint.models(source)}
-    state = original_layout.from_diffusers(parts, kind_of(source))
-    if is_v_prediction(source) and kind_of(source) == "xl":
+    kind = kind_of(source)
+    assert kind is not None, "a transformer has no such layout"
+    state = original_layout.from_diffusers(parts, kind)
+    if is_v_prediction(source) and kind == "xl":
         state["v_pred"] = torch.zeros(0)  # the mark by which ComfyUI knows such a model
     with disk.atomic(file) as beside:
         made = {name: value.contiguous() for name, value in cast(state, dtype).items()}
         save_file(made, beside, {"format": "pt", **metadata})
 
 
-def kind_of(source: Path) -> original_layout.Kind:
-    """The original code that a diffusers folder belongs to. Stable Diffusion 2 has OpenCLIP's text encoder, whose
-    activation is an exact GELU."""
+def kind_of(source: Path) -> original_layout.Kind | None:
+    """The original code that the folder of a U-Net belongs to; None = a transformer's. Stable Diffusion 2 has
+    OpenCLIP's text encoder, whose activation is an exact GELU."""
+    if kinds.of(source) != kinds.UNET:
+        return None
     if checkpoint.is_xl(source):
         return "xl"
     return "v2" if read_json(source / "text_encoder" / "config.json").get("hidden_act") == "gelu" else "v1"
@@ -342,7 +363,7 @@ def save_pipeline(
     variant: str | None = None,
     shard_size: str = "10GB",
 ) -> None:
-    """Writes a diffusers folder like `source` with the erased U-Net and text encoders, completely or not at all.
+    """Writes a diffusers folder like `source` with the erased denoiser and text encoders, completely or not at all.
 
     dtype: of all networks; None = each weight keeps its own. variant: as in from_pretrained(variant="fp16"); None = the
     names without one. A safety checker and other extras are not copied.
@@ -365,16 +386,18 @@ def save_pipeline(
 def save_changed(
     source: Path, change: Callable[[str, Tensor], Tensor], out: Path, texts: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a diffusers folder like `source`, completely or not at all, whose U-Net has the weights change(name, W).
+    """Writes a diffusers folder like `source`, completely or not at all, whose denoiser has the weights change(name,
+    W).
 
-    Every weight keeps its dtype, and the U-Net its shards, of which one is in memory at a time. The other parts are
+    Every weight keeps its dtype, and the denoiser its shards, of which one is in memory at a time. The other parts are
     copied, also a safety checker that is stored as safetensors, under the names that from_pretrained looks for without
     a variant. texts: {name: content} of further files. Raises UserError if an original or a changed weight is not
     finite.
     """
     extras = _extras(source)
-    variant, shards = checkpoint.part_files(source, "unet")
-    stem, mark = checkpoint.models(source)["unet"], f".{variant}" if variant else ""
+    denoiser = kinds.denoiser(source)
+    variant, shards = checkpoint.part_files(source, denoiser)
+    stem, mark = checkpoint.models(source)[denoiser], f".{variant}" if variant else ""
     whole = shards[0].name == f"{stem}{mark}.safetensors"
     with disk.atomic(out) as beside:
         beside.mkdir()
@@ -386,20 +409,21 @@ def save_changed(
                 _promise_float32(beside / part / "config.json")
         for shard in shards:
             state = _changed(source, load_file(shard), change)
-            save_file(state, beside / "unet" / (f"{stem}.safetensors" if whole else shard.name), {"format": "pt"})
+            save_file(state, beside / denoiser / (f"{stem}.safetensors" if whole else shard.name), {"format": "pt"})
         if not whole:
             index = f"{stem}.safetensors.index"
-            shutil.copyfile(source / "unet" / f"{index}{mark}.json", beside / "unet" / f"{index}.json")
+            shutil.copyfile(source / denoiser / f"{index}{mark}.json", beside / denoiser / f"{index}.json")
         written = {"model_index.json": plain_data.json_text(_index(source, extras), indent=2), **(texts or {})}
         for name, text in written.items():
             (beside / name).write_text(text, encoding="utf-8")
 
 
 def _changed(source: Path, state: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-    finite.refuse(state, f"The U-Net in {str(source)!r} cannot be changed: its weight", "copy or download it again")
+    word = kinds.DENOISERS[kinds.denoiser(source)]
+    finite.refuse(state, f"The {word} in {str(source)!r} cannot be changed: its weight", "copy or download it again")
     changed = {name: change(name, weight).to(weight.dtype) for name, weight in state.items()}
     remedy = "use a smaller weight, or a copy of the checkpoint in float32 or bfloat16"
-    finite.refuse(changed, f"The changed U-Net of {str(source)!r} cannot be saved: its weight", remedy)
+    finite.refuse(changed, f"The changed {word} of {str(source)!r} cannot be saved: its weight", remedy)
     return {name: weight.contiguous() for name, weight in changed.items()}
 
 
@@ -446,11 +470,11 @@ def _settings_of(source: Path, part: str) -> list[Path]:
 
 
 def _files_to_copy(source: Path, part: str) -> list[Path]:
-    """The files of one part that a pipeline needs: its settings, and its weights except the U-Net's, which are written
-    anew. Shards keep their names, because the index lists them."""
+    """The files of one part that a pipeline needs: its settings, and its weights except the denoiser's, which are
+    written anew. Shards keep their names, because the index lists them."""
     kept = _settings_of(source, part)
     stem = checkpoint.models(source).get(part)
-    if stem is None or part == "unet":
+    if stem is None or part in kinds.DENOISERS:
         return kept
     variant, weights = checkpoint.part_files(source, part)
     mark = f".{variant}" if variant else ""
@@ -478,6 +502,8 @@ def _index(source: Path, extras: Collection[str] = ()) -> dict[str, object]:
     kept = {
         key: [None, None] if isinstance(value, list) and key not in parts else value for key, value in known.items()
     }
+    if (kind := kinds.of(source)) != kinds.UNET:
+        return {**_transformer_index(kind, networks, tokenizers), **kept}
     standard: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline",
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -494,3 +520,27 @@ def _index(source: Path, extras: Collection[str] = ()) -> dict[str, object]:
         return {**standard, **kept}
     checked = {} if extras else {"requires_safety_checker": False}
     return {**standard, "safety_checker": [None, None], **kept, **checked}
+
+
+def _transformer_index(kind: kinds.Kind, networks: Collection[str], tokenizers: Collection[str]) -> dict[str, object]:
+    """The index of a Stable Diffusion 3 or FLUX with these parts."""
+    flux = kind == kinds.FLUX
+    clip = "CLIPTextModel" if flux else "CLIPTextModelWithProjection"
+    forms = {part: kinds.form(kind, part) for part in networks}
+    made: dict[str, object] = {"_class_name": "FluxPipeline" if flux else "StableDiffusion3Pipeline"}
+    for part in ("text_encoder_3", "tokenizer_3") if not flux else ():
+        made[part] = [None, None]  # T5 may be left out
+    for part in networks:
+        if part.startswith(TEXT):
+            made[part] = ["transformers", "T5EncoderModel" if forms[part] == kinds.T5 else clip]
+    for part in tokenizers:
+        t5 = forms[part.replace("tokenizer", TEXT)] == kinds.T5
+        made[part] = ["transformers", "T5TokenizerFast" if t5 else "CLIPTokenizer"]
+    return {
+        **made,
+        "transformer": ["diffusers", "FluxTransformer2DModel" if flux else "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }

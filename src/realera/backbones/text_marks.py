@@ -7,8 +7,9 @@ tokenizer in one file or in two. Its marks are hashes that do not depend on thes
     float16, bfloat16: of the weights rounded to that type, of the settings and of the tokenizers
 
 Two encoders are the same if one of the marks is equal: a copy in float16 has the float16 mark of the original, a copy
-in bfloat16 the bfloat16 mark. For Stable Diffusion XL the marks are of both encoders in their order, because the U-Net
-reads their states side by side.
+in bfloat16 the bfloat16 mark. Where a model reads the states of several encoders, the marks are of all of them in their
+order: of both of Stable Diffusion XL, side by side; of Stable Diffusion 3's two CLIPs, filled up to its width, and T5;
+of FLUX's T5 alone, because it reads only the pooled state of its CLIP.
 """
 
 from __future__ import annotations
@@ -22,37 +23,67 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, T5Config
 
-from realera.backbones import configs, folder, vocabulary
+from realera.backbones import configs, folder, kinds, vocabulary
 from realera.backbones.loading import Parts
+from realera.backbones.transformer_parts import TransformerParts
 from realera.files.headers import read_json
 
 ROUNDED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-READ = ("embeddings.", "encoder.", "final_layer_norm.")  # what text states depend on; a projection is for pooled states
+# what text states depend on; a projection is for pooled states
+READ = ("embeddings.", "encoder.", "final_layer_norm.", kinds.T5_EMBEDDING)
+TIED = "encoder.embed_tokens.weight"  # a second name of T5's embedding, which not every file has
 SETTINGS = ("hidden_act", "layer_norm_eps", "num_attention_heads", "num_hidden_layers")
+T5_SETTINGS = (
+    "d_kv",
+    "feed_forward_proj",
+    "layer_norm_epsilon",
+    "num_heads",
+    "num_layers",
+    "relative_attention_max_distance",
+    "relative_attention_num_buckets",
+)
+LAST, SECOND_LAST, T5_ROWS = "last layer", "second-last layer", "last layer of T5"
+CLIP_LAYERS = {kinds.SD3: "second-last layer, filled up with zeros"}
 ROLES = ("bos_token", "eos_token", "pad_token")
 DIGITS = 16  # hex digits of a mark
 
 
+Encoder = tuple[Any, str, str, Iterable[tuple[str, Tensor]]]  # its settings, what is read of it, its words, its weights
+
+
 def of_parts(parts: Parts) -> dict[str, str]:
     """The marks of loaded components, in whatever dtype they are."""
-    encoders = []
-    for tokenizer, model in zip(parts.tokenizers, parts.text_models, strict=True):
-        roles = {role: str(getattr(tokenizer, role)) for role in ROLES}
-        encoders.append((model.config, _words(tokenizer.backend_tokenizer, roles), model.state_dict().items()))
-    return _marks(encoders, parts.xl)
+    layer = SECOND_LAST if parts.xl else LAST
+    return _marks(_loaded(zip(parts.tokenizers, parts.text_models, strict=True), layer))
 
 
-def of_folder(place: Path) -> dict[str, str]:
-    """The marks of a complete diffusers folder. Only the text encoders' weights are read, one tensor at a time."""
-    encoders = []
-    for tokenizer, part in zip(folder.tokenizers(place), ("text_encoder", "text_encoder_2")):
-        settings = CLIPTextConfig.from_dict(configs.text_settings(read_json(place / part / "config.json")))
-        special = vocabulary.special(place / tokenizer)
-        words = _words(vocabulary.read(place / tokenizer), {role: special[role] for role in ROLES})
-        encoders.append((settings, words, _stored(place, part)))
-    return _marks(encoders, folder.is_xl(place))
+def of_transformer(parts: TransformerParts) -> dict[str, str]:
+    """As `of_parts`, for a diffusion transformer's components."""
+    clips = [] if parts.kind == kinds.FLUX else parts.clips
+    third = [] if parts.t5 is None else [parts.t5]
+    return _marks([*_loaded(clips, CLIP_LAYERS.get(parts.kind, LAST)), *_loaded(third, T5_ROWS)])
+
+
+def of_folder(place: Path, without: str = "") -> dict[str, str]:
+    """The marks of a complete diffusers folder. Only the text encoders' weights are read, one tensor at a time.
+    without: a text encoder that is not used."""
+    kind = kinds.of(place)
+    layer = SECOND_LAST if folder.is_xl(place) else CLIP_LAYERS.get(kind, LAST)
+    encoders: list[Encoder] = []
+    for tokenizer, part in zip(folder.tokenizers(place), kinds.encoders(kind, place)):
+        settings, special = read_json(folder.settings_file(place, part)), folder.place_of(place, tokenizer)
+        words = vocabulary.read(special)
+        if kinds.form(kind, part) == kinds.T5:
+            if part != without:
+                own = T5Config(**configs.t5_settings(settings))
+                encoders.append((own, T5_ROWS, _words(words, vocabulary.T5_SPECIAL), _stored(place, part)))
+        elif kind != kinds.FLUX:
+            roles = {role: vocabulary.special(special)[role] for role in ROLES}
+            clip = CLIPTextConfig.from_dict(configs.text_settings(settings))
+            encoders.append((clip, layer, _words(words, roles), _stored(place, part)))
+    return _marks(encoders)
 
 
 def same(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
@@ -60,11 +91,21 @@ def same(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
     return any(one[kind] == other.get(kind) for kind in one)
 
 
-def _marks(encoders: Sequence[tuple[Any, str, Iterable[tuple[str, Tensor]]]], xl: bool) -> dict[str, str]:
+def _loaded(pairs: Iterable[tuple[Any, Any]], read: str) -> list[Encoder]:
+    """pairs: tokenizer and model of each encoder."""
+    found: list[Encoder] = []
+    for tokenizer, model in pairs:
+        roles = {role: str(getattr(tokenizer, role)) for role in (vocabulary.T5_SPECIAL if read == T5_ROWS else ROLES)}
+        words = _words(tokenizer.backend_tokenizer, roles)
+        found.append((model.config, read, words, model.state_dict().items()))
+    return found
+
+
+def _marks(encoders: Sequence[Encoder]) -> dict[str, str]:
     found = {kind: hashlib.sha256() for kind in ROUNDED}
-    for settings, words, weights in encoders:
-        values = {name: getattr(settings, name) for name in SETTINGS}
-        said = json.dumps([values, "second-last layer" if xl else "last layer", words], sort_keys=True)
+    for settings, read, words, weights in encoders:
+        values = {name: getattr(settings, name) for name in (T5_SETTINGS if read == T5_ROWS else SETTINGS)}
+        said = json.dumps([values, read, words], sort_keys=True)
         hashes = _weights(weights)
         for kind, digest in found.items():
             digest.update(said.encode() + hashes[kind].encode())
@@ -76,7 +117,7 @@ def _weights(weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     each: dict[str, list[str]] = {kind: [] for kind in ROUNDED}
     for name, tensor in weights:
         plain = name.removeprefix("text_model.")  # transformers before version 5 put it before every name
-        if not plain.startswith(READ) or plain.endswith("position_ids"):
+        if not plain.startswith(READ) or plain.endswith("position_ids") or plain == TIED:
             continue
         here = tensor.detach().cpu()  # rounded on the CPU, so that a GPU gives the same bits
         for kind, dtype in ROUNDED.items():

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from realera.backbones import autoencoder, flow, folder, kinds, reading, sampling, transformer_parts
+from realera.backbones import autoencoder, flow, folder, kinds, reading, sampling, text_marks, transformer_parts
 from realera.backbones.base import BaseWeights
 from realera.backbones.common import DiffusersBackbone
 from realera.backbones.denoiser import DTYPES, Dtype
@@ -18,11 +18,10 @@ from realera.backbones.loading import Rows, TextFigures
 from realera.backbones.mmdit import PACK, BlockOffload, JointDenoiser
 from realera.backbones.reading import Reading
 from realera.backbones.transformer_parts import T5, TransformerParts
-from realera.contracts import Course, Guide, Read, Sampler, TextStates, UserError
+from realera.contracts import JOINT, Course, Guide, Read, Sampler, TextStates, UserError
 from realera.setting_types import Checkpoint, Label
 
 Own = TypeVar("Own", bound="TransformerBackbone")
-READER = "context_embedder"  # the layer that all text rows pass
 Offload = Literal["none", "sequential"]
 
 
@@ -112,7 +111,7 @@ class TransformerBackbone(DiffusersBackbone):
         self.pixels_per_latent = autoencoder.pixels_per_latent(parts.vae)
         self.patch = self.pixels_per_latent * (PACK if self.flux else int(parts.transformer.config.patch_size))
         sampling.refuse_bad(sampler, self.patch, ("euler",))
-        self._base = BaseWeights(self.network, name, READER)
+        self._base = BaseWeights(self.network, name, JOINT)
         self._denoise = JointDenoiser(self.network, self.flux, name)
         self._schedule = flow.FlowSchedule(parts.scheduler_config, self.patch, even=self.flux)
         self._reading: Reading = reading
@@ -124,7 +123,7 @@ class TransformerBackbone(DiffusersBackbone):
 
     @property
     def device(self) -> torch.device:
-        return self._base.parameters[f"{READER}.weight"].device
+        return self._base.parameters[f"{JOINT}.weight"].device
 
     @cached_property
     def fingerprint(self) -> str:
@@ -134,6 +133,10 @@ class TransformerBackbone(DiffusersBackbone):
     @cached_property
     def _text_as_loaded(self) -> str:
         return folder.fingerprint(self.folder, self.max_length, True, also=self._t5, without=self._without)
+
+    def text_marks(self) -> dict[str, str]:
+        """See `backbones.text_marks`; reads the text encoders' files."""
+        return text_marks.of_folder(self.folder, self._without)
 
     def text_readers(self, read: Read = "values") -> list[Tensor]:
         """See `reading.readers`."""

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from realera.backbones import kinds, pipelines
+from realera.backbones import kinds, pipelines, text_marks
 from realera.backbones.pipelines import IN_MEMORY, InMemory, PipelineBackbone, files_of, own_tokenizer, refuse_changed
 from realera.backbones.transformer import TransformerBackbone
 from realera.backbones.transformer_parts import TransformerParts
@@ -26,7 +26,7 @@ class TransformerPipeline(InMemory, TransformerBackbone):
     def __init__(self, pipe: DiffusionPipeline, name: str, sampler: Sampler, settings: Mapping[str, Any]) -> None:
         self.pipe = pipe
         self.vae_slicing = False
-        parts = parts_of(pipe)
+        self.parts = parts = parts_of(pipe)
         self.networks = parts.modules
         given = {key: settings[key] for key in ("text", "t5_length", "reading") if settings.get(key) is not None}
         self._init_from_parts(parts, name, sampler, settings["like"], **given)
@@ -34,6 +34,9 @@ class TransformerPipeline(InMemory, TransformerBackbone):
         self.without = "text_encoder_3" if parts.kind == kinds.SD3 and parts.t5 is None else ""
         read = parts.clips if parts.t5 is None else [*parts.clips, parts.t5]
         self._describe([tokenizer for tokenizer, _ in read], parts.scheduler_config)
+
+    def text_marks(self) -> dict[str, str]:
+        return text_marks.of_transformer(self.parts)
 
 
 Pipeline = PipelineBackbone | TransformerPipeline
@@ -44,6 +47,16 @@ def backbone_of(pipe: DiffusionPipeline, name: str, sampler: Sampler, settings: 
     if getattr(pipe, "transformer", None) is not None:
         return TransformerPipeline(pipe, name, sampler, settings)
     return PipelineBackbone(pipe, name, sampler, settings.get("text"))
+
+
+def for_maps(pipe: DiffusionPipeline) -> Pipeline:
+    """A pipeline as a backbone that maps are applied to: its sampler is never used. Raises UserError for an unknown
+    pipeline."""
+    name, found = described(pipe)
+    if getattr(pipe, "transformer", None) is None:
+        return PipelineBackbone(pipe, name, Sampler())
+    side = found["sampler"]
+    return TransformerPipeline(pipe, name, Sampler("euler", **side), {"like": list(kinds.NETWORKS.values())})
 
 
 def device_of(pipe: Any) -> Any:

@@ -21,7 +21,7 @@ LOADING = {
     "diffusers": """```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{place}"{variant})
+pipe = DiffusionPipeline.from_pretrained("{place}"{keywords})
 ```""",
     "checkpoint": """* **A1111**: put `{file}` into `models/Stable-diffusion`.
 * **ComfyUI**: put it into `models/checkpoints`, node *Load Checkpoint*.
@@ -33,6 +33,11 @@ The whole erasure is in the file: there is no strength to set.""",
 pipe.load_lora_weights(".", weight_name="{file}")
 pipe.fuse_lora()  # strength 1.0
 ```""",
+    "transformer lora": """* **diffusers**: `pipe.load_lora_weights(".", weight_name="{file}")` and `pipe.fuse_lora()`.
+* **ComfyUI**: put it into `models/loras`, node *Load LoRA*, `strength_model` 1.0 (`strength_clip` has no effect).
+
+Strength 1.0 is the erasure as it was measured. Whoever leaves the LoRA out has the concept back: ship `to=diffusers`
+where that matters.""",
     "kohya": """* **A1111**: put `{file}` into `models/Lora`, and `<lora:{stem}:1>` into every prompt.
 * **ComfyUI**: put it into `models/loras`, node *Load LoRA*, `strength_model` 1.0 (`strength_clip` has no effect).
 
@@ -62,7 +67,7 @@ def text(about: Description, form: str, names: Mapping[str, str], notes: Mapping
         f"[realera](https://arxiv.org/abs/2410.09140) {__version__}: prompts that name or describe it are drawn as "
         f"{_list(about.anchors)}.",
         "## Use",
-        LOADING[form].format(**names),
+        LOADING["transformer lora" if form == "lora" and about.transformer else form].format(**names),
         CHECK,
         "## Measured",
         _measured(about),

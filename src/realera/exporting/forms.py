@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from realera import paths
-from realera.backbones import kinds, portable
+from realera.backbones import folder, kinds, portable
 from realera.backbones.folder import locate, models
 from realera.contracts import UserError
 from realera.exporting import card, description, verification
@@ -114,12 +114,8 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
     if source is None and to != "map":  # a map is exported without its base model
         preflight.check_model(run.settings.backbone)
         source = locate(run.settings.backbone.pretrained)
-    if source is not None and kinds.of(source) != kinds.UNET:
-        raise UserError(
-            f"to={to} and the other forms are for U-Nets, and {run.settings.backbone.name} is a transformer: draw "
-            f"images with python -m realera.generate run={run.folder}, or use realera.load on a pipeline in memory and "
-            "save that."
-        )
+    if source is not None:
+        _refuse_form(to, kinds.of(source), run.settings.backbone.name)
     about = description.describe(run, source, erased.origin.fingerprint)
     if source is None or to == "map":
         made = _map(run, out, about)
@@ -136,11 +132,25 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
     if _is_foreign(out / CARD):
         log.warning("%s has a %s of its own, which stays: no model card is written", out, CARD)
     else:
-        names = _names(to, out, made.path, about, options)
+        names = _names(to, out, made.path, about, options, {} if source is None else kinds.left_out(source))
         disk.write_text(out / CARD, card.text(about, to, names, _notes(made)))
     if options.push is not None:
         _push(options.push, options.private, out)
     return made
+
+
+def _refuse_form(to: Form, kind: kinds.Kind, name: Any) -> None:
+    """Raises UserError for a form that programs do not read of a base model of this kind."""
+    if kind != kinds.UNET and to in ("checkpoint", "kohya"):
+        raise UserError(
+            f"to={to} is for U-Nets, and backbone {name} is a transformer: give to=lora, which diffusers and ComfyUI "
+            "read, to=diffusers or to=map."
+        )
+    if kind == kinds.ONE_CLIP and to == "diffusers":
+        raise UserError(
+            f"diffusers has no pipeline for backbone {name}, a Stable Diffusion 3 with one text encoder: give to=lora "
+            "or to=map."
+        )
 
 
 @contextmanager
@@ -180,19 +190,21 @@ def _weights(
         path = out / f"{about.name}.safetensors"
         portable.save_checkpoint(source, state, path, dtype, description.metadata_of(about, left_out))
     else:
+        part = kinds.denoiser(source)
+        word, own = kinds.DENOISERS[part], portable.of_part(state, part)
         texts = _change_of_texts(source, state)
-        unet = portable.of_part(state, "unet")
-        if texts and not unet:
+        if texts and not own:
+            whole = "to=checkpoint or to=diffusers" if part == "unet" else "to=diffusers"
             raise UserError(
-                f"this run changed the text encoder and not the U-Net, and to={to} holds only the U-Net's change: give "
-                "to=checkpoint or to=diffusers."
+                f"this run changed the text encoder and not the {word}, and to={to} holds only the {word}'s change: "
+                f"give {whole}."
             )
-        base = portable.base_unet(source)
-        found = portable.lora_of(base, unet, options.rank, options.error)
+        base = portable.base_denoiser(source, portable.touched(own))
+        found = portable.lora_of(base, own, options.rank, options.error)
         error = found.error
         if texts:
             left_out["change of the text encoder"] = (
-                f"to={to} holds only the U-Net's change; it is {texts:.1%} of the text encoder's weights (Frobenius)"
+                f"to={to} holds only the {word}'s change; it is {texts:.1%} of the text encoder's weights (Frobenius)"
             )
         if found.left_out:
             share = sum(found.left_out.values()) ** 0.5
@@ -201,9 +213,8 @@ def _weights(
             )
         path = out / (f"{about.name}.safetensors" if to == "kohya" else LORA_FILE)
         metadata = description.metadata_of(about, left_out, found.ranks)
-        portable.save_lora(
-            found.lora, path, to, dtype, metadata, portable.lora_names(base, to, portable.kind_of(source))
-        )
+        names = portable.lora_names(folder.weights(source, part), to, portable.kind_of(source))
+        portable.save_lora(found.lora, path, to, dtype, metadata, names)
         ranks = sorted(found.ranks.values())
         spread = f"rank {ranks[-1]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
         said = "LoRA of %s on %d layers; it misses %.2f%% of the change"
@@ -260,13 +271,17 @@ def _notes(made: Exported) -> dict[str, str]:
     return notes
 
 
-def _names(to: Form, out: Path, path: Path, about: description.Description, options: Options) -> dict[str, str]:
-    folder = out.resolve().name
-    place = folder if re.fullmatch(r"[\w .()+-]+", folder) else paths.as_file_name(folder)
+def _names(
+    to: Form, out: Path, path: Path, about: description.Description, options: Options, lacks: Iterable[str]
+) -> dict[str, str]:
+    """lacks: parts that from_pretrained must be told to leave out."""
+    name = out.resolve().name
+    place = name if re.fullmatch(r"[\w .()+-]+", name) else paths.as_file_name(name)
     pipeline = "StableDiffusionXLPipeline" if about.kind == "xl" else "StableDiffusionPipeline"
     return {
         "place": options.push or place,
-        "variant": f', variant="{options.variant}"' if options.variant else "",
+        "keywords": (f', variant="{options.variant}"' if options.variant else "")
+        + "".join(f", {part}=None" for part in lacks),
         "file": path.name,
         "stem": path.stem,
         "pipeline": pipeline,

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from realera.backbones import folder, original_layout, portable
+from realera.backbones import folder, kinds, original_layout, portable
 from realera.contracts import Prompt
 from realera.runs import steps
 from realera.runs.folders import Run
@@ -26,7 +26,7 @@ def distance(
     run: Run, source: Path, state: Mapping[str, Tensor], to: str, path: Path, images: int | None, name: str
 ) -> float | None:
     """Mean absolute difference in grey levels (0 to 255) between images of the run and of the file, the same prompts
-    and seeds; only the U-Net and the text encoders differ. The prompts are the task's own, half of them with the
+    and seeds; only the denoiser and the text encoders differ. The prompts are the task's own, half of them with the
     concept. None if no images are asked for.
 
     source: the base model's folder. state: of the run's erased.safetensors. images: None = `USUAL` on a GPU or for
@@ -56,20 +56,23 @@ def distance(
 
 
 def exported_weights(source: Path, to: str, path: Path) -> dict[str, Tensor]:
-    """{"edit.<name>": weight} of U-Net and text encoders as a reader of the file gets them, float32, for
+    """{"edit.<name>": weight} of denoiser and text encoders as a reader of the file gets them, float32, for
     `Backbone.load_erased`."""
-    base = portable.base_unet(source)
+    part = kinds.denoiser(source)
     texts: dict[str, Tensor] = {}
     if to in ("diffusers", "checkpoint"):
         texts = _text_weights(source, to, path)
     if to == "diffusers":
-        found = portable.part_state(path, "unet")
+        base, found = portable.base_denoiser(source), portable.part_state(path, part)
     elif to == "checkpoint":
+        base = portable.base_denoiser(source)
         prefixes = original_layout.unet_names(base)
         with safe_open(path, "pt") as reader:
             found = {name: reader.get_tensor(there) for name, there in prefixes.items()}
     else:
-        changes = portable.read_lora(path, to, portable.lora_names(base, to, portable.kind_of(source)))
+        names = portable.lora_names(folder.weights(source, part), to, portable.kind_of(source))
+        changes = portable.read_lora(path, to, names)
+        base = portable.base_denoiser(source, changes)
         found = {name: (base[name].double() + change).float() for name, change in changes.items()}
     changed = {name: value.float() for name, value in found.items() if not torch.equal(value, base[name])}
     return {f"{portable.EDIT}{name}": value for name, value in {**changed, **texts}.items()}
@@ -84,7 +87,9 @@ def _text_weights(source: Path, to: str, path: Path) -> dict[str, Tensor]:
     else:
         with safe_open(path, "pt") as reader:
             stored = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
-        found = original_layout.text_parts(stored, portable.kind_of(source), bases)
+        kind = portable.kind_of(source)
+        assert kind is not None, "a transformer has no such layout"
+        found = original_layout.text_parts(stored, kind, bases)
     return {
         f"{part}.{name.removeprefix('text_model.')}": found[part][name].float()
         for part, base in bases.items()

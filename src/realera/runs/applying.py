@@ -1,4 +1,4 @@
-"""Applies maps to checkpoints on disk (the command `apply`): reads one, changes its U-Net and writes a new folder.
+"""Applies maps to checkpoints on disk (the command `apply`): reads one, changes its denoiser and writes a new folder.
 
 The new folder has realera_applied.json, which says what was applied in which order, so that the same map is not applied
 twice without notice and can be taken off again.
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from realera import __version__, paths
-from realera.backbones import folder, portable, text_marks
-from realera.contracts import UserError
+from realera.backbones import folder, kinds, portable, text_marks
+from realera.contracts import JOINT, KEYS, VALUES, UserError
 from realera.files import headers, json_shapes, plain_data
 from realera.runs import sources
 from realera.training import maps
@@ -70,10 +70,10 @@ class Application:
             for one, weight in zip(self.maps, self.weights, strict=True)
         ]
 
-    def factors(self) -> tuple[dict[str, Tensor], float]:
+    def factors(self, joint: bool = False) -> tuple[dict[str, Tensor], float]:
         """{suffix of layers: the matrix to multiply their weights by}, and its condition number if it is an inverse
-        (else 1). Raises UserError if the maps do not fit together or cannot be taken off."""
-        total = maps.composed(self.maps, self.weights)
+        (else 1). joint: for a transformer. Raises UserError if the maps do not fit together or cannot be taken off."""
+        total = maps.composed(self.maps, self.weights, joint)
         return maps.inverse(total) if self.remove else (total, 1.0)
 
     def warn(self) -> None:
@@ -124,7 +124,12 @@ def apply_to(pretrained: str, out: Path, applied: Application) -> bool:
         raise UserError(f"out={out} is the current folder, which is replaced as a whole: give a new folder as out.")
     if applied.check:
         refuse_other_text(applied, text_marks.of_folder(place), pretrained)
-    factors, condition = applied.factors()
+    if (kind := kinds.of(place)) == kinds.ONE_CLIP:
+        raise UserError(
+            f"{pretrained} is a Stable Diffusion 3 with one text encoder, and diffusers has no pipeline for it: give "
+            "one with two text encoders, a FLUX or a U-Net's checkpoint."
+        )
+    factors, condition = applied.factors(joint=kind != kinds.UNET)
     refuse_other_width(place, applied.maps[0].width)
     if applied.remove:
         refuse_loss(place, condition)
@@ -144,28 +149,31 @@ def apply_to(pretrained: str, out: Path, applied: Application) -> bool:
 
 
 def refuse_other_width(place: Path, width: int) -> None:
-    """Raises UserError if a cross-attention layer of the U-Net reads text states of another width."""
-    found = {
-        stored.shape[1]
-        for file in folder.part_files(place, "unet")[1]
-        for name, stored in headers.tensors(file).items()
-        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
-    }
+    """Raises UserError if a layer of the denoiser that takes a map reads text states of another width."""
+    found = {stored.shape[1] for stored in _readers(place)}
     if found != {width}:
         said = " and ".join(map(str, sorted(found))) or "none"
+        word = kinds.DENOISERS[kinds.denoiser(place)]
         raise UserError(
-            f"The map is for text states of width {width} and the U-Net in {str(place)!r} reads the width {said}: "
+            f"The map is for text states of width {width} and the {word} in {str(place)!r} reads the width {said}: "
             "give a checkpoint with the map's text encoder."
         )
+
+
+def _readers(place: Path) -> list[headers.Stored]:
+    """The weights of the layers that take a map."""
+    part = kinds.denoiser(place)
+    ends = (f"{KEYS}.weight", f"{VALUES}.weight") if part == "unet" else (f"{JOINT}.weight",)
+    files = folder.part_files(place, part)[1]
+    return [stored for file in files for name, stored in headers.tensors(file).items() if name.endswith(ends)]
 
 
 def refuse_loss(place: Path, condition: float) -> None:
     """Raises UserError if taking a map off would multiply the rounding of the stored weights beyond `LOSS`; otherwise
     logs its bound."""
-    shard = folder.part_files(place, "unet")[1][0]
-    kinds = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-    stored = [one.dtype for name, one in headers.tensors(shard).items() if name.endswith("attn2.to_v.weight")]
-    dtype = kinds.get(stored[0], torch.float32) if stored else torch.float32
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    stored = _readers(place)
+    dtype = dtypes.get(stored[0].dtype, torch.float32) if stored else torch.float32
     loss = condition * torch.finfo(dtype).eps / 2
     if loss > LOSS:
         raise UserError(

@@ -66,7 +66,7 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
 def _trained_weights(model: Path, network: str) -> Mapping[str, int]:
     """{name of a weight: number of its axes} of the network that is trained, named as `Backbone.trained` names it."""
     if network == "denoiser":
-        return folder.weights(model, "unet" if kinds.of(model) == kinds.UNET else "transformer")
+        return folder.weights(model, kinds.denoiser(model))
     texts = [part for part in folder.models(model) if part.startswith("text_encoder")]
     return {
         f"{part}.{name.removeprefix('text_model.')}": axes

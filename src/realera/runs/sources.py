@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from realera import paths
-from realera.backbones import folder, single_file
+from realera.backbones import folder, kinds, single_file
 from realera.contracts import UserError
 from realera.runs import folders
 
@@ -77,7 +77,7 @@ def expanded(given: Any) -> tuple[list[str], bool]:
         if not right:
             raise UserError(
                 f"pretrained={one} matches {len(matched)} paths, and none of them is a checkpoint (a diffusers folder "
-                "with a unet, or one .safetensors file in the original layout): give another pattern."
+                "with a unet or a transformer, or one .safetensors file in the original layout): give another pattern."
             )
         if left := [path for path in matched if path not in right and (path.is_dir() or path.suffix == SUFFIX)]:
             log.info("%s: %d paths that are no checkpoints are left out, such as %s", one, len(left), left[0])
@@ -91,7 +91,7 @@ def _is_checkpoint(path: Path) -> bool:
             return single_file.kind_of(path) is not None
         except UserError:
             return False
-    return (path / "unet" / "config.json").is_file()
+    return any((path / part / "config.json").is_file() for part in kinds.DENOISERS)
 
 
 def located(pretrained: str) -> Path:

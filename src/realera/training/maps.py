@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from realera.closed_form import compose, interpolate
-from realera.contracts import KEYS, PROJECTIONS, VALUES, UserError
+from realera.contracts import JOINT, KEYS, PROJECTIONS, VALUES, UserError
 from realera.files import checksums, json_shapes, plain_data
 from realera.settings.run_settings import MethodSettings, Settings
 from realera.training.checkpoint import read_map_whole
@@ -126,9 +126,9 @@ def _shortened(name: str) -> str:
 # --- what is applied -------------------------------------------------------------------------------------------------
 
 
-def composed(maps: Sequence[Map], weights: Sequence[float]) -> dict[str, Tensor]:
-    """{suffix of layers: M1 M2 ... (D, D) float64} of the weighted maps, each on its own projections. Raises UserError
-    if they have different widths."""
+def composed(maps: Sequence[Map], weights: Sequence[float], joint: bool = False) -> dict[str, Tensor]:
+    """{suffix of layers: M1 M2 ... (D, D) float64} of the weighted maps, each on its own projections. joint: for a
+    transformer, whose one layer `JOINT` takes every map. Raises UserError if they have different widths."""
     if len(widths := {one.width for one in maps}) > 1:
         raise UserError(
             f"The maps are of text states of the widths {' and '.join(map(str, sorted(widths)))}, so they belong to "
@@ -137,7 +137,7 @@ def composed(maps: Sequence[Map], weights: Sequence[float]) -> dict[str, Tensor]
     total: dict[str, Tensor] = {}
     for one, weight in zip(maps, weights, strict=True):
         matrix = interpolate(one.matrix, weight)
-        for suffix in one.projections:
+        for suffix in (JOINT,) if joint else one.projections:
             total[suffix] = compose(matrix, total[suffix]) if suffix in total else matrix
     return total
 
