@@ -210,7 +210,7 @@ def test_a_change_of_high_rank_is_refused_with_its_rank(
     monkeypatch.setattr(portable, "MOST", 4)
     state = {f"edit.{VALUE}": torch.randn(base[VALUE].shape, generator=torch.Generator().manual_seed(1))}
     run = made(monkeypatch, tmp_path / "run", state)
-    with pytest.raises(UserError, match=r"needs rank \d\d+ .*attn2.to_v.*to=checkpoint"):
+    with pytest.raises(UserError, match=r"needs rank \d\d+ .*attn2.to_v.*to=diffusers"):
         forms.export(run, "kohya", tmp_path / "out", NOT_DRAWN)
     assert not (tmp_path / "out").exists()
 
@@ -383,7 +383,7 @@ def test_a_run_that_changed_biases_alone_has_no_lora(
     rank: Any, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = made(monkeypatch, tmp_path / "run", {f"edit.{BIAS}": base[BIAS].float() + 1})
-    with pytest.raises(UserError, match=r"biases and norms alone.*to=checkpoint"):
+    with pytest.raises(UserError, match=r"biases and norms alone.*to=diffusers"):
         forms.export(run, "lora", tmp_path / "out", forms.Options(verify=0, rank=rank))
     assert not (tmp_path / "out").exists()
 

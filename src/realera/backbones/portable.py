@@ -192,9 +192,7 @@ def lora_of(
     if not changed:
         raise UserError("this run changed nothing, so there is no LoRA to export.")
     if max(changed.values()) < 2:
-        raise UserError(
-            "this run changed biases and norms alone, which a LoRA cannot hold: give to=checkpoint or to=diffusers."
-        )
+        raise UserError("this run changed biases and norms alone, which a LoRA cannot hold: give to=diffusers.")
     if not any(key.startswith(EDIT) for key in erased) and rank in (None, "auto"):
         return Approximated(adapters(erased), 0.0, {})
     if isinstance(rank, int):
@@ -208,12 +206,12 @@ def lora_of(
     if rank is None:
         raise UserError(
             f"this run changed the weights themselves, not by a LoRA alone: rank=auto gives a LoRA of rank {most} with "
-            f"an error of at most {error:.1%} in each layer, to=checkpoint or to=diffusers the exact weights."
+            f"an error of at most {error:.1%} in each layer, to=diffusers the exact weights."
         )
     if most > MOST:
         raise UserError(
             f"a LoRA with an error of at most {error:.1%} in each layer needs rank {most} ({where}): give "
-            "to=checkpoint or to=diffusers, which are exact, a larger error=, or a rank= whose error you accept (it is "
+            "to=diffusers, which is exact, a larger error=, or a rank= whose error you accept (it is "
             "printed)."
         )
     return low_rank(changes(base, erased), None, error)

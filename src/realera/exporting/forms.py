@@ -194,10 +194,9 @@ def _weights(
         word, own = kinds.DENOISERS[part], portable.of_part(state, part)
         texts = _change_of_texts(source, state)
         if texts and not own:
-            whole = "to=checkpoint or to=diffusers" if part == "unet" else "to=diffusers"
             raise UserError(
                 f"this run changed the text encoder and not the {word}, and to={to} holds only the {word}'s change: "
-                f"give {whole}."
+                "give to=diffusers."
             )
         base = portable.base_denoiser(source, portable.touched(own))
         found = portable.lora_of(base, own, options.rank, options.error)
@@ -239,8 +238,7 @@ def _map(run: Run, out: Path, about: description.Description) -> Exported:
     """Writes the run's closed form: W = W0 @ map."""
     if not (run.folder / paths.MAP).is_file():
         raise UserError(
-            f"{run.folder} has no {paths.MAP}, because its method has no single-matrix closed form: give to=diffusers "
-            "or to=checkpoint."
+            f"{run.folder} has no {paths.MAP}, because its method has no single-matrix closed form: give to=diffusers."
         )
     preflight.check_map(run.folder / paths.MAP)
     map_files.write(run, out / paths.MAP)
