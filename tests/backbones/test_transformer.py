@@ -13,6 +13,7 @@ from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from torch import Tensor
 
 from folders import copied
+from quick import slow_unless
 from realera.backbones import mmdit, reading
 from realera.backbones.sampling import start_noise
 from realera.backbones.transformer import TransformerBackbone
@@ -109,7 +110,7 @@ def test_tokens_for_attacks(new_transformer: Make) -> None:
         new_transformer("flux").token_embeddings()
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", slow_unless(["sd3", "flux"], "flux"))
 def test_a_guide_gets_velocities(kind: str, new_transformer: Make) -> None:
     """SLD step by step, with one pass for each text."""
     backbone = new_transformer(kind)
@@ -256,7 +257,7 @@ def test_targets_may_have_wildcards(new_transformer: Make) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", slow_unless(["sd3", "flux"], "flux"))
 def test_the_first_blocks_reading_is_its_jacobian(kind: str, new_transformer: Make) -> None:
     """Beside autograd through the block's norm and projection, row by row."""
     backbone = new_transformer(kind)
@@ -305,7 +306,7 @@ def test_a_single_rows_reading_is_exact() -> None:
     torch.testing.assert_close(found, total, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", slow_unless(["sd3", "flux"], "flux"))
 def test_other_readings(kind: str, new_transformer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     (embedder,) = new_transformer(kind, reading="embedder").text_readers()
     assert torch.equal(embedder, new_transformer(kind).network.state_dict()["context_embedder.weight"])
@@ -321,7 +322,7 @@ def test_other_readings(kind: str, new_transformer: Make, monkeypatch: pytest.Mo
 # --- offloading ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", slow_unless(["sd3", "flux"], "flux"))
 def test_offloaded_blocks_give_the_same_images_and_gradients(
     kind: str, new_transformer: Make, tiny_transformers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

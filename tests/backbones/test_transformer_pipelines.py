@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import realera
+from quick import slow_unless
 from realera.backbones import transformer_pipelines
 from realera.contracts import UserError
 
@@ -30,7 +31,7 @@ def drawn(pipe: Any) -> Any:
     return pipe("a photo of a cat", generator=generator, **given).images
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux"])
+@pytest.mark.parametrize("kind", slow_unless(["sd3", "flux"], "flux"))
 def test_an_erasure_in_memory(kind: str, tiny_transformers: Folders, tmp_path: Path) -> None:
     pipe = opened(tiny_transformers(kind))
     before, first = drawn(pipe), {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
@@ -51,6 +52,7 @@ def test_an_erasure_in_memory(kind: str, tiny_transformers: Folders, tmp_path: P
     assert again.draw("a photo of a cat", 3)[0].tobytes() == image.tobytes()
 
 
+@pytest.mark.slow
 def test_a_lora_is_merged_into_the_text_layers(tiny_transformers: Folders) -> None:
     pipe = opened(tiny_transformers("flux"))
     first = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}

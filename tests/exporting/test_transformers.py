@@ -15,6 +15,7 @@ from torch import Tensor
 
 import realera
 from folders import copied
+from quick import slow_unless
 from realera import apply as command
 from realera import paths
 from realera.backbones import folder, kinds, pipelines, portable, text_marks
@@ -74,7 +75,7 @@ def trained(kind: str, place: Path) -> realera.Erased:
 # --- files for other programs ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_unless(KINDS, "flux"))
 def test_a_lora_is_read_by_diffusers_and_has_names_that_comfyui_knows(
     kind: str, tiny_transformers: Folders, tmp_path: Path
 ) -> None:
@@ -106,7 +107,7 @@ def _block_layers(rule: dict[str, Any], config: Any) -> list[tuple[str, str]]:
     return [(f"{name}.{i}", own) for name, layers in rule.items() for i in range(counts[name]) for own in layers]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "sd3-without-t5"])
+@pytest.mark.parametrize("kind", slow_unless([*KINDS, "sd3-without-t5"], "sd3-without-t5"))
 def test_a_pipeline_folder_is_read_by_diffusers(
     kind: str, tiny_transformers: Folders, runs: Callable[[str], tuple[Path, Weights]], tmp_path: Path
 ) -> None:
