@@ -35,6 +35,7 @@ from realera.contracts import (
 from realera.files import finite
 from realera.files.cache_costs import cached
 from realera.methods.esd import NORMS
+from realera.methods.inverted import learned_vector
 from realera.methods.latents import AnchorBank, noised
 from realera.methods.rollout import Rollout
 from realera.methods.texts import join, predict, repeat, take
@@ -185,27 +186,29 @@ class ThoroughSearch:
     ) -> Tensor:
         """The attacking half of a round: the vector (1, D)."""
         generator = Generator().manual_seed((seed * STREAMS + 2 * number + 1) % 2**63)
-        vector = backbone.token_vectors(self.start)[-1:].clone().requires_grad_(True)
-        optimizer = torch.optim.AdamW([vector], lr=self.invert_lr, weight_decay=self.weight_decay)
         bank = self.images.banks[concept]
         whole = self.images.images  # with `flip` the mirrored images follow
         share = max(1, whole // self.rounds)
-        task = None if bar is None else bar.add_task(printable(f"Inverting '{name}'"), total=self.invert_steps)
-        for step in range(1, self.invert_steps + 1):
+
+        def images(generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
             chosen = (number * share + torch.randint(share, (self.images.batch,), generator=generator)) % whole
             if self.images.flip:
                 chosen = chosen + whole * torch.randint(2, (len(chosen),), generator=generator)
-            z_t, t, noise = noised(backbone, bank, chosen, generator)
-            template = self.templates[int(torch.randint(len(self.templates), (1,), generator=generator))]
-            with torch.enable_grad():
-                texts = backbone.encode([NamedPrompt.of(template, name)], vectors=vector)
-                loss = mse_loss(predict(backbone, z_t, t, repeat(texts, 0, len(z_t))), noise.float())
-                self._refuse_bad(loss, step, "invert_lr")
-                (vector.grad,) = torch.autograd.grad(loss, [vector])
-            optimizer.step()
-            if bar is not None and task is not None:
-                bar.advance(task)
-        return vector.detach()
+            return noised(backbone, bank, chosen, generator)
+
+        return learned_vector(
+            backbone,
+            name,
+            images,
+            self.templates,
+            self.start,
+            self.invert_steps,
+            self.invert_lr,
+            self.weight_decay,
+            generator,
+            "method.latents.search.invert_lr",
+            bar,
+        )
 
     @staticmethod
     def _refuse_bad(loss: Tensor, step: int, setting: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from realera import paths, value_space
 from realera.closed_form import FEW
 from realera.contracts import PROJECTIONS, Backbone, Edit, Neighbours, Pair, TextStates, UserError
+from realera.methods.inverted import AdversarialRounds
 from realera.methods.priors import caption_rows
 from realera.mining.band import Rows
 from realera.mining.sampling import align_rows, counted_rows
@@ -51,7 +52,9 @@ class ValueSpaceErasure:
     concept that are projected out: 1 = the mean row's shift to the anchor's; more = also the directions around this
     shift in which the rows of its prompts differ most from the anchor's (`value_space.further_directions`).
     mined_price: weight of the mined neighbours, if there are any: 0 = none; more = texts that draw the concept are read
-    more like it, other texts are read less (`value_space.fitted`).
+    more like it, other texts are read less (`value_space.fitted`). search: adversarial rounds; each finds one state h
+    per concept that still draws it, and adds M h - a to X and the reading of M h to U, M being the projection so far.
+    None = no rounds.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class ValueSpaceErasure:
         tolerance: NonNegative = 0.0,
         directions: Directions = 1,
         mined_price: NonNegative = 1.0,
+        search: AdversarialRounds | None = None,
     ) -> None:
         self.projections = projections
         self.read: Read = projections if read is None else read
@@ -85,6 +89,7 @@ class ValueSpaceErasure:
         self.tolerance = tolerance
         self.directions = directions
         self.mined_price = mined_price
+        self.search = search
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         """neighbours: of each concept, or () without mining. Near points are read like the concept; points beyond are
@@ -128,6 +133,16 @@ class ValueSpaceErasure:
             goals = torch.cat([torch.ones(near.shape[1]), torch.zeros(beyond.shape[1])]).double()
             found[:, i] = value_space.fitted(read(columns), columns, goals, self.mined_price)
         shifts = concepts - anchors if more is None else torch.cat([concepts - anchors, more], dim=1)
+        shares: dict[str, float] = {}
+        for number in range(0 if self.search is None else self.search.rounds):
+            left, right, _ = value_space.projection(found, shifts, 1.0, self.tolerance)
+            states = self._attacked(backbone, pairs, left, right, number)
+            goals = concepts - anchors
+            size = (goals * (metric @ goals)).sum(dim=0)
+            share = ((states - anchors) * (metric @ goals)).sum(dim=0) / size
+            shares[f"share_before_round_{number + 1}"] = float(share.abs().max())
+            found = torch.cat([found, read(states - rows.mean[:, None])], dim=1)
+            shifts = torch.cat([shifts, states - anchors], dim=1)
         left, right, info = value_space.projection(found, shifts, gain, self.tolerance)
         counted = {
             "price": price,
@@ -138,10 +153,18 @@ class ValueSpaceErasure:
         }
         return Edit(
             map=torch.eye(backbone.width, dtype=torch.float64) + left @ right,
-            info={**info, **counted},
+            info={**info, **counted, **shares},
             factors=(left, right) if shifts.shape[1] <= backbone.width // FEW else None,
             projections=PROJECTIONS[self.projections],
         )
+
+    def _attacked(self, backbone: Backbone, pairs: Sequence[Pair], left: Tensor, right: Tensor, number: int) -> Tensor:
+        """(D, n): M h for the mean row h of the prompts that bring each concept back on the model with M = I + L R."""
+        assert self.search is not None
+        projection = torch.eye(backbone.width, dtype=torch.float64) + left @ right
+        edit = Edit(map=projection, projections=PROJECTIONS[self.projections])
+        texts = self.search(backbone, pairs, edit, number)
+        return projection @ torch.stack([self._mean(one) for one in texts], dim=1)
 
     def _further(self, pairs: Sequence[Pair], shifts: Tensor, metric: Tensor) -> Tensor | None:
         """(D, (directions - 1) n), each concept's columns side by side; None = only the mean shifts (D, n)."""

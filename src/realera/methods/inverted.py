@@ -1,0 +1,171 @@
+"""Token vectors learned so that they stand for a concept: textual inversion (arXiv 2208.01618) on a model as it is now.
+
+Letters: B latents, D width of a token vector, P prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Generator, Tensor
+from torch.nn.functional import mse_loss
+
+from realera import paths
+from realera.contracts import PASSES_OF_A_GRADIENT, Backbone, Concept, Edit, NamedPrompt, Pair, TextStates, UserError
+from realera.files import finite
+from realera.files.cache_costs import cached
+from realera.methods.latents import AnchorBank, noised
+from realera.methods.texts import predict, repeat
+from realera.paths import printable
+from realera.setting_types import Label, LearningRate, NonNegative, Number, Template, TrainingSteps, Whole
+from realera.system.terminal import bars_hidden
+
+Rounds = Annotated[int, Number(1, 64, whole=True)]
+Images = Callable[[Generator], tuple[Tensor, Tensor, Tensor]]  # z_t (B, C, h, w), t (B,), the noise in z_t
+STREAMS = 1_000_003  # the seeds of the rounds are this far apart
+
+
+def learned_vector(
+    backbone: Backbone,
+    name: str,
+    images: Images,
+    templates: Sequence[str],
+    start: str,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    generator: Generator,
+    setting: str,
+    bar: Progress | None = None,
+) -> Tensor:
+    """One token vector (1, D) that takes the place of `name`: `steps` steps of AdamW on the mean of
+    ||noise - eps(z_t, t, prompt)||^2. In a step the prompt is one of `templates`. The vector starts as the last token
+    vector of `start`.
+
+    setting: of the learning rate, for the error. Raises NotFinite if a loss is not finite.
+    """
+    vector = backbone.token_vectors(start)[-1:].clone().requires_grad_(True)
+    optimizer = torch.optim.AdamW([vector], lr=lr, weight_decay=weight_decay)
+    task = None if bar is None else bar.add_task(printable(f"Inverting '{name}'"), total=steps)
+    for step in range(1, steps + 1):
+        z_t, t, noise = images(generator)
+        template = templates[int(torch.randint(len(templates), (1,), generator=generator))]
+        with torch.enable_grad():
+            texts = backbone.encode([NamedPrompt.of(template, name)], vectors=vector)
+            loss = mse_loss(predict(backbone, z_t, t, repeat(texts, 0, len(z_t))), noise.float())
+            if not loss.isfinite():
+                raise finite.NotFinite(f"A loss of the search is {float(loss)} at step {step}: lower {setting}.")
+            (vector.grad,) = torch.autograd.grad(loss, [vector])
+        optimizer.step()
+        if bar is not None and task is not None:
+            bar.advance(task)
+    return vector.detach()
+
+
+class AdversarialRounds:
+    """What a closed form leaves readable, found by attack: in each of `rounds` rounds the U-Net takes the edit made so
+    far, and for every concept one token vector is learned that brings the concept back, on images of the concept by the
+    original model. The text states of its prompts are then erased as well (`ValueSpaceErasure`).
+
+    images: of the concept. steps, lr, weight_decay, start, templates: see `learned_vector`. seed: of the draws. The
+    vectors are cached in <cache>/rounds/.
+    """
+
+    def __init__(
+        self,
+        images: AnchorBank,
+        rounds: Rounds = 1,
+        steps: TrainingSteps = 1000,
+        lr: LearningRate = 5e-3,
+        weight_decay: NonNegative = 0.01,
+        start: Label = "object",
+        templates: Sequence[Template] = ("a photo of a {}",),
+        seed: Whole = 0,
+    ) -> None:
+        self.images = images
+        self.rounds, self.steps = rounds, steps
+        self.lr, self.weight_decay = lr, weight_decay
+        self.start, self.templates, self.seed = start, list(templates), seed
+        if not self.templates:
+            raise UserError("method.edit.search.templates is empty: give texts with {} where the vector goes.")
+
+    @staticmethod
+    def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
+        batch = int((settings.get("images") or {}).get("batch") or 1)
+        each = PASSES_OF_A_GRADIENT * batch * float(settings.get("steps") or 0) * int(settings.get("rounds") or 0)
+        return {f"search {concept.target}": each for concept in concepts}
+
+    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], edit: Edit, number: int) -> list[TextStates]:
+        """The prompts of each concept with the vector that round `number` found on the model with `edit`, on the
+        backbone's device. The model is as before afterwards."""
+        cache = paths.cache_dir()
+        self.images.prepare(backbone, pairs, cache, self.seed)
+        found = []
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+        )
+        with Progress(*columns, TimeRemainingColumn(), disable=bars_hidden()) as bar, edited(backbone, edit):
+            for i, pair in enumerate(pairs):
+                name = pair.concept.target
+                file = cache / "rounds" / f"{self._key(backbone, name, i, edit, number)}.safetensors"
+                vector = cached(file, "vector", backbone, partial(self._vector, backbone, name, i, number, bar))
+                with torch.no_grad():
+                    named = [NamedPrompt.of(template, name) for template in self.templates]
+                    found.append(backbone.encode(named, vectors=vector))
+        self.images.banks = []
+        return found
+
+    def _vector(self, backbone: Backbone, name: str, concept: int, number: int, bar: Progress) -> Tensor:
+        bank = self.images.banks[concept]
+
+        def images(generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+            chosen = torch.randint(len(bank), (self.images.batch,), generator=generator)
+            return noised(backbone, bank, chosen, generator)
+
+        return learned_vector(
+            backbone,
+            name,
+            images,
+            self.templates,
+            self.start,
+            self.steps,
+            self.lr,
+            self.weight_decay,
+            Generator().manual_seed((self.seed * STREAMS + number) % 2**63),
+            "method.edit.search.lr",
+            bar,
+        )
+
+    def _key(self, backbone: Backbone, name: str, concept: int, edit: Edit, number: int) -> str:
+        own = {key: value for key, value in vars(self).items() if key not in ("images", "rounds")}
+        bank = self.images.banks[concept]
+        about = [backbone.fingerprint, bank.device.type, own, name, number, self.images.batch, list(edit.projections)]
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        digest.update(bank.cpu().numpy().tobytes())
+        assert edit.map is not None
+        digest.update(edit.map.float().numpy().tobytes())  # its last digits differ with the number of threads
+        return digest.hexdigest()[:16]
+
+
+@contextmanager
+def edited(backbone: Backbone, edit: Edit) -> Iterator[None]:
+    """The cross-attention has `edit` inside this context, and its own weights again afterwards."""
+    weights = [layer.weight for layer in backbone.text_projections().values()]
+    before = [weight.detach().clone() for weight in weights]
+    backbone.apply(edit)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, weight in zip(backbone.text_projections().values(), before, strict=True):
+                layer.weight.copy_(weight)
