@@ -24,6 +24,13 @@ class TrainsErasers(Protocol):
     eraser: EraserSpec
 
 
+@runtime_checkable
+class TakesSeed(Protocol):
+    """An editor that draws at random. It gets the run's seed before its first call."""
+
+    def take_seed(self, seed: int) -> None: ...
+
+
 class Planned(Protocol):
     """A part that tells its cost before it is built, for estimates and sweep plans. Both methods are optional, for a
     part at any depth of a method's settings. settings: the part's own node. steps: steps of the backbone's sampler."""

@@ -24,7 +24,7 @@ from realera.files.cache_costs import cached
 from realera.methods.latents import AnchorBank, noised
 from realera.methods.texts import predict, repeat
 from realera.paths import printable
-from realera.setting_types import Label, LearningRate, NonNegative, Number, Template, TrainingSteps, Whole
+from realera.setting_types import Label, LearningRate, NonNegative, Number, Template, TrainingSteps
 from realera.system.terminal import bars_hidden
 
 Rounds = Annotated[int, Number(1, 64, whole=True)]
@@ -74,8 +74,8 @@ class AdversarialRounds:
     far, and for every concept one token vector is learned that brings the concept back, on images of the concept by the
     original model. The text states of its prompts are then erased as well (`ValueSpaceErasure`).
 
-    images: of the concept. steps, lr, weight_decay, start, templates: see `learned_vector`. seed: of the draws. The
-    vectors are cached in <cache>/rounds/.
+    images: of the concept. steps, lr, weight_decay, start, templates: see `learned_vector`. The vectors are cached in
+    <cache>/rounds/.
     """
 
     def __init__(
@@ -87,12 +87,11 @@ class AdversarialRounds:
         weight_decay: NonNegative = 0.01,
         start: Label = "object",
         templates: Sequence[Template] = ("a photo of a {}",),
-        seed: Whole = 0,
     ) -> None:
         self.images = images
         self.rounds, self.steps = rounds, steps
         self.lr, self.weight_decay = lr, weight_decay
-        self.start, self.templates, self.seed = start, list(templates), seed
+        self.start, self.templates = start, list(templates)
         if not self.templates:
             raise UserError("method.edit.search.templates is empty: give texts with {} where the vector goes.")
 
@@ -102,11 +101,13 @@ class AdversarialRounds:
         each = PASSES_OF_A_GRADIENT * batch * float(settings.get("steps") or 0) * int(settings.get("rounds") or 0)
         return {f"search {concept.target}": each for concept in concepts}
 
-    def __call__(self, backbone: Backbone, pairs: Sequence[Pair], edit: Edit, number: int) -> list[TextStates]:
+    def __call__(
+        self, backbone: Backbone, pairs: Sequence[Pair], edit: Edit, number: int, seed: int
+    ) -> list[TextStates]:
         """The prompts of each concept with the vector that round `number` found on the model with `edit`, on the
         backbone's device. The model is as before afterwards."""
         cache = paths.cache_dir()
-        self.images.prepare(backbone, pairs, cache, self.seed)
+        self.images.prepare(backbone, pairs, cache, seed)
         found = []
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -117,15 +118,15 @@ class AdversarialRounds:
         with Progress(*columns, TimeRemainingColumn(), disable=bars_hidden()) as bar, edited(backbone, edit):
             for i, pair in enumerate(pairs):
                 name = pair.concept.target
-                file = cache / "rounds" / f"{self._key(backbone, name, i, edit, number)}.safetensors"
-                vector = cached(file, "vector", backbone, partial(self._vector, backbone, name, i, number, bar))
+                file = cache / "rounds" / f"{self._key(backbone, name, i, edit, number, seed)}.safetensors"
+                vector = cached(file, "vector", backbone, partial(self._vector, backbone, name, i, number, seed, bar))
                 with torch.no_grad():
                     named = [NamedPrompt.of(template, name) for template in self.templates]
                     found.append(backbone.encode(named, vectors=vector))
         self.images.banks = []
         return found
 
-    def _vector(self, backbone: Backbone, name: str, concept: int, number: int, bar: Progress) -> Tensor:
+    def _vector(self, backbone: Backbone, name: str, concept: int, number: int, seed: int, bar: Progress) -> Tensor:
         bank = self.images.banks[concept]
 
         def images(generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,15 +142,24 @@ class AdversarialRounds:
             self.steps,
             self.lr,
             self.weight_decay,
-            Generator().manual_seed((self.seed * STREAMS + number) % 2**63),
+            Generator().manual_seed((seed * STREAMS + number) % 2**63),
             "method.edit.search.lr",
             bar,
         )
 
-    def _key(self, backbone: Backbone, name: str, concept: int, edit: Edit, number: int) -> str:
+    def _key(self, backbone: Backbone, name: str, concept: int, edit: Edit, number: int, seed: int) -> str:
         own = {key: value for key, value in vars(self).items() if key not in ("images", "rounds")}
         bank = self.images.banks[concept]
-        about = [backbone.fingerprint, bank.device.type, own, name, number, self.images.batch, list(edit.projections)]
+        about = [
+            backbone.fingerprint,
+            bank.device.type,
+            own,
+            name,
+            number,
+            seed,
+            self.images.batch,
+            list(edit.projections),
+        ]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         digest.update(bank.cpu().numpy().tobytes())
         assert edit.map is not None

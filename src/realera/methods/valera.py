@@ -90,6 +90,11 @@ class ValueSpaceErasure:
         self.directions = directions
         self.mined_price = mined_price
         self.search = search
+        self.seed = 0
+
+    def take_seed(self, seed: int) -> None:
+        """The run's seed, of the adversarial rounds."""
+        self.seed = seed
 
     def __call__(self, backbone: Backbone, pairs: Sequence[Pair], neighbours: Sequence[Neighbours]) -> Edit:
         """neighbours: of each concept, or () without mining. Near points are read like the concept; points beyond are
@@ -163,7 +168,7 @@ class ValueSpaceErasure:
         assert self.search is not None
         projection = torch.eye(backbone.width, dtype=torch.float64) + left @ right
         edit = Edit(map=projection, projections=PROJECTIONS[self.projections])
-        texts = self.search(backbone, pairs, edit, number)
+        texts = self.search(backbone, pairs, edit, number, self.seed)
         return projection @ torch.stack([self._mean(one) for one in texts], dim=1)
 
     def _further(self, pairs: Sequence[Pair], shifts: Tensor, metric: Tensor) -> Tensor | None:

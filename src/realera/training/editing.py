@@ -20,6 +20,7 @@ from realera.costs import Meter
 from realera.files import finite
 from realera.files.cache_costs import collect_costs
 from realera.files.plain_data import json_text
+from realera.method_roles import TakesSeed
 from realera.paths import EDIT_INFO, MAP, NEIGHBOURS
 from realera.system.disk import write_text
 from realera.training import maps
@@ -114,6 +115,8 @@ class Editing:
         if isinstance(miner, ReadsModelFirst):
             miner.prepare(backbone, self.pairs)
         if method.edit is not None:
+            if isinstance(method.edit, TakesSeed):
+                method.edit.take_seed(self.seed)
             with self.meter.stage("edit"), collect_costs() as found:
                 if method.neighbours is not None:
                     self.mined = Mined(method.neighbours, self.pairs, self.seed)
