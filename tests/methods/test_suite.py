@@ -241,7 +241,7 @@ def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_metho
     original = new_backbone()
     # Random points around one concept also change the other, in text states of width 32.
     plain = ("neighbours=null",) if load_method(name).neighbours is not None else ()
-    plain += TO_ANCHOR.get(name, ("edit.ridge=0.01",))
+    plain += TO_ANCHOR.get(name, ("edit.ridge=0.01",) if "ridge" in PARTS[name].edit else ())
     plain += ("edit.projections=both",) if "space" in PARTS[name].edit else ()
     plain += ("edit.guide=null",) if "guide" in PARTS[name].edit else ()  # the anchor is the guide
     plain += ("align.steps=0",) if name in FUSED else ()  # the training does not lead to an anchor

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -78,6 +78,8 @@ class AdversarialRounds:
     <cache>/rounds/.
     """
 
+    learns_vectors: ClassVar[bool] = True
+
     def __init__(
         self,
         images: AnchorBank,
@@ -106,6 +108,7 @@ class AdversarialRounds:
     ) -> list[TextStates]:
         """The prompts of each concept with the vector that round `number` found on the model with `edit`, on the
         backbone's device. The model is as before afterwards."""
+        backbone.token_vectors(self.start)  # a backbone without them refuses here, before images are drawn
         cache = paths.cache_dir()
         self.images.prepare(backbone, pairs, cache, seed)
         found = []

@@ -39,14 +39,16 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
                 f"{at}.scheduler={sampler.get('scheduler', 'ddim')} is not possible with backbone {backbone.name}: "
                 f"choose {'euler' if flow else 'ddim or dpm++'}."
             )
-    if not align.steps:
-        return
-    if kinds.of(model) in (kinds.SD3, kinds.FLUX) and any(map(_learns_vectors, _parts(settings.method.node))):
+    parts = settings.method.node
+    used = parts if align.steps else {part: parts.get(part) for part in ("edit", "finish")}
+    if kinds.of(model) in (kinds.SD3, kinds.FLUX) and any(map(_learns_vectors, _parts(used))):
         raise UserError(
             f"method {settings.method.name} puts learned vectors in place of a name's tokens, and the text encoders of "
             f"backbone {backbone.name} split a name into different numbers of tokens: choose a method such as realera, "
             "esd-x or uce."
         )
+    if not align.steps:
+        return
     axes = _trained_weights(model, str(fact(str(align.target), "network", "denoiser")))
     if align.lora:
         layers = [name.removesuffix(".weight") for name in axes if axes[name] > 1 and name.endswith(".weight")]

@@ -161,7 +161,9 @@ def _unknown_option(missing: str, options: Iterable[str]) -> str:
         return f"there is no config '{missing}' in {paths.CONF_DIR} or in a --config-dir: check the spelling."
     if group in PLUGINS and option in PLUGINS[group]:
         return f"{group}={option} is not installed: pip install 'realera[sweeps]' (in a checkout: '.[sweeps]')."
-    return f"there is no {group} '{option}'{did_you_mean(option, known) or ';'} known: {', '.join(known)}."
+    near = did_you_mean(option, known)
+    own = "" if near else " One of your own needs --config-dir FOLDER (from Python: see docs/commands.md)."
+    return f"there is no {group} '{option}'{near or ';'} known: {', '.join(known)}.{own}"
 
 
 def _unreadable(override: str) -> str:

@@ -39,7 +39,7 @@ METHOD = "realera.contracts.Method"
 LISTS = ("Sequence", "list", "List", "tuple", "Tuple", "Iterable", "Collection", "set", "Set", "frozenset")
 MAPS = ("Mapping", "dict", "Dict", "MutableMapping")
 WRAPPERS = ("Final", "Required", "NotRequired", "InitVar")
-SPELLING = "; check the spelling, and that its library is installed."
+SPELLING = "; check the spelling, and that its library is installed (your own code: that PYTHONPATH has its folder)."
 WHOLE, OPEN = Look(), Look(whole=False)
 
 
