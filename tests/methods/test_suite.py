@@ -26,6 +26,7 @@ METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 PARTS: dict[str, Any] = {name: method_settings(name) for name in METHODS}
 NO_WEIGHTS = [name for name in METHODS if not any(PARTS[name].get(p) for p in ("edit", "align", "finish"))]
 RANDOM = [name for name in METHODS if PARTS[name].get("neighbours") or PARTS[name].get("align")]
+RANDOM += [name for name in METHODS if (PARTS[name].get("edit") or {}).get("search")]
 ALIGNED = [name for name in METHODS if PARTS[name].get("align")]
 EDITED = [name for name in METHODS if PARTS[name].get("edit")]
 FUSED = [name for name in METHODS if PARTS[name].get("finish")]  # the trained LoRA is fused into the weights

@@ -141,10 +141,11 @@ class ValueSpaceErasure:
         shares: dict[str, float] = {}
         for number in range(0 if self.search is None else self.search.rounds):
             left, right, _ = value_space.projection(found, shifts, 1.0, self.tolerance)
-            states = self._attacked(backbone, pairs, left, right, number)
             goals = concepts - anchors
             size = (goals * (metric @ goals)).sum(dim=0)
-            share = ((states - anchors) * (metric @ goals)).sum(dim=0) / size
+            states = self._attacked(backbone, pairs, left, right, number)
+            states = torch.where(size > 0, states, anchors)  # a concept that is its own anchor stays as it is
+            share = ((states - anchors) * (metric @ goals)).sum(dim=0) / size.clamp(min=1e-300)
             shares[f"share_before_round_{number + 1}"] = float(share.abs().max())
             found = torch.cat([found, read(states - rows.mean[:, None])], dim=1)
             shifts = torch.cat([shifts, states - anchors], dim=1)
