@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
 HERE=experiments/tuning_rivals
 RUNS=${RUNS:-runs/tuning_rivals}
-METHODS=${METHODS:-uce rece speed oce leace sld realera-text realera-value realera-value-teacher valera valera-robust mace ac fmn sa spm esd-x esd-u}
+METHODS=${METHODS:-uce rece speed oce leace sld realera-text realera-value realera-value-teacher valera valera-rounds mace ac fmn sa spm esd-x esd-u}
 TASKS=${TASKS:-object celebrity nsfw}
 
 search() { # settings..., each with its values; the label names them
@@ -59,7 +59,7 @@ for task in $TASKS; do
       search method.neighbours.s_lo=0.2,0.7 method.neighbours.n=25,100 method.align.lr=3e-4,1e-3
       ;;
     realera-text) search method.neighbours.s_lo=0.2,0.7 method.neighbours.n=25,100 method.align.lr=3e-4,1e-3 ;;
-    valera-robust) search method.edit.search.rounds=1,2,3,4 method.edit.gain=1,1.1 ;;
+    valera-rounds) search method.edit.search.rounds=1,2,3,4 method.edit.gain=1,1.1 ;;
     valera) search method.edit.price=1,10 method.edit.gain=1,1.05,1.1,1.2 ;;
     uce) search method.edit.rows=last,suffix_2023 method.edit.ridge=0.05,0.5,5,50 ;;
     rece) search method.edit.rounds=1,3 method.edit.lambda_norm=0.1,0.01 "method.edit.guide=' ',null" ;;

@@ -23,7 +23,7 @@ from realera.training.fit import fit
 
 METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 ATTENTION = ("fmn", "mace", "mace-ablation", "receler")  # their losses read cross-attention maps
-VECTORS = ("advunlearn", "stereo", "valera-robust")  # they put vectors in place of tokens, which needs one text encoder
+VECTORS = ("advunlearn", "stereo", "valera-rounds")  # they put vectors in place of tokens, which needs one text encoder
 IMPOSSIBLE = ("fmn", "receler")
 TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 TEXTS, SEEDS = ["a photo of a cat", "an airplane in the sky"], [3, 8]

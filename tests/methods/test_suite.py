@@ -39,11 +39,11 @@ ALONE = {  # settings without the terms that do other things than erase
     "advunlearn": ("latents.retained=0",),
     "stereo": ("latents.search.rounds=0", "latents.anchors=['{}']"),
 }
-MERGED = {"leace", "valera", "valera-robust"}  # the concept and its anchor become equal, but the anchor may change
+MERGED = {"leace", "valera", "valera-rounds"}  # the concept and its anchor become equal, but the anchor may change
 ROTATED = {"oce"}  # the concept is rotated away from itself, not to an anchor, and no value becomes shorter
 TO_ANCHOR = {  # settings that erase two concepts in keys and values, each towards its anchor
     "valera": ("edit.projections=both", "edit.rows=concept"),
-    "valera-robust": ("edit.projections=both", "edit.rows=concept"),
+    "valera-rounds": ("edit.projections=both", "edit.rows=concept"),
     "leace": ("edit.contrast=anchor", "edit.rows=concept"),
     "speed": ("edit.projections=both", "edit.ridge=0.01"),
 }
