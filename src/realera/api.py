@@ -59,6 +59,8 @@ class Erased:
         self._undone = False
         self._number = -1
         self._state: Mapping[str, Any] = {}  # the erased weights after the fit, adapters not merged
+        self._metrics: Mapping[str, Any] = {}  # of the latest evaluation, for the model card
+        self._attacks: Mapping[str, Any] = {}  # {name: numbers}
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -176,6 +178,7 @@ class Erased:
         """
         from realera.backbones import folder as checkpoint
         from realera.exporting import forms
+        from realera.exporting.evidence import Evidence
         from realera.runs.folders import Run
 
         self._refuse_undone()
@@ -191,7 +194,7 @@ class Erased:
                     backbone.pipe.save_pretrained(source)
             else:
                 source = self._backbone.with_own_scheduler(checkpoint.locate(known[0]), Path(own) / "base")
-            return forms.export(run, to, place, chosen, source)
+            return forms.export(run, to, place, chosen, source, Evidence(self._metrics, self._attacks))
 
     def undo(self) -> DiffusionPipeline:
         """Restores the pipeline as it was before, bit for bit. Raises UserError if a later erasure is still on it."""
@@ -318,6 +321,7 @@ def erase(
 def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     """Applies the erasure in a run folder, made by `Erased.save` or by a command, to the pipeline it was made with, in
     place. Raises UserError if the folder is not a run, or a run of another model."""
+    from realera.exporting.evidence import Evidence
     from realera.runs import folders
 
     with collector.paused():
@@ -342,6 +346,8 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
         if (run.folder / name).is_file():
             shutil.copyfile(run.folder / name, own / name)
     erased = Erased(backbone, run.config, own, None)
+    measured = Evidence.if_whole(run.folder)
+    erased._metrics, erased._attacks = measured.metrics, measured.attacks
     weakref.finalize(erased, shutil.rmtree, own, ignore_errors=True)
     with backbone.in_use():
         backbone.load_erased(content.state)
@@ -396,7 +402,7 @@ def evaluate(
             judge = steps.build_judge(config, judged)
             session = Session(Run(place, config))
             steps.draw(session, backbone, judged.eval_prompts())
-            metrics = steps.judge(session, judge, judged, steps.drawn_by(backbone))
+            metrics = erased._metrics = steps.judge(session, judge, judged, steps.drawn_by(backbone))
         if folder is not None:
             import yaml
 
@@ -460,6 +466,7 @@ def attack(
             judge = steps.build_judge(config, judged)
             numbers = attacking.carry_out(Session(Run(place, config)), backbone, judged, judge, asked)
         name = asked.settings.name
+        erased._attacks = {**erased._attacks, name: numbers}
         shown = [
             (row.typed or row.said, row.shown, [row.original.uri, row.erased.uri, row.back.uri])
             for chapter in attack_rows.chapters(place)

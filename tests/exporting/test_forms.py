@@ -147,7 +147,7 @@ def test_every_form_has_the_asked_precision_and_a_card(
     }
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "apache-2.0" and "valera" in card.data.tags
-    assert "was not evaluated" in card.text and "airplane" in card.text
+    assert "was not judged" in card.text and "airplane" in card.text
 
 
 def test_without_a_precision_a_pipeline_keeps_that_of_its_base(

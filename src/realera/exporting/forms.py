@@ -19,6 +19,7 @@ from realera.backbones import folder, kinds, portable
 from realera.backbones.folder import locate, models
 from realera.contracts import UserError
 from realera.exporting import card, description, verification
+from realera.exporting.evidence import Evidence
 from realera.files import plain_data
 from realera.runs import map_files, preflight
 from realera.runs.folders import Run
@@ -93,9 +94,16 @@ class Exported:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def export(run: Run, to: Form, out: Path, options: Options = Options(), source: Path | None = None) -> Exported:
+def export(
+    run: Run,
+    to: Form,
+    out: Path,
+    options: Options = Options(),
+    source: Path | None = None,
+    evidence: Evidence | None = None,
+) -> Exported:
     """Writes the run's erasure to the folder `out`, with a model card. source: the base model's folder; None = the one
-    that the run names.
+    that the run names. evidence: the measurements for the card; None = those in the run's folder.
 
     Raises:
         UserError: the run has nothing that this form can hold, `out` has other files in it, or the hub cannot be
@@ -116,7 +124,7 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
         source = locate(run.settings.backbone.pretrained)
     if source is not None:
         _refuse_form(to, kinds.of(source), run.settings.backbone.name)
-    about = description.describe(run, source, erased.origin.fingerprint)
+    about = description.describe(run, source, erased.origin.fingerprint, evidence)
     if source is None or to == "map":
         made = _map(run, out, about)
     else:
