@@ -141,7 +141,7 @@ class Erased:
         """Writes a run folder: erased.safetensors, config.yaml and the measurements of the erasure.
 
         The commands can read it if the pipeline was loaded from a folder or a hub and was not changed since. Otherwise
-        only `realera.load` can, with the same pipeline. Raises UserError for a folder that has files in it.
+        only `realera.load` can, with the same pipeline. Raises UserError for a file, and a folder that has files in it.
         """
         import yaml
 
@@ -149,9 +149,7 @@ class Erased:
         from realera.system import disk
 
         self._refuse_undone()
-        place = arguments.path(folder, "folder")
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise UserError(f"{place} already has files in it: give a new or an empty folder.")
+        place = arguments.new_folder(folder, "folder")
         from realera.backbones.pipelines import IN_MEMORY
 
         known = self._backbone.checkpoint()
@@ -182,7 +180,7 @@ class Erased:
         from realera.runs.folders import Run
 
         self._refuse_undone()
-        place, chosen = arguments.path(out, "out"), forms.options_of(options)
+        place, chosen = arguments.folder(out, "out"), forms.options_of(options)
         known = self._backbone.checkpoint()
         with tempfile.TemporaryDirectory(prefix="realera-") as own:
             run = Run(
@@ -320,7 +318,7 @@ def erase(
 
 def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     """Applies the erasure in a run folder, made by `Erased.save` or by a command, to the pipeline it was made with, in
-    place. Raises UserError if the folder is not a run, or a run of another model."""
+    place. Raises UserError if the folder is not a run, or a run of another model, or the pipeline is still erased."""
     from realera.exporting.evidence import Evidence
     from realera.runs import folders
 
@@ -337,6 +335,10 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     if content.origin.fingerprint != backbone.fingerprint:
         known = backbone.checkpoint()
         if known is None or known[1] != content.origin.fingerprint:
+            if stacks.has_any(backbone.denoiser):
+                raise UserError(
+                    "this pipeline carries an erasure: call undo() on its object first, or load the pipeline again."
+                )
             raise UserError(
                 f"{folder} was made with another model ({content.origin.backbone}, {content.origin.fingerprint}): give "
                 "the pipeline that it was made with, unchanged."
@@ -394,9 +396,7 @@ def evaluate(
     as_erased = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node}
     config, judged = starting.named({**composed, **as_erased})
     preflight.check_judge(config)
-    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.path(folder, "folder")
-    if folder is not None and place.exists() and any(place.iterdir()):
-        raise UserError(f"{place} already has files in it: give a new or an empty folder.")
+    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.new_folder(folder, "folder")
     try:
         with _isolated(erased, progress), erased._unmerged() as backbone:
             judge = steps.build_judge(config, judged)
@@ -460,7 +460,7 @@ def attack(
     rest = {key: value for key, value in composed.items() if key not in own_keys}
     config, judged = starting.named({**rest, **kept})
     preflight.check_judge(config)
-    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.path(folder, "folder")
+    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.folder(folder, "folder")
     try:
         with _isolated(erased, progress), erased._unmerged() as backbone:
             judge = steps.build_judge(config, judged)
@@ -556,7 +556,7 @@ def _isolated(erased: Erased, progress: bool) -> Iterator[None]:
 def _cache_of(cache: bool | str | Path) -> Path | None:
     if cache is True:
         return paths.cache_dir()
-    return None if cache is False else arguments.path(cache, "cache")
+    return None if cache is False else arguments.folder(cache, "cache")
 
 
 def _device_overrides(pipe: DiffusionPipeline) -> list[str]:

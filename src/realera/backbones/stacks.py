@@ -26,6 +26,11 @@ def pop(denoiser: Any) -> None:
     _stacks[denoiser].pop()
 
 
+def has_any(denoiser: Any) -> bool:
+    """Whether a change is on this denoiser."""
+    return bool(_stacks.get(denoiser))
+
+
 def refuse_under_later(denoiser: Any, number: int) -> None:
     """Raises UserError if the change with this number is not the latest one."""
     if _stacks[denoiser][-1] != number:
