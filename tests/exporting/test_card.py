@@ -32,6 +32,7 @@ def described(evidence: Evidence, *concepts: str, anchors: tuple[str, ...] = ("f
         anchors=anchors,
         base=None,
         fingerprint="0" * 16,
+        identity="12345678",
         kind="v1",
         predicts_v=False,
         side=32,

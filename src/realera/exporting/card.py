@@ -85,6 +85,12 @@ def is_ours(written: str) -> bool:
     return head.startswith("---") and "\n- concept-erasure\n" in head and "\n- realera\n" in head
 
 
+def run_of(written: str) -> str:
+    """The identity of the run that a card is of; "" if the card is of an earlier version."""
+    found = re.search(r"^realera_run: ['\"]?([0-9a-f]+)['\"]?$", written.partition("\n---\n")[0], re.MULTILINE)
+    return found[1] if found else ""
+
+
 def _front(about: Description, form: str) -> Any:
     from huggingface_hub import ModelCardData
 
@@ -97,6 +103,8 @@ def _front(about: Description, form: str) -> Any:
     more["license"] = about.licence or "other"
     if about.licence is None:
         more |= {"license_name": "licence-of-the-base-model"}
+    if about.identity:
+        more |= {"realera_run": about.identity}
     results = _results(about)
     if results:
         more |= {"model_name": about.name, "eval_results": results}

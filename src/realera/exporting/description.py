@@ -14,6 +14,7 @@ from realera.files import plain_data
 from realera.files.headers import read_json
 from realera.runs.folders import Run
 from realera.settings import composition
+from realera.training.checkpoint import Origin
 
 ARCHITECTURE = {  # in modelspec's words
     "v1": "stable-diffusion-v1",
@@ -38,7 +39,8 @@ BUILT_IN = "apache-2.0"  # of the miniature, and of this package
 
 @dataclass(frozen=True)
 class Description:
-    """A run in words. base: the hub id, folder or file of the base model; None = the built-in miniature. kind: a key
+    """A run in words. base: the hub id, folder or file of the base model; None = the built-in miniature.
+    fingerprint, identity: of its weights and of the run, as in `checkpoint.Origin`. kind: a key
     of `ARCHITECTURE`, or "v2" ("v1" if the base model is not at hand). evidence: the run's measurements. guide: the
     class name of the part that acts while images are drawn, which no file can hold; None without one."""
 
@@ -48,6 +50,7 @@ class Description:
     anchors: tuple[str, ...]
     base: str | None
     fingerprint: str
+    identity: str
     kind: str
     predicts_v: bool
     side: int
@@ -74,9 +77,9 @@ class Description:
         return f"Erasure of {names} by {self.method}"
 
 
-def describe(run: Run, source: Path | None, fingerprint: str, evidence: Evidence | None = None) -> Description:
-    """source: the folder of the base model; None = it is not needed. fingerprint: of its content, as the erased weights
-    name it. evidence: None = that of the run's folder. Raises UserError if metrics.json is torn."""
+def describe(run: Run, source: Path | None, origin: Origin, evidence: Evidence | None = None) -> Description:
+    """source: the folder of the base model; None = it is not needed. origin: of the erased weights. evidence: None =
+    that of the run's folder. Raises UserError if metrics.json is torn."""
     settings = run.settings
     concepts = composition.build_task(run.config).concepts
     guide = settings.method.guide
@@ -86,7 +89,8 @@ def describe(run: Run, source: Path | None, fingerprint: str, evidence: Evidence
         concepts=tuple(concept.target for concept in concepts),
         anchors=tuple(concept.anchor for concept in concepts),
         base=settings.backbone.pretrained,
-        fingerprint=fingerprint,
+        fingerprint=origin.fingerprint,
+        identity=origin.identity,
         kind="v1" if source is None else _kind(source),
         predicts_v=source is not None and portable.is_v_prediction(source),
         side=settings.backbone.sampler.height,
@@ -129,6 +133,7 @@ def metadata_of(
         "realera.anchor": plain_data.json_text(about.anchors, ensure_ascii=False),
         "realera.base_model": about.base or "realera's miniature",
         "realera.base_fingerprint": about.fingerprint,
+        "realera.run": about.identity,
         "realera.seed": str(about.seed),
         "realera.left_out": plain_data.json_text(dict(left_out), ensure_ascii=False),
     }
