@@ -234,7 +234,10 @@ class Erased:
                 self.method,
             )
         self._merge_adapter()
-        self._number = stacks.push(self._backbone.denoiser)
+        from realera.training import maps
+
+        map = self.folder / paths.MAP
+        self._number = stacks.push(self._backbone.denoiser, [maps.read(map).digest] if map.is_file() else [])
 
     def _refuse_undone(self) -> None:
         if self._undone:

@@ -17,9 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from realera import paths
-from realera.backbones import original_layout, portable
+from realera.backbones import original_layout, portable, single_file
 from realera.contracts import UserError
 from realera.exporting import forms
+from realera.files import json_shapes
+from realera.runs import applying
 from realera.runs import folders as run_folders
 from realera.runs.folders import Run
 from realera.settings import composition
@@ -500,6 +502,26 @@ def test_the_current_folder_is_not_replaced(
         forms.export(run, "diffusers", Path("."), NOT_DRAWN)
     forms.export(run, "kohya", Path("."), NOT_DRAWN)  # writes single files
     assert sorted(file.name for file in Path(".").iterdir()) == ["README.md", "run.safetensors"]
+
+
+@pytest.mark.parametrize("to", ["diffusers", "checkpoint"])
+def test_a_whole_model_has_a_record_of_its_map_and_of_those_of_its_base(
+    to: forms.Form, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", rank_one(base), "method=realera")
+    forms.export(run, to, tmp_path / "none", NOT_DRAWN)
+    origin = forms.read_erased(run.erased).origin
+    checkpoint.save_map(run.folder / paths.MAP, torch.eye(2), origin, about=maps.about("x", ["airplane"], ["sky"], {}))
+    found = forms.export(run, to, tmp_path / "out", NOT_DRAWN)
+    if to == "diffusers":
+        assert not (tmp_path / "none" / paths.APPLIED).exists()
+        record = json.loads((tmp_path / "out" / paths.APPLIED).read_text())
+    else:
+        with safe_open(found.path, "pt") as reader:
+            record = json.loads(reader.metadata()[single_file.APPLIED])
+    assert json_shapes.fits(record, applying.RECORD)
+    (entry,) = record["applied"]
+    assert entry["map"] == maps.read(run.folder / paths.MAP).digest and entry["beside"] == ["LoRA"]
 
 
 @pytest.mark.slow

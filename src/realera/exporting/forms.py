@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 
 from realera import paths
-from realera.backbones import folder, kinds, portable
+from realera.backbones import folder, kinds, portable, single_file
 from realera.backbones.folder import locate, models
 from realera.contracts import UserError
 from realera.exporting import card, description, occupied, verification
 from realera.exporting.evidence import Evidence
 from realera.exporting.occupied import CARD
-from realera.runs import map_files, preflight
+from realera.runs import applying, map_files, preflight
 from realera.runs.folders import Run
 from realera.system import disk
 from realera.training import maps
@@ -193,16 +193,19 @@ def _weights(
     if about.guide:
         left_out[about.guide] = "it acts while images are drawn; only realera's own commands can apply it"
     error, path = 0.0, out
+    record = applying.of_export(run, source) if to in WHOLE else None
     if to == "diffusers":
-        portable.save_pipeline(source, state, out, dtype, options.variant, options.shard_size)
+        texts = {} if record is None else {paths.APPLIED: applying.text_of(record)}
+        portable.save_pipeline(source, state, out, dtype, options.variant, options.shard_size, texts)
     elif to == "checkpoint":
         path = _file(to, out, about)
-        portable.save_checkpoint(source, state, path, dtype, description.metadata_of(about, left_out))
+        said = {} if record is None else {single_file.APPLIED: applying.text_of(record)}
+        portable.save_checkpoint(source, state, path, dtype, {**description.metadata_of(about, left_out), **said})
     else:
         part = kinds.denoiser(source)
         word, own = kinds.DENOISERS[part], portable.of_part(state, part)
-        texts = _change_of_texts(source, state)
-        if texts and not own:
+        share_of_texts = _change_of_texts(source, state)
+        if share_of_texts and not own:
             raise UserError(
                 f"this run changed the text encoder and not the {word}, and to={to} holds only the {word}'s change: "
                 "give to=diffusers."
@@ -210,9 +213,10 @@ def _weights(
         base = portable.base_denoiser(source, portable.touched(own))
         found = portable.lora_of(base, own, options.rank, options.error)
         error = found.error
-        if texts:
+        if share_of_texts:
             left_out["change of the text encoder"] = (
-                f"to={to} holds only the {word}'s change; it is {texts:.1%} of the text encoder's weights (Frobenius)"
+                f"to={to} holds only the {word}'s change; it is {share_of_texts:.1%} of the text encoder's weights "
+                "(Frobenius)"
             )
         if found.left_out:
             share = sum(found.left_out.values()) ** 0.5
@@ -225,8 +229,8 @@ def _weights(
         portable.save_lora(found.lora, path, to, dtype, metadata, names)
         ranks = sorted(found.ranks.values())
         spread = f"rank {ranks[-1]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
-        said = "LoRA of %s on %d layers; it misses %.2f%% of the change"
-        (log.warning if error > SMALL else log.info)(said, spread, len(ranks), 100 * error)
+        words = "LoRA of %s on %d layers; it misses %.2f%% of the change"
+        (log.warning if error > SMALL else log.info)(words, spread, len(ranks), 100 * error)
     distance = verification.distance(run, source, state, to, path, options.verify, about.name)
     return Exported(path, error, distance, left_out)
 
