@@ -83,7 +83,8 @@ def test_attacks_that_succeeded_are_on_the_card_and_in_the_model_index(tmp_path:
     left = text.partition("these were not tried: ")[2].partition(".")[0].split(", ")
     assert {"unlearndiff", "relearn", "inversion"} <= {*left} and not {"closed-form", "mma", "random"} & {*left}
     assert "No attack was tried" not in text
-    found = {(one.metric_type, (one.metric_args or {}).get("attack")): one for one in ModelCard(text).data.eval_results}
+    data: Any = ModelCard(text).data
+    found = {(one.metric_type, (one.metric_args or {}).get("attack")): one for one in data.eval_results}
     asr = found["asr", "closed-form"]
     assert asr.metric_value == 100 and asr.metric_args["n"] == 4 and asr.metric_args["high_95"] == 100
     assert ("asr", "mma-long") in found and ("acc_e", None) in found

@@ -128,7 +128,7 @@ def _results(about: Description) -> list[Any]:
 
     evidence = about.evidence
     task = str(evidence.protocol.get("task", "concept erasure"))
-    found = [
+    found: list[tuple[str, str, float | None, Mapping[str, Any], dict[str, str]]] = [
         (row.key, f"{row.heading}, {row.what}", row.value, {"low": row.low, "high": row.high, "n": row.n}, {})
         for row in evidence.rows()
     ]

@@ -95,7 +95,7 @@ class Evidence:
         prompts = WHAT.get(name, f"prompts with its {measures.near(self.protocol)}s")
         if name == "h_o":
             prompts += " of " + ", ".join(map(self._term, self.metrics.get("h_o_terms", ())))
-        unit = measures.READINGS[mode].unit if mode in measures.READINGS else "%" if name == "h_o" else ""
+        unit = "%" if name == "h_o" else measures.READINGS[mode].unit if mode and mode in measures.READINGS else ""
         words = ", ".join(part for part in (measures.what(mode) if name != "h_o" else "", unit) if part)
         return Row(
             f"{letter}_{index}".lower(),
