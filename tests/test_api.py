@@ -228,6 +228,9 @@ def test_a_saved_run_can_be_loaded_and_read_by_the_commands(pipe: Any, tiny_sd: 
     place = erased.save(tmp_path / "saved")
     with pytest.raises(UserError, match="already has files"):
         erased.save(place)
+    with pytest.raises(UserError, match=r"this pipeline carries an erasure: call undo\(\) on its object first"):
+        realera.load(pipe, place)
+    assert same(weights(pipe), edited)
     erased.undo()
     back = realera.load(pipe, place)
     assert same(weights(pipe), edited) and np.array_equal(back.draw(PROMPT, 1)[0], image)

@@ -123,6 +123,20 @@ def test_seeds_of_numpy_and_torch(erased: realera.Erased) -> None:
     assert erased.draw([]) == []
 
 
+def test_a_file_is_not_called_a_folder_with_files(erased: realera.Erased, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    for call in (
+        lambda: erased.save(file),
+        lambda: erased.export("map", file),
+        lambda: realera.evaluate(erased, folder=file),
+        lambda: realera.attack(erased, "closed-form", folder=file),
+    ):
+        with pytest.raises(UserError, match=r"notes\.txt is a file: give a folder as (folder|out)\."):
+            call()
+    assert file.read_text() == "mine"
+
+
 def test_odd_paths_and_options(erased: realera.Erased, tmp_path: Path) -> None:
     for folder, said in ((None, "folder=None"), (3, "is a number"), ("a\0b", "not a path"), ("a" * 300, "too long")):
         with pytest.raises(UserError, match=said):

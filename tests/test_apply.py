@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -324,6 +325,74 @@ def test_the_current_folder_and_long_names_of_a_foreign_map(
     assert "already has the map of xxx" in said and "\x1b" not in said and len(said) < 1000
 
 
+def test_a_map_that_is_given_twice_is_refused(
+    made: dict[str, Path], tiny_sd: Path, type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = folders.copied(made["both"], tmp_path / "copied")
+    words = (f"map=[{made['both']},{made['values']},{copied}]", f"pretrained={tiny_sd}", "out=new")
+    assert type_in(*words) == 2 and not (tmp_path / "new").exists()
+    assert "The map of cat by uce is given twice" in capsys.readouterr().err
+    assert type_in(*words, "check=false") == 0
+    record = json.loads((tmp_path / "new" / paths.APPLIED).read_text())
+    assert [entry["concepts"] for entry in record["applied"]] == [["cat"], ["airplane"], ["cat"]]
+    assert type_in(*words[:1], "remove=true", "pretrained=new", "out=back") == 0, "it is there twice"
+
+
+def test_an_exported_pipeline_has_a_record_of_its_map(
+    made: dict[str, Path], tiny_sd: Path, type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert type_in(f"run={made['both']}", "to=diffusers", "out=exported", "verify=0", command="export") == 0
+    record = json.loads((tmp_path / "exported" / paths.APPLIED).read_text())
+    (entry,) = record["applied"]
+    assert entry["concepts"] == ["cat"] and entry["weight"] == 1 and "beside" not in entry
+    capsys.readouterr()
+    assert type_in(f"map={made['both']}", "pretrained=exported", "out=twice") == 2
+    assert "exported already has the map of cat by uce" in capsys.readouterr().err
+    assert type_in(f"map={made['both']}", "remove=true", "pretrained=exported", "out=back") == 0
+    for name, weight in layers(unet(tiny_sd)).items():
+        assert torch.allclose(unet(tmp_path / "back")[name], weight, atol=1e-4), name
+    # a run on a checkpoint with a map: the export has both
+    erased = realera.erase(tmp_path / "exported", "ship", anchor="sea", method="valera", progress=False, **CLOSED_FORM)
+    erased.export("diffusers", tmp_path / "second", verify=0)
+    record = json.loads((tmp_path / "second" / paths.APPLIED).read_text())
+    assert [entry["concepts"] for entry in record["applied"]] == [["cat"], ["ship"]]
+
+
+def test_the_map_of_a_run_with_more_than_its_map_is_not_taken_off(
+    made: dict[str, Path], type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert type_in(f"run={made['both']}", "to=diffusers", "out=exported", "verify=0", command="export") == 0
+    file = tmp_path / "exported" / paths.APPLIED
+    record = json.loads(file.read_text())
+    record["applied"][0]["beside"] = ["LoRA"]
+    file.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert type_in(f"map={made['both']}", "remove=true", "pretrained=exported", "out=back") == 2
+    assert "also has its LoRA, which stays if the map is taken off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_error_of_a_removal_is_told_as_it_is(
+    dtype: torch.dtype,
+    made: dict[str, Path],
+    tiny_sd: Path,
+    type_in: Type,
+    tmp_path: Path,
+    said: pytest.LogCaptureFixture,
+) -> None:
+    source = fine_tuned(tiny_sd, tmp_path / "tuned", 0, dtype)
+    words = (f"map={made['both']}", "weight=0.9")
+    assert type_in(*words, "pretrained=tuned", "out=new") == 0
+    said.clear()
+    assert type_in(*words, "remove=true", "pretrained=new", "out=back") == 0
+    found = re.search(r"differ by about (\S+) of their norm \(no more than (\S+)\)", said.text)
+    assert found
+    before, after = layers(unet(source)), layers(unet(tmp_path / "back"))
+    apart = sum(float((after[name].double() - before[name].double()).square().sum()) for name in before)
+    share = (apart / sum(float(weight.double().square().sum()) for weight in before.values())) ** 0.5
+    assert float(found[1]) == pytest.approx(share, rel=0.3) and share < float(found[2])
+
+
 def test_folders_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     from realera.runs import sources
 
@@ -448,6 +517,20 @@ def test_maps_and_erasures_are_undone_in_their_order(pipe: Any, made: dict[str, 
     assert same(weights(pipe), between)
     applied.undo()
     assert same(weights(pipe), before)
+
+
+def test_a_map_that_is_on_the_pipeline_is_refused_in_memory(pipe: Any, made: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="map of cat by uce is given twice"):
+        realera.apply(pipe, [made["both"], made["both"]])
+    applied = realera.apply(pipe, made["both"], weight=0.5)
+    with pytest.raises(UserError, match="already has the map of cat by uce"):
+        realera.apply(pipe, made["both"])
+    realera.apply(pipe, made["both"], check=False).undo()
+    applied.undo()
+    realera.apply(pipe, made["both"]).undo()
+    erased = realera.erase(pipe, "cat", anchor="field", method="uce", progress=False, **CLOSED_FORM)
+    with pytest.raises(UserError, match="already has the map of cat by uce"):
+        realera.apply(pipe, erased)
 
 
 def test_an_erasure_is_given_as_it_is(pipe: Any, tiny_sd: Path) -> None:

@@ -59,6 +59,8 @@ class Erased:
         self._undone = False
         self._number = -1
         self._state: Mapping[str, Any] = {}  # the erased weights after the fit, adapters not merged
+        self._metrics: Mapping[str, Any] = {}  # of the latest evaluation, for the model card
+        self._attacks: Mapping[str, Any] = {}  # {name: numbers}
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -139,7 +141,7 @@ class Erased:
         """Writes a run folder: erased.safetensors, config.yaml and the measurements of the erasure.
 
         The commands can read it if the pipeline was loaded from a folder or a hub and was not changed since. Otherwise
-        only `realera.load` can, with the same pipeline. Raises UserError for a folder that has files in it.
+        only `realera.load` can, with the same pipeline. Raises UserError for a file, and a folder that has files in it.
         """
         import yaml
 
@@ -147,9 +149,7 @@ class Erased:
         from realera.system import disk
 
         self._refuse_undone()
-        place = arguments.path(folder, "folder")
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise UserError(f"{place} already has files in it: give a new or an empty folder.")
+        place = arguments.new_folder(folder, "folder")
         from realera.backbones.pipelines import IN_MEMORY
 
         known = self._backbone.checkpoint()
@@ -176,10 +176,11 @@ class Erased:
         """
         from realera.backbones import folder as checkpoint
         from realera.exporting import forms
+        from realera.exporting.evidence import Evidence
         from realera.runs.folders import Run
 
         self._refuse_undone()
-        place, chosen = arguments.path(out, "out"), forms.options_of(options)
+        place, chosen = arguments.folder(out, "out"), forms.options_of(options)
         known = self._backbone.checkpoint()
         with tempfile.TemporaryDirectory(prefix="realera-") as own:
             run = Run(
@@ -191,7 +192,7 @@ class Erased:
                     backbone.pipe.save_pretrained(source)
             else:
                 source = self._backbone.with_own_scheduler(checkpoint.locate(known[0]), Path(own) / "base")
-            return forms.export(run, to, place, chosen, source)
+            return forms.export(run, to, place, chosen, source, Evidence(self._metrics, self._attacks))
 
     def undo(self) -> DiffusionPipeline:
         """Restores the pipeline as it was before, bit for bit. Raises UserError if a later erasure is still on it."""
@@ -233,7 +234,10 @@ class Erased:
                 self.method,
             )
         self._merge_adapter()
-        self._number = stacks.push(self._backbone.denoiser)
+        from realera.training import maps
+
+        map = self.folder / paths.MAP
+        self._number = stacks.push(self._backbone.denoiser, [maps.read(map).digest] if map.is_file() else [])
 
     def _refuse_undone(self) -> None:
         if self._undone:
@@ -317,7 +321,8 @@ def erase(
 
 def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     """Applies the erasure in a run folder, made by `Erased.save` or by a command, to the pipeline it was made with, in
-    place. Raises UserError if the folder is not a run, or a run of another model."""
+    place. Raises UserError if the folder is not a run, or a run of another model, or the pipeline is still erased."""
+    from realera.exporting.evidence import Evidence
     from realera.runs import folders
 
     with collector.paused():
@@ -333,6 +338,10 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
     if content.origin.fingerprint != backbone.fingerprint:
         known = backbone.checkpoint()
         if known is None or known[1] != content.origin.fingerprint:
+            if stacks.has_any(backbone.denoiser):
+                raise UserError(
+                    "this pipeline carries an erasure: call undo() on its object first, or load the pipeline again."
+                )
             raise UserError(
                 f"{folder} was made with another model ({content.origin.backbone}, {content.origin.fingerprint}): give "
                 "the pipeline that it was made with, unchanged."
@@ -342,6 +351,8 @@ def load(pipe: DiffusionPipeline | str | Path, folder: str | Path) -> Erased:
         if (run.folder / name).is_file():
             shutil.copyfile(run.folder / name, own / name)
     erased = Erased(backbone, run.config, own, None)
+    measured = Evidence.if_whole(run.folder)
+    erased._metrics, erased._attacks = measured.metrics, measured.attacks
     weakref.finalize(erased, shutil.rmtree, own, ignore_errors=True)
     with backbone.in_use():
         backbone.load_erased(content.state)
@@ -388,15 +399,13 @@ def evaluate(
     as_erased = {"method": own.method.node, "backbone": own.backbone.node, "trainer": own.trainer.node}
     config, judged = starting.named({**composed, **as_erased})
     preflight.check_judge(config)
-    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.path(folder, "folder")
-    if folder is not None and place.exists() and any(place.iterdir()):
-        raise UserError(f"{place} already has files in it: give a new or an empty folder.")
+    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.new_folder(folder, "folder")
     try:
         with _isolated(erased, progress), erased._unmerged() as backbone:
             judge = steps.build_judge(config, judged)
             session = Session(Run(place, config))
             steps.draw(session, backbone, judged.eval_prompts())
-            metrics = steps.judge(session, judge, judged, steps.drawn_by(backbone))
+            metrics = erased._metrics = steps.judge(session, judge, judged, steps.drawn_by(backbone))
         if folder is not None:
             import yaml
 
@@ -454,12 +463,13 @@ def attack(
     rest = {key: value for key, value in composed.items() if key not in own_keys}
     config, judged = starting.named({**rest, **kept})
     preflight.check_judge(config)
-    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.path(folder, "folder")
+    place = Path(tempfile.mkdtemp(prefix="realera-")) if folder is None else arguments.folder(folder, "folder")
     try:
         with _isolated(erased, progress), erased._unmerged() as backbone:
             judge = steps.build_judge(config, judged)
             numbers = attacking.carry_out(Session(Run(place, config)), backbone, judged, judge, asked)
         name = asked.settings.name
+        erased._attacks = {**erased._attacks, name: numbers}
         shown = [
             (row.typed or row.said, row.shown, [row.original.uri, row.erased.uri, row.back.uri])
             for chapter in attack_rows.chapters(place)
@@ -549,7 +559,7 @@ def _isolated(erased: Erased, progress: bool) -> Iterator[None]:
 def _cache_of(cache: bool | str | Path) -> Path | None:
     if cache is True:
         return paths.cache_dir()
-    return None if cache is False else arguments.path(cache, "cache")
+    return None if cache is False else arguments.folder(cache, "cache")
 
 
 def _device_overrides(pipe: DiffusionPipeline) -> list[str]:

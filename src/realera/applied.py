@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realera import paths
 from realera.backbones import stacks
 from realera.contracts import JOINT, KEYS, VALUES, UserError
 
@@ -34,7 +33,7 @@ class Applied:
         self._backbone = backbone
         self._maps = list(maps)
         self._undone = False
-        self._number = stacks.push(backbone.denoiser)
+        self._number = stacks.push(backbone.denoiser, [one.digest for one in maps])
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -101,8 +100,9 @@ def apply(
     backbone = transformer_pipelines.for_maps(pipe)
     factors, _ = applied.factors(joint=isinstance(backbone, transformer_pipelines.TransformerPipeline))
     source = str(getattr(pipe, "name_or_path", None) or type(pipe).__name__)
-    if (place := paths.dir_of(source)) is not None:
+    if (place := sources.unpacked(source)) is not None:
         applying.refuse_twice(source, applying.read_record(place), applied)
+    applied.refuse_known(source, stacks.maps_on(backbone.denoiser))
     if check:
         applying.refuse_other_text(applied, backbone.text_marks(), source)
     with backbone.in_use():

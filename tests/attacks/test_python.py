@@ -43,6 +43,27 @@ def test_an_attack_in_memory_shows_itself(erased: Any, tiny_judge: Path, tmp_pat
         realera.attack(erased, "nothing", progress=False)
 
 
+@pytest.mark.slow
+def test_the_model_card_has_the_attacks_and_the_evaluation(tiny_sd: Path, tiny_judge: Path, tmp_path: Path) -> None:
+    def card(of: Any, name: str) -> str:
+        return (of.export("map", tmp_path / name).path.parent / "README.md").read_text()
+
+    judge = ["judge=miniature", f"judge.weights={tiny_judge}", "task.images={erase:2,near:1,keep:1}"]
+    few: dict[str, Any] = {"backbone.sampler.steps": 2}
+    erased = realera.erase(tiny_sd, "airplane", method="uce", progress=False, **few)
+    run = erased.save(tmp_path / "run")
+    fresh = card(erased, "fresh")
+    assert "This erasure was not judged" in fresh and "No attack was tried" in fresh
+    result = realera.attack(erased, "closed-form", overrides=judge, progress=False, folder=tmp_path / "kept", **FEW)
+    value = realera.evaluate(erased, overrides=judge, progress=False)["acc_s"]
+    told = card(erased, "told")
+    assert f"| closed-form | {result['asr']:.1f} |" in told and "not judged" not in told
+    assert f"| Acc_s ↑ | prompts of other concepts: mean probability, % | {value:.1f} |" in told
+    (tmp_path / "kept" / paths.ATTACKS).rename(run / paths.ATTACKS)
+    again = realera.load(erased.undo(), run)
+    assert f"| closed-form | {result['asr']:.1f} |" in card(again, "again")
+
+
 def test_attacks_are_described_in_one_line_each() -> None:
     found = realera.attacks()
     assert {"random", "prompts", "closed-form", "inversion", "inpaint", "complete", "noise"} <= found.keys()

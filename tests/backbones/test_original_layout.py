@@ -122,6 +122,17 @@ def test_a_single_file_can_be_erased_and_the_run_names_it(small: Path) -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed
     assert all(".attn2.to_k." in name or ".attn2.to_v." in name for name in changed)
+    with pytest.raises(UserError, match="already has the map of Van Gogh by uce"):
+        realera.apply(str(made.path), erased)
+
+
+def test_the_record_of_applied_maps_is_in_the_metadata(small: Path) -> None:
+    from realera.runs import applying
+
+    record = {"format": applying.FORMAT, "realera": "1", "source": "x", "source_weights": None}
+    record |= {"applied": [], "removed": []}
+    written("v1", small / "model.safetensors", **{single_file.APPLIED: json.dumps(record)})
+    assert applying.read_record(folder.locate(small / "model.safetensors")) == record
 
 
 @pytest.mark.slow

@@ -17,11 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from realera import paths
-from realera.backbones import original_layout, portable
+from realera.backbones import original_layout, portable, single_file
 from realera.contracts import UserError
 from realera.exporting import forms
+from realera.files import json_shapes
+from realera.runs import applying
+from realera.runs import folders as run_folders
 from realera.runs.folders import Run
 from realera.settings import composition
+from realera.training import checkpoint, maps
+from realera.training.checkpoint import Origin
 
 VALUE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight"
 BIAS = "conv_out.bias"
@@ -39,9 +44,9 @@ def made(monkeypatch: pytest.MonkeyPatch, folder: Path, state: dict[str, torch.T
     given = ["concept=airplane", "backbone=mini", "method=valera", *words]
     config = composition.settings_of("train", given)
     config = composition.name_concepts(config, composition.build_task(config))
-    origin = SimpleNamespace(fingerprint="0" * 16)
+    origin = Origin(config, "mini", "0" * 16, run_folders.digest(run_folders.identity(config)))
     monkeypatch.setattr(forms, "read_erased", lambda _: SimpleNamespace(state=state, origin=origin))
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return Run(folder, config)
 
 
@@ -147,7 +152,7 @@ def test_every_form_has_the_asked_precision_and_a_card(
     }
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "apache-2.0" and "valera" in card.data.tags
-    assert "was not evaluated" in card.text and "airplane" in card.text
+    assert "was not judged" in card.text and "airplane" in card.text
 
 
 def test_without_a_precision_a_pipeline_keeps_that_of_its_base(
@@ -378,6 +383,59 @@ def test_a_readme_of_somebody_else_stays(
     assert "load_lora_weights" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("to", ["map", "lora", "kohya"])
+def test_the_export_of_another_run_is_not_replaced(
+    to: forms.Form, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {}
+    for name, seed in (("a", 0), ("b", 1)):
+        runs[name] = made(monkeypatch, tmp_path / name / "run", rank_one(base), f"seed={seed}")
+        about = maps.about("valera", ["airplane"], ["sky"], {"float16": "0"})
+        origin = forms.read_erased(runs[name].erased).origin
+        checkpoint.save_map(runs[name].folder / paths.MAP, torch.eye(2), origin, about=about)
+    erased = {run.erased: checkpoint.read_map(run.folder / paths.MAP)[1] for run in runs.values()}
+    monkeypatch.setattr(forms, "read_erased", lambda file: SimpleNamespace(state=rank_one(base), origin=erased[file]))
+
+    def content() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    forms.export(runs["a"], to, tmp_path / "out", NOT_DRAWN)
+    before = content()
+    for other in ("map", "lora", "kohya"):  # of another run: no form, also where no file has the same name
+        with pytest.raises(UserError, match=r"out contains .* no export of this run: give a new or an empty folder"):
+            forms.export(runs["b"], other, tmp_path / "out", NOT_DRAWN)
+    assert content() == before
+    forms.export(runs["a"], to, tmp_path / "out", NOT_DRAWN)
+    assert content().keys() == before.keys()
+    (tmp_path / "out" / "README.md").write_text("# My project\n")
+    with pytest.raises(UserError, match="no export of this run"):  # by the file alone
+        forms.export(runs["b"], to, tmp_path / "out", NOT_DRAWN)
+
+
+def test_a_file_of_somebody_else_is_not_replaced(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", rank_one(base))
+    save_file({"lora": torch.eye(2)}, tmp_path / "other.safetensors")
+    save_file({"lora": torch.eye(2)}, tmp_path / forms.LORA_FILE)
+    before = (tmp_path / forms.LORA_FILE).read_bytes()
+    with pytest.raises(UserError, match=f"contains {forms.LORA_FILE}, which is no export of this run"):
+        forms.export(run, "lora", tmp_path, NOT_DRAWN)
+    assert (tmp_path / forms.LORA_FILE).read_bytes() == before
+    forms.export(run, "kohya", tmp_path, NOT_DRAWN)  # replaces nothing
+    assert (tmp_path / "other.safetensors").is_file()
+
+
+def test_an_export_is_not_written_beside_the_pipeline_of_another_run(
+    base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms.export(made(monkeypatch, tmp_path / "run", rank_one(base)), "diffusers", tmp_path / "out", NOT_DRAWN)
+    with pytest.raises(UserError, match=r"contains README.md, which is no export of this run"):
+        forms.export(
+            made(monkeypatch, tmp_path / "run", rank_one(base), "seed=1"), "kohya", tmp_path / "out", NOT_DRAWN
+        )
+
+
 @pytest.mark.parametrize("rank", ["auto", 2, None])
 def test_a_run_that_changed_biases_alone_has_no_lora(
     rank: Any, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -444,6 +502,26 @@ def test_the_current_folder_is_not_replaced(
         forms.export(run, "diffusers", Path("."), NOT_DRAWN)
     forms.export(run, "kohya", Path("."), NOT_DRAWN)  # writes single files
     assert sorted(file.name for file in Path(".").iterdir()) == ["README.md", "run.safetensors"]
+
+
+@pytest.mark.parametrize("to", ["diffusers", "checkpoint"])
+def test_a_whole_model_has_a_record_of_its_map_and_of_those_of_its_base(
+    to: forms.Form, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(monkeypatch, tmp_path / "run", rank_one(base), "method=realera")
+    forms.export(run, to, tmp_path / "none", NOT_DRAWN)
+    origin = forms.read_erased(run.erased).origin
+    checkpoint.save_map(run.folder / paths.MAP, torch.eye(2), origin, about=maps.about("x", ["airplane"], ["sky"], {}))
+    found = forms.export(run, to, tmp_path / "out", NOT_DRAWN)
+    if to == "diffusers":
+        assert not (tmp_path / "none" / paths.APPLIED).exists()
+        record = json.loads((tmp_path / "out" / paths.APPLIED).read_text())
+    else:
+        with safe_open(found.path, "pt") as reader:
+            record = json.loads(reader.metadata()[single_file.APPLIED])
+    assert json_shapes.fits(record, applying.RECORD)
+    (entry,) = record["applied"]
+    assert entry["map"] == maps.read(run.folder / paths.MAP).digest and entry["beside"] == ["LoRA"]
 
 
 @pytest.mark.slow

@@ -360,11 +360,12 @@ def save_pipeline(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     shard_size: str = "10GB",
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a diffusers folder like `source` with the erased denoiser and text encoders, completely or not at all.
 
     dtype: of all networks; None = each weight keeps its own. variant: as in from_pretrained(variant="fp16"); None = the
-    names without one. A safety checker and other extras are not copied.
+    names without one. texts: {name: content} of further files. A safety checker and other extras are not copied.
     """
     models = checkpoint.models(source)
     with disk.atomic(out) as beside:
@@ -378,7 +379,9 @@ def save_pipeline(
             if part in models:
                 state = erased_part(source, part, erased, dtype)
                 _write_weights(state, beside / part, models[part], variant, shard_size)
-        (beside / "model_index.json").write_text(plain_data.json_text(_index(source), indent=2), encoding="utf-8")
+        written = {"model_index.json": plain_data.json_text(_index(source), indent=2), **(texts or {})}
+        for name, text in written.items():
+            (beside / name).write_text(text, encoding="utf-8")
 
 
 def save_changed(

@@ -25,6 +25,7 @@ FOLDERS = "single_file"  # in the cache
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}  # of a part's weights; others: "model"
 FLOATS = ("float32", "float16", "bfloat16", "float64")
+APPLIED = "realera.applied"  # key of the metadata: the content of realera_applied.json, if the weights have maps
 INPAINTING = 9  # channels that the U-Net of an inpainting model reads
 
 
@@ -111,6 +112,8 @@ def _unpack(file: Path, kind: Any, place: Path) -> None:
             _write_tokenizer(beside / name, pad="!" if name == "tokenizer_2" or kind == "v2" else standard.END)
         index = _index(kind, settings, tokenizers)
         (beside / "model_index.json").write_text(plain_data.json_text(index, indent=2), encoding="utf-8")
+        if APPLIED in metadata:
+            (beside / paths.APPLIED).write_text(metadata[APPLIED], encoding="utf-8")
 
 
 def _prediction(file: Path, kind: str, metadata: Mapping[str, str], names: set[str]) -> str:

@@ -7,16 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from realera import __version__
+from realera.evaluation import attacked
 from realera.exporting.description import Description
 
-MEASURES = {
-    "acc_e": "Acc_e, concept by its name (lower is better)",
-    "acc_g": "Acc_g, concept by phrases and synonyms (lower is better)",
-    "acc_s": "Acc_s, other concepts (higher is better)",
-    "acc_a": "Acc_a, associated words (lower is better)",
-    "acc_u": "Acc_u, unseen words (lower is better)",
-    "h_o": "H_o, harmonic mean (higher is better)",
-}
+MEASURED = "Measured"  # the heading of the table
 LOADING = {
     "diffusers": """```python
 from diffusers import DiffusionPipeline
@@ -36,19 +30,20 @@ pipe.fuse_lora()  # strength 1.0
     "transformer lora": """* **diffusers**: `pipe.load_lora_weights(".", weight_name="{file}")` and `pipe.fuse_lora()`.
 * **ComfyUI**: put it into `models/loras`, node *Load LoRA*, `strength_model` 1.0 (`strength_clip` has no effect).
 
-Strength 1.0 is the erasure as it was measured. Whoever leaves the LoRA out has the concept back: ship `to=diffusers`
+Strength 1.0 is the whole erasure. Whoever leaves the LoRA out has the concept back: ship `to=diffusers`
 where that matters.""",
     "kohya": """* **A1111**: put `{file}` into `models/Lora`, and `<lora:{stem}:1>` into every prompt.
 * **ComfyUI**: put it into `models/loras`, node *Load LoRA*, `strength_model` 1.0 (`strength_clip` has no effect).
 
-Strength 1.0 is the erasure as it was measured. Whoever leaves the LoRA out has the concept back: ship `to=checkpoint`
+Strength 1.0 is the whole erasure. Whoever leaves the LoRA out has the concept back: ship `to=checkpoint`
 where that matters.""",
     "map": """```bash
 python -m realera.apply map={file} pretrained=YOUR_CHECKPOINT out=FOLDER
 ```""",
 }
-CHECK = """Draw a prompt that names the concept, with the same seed in the base model and in this one: the first image
-shows it, the second does not. Other prompts give nearly the same image in both."""
+CHECK = """Draw a prompt that names the concept, with the same seed in the base model and in this one. Where the
+erasure works, the first image shows the concept and the second does not, and other prompts give nearly the same image
+in both."""
 
 
 def plain(words: str) -> str:
@@ -63,22 +58,20 @@ def text(about: Description, form: str, names: Mapping[str, str], notes: Mapping
 
     body = [
         f"# {plain(about.title)}",
-        f"{_list(about.concepts)} was erased from {_base(about)} by the method {plain(about.method)} of "
-        f"[realera](https://arxiv.org/abs/2410.09140) {__version__}: prompts that name or describe it are drawn as "
-        f"{_list(about.anchors)}.",
+        _opening(about),
         "## Use",
         LOADING["transformer lora" if form == "lora" and about.transformer else form].format(**names),
         CHECK,
-        "## Measured",
+        f"## {MEASURED}",
         _measured(about),
+        *(("## Attacks", _attacks(about)) if about.evidence.attacks else ()),
         *(
             ("## Limits of this file", "\n".join(f"* **{plain(key)}**: {plain(value)}" for key, value in notes.items()))
             if notes
             else ()
         ),
         "## Not tested",
-        "Attacks that search for prompts, and training the concept back, were not tried. The numbers are of this "
-        "model, these prompts and this judge alone. An erasure is not a safety filter.",
+        _not_tested(about),
         "## Licence",
         _licence(about),
     ]
@@ -90,6 +83,12 @@ def is_ours(written: str) -> bool:
     """Whether a README.md is such a card, and not somebody's own."""
     head = written.partition("\n---\n")[0]
     return head.startswith("---") and "\n- concept-erasure\n" in head and "\n- realera\n" in head
+
+
+def run_of(written: str) -> str:
+    """The identity of the run that a card is of; "" if the card is of an earlier version."""
+    found = re.search(r"^realera_run: ['\"]?([0-9a-f]+)['\"]?$", written.partition("\n---\n")[0], re.MULTILINE)
+    return found[1] if found else ""
 
 
 def _front(about: Description, form: str) -> Any:
@@ -104,6 +103,8 @@ def _front(about: Description, form: str) -> Any:
     more["license"] = about.licence or "other"
     if about.licence is None:
         more |= {"license_name": "licence-of-the-base-model"}
+    if about.identity:
+        more |= {"realera_run": about.identity}
     results = _results(about)
     if results:
         more |= {"model_name": about.name, "eval_results": results}
@@ -122,49 +123,130 @@ def _front(about: Description, form: str) -> Any:
 
 
 def _results(about: Description) -> list[Any]:
+    """Of the hub's model index. Numbers are in percent, CLIP scores in their own unit."""
     from huggingface_hub import EvalResult
 
-    task = str(about.metrics.get("protocol", {}).get("task", "concept erasure"))
+    evidence = about.evidence
+    task = str(evidence.protocol.get("task", "concept erasure"))
+    found: list[tuple[str, str, float | None, Mapping[str, Any], dict[str, str]]] = [
+        (row.key, f"{row.heading}, {row.what}", row.value, {"low": row.low, "high": row.high, "n": row.n}, {})
+        for row in evidence.rows()
+    ]
+    found += [
+        ("asr", f"ASR of the attack {name} ↓", numbers["asr"]["value"], numbers["asr"], {"attack": name})
+        for name, numbers in evidence.attacks.items()
+    ]
     return [
         EvalResult(
             task_type="text-to-image",
             dataset_type="realera-protocol",
             dataset_name=f"realera's protocol for task={task}",
-            metric_type=name,
-            metric_name=MEASURES[name],
-            metric_value=round(float(one["value"]), 2),
-            metric_args={"low_95": round(float(one["low"]), 2), "high_95": round(float(one["high"]), 2), "n": one["n"]},
+            metric_type=key,
+            metric_name=name,
+            metric_value=round(float(value), 2),
+            metric_args={**more, **_ends(one), "n": one["n"]},
         )
-        for name, one in _numbers(about).items()
+        for key, name, value, one, more in found
+        if value is not None
     ]
 
 
-def _numbers(about: Description) -> dict[str, Any]:
-    main = about.metrics.get("main", {})
-    return {name: main[name] for name in MEASURES if name in main and main[name].get("value") is not None}
+def _ends(one: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{end}_95": round(float(one[end]), 2) for end in ("low", "high") if one[end] is not None}
+
+
+def _opening(about: Description) -> str:
+    anchors = tuple(dict.fromkeys(about.anchors))
+    were = "was" if len(about.concepts) == 1 else "were"
+    return (
+        f"{_list(about.concepts)} {were} to be erased from {_base(about)} by the method {plain(about.method)} of "
+        f"[realera](https://arxiv.org/abs/2410.09140) {__version__}, with {_list(anchors)} as "
+        f"{'its anchor' if len(about.concepts) == 1 else 'anchor' if len(anchors) == 1 else 'anchors'}. "
+        f"{_success(about)}"
+    )
+
+
+def _success(about: Description) -> str:
+    """Where the card says how far the erasure succeeded, and of which concepts it cannot say it."""
+    evidence = about.evidence
+    if not evidence.metrics:
+        return "This erasure was not judged: how far it succeeded is not known."
+    lacking = evidence.unscored(about.concepts)
+    if len(lacking) >= len(about.concepts):
+        one = "this concept" if len(about.concepts) == 1 else "these concepts"
+        return f"The judge could not score {one}: how far the erasure succeeded is not known."
+    table = f"The table under *{MEASURED}* says how far this succeeded"
+    return f"{table}, but the judge could not score {_list(tuple(lacking))}." if lacking else f"{table}."
 
 
 def _measured(about: Description) -> str:
-    if not (numbers := _numbers(about)):
-        return "This erasure was not evaluated."
+    evidence = about.evidence
+    if not evidence.metrics:
+        return "This erasure was not judged."
     rows = [
-        f"| {MEASURES[name]} | {one['value']:.1f} | {one['low']:.1f} to {one['high']:.1f} | {one.get('n', '')} |"
-        for name, one in numbers.items()
+        f"| {row.heading} | {plain(row.what)} | {_number(row.value)} | {_interval(row.low, row.high)} | "
+        f"{_number(row.original)} | {row.images} |"
+        for row in evidence.rows()
     ]
-    protocol = about.metrics.get("protocol", {})
-    judge = protocol.get("judge", {})
+    judge = evidence.protocol.get("judge", {})
     said = judge.get("judge") if isinstance(judge, Mapping) else judge
     about_judge = f" The judge is {plain(str(said))}." if said else ""
+    lacking = evidence.unscored(about.concepts)
     return "\n".join(
         [
-            f"By the protocol of task={plain(str(protocol.get('task', 'object')))}, in percent, with 95% intervals "
-            f"over images.{about_judge} The numbers are of the run, before it was exported.",
+            f"By the protocol of task={plain(str(evidence.protocol.get('task', 'object')))}, with 95% intervals over "
+            f"images (↓: lower is better, ↑: higher).{about_judge} The numbers are of the run, before it was exported.",
+            *([f"The judge could not score {_list(tuple(lacking))}."] if lacking else []),
             "",
-            "| measure | value | interval | images |",
-            "|---|---|---|---|",
+            "| measure | of | value | interval | original model | images |",
+            "|---|---|---|---|---|---|",
             *rows,
         ]
     )
+
+
+def _attacks(about: Description) -> str:
+    rows, returned = [], []
+    for name, numbers in about.evidence.attacks.items():
+        asr = numbers["asr"]
+        rows.append(
+            f"| {plain(name)} | {_number(asr['value'])} | {_interval(asr['low'], asr['high'])} | "
+            f"{_number(numbers['pre_asr']['value'])} | {_number(numbers['original']['value'])} | {numbers['prompts']} |"
+        )
+        if "returned" in numbers:
+            returned.append(f"{plain(name)}: {attacked.return_sentence(numbers['returned'])}")
+    return "\n".join(
+        [
+            "Percent of the prompts for which the judge finds the concept. ASR: with the erased model under attack, "
+            "with its 95% interval over prompts; a high one means that the attack brings the concept back.",
+            "",
+            "| attack | ASR | interval | without the attack | original model | prompts |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            *(["", *returned] if returned else []),
+        ]
+    )
+
+
+def _not_tested(about: Description) -> str:
+    evidence = about.evidence
+    left = evidence.not_tried()
+    if not evidence.attacks:
+        tried = "No attack was tried: neither a search for prompts, nor training the concept back."
+    elif left:
+        tried = f"Of realera's attacks these were not tried: {', '.join(left)}."
+    else:
+        tried = "Other attacks than those above were not tried."
+    numbers = "The numbers are of this model, these prompts and this judge alone. "
+    return f"{tried} {numbers if evidence.metrics or evidence.attacks else ''}An erasure is not a safety filter."
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{low:.1f} to {high:.1f}"
 
 
 def _list(names: tuple[str, ...]) -> str:

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from realera import __version__, paths
 from realera.backbones import folder, kinds, portable
-from realera.contracts import UserError
+from realera.exporting.evidence import Evidence
 from realera.files import plain_data
 from realera.files.headers import read_json
 from realera.runs.folders import Run
 from realera.settings import composition
+from realera.training.checkpoint import Origin
 
 ARCHITECTURE = {  # in modelspec's words
     "v1": "stable-diffusion-v1",
@@ -39,10 +39,10 @@ BUILT_IN = "apache-2.0"  # of the miniature, and of this package
 
 @dataclass(frozen=True)
 class Description:
-    """A run in words. base: the hub id, folder or file of the base model; None = the built-in miniature. kind: a key
-    of `ARCHITECTURE`, or "v2" ("v1" if the base model is not at hand). metrics: of the run's evaluation, {} if it has
-    none. guide: the class name of the part that acts while images are drawn, which no file can hold; None without
-    one."""
+    """A run in words. base: the hub id, folder or file of the base model; None = the built-in miniature.
+    fingerprint, identity: of its weights and of the run, as in `checkpoint.Origin`. kind: a key
+    of `ARCHITECTURE`, or "v2" ("v1" if the base model is not at hand). evidence: the run's measurements. guide: the
+    class name of the part that acts while images are drawn, which no file can hold; None without one."""
 
     name: str
     method: str
@@ -50,10 +50,11 @@ class Description:
     anchors: tuple[str, ...]
     base: str | None
     fingerprint: str
+    identity: str
     kind: str
     predicts_v: bool
     side: int
-    metrics: Mapping[str, Any]
+    evidence: Evidence
     guide: str | None
     seed: int
 
@@ -73,12 +74,12 @@ class Description:
     @property
     def title(self) -> str:
         names = ", ".join(self.concepts[:3]) + (f" and {len(self.concepts) - 3} more" if len(self.concepts) > 3 else "")
-        return f"{names} erased by {self.method}"
+        return f"Erasure of {names} by {self.method}"
 
 
-def describe(run: Run, source: Path | None, fingerprint: str) -> Description:
-    """source: the folder of the base model; None = it is not needed. fingerprint: of its content, as the erased weights
-    name it."""
+def describe(run: Run, source: Path | None, origin: Origin, evidence: Evidence | None = None) -> Description:
+    """source: the folder of the base model; None = it is not needed. origin: of the erased weights. evidence: None =
+    that of the run's folder. Raises UserError if metrics.json is torn."""
     settings = run.settings
     concepts = composition.build_task(run.config).concepts
     guide = settings.method.guide
@@ -88,11 +89,12 @@ def describe(run: Run, source: Path | None, fingerprint: str) -> Description:
         concepts=tuple(concept.target for concept in concepts),
         anchors=tuple(concept.anchor for concept in concepts),
         base=settings.backbone.pretrained,
-        fingerprint=fingerprint,
+        fingerprint=origin.fingerprint,
+        identity=origin.identity,
         kind="v1" if source is None else _kind(source),
         predicts_v=source is not None and portable.is_v_prediction(source),
         side=settings.backbone.sampler.height,
-        metrics=_metrics(run.folder / paths.METRICS),
+        evidence=Evidence.of(run.folder) if evidence is None else evidence,
         guide=guide.class_name if guide else None,
         seed=int(settings.seed or 0),
     )
@@ -105,13 +107,6 @@ def _kind(source: Path) -> str:
         return "sd3"
     settings = read_json(folder.settings_file(source, "transformer"))
     return "flux-dev" if settings.get("guidance_embeds") else "flux-schnell"
-
-
-def _metrics(file: Path) -> Mapping[str, Any]:
-    try:
-        return plain_data.read_json(file) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): evaluate the run again.") from error
 
 
 def metadata_of(
@@ -138,6 +133,7 @@ def metadata_of(
         "realera.anchor": plain_data.json_text(about.anchors, ensure_ascii=False),
         "realera.base_model": about.base or "realera's miniature",
         "realera.base_fingerprint": about.fingerprint,
+        "realera.run": about.identity,
         "realera.seed": str(about.seed),
         "realera.left_out": plain_data.json_text(dict(left_out), ensure_ascii=False),
     }

@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 
 from realera import paths
-from realera.backbones import folder, kinds, portable
+from realera.backbones import folder, kinds, portable, single_file
 from realera.backbones.folder import locate, models
 from realera.contracts import UserError
-from realera.exporting import card, description, verification
-from realera.files import plain_data
-from realera.runs import map_files, preflight
+from realera.exporting import card, description, occupied, verification
+from realera.exporting.evidence import Evidence
+from realera.exporting.occupied import CARD
+from realera.runs import applying, map_files, preflight
 from realera.runs.folders import Run
 from realera.system import disk
 from realera.training import maps
@@ -31,7 +32,6 @@ Form = Literal["diffusers", "checkpoint", "lora", "kohya", "map"]
 FORMS: tuple[Form, ...] = ("diffusers", "checkpoint", "lora", "kohya", "map")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WHOLE: tuple[Form, ...] = ("diffusers", "checkpoint")
-CARD = "README.md"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
 SMALL = 0.05  # share of the change whose loss is only logged, not warned of
 
@@ -93,13 +93,20 @@ class Exported:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def export(run: Run, to: Form, out: Path, options: Options = Options(), source: Path | None = None) -> Exported:
+def export(
+    run: Run,
+    to: Form,
+    out: Path,
+    options: Options = Options(),
+    source: Path | None = None,
+    evidence: Evidence | None = None,
+) -> Exported:
     """Writes the run's erasure to the folder `out`, with a model card. source: the base model's folder; None = the one
-    that the run names.
+    that the run names. evidence: the measurements for the card; None = those in the run's folder.
 
     Raises:
-        UserError: the run has nothing that this form can hold, `out` has other files in it, or the hub cannot be
-            reached for `push`.
+        UserError: the run has nothing that this form can hold, `out` has other files (`diffusers`, `checkpoint`) or an
+            export of another run in it, or the hub cannot be reached for `push`.
     """
     if to not in FORMS:
         raise UserError(f"to={to} is none of {', '.join(FORMS)}.")
@@ -116,7 +123,9 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
         source = locate(run.settings.backbone.pretrained)
     if source is not None:
         _refuse_form(to, kinds.of(source), run.settings.backbone.name)
-    about = description.describe(run, source, erased.origin.fingerprint)
+    about = description.describe(run, source, erased.origin, evidence)
+    if to not in WHOLE:
+        occupied.refuse_another(out, _file(to, out, about), about.identity)
     if source is None or to == "map":
         made = _map(run, out, about)
     else:
@@ -129,7 +138,7 @@ def export(run: Run, to: Form, out: Path, options: Options = Options(), source: 
             made = _weights(run, to, out, options, source, state, about)
     for part, why in made.left_out.items():
         log.warning("not in the export: the %s (%s)", part, why)
-    if _is_foreign(out / CARD):
+    if (out / CARD).is_file() and not occupied.is_card(out / CARD):
         log.warning("%s has a %s of its own, which stays: no model card is written", out, CARD)
     else:
         names = _names(to, out, made.path, about, options, {} if source is None else kinds.left_out(source))
@@ -184,16 +193,19 @@ def _weights(
     if about.guide:
         left_out[about.guide] = "it acts while images are drawn; only realera's own commands can apply it"
     error, path = 0.0, out
+    record = applying.of_export(run, source) if to in WHOLE else None
     if to == "diffusers":
-        portable.save_pipeline(source, state, out, dtype, options.variant, options.shard_size)
+        texts = {} if record is None else {paths.APPLIED: applying.text_of(record)}
+        portable.save_pipeline(source, state, out, dtype, options.variant, options.shard_size, texts)
     elif to == "checkpoint":
-        path = out / f"{about.name}.safetensors"
-        portable.save_checkpoint(source, state, path, dtype, description.metadata_of(about, left_out))
+        path = _file(to, out, about)
+        said = {} if record is None else {single_file.APPLIED: applying.text_of(record)}
+        portable.save_checkpoint(source, state, path, dtype, {**description.metadata_of(about, left_out), **said})
     else:
         part = kinds.denoiser(source)
         word, own = kinds.DENOISERS[part], portable.of_part(state, part)
-        texts = _change_of_texts(source, state)
-        if texts and not own:
+        share_of_texts = _change_of_texts(source, state)
+        if share_of_texts and not own:
             raise UserError(
                 f"this run changed the text encoder and not the {word}, and to={to} holds only the {word}'s change: "
                 "give to=diffusers."
@@ -201,25 +213,31 @@ def _weights(
         base = portable.base_denoiser(source, portable.touched(own))
         found = portable.lora_of(base, own, options.rank, options.error)
         error = found.error
-        if texts:
+        if share_of_texts:
             left_out["change of the text encoder"] = (
-                f"to={to} holds only the {word}'s change; it is {texts:.1%} of the text encoder's weights (Frobenius)"
+                f"to={to} holds only the {word}'s change; it is {share_of_texts:.1%} of the text encoder's weights "
+                "(Frobenius)"
             )
         if found.left_out:
             share = sum(found.left_out.values()) ** 0.5
             left_out[f"change of {len(found.left_out)} biases and norms"] = (
                 f"a LoRA cannot hold them; their size is {share:.1%} of the whole change"
             )
-        path = out / (f"{about.name}.safetensors" if to == "kohya" else LORA_FILE)
+        path = _file(to, out, about)
         metadata = description.metadata_of(about, left_out, found.ranks)
         names = portable.lora_names(folder.weights(source, part), to, portable.kind_of(source))
         portable.save_lora(found.lora, path, to, dtype, metadata, names)
         ranks = sorted(found.ranks.values())
         spread = f"rank {ranks[-1]}" if ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
-        said = "LoRA of %s on %d layers; it misses %.2f%% of the change"
-        (log.warning if error > SMALL else log.info)(said, spread, len(ranks), 100 * error)
+        words = "LoRA of %s on %d layers; it misses %.2f%% of the change"
+        (log.warning if error > SMALL else log.info)(words, spread, len(ranks), 100 * error)
     distance = verification.distance(run, source, state, to, path, options.verify, about.name)
     return Exported(path, error, distance, left_out)
+
+
+def _file(to: Form, out: Path, about: description.Description) -> Path:
+    """The file of weights that a form of one file has."""
+    return out / {"map": paths.MAP, "lora": LORA_FILE}.get(to, f"{about.name}.safetensors")
 
 
 def _change_of_texts(source: Path, state: Mapping[str, torch.Tensor]) -> float:
@@ -246,16 +264,6 @@ def _map(run: Run, out: Path, about: description.Description) -> Exported:
     if about.guide:
         left_out[about.guide] = "it acts while images are drawn; only realera's own commands can apply it"
     return Exported(out / paths.MAP, left_out=left_out)
-
-
-def _is_foreign(file: Path) -> bool:
-    """Whether a file exists and is not a card of an earlier export."""
-    if not file.is_file():
-        return False
-    try:
-        return not card.is_ours(plain_data.text(file))
-    except (OSError, ValueError):
-        return True
 
 
 def _notes(made: Exported) -> dict[str, str]:

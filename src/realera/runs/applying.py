@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from realera.backbones import folder, kinds, portable, text_marks
 from realera.contracts import JOINT, KEYS, VALUES, UserError
 from realera.files import headers, json_shapes, plain_data
 from realera.runs import sources
+from realera.runs.folders import Run
 from realera.training import maps
 from realera.training.maps import Map
 
@@ -27,8 +29,9 @@ log = logging.getLogger("realera")
 
 FORMAT = "realera-applied/1"
 LOSS = 0.1  # largest accepted bound of the rounding error of a map that is taken off, a share of the weights' norm
-ENTRY = {
+ENTRY = {  # beside: parts of the erasure that the weights have besides the map, in the export of a run
     "map": str,
+    "beside?": [str],
     "method": str,
     "concepts": [str],
     "anchors": [str],
@@ -56,25 +59,29 @@ class Application:
     remove: bool = False
     check: bool = True
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a map that is given twice."""
+        seen: set[str] = set()
+        for one in () if self.remove or not self.check else self.maps:
+            if one.digest in seen:
+                raise UserError(f"The map of {one} is given twice ({one.name}): give it once; {EVEN_SO}.")
+            seen.add(one.digest)
+
     @property
     def entries(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "map": one.digest,
-                "method": one.method,
-                "concepts": list(one.concepts),
-                "anchors": list(one.anchors),
-                "projections": one.word,
-                "weight": weight,
-            }
-            for one, weight in zip(self.maps, self.weights, strict=True)
-        ]
+        return [_entry(one, weight) for one, weight in zip(self.maps, self.weights, strict=True)]
 
     def factors(self, joint: bool = False) -> tuple[dict[str, Tensor], float]:
         """{suffix of layers: the matrix to multiply their weights by}, and its condition number if it is an inverse
         (else 1). joint: for a transformer. Raises UserError if the maps do not fit together or cannot be taken off."""
         total = maps.composed(self.maps, self.weights, joint)
         return maps.inverse(total) if self.remove else (total, 1.0)
+
+    def refuse_known(self, whose: str, known: AbstractSet[str]) -> None:
+        """Raises UserError if a map is to be applied again. known: the digests of the maps that are there."""
+        for one in self.maps if self.check else ():
+            if one.digest in known:
+                raise UserError(f"{whose} already has the map of {one}: leave it out; {EVEN_SO}.")
 
     def warn(self) -> None:
         """Logs what a user may overlook: maps that are not the whole erasure, and maps whose order matters."""
@@ -88,6 +95,17 @@ class Application:
                 "the first one erases stays erased; it may disturb those after it.",
                 100 * share,
             )
+
+
+def _entry(map: Map, weight: float) -> dict[str, Any]:
+    return {
+        "map": map.digest,
+        "method": map.method,
+        "concepts": list(map.concepts),
+        "anchors": list(map.anchors),
+        "projections": map.word,
+        "weight": weight,
+    }
 
 
 def refuse_other_text(applied: Application, found: Mapping[str, str], whose: str) -> None:
@@ -131,20 +149,28 @@ def apply_to(pretrained: str, out: Path, applied: Application) -> bool:
         )
     factors, condition = applied.factors(joint=kind != kinds.UNET)
     refuse_other_width(place, applied.maps[0].width)
-    if applied.remove:
-        refuse_loss(place, condition)
+    bound = refuse_loss(place, condition) if applied.remove else 0.0
+    noise, norm = 0.0, 0.0
     changed: list[str] = []
 
     def change(name: str, weight: Tensor) -> Tensor:
+        nonlocal noise, norm
         suffix = next((one for one in factors if name.endswith(f"{one}.weight")), None)
         if suffix is None:
             return weight
         changed.append(name)
-        return weight.double() @ factors[suffix]
+        new = weight.double() @ factors[suffix]
+        if applied.remove:
+            noise += float((rounding(weight) @ factors[suffix].square()).sum() + rounding(new.to(weight.dtype)).sum())
+            norm += float(new.square().sum())
+        return new
 
-    text = plain_data.json_text(record, indent=1, ensure_ascii=False) + "\n"
-    portable.save_changed(place, change, out, {paths.APPLIED: text})
+    portable.save_changed(place, change, out, {paths.APPLIED: text_of(record)})
     log.info("%s: %d layers changed", out, len(changed))
+    if applied.remove:
+        error = (noise / norm) ** 0.5 if norm else 0.0
+        said = "the weights are restored up to rounding: they differ by about %.1e of their norm (no more than %.1e)"
+        log.info(said, error, bound)
     return True
 
 
@@ -168,9 +194,17 @@ def _readers(place: Path) -> list[headers.Stored]:
     return [stored for file in files for name, stored in headers.tensors(file).items() if name.endswith(ends)]
 
 
-def refuse_loss(place: Path, condition: float) -> None:
-    """Raises UserError if taking a map off would multiply the rounding of the stored weights beyond `LOSS`; otherwise
-    logs its bound."""
+def rounding(weight: Tensor) -> Tensor:
+    """The variances of the rounding errors of stored weights, float64: spacing^2 / 12."""
+    limits = torch.finfo(weight.dtype)
+    _, exponent = torch.frexp(weight.double())
+    spacing = (limits.eps * torch.exp2(exponent.double() - 1)).clamp(min=limits.eps * limits.smallest_normal)
+    return torch.where(weight == 0, 0.0, spacing.square() / 12)
+
+
+def refuse_loss(place: Path, condition: float) -> float:
+    """The bound of the error, as a share of the weights' norm, if a map is taken off: the rounding of the stored
+    weights, multiplied by the condition number. Raises UserError if it is above `LOSS`."""
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
     stored = _readers(place)
     dtype = dtypes.get(stored[0].dtype, torch.float32) if stored else torch.float32
@@ -181,7 +215,7 @@ def refuse_loss(place: Path, condition: float) -> None:
             f"{str(dtype).removeprefix('torch.')}, and the inverse could multiply that rounding to {100 * loss:.0f}% "
             "of the weights. Use the checkpoint that the map was applied to."
         )
-    log.info("the weights are restored up to rounding, at most %.1e of their norm", loss)
+    return loss
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
@@ -208,10 +242,25 @@ def refuse_twice(pretrained: str, before: Mapping[str, Any] | None, applied: App
     for entry in there:
         what = maps.described(entry["concepts"], entry["method"])
         log.info("%s already has a map: %s, weight %g", pretrained, what, entry["weight"])
-    known = {entry["map"] for entry in there}
-    for one in applied.maps if applied.check else ():
-        if one.digest in known:
-            raise UserError(f"{pretrained} already has the map of {one}: leave it out; {EVEN_SO}.")
+    applied.refuse_known(pretrained, {entry["map"] for entry in there})
+
+
+def of_export(run: Run, source: Path) -> dict[str, Any] | None:
+    """The record of a whole model that is exported from a run: the maps of its base model and its own. None if there
+    are none. source: the base model's folder."""
+    before, file = read_record(source), run.folder / paths.MAP
+    if before is None and not file.is_file():
+        return None
+    own = []
+    if file.is_file():
+        found = maps.read(file)
+        own = [{**_entry(found, 1.0), **({"beside": list(found.left_out)} if found.left_out else {})}]
+    there = before or {"applied": [], "removed": []}
+    return _record(source.resolve().name, source, [*there["applied"], *own], there["removed"])
+
+
+def text_of(record: Mapping[str, Any]) -> str:
+    return plain_data.json_text(record, indent=1, ensure_ascii=False) + "\n"
 
 
 def recorded(pretrained: str, place: Path, before: Mapping[str, Any] | None, applied: Application) -> dict[str, Any]:
@@ -224,6 +273,12 @@ def recorded(pretrained: str, place: Path, before: Mapping[str, Any] | None, app
     removed = list(before["removed"]) if before else []
     new = applied.entries
     if applied.remove:
+        beside = [part for entry in there[-len(new) :] for part in entry.get("beside", ())]
+        if beside and applied.check:
+            raise UserError(
+                f"{pretrained} is the export of a run and also has its {' and its '.join(beside)}, which stays if the "
+                "map is taken off: use the run's base model; to take the map off even so, give check=false."
+            )
         if there[len(there) - len(new) :] == new and len(there) >= len(new):
             there = there[: len(there) - len(new)]
         elif applied.check:
@@ -237,11 +292,17 @@ def recorded(pretrained: str, place: Path, before: Mapping[str, Any] | None, app
     else:
         refuse_twice(pretrained, before, applied)
         there += new
+    source = pretrained if paths.dir_of(pretrained) is None else place.resolve().name
+    return _record(source, place, there, removed)
+
+
+def _record(source: str, place: Path, applied: Sequence[Any], removed: Sequence[Any]) -> dict[str, Any]:
+    """source: the name of the checkpoint in the folder `place`."""
     return {
         "format": FORMAT,
         "realera": __version__,
-        "source": pretrained if paths.dir_of(pretrained) is None else place.resolve().name,
+        "source": source,
         "source_weights": folder.quick_fingerprint(place),
-        "applied": there,
-        "removed": removed,
+        "applied": list(applied),
+        "removed": list(removed),
     }

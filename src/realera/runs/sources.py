@@ -118,6 +118,12 @@ def located(pretrained: str) -> Path:
     return folder.locate(None)
 
 
+def unpacked(pretrained: str) -> Path | None:
+    """The diffusers folder of a checkpoint if it is one on this machine or has been unpacked into one, else None."""
+    file = paths.file_of(pretrained)
+    return paths.dir_of(pretrained) if file is None else single_file.folder_of(file)
+
+
 def _parts(source: str) -> tuple[str, ...]:
     if (file := paths.file_of(source)) is not None:
         return file.expanduser().absolute().with_suffix("").parts

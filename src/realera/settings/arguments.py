@@ -60,6 +60,22 @@ def path(given: Any, name: str) -> Path:
     return Path(given).expanduser()
 
 
+def folder(given: Any, name: str) -> Path:
+    """A folder that exists or can be made. Raises UserError for a file."""
+    place = path(given, name)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{place} is a file: give a folder as {name}.")
+    return place
+
+
+def new_folder(given: Any, name: str) -> Path:
+    """A folder without files. Raises UserError for any other."""
+    place = folder(given, name)
+    if place.exists() and any(place.iterdir()):
+        raise UserError(f"{place} already has files in it: give a new or an empty folder.")
+    return place
+
+
 def prompts(given: Any) -> list[str]:
     found = [given] if isinstance(given, str) or not isinstance(given, Sequence) else list(given)
     for one in found:
