@@ -298,7 +298,7 @@ def test_residue_asks_for_texts_before_and_after(
     said, page = capsys.readouterr().out, (folder / "residue.html").read_text()
     sentence = (
         "Its name still draws it. Of 3 texts, 3 drew it before; 3 still draw it. "
-        "1 of these was classified by noise alone."
+        "1 of these 3 was not drawn; only its predicted noise was compared."
     )
     assert sentence in " ".join(said.split()) and "a jumbo jet" in said
     assert sentence in page and page.count("data:image") == 2 * 2 * len(drawn)

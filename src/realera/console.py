@@ -153,11 +153,13 @@ def show_residue(found: Mapping[str, Any]) -> None:
             said = [row.get(f"judged_{when}") for when in ("before", "after")]
             shares = " → ".join("–" if share is None else f"{share:.0f}" for share in said) if "pictures" in row else ""
             cells = [_plain(row["text"]), f"{row['before']:.2f}", f"{row['after']:.2f}", *([shares] if judged else [])]
-            table.add_row(*cells, residue_words.STATES[row["state"]], end_section=row is name)
+            table.add_row(*cells, residue_words.state(row), end_section=row is name)
         if (more := len(rows) - MOST_TEXTS) > 0:
             table.add_row(f"and {more} more in {paths.RESIDUE}")
         console.print()
         console.print(table)
+    for line in residue_words.key(found):
+        _say(line)
 
 
 def show_attack_plan(plan: Any, name: str, hindrance: str | None = None) -> None:
