@@ -461,8 +461,8 @@ def attack(
             numbers = attacking.carry_out(Session(Run(place, config)), backbone, judged, judge, asked)
         name = asked.settings.name
         shown = [
-            (row.typed or row.said, row.shown, [row.original.uri, row.erased.uri, row.back.uri])
-            for chapter in attack_rows.chapters(place)
+            (row.typed or row.said, row.shown, [picture.uri for _, picture in row.pictures])
+            for chapter in attack_rows.chapters(place, own.unedited)
             if chapter["name"] == name
             for row in chapter["rows"]
         ]
@@ -478,7 +478,7 @@ def attack(
     finally:
         if folder is None:
             shutil.rmtree(place, ignore_errors=True)
-    return AttackResult(name, numbers, lines, None if folder is None else place, shown)
+    return AttackResult(name, numbers, lines, None if folder is None else place, shown, own.unedited)
 
 
 def attacks() -> dict[str, str]:

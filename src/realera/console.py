@@ -36,7 +36,7 @@ from realera.evaluation.measures import (
     some_unscored,
     symbol,
 )
-from realera.evaluation.summary import ATTACK_ROWS
+from realera.evaluation.summary import attack_rows
 from realera.paths import printable
 from realera.reporting import cost_words, residue_words
 from realera.system.terminal import bars_hidden
@@ -172,12 +172,12 @@ def show_attack_plan(plan: Any, name: str, hindrance: str | None = None) -> None
         _say(f"this is a plan only; on this machine the attack could not start now: {hindrance}")
 
 
-def show_attack(name: str, numbers: Mapping[str, Any], title: str) -> None:
-    """Shows the numbers of an attack."""
+def show_attack(name: str, numbers: Mapping[str, Any], title: str, unedited: bool = False) -> None:
+    """Shows the numbers of an attack. unedited: on the unedited model."""
     table = Table(title=_plain(f"{title}, attacked by {name}"), title_justify="left")
     table.add_column("% of prompts that draw the concept", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
-    for key, words in ATTACK_ROWS.items():
+    for key, words in attack_rows(unedited).items():
         table.add_row(words, _cell(numbers[key]))
     console.print()
     console.print(table)
