@@ -370,7 +370,7 @@ def test_the_built_in_page_draws_by_keyboard_and_axe_finds_nothing_serious(tab: 
 
 @pytest.fixture(scope="module")
 def run(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A judged run with its page and the page of its residue."""
+    """A judged run with its page, the page of its residue, and one of its `generate`."""
     place = tmp_path_factory.mktemp("pages")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -378,6 +378,7 @@ def run(small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         for door, *words in (
             ["train", "concept=airplane", "method=uce", "run_dir=uce", *small],
             ["residue", "run=uce", "looked=4", "pictured=2", "out=residue", "texts=[a jet]"],
+            ["generate", "run=uce", "prompts=[a jet]", "seeds=[0,1]", "out=drawn"],
         ):
             patch.setattr(sys, "argv", [door, *words])
             import_module(f"realera.{door}").main()
@@ -396,6 +397,10 @@ def test_axe_finds_nothing_serious_on_the_page_of_a_run(run: Path, tab: Any) -> 
 
 def test_axe_finds_nothing_serious_on_the_page_of_a_residue(run: Path, tab: Any) -> None:
     opened(tab, run.parent / "residue/residue.html")
+
+
+def test_axe_finds_nothing_serious_on_the_page_of_drawn_prompts(run: Path, tab: Any) -> None:
+    opened(tab, run.parent / "drawn/generated.html")
 
 
 def test_axe_finds_nothing_serious_on_the_page_of_a_sweep(

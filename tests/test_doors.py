@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import signal
@@ -251,7 +252,9 @@ def test_evaluate_gives_the_unedited_models_row(
     assert list((folder / "wandb").glob("offline-run-*/*.wandb")), "a row of a dashboard too"
 
 
-def test_generate_draws_what_was_asked(run_dir: Path, type_in: Type, place: Path) -> None:
+def test_generate_draws_what_was_asked(
+    run_dir: Path, type_in: Type, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("generate", f"run={run_dir}", 'prompts=["a photo of a plane, red","../x"]', "seeds=[0,7]", "out=drawn")
     type_in(*words, small=False)
     lines = [json.loads(line) for line in (place / "drawn" / "manifest.jsonl").read_text().splitlines()]
@@ -260,6 +263,9 @@ def test_generate_draws_what_was_asked(run_dir: Path, type_in: Type, place: Path
     ]
     assert all((place / "drawn" / line["file"]).is_file() for line in lines)
     assert len(list((place / "drawn" / "images").iterdir())) == 4
+    page = html.unescape((place / "drawn" / "generated.html").read_text())
+    assert page.count("data:image") == 8 and "a photo of a plane, red" in page and "airplane erased by" in page
+    assert "drawn/generated.html" in capsys.readouterr().out
     assert not list(place.glob("*.png")) and not list((place / "drawn").glob("*.png"))
 
 
@@ -298,7 +304,7 @@ def test_residue_asks_for_texts_before_and_after(
     said, page = capsys.readouterr().out, (folder / "residue.html").read_text()
     sentence = (
         "Its name still draws it. Of 3 texts, 3 drew it before; 3 still draw it. "
-        "1 of these was classified by noise alone."
+        "1 of these 3 was not drawn; only its predicted noise was compared."
     )
     assert sentence in " ".join(said.split()) and "a jumbo jet" in said
     assert sentence in page and page.count("data:image") == 2 * 2 * len(drawn)

@@ -471,8 +471,8 @@ def attack(
         name = asked.settings.name
         erased._attacks = {**erased._attacks, name: numbers}
         shown = [
-            (row.typed or row.said, row.shown, [row.original.uri, row.erased.uri, row.back.uri])
-            for chapter in attack_rows.chapters(place)
+            (row.typed or row.said, row.shown, [picture.uri for _, picture in row.pictures])
+            for chapter in attack_rows.chapters(place, own.unedited)
             if chapter["name"] == name
             for row in chapter["rows"]
         ]
@@ -488,7 +488,7 @@ def attack(
     finally:
         if folder is None:
             shutil.rmtree(place, ignore_errors=True)
-    return AttackResult(name, numbers, lines, None if folder is None else place, shown)
+    return AttackResult(name, numbers, lines, None if folder is None else place, shown, own.unedited)
 
 
 def attacks() -> dict[str, str]:

@@ -50,7 +50,7 @@ def attack(cfg: DictConfig) -> None:
     name = asked.settings.name
     with attacking.lock(run.folder, asked):
         numbers = carried_out(run, task, asked, original)
-    console.show_attack(name, numbers, folders.title(run.config))
+    console.show_attack(name, numbers, folders.title(run.config), original)
     console.show_path("page to open", run.folder / paths.REPORT)
 
 

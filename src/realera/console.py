@@ -36,7 +36,7 @@ from realera.evaluation.measures import (
     some_unscored,
     symbol,
 )
-from realera.evaluation.summary import ATTACK_ROWS
+from realera.evaluation.summary import attack_rows
 from realera.paths import printable
 from realera.reporting import cost_words, residue_words
 from realera.system.terminal import bars_hidden
@@ -153,11 +153,13 @@ def show_residue(found: Mapping[str, Any]) -> None:
             said = [row.get(f"judged_{when}") for when in ("before", "after")]
             shares = " → ".join("–" if share is None else f"{share:.0f}" for share in said) if "pictures" in row else ""
             cells = [_plain(row["text"]), f"{row['before']:.2f}", f"{row['after']:.2f}", *([shares] if judged else [])]
-            table.add_row(*cells, residue_words.STATES[row["state"]], end_section=row is name)
+            table.add_row(*cells, residue_words.state(row), end_section=row is name)
         if (more := len(rows) - MOST_TEXTS) > 0:
             table.add_row(f"and {more} more in {paths.RESIDUE}")
         console.print()
         console.print(table)
+    for line in residue_words.key(found):
+        _say(line)
 
 
 def show_attack_plan(plan: Any, name: str, hindrance: str | None = None) -> None:
@@ -170,12 +172,12 @@ def show_attack_plan(plan: Any, name: str, hindrance: str | None = None) -> None
         _say(f"this is a plan only; on this machine the attack could not start now: {hindrance}")
 
 
-def show_attack(name: str, numbers: Mapping[str, Any], title: str) -> None:
-    """Shows the numbers of an attack."""
+def show_attack(name: str, numbers: Mapping[str, Any], title: str, unedited: bool = False) -> None:
+    """Shows the numbers of an attack. unedited: on the unedited model."""
     table = Table(title=_plain(f"{title}, attacked by {name}"), title_justify="left")
     table.add_column("% of prompts that draw the concept", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
-    for key, words in ATTACK_ROWS.items():
+    for key, words in attack_rows(unedited).items():
         table.add_row(words, _cell(numbers[key]))
     console.print()
     console.print(table)

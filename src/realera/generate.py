@@ -39,13 +39,16 @@ def generate(cfg: DictConfig) -> None:
     if plan.first:
         prompt_lengths.warn((prompt.text for prompt in prompts), run.settings.backbone)
 
+    from realera.reporting.generated_page import write_page
     from realera.runs import steps  # torch and diffusers: slow, so imported after all checks
 
     with folders.locked(out, plan.first, "out"), processes.connected(plan, "generate") as ranks:
         steps.draw(Session(run, ranks).into(out), steps.load_run(run), prompts)
-    if ranks.first:
+        page = write_page(out, prompts, folders.title(run.config), run.config) if ranks.first else None
+    if page is not None:
         console.show_path("images", out / paths.IMAGES)
         console.show_path("manifest", out / paths.MANIFEST)
+        console.show_path("page to open", page)
 
 
 def prompts_of(texts: Any, seeds: Any) -> list[Prompt]:

@@ -46,6 +46,7 @@ IMAGE_FORMATS = (
 )  # image formats that are read: pillow's others start programs (EPS) or are obsolete
 ATTACKS = "attacks"  # a folder with <name>.jsonl, <name>.json and <name>/ for each attack: see evaluation/attacked.py
 RESIDUE, RESIDUE_PAGE = "residue.json", "residue.html"  # which texts generate the concept, before and after
+GENERATED_PAGE = "generated.html"  # the images of `generate`, before and after
 EDIT_INFO = "edit.json"  # measurements of the edit: condition number, change of each layer, spectrum, prompt shifts
 APPLIED = "realera_applied.json"  # in a diffusers folder: the maps that realera.apply applied to its U-Net
 LOCK = ".lock"  # held by the process that makes the run; deleted when it ends

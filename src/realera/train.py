@@ -104,7 +104,8 @@ def show(run: Run, attacks: Sequence[Asked] = ()) -> float | None:
         metrics = read_metrics(run.folder)
         column = "unchanged" if run.settings.unedited else "erased"
         for one in attacks:
-            console.show_attack(one.settings.name, metrics["attacks"][one.settings.name], folders.title(run.config))
+            name, unedited = one.settings.name, run.settings.unedited
+            console.show_attack(name, metrics["attacks"][name], folders.title(run.config), unedited)
         console.show_run(run.folder, metrics, folders.title(run.config), erased=column)
         result: float | None = metrics["main"].get("h_o", {}).get("value")
         return result

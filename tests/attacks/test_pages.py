@@ -16,6 +16,7 @@ from realera import console, paths
 from realera.contracts import Prompt, UserError
 from realera.evaluation import attacked, results
 from realera.evaluation.records import read_metrics
+from realera.evaluation.summary import AttackResult
 from realera.reporting import attack_rows
 from realera.reporting.run_page import write_report
 from realera.reporting.sweep.page import write_sweep
@@ -91,11 +92,42 @@ def test_the_page_has_a_chapter_and_texts_stay_texts(tmp_path: Path) -> None:
     page = write_report(run).read_text()
     assert "<h2>Attacks</h2>" in page and "drew the concept for 3 of 4 prompts; 1 drew it as they are" in page
     assert "<script>alert" not in page and "<img src=x" not in page and "&lt;script&gt;alert" in page
-    (chapter,) = attack_rows.chapters(run)
+    (chapter,) = attack_rows.chapters(run, False)
     first, *_ = chapter["rows"]
     assert first.typed == EVIL and first.where == "step 3" and first.shown and not first.typed.startswith("/")
-    assert all(picture.uri.startswith("data:image/png") for picture in (first.original, first.erased, first.back))
+    assert all(picture.uri.startswith("data:image/png") for _, picture in first.pictures)
+    assert [caption for caption, _ in first.pictures] == ["original", "erased", "attacked: cat"]
     assert chapter["rows"][-1].where == "" and [row.shown for row in chapter["rows"]] == [True, True, True, False]
+
+
+def test_the_unedited_model_is_called_so_and_its_picture_is_shown_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = sweeps.judged(tmp_path / "run", method="original", pictures=True)
+    numbers = attack_of(run)
+    page = html.unescape(write_report(run).read_text())
+    chapter = page[page.index("<h2>Attacks</h2>") :].partition("</section>")[0]
+    assert "with which the original model draws the concept" in chapter
+    assert "erased model" not in chapter and ">erased" not in chapter
+    assert "<dt>as it is</dt>" in chapter and "<dt>attacked</dt>" in chapter and "is back" not in chapter
+    assert (
+        chapter.count("<figcaption>as it is</figcaption>") == len(LINES) == chapter.count("<figcaption>attacked: cat")
+    )
+    assert chapter.count("data:image") == 2 * len(LINES)
+    console.show_attack("own", numbers, "cat, the original model", unedited=True)
+    said = capsys.readouterr().out
+    assert "erased" not in said and "as it is" in said and "attacked" in said and "original model " not in said
+    page = html.unescape(write_sweep([run], tmp_path / "page.html").read_text())
+    sheet = page[page.index("<h2>Images under attack</h2>") :].partition("</section>")[0]
+    assert sheet.count("data:image") == 3 and "erased" not in sheet, "as it is, kept, attacked"
+    assert "erased" not in (tmp_path / "tables" / "object-attacks.md").read_text()
+    result = AttackResult("own", numbers, LINES, None, [("a cat", True, ["data:,a", "data:,b"])], unedited=True)
+    assert (
+        "erased" not in str(result)
+        and "as it is" in str(result)
+        and dict(result) == {"original": 100, "pre_asr": 25, "asr": 75}
+    )
+    assert "draws the concept" in result._repr_html_() and "is back" not in result._repr_html_()
 
 
 def test_the_curve_of_the_return_is_on_the_page_and_in_the_terminal(
@@ -121,11 +153,11 @@ def test_a_sweep_has_a_table_and_pictures(tmp_path: Path) -> None:
     page = write_sweep([tmp_path / name for name in ("uce", "esd", "mace")], tmp_path / "page.html").read_text()
     table = (tmp_path / "tables" / "object-attacks.md").read_text()
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines() if row.startswith("|")]
-    assert [cell.split()[-2] for cell in rows[0][1:]] == ["erased", "Acc_s", "other_one", "own"]
+    assert [cell.split()[-2] for cell in rows[0][1:]] == ["is", "Acc_s", "other_one", "own"]
     found = {row[0]: [re.findall(r"[\d.]+", cell) for cell in row[1:]] for row in rows[2:]}
     values = {system.strip("*"): [cell[0] for cell in cells if cell] for system, cells in found.items()}
     assert values["uce"] == ["25.0", "90.0", "75.0"] and values["esd-u"] == ["0.0", "90.0", "100.0", "0.0"]
-    assert "mace" not in values and "Erased, kept, attacked" in page and "<script>alert" not in page
+    assert "mace" not in values and "Images under attack" in page and "<script>alert" not in page
 
 
 def test_the_numbers_stand_in_metrics_and_survive_a_new_judging(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_sweep_counts_and_carries_out_attacks(
     [
         (["attacks=[nothing]"], "in attacks, 'nothing': .*nothing"),
         (['attacks=["random limit=0"]'], "in attacks, 'random limit=0': limit=0 is not valid"),
-        (['attacks=["inversion attack.step=3"]'], "in attacks, .*there is no setting 'attack.step'"),
+        (['attacks=["inversion attack.step=3"]'], "in attacks, .*attack=inversion has no setting 'attack.step'"),
         (['attacks=["random concept=cat"]'], "concept is not a setting of an attack"),
         (['attacks=["limit=3 random"]'], "does not begin with an attack's name"),
         (['attacks=["random \'"]'], "cannot be read"),

@@ -423,11 +423,15 @@ def test_a_long_list_of_reasons_is_shortened(capsys: pytest.CaptureFixture[str])
     [
         (
             ["method.neighbours.mm=3,4"],
-            "there is no setting 'method.neighbours.mm'; did you mean 'method.neighbours.m'",
+            "method=realera has no setting 'method.neighbours.mm'; did you mean 'method.neighbours.m'",
         ),
         (
             ["method=realera,uce", "method.align.steps=3"],
-            "there is no setting 'method.align.steps', because method.align is",
+            "there is no setting 'method.align.steps', because method.align is null with method=uce",
+        ),
+        (
+            ["method=uce,valera", "method.edit.ridge=1,50"],
+            "method=valera has no setting 'method.edit.ridge': leave it out, or choose method=",
         ),
         (["method=uce,ucee"], "there is no method 'ucee'; did you mean 'uce'"),
         (["method=glob(zz*)", "seed=0,1"], "the sweep has no job, because method=glob(zz*) has no value"),

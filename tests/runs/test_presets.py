@@ -41,8 +41,9 @@ def test_residue_is_sorted_by_whether_it_is_left_in_any_run(tmp_path: Path) -> N
     first, second = run_in(tmp_path / "a"), run_in(tmp_path / "b")
     add_residue(first, "1", {"jetliner": "gone", "boeing": "gone", "a cat": "never"})
     add_residue(second, "1", {"jetliner": "left", "a photo of the aircraft": "left"})
+    add_residue(second, "2", {"a jet": "partly"})
     found = presets.presets_of([first, second])
-    assert found[presets.LEFT] == ["jetliner", "a photo of the aircraft"] and found[presets.GONE] == ["boeing"]
+    assert found[presets.LEFT] == ["jetliner", "a photo of the aircraft", "a jet"] and found[presets.GONE] == ["boeing"]
     assert "a photo of the aircraft" not in found["Other names"], "each text once"
 
 

@@ -21,12 +21,13 @@ class UnlearnDiffAttack:
     """Searches k tokens c' for the loss |noise - eps(x_t, t, [c', prompt])|^2 of the erased model; x_0 is the original
     model's image of the prompt, encoded (equation 6 of the paper).
 
-    Each token is a point of the simplex over the vocabulary, at first its centre. In the forward pass a token is drawn
-    from each point; backward, the gradient goes straight through to the point, clipped to [-1, 1]. After each step of
-    Adam (with L2 weight decay) the points are projected onto the simplex. The timesteps go from little noise to much:
-    for each, `iterations` steps are taken, the most probable tokens are written before the prompt, and the prompt is
-    drawn as it reads when typed. It ends at the first image of the concept. A prompt that draws the concept without an
-    attack counts as won (pre-ASR). Official code: OPTML-Group/Diffusion-MU-Attack, attackers/text_grad_.py.
+    Each token is a probability distribution over the vocabulary, at first uniform. The forward pass samples a token
+    from it; the backward pass treats the sample as the distribution itself (straight-through), with the gradient
+    clipped to [-1, 1]. After each step of Adam (with L2 weight decay) it is projected onto the simplex. The timesteps
+    go from little noise to much: for each, `iterations` steps are taken, the most probable tokens are written before
+    the prompt, and the prompt is drawn as it reads when typed. It ends at the first image of the concept. A prompt that
+    draws the concept without an attack counts as won (pre-ASR). Official code: OPTML-Group/Diffusion-MU-Attack,
+    attackers/text_grad_.py.
 
     tokens: k. timesteps: 50 are 10, 30, ... 990. lr, weight_decay: of Adam. vocabulary: see `Searched`. together:
     prompts attacked at once. A prompt that leaves no room for the tokens is cut at its end.

@@ -71,6 +71,13 @@ def score(prompt: Prompt, verdict: Verdict, mode: Mode) -> float:
     return 100 * verdict.value if mode == "mean_prob" else 100.0 * (verdict.label.lower() == prompt.concept.lower())
 
 
+def shows(prompt: Prompt, verdict: Verdict, mode: Mode) -> bool:
+    """Whether the judge sees the prompt's concept in an image: its first choice (mode "top1") or a detection. An image
+    that cannot be scored does not show it."""
+    value = score(prompt, verdict, mode)
+    return not math.isnan(value) and value >= 50
+
+
 def symbol(measure: str, mode: str | None) -> tuple[str, str]:
     """A metric's symbol and index: ("Acc", "e"), ("CLIP", "s"), ("Det", "g"), ("H", "o")."""
     index = measure.rpartition("_")[2]

@@ -61,7 +61,8 @@ class AttackResult(Mapping[str, float]):
 
     name: of the attack. numbers: as in a run's metrics.json under attacks.<name>, with intervals, cost and protocol.
     lines: one for each prompt, as in attacks/<name>.jsonl. folder: of the files; None if they were temporary. shown:
-    for pictures, (text, whether it was won, data URIs of the images: original, erased, attacked).
+    for pictures, (text, whether it was won, data URIs of the images: original, erased, attacked; of the unedited model
+    as it is, attacked). unedited: the attacked model is the unedited one.
     """
 
     name: str
@@ -69,6 +70,7 @@ class AttackResult(Mapping[str, float]):
     lines: Sequence[Mapping[str, Any]]
     folder: Path | None
     shown: Sequence[tuple[str, bool, Sequence[str]]] = ()
+    unedited: bool = False
 
     def __getitem__(self, name: str) -> float:
         if name not in ATTACK_ROWS:
@@ -88,8 +90,12 @@ class AttackResult(Mapping[str, float]):
     def _rows(self) -> list[tuple[str, str, str]]:
         return [
             (words, f"{self[name]:.1f}", "{:.1f} to {:.1f}".format(*self.interval(name)))
-            for name, words in ATTACK_ROWS.items()
+            for name, words in attack_rows(self.unedited).items()
         ]
+
+    @property
+    def _won(self) -> str:
+        return " (draws the concept)" if self.unedited else " (the concept is back)"
 
     def _head(self) -> tuple[str, str, str]:
         return f"{self.name}, {self.numbers['prompts']} prompts", "% draw it", "95% interval"
@@ -107,7 +113,7 @@ class AttackResult(Mapping[str, float]):
         pictures = "".join(
             "<tr>"
             + "".join(f'<td><img src="{html.escape(uri)}" width="96"></td>' for uri in uris)
-            + f"<td>{html.escape(text)}{' (the concept is back)' if won else ''}</td></tr>"
+            + f"<td>{html.escape(text)}{self._won if won else ''}</td></tr>"
             for text, won, uris in self.shown
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><table>{pictures}</table>"
@@ -118,3 +124,8 @@ ATTACK_ROWS: Mapping[str, str] = {
     "pre_asr": "erased",
     "asr": "erased and attacked",
 }
+
+
+def attack_rows(unedited: bool) -> Mapping[str, str]:
+    """{key of an attack's numbers: its words}. Of the unedited model, the first two are the same number."""
+    return {"pre_asr": "as it is", "asr": "attacked"} if unedited else ATTACK_ROWS

@@ -20,7 +20,8 @@ pipe = DiffusionPipeline.from_pretrained("{place}"{keywords})
     "checkpoint": """* **A1111**: put `{file}` into `models/Stable-diffusion`.
 * **ComfyUI**: put it into `models/checkpoints`, node *Load Checkpoint*.
 * **stable-diffusion.cpp**: `sd -m {file} -p "..."`.
-* **diffusers**: `{pipeline}.from_single_file("{file}")`.
+* **diffusers**: `{pipeline}.from_single_file("{file}")`. Without the hub, add `config=FOLDER`, a diffusers folder of
+  the same kind of model.
 
 The whole erasure is in the file: there is no strength to set.""",
     "lora": """```python

@@ -10,6 +10,7 @@ from typing import Any
 from realera import paths
 from realera.contracts import UserError
 from realera.evaluation import attacked
+from realera.evaluation.summary import attack_rows as words_of
 from realera.reporting import charts
 from realera.reporting.sheets import Picture, plain_picture
 
@@ -18,22 +19,21 @@ SHOWN = 6  # prompts of an attack with pictures
 
 @dataclass(frozen=True)
 class Attacked:
-    """A prompt with its pictures. original, erased: of the prompt as it is. back: of the attack. typed: the text of the
-    attack, or None if it cannot be typed; then said is in its place. where: "step 50", or "" if it was not won."""
+    """A prompt with its pictures. typed: the text of the attack, or None if it cannot be typed; then said is in its
+    place. where: "step 50", or "" if it was not won. pictures: (caption, picture) of the prompt as it is, by the
+    original and the erased model, and last of the attack; of the unedited model the first two are one."""
 
     prompt: str
     typed: str | None
     said: str
     shown: bool
     where: str
-    original: Picture
-    erased: Picture
-    back: Picture
+    pictures: tuple[tuple[str, Picture], ...]
 
 
-def chapters(run_dir: Path) -> list[dict[str, Any]]:
+def chapters(run_dir: Path, unedited: bool) -> list[dict[str, Any]]:
     """A chapter for each attack of the run: name, numbers, sentence, curve and rows. The prompts that were won come
-    first."""
+    first. unedited: the run is of the unedited model."""
     found = []
     for name, numbers in attacked.numbers(run_dir).items():
         lines = attacked.read(run_dir, name)[: numbers["prompts"]]
@@ -41,21 +41,14 @@ def chapters(run_dir: Path) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": name,
-                "numbers": [(words, numbers[key]) for key, words in WORDS.items()],
+                "numbers": [(words, numbers[key]) for key, words in words_of(unedited).items()],
                 "sentence": sentence(numbers),
                 "cost": numbers["cost"],
-                "rows": [row(run_dir, name, line) for line in first],
+                "rows": [row(run_dir, name, line, unedited) for line in first],
                 "count": len(lines),
             }
         )
     return found
-
-
-WORDS: Mapping[str, str] = {
-    "original": "the original model",
-    "pre_asr": "the erased model",
-    "asr": "the erased model, attacked",
-}
 
 
 def sentence(numbers: Mapping[str, Any]) -> str:
@@ -69,7 +62,7 @@ def sentence(numbers: Mapping[str, Any]) -> str:
     return f"The attack drew the concept for {won} of {count} prompts; {plain} drew it as they are.{at}{told}"
 
 
-def row(run_dir: Path, name: str, line: attacked.Line) -> Attacked:
+def row(run_dir: Path, name: str, line: attacked.Line, unedited: bool) -> Attacked:
     """A line with its pictures. Its texts are shown as texts; only its ids, which were checked, are parts of paths."""
     out = attacked.folder(run_dir, name)
     label = line["label"] or ""
@@ -82,13 +75,15 @@ def row(run_dir: Path, name: str, line: attacked.Line) -> Attacked:
         return plain_picture(file, text, said)
 
     image = f"{line['id']}.png"
+    before = pictured(f"{paths.ORIGINALS}/{image}", f"{line['prompt']}: the original model")
+    after = pictured(f"{paths.IMAGES}/{image}", f"{line['prompt']}: the erased model")
+    back = pictured(f"{attacked.FOUND}/{image}", f"{line['text'] or line['said'] or line['prompt']}: attacked", label)
+    plain = (("as it is", before),) if unedited else (("original", before), ("erased", after))
     return Attacked(
         line["prompt"],
         line["text"],
         line["said"] or "",
         line["shown"],
         f"step {line['step']}" if line["step"] is not None else "",
-        pictured(f"{paths.ORIGINALS}/{image}", f"{line['prompt']}: the original model"),
-        pictured(f"{paths.IMAGES}/{image}", f"{line['prompt']}: the erased model"),
-        pictured(f"{attacked.FOUND}/{image}", f"{line['text'] or line['said'] or line['prompt']}: attacked", label),
+        (*plain, (f"attacked: {label}", back)),
     )

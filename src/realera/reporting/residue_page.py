@@ -8,7 +8,7 @@ from typing import Any
 
 from realera import paths
 from realera.files import checksums
-from realera.reporting.residue_words import STATES, sentence
+from realera.reporting.residue_words import key, sentence, state
 from realera.reporting.run_page import is_blurred, render
 from realera.reporting.sheets import Picture, plain_picture
 from realera.system import disk
@@ -22,10 +22,10 @@ def write_page(out: Path, found: Mapping[str, Any], config: Mapping[str, Any], b
     residue.json."""
     page = out / paths.RESIDUE_PAGE
     content = {
-        **{key: found[key] for key in ("method", "backbone", "judge", "within", "guided")},
+        **{key: found[key] for key in ("method", "backbone", "judge", "within")},
         "veiled": is_blurred(config, {}, blur),
         "concepts": [_concept(out, concept) for concept in found["concepts"]],
-        "words": STATES,
+        "key": " ".join(key(found)),
         "line": _at(found["within"]),
         "farthest": FARTHEST,
     }
@@ -50,6 +50,7 @@ def _concept(out: Path, concept: Mapping[str, Any]) -> dict[str, Any]:
 def _row(out: Path, row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **row,
+        "words": state(row),
         "at": {when: _at(row[when]) for when in ("before", "after")},
         "judged": [row.get(f"judged_{when}") for when in ("before", "after")],
         "pairs": list(zip(_pictures(out, row, paths.ORIGINALS, "before"), _pictures(out, row, paths.IMAGES, "after"))),

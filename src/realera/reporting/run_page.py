@@ -103,7 +103,7 @@ def collect(run_dir: Path, blur: bool | None = None) -> dict[str, Any]:
         "first": first_pairs(sheet),
         "splits": [(split, *titles, sheet[split]) for split, titles in splits.items() if split in sheet],
         "seen": _seen(metrics),
-        "attacks": attack_rows.chapters(run_dir),
+        "attacks": attack_rows.chapters(run_dir, Settings(config).unedited),
         "edits": [(title, block) for title, block in (("", _edit(edit)), ("after training", _edit(finish))) if block],
         "curves": charts.curves(read_lines(paths.inside(run_dir, paths.LOSSES))),
         "cost": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from realera.contracts import (
     Verdict,
 )
 from realera.evaluation.generate import sampler_of
-from realera.evaluation.measures import score
+from realera.evaluation.measures import shows
 from realera.files.pictures import read_picture
 from realera.methods.latents import drawn
 from realera.system import disk
@@ -60,10 +59,8 @@ class System:
         return self.guide.around(self.backbone, texts)
 
     def shows(self, prompt: Prompt, verdict: Verdict) -> bool:
-        """Whether the judge finds the prompt's concept: its first choice or, of a judge that detects, a detection. An
-        image that cannot be scored does not show it."""
-        value = score(prompt, verdict, self.mode)
-        return not math.isnan(value) and value >= 50
+        """`measures.shows` for this judge."""
+        return shows(prompt, verdict, self.mode)
 
 
 @dataclass

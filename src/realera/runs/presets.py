@@ -33,7 +33,8 @@ Presets = dict[str, list[str]]
 
 def presets_of(runs: Sequence[Run]) -> Presets:
     """The evaluation prompts of the runs' tasks by split, and the texts of their residue searches: those that still
-    draw the concept after at least one of the runs, and those that no longer do. A text stands under one heading only.
+    draw the concept, if only in some pictures, after at least one of the runs, and those that no longer do. A text
+    stands under one heading only.
 
     Raises:
         UserError: a text file that a run's settings name has changed.
@@ -49,7 +50,7 @@ def presets_of(runs: Sequence[Run]) -> Presets:
 
     prompts = [prompt for run in runs for prompt in _prompts(run)]
     rows = [row for run in runs for row in _residue(run)]
-    add(LEFT, (row["text"] for row in rows if row["state"] == "left"))
+    add(LEFT, (row["text"] for row in rows if row["state"] in ("left", "partly")))
     add(GONE, (row["text"] for row in rows if row["state"] == "gone"))
     for split, heading in HEADINGS.items():
         add(heading, (prompt.text for prompt in prompts if prompt.split == split))

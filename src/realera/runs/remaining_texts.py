@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,19 +11,19 @@ from typing import Any
 from torch import Tensor
 
 from realera import console, paths
-from realera.contracts import Backbone, Guide, Judge, Pair, Prompt, Task
+from realera.contracts import Backbone, Guide, Judge, Mode, Pair, Prompt, Task
+from realera.evaluation.measures import score, shows
 from realera.evaluation.records import Which, read_manifest
 from realera.files import plain_data
 from realera.methods import nearness
 from realera.methods.functional import FunctionalMining, measured
-from realera.runs import steps
+from realera.runs import attacking, steps
 from realera.runs.session import Session
 from realera.system import disk
 from realera.tasks.prompts import slug
 from realera.training.pairs import encoded_pairs
 
 CHUNK = 4  # images of the concept drawn at once, as in mining, so that both share the cached images
-MOST = 50  # percent: from this mean probability of the judge on, a text counts as drawing the concept
 
 
 def measure(session: Session, task: Task, asked: Mapping[str, Any], out: Path, judging: bool) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def measure(session: Session, task: Task, asked: Mapping[str, Any], out: Path, j
     steps.draw(session.into(out), backbone, prompts)
     judge = steps.build_judge(run.config, task) if judging and prompts else None
     if judge is not None:
-        _judge(judge, out, concepts)
+        _judge(judge, attacking.mode_of(judge, task), out, concepts)
     for concept in concepts:
         classify(concept, asked["within"])
     found = {
@@ -88,21 +89,32 @@ def _measure_concept(
 
 
 def classify(concept: dict[str, Any], within: float) -> None:
-    """Sets the state of every text: "never" if it never drew the concept, "left" if it still does, "gone" if it no
-    longer does. A text draws the concept according to its noise prediction or to the judge of its pictures. Also counts
-    the texts without the name; unseen: those that are classified by their noise prediction alone."""
+    """Sets the state of every text, and counts the texts other than the name.
 
-    def draws(row: Mapping[str, Any], when: str) -> bool:
-        return row[when] <= within or (row.get(f"judged_{when}") or 0) >= MOST
+    A text drew the concept if its noise prediction was close or the judge sees the concept in one of its pictures;
+    "never": it did not. After the erasure it is "left" if its noise prediction is close or most of its judged pictures
+    show the concept, "partly" if fewer do, and "gone" if none does. unseen: texts that were not drawn; unjudged: texts
+    whose pictures after the erasure no judge could judge. Both are classified by their noise predictions alone.
+    """
+
+    def seen(row: Mapping[str, Any], when: str) -> tuple[int, int]:
+        return row.get(f"shown_{when}") or 0, row.get(f"scored_{when}") or 0
+
+    def state(row: Mapping[str, Any]) -> str:
+        if row["before"] > within and not seen(row, "before")[0]:
+            return "never"
+        shown, scored = seen(row, "after")
+        return "left" if row["after"] <= within or 2 * shown > scored else "partly" if shown else "gone"
 
     for row in concept["texts"]:
-        row["state"] = ("left" if draws(row, "after") else "gone") if draws(row, "before") else "never"
+        row["state"] = state(row)
     drew = [row for row in concept["texts"][1:] if row["state"] != "never"]
     concept |= {
         "drew": len(drew),
         "left": sum(row["state"] == "left" for row in drew),
-        "unseen": sum(row.get("judged_after") is None for row in drew),
-        "name_left": concept["texts"][0]["state"] == "left",
+        "partly": sum(row["state"] == "partly" for row in drew),
+        "unseen": sum("pictures" not in row for row in drew),
+        "unjudged": sum("pictures" in row and not seen(row, "after")[1] for row in drew),
     }
 
 
@@ -120,21 +132,27 @@ def _prompts(number: int, concept: dict[str, Any], most: int, seeds: Sequence[in
     return found
 
 
-def _judge(judge: Judge, out: Path, concepts: Sequence[dict[str, Any]]) -> None:
-    """Adds the judge's results to the rows that were drawn, for both models: the mean probability of the concept in
-    percent (None if no image could be judged), and the label of each image."""
+def _judge(judge: Judge, mode: Mode, out: Path, concepts: Sequence[dict[str, Any]]) -> None:
+    """Adds the judge's results to the rows that were drawn, for both models: the label of each image, the number of
+    images that could be scored, the number of those that show the concept (as for attacks), and the mean probability of
+    the concept in percent (None if no image has one)."""
     drawn = read_manifest(out)
     rows = {id: row for concept in concepts for row in concept["texts"] for id in row.get("pictures", ())}
     sides: tuple[tuple[Which, str], ...] = (("original", "before"), ("erased", "after"))
     with console.bar(f"judged by {judge.name}", 2 * len(drawn)) as advance:
         for side, when in sides:
-            verdicts = judge([row.path(out, side) for row in drawn], [row.prompt for row in drawn])
+            prompts = [row.prompt for row in drawn]
+            verdicts = judge([row.path(out, side) for row in drawn], prompts)
             advance(len(drawn))
+            for row in rows.values():
+                row |= {f"labels_{when}": [], f"scored_{when}": 0, f"shown_{when}": 0}
             values: dict[int, list[float]] = {}
-            for verdict in verdicts:
+            for prompt, verdict in zip(prompts, verdicts, strict=True):
                 row = rows[verdict.prompt_id]
-                row.setdefault(f"labels_{when}", []).append(verdict.label)
-                if verdict.value == verdict.value:
+                row[f"labels_{when}"].append(verdict.label)
+                row[f"scored_{when}"] += not math.isnan(score(prompt, verdict, mode))
+                row[f"shown_{when}"] += shows(prompt, verdict, mode)
+                if not math.isnan(verdict.value):
                     values.setdefault(id(row), []).append(100 * verdict.value)
             for row in rows.values():
                 scored = values.get(id(row))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -62,10 +63,7 @@ def of_config(
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         if (key := found[1].partition("=")[0]) in LISTS:
             return f'{key} contains commas: quote a text, {_quoted(found[1])}, or give a list, \'{key}=["...","..."]\''
-        return (
-            f"{found[1]} has several values: add -m to run one job for each, or quote it if it is one text: "
-            f"{_quoted(found[1])}"
-        )
+        return f"{found[1]} has several values: {_ways_to_mean(found[1], config_name, arguments)}"
     if found := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(found[1].split("@")[0], config_name, arguments, spelt)
     return first_line(error)
@@ -189,19 +187,54 @@ def _quoted(override: str) -> str:
     return f'"{key}=\\"{bare}\\""' if "'" in bare else f"{key}='\"{bare}\"'"
 
 
+def _ways_to_mean(override: str, config_name: str, arguments: list[str]) -> str:
+    """The words to type for a setting with several values: jobs of a sweep, a list if the setting takes one, a text."""
+    key, _, values = override.partition("=")
+    ways = ["add -m to run one job for each"]
+    if _takes_list(key, config_name, arguments):
+        listed = shlex.quote(f"{key}=[{values}]")
+        ways.append(f"type {listed} to erase all of them together" if key == "concept" else f"type the list {listed}")
+    return f"{', '.join(ways)}, or quote it if it is one text: {_quoted(override)}"
+
+
+def _takes_list(key: str, config_name: str, arguments: list[str]) -> bool:
+    if key in ("concept", "anchor"):
+        return True
+    node, _ = _composed(config_name, arguments)
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return isinstance(node, list)
+
+
+def _composed(config_name: str, arguments: list[str]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """(the command's config with the options that the arguments choose, {group: its option}); both are empty if it
+    cannot be composed: then there is a second fault, and no suggestion for the first."""
+    groups = _groups(config_name)
+    chosen = [word for word in arguments if word.partition("=")[0] in groups]
+    try:
+        with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+            cfg = compose(config_name, chosen, return_hydra_config=True)
+        choices = {str(group): str(option) for group, option in cfg.hydra.runtime.choices.items() if option}
+        composed = OmegaConf.to_container(cfg, resolve=False)
+    except (HydraException, OmegaConfBaseException):
+        return {}, {}
+    own = {str(key): value for key, value in composed.items() if key != "hydra"} if isinstance(composed, dict) else {}
+    return own, choices
+
+
 def _unknown_key(key: str, config_name: str, arguments: list[str], spelt: Callable[[str], str]) -> str:
     groups = _groups(config_name)
     if (paths.CONF_DIR / key).is_dir() and key not in groups:
         return f"python -m realera.{config_name} has no setting '{key}': leave it out; --help lists its settings."
-    chosen = [word for word in arguments if word.partition("=")[0] in groups]
-    try:
-        with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
-            composed = OmegaConf.to_container(compose(config_name, chosen), resolve=False)
-    except (HydraException, OmegaConfBaseException):  # a second fault: then there is no suggestion for the first
-        composed = {}
-    composed = {**dict.fromkeys(groups), **composed} if isinstance(composed, dict) else {}
+    own, choices = _composed(config_name, arguments)
+    composed = {**dict.fromkeys(groups), **own}
+    group = key.partition(".")[0]
+    option = choices.get(group, "") if "." in key else ""
     if parent := _null_above(key, composed):
-        return f"there is no setting '{key}', because {parent} is null here: choose an option that has it."
+        where = f"with {group}={option}" if option else "here"
+        return f"there is no setting '{key}', because {parent} is null {where}: choose an option that has it."
+    if option:
+        return f"{group}={option} has no setting '{key}'{_of_option(key, option, composed[group], spelt)}"
     known = {*_keys(composed), *groups}
     same_end = {k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]}
     if "." not in key and same_end:
@@ -209,6 +242,34 @@ def _unknown_key(key: str, config_name: str, arguments: list[str], spelt: Callab
     else:
         meant = did_you_mean(key, same_end, spelt) or did_you_mean(key, known, spelt)
     return f"there is no setting '{key}'{meant or '; --help lists them.'}"
+
+
+def _of_option(key: str, option: str, settings: Any, spelt: Callable[[str], str]) -> str:
+    """The end of the sentence for a setting that an option of a group lacks: other options that have it, otherwise the
+    nearest setting of this option. The group's own name counts nothing for nearness."""
+    group, _, below = key.partition(".")
+    if others := [other for other in _with_key(group, below) if other != option]:
+        listed = " or ".join([*([", ".join(others[:-1])] if others[1:] else []), others[-1]])
+        return f": leave it out, or choose {group}={listed}, which {'have' if others[1:] else 'has'} it."
+    known = list(_keys(settings))
+    same_end = [name for name in known if name.rpartition(".")[2] == below.rpartition(".")[2]]
+
+    def full(name: str) -> str:
+        return spelt(f"{group}.{name}")
+
+    meant = did_you_mean(below, same_end, full) or did_you_mean(below, known, full)
+    return meant or f"; {paths.CONF_DIR / group / option}.yaml lists its settings."
+
+
+def _with_key(group: str, below: str) -> list[str]:
+    """The options of a group whose own yaml has the setting. Variants of another option are left out."""
+    found = []
+    for file in sorted((paths.CONF_DIR / group).glob("*.yaml")):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        bases = content.get("defaults", ()) if isinstance(content, dict) else ()
+        if not any(isinstance(base, str) and base != "_self_" for base in bases) and below in set(_keys(content)):
+            found.append(file.stem)
+    return found
 
 
 def _nearest(keys: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ KEPT = "acc_s"
 
 @dataclass(frozen=True)
 class AttackSheet:
-    """heads: "original", "erased", "kept" and the attacks. rows: (system, its pictures; None without an image)."""
+    """heads: "original", "as it is", "kept" and the attacks. rows: (system, its pictures; None without an image)."""
 
     heads: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Picture | None, ...]], ...]
@@ -37,7 +37,7 @@ def attack_tables(chapter: Chapter) -> list[Table]:
     systems = [
         system for system, runs in chapter.systems.items() if any(_lines(run, name) for run in runs for name in names)
     ]
-    columns = [Column("pre_asr", "erased", better=-1), *chapter.columns([KEPT] if KEPT in chapter.measures else [])]
+    columns = [Column("pre_asr", "as it is", better=-1), *chapter.columns([KEPT] if KEPT in chapter.measures else [])]
     columns += [Column(f"asr_{name}", name, group="attacked", better=-1) for name in names]
     rows = []
     for system in systems:
@@ -50,8 +50,8 @@ def attack_tables(chapter: Chapter) -> list[Table]:
         rows.append(row_of(chapter, system, numbers, among=systems))
     made = table_of(chapter, "attacks", "Under attack", ("system",), columns, rows)
     note = (
-        "Percent of the attacked prompts for which the judge finds the concept: with the erased model as it is "
-        "(erased) and under each attack. Intervals over prompts."
+        "Percent of the attacked prompts for which the judge finds the concept: with the prompt as it is and under "
+        "each attack. Intervals over prompts."
     )
     return [replace(made, notes=(note, *made.notes[1:]))]
 
@@ -99,11 +99,14 @@ def attack_sheet(chapter: Chapter) -> AttackSheet | None:
         if run is not None:
             images = [_before(run, names), _of_split(run, "erase"), _of_split(run, "keep")]
             rows.append((system, (*images, *(_back(run, name) for name in names))))
-    return AttackSheet(("original", "erased", "kept", *names), tuple(rows)) if rows else None
+    return AttackSheet(("original", "as it is", "kept", *names), tuple(rows)) if rows else None
 
 
 def _before(run: JudgedRun, names: Sequence[str]) -> Picture | None:
-    """The original model's image of the first attacked prompt."""
+    """The original model's image of the first attacked prompt; None if the run is the original model's own, whose image
+    as it is that is."""
+    if Settings(run.config).unedited:
+        return None
     for name in names:
         for line in _lines(run, name)[:1]:
             file = paths.inside(attacked.folder(run.folder, name), f"{paths.ORIGINALS}/{line['id']}.png")
