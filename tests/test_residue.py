@@ -90,7 +90,7 @@ def test_pictures_count_where_the_judge_sees_the_concept_and_not_where_it_cannot
                 for prompt, label in zip(prompts, labels)
             ]
 
-    seen = {"originals": ["gun", "Gun", "gun", "gun"], "images": ["sky", "gun", "gun", None]}
+    seen: dict[str, list[Any]] = {"originals": ["gun", "Gun", "gun", "gun"], "images": ["sky", "gun", "gun", None]}
     ids = [f"p{number}" for number in range(4)]
     for folder, labels in seen.items():
         (tmp_path / folder).mkdir()

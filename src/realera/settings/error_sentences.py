@@ -200,7 +200,7 @@ def _ways_to_mean(override: str, config_name: str, arguments: list[str]) -> str:
 def _takes_list(key: str, config_name: str, arguments: list[str]) -> bool:
     if key in ("concept", "anchor"):
         return True
-    node, _ = _composed(config_name, arguments)
+    node: Any = _composed(config_name, arguments)[0]
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
     return isinstance(node, list)
