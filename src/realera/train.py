@@ -103,9 +103,8 @@ def show(run: Run, attacks: Sequence[Asked] = ()) -> float | None:
     if run.settings.evaluate and (run.folder / paths.METRICS).is_file():
         metrics = read_metrics(run.folder)
         column = "unchanged" if run.settings.unedited else "erased"
-        for one in attacks:
-            name, unedited = one.settings.name, run.settings.unedited
-            console.show_attack(name, metrics["attacks"][name], folders.title(run.config), unedited)
+        for name in (one.settings.name for one in attacks):
+            console.show_attack(name, metrics["attacks"][name], folders.title(run.config), run.settings.unedited)
         console.show_run(run.folder, metrics, folders.title(run.config), erased=column)
         result: float | None = metrics["main"].get("h_o", {}).get("value")
         return result
