@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from options import method_settings
 from quick import slow_unless
 from realera import paths
-from realera.contracts import Method, NamedPrompt
+from realera.contracts import Method, NamedPrompt, UserError
 from realera.mining import band
 from realera.runs import preflight
 from realera.settings import composition, resolvers
@@ -37,6 +38,8 @@ NEEDED = {
 BACKBONES = [option for group, option in OPTIONS if group == "backbone"]
 METHODS = [option for group, option in OPTIONS if group == "method"]
 TASKS = [option for group, option in OPTIONS if group == "task"]
+READS_MAPS = {"fmn", "mace", "mace-ablation", "receler"}  # cross-attention's, which transformers do not have
+TRAINS_WEIGHTS = {"ac", "esd-u", "esd-x", "sa", "stereo"}  # of the network itself, not beside it
 
 
 @cache
@@ -152,7 +155,13 @@ def test_every_method_is_built_and_can_mine_what_it_asks_for(method: str, backbo
     config = composed("train", "concept=airplane", f"backbone={backbone}", f"method={method}")
     built = instantiate(config["method"])
     assert isinstance(built, Method) and built.name == config["method"]["name"]
-    preflight.check_settings(config)
+    refusal = None
+    if "flow" in config["backbone"].get("like", ()) and method in READS_MAPS:
+        refusal = "reads cross-attention maps"
+    elif config["backbone"]["dtype"] == "bfloat16" and method in TRAINS_WEIGHTS:
+        refusal = "backbone.dtype=bfloat16 would round its small steps away"
+    with pytest.raises(UserError, match=refusal) if refusal else nullcontext():
+        preflight.check_settings(config)
 
 
 def test_gradients_are_bounded_where_the_official_code_bounds_them() -> None:
