@@ -77,3 +77,8 @@ def test_several_values_are_offered_as_a_list_where_the_setting_takes_one(
     said = str(refused.value)
     assert "add -m to run one job for each" in said and "if it is one text" in said
     assert listed in said if listed else "[" not in said
+
+
+def test_several_values_beside_settings_that_do_not_compose_are_still_named() -> None:
+    with pytest.raises(UserError, match=r"backbone\.name=1,2 has several values: add -m"):
+        composition.settings_of("train", ["backbone=null", "backbone.name=1,2"])

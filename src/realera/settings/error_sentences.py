@@ -216,7 +216,7 @@ def _composed(config_name: str, arguments: list[str]) -> tuple[Mapping[str, Any]
             cfg = compose(config_name, chosen, return_hydra_config=True)
         choices = {str(group): str(option) for group, option in cfg.hydra.runtime.choices.items() if option}
         composed = OmegaConf.to_container(cfg, resolve=False)
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AssertionError):  # Hydra raises all of these
         return {}, {}
     own = {str(key): value for key, value in composed.items() if key != "hydra"} if isinstance(composed, dict) else {}
     return own, choices
