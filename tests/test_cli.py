@@ -139,7 +139,11 @@ AS_PROCESS = {  # of BAD, those that are also typed into a process of their own:
 }
 
 
-@pytest.mark.parametrize("words", BAD, ids=lambda words: " ".join(words)[:60] or "nothing")
+@pytest.mark.parametrize(
+    "words",
+    [words if number % 3 == 0 else pytest.param(words, marks=pytest.mark.slow) for number, words in enumerate(BAD)],
+    ids=lambda words: " ".join(words)[:60] or "nothing",
+)
 def test_bad_input_gets_one_sentence(words: tuple[str, ...], typed: Callable[..., Typed], tmp_path: Path) -> None:
     (tmp_path / "occupied").write_text("a file where a folder is wanted")
     began = time.monotonic()

@@ -139,7 +139,7 @@ def test_realera_mines_in_the_paper_s_space_and_on_the_miniature_in_the_one_that
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", slow_unless(BACKBONES, "mini", "sd14"))
 def test_every_task_names_prompts_and_its_judges(task: str, backbone: str) -> None:
     config = composed("train", f"task={task}", "concept=airplane", "anchor=sky", f"backbone={backbone}")
     built = composition.build_task(config)

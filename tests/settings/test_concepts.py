@@ -12,6 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from quick import slow_unless
 from realera import paths
 from realera.contracts import UserError
 from realera.runs import folders, preflight
@@ -36,7 +37,7 @@ def listed(folder: Path, text: str) -> str:
     return f"concepts_file={path}"
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", slow_unless(BACKBONES, "mini", "sd14"))
 @pytest.mark.parametrize("task", FIRST)
 def test_every_task_knows_its_first_concept_on_every_backbone(task: str, backbone: str) -> None:
     words = [f"task={task}", f"backbone={backbone}", *([f"concept={FIRST[task]}"] if FIRST[task] else [])]
