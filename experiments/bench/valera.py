@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 
 from realera import paths
+from realera.costs import Meter
 from realera.methods.priors import ARTISTS
 from realera.methods.valera import ValueSpaceErasure
 from realera.runs import steps
@@ -41,15 +41,14 @@ def measured(words: list[str]) -> list[dict[str, float]]:
         task = composition.build_task(settings(count, words))
         backbone.load_erased({})
         backbone.text._cache.clear()
-        since = time.perf_counter()
-        pairs = encoded_pairs(backbone, task)
-        for pair in pairs:  # the states are made when they are read
+        meter = Meter()
+        pairs = encoded_pairs(backbone, task, meter)
+        for pair in pairs:  # the states are made when they are read, and some of a hundred names' twice
             _ = pair.target, pair.anchor
-        encoded = time.perf_counter()
-        edit = ValueSpaceErasure()(backbone, pairs, [])
-        backbone.apply(edit)
-        done = time.perf_counter()
-        rows.append({"names": count, "text_s": round(encoded - since, 3), "edit_s": round(done - encoded, 3)})
+        with meter.stage("edit"):
+            backbone.apply(ValueSpaceErasure()(backbone, pairs, []))
+        seconds = {f"{stage}_s": round(meter.seconds[stage], 3) for stage in ("text", "edit")}
+        rows.append({"names": count, **seconds})
         print(words[0], rows[-1], flush=True)
     return rows[1:]
 

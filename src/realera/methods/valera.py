@@ -8,7 +8,8 @@ values, where these phrases are near.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -106,9 +107,7 @@ class ValueSpaceErasure:
             metric = value_space.metric(backbone.text_readers(self.read), self.layers)
         rows = caption_rows(backbone, self.captions, paths.cache_dir())
         quiet = value_space.quiet(metric, value_space.covariance(rows.gram, rows.mean, rows.count), price)
-        concepts, anchors = (
-            torch.stack([self._mean(getattr(pair, side)) for pair in pairs], dim=1) for side in ("target", "anchor")
-        )
+        concepts, anchors = (self._means(getattr(pair, side) for pair in pairs) for side in ("target", "anchor"))
         nothing = backbone.encode([""])
         empty = nothing.states[0].double().cpu()
         begin = [row for row in empty[nothing.constant()] if row.any()]
@@ -133,7 +132,7 @@ class ValueSpaceErasure:
                     "VALERA needs single points or texts, and m=.inf or n=.inf gives only an expectation: set finite m "
                     "and n, or method/neighbours=functional."
                 )
-            near, beyond = _means(mined.near, mined.near_rows), _means(mined.beyond, mined.beyond_rows)
+            near, beyond = _samples(mined.near, mined.near_rows), _samples(mined.beyond, mined.beyond_rows)
             columns = torch.cat([concepts[:, i : i + 1], near, beyond], dim=1) - rows.mean[:, None]
             goals = torch.cat([torch.ones(near.shape[1]), torch.zeros(beyond.shape[1])]).double()
             found[:, i] = value_space.fitted(read(columns), columns, goals, self.mined_price)
@@ -170,7 +169,7 @@ class ValueSpaceErasure:
         projection = torch.eye(backbone.width, dtype=torch.float64) + left @ right
         edit = Edit(map=projection, projections=PROJECTIONS[self.projections])
         texts = self.search(backbone, pairs, edit, number, self.seed)
-        return projection @ torch.stack([self._mean(one) for one in texts], dim=1)
+        return projection @ self._means(texts)
 
     def _further(self, pairs: Sequence[Pair], shifts: Tensor, metric: Tensor) -> Tensor | None:
         """(D, (directions - 1) n), each concept's columns side by side; None = only the mean shifts (D, n)."""
@@ -183,9 +182,18 @@ class ValueSpaceErasure:
             columns.append(value_space.further_directions(differences, shift, metric, self.directions - 1))
         return torch.cat(columns, dim=1)
 
-    def _mean(self, states: TextStates) -> Tensor:
-        """(D,) float64: the mean over the counted rows of all prompts."""
-        return states.states[counted_rows(states, self.rows)].double().mean(dim=0).cpu()
+    def _means(self, texts: Iterable[TextStates]) -> Tensor:
+        """(D, n) float64: the mean over the counted rows of all prompts of each of n texts."""
+        columns: list[Tensor] = []
+        recent: deque[tuple[TextStates, Tensor]] = deque(maxlen=4)  # many concepts share few anchors
+        for states in texts:
+            mean = next((mean for known, mean in recent if known is states), None)
+            if mean is None:
+                counted = counted_rows(states, self.rows).double()  # a product is four times faster than picking rows
+                mean = (torch.einsum("pt,ptd->d", counted, states.states.double()) / counted.sum()).cpu()
+                recent.append((states, mean))
+            columns.append(mean)
+        return torch.stack(columns, dim=1)
 
     def _kept(self, backbone: Backbone) -> Tensor:
         """(D, names): the mean row of each preserved name."""
@@ -196,7 +204,7 @@ class ValueSpaceErasure:
         return torch.stack(columns, dim=1)
 
 
-def _means(states: Tensor, rows: Tensor) -> Tensor:
+def _samples(states: Tensor, rows: Tensor) -> Tensor:
     """(D, S) float64: each sample's mean over its counted rows. states (S, T, D), rows (S, T)."""
     weights = rows.double()[..., None]
     return ((states.double() * weights).sum(dim=1) / weights.sum(dim=1)).T.cpu()
