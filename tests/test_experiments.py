@@ -118,7 +118,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("folder", TABLES)
-@pytest.mark.parametrize("methods", [None, "mace,uce", "realera,uce"])
+@pytest.mark.parametrize("methods", [None, "mace,uce", "realera,uce,realera-text"])
 def test_a_table_s_script_runs_it_whole_or_a_part(folder: str, methods: str | None, tmp_path: Path) -> None:
     """A part that METHODS names may lack the system that differences are from, and then asks for none."""
     stub, typed = tmp_path / "python", tmp_path / "typed"
@@ -134,7 +134,8 @@ def test_a_table_s_script_runs_it_whole_or_a_part(folder: str, methods: str | No
     calls = [call.split("\0") for call in typed.read_text(encoding="utf-8").split("\0\0") if call]
     train, report = (next(c for c in calls if c[:2] == ["-m", f"realera.{door}"]) for door in ("train", "report"))
     assert f"experiment={TABLES[folder]}" in train and f"results=experiments/{folder}_miniature" in report
-    assert any(word.startswith("base=realera") for word in report) == (methods != "mace,uce")
+    bases = [word.removeprefix("base=") for word in report if word.startswith("base=")]
+    assert bases == ([] if methods == "mace,uce" else ["realera-text" if folder == "table3" else "realera"])
     assert [word for word in train if "params.method=" in word] == (
         [] if methods is None else [f"hydra.sweeper.params.method='{methods}'"]
     )

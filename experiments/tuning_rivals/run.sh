@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
 HERE=experiments/tuning_rivals
 RUNS=${RUNS:-runs/tuning_rivals}
-METHODS=${METHODS:-uce rece speed oce leace sld realera-text realera-value realera-value-teacher valera valera-rounds mace ac fmn sa spm esd-x esd-u}
+METHODS=${METHODS:-uce rece speed oce leace sld realera-text realera-value realera-value-teacher valera valera-rounds mace ac fmn sa spm esd-x esd-u advunlearn receler stereo}
 TASKS=${TASKS:-object celebrity nsfw}
 
 search() { # settings..., each with its values; the label names them
@@ -59,7 +59,19 @@ for task in $TASKS; do
       search method.neighbours.s_lo=0.2,0.7 method.neighbours.n=25,100 method.align.lr=3e-4,1e-3
       ;;
     realera-text) search method.neighbours.s_lo=0.2,0.7 method.neighbours.n=25,100 method.align.lr=3e-4,1e-3 ;;
-    valera-rounds) search method.edit.search.rounds=1,2,3,4 method.edit.gain=1,1.1 ;;
+    valera-rounds)
+      rounds=method.edit.search.rounds
+      case $task in
+      object) search $rounds=1,2,3,4 method.edit.gain=1,1.1 ;;
+      celebrity) search $rounds=1,2 method.edit.gain=1,1.1 method.edit.price=1,10 ;;
+      nsfw) # two rounds cost the others at price 10, so price 1 and VALERA's own gain took the place of three and four
+        search $rounds=1,2 method.edit.gain=1,1.1 method.edit.price=10
+        search $rounds=1 method.edit.gain=1,1.05 method.edit.price=1
+        search $rounds=2 method.edit.gain=1.05 method.edit.price=1
+        search $rounds=1 method.edit.gain=1.05 method.edit.price=10
+        ;;
+      esac
+      ;;
     valera) search method.edit.price=1,10 method.edit.gain=1,1.05,1.1,1.2 ;;
     uce) search method.edit.rows=last,suffix_2023 method.edit.ridge=0.05,0.5,5,50 ;;
     rece) search method.edit.rounds=1,3 method.edit.lambda_norm=0.1,0.01 "method.edit.guide=' ',null" ;;
@@ -74,6 +86,9 @@ for task in $TASKS; do
     fmn) search method.align.lr=1e-4,3e-4,1e-3,3e-3 "$(steps 35 100)" ;;
     spm) search method.align.lr=1e-3,2e-3,5e-3,1e-2 "$(steps 60 120)" ;;
     sa) search method.align.lr=1e-4,3e-4 method.align.lambda_ewc=0.05,0.5 "$(steps 100 200)" ;;
+    advunlearn) search method.align.lr=1e-4,3e-4,1e-3,3e-3 "$(steps 75 150)" ;;
+    receler) search method.align.lr=3e-4,1e-3,3e-3,1e-2 "$(steps 50 100)" ;;
+    stereo) search method.align.lr=1e-5,3e-5,1e-4,3e-4 "$(steps 50 100)" ;;
     esac
     out=$HERE/$name
     if [[ $task != object ]]; then out+=-$task; fi
