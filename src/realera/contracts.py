@@ -548,9 +548,10 @@ class Method:
 
     Some facts about a part are checked before its class is imported. The class states them as constant class attributes
     (`source_code.fact` reads them from the source): trains_lora = the aligner trains only a LoRA; network = see
-    `method_roles`; reads_attention = its loss reads attention maps, which gradient checkpointing drops;
-    weighs_adapters = the guide does nothing without the adapters of `align`; idle_where = settings that erase nothing;
-    learns_vectors = the part, at any depth, puts learned vectors in place of a name's tokens.
+    `method_roles`; reads_attention = its loss reads cross-attention maps, which gradient checkpointing drops and
+    transformers do not have; weighs_adapters = the guide does nothing without the adapters of `align`; idle_where =
+    settings that erase nothing; learns_vectors = the part, at any depth, puts learned vectors in place of a name's
+    tokens, so the text encoders must split a name alike.
     """
 
     name: Label

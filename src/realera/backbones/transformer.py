@@ -10,7 +10,17 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from realera.backbones import autoencoder, flow, folder, kinds, reading, sampling, text_marks, transformer_parts
+from realera.backbones import (
+    autoencoder,
+    fitting,
+    flow,
+    folder,
+    kinds,
+    reading,
+    sampling,
+    text_marks,
+    transformer_parts,
+)
 from realera.backbones.base import BaseWeights
 from realera.backbones.common import DiffusersBackbone
 from realera.backbones.denoiser import DTYPES, Dtype
@@ -92,21 +102,12 @@ class TransformerBackbone(DiffusersBackbone):
         self.name = name
         self.sampler = sampler
         self.flux = parts.kind == kinds.FLUX
-        if (kind := "flux" if self.flux else "sd3") not in like:
-            raise UserError(
-                f"The checkpoint is of the kind {kind} and backbone.like=[{','.join(like)}] names defaults of others: "
-                f"choose backbone={'flux-dev' if self.flux else 'sd35-medium'} with backbone.pretrained=DIR."
-            )
+        fitting.refuse_other_kind(parts.kind, like)
         self.network: nn.Module = parts.transformer
         self.text = transformer_parts.text_encoder(parts, t5_length)
         self.vae = parts.vae
         self.width, self.max_length = self.text.width, self.text.length
-        for key, found in (("width", self.width), ("max_length", self.max_length)):
-            if (wanted := dict(text or {}).get(key, found)) != found:
-                raise UserError(
-                    f"backbone.text.{key} is {wanted} but the checkpoint has {found}; set backbone.text.{key}={found} "
-                    "or choose the backbone that this checkpoint belongs to."
-                )
+        fitting.refuse_other_text(dict(text or {}), {"width": self.width, "max_length": self.max_length})
         self.latent_channels = int(parts.vae.config.latent_channels)
         self.pixels_per_latent = autoencoder.pixels_per_latent(parts.vae)
         self.patch = self.pixels_per_latent * (PACK if self.flux else int(parts.transformer.config.patch_size))

@@ -38,6 +38,7 @@ class UNetBackbone(DiffusersBackbone):
 
     text: TextEncoder | PairedTextEncoder
     _denoise: Denoiser
+    joint_attention = False
 
     def __init__(
         self,
