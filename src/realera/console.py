@@ -211,6 +211,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         table.add_row("hours with the U-Net in half precision", f"{plan['half_hours']:.2f}")
     console.print(table)
     _say(f"hours: {plan['basis']}")
+    for sentence in plan.get("needs", ()):
+        _say(sentence)
     for reason, cells in list(plan["refusals"].items())[:MOST]:
         _say(f"refused ({cells}): {reason}")
     if (more := len(plan["refusals"]) - MOST) > 0:

@@ -16,7 +16,7 @@ from typing import Any
 from realera import console, costs, paths
 from realera.contracts import PASSES_OF_A_STEP, Concept, Task, UserError
 from realera.files import plain_data
-from realera.runs import asked_attacks, folders, timing
+from realera.runs import asked_attacks, folders, preflight, timing, weights_memory
 from realera.runs.asked_attacks import Asked
 from realera.runs.folders import Run, digest
 from realera.runs.timing import Rate
@@ -63,7 +63,8 @@ class Work:
     """The remaining work of one cell. originals: keys of the unedited model's images. made: {key: passes} of inputs
     that the method makes once for all cells that share them, such as anchor images. pace: seconds of (an image, a step,
     everything else) in finished runs, None without any. rate: the time of a pass, None if unknown. hindrance: why the
-    run could not start on this machine now. attacked: prompts under attack; passes_of_attacks: at most."""
+    run could not start on this machine now. needs: memory and download of the model (`weights_memory`). attacked: prompts
+    under attack; passes_of_attacks: at most."""
 
     finished: bool = False
     images: int = 0
@@ -80,6 +81,7 @@ class Work:
     rate: Rate | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
     hindrance: str | None = None
+    needs: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Plan:
     attacked: int = 0
     passes_of_attacks: int = 0
     hindrances: Sequence[str] = ()  # of this machine at this moment: not saved
+    needs: Sequence[str] = ()  # of the base models: not saved either
 
 
 def work(
@@ -162,6 +165,7 @@ def work(
         pace=known[paced],
         rate=_published(backbone, device),
         machine={"backbone": backbone.node, "images_at_once": settings.images_at_once, "device": device},
+        needs=_needs(settings, known) if device == "gpu" else (),
     )
 
 
@@ -235,6 +239,7 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
         basis=f"estimated: {said}" if to_do else said,
         refusals=dict(Counter(refusals).most_common()),
         hindrances=list(dict.fromkeys(cell.hindrance for cell in to_do if cell.hindrance)),
+        needs=list(dict.fromkeys(sentence for cell in to_do for sentence in cell.needs)),
     )
 
 
@@ -272,8 +277,12 @@ def hours_of(settings: Settings, passes: float) -> tuple[float | None, str]:
 
 
 def _in_dtype(rate: Rate | None, backbone: BackboneSettings) -> Rate | None:
-    """The rate of a backbone whose dtype may be of half precision."""
-    if rate is None or rate.half is None or backbone.dtype == "float32":
+    """The rate of a backbone whose dtype may be of half precision. Offloading is named, because no rate contains it."""
+    if rate is None:
+        return None
+    if backbone.offload == "sequential":
+        rate = replace(rate, source=f"{rate.source}, without offloading, which takes longer")
+    if rate.half is None or backbone.dtype == "float32":
         return rate
     return Rate(rate.half, f"{rate.source}, {backbone.dtype}")
 
@@ -282,8 +291,17 @@ def show(plan: Plan, place: Path | None = None) -> None:
     """Prints the plan and, if a folder is given, saves it there as plan.json."""
     console.show_plan(asdict(plan))
     if place is not None:
-        saved = {key: value for key, value in asdict(plan).items() if key != "hindrances"}
+        saved = {key: value for key, value in asdict(plan).items() if key not in ("hindrances", "needs")}
         disk.write_text(place / paths.PLAN, plain_data.json_text(saved, indent=1) + "\n")
+
+
+def _needs(settings: Settings, known: dict[str, Any]) -> Sequence[str]:
+    """`weights_memory.sentences`; known: a cache."""
+    trains = preflight.trains_weights(settings.method) and not settings.unedited
+    if (asked := digest(["needs", settings.backbone.node, trains])) not in known:
+        known[asked] = weights_memory.sentences(settings.backbone, trains)
+    found: Sequence[str] = known[asked]
+    return found
 
 
 def _pictures(place: Path, anew: bool) -> set[str]:

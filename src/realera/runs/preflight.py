@@ -204,14 +204,13 @@ def check_training(method: MethodSettings, backbone: BackboneSettings) -> None:
                 "method.align.detach_bos does not work with backbone.gradient_checkpointing: set one of them to false."
             )
     dtype, name = backbone.dtype, method.name
-    trains_weights = not align.lora and bool(align.parameters) and fact(target, "network") != "text_encoder"
-    if trains_weights and backbone.offload == "sequential":
+    if trains_weights(method) and backbone.offload == "sequential":
         raise UserError(
             f"method {name} trains the network's weights, and backbone.offload=sequential keeps them in the CPU's "
             "memory, where they cannot be trained: set backbone.offload=none, or choose a method that trains a LoRA or "
             "nothing."
         )
-    if trains_weights and dtype != "float32":
+    if trains_weights(method) and dtype != "float32":
         raise UserError(
             f"method {name} trains the network's weights, and backbone.dtype={dtype} would round its small steps away: "
             "set backbone.dtype=float32, with trainer.precision=bf16-mixed for speed."
@@ -221,6 +220,13 @@ def check_training(method: MethodSettings, backbone: BackboneSettings) -> None:
             f"method {name} trains, and backbone.dtype=float16 is only for drawing images: set backbone.dtype=bfloat16 "
             "or, with trainer.precision=bf16-mixed, float32."
         )
+
+
+def trains_weights(method: MethodSettings) -> bool:
+    """Whether a method trains the denoiser's own weights."""
+    align = method.align
+    own = bool(align.steps) and not align.lora and bool(align.parameters)
+    return own and fact(str(align.target), "network") != "text_encoder"
 
 
 def check_precision(method: MethodSettings, trainer: TrainerSettings, here: bool) -> None:
