@@ -139,7 +139,7 @@ class Attack(Protocol):
 
     @staticmethod
     def passes(settings: Mapping[str, Any], per_image: float) -> float:
-        """U-Net passes for a prompt, at most; a gradient counts `PASSES_OF_A_GRADIENT`. settings: the attack's node.
+        """Denoiser passes for a prompt, at most; a gradient counts `PASSES_OF_A_GRADIENT`. settings: the attack's node.
         per_image: passes of one image of the system."""
         ...
 
@@ -154,7 +154,7 @@ class SearchesFirst(Protocol):
 
     @staticmethod
     def passes_of_search(settings: Mapping[str, Any], per_image: float) -> float:
-        """U-Net passes for a concept."""
+        """Denoiser passes for a concept."""
         ...
 
 

@@ -140,7 +140,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Low-rank adapters h = W x + (alpha / rank) B A x on the U-Net modules whose names end in one of `targets`
+    """Low-rank adapters h = W x + (alpha / rank) B A x on the denoiser's modules whose names end in one of `targets`
     ("attn2.to_k"). init: the distribution of A, "gaussian" N(0, 1/rank^2) or "kaiming" (PEFT's default); B starts at 0.
     per_concept: each erased concept has its own adapter; `Backbone.adapter_scale` weights them."""
 
@@ -278,7 +278,7 @@ class Backbone(Protocol):
     def choose(self, network: Network) -> None: ...
 
     @property
-    def passes(self) -> int: ...  # images that went through the U-Net so far
+    def passes(self) -> int: ...  # images that went through the denoiser so far
 
     @property
     def fingerprint(self) -> str: ...  # content id of the weights; may read them all on first use
@@ -317,7 +317,7 @@ class Backbone(Protocol):
 
     def apply(self, edit: Edit) -> None: ...  # to the current base weights; the original values are kept
 
-    # The teacher, without a second U-Net: no adapters, and the base weights as loaded (edited=True: as they are now).
+    # The teacher, without a second denoiser: no adapters, the base weights as loaded (edited=True: as they are now).
     def original(self, edited: bool = False) -> AbstractContextManager[None]: ...
 
     def add_adapter(self, spec: Adapter, generator: Generator, concepts: int = 1) -> list[nn.Parameter]: ...
@@ -538,7 +538,7 @@ class Clipped(Protocol):
     clip: float | None
 
 
-PASSES_OF_A_GRADIENT = 3  # a forward and a backward pass cost as much as 3 forward passes of the U-Net
+PASSES_OF_A_GRADIENT = 3  # a forward and a backward pass cost as much as 3 forward passes of the denoiser
 PASSES_OF_A_STEP = 7  # of a training step, for each latent: two gradients, and the teacher's forward pass
 
 

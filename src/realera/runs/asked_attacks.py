@@ -146,7 +146,7 @@ def prompts_of(attack: Any, task: Task, asked: Asked) -> list[Prompt]:
 
 
 def work_of(settings: Settings, task: Task, asked: Asked) -> tuple[int, float]:
-    """(prompts, U-Net passes at most) of an attack from its start. settings: of the run. Raises UserError as
+    """(prompts, denoiser passes at most) of an attack from its start. settings: of the run. Raises UserError as
     `prompts_of`, and for an attack that cannot be built."""
     node, sampler, guide = asked.settings.to_build, settings.backbone.sampler, settings.method.guide
     prompts = prompts_of(build(node), task, asked)

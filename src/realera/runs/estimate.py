@@ -2,7 +2,7 @@
 torch, because the classes of a method's parts know their costs.
 
 Hours are scaled from finished runs of the same backbone and method (costs.json) if there are any. Otherwise they are
-the number of U-Net passes, multiplied by the seconds of one pass (`PASS`).
+the number of denoiser passes, multiplied by the seconds of one pass (`PASS`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from realera.tasks.prompts import slug
 
 SMALL = ("mini", "mini-dit")  # the backbones that run on a CPU
 WORTH_TIMING = 0.25  # hours; shorter plans are not worth the ten seconds that a timing takes
-AROUND = 20.0  # seconds of a cell without U-Net passes: loading, encoding, judging, the page
+AROUND = 20.0  # seconds of a cell without denoiser passes: loading, encoding, judging, the page
 AGAIN = ("load", "judge")  # stages of a run that is judged again, besides drawing
 RECENT = 20  # number of finished runs that are read
 
@@ -63,8 +63,8 @@ class Work:
     """The remaining work of one cell. originals: keys of the unedited model's images. made: {key: passes} of inputs
     that the method makes once for all cells that share them, such as anchor images. pace: seconds of (an image, a step,
     everything else) in finished runs, None without any. rate: the time of a pass, None if unknown. hindrance: why the
-    run could not start on this machine now. needs: memory and download of the model (`weights_memory`). attacked: prompts
-    under attack; passes_of_attacks: at most."""
+    run could not start on this machine now. needs: memory and download of the model (`weights_memory`). attacked: its
+    prompts under attack; passes_of_attacks: at most."""
 
     finished: bool = False
     images: int = 0
@@ -88,7 +88,7 @@ class Work:
 class Plan:
     """plan.json. images: of the erased models. original_images: of the unedited model, counted once if cells share
     them. Existing images are not counted. refusals: {reason: number of cells that cannot run}. attacked: prompts under
-    attack, once for each attack. passes_of_attacks: of the U-Net, at most."""
+    attack, once for each attack. passes_of_attacks: of the denoiser, at most."""
 
     cells: int
     finished: int
@@ -183,7 +183,7 @@ def judging(run: Run, task: Task, unedited: bool, known: dict[str, Any] | None =
 
 
 def summed(cells: Sequence[Work], refusals: Sequence[str] = ()) -> Plan:
-    """`_sum`. If finished runs do not tell the hours and there are some, a pass of the U-Net is timed first."""
+    """`_sum`. If finished runs do not tell the hours and there are some, a pass of the denoiser is timed first."""
     plan = _sum(cells, refusals)
     if plan.hours is None or plan.hours < WORTH_TIMING or not any(cell.pace is None for cell in cells):
         return plan
@@ -211,7 +211,7 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
             passes = cell.images * cell.passes_per_image + cell.steps * cell.passes_per_step + cell.passes_of_attacks
             seconds += passes * cell.rate.seconds + AROUND
             saved += passes * _saved(cell.rate)
-            basis[f"{cell.rate.seconds:.2g} s a pass of the U-Net ({cell.rate.source})"] = None
+            basis[f"{cell.rate.seconds:.2g} s a pass of the denoiser ({cell.rate.source})"] = None
         else:
             continue
         known += 1
@@ -249,7 +249,7 @@ def _saved(rate: Rate) -> float:
 
 
 def _published(backbone: BackboneSettings, device: str) -> Rate | None:
-    """Of the backbone's U-Net, in its dtype."""
+    """Of the backbone's denoiser, in its dtype."""
     return _in_dtype(PASS.get((str(backbone.name), device)), backbone)
 
 
@@ -264,8 +264,8 @@ def _timed(cell: Work, known: dict[str, Rate | None]) -> Rate | None:
 
 
 def hours_of(settings: Settings, passes: float) -> tuple[float | None, str]:
-    """The hours of U-Net passes with a run's backbone and device, and where the figure comes from. A pass is timed if
-    the hours are many and this machine can; None if nothing is known about the backbone."""
+    """The hours of denoiser passes with a run's backbone and device, and where the figure comes from. A pass is timed
+    if the hours are many and this machine can; None if nothing is known about the backbone."""
     backbone, device = settings.backbone, _device(settings)
     rate = _published(backbone, device)
     if rate is None or rate.seconds * passes / 3600 >= WORTH_TIMING:
@@ -315,7 +315,7 @@ def _device(settings: Settings) -> str:
 
 
 def _passes(part: Mapping[str, Any], steps: int, otherwise: float) -> float:
-    """U-Net passes of a training step, from the part's class (`method_roles.Planned`). steps: of the backbone's
+    """Denoiser passes of a training step, from the part's class (`method_roles.Planned`). steps: of the backbone's
     sampler."""
     said = getattr(_class_of(part), "passes", None)
     return otherwise if said is None else float(said(part, steps))
