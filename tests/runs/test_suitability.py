@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from realera.contracts import UserError
 from realera.paths import CONF_DIR
 from realera.runs import preflight, starting, suitability
 from realera.settings.resolvers import register_resolvers
-from realera.settings.run_settings import Settings
+from realera.settings.run_settings import AttackSettings, Settings
 
 METHODS = sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
 FOLDERS = {  # backbone: the small folder of its kind, and the width of its text states
@@ -110,6 +111,41 @@ def test_the_command_says_the_reason(
     assert stopped.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert said.startswith(f"error: method {method} ") and REASONS[method] in said
+
+
+ATTACKS = sorted(path.stem for path in (CONF_DIR / "attack").glob("*.yaml"))
+VECTOR_ATTACKS = ("inversion", "mma", "p4d", "unlearndiff")
+
+
+@pytest.mark.parametrize("backbone", FOLDERS)
+def test_attacks_that_mean_nothing_are_refused(backbone: str, small: Small) -> None:
+    for name in ATTACKS:
+        node: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "attack" / f"{name}.yaml"))
+        for own in ({}, small(backbone)):
+            refused = None
+            try:
+                suitability.check_attack(AttackSettings(node), Settings(config_of("uce", backbone, **own)).backbone)
+            except UserError as error:
+                refused = str(error)
+            if backbone not in ("mini-dit", "sdxl") and name in VECTOR_ATTACKS:
+                assert refused and refused.startswith(f"attack {name} ") and VECTORS in refused, name
+            elif backbone != "sdxl" and name == "noise":
+                assert refused and "flow matching, which adds none" in refused
+            else:
+                assert refused is None, name
+
+
+@pytest.mark.parametrize("words", [("train", "attacks=[mma]"), ("attack", "run=original", "attack=mma")])
+def test_the_commands_refuse_an_attack(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    door = import_module(f"realera.{words[0]}")
+    given = ["concept=airplane", "backbone=flux-dev", "dry_run=true"]
+    monkeypatch.setattr(sys, "argv", [*words, *given, *(["logger=none"] if words[0] == "train" else [])])
+    with pytest.raises(SystemExit) as stopped:
+        door.main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 2 and "attack mma searches vectors in place of tokens" in said
 
 
 def test_a_plan_for_the_built_in_transformer_needs_no_weights() -> None:

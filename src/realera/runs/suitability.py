@@ -1,5 +1,5 @@
-"""Whether a method can be meant for a kind of model. The classes of its parts state what they need (the facts of
-`contracts.Method`), so that neither the model's weights nor torch are read."""
+"""Whether a method or an attack can be meant for a kind of model. Its classes state what they need (the facts of
+`contracts.Method` and `attack_contract.Attack`), so that neither the model's weights nor torch are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from realera.backbones import fitting, folder, kinds
 from realera.backbones.kinds import Kind
 from realera.contracts import UserError
-from realera.settings.run_settings import BackboneSettings, MethodSettings
+from realera.settings.run_settings import AttackSettings, BackboneSettings, MethodSettings
 from realera.settings.source_code import fact
 
 OTHERS = "choose a method such as realera, esd-x or uce"
@@ -41,6 +41,23 @@ def check(method: MethodSettings, backbone: BackboneSettings) -> None:
         )
     if backbone.t5 is False:
         fitting.refuse_t5(kind_of(backbone), False, there=True)
+
+
+def check_attack(attack: AttackSettings, backbone: BackboneSettings) -> None:
+    """Raises UserError, with the reason, for an attack that means nothing on the backbone's kind of model."""
+    if not has_joint_attention(backbone):
+        return
+    said = f"attack {attack.name}"
+    if _learns_vectors(attack.node) and kind_of(backbone) in kinds.SEVERAL_SPLITS:
+        raise UserError(
+            f"{said} searches vectors in place of tokens, and the text encoders of backbone {backbone.name} split a "
+            "text into different numbers of tokens: choose an attack such as closed-form, ring-a-bell or relearn."
+        )
+    if fact(str(attack.target), "needs_ddim"):
+        raise UserError(
+            f"{said} changes the noise that DDIM adds in each step, and backbone {backbone.name} draws by flow "
+            "matching, which adds none: choose an attack such as complete or inpaint."
+        )
 
 
 def has_joint_attention(backbone: BackboneSettings) -> bool | None:
