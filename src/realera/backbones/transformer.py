@@ -215,16 +215,7 @@ class TransformerBackbone(DiffusersBackbone):
         """
         chosen, course = sampler or self.sampler, course or sampling.USUAL
         sampling.refuse_bad(chosen, self.patch, ("euler",))
-        if course.eta:
-            raise UserError(
-                f"eta={course.eta:g} is a setting of DDIM, and backbone {self.name} draws by flow matching: leave it "
-                "out."
-            )
-        sampling.refuse_course(course, chosen)
-        if len(seeds) != len(states.states):
-            raise ValueError(f"{len(states.states)} prompts but {len(seeds)} seeds")
-        if stop_at is not None and not 0 <= stop_at <= chosen.steps:
-            raise ValueError(f"stop_at={stop_at} is not among the steps 0 .. {chosen.steps}")
+        sampling.refuse_call(course, chosen, len(states.states), seeds, stop_at)
         scale = 1.0 if self._denoise.reads_guidance else chosen.guidance_scale
         guided = guide is not None or scale > 1
         if negative and not guided:
@@ -232,7 +223,7 @@ class TransformerBackbone(DiffusersBackbone):
                 f"A negative prompt has no effect with backbone {self.name}, which predicts no noise without a prompt: "
                 "leave it out."
             )
-        size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
+        size = self._latent_size(chosen)
         nothing = None
         if guided:
             nothing = sampling.here(self.encode([negative]) if negative else self._no_prompt(), self.device)
@@ -251,15 +242,6 @@ class TransformerBackbone(DiffusersBackbone):
         )
         sampling.refuse_not_finite(drawn, seeds, self._base.dtype)
         return drawn
-
-    def _no_prompt(self) -> TextStates:
-        state = self._changed_text.state
-        if state is not None and state in self._empty:
-            return self._empty[state]
-        empty = self.encode([""])
-        if state is not None:
-            self._empty[state] = empty
-        return empty
 
     def to(self: Own, device: Any) -> Own:
         """Moves the transformer; with offload=sequential, all of it but the blocks' weights."""
