@@ -117,7 +117,7 @@ def test_a_run_counts_what_it_costs(type_in: Type, place: Path, capsys: pytest.C
     lora = sum(value.numel() for name, value in weights.items() if name.endswith((".down", ".up")))
     assert record["trained_parameters"] == lora > 0
     assert record["edited_parameters"] == sum(v.numel() for n, v in weights.items() if n.startswith("edit."))
-    assert "cost: " in shown and f"{bank + loop} U-Net passes to erase" in shown
+    assert "cost: " in shown and f"{bank + loop} denoiser passes to erase" in shown
 
     type_in("train", "concept=horse", "method=sld", "logger=none")
     guided, images = costs_of(place, "horse-sld")

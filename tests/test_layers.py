@@ -38,7 +38,8 @@ MAY = {
     },  # the last four for types, or when they are asked for
     "callable_module": set[str](),
     "setting_types": set[str](),
-    "contracts": {"setting_types", "text_states"},
+    "contracts": {"setting_types", "text_states", "records"},
+    "records": {"setting_types", "text_states"},
     "text_states": set[str](),
     "attack_contract": {"contracts"},
     "method_roles": {"contracts"},

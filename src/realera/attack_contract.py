@@ -127,6 +127,10 @@ class Attack(Protocol):
     """counts_plain: True = a prompt that draws the concept as it is counts as won and is not attacked, because the
     attack only adds to the prompt.
 
+    Two facts are constants of the class, which says them only if they are so: learns_vectors = True: it puts vectors in
+    place of tokens, so the text encoders must split a text alike; needs_ddim = True: it is about the noise that DDIM
+    adds, which flow matching does not have. They are checked before a model is loaded.
+
     `passes` and `passes_of_search` serve the plan that is printed first; they know only the settings.
     """
 
@@ -139,7 +143,7 @@ class Attack(Protocol):
 
     @staticmethod
     def passes(settings: Mapping[str, Any], per_image: float) -> float:
-        """U-Net passes for a prompt, at most; a gradient counts `PASSES_OF_A_GRADIENT`. settings: the attack's node.
+        """Denoiser passes for a prompt, at most; a gradient counts `PASSES_OF_A_GRADIENT`. settings: the attack's node.
         per_image: passes of one image of the system."""
         ...
 
@@ -154,7 +158,7 @@ class SearchesFirst(Protocol):
 
     @staticmethod
     def passes_of_search(settings: Mapping[str, Any], per_image: float) -> float:
-        """U-Net passes for a concept."""
+        """Denoiser passes for a concept."""
         ...
 
 

@@ -166,7 +166,8 @@ def show_attack_plan(plan: Any, name: str, hindrance: str | None = None) -> None
     """Shows the planned work of an attack (`attacking.AttackPlan`)."""
     hours = "?" if plan.hours is None else f"{plan.hours:.2f}"
     _say(
-        f"attack {name}: {plan.prompts} prompts, at most {plan.passes:,.0f} U-Net passes, {hours} hours ({plan.basis})"
+        f"attack {name}: {plan.prompts} prompts, at most {plan.passes:,.0f} denoiser passes, {hours} hours "
+        f"({plan.basis})"
     )
     if hindrance:
         _say(f"this is a plan only; on this machine the attack could not start now: {hindrance}")
@@ -183,7 +184,7 @@ def show_attack(name: str, numbers: Mapping[str, Any], title: str, unedited: boo
     console.print(table)
     cost, steps = numbers["cost"], numbers["steps"]
     _say(
-        f"{numbers['prompts']} prompts, {cost['draws']} images, {cost['passes']:,.0f} U-Net passes, "
+        f"{numbers['prompts']} prompts, {cost['draws']} images, {cost['passes']:,.0f} denoiser passes, "
         f"{cost['seconds']:.0f} s" + (f"; won at step {steps['median']:g} (median)" if steps else "")
     )
     if "returned" in numbers:
@@ -205,12 +206,14 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     table.add_row("training steps", f"{plan['train_steps']:,}")
     if plan.get("attacked"):
         table.add_row("prompts to attack", f"{plan['attacked']:,}")
-        table.add_row("U-Net passes of the attacks, at most", f"{plan['passes_of_attacks']:,}")
+        table.add_row("denoiser passes of the attacks, at most", f"{plan['passes_of_attacks']:,}")
     table.add_row("hours", "?" if plan["hours"] is None else f"{plan['hours']:.{1 if plan['hours'] >= 10 else 2}f}")
     if plan.get("half_hours") is not None:
-        table.add_row("hours with the U-Net in half precision", f"{plan['half_hours']:.2f}")
+        table.add_row("hours with the denoiser in half precision", f"{plan['half_hours']:.2f}")
     console.print(table)
     _say(f"hours: {plan['basis']}")
+    for sentence in plan.get("needs", ()):
+        _say(sentence)
     for reason, cells in list(plan["refusals"].items())[:MOST]:
         _say(f"refused ({cells}): {reason}")
     if (more := len(plan["refusals"]) - MOST) > 0:

@@ -3,19 +3,36 @@
 Shapes: B prompts, P prompt pairs, T token rows (77 in SD 1.x, 32 in the miniature), D text width (768 in SD 1.x),
 S sampled points, C x h x w latents, H x W pixels.
 
-Records are frozen dataclasses that the parts pass to each other. Roles are protocols without code: a class that has
-these members plays the role and need not inherit from it.
+Records are frozen dataclasses that the parts pass to each other; `records` and `text_states` define them. Roles are
+protocols without code: a class that has these members plays the role and need not inherit from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from realera.setting_types import Guidance, Label, Pixels, Positive, Rank, SamplerSteps, Targets
+from realera.records import KEYS as KEYS
+from realera.records import VALUES as VALUES
+from realera.records import Adapter as Adapter
+from realera.records import Concept as Concept
+from realera.records import Course as Course
+from realera.records import Edit as Edit
+from realera.records import EraserSpec as EraserSpec
+from realera.records import LoraSpec as LoraSpec
+from realera.records import Moments as Moments
+from realera.records import Neighbours as Neighbours
+from realera.records import Pair as Pair
+from realera.records import Prompt as Prompt
+from realera.records import Sampler as Sampler
+from realera.records import Scheduler as Scheduler
+from realera.records import Split as Split
+from realera.records import TrainingBatch as TrainingBatch
+from realera.records import Verdict as Verdict
+from realera.setting_types import Label
 from realera.text_states import EncoderRows as EncoderRows
 from realera.text_states import NamedPrompt as NamedPrompt
 from realera.text_states import TextStates as TextStates
@@ -23,196 +40,23 @@ from realera.text_states import TextStates as TextStates
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-Split = Literal["erase", "near", "keep", "associated", "unseen"]
-"""The part of the evaluation that a prompt belongs to. erase: it names the erased concept. near: it uses a synonym.
-keep: it names a concept to preserve. associated: it evokes the concept without naming it. unseen: it uses a word for
-the concept that occurs in no training caption of the backbone."""
-
 Mode = Literal["mean_prob", "top1", "score", "detected", "whole", "anchor", "moved"]
 """How a verdict becomes a number. mean_prob: 100 x value. top1: 100 if the label is the prompt's concept, else 0. Any
 other mode is a key of `Verdict.detail`: a bool counts 100 or 0, a number keeps its unit. Without the key the image is
 unscored."""
-
-Scheduler = Literal["ddim", "dpm++", "euler"]
-"""DDIM with eta 0 | DPM-Solver++ 2M | Euler steps of flow matching. The first two are for U-Nets, the last is for
-diffusion transformers."""
 
 Read = Literal["values", "keys", "both"]
 """The projections of text states that an edit or a metric is about."""
 
 Network = Literal["denoiser", "text_encoder"]  # what a method trains; text_encoder: all text encoders of the backbone
 
-
-# Suffixes of the U-Net's cross-attention layers that project the text states. On every backbone, a map names its
-# projections by them; in a transformer all text rows pass one layer, and this layer takes every map.
-KEYS, VALUES = "attn2.to_k", "attn2.to_v"
-JOINT = "context_embedder"  # that layer
+JOINT = "context_embedder"  # the layer of a transformer that all text rows pass; it takes every map
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {"values": (VALUES,), "keys": (KEYS,), "both": (KEYS, VALUES)}
 
 
 class UserError(Exception):
     """Input that cannot be run. The message says in one sentence what is wrong and what to type instead. The commands
     print it and exit with 2."""
-
-
-# --- records ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Concept:
-    target: str  # the concept to erase
-    anchor: str  # the harmless concept that replaces it
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One image to generate and judge.
-
-    id, seed: fixed by the task, and the same for every method. concept: the label that a judge looks for (for a synonym
-    of the erased concept: the erased concept). caption: the text that a text-image score compares the image with;
-    None = `text`. guidance_scale, size (height, width in pixels): None = those of the backbone's sampler.
-    """
-
-    id: str
-    text: str
-    concept: str
-    split: Split
-    seed: int
-    caption: str | None = None
-    guidance_scale: float | None = None
-    size: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The training prompts of one concept, encoded by the original model: P that name the target, and the same P
-    templates, in the same order, with the anchor's name."""
-
-    concept: Concept
-    target: TextStates
-    anchor: TextStates
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The sums over mined points in exact expectation, for `m: .inf` / `n: .inf`; each (D, D) float64 or None.
-
-    near = sum E[k k^T], near_cross = sum E[a k^T] (a: the target of the neighbour k), beyond = sum E[p p^T].
-    """
-
-    near: Tensor | None = None
-    near_cross: Tensor | None = None
-    beyond: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """The points mined around one concept: `near` is erased too, `beyond` is preserved.
-
-    near, near_targets (S, T, D); near_rows (S, T) bool; beyond (S', T, D); beyond_rows (S', T) bool. `*_rows` marks the
-    rows that count (for random points: the perturbed rows); the other rows equal the prompt's. A side that is taken in
-    exact expectation has no points (S = 0); its sums are in `moments`.
-    """
-
-    near: Tensor
-    near_targets: Tensor
-    near_rows: Tensor
-    beyond: Tensor
-    beyond_rows: Tensor
-    moments: Moments | None = None
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A closed-form edit of the layers that project text states (W_K and W_V of a U-Net): either `map` or `weights`.
-
-    map (D, D) float64: W = W0 @ map in every layer. weights: {layer name: (out, D)}. info: numbers logged as `edit/*`
-    (condition number, residuals, ...). factors: L (D, n) and R (n, D) float64 with map = I + L R, which are quicker to
-    apply. projections: suffixes of the layers that take the map.
-    """
-
-    map: Tensor | None = None
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    info: Mapping[str, float] = field(default_factory=dict)
-    factors: tuple[Tensor, Tensor] | None = None
-    projections: Sequence[str] = (KEYS, VALUES)
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """Low-rank adapters h = W x + (alpha / rank) B A x on the U-Net modules whose names end in one of `targets`
-    ("attn2.to_k"). init: the distribution of A, "gaussian" N(0, 1/rank^2) or "kaiming" (PEFT's default); B starts at 0.
-    per_concept: each erased concept has its own adapter; `Backbone.adapter_scale` weights them."""
-
-    rank: Rank = 1
-    alpha: Positive = 1.0
-    targets: Targets = ("attn2.to_k", "attn2.to_v")
-    init: Literal["gaussian", "kaiming"] = "gaussian"
-    per_concept: bool = False
-
-
-@dataclass(frozen=True)
-class EraserSpec:
-    """An eraser behind every cross-attention module: its output o becomes o + W2 gelu(W1 o + b1) + b2, where W1 has
-    `rank` rows. W2 and b2 start at 0. It is not linear, so no file of plain weights can hold it."""
-
-    rank: Rank = 128
-
-
-Adapter = LoraSpec | EraserSpec
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """The settings that images are generated with."""
-
-    scheduler: Scheduler = "ddim"
-    steps: SamplerSteps = 50
-    guidance_scale: Guidance = 7.5
-    height: Pixels = 512  # pixels
-    width: Pixels = 512
-
-
-@dataclass(frozen=True)
-class Course:
-    """Another course of sampling than from a seed's noise through all steps. latents (1 or B, C, h, w): z_t before step
-    `first`, in place of the noise. eta: DDIM's share of fresh noise (of the same seeds) in every step; above 1 it is
-    more than the model was trained for. variance: factor on the fresh noise. change: (step, z_t) -> the z_t that the
-    step takes; it is also called after the last step, with the number of steps."""
-
-    latents: Tensor | None = None
-    first: int = 0
-    eta: float = 0.0
-    variance: float = 1.0
-    change: Callable[[int, Tensor], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A judge's answer for one image.
-
-    value: probability (0-1) of the prompt's concept; NaN = unscored, and the image is left out of the mean. label: the
-    judge's first choice. detail: anything else that JSON can hold. Six keys mean the same for all judges: "score"
-    (float, 100 cos of image and caption), "detected" (bool, the judge found what it detects), "boxes" ({class: count}),
-    "whole" (bool, the image shows some class that the judge knows), "anchor" (bool, it shows the anchor of the prompt's
-    concept), "moved" (float, added by `evaluation.moved` and not by a judge).
-    """
-
-    prompt_id: str
-    value: float
-    label: str
-    detail: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """The input of one training step: z_t (B, C, h, w), the backbone's timesteps (B,) and the step's number, from 1.
-    known: further tensors (B, ...) that the latent source has for each z_t, by name ("mask", "noise")."""
-
-    latents: Tensor
-    timesteps: Tensor
-    step: int
-    known: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 # --- roles -----------------------------------------------------------------------------------------------------------
@@ -278,7 +122,7 @@ class Backbone(Protocol):
     def choose(self, network: Network) -> None: ...
 
     @property
-    def passes(self) -> int: ...  # images that went through the U-Net so far
+    def passes(self) -> int: ...  # images that went through the denoiser so far
 
     @property
     def fingerprint(self) -> str: ...  # content id of the weights; may read them all on first use
@@ -317,7 +161,7 @@ class Backbone(Protocol):
 
     def apply(self, edit: Edit) -> None: ...  # to the current base weights; the original values are kept
 
-    # The teacher, without a second U-Net: no adapters, and the base weights as loaded (edited=True: as they are now).
+    # The teacher, without a second denoiser: no adapters, the base weights as loaded (edited=True: as they are now).
     def original(self, edited: bool = False) -> AbstractContextManager[None]: ...
 
     def add_adapter(self, spec: Adapter, generator: Generator, concepts: int = 1) -> list[nn.Parameter]: ...
@@ -538,7 +382,7 @@ class Clipped(Protocol):
     clip: float | None
 
 
-PASSES_OF_A_GRADIENT = 3  # a forward and a backward pass cost as much as 3 forward passes of the U-Net
+PASSES_OF_A_GRADIENT = 3  # a forward and a backward pass cost as much as 3 forward passes of the denoiser
 PASSES_OF_A_STEP = 7  # of a training step, for each latent: two gradients, and the teacher's forward pass
 
 
@@ -548,9 +392,10 @@ class Method:
 
     Some facts about a part are checked before its class is imported. The class states them as constant class attributes
     (`source_code.fact` reads them from the source): trains_lora = the aligner trains only a LoRA; network = see
-    `method_roles`; reads_attention = its loss reads attention maps, which gradient checkpointing drops;
-    weighs_adapters = the guide does nothing without the adapters of `align`; idle_where = settings that erase nothing;
-    learns_vectors = the part, at any depth, puts learned vectors in place of a name's tokens.
+    `method_roles`; reads_attention = its loss reads cross-attention maps, which gradient checkpointing drops and
+    transformers do not have; weighs_adapters = the guide does nothing without the adapters of `align`; idle_where =
+    settings that erase nothing; learns_vectors = the part, at any depth, puts learned vectors in place of a name's
+    tokens, so the text encoders must split a name alike.
     """
 
     name: Label

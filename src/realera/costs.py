@@ -1,4 +1,4 @@
-"""Measures the cost of a run for costs.json: wall time by stage, U-Net passes, parameters, peak memory. This module
+"""Measures the cost of a run for costs.json: wall time by stage, denoiser passes, parameters, peak memory. This module
 uses torch only if another module has imported it."""
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Meter:
             self.end(self._stages[0])
 
     def watch(self, backbone: Backbone, device: str) -> None:
-        """Starts to count the passes of this backbone's U-Net. device: "cpu" or "cuda"."""
+        """Starts to count the passes of this backbone's denoiser. device: "cpu" or "cuda"."""
         with self._lock:
             self._backbone, self._passed = backbone, backbone.passes
             self.known["device"] = _described(device, self.processes)
@@ -198,8 +198,8 @@ def of_run(folder: Path, ranks: Ranks) -> Meter:
 
 
 def passes_per_image(prompts: Sequence[Prompt], base: Sampler, guide: Guide | None = None) -> float:
-    """U-Net passes per image, mean over the prompts: at each step one for the prompt, one for the empty prompt under
-    guidance, and one for each prompt of the guide. Every sampler here evaluates the U-Net once per step."""
+    """Denoiser passes per image, mean over the prompts: at each step one for the prompt, one for the empty prompt under
+    guidance, and one for each prompt of the guide. Every sampler here evaluates the denoiser once per step."""
 
     def passes(prompt: Prompt) -> int:
         scale = base.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale
@@ -227,8 +227,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 def totals(record: Mapping[str, Any]) -> dict[str, float]:
     """The known numbers for tables. seconds, passes: cost to erase, with cached inputs at their original cost.
-    passes_per_image: U-Net passes per image of the erased model. trained_parameters, edited_parameters. memory_mb: peak
-    while erasing, of the GPU if there is one, else of the process."""
+    passes_per_image: denoiser passes per image of the erased model. trained_parameters, edited_parameters. memory_mb:
+    peak while erasing, of the GPU if there is one, else of the process."""
     found: dict[str, float] = {}
     stages, passes = record.get("stages", {}), record.get("passes", {})
     if "erase" in passes:  # missing if the weights existed already or nothing was erased

@@ -37,12 +37,12 @@ class Planned(Protocol):
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes of a training step: for each latent if the part is an aligner (default: `PASSES_OF_A_STEP`), for
-        the whole batch if it is a latent source (default: 0)."""
+        """Denoiser passes of a training step: for each latent if the part is an aligner (default: `PASSES_OF_A_STEP`),
+        for the whole batch if it is a latent source (default: 0)."""
         ...
 
     @staticmethod
     def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> Mapping[str, float]:
-        """{name: U-Net passes} of everything that the part makes and caches before the first step. A name begins with
-        its kind ("images field"). Parts with equal settings and names share the result: it is made once."""
+        """{name: denoiser passes} of everything that the part makes and caches before the first step. A name begins
+        with its kind ("images field"). Parts with equal settings and names share the result: it is made once."""
         ...

@@ -266,7 +266,7 @@ Word = Annotated[str, Text("a text", least=1, numbers=True)]
 """A text that may be typed as a number without quotes; the code that reads it converts it to text."""
 AttackName = Annotated[str, Pattern(r"[A-Za-z0-9][\w.-]{0,63}", "a name of letters, digits, -, _ and .")]
 Targets = Annotated[Sequence[Label], Filled()]
-"""Names of layers or weights of the U-Net, in the form of `Backbone.add_adapter` and `unfreeze`."""
+"""Names of layers or weights of the denoiser, in the form of `Backbone.add_adapter` and `unfreeze`."""
 TorchDevice = Annotated[str, Pattern(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N")]
 Devices = Annotated[Any, DeviceList()]
 Strategy = Annotated[str, Pattern(r"auto|ddp(_\w+)?", "auto or ddp")]

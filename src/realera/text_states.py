@@ -1,4 +1,4 @@
-"""Prompts and their encoded states: records of `contracts`."""
+"""Prompts and their encoded states: records of `contracts`, as those in `records`."""
 
 from __future__ import annotations
 

@@ -5,15 +5,15 @@ erased in this space. Letters: k a row of text states, a column vector of width 
 anchor's; mu, C the mean and covariance of rows of plain captions, which represent all preserved texts. A reading is
 a linear function u^T k of a text state.
 
-    G = sum_l c_l W_l^T W_l                     the metric of the U-Net's values
+    G = sum_l c_l W_l^T W_l                     the metric of the denoiser's values
     Q = G (G C G + r I)^-1 G                    the quiet readings, see below
     U = Q (E - mu 1^T),  then  U^T H = 0        one reading per concept, blind to the preserved columns H
     M = I - g X (U^T X)^-1 U^T,   X = E - A     the map: W = W0 M
 
 `further_directions` adds columns to X, and their readings to U.
 
-Why Q. A reading u^T k = w^T G k of the values, with w in the U-Net's coordinates, should give 1 on e - mu and little on
-captions, w^T G C G w, at a price r ||w||^2 on large coefficients. Minimising the sum of both gives
+Why Q. A reading u^T k = w^T G k of the values, with w in the denoiser's coordinates, should give 1 on e - mu and little
+on captions, w^T G C G w, at a price r ||w||^2 on large coefficients. Minimising the sum of both gives
 w ~ (G C G + r I)^-1 G (e - mu), so u = G w = Q (e - mu) up to a factor, which does not change M. r -> 0 is a reading
 whitened by captions, as in closed forms with a caption prior; r -> infinity is a filter matched to e in G^2.
 
@@ -54,7 +54,7 @@ def metric(weights: Sequence[Tensor], layers: str = "as_they_are") -> Tensor:
 
 def roots(metric: Tensor, least: float = LEAST) -> tuple[Tensor, Tensor]:
     """R = G^(1/2) and R^-1, (D, D): in the coordinates R k, distances are those of the values. Eigenvalues of G below
-    `least` (their mean is 1) are raised to `least`, because R must be invertible in directions that the U-Net hardly
+    `least` (their mean is 1) are raised to `least`, because R must be invertible in directions that the denoiser hardly
     reads too; with least = 0, R^-1 may not be finite."""
     values, vectors = torch.linalg.eigh(metric)
     root = values.clamp(min=least).sqrt()
@@ -89,8 +89,8 @@ def further_directions(differences: Tensor, shift: Tensor, metric: Tensor, count
     directions that is nearest to all of them and includes x minimises sum_i ||R c_i - P R c_i||^2 over orthogonal
     projections P, where R c_i is the part of R d_i outside the span of R x, c_i = d_i - x (x^T G d_i) / (x^T G x). So P
     projects onto the leading eigenvectors v of R S R, S = sum_i c_i c_i^T, and x_j = S R v_j / lambda_j is the
-    combination of the c_i with values R x_j = v_j. R is not inverted, so G may be singular: directions that the U-Net
-    does not read are not chosen.
+    combination of the c_i with values R x_j = v_j. R is not inverted, so G may be singular: directions that the
+    denoiser does not read are not chosen.
 
     Zeros if the concept is its own anchor. Raises UserError if the rows differ in fewer directions.
     """
@@ -105,8 +105,8 @@ def further_directions(differences: Tensor, shift: Tensor, metric: Tensor, count
     there = int((values > ROUNDING * (differences @ root).square().sum()).sum())
     if there < count:
         raise UserError(
-            f"method.edit.directions={1 + count} is more than the {1 + there} directions in which the U-Net's values "
-            "of the concept and its anchor differ: give fewer directions, or more prompts (task.templates=...)."
+            f"method.edit.directions={1 + count} is more than the {1 + there} directions in which the denoiser's "
+            "values of the concept and its anchor differ: give fewer directions, or more prompts (task.templates=...)."
         )
     result: Tensor = scatter @ root @ vectors[:, -count:].flip(1) / values[-count:].flip(0)
     return result
@@ -184,7 +184,7 @@ def projection(
     condition = float(torch.linalg.cond(system)) if bool(torch.isfinite(system).all()) else math.inf
     if not condition < CONDITION:
         raise UserError(
-            "By the U-Net's values, the concepts cannot be told from their anchors, from one another or from the "
+            "By the denoiser's values, the concepts cannot be told from their anchors, from one another or from the "
             "preserved names: choose other anchors (anchor=...), or preserve fewer names (method.edit.keep)."
         )
     return -gain * shifts, torch.linalg.solve(system, scaled.T), {"condition": condition}

@@ -15,6 +15,7 @@ from torch import Tensor
 import folders
 from guides import By
 from realera.backbones import sampling
+from realera.backbones.text import padded_ids
 from realera.backbones.unet import UNetBackbone
 from realera.contracts import Edit, NamedPrompt, Sampler, UserError
 
@@ -133,7 +134,8 @@ def test_other_predictions_are_refused(tiny_sd21: Path, tmp_path: Path) -> None:
 def test_rows_with_its_padding(backbone: UNetBackbone) -> None:
     """A prompt has one end-of-text and then "!" (id 0); its length is the row of the end-of-text."""
     states = backbone.encode(["a photo of a jetliner", "", "tom cruise"])
-    ids = backbone.text._tokens(["a photo of a jetliner", "", "tom cruise"])  # type: ignore[union-attr]
+    encoder: Any = backbone.text
+    ids = padded_ids(encoder.tokenizer, ["a photo of a jetliner", "", "tom cruise"], encoder.length)
     end = backbone.text.tokenizer.eos_token_id  # type: ignore[union-attr]
     assert (ids == end).sum(dim=1).tolist() == [1, 1, 1]
     for row, length in zip(ids, states.length.tolist(), strict=True):

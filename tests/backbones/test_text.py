@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, CLIPTextModel
 
 from realera.backbones import text as room
-from realera.backbones.text import TextEncoder
+from realera.backbones.text import TextEncoder, padded_ids
 from realera.contracts import NamedPrompt, UserError
 from realera.tasks.prompts import fill
 
@@ -124,7 +124,7 @@ def test_padding_is_the_tokenizers_own(tiny_sd: Path, tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "!"}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     padded = TextEncoder(tokenizer, CLIPTextModel.from_pretrained(tiny_sd / "text_encoder").eval())
-    ids = padded._tokens(["a cat"])
+    ids = padded_ids(padded.tokenizer, ["a cat"], padded.length)
     assert (ids == tokenizer.eos_token_id).sum() == 1 and (ids[0, 4:] == tokenizer.convert_tokens_to_ids("!")).all()
     assert padded(["a cat"]).length.tolist() == [3]
 
@@ -232,6 +232,6 @@ def test_the_cache_has_a_limit(new_backbone: Callable[..., Any], monkeypatch: py
     monkeypatch.setattr(room, "KEPT", 2 * one)
     for word in ("dog", "ship", "sky"):
         encoder([f"a {word}"])
-    assert [key[-1] for key in encoder._cache] == [("a ship",), ("a sky",)]
+    assert [key[-1] for key in encoder._latest._kept] == [("a ship",), ("a sky",)]
     encoder(["a cat", "a dog", "a ship"])  # larger than the cache: it does not replace other entries
-    assert [key[-1] for key in encoder._cache] == [("a ship",), ("a sky",)]
+    assert [key[-1] for key in encoder._latest._kept] == [("a ship",), ("a sky",)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import folders
 from realera.backbones import sampling
-from realera.backbones.text import PairedTextEncoder
+from realera.backbones.text import PairedTextEncoder, padded_ids
 from realera.backbones.unet import UNetBackbone
 from realera.closed_form import NormalEquations
 from realera.contracts import Backbone, Edit, LoraSpec, NamedPrompt, Sampler, UserError
@@ -149,7 +149,7 @@ def test_the_pooled_state_is_needed_and_counts(shared: UNetBackbone) -> None:
 def test_each_tokenizer_pads_its_own_way_and_the_rows_agree(shared: UNetBackbone) -> None:
     assert isinstance(shared.text, PairedTextEncoder)
     first, second = shared.text.first, shared.text.second
-    ids = first._tokens(["a cat"]), second._tokens(["a cat"])
+    ids = [padded_ids(one.tokenizer, ["a cat"], one.length) for one in (first, second)]
     end = first.tokenizer.eos_token_id
     assert (ids[0][0, 3:] == end).all() and ids[1][0, 3] == end and not ids[1][0, 4:].any()  # "!" has the id 0
     assert torch.equal(ids[0][:, :4], ids[1][:, :4])

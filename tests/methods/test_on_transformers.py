@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from realera.backbones.transformer import TransformerBackbone
 from realera.contracts import EraserSpec, UserError
 from realera.methods.ac import Ablation
 from realera.paths import CONF_DIR
-from realera.runs import compatibility, preflight
+from realera.runs import preflight
 from realera.training.checkpoint import load_erased
 from realera.training.fit import fit
 
@@ -127,18 +126,17 @@ def test_learned_vectors_are_refused_before_the_model_is_loaded(
     name: str, kind: str, tiny_transformers: Callable[[str], Path]
 ) -> None:
     like = LIKE["flux" if kind == "flux" else "sd3"]
-    settings = {**settings_of("sd3"), "like": like}
+    settings = {**settings_of("sd3"), "like": like, "pretrained": str(tiny_transformers(kind))}
     config = OmegaConf.create({"backbone": settings, "concept": "cat", "method": method_settings(name)})
     resolved: Any = OmegaConf.to_container(config, resolve=True)
-    check = partial(compatibility.check, tiny_transformers(kind))
     if kind == "one-clip":
-        check(resolved)
+        preflight.check_settings(resolved)
         return
     with pytest.raises(UserError, match=f"method {name} puts learned vectors .* different numbers of tokens"):
-        check(resolved)
+        preflight.check_settings(resolved)
     if name == "stereo":
         resolved["method"]["latents"]["search"]["rounds"] = 0
-        check(resolved)
+        preflight.check_settings(resolved)
 
 
 def test_erasers_are_refused(new_transformer: Make) -> None:

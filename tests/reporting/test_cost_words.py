@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_numbers_are_short_and_unknown_costs_are_marked() -> None:
 
 def test_a_line_for_the_terminal() -> None:
     text = cost_words.sentence(record())
-    assert text.startswith("11 s to erase, 1,240 U-Net passes to erase, 40 U-Net passes per image, 3,712 trained")
+    assert text.startswith("11 s to erase, 1,240 denoiser passes to erase, 40 denoiser passes per image, 3,712 trained")
     assert text.endswith("812 MB peak memory while erasing (cpu, 1 thread)")
     assert cost_words.sentence({}) == "" and cost_words.stages({}) == []
 
@@ -104,12 +105,12 @@ def test_tables_are_followed_by_a_table_of_costs(runs: list[Path], tmp_path: Pat
 def test_pages_show_the_cost_of_a_run(runs: list[Path], tmp_path: Path) -> None:
     page = write_report(runs[0]).read_text(encoding="utf-8")
     section = page.partition("<h2>Cost</h2>")[2].partition("</section>")[0]
-    assert "on cpu, 1 thread" in section and "<dt>U-Net passes to erase</dt><dd>1,240</dd>" in section
+    assert "on cpu, 1 thread" in section and "<dt>denoiser passes to erase</dt><dd>1,240</dd>" in section
     assert "mining and closed form 1.2 s" in section and "original cost of cached inputs 10 s" in section
     assert "costs.json" in page
     assert "<h2>Cost</h2>" not in write_report(runs[2]).read_text(encoding="utf-8")
     several = write_sweep(runs, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<th>cost</th>" in several and "11 s to erase<small>1,240 U-Net passes to erase</small>" in several
+    assert "<th>cost</th>" in several and "11 s to erase<small>1,240 denoiser passes to erase</small>" in several
     assert "<th>cost</th>" not in write_sweep(runs[2:], tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -117,7 +118,16 @@ def test_the_terminal_shows_the_cost_with_the_table(runs: list[Path]) -> None:
     metrics = json.loads((runs[0] / paths.METRICS).read_text())
     with console.console.capture() as capture:
         console.show_run(runs[0], metrics, "a run")
-    assert "cost: 11 s to erase, 1,240 U-Net passes" in capture.get().replace("\n", " ")
+    assert "cost: 11 s to erase, 1,240 denoiser passes" in capture.get().replace("\n", " ")
     with console.console.capture() as capture:
         console.show_run(runs[2], metrics, "a run")
     assert "cost:" not in capture.get()
+
+
+def test_passes_are_of_the_denoiser_which_may_be_a_transformer() -> None:
+    root = Path(__file__).parents[2]
+    places = [root / "README.md", *(root / "docs").rglob("*.md"), *(root / "conf").rglob("*.yaml")]
+    places += [one for one in (root / "src").rglob("*") if one.suffix in (".py", ".j2")]
+    assert len(places) > 200
+    of_unet = re.compile(r"U-Net('s)? (pass|call)|pass(es)? of the U-Net")
+    assert [str(one) for one in places if of_unet.search(one.read_text(encoding="utf-8"))] == []

@@ -1,4 +1,4 @@
-"""A plan times a pass of the U-Net where this machine can run it."""
+"""A plan times a pass of the denoiser where this machine can run it."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ class Inversion:
     prompts drawn at once."""
 
     counts_plain = False
+    learns_vectors = True
 
     def __init__(
         self,

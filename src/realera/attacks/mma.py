@@ -43,6 +43,7 @@ class MMADiffusion:
     """
 
     counts_plain = False
+    learns_vectors = True
 
     def __init__(
         self,

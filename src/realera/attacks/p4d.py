@@ -35,6 +35,7 @@ class PromptingForDebugging:
     """
 
     counts_plain = False
+    learns_vectors = True
 
     def __init__(
         self,

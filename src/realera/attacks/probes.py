@@ -97,6 +97,7 @@ class Noise:
     drawn, from a seed of its own, until one succeeds. The first has the prompt's seed."""
 
     counts_plain = False
+    needs_ddim = True
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class UnlearnDiffAttack:
     """
 
     counts_plain = True
+    learns_vectors = True
 
     def __init__(
         self,

@@ -64,6 +64,8 @@ class DiffusersBackbone:
     text: Text
     vae: AutoencoderKL
     vae_slicing: bool
+    latent_channels: int
+    pixels_per_latent: int
     _base: BaseWeights
     _denoise: Any  # the denoiser as a function; `passes` counts its images
     _depth: int = 0  # nesting level of original()
@@ -151,6 +153,19 @@ class DiffusersBackbone:
 
     def writable_tokens(self) -> list[int]:
         return self.text.writable_tokens()
+
+    def _no_prompt(self) -> TextStates:
+        """The unconditional text states (1 prompt), kept until the text encoders change."""
+        state = self._changed_text.state
+        if state is not None and state in self._empty:
+            return self._empty[state]
+        empty = self._encoded_empty()
+        if state is not None:
+            self._empty[state] = empty
+        return empty
+
+    def _encoded_empty(self) -> TextStates:
+        return self.encode([""])
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -307,6 +322,11 @@ class DiffusersBackbone:
         return count
 
     # --- images -----------------------------------------------------------------------------------------------------
+
+    def _latent_size(self, sampler: Sampler) -> tuple[int, int, int]:
+        """(C, h, w) of an image's latents."""
+        pixels = self.pixels_per_latent
+        return self.latent_channels, sampler.height // pixels, sampler.width // pixels
 
     def decode(self, latents: Tensor) -> Tensor:
         return autoencoder.decode(self.vae, latents, self.vae_slicing)

@@ -49,7 +49,7 @@ class Denoiser:
         self.takes_pooled = unet.config.get("addition_embed_type") == "text_time"
         self._weight = next(unet.parameters())  # has the U-Net's device and dtype, with or without adapters
         self._attention_device = ""  # the device type that the attention was chosen for
-        self.passes = 0  # images that went through the U-Net so far
+        self.passes = 0  # images that went through the denoiser so far
         self._forward: Callable[..., Any] = unet
         if compiled:
             backends = torch.compiler.list_backends(exclude_tags=())

@@ -43,6 +43,10 @@ HUB_FILES = [
 ]
 
 
+class Absent(UserError):
+    """The checkpoint is a known one, but its weights are not on this machine."""
+
+
 def locate(pretrained: str | Path | None) -> Path:
     """The local folder of a complete checkpoint: the built-in miniature (None), the built-in transformer ("mini-dit"),
     a diffusers folder, a single file, or a hub id.
@@ -58,7 +62,7 @@ def locate(pretrained: str | Path | None) -> Path:
             raise UserError(f"The built-in model is damaged, so reinstall realera: {error}") from error
     if str(pretrained) == kinds.MINI_DIT:
         if not (MINIATURE_DIT / "transformer" / "config.json").is_file():
-            raise UserError(
+            raise Absent(
                 "The built-in transformer has no weights in this installation: make them with python -m "
                 "realera.miniature.build denoiser=dit out=package (about two hours), or give another backbone."
             )

@@ -6,13 +6,12 @@ import os
 from pathlib import Path
 
 from realera.backbones import folder
-from realera.contracts import UserError
 from realera.system import network
 
 HUB_PATIENCE = 1.2  # seconds to wait for the hub's answer
 
 
-class OutOfReach(UserError):
+class OutOfReach(folder.Absent):
     """A hub's model is not in the cache and cannot be downloaded."""
 
 

@@ -3,7 +3,6 @@ state), as one encoder."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from realera.backbones.text import KEPT, TextEncoder, copied, plain_text, refuse_not_finite, shortened, side_by_side
+from realera.backbones.text import (
+    LatestStates,
+    TextEncoder,
+    named_rows,
+    padded_ids,
+    plain_text,
+    refuse_not_finite,
+    rows_of_name,
+    shortened,
+    side_by_side,
+)
 from realera.contracts import NamedPrompt, TextStates, UserError
 
 ROWS = 8192  # token rows in one pass of T5
@@ -32,19 +41,17 @@ class T5Encoder:
     def __call__(self, texts: Sequence[str | NamedPrompt]) -> TextStates:
         """States (B, length, D) on the model's device. Raises UserError if a name is cut off (see `rows`)."""
         device = self.model.device
-        ids = self._tokens(texts).to(device)
+        ids = padded_ids(self.tokenizer, texts, self.length).to(device)
         states = [self.model(input_ids=part)[0].float() for part in ids.split(max(1, ROWS // self.length))]
         found = torch.cat(states) if states else torch.zeros(0, self.length, self.width, device=device)
         refuse_not_finite(texts, found, "copy the checkpoint's T5 again, or set backbone.t5=bfloat16")
-        rows = [self.rows(text) if isinstance(text, NamedPrompt) else (-1, -1) for text in texts]
-        first, last = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
+        first, last = named_rows(texts, self.rows, device)
         return TextStates(found, first, last, (ids == self.tokenizer.eos_token_id).int().argmax(dim=1))
 
     def rows(self, prompt: NamedPrompt) -> tuple[int, int]:
         """Rows of the first and last sub-token of the prompt's name. Raises UserError if the name has no token, or if
         the limit cuts off a part of it."""
-        offsets = self.tokenizer(prompt.text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        hits = [row for row, (start, end) in enumerate(offsets) if start < prompt.end and end > prompt.start]
+        hits = rows_of_name(self.tokenizer, prompt)
         if not hits:
             raise UserError(
                 f"T5's tokenizer finds no part of {shortened(prompt.name)!r} in {shortened(prompt.text)!r}; write the "
@@ -57,18 +64,6 @@ class T5Encoder:
             )
         return hits[0], hits[-1]
 
-    def _tokens(self, texts: Sequence[str | NamedPrompt]) -> Tensor:
-        if not texts:
-            return torch.zeros(0, self.length, dtype=torch.int64)
-        found: Any = self.tokenizer(
-            list(map(plain_text, texts)),
-            padding="max_length",
-            truncation=True,
-            max_length=self.length,
-            return_tensors="pt",
-        )
-        return torch.as_tensor(found["input_ids"])
-
 
 class JointText:
     """The text encoders of a transformer as one: `common.Text`. The latest states are kept in memory, because T5 is
@@ -80,7 +75,7 @@ class JointText:
 
     def __init__(self, clips: Sequence[TextEncoder], t5: T5Encoder | None) -> None:
         self.clips, self.t5 = list(clips), t5
-        self._cache: OrderedDict[tuple[Any, ...], TextStates] = OrderedDict()
+        self._latest = LatestStates()
 
     def __call__(
         self, texts: Sequence[str | NamedPrompt], to_end: bool = False, weights: str | None = "loaded"
@@ -89,16 +84,7 @@ class JointText:
         if weights is None:
             return self._encode(texts, weights)
         key = (weights, str(self.clips[0].model.device), tuple(texts))
-        found = self._cache.pop(key, None)
-        if found is None:
-            with torch.no_grad():
-                found = self._encode(texts, weights)
-        if found.states.nbytes > KEPT:
-            return found
-        self._cache[key] = found
-        while sum(one.states.nbytes for one in self._cache.values()) > KEPT:
-            self._cache.popitem(last=False)
-        return copied(found)
+        return self._latest.get(key, lambda: self._encode(texts, weights))
 
     def _encode(self, texts: Sequence[str | NamedPrompt], weights: str | None) -> TextStates:
         raise NotImplementedError
@@ -143,7 +129,7 @@ class JointText:
         raise NotImplementedError
 
     def forget(self) -> None:
-        self._cache.clear()
+        self._latest.clear()
         for clip in self.clips:
             clip.forget()
 

@@ -16,6 +16,7 @@ UNET: Kind = "unet"
 SD3: Kind = "sd3"
 FLUX: Kind = "flux"
 ONE_CLIP: Kind = "one-clip"
+SEVERAL_SPLITS = (SD3, FLUX)  # their text encoders, CLIP and T5, split a name into different numbers of tokens
 MINI_DIT = "mini-dit"  # as backbone.pretrained: the built-in transformer
 T5 = "t5"  # the form of T5's settings
 T5_EMBEDDING = "shared.weight"

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from realera.backbones import configs, folder, vocabulary
+from realera.backbones import configs, fitting, folder, vocabulary
 from realera.backbones import kinds as kinds_of
 from realera.backbones.text import PairedTextEncoder, TextEncoder
 from realera.contracts import UserError
@@ -67,11 +67,7 @@ def load(place: Path, dtype: torch.dtype, channels_last: bool) -> Parts:
 
     Raises UserError if the files are not those of a Stable Diffusion.
     """
-    if kinds_of.of(place) != kinds_of.UNET:
-        raise UserError(
-            f"The checkpoint {str(place)!r} is a diffusion transformer's: choose a backbone of its kind, such as "
-            "backbone=sd35-medium or backbone=flux-dev."
-        )
+    fitting.refuse_other_denoiser(place, kinds_of.of(place), transformer=False)
     xl = folder.is_xl(place)
     kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
     if xl:
@@ -153,13 +149,7 @@ def refuse_other_text(
                 f"The second text encoder of backbone {name} gives pooled states of width {text.pooled_width} and its "
                 f"U-Net reads {reads}, not counting the image sizes; give a checkpoint whose parts fit together."
             )
-    for key, found in (("width", width), ("max_length", length)):
-        wanted = promised.get(key, found)
-        if wanted != found:
-            raise UserError(
-                f"backbone.text.{key} is {wanted} but the checkpoint has {found}; set backbone.text.{key}={found} or "
-                "choose the backbone that this checkpoint belongs to."
-            )
+    fitting.refuse_other_text(promised, {"width": width, "max_length": length})
 
 
 def tokenizer(place: Path) -> PreTrainedTokenizerBase:

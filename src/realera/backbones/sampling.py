@@ -85,7 +85,7 @@ def refuse_not_finite(latents: Tensor, seeds: Sequence[int], dtype: torch.dtype)
     """Raises UserError for latents (B, C, h, w) with NaN or infinity, which would be saved as a black image."""
     remedy = "lower backbone.sampler.guidance_scale; if the model was trained, train it with a lower method.align.lr"
     if dtype == torch.float16:
-        remedy = "set backbone.dtype=bfloat16 or float32, because float16 cannot hold the U-Net's large numbers"
+        remedy = "set backbone.dtype=bfloat16 or float32, because float16 cannot hold the network's large numbers"
     if finite.first_bad([("all", latents)]) is not None:
         seed = seeds[int((~latents.flatten(1).isfinite().all(dim=1)).int().argmax())]
         raise finite.NotFinite(
@@ -150,6 +150,10 @@ def noise_added(scheduler: DDIMScheduler, timestep: Tensor, predicted: Tensor, f
 
 def refuse_course(course: Course, sampler: Sampler) -> None:
     """Raises UserError for a course that the sampler cannot take."""
+    if course.eta and sampler.scheduler == "euler":
+        raise UserError(
+            f"eta={course.eta:g} is a setting of DDIM, and this backbone draws by flow matching: leave it out."
+        )
     if course.eta and sampler.scheduler != "ddim":
         raise UserError(f"eta={course.eta:g} is a setting of DDIM: set the sampler's scheduler to ddim.")
     if not 0 <= course.first <= sampler.steps:
@@ -158,8 +162,17 @@ def refuse_course(course: Course, sampler: Sampler) -> None:
         )
 
 
+def refuse_call(course: Course, sampler: Sampler, prompts: int, seeds: Sequence[int], stop_at: int | None) -> None:
+    """`refuse_course`. Raises ValueError for a number of seeds or a last step that cannot be meant."""
+    refuse_course(course, sampler)
+    if len(seeds) != prompts:
+        raise ValueError(f"{prompts} prompts but {len(seeds)} seeds")
+    if stop_at is not None and not 0 <= stop_at <= sampler.steps:
+        raise ValueError(f"stop_at={stop_at} is not among the steps 0 .. {sampler.steps}")
+
+
 def here(texts: TextStates, device: torch.device) -> TextStates:
-    """The texts with their states on the U-Net's device."""
+    """The texts with their states on the denoiser's device."""
     pooled = None if texts.pooled is None else texts.pooled.to(device)
     return replace(texts, states=texts.states.to(device), pooled=pooled)
 

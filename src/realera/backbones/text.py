@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,7 +60,7 @@ class TextEncoder:
         self.width = int(model.config.hidden_size)
         self.projected = isinstance(model, CLIPTextModelWithProjection)
         self.pooled_width = int(model.config.projection_dim) if self.projected else self.width if pooled else 0
-        self._cache: OrderedDict[tuple[Any, ...], TextStates] = OrderedDict()  # by the whole batch: results are equal
+        self._latest = LatestStates()
         probe = tokenizer("a")["input_ids"]
         if tokenizer.eos_token_id is None or tokenizer.eos_token_id not in probe[1:]:
             raise UserError(
@@ -86,25 +86,15 @@ class TextEncoder:
         if weights is None:
             return self._encode(texts, to_end, "lower method.align.lr")
         key = (weights, str(self.model.device), to_end, tuple(texts))
-        found = self._cache.pop(key, None)
-        if found is None:
-            # no_grad and not inference_mode: a training step saves these states for its backward pass, which inference
-            # tensors do not allow.
-            with torch.no_grad():
-                found = self._encode(texts, to_end, "copy or download the checkpoint's text encoder again")
-        if found.states.nbytes > KEPT:  # a data set's captions: they are not encoded twice
-            return found
-        self._cache[key] = found  # the latest last
-        while sum(one.states.nbytes for one in self._cache.values()) > KEPT:
-            self._cache.popitem(last=False)
-        return copied(found)
+        remedy = "copy or download the checkpoint's text encoder again"
+        return self._latest.get(key, lambda: self._encode(texts, to_end, remedy))
 
     def _encode(self, texts: Sequence[str | NamedPrompt], to_end: bool, remedy: str) -> TextStates:
         device = self.model.device
-        ids = self._tokens(texts)
+        ids = padded_ids(self.tokenizer, texts, self.length)
         length = (ids == self.tokenizer.eos_token_id).int().argmax(dim=1)
         sizes = length + 1 if to_end else torch.full_like(length, self.length)
-        rows = [self.rows(text) if isinstance(text, NamedPrompt) else (-1, -1) for text in texts]
+        first, last = named_rows(texts, self.rows, device)
         states = torch.zeros(len(texts), int(sizes.max()) if len(texts) else self.length, self.width, device=device)
         pooled = torch.zeros(len(texts), self.pooled_width, device=device) if self.pooled_width else None
         for here in self._batches(sizes):
@@ -116,7 +106,6 @@ class TextEncoder:
         if to_end:
             states = states * (torch.arange(states.shape[1], device=device)[:, None] < sizes.to(device)[:, None, None])
         refuse_not_finite(texts, states, remedy)
-        first, last = torch.tensor(rows, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
         return TextStates(
             states=states,
             first=first,
@@ -138,7 +127,7 @@ class TextEncoder:
 
     def forget(self) -> None:
         """Empties the memory cache."""
-        self._cache.clear()
+        self._latest.clear()
 
     def vectors(self, text: str) -> Tensor:
         """(n, D) float32, a copy: the token embeddings of the text's n sub-tokens."""
@@ -156,7 +145,7 @@ class TextEncoder:
         spans = [self.rows(text) for text in texts if isinstance(text, NamedPrompt)]
         first = torch.tensor([start for start, _ in spans])
         rows = []
-        for ids, text, (start, end) in zip(self._tokens(texts), texts, spans, strict=True):
+        for ids, text, (start, end) in zip(padded_ids(self.tokenizer, texts, self.length), texts, spans, strict=True):
             if start + count > self.length - 1:
                 raise UserError(
                     f"The prompt {shortened(plain_text(text))!r} is cut at {self.length} tokens before the end of "
@@ -240,9 +229,7 @@ class TextEncoder:
 
         Raises UserError if the name is empty, and if the token limit cuts off the name or a part of it.
         """
-        # The whole prompt is tokenized, not the truncated one: only then a lost last sub-token of the name is noticed.
-        offsets = self.tokenizer(prompt.text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-        hits = [row for row, (start, end) in enumerate(offsets) if start < prompt.end and end > prompt.start]
+        hits = rows_of_name(self.tokenizer, prompt)
         if not hits:
             lacking = f"no part of {shortened(prompt.name)!r}" if prompt.name.strip() else "no name"
             raise UserError(
@@ -254,18 +241,6 @@ class TextEncoder:
                 f"{shortened(prompt.name)!r}; shorten it or move the concept forward."
             )
         return hits[0], hits[-1]
-
-    def _tokens(self, texts: Sequence[str | NamedPrompt]) -> Tensor:
-        if not texts:
-            return torch.zeros(0, self.length, dtype=torch.int64)
-        found: Any = self.tokenizer(
-            list(map(plain_text, texts)),
-            padding="max_length",
-            truncation=True,
-            max_length=self.length,
-            return_tensors="pt",
-        )
-        return torch.as_tensor(found["input_ids"])
 
 
 class PairedTextEncoder:
@@ -340,6 +315,57 @@ class PairedTextEncoder:
     def to(self, device: Any) -> None:
         self.first.to(device)
         self.second.to(device)
+
+
+class LatestStates:
+    """Text states that were encoded, the latest in at most `KEPT` bytes, by whole batches: results are then equal."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[Any, ...], TextStates] = OrderedDict()
+
+    def get(self, key: tuple[Any, ...], encode: Callable[[], TextStates]) -> TextStates:
+        """A copy of the states of this key, or what `encode` returns."""
+        found = self._kept.pop(key, None)
+        if found is None:
+            # no_grad and not inference_mode: a training step saves these states for its backward pass, which inference
+            # tensors do not allow.
+            with torch.no_grad():
+                found = encode()
+        if found.states.nbytes > KEPT:  # a data set's captions: they are not encoded twice
+            return found
+        self._kept[key] = found  # the latest last
+        while sum(one.states.nbytes for one in self._kept.values()) > KEPT:
+            self._kept.popitem(last=False)
+        return copied(found)
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+def padded_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | NamedPrompt], length: int) -> Tensor:
+    """(B, length) int64: the texts' token ids, cut and padded."""
+    if not texts:
+        return torch.zeros(0, length, dtype=torch.int64)
+    found: Any = tokenizer(
+        list(map(plain_text, texts)), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
+    return torch.as_tensor(found["input_ids"])
+
+
+def rows_of_name(tokenizer: PreTrainedTokenizerBase, prompt: NamedPrompt) -> list[int]:
+    """The rows of the name's sub-tokens, those beyond the token limit too; [] if it has none."""
+    # The whole prompt is tokenized, not the truncated one: only then a lost last sub-token of the name is noticed.
+    offsets = tokenizer(prompt.text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return [row for row, (start, end) in enumerate(offsets) if start < prompt.end and end > prompt.start]
+
+
+def named_rows(
+    texts: Sequence[str | NamedPrompt], rows: Callable[[NamedPrompt], tuple[int, int]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """first, last (B,) of `TextStates`; rows: the first and last row of a prompt's name."""
+    found = [rows(text) if isinstance(text, NamedPrompt) else (-1, -1) for text in texts]
+    first, last = torch.tensor(found, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
+    return first, last
 
 
 def side_by_side(texts: Sequence[str | NamedPrompt], one: TextStates, two: TextStates) -> TextStates:

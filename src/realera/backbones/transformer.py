@@ -10,7 +10,17 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from realera.backbones import autoencoder, flow, folder, kinds, reading, sampling, text_marks, transformer_parts
+from realera.backbones import (
+    autoencoder,
+    fitting,
+    flow,
+    folder,
+    kinds,
+    reading,
+    sampling,
+    text_marks,
+    transformer_parts,
+)
 from realera.backbones.base import BaseWeights
 from realera.backbones.common import DiffusersBackbone
 from realera.backbones.denoiser import DTYPES, Dtype
@@ -92,21 +102,12 @@ class TransformerBackbone(DiffusersBackbone):
         self.name = name
         self.sampler = sampler
         self.flux = parts.kind == kinds.FLUX
-        if (kind := "flux" if self.flux else "sd3") not in like:
-            raise UserError(
-                f"The checkpoint is of the kind {kind} and backbone.like=[{','.join(like)}] names defaults of others: "
-                f"choose backbone={'flux-dev' if self.flux else 'sd35-medium'} with backbone.pretrained=DIR."
-            )
+        fitting.refuse_other_kind(parts.kind, like)
         self.network: nn.Module = parts.transformer
         self.text = transformer_parts.text_encoder(parts, t5_length)
         self.vae = parts.vae
         self.width, self.max_length = self.text.width, self.text.length
-        for key, found in (("width", self.width), ("max_length", self.max_length)):
-            if (wanted := dict(text or {}).get(key, found)) != found:
-                raise UserError(
-                    f"backbone.text.{key} is {wanted} but the checkpoint has {found}; set backbone.text.{key}={found} "
-                    "or choose the backbone that this checkpoint belongs to."
-                )
+        fitting.refuse_other_text(dict(text or {}), {"width": self.width, "max_length": self.max_length})
         self.latent_channels = int(parts.vae.config.latent_channels)
         self.pixels_per_latent = autoencoder.pixels_per_latent(parts.vae)
         self.patch = self.pixels_per_latent * (PACK if self.flux else int(parts.transformer.config.patch_size))
@@ -214,16 +215,7 @@ class TransformerBackbone(DiffusersBackbone):
         """
         chosen, course = sampler or self.sampler, course or sampling.USUAL
         sampling.refuse_bad(chosen, self.patch, ("euler",))
-        if course.eta:
-            raise UserError(
-                f"eta={course.eta:g} is a setting of DDIM, and backbone {self.name} draws by flow matching: leave it "
-                "out."
-            )
-        sampling.refuse_course(course, chosen)
-        if len(seeds) != len(states.states):
-            raise ValueError(f"{len(states.states)} prompts but {len(seeds)} seeds")
-        if stop_at is not None and not 0 <= stop_at <= chosen.steps:
-            raise ValueError(f"stop_at={stop_at} is not among the steps 0 .. {chosen.steps}")
+        sampling.refuse_call(course, chosen, len(states.states), seeds, stop_at)
         scale = 1.0 if self._denoise.reads_guidance else chosen.guidance_scale
         guided = guide is not None or scale > 1
         if negative and not guided:
@@ -231,7 +223,7 @@ class TransformerBackbone(DiffusersBackbone):
                 f"A negative prompt has no effect with backbone {self.name}, which predicts no noise without a prompt: "
                 "leave it out."
             )
-        size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
+        size = self._latent_size(chosen)
         nothing = None
         if guided:
             nothing = sampling.here(self.encode([negative]) if negative else self._no_prompt(), self.device)
@@ -250,15 +242,6 @@ class TransformerBackbone(DiffusersBackbone):
         )
         sampling.refuse_not_finite(drawn, seeds, self._base.dtype)
         return drawn
-
-    def _no_prompt(self) -> TextStates:
-        state = self._changed_text.state
-        if state is not None and state in self._empty:
-            return self._empty[state]
-        empty = self.encode([""])
-        if state is not None:
-            self._empty[state] = empty
-        return empty
 
     def to(self: Own, device: Any) -> Own:
         """Moves the transformer; with offload=sequential, all of it but the blocks' weights."""

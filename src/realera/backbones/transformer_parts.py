@@ -19,7 +19,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from realera.backbones import configs, folder, kinds, loading, vocabulary
+from realera.backbones import configs, fitting, folder, kinds, loading, vocabulary
 from realera.backbones.common import Text
 from realera.backbones.joint_text import FluxText, SD3Text, T5Encoder, quantise
 from realera.backbones.text import TextEncoder
@@ -62,14 +62,10 @@ def load(place: Path, dtype: torch.dtype, t5: T5 | None) -> TransformerParts:
     Raises UserError if the files are not those of a Stable Diffusion 3 or FLUX, or if `t5` does not fit them.
     """
     kind = kinds.of(place)
-    if kind == kinds.UNET:
-        raise UserError(
-            f"The checkpoint {str(place)!r} is a U-Net's: choose a backbone of its kind, such as backbone=sd14 or "
-            "backbone=sdxl."
-        )
+    fitting.refuse_other_denoiser(place, kind, transformer=True)
     encoders = kinds.encoders(kind, place)
     forms = {part: kinds.form(kind, part) for part in encoders}
-    refuse_t5(kind, t5, kinds.T5 in forms.values())
+    fitting.refuse_t5(kind, t5, kinds.T5 in forms.values())
     projected = CLIPTextModelWithProjection if kind == kinds.SD3 else CLIPTextModel
     network = FluxTransformer2DModel if kind == kinds.FLUX else SD3Transformer2DModel
     clips, third = [], None
@@ -101,17 +97,6 @@ def load(place: Path, dtype: torch.dtype, t5: T5 | None) -> TransformerParts:
     loading.refuse_not_finite(place, checked, dtype)
     scheduler = read_json(folder.settings_file(place, "scheduler"))
     return TransformerParts(kind, clips, third, transformer, vae, scheduler)
-
-
-def refuse_t5(kind: kinds.Kind, t5: T5 | None, there: bool) -> None:
-    """Raises UserError if the setting `t5` is not possible for a checkpoint of this kind. there: it has a T5."""
-    if kind == kinds.FLUX and t5 is False:
-        raise UserError(
-            "backbone.t5=false is not possible with FLUX, which reads its text through T5 alone: set backbone.t5=int8 "
-            "for a quarter of its memory."
-        )
-    if not there and t5 not in (None, False):
-        raise UserError(f"backbone.t5={t5} has no effect, because this checkpoint has no T5: set backbone.t5=false.")
 
 
 def text_encoder(parts: TransformerParts, t5_length: int | None) -> Text:

@@ -38,6 +38,7 @@ class UNetBackbone(DiffusersBackbone):
 
     text: TextEncoder | PairedTextEncoder
     _denoise: Denoiser
+    joint_attention = False
 
     def __init__(
         self,
@@ -168,12 +169,8 @@ class UNetBackbone(DiffusersBackbone):
         run, and for latents that are not finite."""
         chosen, course = sampler or self.sampler, course or sampling.USUAL
         sampling.refuse_bad(chosen, self.pixels_per_latent)
-        sampling.refuse_course(course, chosen)
-        if len(seeds) != len(states.states):
-            raise ValueError(f"{len(states.states)} prompts but {len(seeds)} seeds")
-        if stop_at is not None and not 0 <= stop_at <= chosen.steps:
-            raise ValueError(f"stop_at={stop_at} is not among the steps 0 .. {chosen.steps}")
-        size = (self.latent_channels, chosen.height // self.pixels_per_latent, chosen.width // self.pixels_per_latent)
+        sampling.refuse_call(course, chosen, len(states.states), seeds, stop_at)
+        size = self._latent_size(chosen)
         beside = self.encode(guide.prompts) if guide is not None and guide.prompts else None
         noise = sampling.SeededNoise(seeds, size)
         drawn = sampling.sample(
@@ -193,14 +190,9 @@ class UNetBackbone(DiffusersBackbone):
         sampling.refuse_not_finite(drawn, seeds, self._base.dtype)
         return drawn
 
-    def _no_prompt(self) -> TextStates:
-        """The unconditional text states (1 prompt): the encoded empty text, or zeros if SDXL's index says so."""
-        state = self._changed_text.state
-        if state is not None and state in self._empty:
-            return self._empty[state]
-        empty = self.encode([""])
+    def _encoded_empty(self) -> TextStates:
+        """The encoded empty text, or zeros if SDXL's index says so."""
+        empty = super()._encoded_empty()
         if self._zeros and empty.pooled is not None:
-            empty = replace(empty, states=torch.zeros_like(empty.states), pooled=torch.zeros_like(empty.pooled))
-        if state is not None:
-            self._empty[state] = empty
+            return replace(empty, states=torch.zeros_like(empty.states), pooled=torch.zeros_like(empty.pooled))
         return empty

@@ -1,4 +1,4 @@
-"""Cached files record their cost, in seconds and U-Net passes, so that a run which reuses a file knows its cost."""
+"""Cached files record their cost, in seconds and denoiser passes, so that a run which reuses a file knows its cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Cost:
     seconds: float = 0.0  # wall time
-    passes: int = 0  # images that went through the U-Net
+    passes: int = 0  # images that went through the denoiser
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.seconds + other.seconds, self.passes + other.passes)

@@ -1,5 +1,5 @@
-"""AC (Concept Ablation, arXiv 2303.13516): on noised images of the anchor, the U-Net learns to predict the same noise
-for the concept's prompt as for the anchor's prompt."""
+"""AC (Concept Ablation, arXiv 2303.13516): on noised images of the anchor, the denoiser learns to predict the same
+noise for the concept's prompt as for the anchor's prompt."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Ablation:
     variant: "model" = y is eps(z_t, t, p_a) of the model in training, without gradient (the paper's equation 5, as in
     its code); "noise" = y is the noise in z_t (equation 4). prior: weight of || eps(z_t, t, p_a) - the noise in
     z_t ||^2, for concepts that are a kind of their anchor (the official code uses other images of that kind).
-    parameters: the U-Net weights to train, as `Backbone.unfreeze` takes them. detach_bos: the keys and values of BOS,
-    which all prompts share, give the weights no gradient (official). steps, lr, weight_decay: of AdamW.
+    parameters: the denoiser weights to train, as `Backbone.unfreeze` takes them. detach_bos: the keys and values of
+    BOS, which all prompts share, give the weights no gradient (official). steps, lr, weight_decay: of AdamW.
     """
 
     lora: LoraSpec | None = None

@@ -102,7 +102,7 @@ class ForgetAndRetain:
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes of a step: half of each image, with guidance, and what the aligner makes of the R + S latents
+        """Denoiser passes of a step: half of each image, with guidance, and what the aligner makes of the R + S latents
         that are given with each z_t: a teacher's pass and a gradient."""
         beside = int(settings.get("retained") or 0) + int(settings.get("attacks") or 0)
         drawn = 0 if settings.get("images") else int(settings.get("steps") or steps) * (1 + beside)
@@ -187,7 +187,7 @@ class ForgetAndRetain:
 
 
 class AdversarialUnlearning:
-    """Equation 5 with means in place of norms and eps0, H0 the original U-Net's noise and text states:
+    """Equation 5 with means in place of norms and eps0, H0 the original denoiser's noise and text states:
 
         || eps0(z, t, H(c')) - (eps0(z, t, H0('')) - eta (eps0(z, t, H0(c)) - eps0(z, t, H0(''))) ) ||^2
         + retain_weight || eps0(z_r, t, H(r)) - eps0(z_r, t, H0(r)) ||^2,   r a retained prompt
@@ -236,7 +236,7 @@ class AdversarialUnlearning:
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes for each z_t itself; `ForgetAndRetain` counts those of the attack and of the retained
+        """Denoiser passes for each z_t itself; `ForgetAndRetain` counts those of the attack and of the retained
         prompts."""
         return 2.0 + PASSES_OF_A_GRADIENT
 

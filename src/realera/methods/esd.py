@@ -1,5 +1,5 @@
-"""ESD (arXiv 2303.07345): the U-Net learns to steer away from the concept, as negative guidance with the original model
-would."""
+"""ESD (arXiv 2303.07345): the denoiser learns to steer away from the concept, as negative guidance with the original
+model would."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class NegativeGuidance:
     """|| eps(z_t, t, c) - (eps0(z_t, t, '') - eta (eps0(z_t, t, c) - eps0(z_t, t, ''))) ||^2, as a mean.
 
     c is the bare name of the concept. The anchor is not used. eps0 is the original model. negative_guidance: eta.
-    parameters: the U-Net weights to train, as `Backbone.unfreeze` takes them. norms: whether to train the normalisation
-    layers among them. steps, lr, weight_decay: of AdamW, which is Adam at weight_decay 0. clip: upper bound of the
-    gradient's norm, None = unbounded.
+    parameters: the denoiser weights to train, as `Backbone.unfreeze` takes them. norms: whether to train the
+    normalisation layers among them. steps, lr, weight_decay: of AdamW, which is Adam at weight_decay 0. clip: upper
+    bound of the gradient's norm, None = unbounded.
     """
 
     lora: LoraSpec | None = None

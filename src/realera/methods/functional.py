@@ -62,7 +62,7 @@ class FunctionalMining:
     text more than `outside` away does not; it is preserved unless it contains the name of an erased concept or draws
     another concept that is erased in the same run. most: maximum number of texts of each kind, the nearest first. rows:
     the rows of each text that count, as in `Band.rows`. images, chunk: images of the concept that the original model
-    draws, and how many at once. passes: images per U-Net pass when noise is measured.
+    draws, and how many at once. passes: images per denoiser pass when noise is measured.
     """
 
     def __init__(

@@ -70,9 +70,9 @@ def learned_vector(
 
 
 class AdversarialRounds:
-    """What a closed form leaves readable, found by attack: in each of `rounds` rounds the U-Net takes the edit made so
-    far, and for every concept one token vector is learned that brings the concept back, on images of the concept by the
-    original model. The text states of its prompts are then erased as well (`ValueSpaceErasure`).
+    """What a closed form leaves readable, found by attack: in each of `rounds` rounds the denoiser takes the edit made
+    so far, and for every concept one token vector is learned that brings the concept back, on images of the concept by
+    the original model. The text states of its prompts are then erased as well (`ValueSpaceErasure`).
 
     images: of the concept. steps, lr, weight_decay, start, templates: see `learned_vector`. The vectors are cached in
     <cache>/rounds/.

@@ -87,7 +87,7 @@ class AnchorBank:
 
 
 def images_of(settings: Mapping[str, Any], names: Sequence[str], steps: int) -> dict[str, float]:
-    """{"images <name>": U-Net passes} for the images of each name, drawn with guidance. settings: of the part that
+    """{"images <name>": denoiser passes} for the images of each name, drawn with guidance. settings: of the part that
     draws them. steps: of the backbone's sampler, used if the part sets no steps."""
     own = settings.get("sampler") or {}
     each = 2.0 * int(own.get("steps") or settings.get("steps") or steps)
@@ -126,7 +126,7 @@ def drawn(
     seed: int,
     title: str,
 ) -> Tensor:
-    """Latents (images, C, h, w) on the U-Net's device, drawn by the original model. Image i uses prompt i mod P.
+    """Latents (images, C, h, w) on the denoiser's device, drawn by the original model. Image i uses prompt i mod P.
 
     They are cached in <cache>/latents/<hash of all inputs>/, one file per chunk, so a killed run continues with the
     next chunk. Each file records its cost (`cache_costs`).

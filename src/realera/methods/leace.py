@@ -6,8 +6,8 @@ concept_erasure/leace.py) is
 
     r(x) = x - W^+ P W (x - m),    W = S_xx^(-1/2),  P the orthogonal projection onto the columns of W S_xz.
 
-Of all affine maps that give every class the same mean, it minimises E ||r(x) - x||^2. The U-Net reads W_l x without a
-bias, so only a linear map M can be folded into its weights, W_l <- W_l M. The mean can be treated in two ways:
+Of all affine maps that give every class the same mean, it minimises E ||r(x) - x||^2. The denoiser reads W_l x without
+a bias, so only a linear map M can be folded into its weights, W_l <- W_l M. The mean can be treated in two ways:
 
     held    M m = m, so no bias is needed. With w = W m, U an orthonormal basis of the columns of W S_xz and
             B = U - w w^T U / w^T w:   M = I - W^+ U (B^T B)^-1 B^T W,

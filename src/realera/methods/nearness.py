@@ -1,4 +1,4 @@
-"""Measures which texts draw a concept, by the U-Net's values for a text and by the noise that it predicts for it.
+"""Measures which texts draw a concept, by the denoiser's values for a text and by the noise that it predicts for it.
 
 A text encoder puts words that draw different things close together, and puts phrases that evoke a concept far from its
 name. So texts are first ranked by their values, which takes one pass of the text encoder per text (`closeness`). For
@@ -26,7 +26,7 @@ from realera.methods.latents import at_level
 
 LEVELS = (800, 600, 400, 200)  # levels of 0 ... 999 at which noise is compared, in drawing order
 TEXTS = 256  # texts encoded at once
-PASSES = 64  # images per U-Net call
+PASSES = 64  # images per denoiser call
 Advance = Callable[[int], None]
 
 
@@ -53,7 +53,7 @@ def ends(backbone: Backbone, texts: Sequence[str], advance: Advance | None = Non
 def closeness(rows: Tensor, name: Tensor, mean: Tensor, root: Tensor | None = None) -> Tensor:
     """(n,): cosines of rows (n, D) with the name's row (D,), each less the mean (D,), in coordinates root (D, D).
 
-    root: the first result of `value_space.roots`, for cosines of the U-Net's values; None = of the text states.
+    root: the first result of `value_space.roots`, for cosines of the denoiser's values; None = of the text states.
     """
     rows, name = (x.double() - mean.double() for x in (rows, name))
     if root is not None:
@@ -81,8 +81,8 @@ def noise_distances(
 
     images (B, C, h, w): latents of the concept. guide: the method's guide, if it has one; the compared noise is then
     the conditional noise with which plain guidance would give the guide's result. Every text is compared on the same
-    noised images. at_once: images per U-Net call, at least B. Raises UserError if the model predicts the same noise for
-    the name as for the empty prompt.
+    noised images. at_once: images per denoiser call, at least B. Raises UserError if the model predicts the same noise
+    for the name as for the empty prompt.
     """
     noise = torch.randn(images.shape, generator=Generator().manual_seed(0)).to(images)
     with backbone.original():

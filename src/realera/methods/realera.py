@@ -59,8 +59,8 @@ class Mining:
 
     m, n: near and beyond points per prompt; n = 0 mines no points beyond. inf replaces sampling by its exact
     expectation, with the weight of m_weight (n_weight) points. space: "text", as in the paper, or "value": the band's
-    distances and cosines are those of the U-Net's values of the text states (`value_space.roots`), where phrases that
-    evoke a concept are near its name. The other settings are those of `Band`.
+    distances and cosines are those of the denoiser's values of the text states (`value_space.roots`), where phrases
+    that evoke a concept are near its name. The other settings are those of `Band`.
 
     A call raises UserError if the text states cannot reach the band.
     """
@@ -247,8 +247,8 @@ class ClosedForm:
 
 
 class NoiseAlignment:
-    """Equations 8 and 9: trains a LoRA over the edited U-Net, with the original U-Net as teacher (Algorithm 1, lines
-    26-32).
+    """Equations 8 and 9: trains a LoRA over the edited denoiser, with the original denoiser as teacher (Algorithm 1,
+    lines 26-32).
 
         odd steps    || eps(z_t, t, p_c) - eps0(z_t, t, p_a) ||^2
         even steps   || eps(z_t, t, p')  - eps0(z_t, t, p_a) ||^2  and  || eps(z_t, t, p'') - eps0(z_t, t, p'') ||^2

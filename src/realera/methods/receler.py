@@ -84,8 +84,8 @@ class AttackedRollout(Rollout):
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes of a step: of the roll-out, and of the attack one of the teacher and a gradient for each of its
-        steps."""
+        """Denoiser passes of a step: of the roll-out, and of the attack one of the teacher and a gradient for each of
+        its steps."""
         attacks = int(settings.get("attacks") or 0)
         own = int(settings.get("batch") or 1) * (bool(attacks) + attacks * PASSES_OF_A_GRADIENT)
         return Rollout.passes(settings, steps) + own
@@ -198,7 +198,7 @@ class ReliableErasing:
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes for each latent: two of the teacher and a gradient."""
+        """Denoiser passes for each latent: two of the teacher and a gradient."""
         return 2.0 + PASSES_OF_A_GRADIENT
 
     def prepare(self, backbone: Backbone, pairs: Sequence[Pair], cache: Path, seed: int) -> None:

@@ -75,7 +75,8 @@ class Rollout:
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes per step: on average half of each image, or whole images every `renew` steps, with guidance."""
+        """Denoiser passes per step: on average half of each image, or whole images every `renew` steps, with
+        guidance."""
         own, renew = int(settings.get("steps") or steps), int(settings.get("renew") or 0)
         if renew > 1:
             return 2.0 * own * int(settings.get("chains") or 1) / renew

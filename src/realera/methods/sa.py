@@ -1,4 +1,4 @@
-"""SA (Selective Amnesia, arXiv 2305.10120): the U-Net learns images of the anchor for the concept's prompt. Replay
+"""SA (Selective Amnesia, arXiv 2305.10120): the denoiser learns images of the anchor for the concept's prompt. Replay
 images of other captions and elastic weight consolidation preserve the rest of the model."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ForgetAndReplay:
 
     images, batch, chunk, sampler: of the surrogate, as in `AnchorBank`. surrogate: the texts to draw it from, {} = the
     anchor (official: a person's kind, "a middle aged man"); None = the anchor's training prompts. forget: the texts for
-    which the U-Net learns the surrogate images, {} = the concept (official: the bare name; for nudity four words in
+    which the denoiser learns the surrogate images, {} = the concept (official: the bare name; for nudity four words in
     turn); None = the concept's training prompts. Image i uses text i mod their number. replay: the other images.
     zip_replay: image i of the surrogate is paired with image i of the replay, so the longer list is cut (the official
     code); else both are drawn at random. Captions that name a concept are not replayed.

@@ -72,7 +72,7 @@ class SemiPermeableMembrane:
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes per step: the usual ones, and for each anchor one of the teacher and one with gradient."""
+        """Denoiser passes per step: the usual ones, and for each anchor one of the teacher and one with gradient."""
         anchors = int(settings.get("anchors") or 0) if settings.get("anchor_weight", 1) else 0
         return PASSES_OF_A_STEP + anchors * (1 + PASSES_OF_A_GRADIENT)
 

@@ -1,6 +1,6 @@
-"""STEREO (arXiv 2408.16807): first it searches for token vectors that bring the concept back, on a copy of the U-Net
-that is erased again after each of them; then it erases the name and all of them from the original U-Net at once, beside
-anchors.
+"""STEREO (arXiv 2408.16807): first it searches for token vectors that bring the concept back, on a copy of the denoiser
+that is erased again after each of them; then it erases the name and all of them from the original denoiser at once,
+beside anchors.
 
 Letters: B latents, K found vectors, T token rows, D text width.
 """
@@ -321,7 +321,7 @@ class RobustErasing:
 
     c_0 is the concept's name and c_1 ... c_K the found vectors, c_j the one that z_t shows, a an anchor, and eps0 the
     original model. scale: the official compositional_guidance_scale; with its 2 the concept counts three times as much
-    as the anchor. parameters: the U-Net weights to train, as `Backbone.unfreeze` takes them. norms: whether to train
+    as the anchor. parameters: the denoiser weights to train, as `Backbone.unfreeze` takes them. norms: whether to train
     the normalisation layers among them. steps, lr, weight_decay: of AdamW. clip: upper bound of the gradient's norm,
     None = unbounded.
     """
@@ -344,7 +344,7 @@ class RobustErasing:
 
     @staticmethod
     def passes(settings: Mapping[str, Any], steps: int) -> float:
-        """U-Net passes for each latent: of the teacher for '', the anchor, the name and K = 2 vectors, and a
+        """Denoiser passes for each latent: of the teacher for '', the anchor, the name and K = 2 vectors, and a
         gradient."""
         return 5.0 + PASSES_OF_A_GRADIENT
 

@@ -1,4 +1,5 @@
-"""VALERA (value-space erasure), our own method: an oblique projection that removes a concept from the U-Net's values.
+"""VALERA (value-space erasure), our own method: an oblique projection that removes a concept from the denoiser's
+values.
 
 One closed form without training or drawing (`value_space` has the algebra). RealEra mines a ball around the concept's
 text state, where phrases that evoke the concept are farther away than other concepts. VALERA measures distances between
@@ -36,11 +37,11 @@ ONE_CONCEPT, SEVERAL_CONCEPTS = (10.0, 1.2), (10.0, 1.05)  # price and gain: exp
 
 class ValueSpaceErasure:
     """W = W0 M with M = I - gain X (U^T X)^-1 U^T, X the shifts from the anchors to the concepts, U the concepts'
-    readings: the directions by which the U-Net reads them.
+    readings: the directions by which the denoiser reads them.
 
-    projections: the weights to edit, "values", "keys" or "both". read: the weights whose metric defines the U-Net's
-    reading; None = as `projections`; "text" = plain text states, as in closed forms that ignore the U-Net. price: r, of
-    reading directions that the U-Net does not carry, against the captions' variance; it means the same on every
+    projections: the weights to edit, "values", "keys" or "both". read: the weights whose metric defines the denoiser's
+    reading; None = as `projections`; "text" = plain text states, as in closed forms that ignore the denoiser. price: r,
+    of reading directions that the denoiser does not carry, against the captions' variance; it means the same on every
     backbone. gain: 1 = the projection; more also maps weakly read texts all the way to the anchor. If price or gain is
     None, searched values are used: `ONE_CONCEPT` for one concept, `SEVERAL_CONCEPTS` for several. rows: the rows of the
     training prompts in a concept's mean row (as in `Band.rows`), and in the anchor's. captions: represent everything to

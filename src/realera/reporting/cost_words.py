@@ -17,8 +17,8 @@ COLUMNS: Mapping[str, str] = {  # of costs.totals
 }
 LABELS: Mapping[str, str] = {
     "seconds": "to erase",
-    "passes": "U-Net passes to erase",
-    "passes_per_image": "U-Net passes per image",
+    "passes": "denoiser passes to erase",
+    "passes_per_image": "denoiser passes per image",
     "trained_parameters": "trained parameters",
     "edited_parameters": "parameters edited in closed form",
     "memory_mb": "MB peak memory while erasing",
@@ -89,7 +89,7 @@ def parts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def sentence(record: Mapping[str, Any]) -> str:
-    """ "8.3 s to erase, 1,240 U-Net passes to erase, ... (cpu, 1 thread)"; "" if nothing is known."""
+    """ "8.3 s to erase, 1,240 denoiser passes to erase, ... (cpu, 1 thread)"; "" if nothing is known."""
     costs_text = ", ".join(f"{number} {label}" for label, number in parts(record))
     return f"{costs_text} ({record['device']})" if costs_text and record.get("device") else costs_text
 

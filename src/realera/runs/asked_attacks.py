@@ -18,7 +18,7 @@ from realera.contracts import Concept, Prompt, Task, UserError
 from realera.evaluation import attacked
 from realera.evaluation.records import read_metrics
 from realera.files import checksums
-from realera.runs import folders
+from realera.runs import folders, suitability
 from realera.settings import composition
 from realera.settings.instantiate import build, locate
 from realera.settings.run_settings import AttackSettings, Settings
@@ -39,8 +39,11 @@ class Asked:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Asked:
-        """From the config of the command that attacks."""
-        return cls(Settings(config).attack, int(config["limit"]), str(config["split"]), int(config["attack_seed"]))
+        """From the config of the command that attacks. Raises UserError for an attack that means nothing on the kind of
+        model."""
+        settings = Settings(config)
+        suitability.check_attack(settings.attack, settings.backbone)
+        return cls(settings.attack, int(config["limit"]), str(config["split"]), int(config["attack_seed"]))
 
     def told(self, concepts: Sequence[Concept]) -> dict[str, Any]:
         """The part of the attack's protocol that no model is needed for."""
@@ -146,7 +149,7 @@ def prompts_of(attack: Any, task: Task, asked: Asked) -> list[Prompt]:
 
 
 def work_of(settings: Settings, task: Task, asked: Asked) -> tuple[int, float]:
-    """(prompts, U-Net passes at most) of an attack from its start. settings: of the run. Raises UserError as
+    """(prompts, denoiser passes at most) of an attack from its start. settings: of the run. Raises UserError as
     `prompts_of`, and for an attack that cannot be built."""
     node, sampler, guide = asked.settings.to_build, settings.backbone.sampler, settings.method.guide
     prompts = prompts_of(build(node), task, asked)

@@ -49,7 +49,7 @@ def mode_of(judge: Judge, task: Task) -> Mode:
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """prompts: under attack. passes: of the U-Net, at most. hours: None if unknown. basis: of the hours."""
+    """prompts: under attack. passes: of the denoiser, at most. hours: None if unknown. basis: of the hours."""
 
     prompts: int
     passes: float

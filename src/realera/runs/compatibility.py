@@ -8,25 +8,31 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from realera.backbones import folder, kinds
+from realera.backbones import fitting, folder, kinds
+from realera.backbones.kinds import Kind
 from realera.contracts import UserError
 from realera.files import headers
+from realera.runs import suitability
 from realera.settings.run_settings import BackboneSettings, Settings
 from realera.settings.source_code import fact
 
 
-def check(model: Path, config: Mapping[str, Any]) -> None:
-    """Checks the settings against a model. model: a checkpoint's folder.
+def check(model: Path | None, config: Mapping[str, Any]) -> None:
+    """Checks the settings against a model. model: a checkpoint's folder; None if it is not on this machine: then only
+    the samplers are checked, against the kind of model that the backbone's settings tell.
 
     Raises:
         UserError: the trained network lacks a LoRA's target or a parameter, or the image size or sampler is not
-        possible; the method learns token vectors, and the model's text encoders have no common ones.
+        possible.
     """
     settings = Settings(config)
     backbone, align = settings.backbone, settings.method.align
-    flow = kinds.of(model) != kinds.UNET
-    levels = headers.read_json(folder.settings_file(model, "vae")).get("block_out_channels") or [0] * 4
-    multiple = 2 ** (len(levels) - 1) * (kinds.patch(model) if flow else 1)
+    if (kind := suitability.kind_of(backbone, model)) is None:
+        return
+    if model is not None:
+        _check_kind(model, kind, backbone)
+    flow = kind != kinds.UNET
+    multiple = 1 if model is None else _pixels(model, flow)
     for at, sampler in _samplers({"backbone": backbone.node, "method": settings.method.node}):
         for side in ("height", "width"):
             if sampler.get(side, multiple) % multiple:
@@ -39,15 +45,7 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
                 f"{at}.scheduler={sampler.get('scheduler', 'ddim')} is not possible with backbone {backbone.name}: "
                 f"choose {'euler' if flow else 'ddim or dpm++'}."
             )
-    parts = settings.method.node
-    used = parts if align.steps else {part: parts.get(part) for part in ("edit", "finish")}
-    if kinds.of(model) in (kinds.SD3, kinds.FLUX) and any(map(_learns_vectors, _parts(used))):
-        raise UserError(
-            f"method {settings.method.name} puts learned vectors in place of a name's tokens, and the text encoders of "
-            f"backbone {backbone.name} split a name into different numbers of tokens: choose a method such as realera, "
-            "esd-x or uce."
-        )
-    if not align.steps:
+    if model is None or not align.steps:
         return
     axes = _trained_weights(model, str(fact(str(align.target), "network", "denoiser")))
     if align.lora:
@@ -63,6 +61,27 @@ def check(model: Path, config: Mapping[str, Any]) -> None:
             if part != "all" and not any(fnmatchcase(f".{name}.", f"*.{part}.*") for name in axes):
                 known = list(dict.fromkeys(name.split(".")[name.startswith("text_encoder")] for name in axes))
                 raise UserError(_no_such(f"method.align.parameters[{number}]", target, "weight", backbone, known))
+
+
+def _check_kind(model: Path, kind: Kind, backbone: BackboneSettings) -> None:
+    """Raises UserError for a model of another kind than the backbone's, as its loading would."""
+    if (joint := suitability.has_joint_attention(backbone)) is None:
+        return
+    fitting.refuse_other_denoiser(model, kind, transformer=joint)
+    if joint:
+        fitting.refuse_other_kind(kind, backbone.like)
+        forms = [kinds.form(kind, part) for part in kinds.encoders(kind, model)]
+        fitting.refuse_t5(kind, backbone.t5, there=kinds.T5 in forms)
+    reads = headers.read_json(folder.settings_file(model, kinds.denoiser(model)))
+    width = reads.get("joint_attention_dim" if joint else "cross_attention_dim")
+    if isinstance(width, int):
+        fitting.refuse_other_text(backbone.text.node, {"width": width})
+
+
+def _pixels(model: Path, flow: bool) -> int:
+    """The number that the sides of an image are multiples of."""
+    levels = headers.read_json(folder.settings_file(model, "vae")).get("block_out_channels") or [0] * 4
+    return int(2 ** (len(levels) - 1) * (kinds.patch(model) if flow else 1))
 
 
 def _trained_weights(model: Path, network: str) -> Mapping[str, int]:
@@ -83,21 +102,4 @@ def _no_such(at: str, target: Any, kind: str, backbone: BackboneSettings, known:
 
 def _samplers(node: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(dotted name, settings) of every Sampler in the settings."""
-    return ((at, part) for at, part in _parts(node) if str(part["_target_"]).endswith(".Sampler"))
-
-
-def _learns_vectors(part: tuple[str, Mapping[str, Any]]) -> bool:
-    """Whether a part learns token vectors, according to the facts that its class states (`contracts.Method`)."""
-    _, settings = part
-    target = str(settings["_target_"])
-    idle = fact(target, "idle_where", {})
-    return bool(fact(target, "learns_vectors")) and not any(settings.get(key) == idle[key] for key in idle)
-
-
-def _parts(node: Any, at: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(dotted name, settings) of everything in the settings that is built from a class, at any depth."""
-    for key, value in node.items() if isinstance(node, Mapping) else ():
-        here = f"{at}.{key}" if at else str(key)
-        if isinstance(value, Mapping) and value.get("_target_"):
-            yield here, value
-        yield from _parts(value, here)
+    return ((at, part) for at, part in suitability.parts(node) if str(part["_target_"]).endswith(".Sampler"))

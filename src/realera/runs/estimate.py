@@ -2,7 +2,7 @@
 torch, because the classes of a method's parts know their costs.
 
 Hours are scaled from finished runs of the same backbone and method (costs.json) if there are any. Otherwise they are
-the number of U-Net passes, multiplied by the seconds of one pass (`PASS`).
+the number of denoiser passes, multiplied by the seconds of one pass (`PASS`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from realera import console, costs, paths
 from realera.contracts import PASSES_OF_A_STEP, Concept, Task, UserError
 from realera.files import plain_data
-from realera.runs import asked_attacks, folders, timing
+from realera.runs import asked_attacks, folders, preflight, timing, weights_memory
 from realera.runs.asked_attacks import Asked
 from realera.runs.folders import Run, digest
 from realera.runs.timing import Rate
@@ -27,7 +27,7 @@ from realera.tasks.prompts import slug
 
 SMALL = ("mini", "mini-dit")  # the backbones that run on a CPU
 WORTH_TIMING = 0.25  # hours; shorter plans are not worth the ten seconds that a timing takes
-AROUND = 20.0  # seconds of a cell without U-Net passes: loading, encoding, judging, the page
+AROUND = 20.0  # seconds of a cell without denoiser passes: loading, encoding, judging, the page
 AGAIN = ("load", "judge")  # stages of a run that is judged again, besides drawing
 RECENT = 20  # number of finished runs that are read
 
@@ -63,7 +63,8 @@ class Work:
     """The remaining work of one cell. originals: keys of the unedited model's images. made: {key: passes} of inputs
     that the method makes once for all cells that share them, such as anchor images. pace: seconds of (an image, a step,
     everything else) in finished runs, None without any. rate: the time of a pass, None if unknown. hindrance: why the
-    run could not start on this machine now. attacked: prompts under attack; passes_of_attacks: at most."""
+    run could not start on this machine now. needs: memory and download of the model (`weights_memory`). attacked: its
+    prompts under attack; passes_of_attacks: at most."""
 
     finished: bool = False
     images: int = 0
@@ -80,13 +81,14 @@ class Work:
     rate: Rate | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
     hindrance: str | None = None
+    needs: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Plan:
     """plan.json. images: of the erased models. original_images: of the unedited model, counted once if cells share
     them. Existing images are not counted. refusals: {reason: number of cells that cannot run}. attacked: prompts under
-    attack, once for each attack. passes_of_attacks: of the U-Net, at most."""
+    attack, once for each attack. passes_of_attacks: of the denoiser, at most."""
 
     cells: int
     finished: int
@@ -102,6 +104,7 @@ class Plan:
     attacked: int = 0
     passes_of_attacks: int = 0
     hindrances: Sequence[str] = ()  # of this machine at this moment: not saved
+    needs: Sequence[str] = ()  # of the base models: not saved either
 
 
 def work(
@@ -162,6 +165,7 @@ def work(
         pace=known[paced],
         rate=_published(backbone, device),
         machine={"backbone": backbone.node, "images_at_once": settings.images_at_once, "device": device},
+        needs=_needs(settings, known) if device == "gpu" else (),
     )
 
 
@@ -179,7 +183,7 @@ def judging(run: Run, task: Task, unedited: bool, known: dict[str, Any] | None =
 
 
 def summed(cells: Sequence[Work], refusals: Sequence[str] = ()) -> Plan:
-    """`_sum`. If finished runs do not tell the hours and there are some, a pass of the U-Net is timed first."""
+    """`_sum`. If finished runs do not tell the hours and there are some, a pass of the denoiser is timed first."""
     plan = _sum(cells, refusals)
     if plan.hours is None or plan.hours < WORTH_TIMING or not any(cell.pace is None for cell in cells):
         return plan
@@ -207,7 +211,7 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
             passes = cell.images * cell.passes_per_image + cell.steps * cell.passes_per_step + cell.passes_of_attacks
             seconds += passes * cell.rate.seconds + AROUND
             saved += passes * _saved(cell.rate)
-            basis[f"{cell.rate.seconds:.2g} s a pass of the U-Net ({cell.rate.source})"] = None
+            basis[f"{cell.rate.seconds:.2g} s a pass of the denoiser ({cell.rate.source})"] = None
         else:
             continue
         known += 1
@@ -235,6 +239,7 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
         basis=f"estimated: {said}" if to_do else said,
         refusals=dict(Counter(refusals).most_common()),
         hindrances=list(dict.fromkeys(cell.hindrance for cell in to_do if cell.hindrance)),
+        needs=list(dict.fromkeys(sentence for cell in to_do for sentence in cell.needs)),
     )
 
 
@@ -244,7 +249,7 @@ def _saved(rate: Rate) -> float:
 
 
 def _published(backbone: BackboneSettings, device: str) -> Rate | None:
-    """Of the backbone's U-Net, in its dtype."""
+    """Of the backbone's denoiser, in its dtype."""
     return _in_dtype(PASS.get((str(backbone.name), device)), backbone)
 
 
@@ -259,8 +264,8 @@ def _timed(cell: Work, known: dict[str, Rate | None]) -> Rate | None:
 
 
 def hours_of(settings: Settings, passes: float) -> tuple[float | None, str]:
-    """The hours of U-Net passes with a run's backbone and device, and where the figure comes from. A pass is timed if
-    the hours are many and this machine can; None if nothing is known about the backbone."""
+    """The hours of denoiser passes with a run's backbone and device, and where the figure comes from. A pass is timed
+    if the hours are many and this machine can; None if nothing is known about the backbone."""
     backbone, device = settings.backbone, _device(settings)
     rate = _published(backbone, device)
     if rate is None or rate.seconds * passes / 3600 >= WORTH_TIMING:
@@ -272,8 +277,12 @@ def hours_of(settings: Settings, passes: float) -> tuple[float | None, str]:
 
 
 def _in_dtype(rate: Rate | None, backbone: BackboneSettings) -> Rate | None:
-    """The rate of a backbone whose dtype may be of half precision."""
-    if rate is None or rate.half is None or backbone.dtype == "float32":
+    """The rate of a backbone whose dtype may be of half precision. Offloading is named, because no rate contains it."""
+    if rate is None:
+        return None
+    if backbone.offload == "sequential":
+        rate = replace(rate, source=f"{rate.source}, without offloading, which takes longer")
+    if rate.half is None or backbone.dtype == "float32":
         return rate
     return Rate(rate.half, f"{rate.source}, {backbone.dtype}")
 
@@ -282,8 +291,17 @@ def show(plan: Plan, place: Path | None = None) -> None:
     """Prints the plan and, if a folder is given, saves it there as plan.json."""
     console.show_plan(asdict(plan))
     if place is not None:
-        saved = {key: value for key, value in asdict(plan).items() if key != "hindrances"}
+        saved = {key: value for key, value in asdict(plan).items() if key not in ("hindrances", "needs")}
         disk.write_text(place / paths.PLAN, plain_data.json_text(saved, indent=1) + "\n")
+
+
+def _needs(settings: Settings, known: dict[str, Any]) -> Sequence[str]:
+    """`weights_memory.sentences`; known: a cache."""
+    trains = preflight.trains_weights(settings.method) and not settings.unedited
+    if (asked := digest(["needs", settings.backbone.node, trains])) not in known:
+        known[asked] = weights_memory.sentences(settings.backbone, trains)
+    found: Sequence[str] = known[asked]
+    return found
 
 
 def _pictures(place: Path, anew: bool) -> set[str]:
@@ -297,7 +315,7 @@ def _device(settings: Settings) -> str:
 
 
 def _passes(part: Mapping[str, Any], steps: int, otherwise: float) -> float:
-    """U-Net passes of a training step, from the part's class (`method_roles.Planned`). steps: of the backbone's
+    """Denoiser passes of a training step, from the part's class (`method_roles.Planned`). steps: of the backbone's
     sampler."""
     said = getattr(_class_of(part), "passes", None)
     return otherwise if said is None else float(said(part, steps))

@@ -20,6 +20,7 @@ from realera.contracts import NamedPrompt, Task, UserError
 from realera.files import checksums
 from realera.mining import band
 from realera.paths import ERASED, dir_of, file_of
+from realera.runs import suitability
 from realera.runs.folders import Run
 from realera.settings.run_settings import ORIGINAL, BackboneSettings, MethodSettings, Settings, TrainerSettings
 from realera.settings.source_code import fact
@@ -47,6 +48,7 @@ def check_settings(config: Mapping[str, Any], *, sweep: bool = False, here: bool
             f"method {method.name} has no part left that erases ({', '.join(ACTING)} are all null or do "
             "nothing): keep one of them, or choose method=original."
         )
+    suitability.check(method, settings.backbone)
     check_band(method, settings.backbone)
     check_training(method, settings.backbone)
     check_precision(method, settings.trainer, here and not settings.dry_run)
@@ -65,20 +67,20 @@ def _erases(method: MethodSettings, name: str) -> bool:
 
 
 def check_model(backbone: BackboneSettings, plan: bool = False) -> str | None:
-    """Checks the base model: a complete folder, or a model of the hub that is cached or can be downloaded. plan: if the
-    hub cannot be reached, return the sentence, because plans are made on machines without the weights.
+    """Checks the base model: a complete folder, or a model of the hub that is cached or can be downloaded. plan: if its
+    weights are elsewhere, return the sentence that says so, because plans are made on machines without them.
 
     Raises:
         UserError: files are missing or torn, or cannot be downloaded.
     """
     pretrained = backbone.pretrained
     local = pretrained is None or dir_of(pretrained) is not None or file_of(pretrained) is not None
-    if local or not folder.HUB_ID.fullmatch(str(pretrained)):
-        folder.locate(pretrained)
-        return None
     try:
-        hub.check(str(pretrained))
-    except hub.OutOfReach as error:
+        if local or not folder.HUB_ID.fullmatch(str(pretrained)):
+            folder.locate(pretrained)
+        else:
+            hub.check(str(pretrained))
+    except folder.Absent as error:
         if not plan:
             raise
         return str(error)
@@ -191,18 +193,6 @@ def check_training(method: MethodSettings, backbone: BackboneSettings) -> None:
             f"method {method.name} trains (align) a LoRA, but method.align.lora is null: leave it out, "
             "or set method.align=null."
         )
-    if backbone.target and fact(backbone.target, "joint_attention"):
-        if fact(target, "reads_attention"):
-            alone = "; for its closed form alone, set method.align=null and method.finish=null" if method.edit else ""
-            raise UserError(
-                f"method {method.name} reads cross-attention maps, and backbone {backbone.name} has none: text and "
-                f"image attend to each other in one softmax. Choose a method such as realera, esd-x or uce{alone}."
-            )
-        if align.detach_bos:
-            raise UserError(
-                f"method.align.detach_bos has no meaning with backbone {backbone.name}, where the first row of the "
-                "text is mixed with the others: set it to false."
-            )
     if backbone.gradient_checkpointing:
         if fact(target, "reads_attention"):
             raise UserError(
@@ -214,7 +204,13 @@ def check_training(method: MethodSettings, backbone: BackboneSettings) -> None:
                 "method.align.detach_bos does not work with backbone.gradient_checkpointing: set one of them to false."
             )
     dtype, name = backbone.dtype, method.name
-    if not align.lora and align.parameters and dtype != "float32" and fact(target, "network") != "text_encoder":
+    if trains_weights(method) and backbone.offload == "sequential":
+        raise UserError(
+            f"method {name} trains the network's weights, and backbone.offload=sequential keeps them in the CPU's "
+            "memory, where they cannot be trained: set backbone.offload=none, or choose a method that trains a LoRA or "
+            "nothing."
+        )
+    if trains_weights(method) and dtype != "float32":
         raise UserError(
             f"method {name} trains the network's weights, and backbone.dtype={dtype} would round its small steps away: "
             "set backbone.dtype=float32, with trainer.precision=bf16-mixed for speed."
@@ -224,6 +220,13 @@ def check_training(method: MethodSettings, backbone: BackboneSettings) -> None:
             f"method {name} trains, and backbone.dtype=float16 is only for drawing images: set backbone.dtype=bfloat16 "
             "or, with trainer.precision=bf16-mixed, float32."
         )
+
+
+def trains_weights(method: MethodSettings) -> bool:
+    """Whether a method trains the denoiser's own weights."""
+    align = method.align
+    own = bool(align.steps) and not align.lora and bool(align.parameters)
+    return own and fact(str(align.target), "network") != "text_encoder"
 
 
 def check_precision(method: MethodSettings, trainer: TrainerSettings, here: bool) -> None:

@@ -84,8 +84,7 @@ def check(config: Mapping[str, Any], planned: set[str] | None = None) -> str | N
         if (model := f"model {settings.backbone.pretrained}") not in seen:
             hindrance = preflight.check_model(settings.backbone, plan=plan)
             seen.add(model)
-        if (model_folder := preflight.model_folder(settings.backbone)) is not None:
-            compatibility.check(model_folder, config)
+        compatibility.check(preflight.model_folder(settings.backbone), config)
     if planned is None:
         trust.warn_of_typed_targets(config, sys.argv[1:])
     if settings.dry_run and (parts := f"parts {folders.digest(settings.method.node)}") not in seen:

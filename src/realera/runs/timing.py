@@ -1,4 +1,4 @@
-"""What a pass of the U-Net takes on this machine. A plan that has no finished runs to go by is made from it."""
+"""What a pass of the denoiser takes on this machine. A plan that has no finished runs to go by is made from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = "mini"  # the only backbone that is timed on a CPU: elsewhere a pass tak
 
 @dataclass(frozen=True)
 class Rate:
-    """seconds: of one pass of the U-Net (one latent, one timestep). half: the same in half precision, None if
+    """seconds: of one pass of the denoiser (one latent, one timestep). half: the same in half precision, None if
     unknown or if `seconds` is already of half precision. source: of both figures."""
 
     seconds: float
@@ -56,7 +56,7 @@ def rate_of(config: Mapping[str, Any], device: str) -> Rate | None:
         return kept
     dtypes = ["float32", "bfloat16"] if device == "gpu" else ["float32"]
     seconds = []
-    with console.bar("timing a pass of the U-Net", len(dtypes)) as advance:
+    with console.bar("timing a pass of the denoiser", len(dtypes)) as advance:
         for dtype in dtypes:
             seconds.append(probe.seconds_per_pass(unet, rows, images, dtype, place))
             advance(1)

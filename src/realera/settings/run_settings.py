@@ -193,6 +193,25 @@ class BackboneSettings(Group):
         return str(self.node.get("dtype") or "float32")
 
     @property
+    def like(self) -> Sequence[str]:
+        """Names under which defaults are looked up; of a transformer also its kind."""
+        return self.node.get("like") or ()
+
+    @property
+    def t5(self) -> Any:
+        """T5's precision; False: it is left out; None: not set."""
+        return self.node.get("t5")
+
+    @property
+    def names_t5(self) -> bool:
+        """Whether there are settings of T5: the model then has one, or a place for one."""
+        return any(self.node.get(key) is not None for key in ("t5", "t5_length"))
+
+    @property
+    def offload(self) -> str:
+        return str(self.node.get("offload") or "none")
+
+    @property
     def gradient_checkpointing(self) -> bool:
         return bool(self.node.get("gradient_checkpointing"))
 

@@ -81,7 +81,7 @@ def state_of(backbone: Backbone) -> tuple[Any, ...]:
 
 
 def _networks(backbone: Backbone) -> list[nn.Module]:
-    """The U-Net and all other torch modules of the backbone."""
+    """The denoiser and all other torch modules of the backbone."""
     found: dict[int, nn.Module] = {id(backbone.denoiser): backbone.denoiser}
     to_visit: list[Any] = [backbone]
     seen: set[int] = set()

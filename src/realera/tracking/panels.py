@@ -205,8 +205,8 @@ def sections(presets_of: str | None) -> list[tuple[str, str, list[Any]]]:
             [
                 cost("seconds", "H_o against seconds to erase", True),
                 # a closed form has 0 passes, which a logarithmic axis cannot show
-                cost("passes", "H_o against U-Net passes to erase", False),
-                cost("passes_per_image", "H_o against U-Net passes per image", False),
+                cost("passes", "H_o against denoiser passes to erase", False),
+                cost("passes_per_image", "H_o against denoiser passes per image", False),
             ],
         ),
         ("Training", "The loss of methods that train.", [losses]),
