@@ -22,14 +22,16 @@ from realera.contracts import PASSES_OF_A_GRADIENT, Backbone, Concept, Edit, Nam
 from realera.files import finite
 from realera.files.cache_costs import cached
 from realera.methods.latents import AnchorBank, noised
-from realera.methods.texts import predict, repeat
+from realera.methods.texts import predict, repeat, take
 from realera.paths import printable
-from realera.setting_types import Label, LearningRate, NonNegative, Number, Template, TrainingSteps
+from realera.setting_types import Label, LearningRate, NonNegative, Number, Share, Template, TrainingSteps
 from realera.system.terminal import bars_hidden
 
 Rounds = Annotated[int, Number(1, 64, whole=True)]
 Images = Callable[[Generator], tuple[Tensor, Tensor, Tensor]]  # z_t (B, C, h, w), t (B,), the noise in z_t
 STREAMS = 1_000_003  # the seeds of the rounds are this far apart
+MEASURING = 64  # in place of a round's number, the seed of `won_back`
+MEASURED = 4  # timesteps of an image in `won_back`
 
 
 def learned_vector(
@@ -74,8 +76,9 @@ class AdversarialRounds:
     so far, and for every concept one token vector is learned that brings the concept back, on images of the concept by
     the original model. The text states of its prompts are then erased as well (`ValueSpaceErasure`).
 
-    images: of the concept. steps, lr, weight_decay, start, templates: see `learned_vector`. The vectors are cached in
-    <cache>/rounds/.
+    images: of the concept. steps, lr, weight_decay, start, templates: see `learned_vector`. until: a round whose
+    vectors win back at most this share of every concept (`won_back`) is the last one, and its states are not erased;
+    None = all rounds. The criterion knows no judge. The vectors are cached in <cache>/rounds/.
     """
 
     learns_vectors: ClassVar[bool] = True
@@ -89,9 +92,10 @@ class AdversarialRounds:
         weight_decay: NonNegative = 0.01,
         start: Label = "object",
         templates: Sequence[Template] = ("a photo of a {}",),
+        until: Share | None = None,
     ) -> None:
         self.images = images
-        self.rounds, self.steps = rounds, steps
+        self.rounds, self.steps, self.until = rounds, steps, until
         self.lr, self.weight_decay = lr, weight_decay
         self.start, self.templates = start, list(templates)
         if not self.templates:
@@ -99,9 +103,10 @@ class AdversarialRounds:
 
     @staticmethod
     def makes(settings: Mapping[str, Any], concepts: Sequence[Concept], steps: int) -> dict[str, float]:
-        batch = int((settings.get("images") or {}).get("batch") or 1)
-        each = PASSES_OF_A_GRADIENT * batch * float(settings.get("steps") or 0) * int(settings.get("rounds") or 0)
-        return {f"search {concept.target}": each for concept in concepts}
+        images, rounds = settings.get("images") or {}, int(settings.get("rounds") or 0)
+        searched = PASSES_OF_A_GRADIENT * int(images.get("batch") or 1) * float(settings.get("steps") or 0)
+        measured = 3.0 * MEASURED * int(images.get("images") or 0)
+        return {f"search {concept.target}": rounds * (searched + measured) for concept in concepts}
 
     def __call__(
         self, backbone: Backbone, pairs: Sequence[Pair], edit: Edit, number: int, seed: int
@@ -129,6 +134,46 @@ class AdversarialRounds:
         self.images.banks = []
         return found
 
+    @torch.no_grad()
+    def won_back(
+        self, backbone: Backbone, pairs: Sequence[Pair], edit: Edit, found: Sequence[TextStates], seed: int
+    ) -> Tensor:
+        """(n,): for each concept the share of the way back that the prompts `found` (as `__call__` returns them) go,
+
+            (l(anchor) - l(found)) / (l(anchor) - l(name)),
+
+        l the mean noise loss on the concept's images: l(name) of the original model for the templates with the
+        concept's name, the others of the model with `edit`, for the templates with the anchor's name and for `found`. 1
+        = the found vectors explain the images as well as the name did, 0 = no better than the anchor. All losses are on
+        the same noised images, `MEASURED` timesteps of each. 0 if the name is no better than the anchor: then nothing
+        can be won back."""
+        self.images.prepare(backbone, pairs, paths.cache_dir(), seed)
+        shares = []
+        for pair, bank, texts in zip(pairs, self.images.banks, found, strict=True):
+            loss = partial(self._loss, backbone, bank, seed=seed)
+            named, anchored = (
+                backbone.encode([template.replace("{}", word) for template in self.templates])
+                for word in (pair.concept.target, pair.concept.anchor)
+            )
+            with backbone.original():
+                of_name = loss(named)
+            with edited(backbone, edit):
+                of_anchor, of_found = loss(anchored), loss(texts)
+            shares.append((of_anchor - of_found) / (of_anchor - of_name) if of_anchor > of_name else 0.0)
+        self.images.banks = []
+        return torch.tensor(shares, dtype=torch.float64)
+
+    def _loss(self, backbone: Backbone, bank: Tensor, texts: TextStates, seed: int) -> float:
+        """The mean noise loss of a bank's images, each at `MEASURED` timesteps. The prompts take turns."""
+        draw = Generator().manual_seed((seed * STREAMS + MEASURING) % 2**63)
+        total = 0.0
+        numbers = torch.arange(len(bank) * MEASURED)
+        for part in numbers.split(self.images.chunk):
+            z_t, t, noise = noised(backbone, bank, part % len(bank), draw)
+            predicted = predict(backbone, z_t, t, take(texts, part % len(texts.states)))
+            total += float((predicted - noise.float()).double().square().mean(dim=(1, 2, 3)).sum())
+        return total / len(numbers)
+
     def _vector(self, backbone: Backbone, name: str, concept: int, number: int, seed: int, bar: Progress) -> Tensor:
         bank = self.images.banks[concept]
 
@@ -151,7 +196,7 @@ class AdversarialRounds:
         )
 
     def _key(self, backbone: Backbone, name: str, concept: int, edit: Edit, number: int, seed: int) -> str:
-        own = {key: value for key, value in vars(self).items() if key not in ("images", "rounds")}
+        own = {key: value for key, value in vars(self).items() if key not in ("images", "rounds", "until")}
         bank = self.images.banks[concept]
         about = [
             backbone.fingerprint,

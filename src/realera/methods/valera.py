@@ -8,6 +8,7 @@ values, where these phrases are near.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,8 @@ from realera.methods.priors import caption_rows
 from realera.mining.band import Rows
 from realera.mining.sampling import align_rows, counted_rows
 from realera.setting_types import AnyText, NonNegative, Number, Positive, Projections, Sums, Template
+
+log = logging.getLogger(__name__)
 
 Read = Literal["values", "keys", "both", "text"]
 Gain = Annotated[float, Number(0, 100)]
@@ -56,7 +59,8 @@ class ValueSpaceErasure:
     mined_price: weight of the mined neighbours, if there are any: 0 = none; more = texts that draw the concept are read
     more like it, other texts are read less (`value_space.fitted`). search: adversarial rounds; each finds one state h
     per concept that still draws it, and adds M h - a to X and the reading of M h to U, M being the projection so far.
-    None = no rounds.
+    None = no rounds. info has the largest share of a concept that each round won back (`AdversarialRounds.won_back`),
+    and the number of rounds that were erased.
     """
 
     def __init__(
@@ -138,17 +142,21 @@ class ValueSpaceErasure:
             goals = torch.cat([torch.ones(near.shape[1]), torch.zeros(beyond.shape[1])]).double()
             found[:, i] = value_space.fitted(read(columns), columns, goals, self.mined_price)
         shifts = concepts - anchors if more is None else torch.cat([concepts - anchors, more], dim=1)
-        shares: dict[str, float] = {}
+        shares: dict[str, float] = {} if self.search is None else {"rounds_erased": 0}
         for number in range(0 if self.search is None else self.search.rounds):
             left, right, _ = value_space.projection(found, shifts, 1.0, self.tolerance)
             goals = concepts - anchors
             size = (goals * (metric @ goals)).sum(dim=0)
-            states = self._attacked(backbone, pairs, left, right, number)
+            states, won_back = self._attacked(backbone, pairs, left, right, number)
+            shares[f"won_back_round_{number + 1}"] = won_back
+            if self._is_last(number, won_back):
+                break
             states = torch.where(size > 0, states, anchors)  # a concept that is its own anchor stays as it is
             share = ((states - anchors) * (metric @ goals)).sum(dim=0) / size.clamp(min=1e-300)
             shares[f"share_before_round_{number + 1}"] = float(share.abs().max())
             found = torch.cat([found, read(states - rows.mean[:, None])], dim=1)
             shifts = torch.cat([shifts, states - anchors], dim=1)
+            shares["rounds_erased"] = number + 1
         left, right, info = value_space.projection(found, shifts, gain, self.tolerance)
         counted = {
             "price": price,
@@ -164,13 +172,26 @@ class ValueSpaceErasure:
             projections=PROJECTIONS[self.projections],
         )
 
-    def _attacked(self, backbone: Backbone, pairs: Sequence[Pair], left: Tensor, right: Tensor, number: int) -> Tensor:
-        """(D, n): M h for the mean row h of the prompts that bring each concept back on the model with M = I + L R."""
+    def _attacked(
+        self, backbone: Backbone, pairs: Sequence[Pair], left: Tensor, right: Tensor, number: int
+    ) -> tuple[Tensor, float]:
+        """(D, n): M h for the mean row h of the prompts that bring each concept back on the model with M = I + L R. And
+        the largest share of a concept that they win back."""
         assert self.search is not None
         projection = torch.eye(backbone.width, dtype=torch.float64) + left @ right
         edit = Edit(map=projection, projections=PROJECTIONS[self.projections])
         texts = self.search(backbone, pairs, edit, number, self.seed)
-        return projection @ self._means(texts)
+        won_back = float(self.search.won_back(backbone, pairs, edit, texts, self.seed).max())
+        return projection @ self._means(texts), won_back
+
+    def _is_last(self, number: int, won_back: float) -> bool:
+        """Whether round `number` won back so little that it is not erased, which is logged."""
+        assert self.search is not None
+        until = self.search.until
+        last = until is not None and won_back <= until
+        end = f", at most until={until}: it is not erased, and it is the last one" if last else ""
+        log.info("round %d: %.2f of the loss won back%s", number + 1, won_back, end)
+        return last
 
     def _further(self, pairs: Sequence[Pair], shifts: Tensor, metric: Tensor) -> Tensor | None:
         """(D, (directions - 1) n), each concept's columns side by side; None = only the mean shifts (D, n)."""
