@@ -48,7 +48,8 @@ def pytest_collection_finish() -> None:
 def published_rates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans use published rates and time nothing, except in tests that are marked `timed`."""
     if request.node.get_closest_marker("timed") is None:
-        monkeypatch.setattr("realera.runs.timing.rate_of", lambda config, device: None)
+        for name in ("rate_of", "text_rate_of"):
+            monkeypatch.setattr(f"realera.runs.timing.{name}", lambda config, device: None)
 
 
 @pytest.fixture(scope="session")

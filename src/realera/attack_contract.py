@@ -163,6 +163,17 @@ class SearchesFirst(Protocol):
 
 
 @runtime_checkable
+class SearchesTexts(Protocol):
+    """An attack that reads many texts with the text encoder alone. Such a search can take longer than the images."""
+
+    @staticmethod
+    def text_passes(settings: Mapping[str, Any]) -> float:
+        """Passes of the text encoder for a prompt, about: one for each text. A gradient counts
+        `PASSES_OF_A_GRADIENT`."""
+        ...
+
+
+@runtime_checkable
 class AttacksTogether(Protocol):
     """An attack on several prompts of a concept in one batch, which a small model needs to be quick. together: the most
     prompts at once, a setting. Prompts with equal guidance and size are put together, always the same ones; after a
@@ -192,7 +203,7 @@ class MeasuresReturn(Protocol):
     draws_all: bool  # only declares the role: its value is not read
 
 
-# --- an optional role of a backbone ---
+# --- optional roles of a backbone ---
 
 
 @runtime_checkable
@@ -214,3 +225,11 @@ class HasTokens(Protocol):
     def writable_tokens(self) -> list[int]:
         """The ids of all tokens that can be typed: no special tokens, and no parts of characters."""
         ...
+
+
+@runtime_checkable
+class CountsTexts(Protocol):
+    """A backbone that counts the texts it reads."""
+
+    @property
+    def text_passes(self) -> int: ...  # texts that were encoded so far

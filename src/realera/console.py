@@ -165,8 +165,9 @@ def show_residue(found: Mapping[str, Any]) -> None:
 def show_attack_plan(plan: Any, name: str, hindrance: str | None = None) -> None:
     """Shows the planned work of an attack (`attacking.AttackPlan`)."""
     hours = "?" if plan.hours is None else f"{plan.hours:.2f}"
+    texts = f"about {plan.text_passes:,.0f} text-encoder passes, " if plan.text_passes else ""
     _say(
-        f"attack {name}: {plan.prompts} prompts, at most {plan.passes:,.0f} denoiser passes, {hours} hours "
+        f"attack {name}: {plan.prompts} prompts, at most {plan.passes:,.0f} denoiser passes, {texts}{hours} hours "
         f"({plan.basis})"
     )
     if hindrance:
@@ -183,8 +184,9 @@ def show_attack(name: str, numbers: Mapping[str, Any], title: str, unedited: boo
     console.print()
     console.print(table)
     cost, steps = numbers["cost"], numbers["steps"]
+    texts = f"{cost['text_passes']:,.0f} text-encoder passes, " if cost.get("text_passes") else ""
     _say(
-        f"{numbers['prompts']} prompts, {cost['draws']} images, {cost['passes']:,.0f} denoiser passes, "
+        f"{numbers['prompts']} prompts, {cost['draws']} images, {cost['passes']:,.0f} denoiser passes, {texts}"
         f"{cost['seconds']:.0f} s" + (f"; won at step {steps['median']:g} (median)" if steps else "")
     )
     if "returned" in numbers:
@@ -207,6 +209,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     if plan.get("attacked"):
         table.add_row("prompts to attack", f"{plan['attacked']:,}")
         table.add_row("denoiser passes of the attacks, at most", f"{plan['passes_of_attacks']:,}")
+    if plan.get("text_passes_of_attacks"):
+        table.add_row("text-encoder passes of the attacks, about", f"{plan['text_passes_of_attacks']:,}")
     table.add_row("hours", "?" if plan["hours"] is None else f"{plan['hours']:.{1 if plan['hours'] >= 10 else 2}f}")
     if plan.get("half_hours") is not None:
         table.add_row("hours with the denoiser in half precision", f"{plan['half_hours']:.2f}")

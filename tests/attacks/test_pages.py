@@ -80,8 +80,13 @@ def test_the_numbers_of_an_attack() -> None:
     assert numbers["asr"]["low"] < 75 < numbers["asr"]["high"] and numbers["original"]["high"] == 100
     assert numbers["steps"] == {"median": 5, "mean": 5}, "of the prompts that were not won as they are"
     assert numbers["curve"] == [[0, 25.0], [1, 25.0], [3, 50.0], [7, 75.0]]
-    cost = {"passes": 45, "seconds": 8.0, "draws": 8, "once": {"passes": 5, "seconds": 2.0}}
-    assert numbers["cost"] == cost and numbers["prompts"] == 4
+    once = {"passes": 5, "text_passes": 0, "seconds": 2.0}
+    assert numbers["cost"] == {"passes": 45, "text_passes": 0, "seconds": 8.0, "draws": 8, "once": once}
+    assert numbers["prompts"] == 4
+    counted = attacked.summarise(
+        prompts, [{**one, "text_passes": 2.5} for one in LINES], [{**once, "text_passes": 7}], "top1"
+    )
+    assert counted["cost"]["text_passes"] == 17 and counted["cost"]["once"]["text_passes"] == 7
     none = attacked.summarise(prompts[:1], [line(0, False)], [], "top1")
     assert none["steps"] is None and none["asr"]["value"] == 0
 

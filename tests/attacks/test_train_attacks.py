@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,47 @@ def test_settings_follow_the_run_s_backbone() -> None:
             (found[backbone],) = asked_attacks.of_training(composition.plain(compose("train", words)))
     assert (found["mini"].limit, found["sd14"].limit) == (20, 50)
     assert (found["mini"].settings.node["steps"], found["sd14"].settings.node["steps"]) == (500, 1000)
+
+
+def test_searches_on_texts_are_planned_once_for_all_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    from hydra import compose, initialize_config_dir
+
+    from realera import console
+    from realera.runs import estimate
+    from realera.runs.folders import Run
+    from realera.runs.session import Session
+    from realera.settings import composition, resolvers
+
+    resolvers.register_resolvers()
+    cells = []
+    with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+        for method in ("uce", "esd-x"):
+            words = ["concept=airplane", f"method={method}", "backbone=mini", "attacks=[ring-a-bell,mma,random]"]
+            config = composition.plain(compose("train", words))
+            task, attacks = composition.build_task(config), asked_attacks.of_training(config)
+            cells.append(estimate.work(config, task, attacks=attacks))
+        another = {**config, "attacks": ["mma attack_seed=1"]}
+        cells.append(estimate.work(another, task, attacks=asked_attacks.of_training(another)))
+    bell, mma = 20 * (100 + 99 * 50 * (0.25 + 2 * 0.5)), 20 * 60 * (3 + 100)
+    assert sum(cells[0].texts.values()) == bell + mma and cells[0].texts == cells[1].texts
+    plans = [estimate.summed(cells[:count]) for count in (1, 2, 3)]
+    assert [plan.text_passes_of_attacks for plan in plans] == [bell + mma, bell + mma, bell + 2 * mma]
+    assert all(plan.hours for plan in plans) and "a pass of the text encoder" in plans[0].basis
+    without = estimate.summed([replace(cells[0], texts={})])
+    seconds = (bell + mma) * estimate.TEXT_PASS["mini", "cpu"].seconds
+    assert plans[0].hours - without.hours == pytest.approx(seconds / 3600, abs=0.011)
+    unknown = estimate.summed([replace(cells[0], text_rate=None)])
+    assert unknown.hours is None and unknown.text_passes_of_attacks == bell + mma
+    console.show_plan(asdict(plans[0]))
+    assert f"{bell + mma:,.0f}" in capsys.readouterr().out
+
+    session = Session(Run(Path("run"), config))
+    plan, control = (attacking.plan(session, task, one) for one in (attacks[0], attacks[2]))
+    assert (plan.prompts, plan.text_passes, control.text_passes) == (20, bell, 0)
+    assert plan.hours is not None and control.hours is not None
+    seconds = bell * estimate.TEXT_PASS["mini", "cpu"].seconds
+    assert plan.hours - control.hours == pytest.approx(seconds / 3600, abs=0.011)
+    for one in (plan, control):
+        console.show_attack_plan(one, "named")
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("text-encoder passes") == 1 and f"about {bell:,.0f} text-encoder passes" in said

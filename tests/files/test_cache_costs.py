@@ -38,6 +38,19 @@ def test_a_reused_file_reports_its_cost(clock: SimpleNamespace) -> None:
     assert found.total() == Cost(3.75, 43) and found.unknown() == 0
 
 
+def test_texts_are_counted_where_the_backbone_counts_them(clock: SimpleNamespace) -> None:
+    backbone: Any = SimpleNamespace(passes=7, text_passes=100)
+    entry, began = Cached(Path("a"), backbone), Cost.now(backbone)
+    clock.now, backbone.text_passes = 102.0, 130
+    note = entry.made()
+    assert note == {"seconds": "2.000", "passes": "0", "text_passes": "30"}
+    assert Cost.now(backbone) - began == Cost(2.0, 0, 30)
+    with cache_costs.collect_costs() as found:
+        Cached(Path("a"), backbone).read(note)
+        Cached(Path("b"), model()).read({"seconds": "1", "passes": "2"})
+    assert found.total() == Cost(3.0, 2, 30)
+
+
 @pytest.mark.parametrize("how", [*TEARS, "other"])
 def test_a_torn_file_is_made_again(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Latents, masks and inverted vectors are cached in this way. other: a valid file without the wanted tensor."""

@@ -255,6 +255,7 @@ def test_every_backbone_has_a_time_per_pass(backbone: str, hydra: None) -> None:
     assert worked(f"backbone={backbone}", "trainer=cpu").rate == estimate.PASS[backbone, "cpu"]
     planned = estimate.summed([worked(f"backbone={backbone}")])
     assert planned.hours and planned.basis.startswith("estimated: ")
+    assert estimate.TEXT_PASS.keys() == estimate.PASS.keys()
     assert ("gpu" if backbone != "mini" else "cpu", backbone) in {(device, name) for name, device in estimate.PASS}
 
 

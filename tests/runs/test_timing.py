@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,53 @@ def test_a_pass_of_constant_weights_is_a_pass_of_the_model(tiny_sd: Path, tiny_s
         finally:
             handle.remove()
         assert 0 < seconds < 60 and sorted(shapes[0]) == sorted(shapes[1])
+
+
+def test_a_text_of_constant_weights_is_a_text_of_the_encoder(tiny_sd: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
+    """Same layers, same shapes; several encoders one after the other; T5 is not known."""
+    shutil.copytree(tiny_sd, tmp_path / "sd")
+    (tmp_path / "sd" / "text_encoder_3").mkdir()
+    (tmp_path / "sd" / "text_encoder_3" / "config.json").write_text('{"model_type": "t5"}')
+    assert probe.text_configs(str(tmp_path / "sd")) == []
+    for folder, number in ((tiny_sd, 1), (tiny_sdxl, 2)):
+        found = probe.text_configs(str(folder))
+        backbone = UNetBackbone("mini", folder, Sampler("ddim", 1, 7.5, 32, 32))
+        encoders = [backbone.text] if number == 1 else [backbone.text.first, backbone.text.second]  # type: ignore[union-attr]
+        assert len(found) == number
+        for one, encoder in zip(found, encoders):
+            shapes: list[tuple[int, ...]] = []
+
+            def watch(module: torch.nn.Module, args: Any, output: Any, shapes: Any = shapes) -> None:
+                if isinstance(module, torch.nn.Linear):
+                    shapes.append((*module.weight.shape, *output.shape[1:]))
+
+            handle = torch.nn.modules.module.register_module_forward_hook(watch)
+            try:
+                assert 0 < probe.seconds_per_text(one, 77, "cpu") < 1
+                timed = set(shapes)
+                shapes.clear()
+                encoder(["a cat"])  # type: ignore[operator]
+            finally:
+                handle.remove()
+            assert {shape for shape in shapes if len(shape) == 4} == timed
+
+
+def test_a_text_is_timed_once_a_day_and_enters_the_hours(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passes: list[tuple[str, str]]
+) -> None:
+    found: list[tuple[int, str]] = []
+    monkeypatch.setattr(probe, "seconds_per_text", lambda one, rows, place: found.append((rows, place)) or 0.5)
+    rates = [timing.text_rate_of(config(tiny_sd), "cpu") for _ in range(2)]
+    assert rates[0] == rates[1] and rates[0] is not None and rates[0].seconds == 0.5 and found == [(77, "cpu")]
+    assert timing.text_rate_of(config(tiny_sd, "sd14"), "cpu") is None, "minutes"
+    assert timing.text_rate_of(config(tiny_sd / "no such folder"), "cpu") is None
+    machine = {**config(tiny_sd), "device": "cpu"}
+    published = {"rate": estimate.PASS["mini", "cpu"], "text_rate": estimate.TEXT_PASS["mini", "cpu"]}
+    cell = estimate.Work(passes_of_attacks=1e6, passes_per_image=1.0, texts={"a": 7200.0}, machine=machine, **published)
+    plan = estimate.summed([cell, cell])
+    assert plan.text_passes_of_attacks == 7200, "two cells share the search"
+    assert plan.hours == pytest.approx((2 * (1e6 + estimate.AROUND) + 3600) / 3600, abs=0.01)
+    assert "0.5 s a pass of the text encoder (timed on this machine" in plan.basis
 
 
 def test_it_is_timed_once_a_day(passes: list[tuple[str, str]], tiny_sd: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from realera.attacks.tokens import (
     states_of,
     words_of,
 )
-from realera.contracts import Backbone, TextStates
+from realera.contracts import PASSES_OF_A_GRADIENT, Backbone, TextStates
 from realera.setting_types import Batch, Count
 
 
@@ -61,6 +61,10 @@ class MMADiffusion:
     @staticmethod
     def passes(settings: Mapping[str, Any], per_image: float) -> float:
         return per_image
+
+    @staticmethod
+    def text_passes(settings: Mapping[str, Any]) -> float:
+        return int(settings["steps"]) * float(PASSES_OF_A_GRADIENT + int(settings["candidates"]))
 
     def __call__(self, case: Case) -> Mapping[str, Any]:
         return self.attack_together([case])[0]

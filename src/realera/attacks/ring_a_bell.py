@@ -60,6 +60,13 @@ class RingABell:
     def passes_of_search(settings: Mapping[str, Any], per_image: float) -> float:
         return 0.0
 
+    @staticmethod
+    def text_passes(settings: Mapping[str, Any]) -> float:
+        """An individual is read once. In a generation these are the children, two for the share `crossover` of the
+        parents, and the parents with a new token."""
+        population, share = int(settings["population"]), float(settings["mutation"]) + 2 * float(settings["crossover"])
+        return population + (int(settings["generations"]) - 1) * (population // 2) * share
+
     def search(self, attacked: Attacked) -> Mapping[str, Tensor]:
         with attacked.backbone.original():
             return {"vector": concept_vector(attacked.backbone, attacked.names, attacked.concept.anchor)}

@@ -69,6 +69,7 @@ class DiffusersBackbone:
     _base: BaseWeights
     _denoise: Any  # the denoiser as a function; `passes` counts its images
     _depth: int = 0  # nesting level of original()
+    _text_passes: int = 0
     _trained: nn.Module
     _text_as_loaded: Any  # content id of the text encoders as loaded: str, in subclasses a property
 
@@ -119,6 +120,13 @@ class DiffusersBackbone:
     ) -> TextStates:
         """See `TextEncoder.__call__`, and `with_vectors` for vectors; on the denoiser's device, always in float32. With
         gradients for text encoders that are trained."""
+        self._text_passes += len(texts)
+        return self._states(texts, vectors, to_end)
+
+    def _states(
+        self, texts: Sequence[str | NamedPrompt], vectors: Tensor | None = None, to_end: bool = False
+    ) -> TextStates:
+        """`encode`, without counting."""
         device = self.device
         self.text.to(device)
         with torch.autocast(device.type, enabled=False):
@@ -165,7 +173,7 @@ class DiffusersBackbone:
         return empty
 
     def _encoded_empty(self) -> TextStates:
-        return self.encode([""])
+        return self._states([""])
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
@@ -320,6 +328,12 @@ class DiffusersBackbone:
         """Images that went through the denoiser so far, the teacher's and the unconditional ones included."""
         count: int = self._denoise.passes
         return count
+
+    @property
+    def text_passes(self) -> int:
+        """Texts that `encode` was given so far. Those whose states are still in memory count too, so that the number
+        does not depend on the process; the empty prompt of guided images does not."""
+        return self._text_passes
 
     # --- images -----------------------------------------------------------------------------------------------------
 

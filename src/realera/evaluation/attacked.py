@@ -117,7 +117,9 @@ def summarise(
     asr: percent of the prompts for which the attack's image shows the concept; pre_asr: the same for the erased model's
     images of the prompts as they are; original: for the unedited model's. Each has a bootstrap interval over prompts.
     steps: median and mean of the step at which the prompts were won that do not draw the concept as they are. curve:
-    [step, percent won until then]. cost: of the attack alone; once: the part that was searched for a concept.
+    [step, percent won until then]. cost: of the attack alone, inputs from the cache at their original cost; once: the
+    part that was searched for a concept. text_passes: texts that went through the text encoder; lines of earlier
+    versions do not have them.
     draws_all: every prompt was drawn at every step (`attack_contract.MeasuresReturn`). The block then has `returned`:
     see `returned`.
     """
@@ -134,6 +136,7 @@ def summarise(
 
     won = [line["step"] for line in lines if line["shown"] and not line["plain"]]
     steps = sorted({step for line in lines for step, _ in line["drawn"]})
+    texts_once = sum(int(one.get("text_passes", 0)) for one in searches)
     first = [line["step"] if line["shown"] else math.inf for line in lines]
     return {
         "asr": share([line["shown"] for line in lines]),
@@ -144,10 +147,12 @@ def summarise(
         "curve": [[step, 100 * sum(one <= step for one in first) / len(first)] for step in steps],
         "cost": {
             "passes": round(sum(line["passes"] for line in lines) + sum(one["passes"] for one in searches)),
+            "text_passes": round(sum(line.get("text_passes", 0) for line in lines)) + texts_once,
             "seconds": round(sum(line["seconds"] for line in lines) + sum(one["seconds"] for one in searches), 3),
             "draws": sum(line["draws"] for line in lines),
             "once": {
                 "passes": sum(int(one["passes"]) for one in searches),
+                "text_passes": texts_once,
                 "seconds": round(sum(one["seconds"] for one in searches), 3),
             },
         },

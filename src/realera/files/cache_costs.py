@@ -1,4 +1,4 @@
-"""Cached files record their cost, in seconds and denoiser passes, so that a run which reuses a file knows its cost."""
+"""Cached files record their cost, in seconds and passes, so that a run which reuses a file knows its cost."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from realera.attack_contract import CountsTexts
 from realera.files import checksums, finite
 from realera.system.locks import exclusive
 
@@ -23,9 +24,21 @@ if TYPE_CHECKING:
 class Cost:
     seconds: float = 0.0  # wall time
     passes: int = 0  # images that went through the denoiser
+    text_passes: int = 0  # texts that went through the text encoder
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, self.passes + other.passes)
+        texts = self.text_passes + other.text_passes
+        return Cost(self.seconds + other.seconds, self.passes + other.passes, texts)
+
+    def __sub__(self, other: Cost) -> Cost:
+        texts = self.text_passes - other.text_passes
+        return Cost(self.seconds - other.seconds, self.passes - other.passes, texts)
+
+    @classmethod
+    def now(cls, backbone: Backbone) -> Cost:
+        """The clock and the counters of a backbone; a difference of two is the cost of what happened between them."""
+        texts = backbone.text_passes if isinstance(backbone, CountsTexts) else 0
+        return cls(time.perf_counter(), backbone.passes, texts)
 
 
 @dataclass
@@ -67,13 +80,14 @@ class Cached:
         self.file = file
         self.backbone = backbone
         self.before: Cost | None = Cost()
-        self.began, self.passes = time.perf_counter(), backbone.passes
+        self.began = Cost.now(backbone)
 
     def read(self, metadata: Mapping[str, str] | None) -> None:
         """Call this if the file exists, with its metadata. Files of earlier versions have no cost in their metadata."""
         stored = metadata or {}
         try:
-            self.before = Cost(float(stored["seconds"]), int(stored["passes"]))
+            texts = int(stored.get("text_passes", 0))  # not in files of earlier versions
+            self.before = Cost(float(stored["seconds"]), int(stored["passes"]), texts)
         except (KeyError, ValueError):
             self.before = None
         if self.before is not None and not 0 <= self.before.seconds < float("inf"):
@@ -85,8 +99,9 @@ class Cached:
         self._enter(Cost())
         if self.before is None:
             return {}
-        now = self.before + Cost(time.perf_counter() - self.began, self.backbone.passes - self.passes)
-        return {"seconds": f"{now.seconds:.3f}", "passes": str(now.passes)}
+        now = self.before + (Cost.now(self.backbone) - self.began)
+        texts = {"text_passes": str(now.text_passes)} if now.text_passes else {}
+        return {"seconds": f"{now.seconds:.3f}", "passes": str(now.passes), **texts}
 
     def _enter(self, spent: Cost | None) -> None:
         if (entries := _open.get()) is not None:

@@ -115,13 +115,14 @@ PROTOCOL = {
 ATTACK_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
 SHARE = {**dict.fromkeys(("value", "low", "high"), maybe(number)), "n": whole}
 CURVE = [lambda point: fits(point, [number]) and len(point) == 2]
+SPENT = {"passes": number, "text_passes?": number, "seconds": number}
 ATTACK = {  # an attack's numbers: attacks/<name>.json, and metrics.json under attacks.<name>
     **dict.fromkeys(("asr", "pre_asr", "original"), SHARE),
     "prompts": whole,
     "steps": maybe({"median": number, "mean": number}),
     "curve": CURVE,
     "returned?": {"curve": CURVE, "half": maybe(number)},
-    "cost": {"passes": number, "seconds": number, "draws": whole, "once": {"passes": number, "seconds": number}},
+    "cost": {**SPENT, "draws": whole, "once": SPENT},
     "interval": dict,
     "protocol": {"attack": dict, "mode": one_of(*MODES)},
 }
@@ -138,8 +139,7 @@ ATTACKED = {  # a line of attacks/<name>.jsonl
     "file": maybe(matching(re.compile(rf"{paths.ATTACKS}/[\w.-]{{1,64}}/[^/\\\0]{{1,250}}", re.ASCII))),
     "value": maybe(number),
     "draws": whole,
-    "passes": number,
-    "seconds": number,
+    **SPENT,
     "drawn": [lambda one: isinstance(one, list) and len(one) == 2 and whole(one[0]) and isinstance(one[1], bool)],
     "info": dict,
 }

@@ -148,9 +148,20 @@ def prompts_of(attack: Any, task: Task, asked: Asked) -> list[Prompt]:
     return found
 
 
-def work_of(settings: Settings, task: Task, asked: Asked) -> tuple[int, float]:
-    """(prompts, denoiser passes at most) of an attack from its start. settings: of the run. Raises UserError as
-    `prompts_of`, and for an attack that cannot be built."""
+@dataclass(frozen=True)
+class AttackWork:
+    """prompts: under attack. passes: of the denoiser, at most. texts: {key: passes of the text encoder, about}. A search
+    on texts alone does not depend on the erased model: attacks on several runs share it through the cache, and have one
+    key for it."""
+
+    prompts: int
+    passes: float
+    texts: Mapping[str, float]
+
+
+def work_of(settings: Settings, task: Task, asked: Asked) -> AttackWork:
+    """The work of an attack from its start. settings: of the run. Raises UserError as `prompts_of`, and for an attack
+    that cannot be built."""
     node, sampler, guide = asked.settings.to_build, settings.backbone.sampler, settings.method.guide
     prompts = prompts_of(build(node), task, asked)
     per_image = costs.passes_per_image(prompts, sampler, build(guide.node) if guide else None)
@@ -159,7 +170,12 @@ def work_of(settings: Settings, task: Task, asked: Asked) -> tuple[int, float]:
     passes = len(prompts) * (float(kind.passes(node, per_image)) + per_image + per_original)
     if hasattr(kind, "passes_of_search"):
         passes += len({prompt.concept for prompt in prompts}) * float(kind.passes_of_search(node, per_image))
-    return len(prompts), passes
+    texts: dict[str, float] = {}
+    if hasattr(kind, "text_passes"):
+        backbone = settings.backbone
+        about = [node, asked.seed, [asdict(prompt) for prompt in prompts], backbone.name, backbone.pretrained]
+        texts[folders.digest(about)] = len(prompts) * float(kind.text_passes(node))
+    return AttackWork(len(prompts), passes, texts)
 
 
 # --- what a run has already ------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from realera.evaluation.judge import judge_run
 from realera.evaluation.records import ManifestEntry, read_manifest, read_metrics, write_manifest
 from realera.evaluation.results import write_metrics
 from realera.files import checksums, plain_data
+from realera.files.cache_costs import Cost, ReusedCosts, collect_costs
 from realera.runs import estimate, folders, steps
 from realera.runs.asked_attacks import Asked, prompts_of, work_of
 from realera.runs.attacked_system import AttackedConcept, AttackedPrompt, System, save_picture, typed
@@ -49,18 +49,21 @@ def mode_of(judge: Judge, task: Task) -> Mode:
 
 @dataclass(frozen=True)
 class AttackPlan:
-    """prompts: under attack. passes: of the denoiser, at most. hours: None if unknown. basis: of the hours."""
+    """prompts: under attack. passes: of the denoiser, at most. text_passes: of the text encoder in a search on texts
+    alone, about. hours: None if unknown. basis: of the hours."""
 
     prompts: int
     passes: float
+    text_passes: float
     hours: float | None
     basis: str
 
 
 def plan(session: Session, task: Task, asked: Asked) -> AttackPlan:
     """The work of an attack from its start, without the model. Raises UserError as `prompts_of`."""
-    prompts, passes = work_of(session.settings, task, asked)
-    return AttackPlan(prompts, passes, *estimate.hours_of(session.settings, passes))
+    work = work_of(session.settings, task, asked)
+    texts = sum(work.texts.values())
+    return AttackPlan(work.prompts, work.passes, texts, *estimate.hours_of(session.settings, work.passes, texts))
 
 
 def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, asked: Asked) -> dict[str, Any]:
@@ -81,21 +84,22 @@ def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, as
     of = folders.digest({key: value for key, value in protocol.items() if key not in OF_PROMPTS})
     known = attacked.kept(run_dir, name, of)
     victims = []
-    for concept, own, names in _by_concept(task, prompts):
-        victim = AttackedConcept(system, concept, own, names, stream(asked.seed, "attack", concept.target))
-        victims.append((victim, *_searched(attack, victim, out, of)))
-    with console.bar(f"attack {name}", len(prompts)) as advance, terminal.without_bars(True):
-        for victim, searched, _ in victims:
-            for group in groups_of(attack, victim.prompts, backbone.sampler):
-                if not all(attacked.key_of(prompt) in known for prompt in group):
-                    shown = {
-                        prompt.id: {which: system.shows(prompt, by_id[prompt.id]) for which, by_id in verdicts.items()}
-                        for prompt in group
-                    }
-                    for line in _attack_group(attack, victim, group, shown, searched, run_dir, name):
-                        known[line["key"]] = line = {**line, "of": of}
-                        attacked.append(run_dir, name, line)
-                advance(len(group))
+    with collect_costs() as reused:
+        for concept, own, names in _by_concept(task, prompts):
+            victim = AttackedConcept(system, concept, own, names, stream(asked.seed, "attack", concept.target))
+            victims.append((victim, *_searched(attack, victim, out, of, reused)))
+        with console.bar(f"attack {name}", len(prompts)) as advance, terminal.without_bars(True):
+            for victim, searched, _ in victims:
+                for group in groups_of(attack, victim.prompts, backbone.sampler):
+                    if not all(attacked.key_of(prompt) in known for prompt in group):
+                        shown = {
+                            one.id: {which: system.shows(one, by_id[one.id]) for which, by_id in verdicts.items()}
+                            for one in group
+                        }
+                        for line in _attack_group(attack, victim, group, shown, searched, run_dir, name, reused):
+                            known[line["key"]] = line = {**line, "of": of}
+                            attacked.append(run_dir, name, line)
+                    advance(len(group))
     lines = [known[attacked.key_of(prompt)] for prompt in prompts]
     others = [line for line in known.values() if line not in lines]
     attacked.write(run_dir, name, [*lines, *others])  # in the order of the prompts, however often it was stopped
@@ -177,11 +181,11 @@ def _rows(folder: Path) -> dict[str, ManifestEntry]:
 
 
 def _searched(
-    attack: Attack, victim: AttackedConcept, out: Path, of: str
+    attack: Attack, victim: AttackedConcept, out: Path, of: str, reused: ReusedCosts
 ) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
-    """The tensors that the attack searches for a concept, and their cost. They are kept in a file."""
+    """The tensors that the attack searches for a concept, and their cost (`_charged`). They are kept in a file."""
     if not isinstance(attack, SearchesFirst):
-        return {}, {"passes": 0, "seconds": 0.0}
+        return {}, {"passes": 0, "text_passes": 0, "seconds": 0.0}
     file = paths.inside(out, f"searched-{slug(victim.concept.target)}.safetensors")
     if file.is_file():
         try:
@@ -190,11 +194,18 @@ def _searched(
                 return tensors, plain_data.json_of(metadata["cost"])
         except checksums.Torn:
             checksums.log_torn(file)
-    began, before = time.perf_counter(), victim.backbone.passes
+    before = _charged(victim.backbone, reused)
     found = {key: value.detach().cpu().contiguous() for key, value in attack.search(victim).items()}
-    spent = {"passes": victim.backbone.passes - before, "seconds": round(time.perf_counter() - began, 3)}
+    cost = _charged(victim.backbone, reused) - before
+    spent = {"passes": cost.passes, "text_passes": cost.text_passes, "seconds": round(cost.seconds, 3)}
     checksums.save(file, found, {"of": of, "cost": plain_data.json_text(spent)})
     return found, spent
+
+
+def _charged(backbone: Backbone, reused: ReusedCosts) -> Cost:
+    """Everything spent so far. Files of the cache that the attack reused are charged at their original cost, so that a
+    search which another attack made before costs the same."""
+    return Cost.now(backbone) + reused.total()
 
 
 def groups_of(attack: Attack, prompts: Sequence[Prompt], base: Sampler) -> list[list[Prompt]]:
@@ -211,12 +222,12 @@ def _attack_group(
     searched: Mapping[str, Tensor],
     run_dir: Path,
     name: str,
+    reused: ReusedCosts,
 ) -> list[attacked.Line]:
     """Attacks prompts at once, and saves their images and inputs. shown: {id: whether the erased model and the original
-    model show the concept for the prompt as it is}. The cost is divided equally among them."""
+    model show the concept for the prompt as it is}. The cost (`_charged`) is divided equally among them."""
     out = attacked.folder(run_dir, name)
-    backbone = victim.backbone
-    began, before = time.perf_counter(), backbone.passes
+    before = _charged(victim.backbone, reused)
     cases = [
         AttackedPrompt(
             victim._system,
@@ -237,7 +248,12 @@ def _attack_group(
         infos = list(attack.attack_together(todo))
     else:
         infos = [attack(case) for case in todo]
-    spent = (backbone.passes - before) / max(1, len(todo)), (time.perf_counter() - began) / max(1, len(todo))
+    cost, count = _charged(victim.backbone, reused) - before, max(1, len(todo))
+    spent = {
+        "passes": cost.passes / count,
+        "text_passes": cost.text_passes / count,
+        "seconds": round(cost.seconds / count, 3),
+    }
     by_id = {case.prompt.id: info for case, info in zip(todo, infos, strict=True)}
     return [
         _line(case, by_id.get(case.prompt.id), spent, shown[case.prompt.id]["original"], run_dir, name)
@@ -248,13 +264,14 @@ def _attack_group(
 def _line(
     case: AttackedPrompt,
     info: Mapping[str, Any] | None,
-    spent: tuple[float, float],
+    spent: Mapping[str, float],
     original: bool,
     run_dir: Path,
     name: str,
 ) -> attacked.Line:
     """A prompt's line. Saves its image and its input. info: of the attack; None = the prompt was not attacked, because
-    it is won as it is. spent: passes and seconds. original: whether the original model shows the concept."""
+    it is won as it is. spent: {"passes", "text_passes", "seconds"}. original: whether the original model shows the
+    concept."""
     out, prompt, best = attacked.folder(run_dir, name), case.prompt, case.best
     image, found = f"{attacked.FOUND}/{prompt.id}.png", None
     if best is not None:
@@ -280,8 +297,7 @@ def _line(
         "image": f"{paths.ATTACKS}/{name}/{image}" if info is None or best is not None else None,
         "file": None if found is None else f"{paths.ATTACKS}/{name}/{found}",
         "draws": len(case.tried),
-        "passes": 0 if info is None else spent[0],
-        "seconds": 0 if info is None else round(spent[1], 3),
+        **(dict.fromkeys(spent, 0) if info is None else spent),
         "drawn": [list(one) for one in case.tried],
         "info": dict(info or {}),
     }

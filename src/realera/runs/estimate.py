@@ -57,6 +57,32 @@ PASS: Mapping[tuple[str, str], Rate] = {
     ("flux-schnell", "gpu"): Rate(1.3, "the same as flux-dev", 0.4),
 }
 
+# Of a text of full length through the text encoder, always in float32, with its tokenizer. On a GPU the tokenizer takes
+# the larger part of it for one CLIP.
+LONG_TEXT = "by its multiplications, and 0.2 ms to tokenize"
+TEXT_PASS: Mapping[tuple[str, str], Rate] = {
+    ("mini", "cpu"): Rate(0.0014, "9 s of one core for a search of ring-a-bell"),
+    ("mini", "gpu"): Rate(0.0003, LONG_TEXT),
+    ("sd14", "cpu"): Rate(0.13, "6.6 G multiplications a text at 50 G a second"),
+    ("sd14", "gpu"): Rate(0.00035, LONG_TEXT),
+    ("sd15", "cpu"): Rate(0.13, "the same as sd14"),
+    ("sd15", "gpu"): Rate(0.00035, "the same as sd14"),
+    ("sd21", "cpu"): Rate(0.45, "22 G multiplications a text at 50 G a second"),
+    ("sd21", "gpu"): Rate(0.0007, LONG_TEXT),
+    ("sdxl", "cpu"): Rate(1.1, "55 G multiplications a text at 50 G a second"),
+    ("sdxl", "gpu"): Rate(0.0015, LONG_TEXT),
+    ("mini-dit", "cpu"): Rate(0.003, "a guess: twice the miniature's, for three text encoders"),
+    ("mini-dit", "gpu"): Rate(0.0006, LONG_TEXT),
+    ("sd3-medium", "cpu"): Rate(25.0, "1.2 T multiplications a text, most of them in T5, at 50 G a second"),
+    ("sd3-medium", "gpu"): Rate(0.026, LONG_TEXT),
+    ("sd35-medium", "cpu"): Rate(25.0, "the same as sd3-medium"),
+    ("sd35-medium", "gpu"): Rate(0.026, "the same as sd3-medium"),
+    ("flux-dev", "cpu"): Rate(48.0, "2.4 T multiplications a text, most of them in T5, at 50 G a second"),
+    ("flux-dev", "gpu"): Rate(0.052, LONG_TEXT),
+    ("flux-schnell", "cpu"): Rate(24.0, "half of flux-dev, for 256 token rows"),
+    ("flux-schnell", "gpu"): Rate(0.026, "half of flux-dev, for 256 token rows"),
+}
+
 
 @dataclass(frozen=True)
 class Work:
@@ -64,7 +90,8 @@ class Work:
     that the method makes once for all cells that share them, such as anchor images. pace: seconds of (an image, a step,
     everything else) in finished runs, None without any. rate: the time of a pass, None if unknown. hindrance: why the
     run could not start on this machine now. needs: memory and download of the model (`weights_memory`). attacked: its
-    prompts under attack; passes_of_attacks: at most."""
+    prompts under attack; passes_of_attacks: at most. texts: {key: passes of the text encoder} of searches that all
+    cells share. text_rate: the time of one, None if unknown."""
 
     finished: bool = False
     images: int = 0
@@ -77,6 +104,8 @@ class Work:
     made: Mapping[str, float] = field(default_factory=dict)
     attacked: int = 0
     passes_of_attacks: float = 0.0
+    texts: Mapping[str, float] = field(default_factory=dict)
+    text_rate: Rate | None = None
     pace: tuple[float, float, float] | None = None
     rate: Rate | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -88,7 +117,8 @@ class Work:
 class Plan:
     """plan.json. images: of the erased models. original_images: of the unedited model, counted once if cells share
     them. Existing images are not counted. refusals: {reason: number of cells that cannot run}. attacked: prompts under
-    attack, once for each attack. passes_of_attacks: of the denoiser, at most."""
+    attack, once for each attack. passes_of_attacks: of the denoiser, at most. text_passes_of_attacks: of the text encoder,
+    about; a search that cells share is counted once."""
 
     cells: int
     finished: int
@@ -103,6 +133,7 @@ class Plan:
     half_hours: float | None = None
     attacked: int = 0
     passes_of_attacks: int = 0
+    text_passes_of_attacks: int = 0
     hindrances: Sequence[str] = ()  # of this machine at this moment: not saved
     needs: Sequence[str] = ()  # of the base models: not saved either
 
@@ -160,8 +191,10 @@ def work(
         passes_per_step=0.0 if not steps else of_step,
         originals=frozenset(originals[name] for name in missing),
         made=made,
-        attacked=sum(prompts for prompts, _ in under_attack),
-        passes_of_attacks=sum(passes for _, passes in under_attack),
+        attacked=sum(one.prompts for one in under_attack),
+        passes_of_attacks=sum(one.passes for one in under_attack),
+        texts={key: passes for one in under_attack for key, passes in one.texts.items()},
+        text_rate=TEXT_PASS.get((str(backbone.name), device)),
         pace=known[paced],
         rate=_published(backbone, device),
         machine={"backbone": backbone.node, "images_at_once": settings.images_at_once, "device": device},
@@ -185,10 +218,12 @@ def judging(run: Run, task: Task, unedited: bool, known: dict[str, Any] | None =
 def summed(cells: Sequence[Work], refusals: Sequence[str] = ()) -> Plan:
     """`_sum`. If finished runs do not tell the hours and there are some, a pass of the denoiser is timed first."""
     plan = _sum(cells, refusals)
-    if plan.hours is None or plan.hours < WORTH_TIMING or not any(cell.pace is None for cell in cells):
+    if plan.hours is None or plan.hours < WORTH_TIMING:
+        return plan
+    if not any(cell.pace is None or cell.texts for cell in cells):
         return plan
     known: dict[str, Rate | None] = {}
-    return _sum([replace(cell, rate=_timed(cell, known) or cell.rate) for cell in cells], refusals)
+    return _sum([_timed(cell, known) for cell in cells], refusals)
 
 
 def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
@@ -196,6 +231,7 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
     to_do = [cell for cell in cells if not cell.finished]
     originals = frozenset[int]().union(*(cell.originals for cell in to_do))
     made = {key: passes for cell in to_do for key, passes in cell.made.items()}
+    texts = {key: (passes, cell.text_rate) for cell in to_do for key, passes in cell.texts.items()}
     seconds, known = 0.0, 0
     saved = 0.0  # seconds, by half precision
     first = next((cell for cell in to_do if cell.passes_per_image), Work())
@@ -221,6 +257,11 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
         passes = len(originals) * first.passes_per_original + sum(made.values())
         seconds += passes * first.rate.seconds
         saved += passes * _saved(first.rate)
+    for passes, rate in texts.values():
+        if rate is not None:
+            seconds += passes * rate.seconds
+            basis[f"{rate.seconds:.2g} s a pass of the text encoder ({rate.source})"] = None
+    timed = known == len(to_do) and all(rate is not None for _, rate in texts.values())
     if not to_do:
         basis["all cells are finished" if cells else "every cell is refused"] = None
     said = "; ".join(basis) or "the time of a pass is not known for this backbone and device"
@@ -234,8 +275,9 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
         train_steps=sum(cell.steps for cell in to_do),
         attacked=sum(cell.attacked for cell in to_do),
         passes_of_attacks=round(sum(cell.passes_of_attacks for cell in to_do)),
-        hours=round(seconds / 3600, 2) if known == len(to_do) else None,
-        half_hours=round((seconds - saved) / 3600, 2) if saved and known == len(to_do) else None,
+        text_passes_of_attacks=round(sum(passes for passes, _ in texts.values())),
+        hours=round(seconds / 3600, 2) if timed else None,
+        half_hours=round((seconds - saved) / 3600, 2) if saved and timed else None,
         basis=f"estimated: {said}" if to_do else said,
         refusals=dict(Counter(refusals).most_common()),
         hindrances=list(dict.fromkeys(cell.hindrance for cell in to_do if cell.hindrance)),
@@ -253,27 +295,40 @@ def _published(backbone: BackboneSettings, device: str) -> Rate | None:
     return _in_dtype(PASS.get((str(backbone.name), device)), backbone)
 
 
-def _timed(cell: Work, known: dict[str, Rate | None]) -> Rate | None:
-    """As timed on this machine; None if that is not possible or not needed."""
-    if cell.finished or cell.pace is not None or not cell.machine:
-        return None
-    if (asked := digest(dict(cell.machine))) not in known:
-        rate = timing.rate_of(cell.machine, cell.machine["device"])
-        known[asked] = _in_dtype(rate, Settings(cell.machine).backbone)
-    return known[asked]
+def _timed(cell: Work, known: dict[str, Rate | None]) -> Work:
+    """The cell with the rates that are timed on this machine, where that is possible and needed."""
+    if cell.finished or not cell.machine:
+        return cell
+    asked, device = digest(dict(cell.machine)), cell.machine["device"]
+    if cell.pace is None and asked not in known:
+        known[asked] = _in_dtype(timing.rate_of(cell.machine, device), Settings(cell.machine).backbone)
+    if cell.texts and f"text {asked}" not in known:
+        known[f"text {asked}"] = timing.text_rate_of(cell.machine, device)
+    rate, text_rate = known.get(asked), known.get(f"text {asked}")
+    return replace(cell, rate=rate or cell.rate, text_rate=text_rate or cell.text_rate)
 
 
-def hours_of(settings: Settings, passes: float) -> tuple[float | None, str]:
-    """The hours of denoiser passes with a run's backbone and device, and where the figure comes from. A pass is timed
-    if the hours are many and this machine can; None if nothing is known about the backbone."""
+def hours_of(settings: Settings, passes: float, text_passes: float = 0.0) -> tuple[float | None, str]:
+    """The hours of passes of the denoiser and of the text encoder with a run's backbone and device, and where the figure
+    comes from. A pass is timed if the hours are many and this machine can; None if nothing is known about the
+    backbone."""
     backbone, device = settings.backbone, _device(settings)
+    machine = {"backbone": backbone.node, "images_at_once": settings.images_at_once}
     rate = _published(backbone, device)
     if rate is None or rate.seconds * passes / 3600 >= WORTH_TIMING:
-        machine = {"backbone": backbone.node, "images_at_once": settings.images_at_once}
         rate = _in_dtype(timing.rate_of(machine, device), backbone) or rate
     if rate is None:
         return None, f"a pass of backbone {backbone.name} has not been timed"
-    return round(rate.seconds * passes / 3600, 2), f"{rate.seconds:.2g} s a pass: {rate.source}"
+    seconds, basis = rate.seconds * passes, f"{rate.seconds:.2g} s a pass: {rate.source}"
+    if text_passes:
+        of_text = TEXT_PASS.get((str(backbone.name), device))
+        if of_text is None or of_text.seconds * text_passes / 3600 >= WORTH_TIMING:
+            of_text = timing.text_rate_of(machine, device) or of_text
+        if of_text is None:
+            return None, f"a pass of the text encoder of backbone {backbone.name} has not been timed"
+        seconds += of_text.seconds * text_passes
+        basis += f"; {of_text.seconds:.2g} s a pass of the text encoder: {of_text.source}"
+    return round(seconds / 3600, 2), basis
 
 
 def _in_dtype(rate: Rate | None, backbone: BackboneSettings) -> Rate | None:
