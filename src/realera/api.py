@@ -454,6 +454,7 @@ def attack(
         composition.word("anchor", erased.anchor[0] if len(erased.anchor) == 1 else erased.anchor),
         f"task={composition.build_task(own.node).name}",
         f"backbone={own.backbone.name}",
+        "logger=none",
         *arguments.words(overrides, _with_prefix(settings)),
     ]
     composed = composition.settings_of("attack", words, _as_keyword)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -50,6 +51,7 @@ def attack(cfg: DictConfig) -> None:
     name = asked.settings.name
     with attacking.lock(run.folder, asked):
         numbers = carried_out(run, task, asked, original)
+        log(run, {name: numbers}, Settings(config).logger.node)
     console.show_attack(name, numbers, folders.title(run.config), original)
     console.show_path("page to open", run.folder / paths.REPORT)
 
@@ -87,6 +89,13 @@ def carried_out(run: Run, task: Any, asked: Any, original: bool) -> dict[str, An
     numbers = attacking.carry_out(Session(run), backbone, task, judge, asked)
     attacking.add_to_run(run.folder, write_report)
     return numbers
+
+
+def log(run: Run, attacks: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    from realera.tracking import trackers
+
+    with trackers.reopened(run, typed) as opened:
+        trackers.log_attacks(opened, attacks)
 
 
 def main() -> None:

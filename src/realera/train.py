@@ -10,7 +10,6 @@ from dataclasses import replace
 from omegaconf import DictConfig
 
 from realera import cli, console, paths
-from realera.contracts import Task
 from realera.evaluation.records import read_metrics
 from realera.runs import asked_attacks, estimate, folders, processes, prompt_lengths, starting
 from realera.runs.asked_attacks import Asked
@@ -36,7 +35,7 @@ def train(cfg: DictConfig) -> float | None:
             say_finished(session)
         else:
             with starting.remove_if_refused(session.run):
-                carry_out(session, asked.task, attacks)
+                carry_out(session, asked, attacks)
     return show(session.run, asked.attacks) if session.ranks.first else None
 
 
@@ -67,14 +66,14 @@ def say_finished(session: Session) -> None:
         log_judged(run, read_metrics(run.folder))
 
 
-def carry_out(session: Session, task: Task, attacks: Sequence[Asked]) -> None:
+def carry_out(session: Session, asked: starting.Training, attacks: Sequence[Asked]) -> None:
     """Erases, saves, draws, judges, logs, reports and attacks. If it was interrupted, the next call continues."""
-    run, first = session.run, session.ranks.first
+    run, task, first = session.run, asked.task, session.ranks.first
     cli.log.info("run %s", run.folder)
     from realera.reporting.run_page import write_report
-    from realera.runs import attacking, steps
+    from realera.runs import steps
     from realera.sweeps import shared_model
-    from realera.tracking import trackers  # torch, diffusers, Lightning: slow, so imported after all checks
+    from realera.tracking import attacked_runs, trackers  # slow, so imported after all checks
 
     judge = steps.build_judge(run.config, task) if run.settings.evaluate else None  # first: it may not be available
     for one in attacks:
@@ -95,7 +94,8 @@ def carry_out(session: Session, task: Task, attacks: Sequence[Asked]) -> None:
                     write_report(run.folder)
                     trackers.log_results(tracked, run, metrics)
         if judge is not None:
-            attacking.carry_out_each(session, backbone, task, judge, attacks, write_report)
+            logger = Settings(asked.config).logger.node
+            attacked_runs.carry_out(session, backbone, task, judge, attacks, write_report, logger)
 
 
 def show(run: Run, attacks: Sequence[Asked] = ()) -> float | None:

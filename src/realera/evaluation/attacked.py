@@ -188,6 +188,33 @@ def return_sentence(returned: Mapping[str, Any]) -> str:
     return f"The concept's return: {curve}; {half}."
 
 
+def scalars(attacks: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of attacks, for a logger: <name>/asr, asr_low, asr_high, the same for pre_asr and original,
+    steps_median and steps_mean, half (of `returned`), and the cost: passes, text_passes, seconds. attacks: {name:
+    numbers}. Numbers that were not measured are left out."""
+    found: dict[str, float | None] = {}
+    for name, numbers in attacks.items():
+        for key in ("asr", "pre_asr", "original"):
+            ends = (("", "value"), ("_low", "low"), ("_high", "high"))
+            found |= {f"{name}/{key}{end}": numbers[key][which] for end, which in ends}
+        found |= {f"{name}/steps_{key}": value for key, value in (numbers["steps"] or {}).items()}
+        found[f"{name}/half"] = numbers.get("returned", {}).get("half")
+        found |= {f"{name}/{key}": numbers["cost"].get(key) for key in ("passes", "text_passes", "seconds")}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def curves(attacks: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """The numbers of attacks over their steps, for a logger: <name>/won (percent won until then) for attacks with
+    several steps, and <name>/returned (see `returned`)."""
+    found = {}
+    for name, numbers in attacks.items():
+        if len(numbers["curve"]) > 1:
+            found[f"{name}/won"] = numbers["curve"]
+        if "returned" in numbers:
+            found[f"{name}/returned"] = numbers["returned"]["curve"]
+    return {name: [(int(step), float(value)) for step, value in curve] for name, curve in found.items()}
+
+
 def write_numbers(run_dir: Path, name: str, numbers: Mapping[str, Any]) -> None:
     """Writes attacks/<name>.json, with a checksum."""
     content = {"format_version": FORMAT_VERSION, **numbers}

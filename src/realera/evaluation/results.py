@@ -208,7 +208,8 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The measured values, for a logger. acc_e: in the task's mode; acc_e_low, acc_e_high: its interval; acc_e_top1: in
     another mode; original/...: of the unedited model; <concept>/acc_e: of one of several concepts; counts/<class>:
     boxes in images of the split erase; scored/acc_e: percent of scored images, if some are unscored;
-    judges/<judge>/acc_e: by another judge; sets/<judge>/<number>: by a set judge."""
+    judges/<judge>/acc_e: by another judge; sets/<judge>/<number>: by a set judge; attacks/<name>/asr: of an attack (see
+    `attacked.scalars`)."""
     found: dict[str, float | None] = {}
     for prefix, part in (("", metrics), ("original/", metrics["original"] or {"main": {}})):
         main = part["main"]
@@ -227,6 +228,7 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
         found |= {f"judges/{judge}/{name}": e["value"] for name, e in numbers.get("main", {}).items()}
     for judge, numbers in metrics.get("sets", {}).items():
         found |= {f"sets/{judge}/{name}": value for name, value in numbers.items() if name != "protocol"}
+    found |= {f"attacks/{name}": value for name, value in attacked.scalars(metrics.get("attacks", {})).items()}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 

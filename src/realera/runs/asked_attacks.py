@@ -85,7 +85,7 @@ def of_training(config: Mapping[str, Any], composed: dict[str, DictConfig] | Non
 def _read(entry: str, settings: Settings, composed: dict[str, DictConfig]) -> Asked:
     try:
         if entry not in composed:
-            composed[entry] = composition.of_another("attack", ["run=original", *_words(entry)])
+            composed[entry] = composition.of_another("attack", ["run=original", "logger=none", *_words(entry)])
         cfg = copy.deepcopy(composed[entry])
         with open_dict(cfg):
             for group in ("task", "backbone"):

@@ -342,14 +342,14 @@ def carry_out_each(
     judge: Judge,
     attacks: Sequence[Asked],
     write_page: Callable[[Path], object],
-) -> dict[str, dict[str, Any]]:
-    """Carries out attacks on a judged run, one after the other. backbone: unedited, or with any weights of a run.
-    Returns {name: numbers}."""
-    found = {}
+    told: Callable[[Mapping[str, Any]], object],
+) -> None:
+    """Carries out attacks on a judged run, one after the other. backbone: unedited, or with any weights of a run. told:
+    is called after each attack, with {name: numbers}."""
     for asked in attacks:
         with lock(session.folder, asked):
             if not session.settings.unedited:
                 load_erased(session.run.erased, backbone)  # the saved weights, as the command that attacks
-            found[asked.settings.name] = carry_out(session, backbone, task, judge, asked)
+            numbers = carry_out(session, backbone, task, judge, asked)
             add_to_run(session.folder, write_page)
-    return found
+        told({asked.settings.name: numbers})

@@ -173,6 +173,7 @@ class Attack(OfJudging):
     task: AnyTask
     backbone: Backbone
     trainer: AnyTrainer
+    logger: AnyLogger
     concept: Names | None
     concepts_file: File | None
     anchor: Anchors | None

@@ -20,7 +20,7 @@ from realera.settings import error_sentences
 from realera.settings.instantiate import NotBuilt, build, locate
 from realera.settings.loggers import OTHER
 from realera.tracking import content
-from realera.tracking.content import Results
+from realera.tracking.content import Numbers, Results
 
 log = logging.getLogger("realera.tracking")
 
@@ -93,6 +93,12 @@ class Tracker:
     def results(self, results: Results) -> None:
         """Logs the final numbers, images and tables."""
         self.attempt(self._results, results)
+        self.attempt(self._curves, results.curves)
+
+    def numbers(self, numbers: Numbers) -> None:
+        """Logs further numbers of a run, such as those of an attack."""
+        self.attempt(self._scalars, numbers.scalars)
+        self.attempt(self._curves, numbers.curves)
 
     def weights(self, run: Run, files: Sequence[Path]) -> None:
         """Stores the files of a run's weights, if the tracker stores files."""
@@ -124,8 +130,16 @@ class Tracker:
     def _end_of_training(self, status: str) -> None:
         self._save()
 
+    def _scalars(self, scalars: Mapping[str, float]) -> None:
+        self._log_metrics(scalars, step=self.step)
+
+    def _curves(self, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+        for name, points in curves.items():
+            for step, value in points:
+                self._log_metrics({name: value}, step=step)
+
     def _results(self, results: Results) -> None:
-        self._log_metrics(results.scalars, step=self.step)
+        self._scalars(results.scalars)
         log_image, log_table = (getattr(self.logger, name, None) for name in ("log_image", "log_table"))
         if callable(log_image):
             for split, grid in results.grids():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from realera import costs
+from realera.evaluation import attacked
 from realera.evaluation.measures import ORDER
 from realera.evaluation.results import scalars
 from realera.files.pictures import read_picture
@@ -54,17 +55,27 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """scalars: {name: value}. curves: {name: [(step, value)]}, of an attack's own steps."""
+
+    scalars: Mapping[str, float]
+    curves: Mapping[str, Sequence[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
 class Results:
     """The results of a run that was judged.
 
-    scalars: eval/* and cost/*. tables: `cell`, the run's numbers in one row, for charts over runs; and `sheets`,
-    (prompt, seed, split, original, erased, verdict) of the first images of each split, unless logger.images is 0.
+    scalars: eval/* and cost/*. curves: of its attacks (`Numbers`). tables: `cell`, the run's numbers in one row, for
+    charts over runs; and `sheets`, (prompt, seed, split, original, erased, verdict) of the first images of each split,
+    unless logger.images is 0.
     """
 
     scalars: Mapping[str, float]
     settings: Mapping[str, Any]
     protocol: Mapping[str, Any]
     tables: Mapping[str, Table]
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
     def grids(self) -> Iterator[tuple[str, Image.Image]]:
         """(split, image) for each split: one row with the original's image and the erased model's for each prompt."""
@@ -85,7 +96,18 @@ def results_of(run: Run, metrics: Mapping[str, Any]) -> Results:
     if most:
         tables["sheets"] = _sheets(run, metrics, most, is_blurred(run.config, metrics))
     numbers = {**named, **{f"cost/{name}": value for name, value in spent.items()}}
-    return Results(numbers, settings_of(run), loggable(metrics["protocol"]), tables)
+    curves = attacks_of(metrics.get("attacks", {})).curves
+    return Results(numbers, settings_of(run), loggable(metrics["protocol"]), tables, curves)
+
+
+def attacks_of(attacks: Mapping[str, Any]) -> Numbers:
+    """The numbers of attacks, {name: numbers}: eval/attacks/<name>/asr and so on, also where the run itself was not
+    judged."""
+    head = "eval/attacks"
+    return Numbers(
+        {f"{head}/{name}": value for name, value in attacked.scalars(attacks).items()},
+        {f"{head}/{name}": curve for name, curve in attacked.curves(attacks).items()},
+    )
 
 
 def settings_of(run: Run) -> dict[str, Any]:

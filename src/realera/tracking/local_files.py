@@ -37,7 +37,7 @@ class TensorBoardFiles(Known):
         shown = {name: value for name, value in results.scalars.items() if name in HEADLINE}
         rest = {name: value for name, value in results.scalars.items() if name not in HEADLINE}
         logger: Any = self.logger
-        self._log_metrics(rest, step=self.step)
+        self._scalars(rest)
         logger.log_hyperparams(dict(results.settings), metrics=shown, step=self.step)
         for split, grid in results.grids():
             logger.experiment.add_image(f"sheets/{split}", np.asarray(grid), self.step, dataformats="HWC")
@@ -59,7 +59,7 @@ class CsvFile(Known):
         return logger
 
     def _results(self, results: Results) -> None:
-        self._log_metrics(results.scalars, step=self.step)
+        self._scalars(results.scalars)
 
 
 def place_of(run: Run, node: Mapping[str, Any], name: str) -> dict[str, Any]:

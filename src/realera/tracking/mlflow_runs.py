@@ -66,10 +66,13 @@ class MlflowRun(Known):
         ended = {0: "success", INTERRUPTED: "KILLED"}
         self.attempt(self._finalize, ended.get(status, "failed"))
 
-    def _results(self, results: Results) -> None:
-        numbers = iter(results.scalars.items())
+    def _scalars(self, scalars: Mapping[str, float]) -> None:
+        numbers = iter(scalars.items())
         while some := dict(islice(numbers, AT_ONCE)):
             self._log_metrics(some, step=self.step)
+
+    def _results(self, results: Results) -> None:
+        self._scalars(results.scalars)
         logger: Any = self.logger
         client, run_id = logger.experiment, logger.run_id
         client.log_text(run_id, plain_data.json_text(results.protocol, indent=1), "protocol.json")

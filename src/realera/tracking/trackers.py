@@ -62,6 +62,12 @@ def log_results(trackers: Sequence[Tracker], run: Run, metrics: Mapping[str, Any
             tracker.results(results)
 
 
+def log_attacks(trackers: Sequence[Tracker], attacks: Mapping[str, Any]) -> None:
+    """Logs the numbers of attacks, {name: numbers}, as `log_results` logs them with the others."""
+    for tracker in trackers:
+        tracker.numbers(content.attacks_of(attacks))
+
+
 def log_weights(trackers: Sequence[Tracker], run: Run) -> None:
     """Stores the weights and the settings of a run, if logger.artifact is true."""
     files = [file for file in (run.erased, run.folder / paths.CONFIG) if file.is_file()]
@@ -71,11 +77,23 @@ def log_weights(trackers: Sequence[Tracker], run: Run) -> None:
 
 
 def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | None = None) -> None:
-    """Logs the results of an existing run to its own trackers. typed: the logger settings of the command; None: those
-    of the run are the command's, and only trackers whose agent may wait for the numbers get them.
+    """Logs the results of an existing run to its own trackers (`reopened`)."""
+    shared = {key: value for key, value in run.settings.logger.node.items() if key in SHARED}
+    if typed is not None:
+        shared["artifact"] = bool(typed.get("artifact"))
+    with reopened(run, typed) as trackers:
+        log_results(trackers, run, metrics)
+        log_weights(trackers, Run(run.folder, {**run.config, "logger": shared}))
 
-    If `typed` has no tracker, nothing is logged. Otherwise a tracker gets from the run folder only settings that do no
-    harm (`Tracker.again`).
+
+@contextmanager
+def reopened(run: Run, typed: Mapping[str, Any] | None) -> Iterator[list[Tracker]]:
+    """The own trackers of an existing run, which are closed at the end of the block. typed: the logger settings of the
+    command; None: those of the run are the command's, and only trackers whose agent may wait for the numbers are
+    opened.
+
+    If `typed` has no tracker, there is none. Otherwise a tracker gets from the run folder only settings that do no harm
+    (`Tracker.again`).
     """
     own = nodes(run.settings.logger.node)
     if typed is None:
@@ -85,15 +103,9 @@ def log_judged(run: Run, metrics: Mapping[str, Any], typed: Mapping[str, Any] | 
     else:
         found = {name: _again(name, node, typed) for name, node in own.items()}
         chosen = {name: node for name, node in found.items() if node is not None}
-    if not chosen:
-        return
-    shared = {key: value for key, value in run.settings.logger.node.items() if key in SHARED}
-    if typed is not None:
-        shared["artifact"] = bool(typed.get("artifact"))
-    trackers = make(run, {**chosen.pop("", {}), **chosen})
+    trackers = make(run, {**chosen.pop("", {}), **chosen}) if chosen else []
     with closing(trackers):
-        log_results(trackers, run, metrics)
-        log_weights(trackers, Run(run.folder, {**run.config, "logger": shared}))
+        yield trackers
 
 
 @contextmanager

@@ -98,9 +98,12 @@ class WandbRun(Known):
 
         self.attempt(wandb.finish, exit_code=status)
 
+    def _scalars(self, scalars: Mapping[str, float]) -> None:
+        self._log_metrics(scalars)
+
     def _results(self, results: Results) -> None:
         """Also the protocol, in the W&B run's config."""
-        self._log_metrics(results.scalars)
+        self._scalars(results.scalars)
         experiment: Any = self.logger.experiment
         experiment.config.update({"protocol": results.protocol}, allow_val_change=True)
         with _staged_in(self.folder):
