@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
 from realera import cli, console, paths
 from realera.callable_module import make_callable
@@ -21,18 +21,13 @@ from realera.system import devices
 if __name__ != "__main__":
     make_callable(__name__)
 
-OF_ATTACK = ("attack", "limit", "split", "attack_seed")  # settings that are not the run's
-
 
 def attack(cfg: DictConfig) -> None:
-    config = composition.plain(with_settings_of_run(cfg))
+    config, run, original = rejudging.to_attack(cfg)
     if composition.in_sweep():
         preflight.check_sweep(Settings(config).trainer)
     if processes.plan(None, devices.number()).world > 1:
         raise UserError("realera.attack works in one process: start it without torchrun or srun.")
-    run, original = rejudging.run_of({key: value for key, value in config.items() if key not in OF_ATTACK})
-    if not original and run.settings.unedited:
-        original = True
     jobs.record_run(run)
     task = composition.build_task(run.config)
     preflight.check_judge(run.config)
@@ -43,9 +38,12 @@ def attack(cfg: DictConfig) -> None:
     from realera.runs import asked_attacks, attacking  # torch and diffusers: slow, so imported after all checks
 
     asked = asked_attacks.Asked.of(config)
-    console.show_attack_plan(attacking.plan(Session(run), task, asked), asked.settings.name, hindrance)
-    if config["dry_run"]:
-        return
+    if composition.in_sweep():  # whose plan was printed before
+        asked_attacks.work_of(run.settings, task, asked)  # refuses one without prompts before any work
+    else:
+        console.show_attack_plan(attacking.plan(Session(run), task, asked), asked.settings.name, hindrance)
+        if config["dry_run"]:
+            return
     cli.say_backbone(run.config, None if original else str(run.folder))
     run = claimed(run) if original else run
     name = asked.settings.name
@@ -54,18 +52,6 @@ def attack(cfg: DictConfig) -> None:
         log(run, {name: numbers}, Settings(config).logger.node)
     console.show_attack(name, numbers, folders.title(run.config), original)
     console.show_path("page to open", run.folder / paths.REPORT)
-
-
-def with_settings_of_run(cfg: DictConfig) -> DictConfig:
-    """The config with the task and the backbone of the run, on which the attack's own defaults depend. Raises UserError
-    if there is no such run."""
-    if cfg.run == rejudging.NO_RUN:
-        return cfg
-    run = folders.open_run(str(cfg.run))
-    with open_dict(cfg):
-        for group in ("task", "backbone"):
-            cfg[group] = OmegaConf.create(dict(getattr(run.settings, group).node))
-    return cfg
 
 
 def claimed(run: Run) -> Run:

@@ -45,6 +45,7 @@ console = Console()
 STATES = {"done": "done", "found": "already finished", "refused": "refused", "failed": "failed"}  # a sweep's cells
 MOST_CONCEPTS = 12  # erased concepts in the terminal; metrics.json has all of them
 MOST_TEXTS = 24  # texts per concept in the terminal; residue.json has all of them
+COUNTED = ("prompts", "passes", "text_passes")  # of an attack in a plan
 MOST = 10  # reasons of refused cells in a plan; plan.json has all of them
 
 
@@ -197,6 +198,19 @@ def show_attack(name: str, numbers: Mapping[str, Any], title: str, unedited: boo
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     """Shows the planned amount of work of a run or a sweep."""
+    console.print(_attacks_planned(plan) if plan.get("attacks") else _planned(plan))
+    _say(f"hours: {plan['basis']}")
+    for sentence in plan.get("needs", ()):
+        _say(sentence)
+    for reason, cells in list(plan["refusals"].items())[:MOST]:
+        _say(f"refused ({cells}): {reason}")
+    if (more := len(plan["refusals"]) - MOST) > 0:
+        console.print(f"and {more} more reasons")
+    for reason in plan.get("hindrances", ()):
+        _say(f"this is a plan only; on this machine the run could not start now: {reason}")
+
+
+def _planned(plan: Mapping[str, Any]) -> Table:
     table = Table(title="planned", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
@@ -211,19 +225,34 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         table.add_row("denoiser passes of the attacks, at most", f"{plan['passes_of_attacks']:,}")
     if plan.get("text_passes_of_attacks"):
         table.add_row("text-encoder passes of the attacks, about", f"{plan['text_passes_of_attacks']:,}")
-    table.add_row("hours", "?" if plan["hours"] is None else f"{plan['hours']:.{1 if plan['hours'] >= 10 else 2}f}")
+    table.add_row("hours", _hours(plan["hours"]))
     if plan.get("half_hours") is not None:
         table.add_row("hours with the denoiser in half precision", f"{plan['half_hours']:.2f}")
-    console.print(table)
-    _say(f"hours: {plan['basis']}")
-    for sentence in plan.get("needs", ()):
-        _say(sentence)
-    for reason, cells in list(plan["refusals"].items())[:MOST]:
-        _say(f"refused ({cells}): {reason}")
-    if (more := len(plan["refusals"]) - MOST) > 0:
-        console.print(f"and {more} more reasons")
-    for reason in plan.get("hindrances", ()):
-        _say(f"this is a plan only; on this machine the run could not start now: {reason}")
+    return table
+
+
+def _attacks_planned(plan: Mapping[str, Any]) -> Table:
+    """A row for each attack on each run, and the total, in which a search that several jobs share counts once."""
+    refused = f" ({plan['refused']} of {plan['cells']} refused)" if plan["refused"] else ""
+    table = Table(title=f"planned{refused}", title_justify="left", show_footer=True)
+    totals = (plan["attacked"], plan["passes_of_attacks"], plan["text_passes_of_attacks"])
+    footers = ["total", "", *(f"{total:,}" for total in totals), _hours(plan["hours"])]
+    headings = ("run", "attack", "prompts", "denoiser passes, at most", "text-encoder passes, about", "hours")
+    for heading, footer in zip(headings, footers):
+        name = heading in ("run", "attack")
+        table.add_column(heading, footer=footer, justify="left" if name else "right", overflow="fold")
+    for row in plan["attacks"]:
+        numbers = (
+            ["finished"] + [""] * 3
+            if row["finished"]
+            else [f"{row[key]:,}" for key in COUNTED] + [_hours(row["hours"])]
+        )
+        table.add_row(_plain(row["run"]), _plain(row["attack"]), *numbers)
+    return table
+
+
+def _hours(hours: float | None) -> str:
+    return "?" if hours is None else f"{hours:.{1 if hours >= 10 else 2}f}"
 
 
 def show_cells(cells: Sequence[Mapping[str, Any]]) -> None:

@@ -148,6 +148,48 @@ def test_a_sweep_counts_and_carries_out_attacks(
     assert "2 finished" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_sweep_of_attacks_has_one_plan(type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run in ("one", "two"):
+        assert type_in("train", "concept=airplane", "method=uce", f"run_dir={run}") == 0
+    texts = ["attack.population=4", "attack.generations=2"]
+    capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert type_in("attack", "-m", "run=one,two", "attack=ring-a-bell", "limit=1", *texts, "dry_run=true") == 0
+    said = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in said.splitlines() if "│" in line]
+    assert [row[:5] for row in rows if row[0] in ("one", "two")] == [
+        [run, "ring-a-bell", "1", str(3 * 4), "6"] for run in ("one", "two")
+    ]
+    (total,) = (row for row in rows if row[0] == "total")
+    assert total[2:5] == ["2", str(2 * 3 * 4), "6"], "the search on texts is made once"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+    words = ["attack", "-m", "run=one,two", "attack=random,closed-form", "limit=1"]
+    assert type_in(*words) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("planned") == 1 and "attack random: 1 prompts" not in printed, "no other plans"
+    assert printed.count("1 prompts, ") == 4, "the results of each job"
+    plan = json.loads((tmp_path / "runs/sweeps/stamp/plan.json").read_text())
+    assert [(row["run"], row["attack"], row["prompts"]) for row in plan["attacks"]] == [
+        (run, attack, 1) for run in ("one", "two") for attack in ("random", "closed-form")
+    ]
+    assert plan["passes_of_attacks"] == sum(row["passes"] for row in plan["attacks"]) and plan["hours"] > 0
+    assert type_in("attack", "-m", "run=one", "attack=random,closed-form,mma", "limit=1", "dry_run=true") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("finished") == 2 and "mma" in printed
+    assert type_in("attack", "run=one", "attack=random", "limit=1", "dry_run=true") == 0
+    assert "attack random: 1 prompts, at most" in " ".join(capsys.readouterr().out.split()), "a single one"
+
+    for more, sentence in (
+        (["attack=random", "attack_seed=0,1"], "several jobs would attack one with different settings under the name"),
+        (["attack=random", "split=keep,unseen"], "refused (1): the task has no prompts of the split keep"),
+    ):
+        assert type_in("attack", "-m", "run=one", *more, "limit=1", "dry_run=true") == 2
+        told = capsys.readouterr()
+        assert sentence in " ".join((told.out + told.err).split())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from realera import console, costs, evaluate, paths, train
 from realera.contracts import PASSES_OF_A_STEP, TrainingBatch
 from realera.runs import estimate, folders
 from realera.runs.estimate import Work
+from realera.runs.timing import Rate
 from realera.settings import composition, resolvers
 from realera.sweeps import planning
 from realera.system import devices, disk
@@ -475,3 +477,26 @@ def test_a_launcher_that_is_not_installed_is_named(
     )
     with pytest.raises(planning.UserError, match=r"hydra_x_launcher is not installed: pip install 'realera\[sweeps\]'"):
         planning.refuse_missing(cfg)
+
+
+def test_the_plan_of_attacks_has_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rows have the rates of the total, which counts a shared search once."""
+    rates = {"rate": Rate(0.5, "said"), "text_rate": Rate(0.25, "said")}
+    cells = [
+        Work(
+            attacked=4, passes_of_attacks=3600.0, texts={"a": 7200.0}, named=(f"a-very-long-run-{run}", "mma"), **rates
+        )
+        for run in "xy"
+    ]
+    cells += [Work(finished=True, attacked=4, passes_of_attacks=50.0, named=("z", "[bold]"), **rates)]
+    plan = estimate.summed(cells, ["no such split"])
+    around = estimate.AROUND / 3600
+    assert [row["hours"] for row in plan.attacks[:2]] == [pytest.approx(0.5 + 0.5 + around, abs=0.01)] * 2
+    assert plan.hours == pytest.approx(2 * 0.5 + 0.5 + 2 * around, abs=0.01)
+    assert (plan.attacked, plan.passes_of_attacks, plan.text_passes_of_attacks) == (8, 7200, 7200)
+    unknown = estimate.summed([replace(cells[0], text_rate=None), replace(cells[1], rate=None)])
+    assert [row["hours"] for row in unknown.attacks] == [None, None] and unknown.hours is None
+    console.show_plan(asdict(plan))
+    said = capsys.readouterr().out
+    assert "[bold]" in said and "finished" in said and "1 of 4 refused" in said and "refused (1): no such split" in said
+    assert "images" not in said and "…" not in said, "run names are whole, on several lines"

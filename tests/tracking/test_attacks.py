@@ -173,7 +173,7 @@ def test_attacks_are_logged_by_the_trackers_of_the_run(
     type_in("train", *words, f'attacks=[random,"relearn {tiny}"]')
     assert in_csv(2, "relearn") == expected("relearn") and not in_csv(2, "random"), "only the missing one"
     assert len(in_csv(2, "relearn")["eval/attacks/relearn/returned"]) == 3
-    assert in_wandb(folder)["eval/attacks/relearn/asr"] == expected("relearn")["eval/attacks/relearn/asr"]
+    assert [in_wandb(folder)["eval/attacks/relearn/asr"]] == expected("relearn")["eval/attacks/relearn/asr"]
 
     type_in("attack", "run=run", "attack=closed-form", "limit=1", "logger=[wandb,csv]")
     assert in_csv(3, "closed-form") == expected("closed-form")

@@ -150,9 +150,9 @@ def prompts_of(attack: Any, task: Task, asked: Asked) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class AttackWork:
-    """prompts: under attack. passes: of the denoiser, at most. texts: {key: passes of the text encoder, about}. A search
-    on texts alone does not depend on the erased model: attacks on several runs share it through the cache, and have one
-    key for it."""
+    """prompts: under attack. passes: of the denoiser, at most. texts: {key: passes of the text encoder, about}. A
+    search on texts alone does not depend on the erased model: attacks on several runs share it through the cache, and
+    have one key for it."""
 
     prompts: int
     passes: float

@@ -16,7 +16,7 @@ from typing import Any
 from realera import console, costs, paths
 from realera.contracts import PASSES_OF_A_STEP, Concept, Task, UserError
 from realera.files import plain_data
-from realera.runs import asked_attacks, folders, preflight, timing, weights_memory
+from realera.runs import asked_attacks, folders, preflight, rejudging, timing, weights_memory
 from realera.runs.asked_attacks import Asked
 from realera.runs.folders import Run, digest
 from realera.runs.timing import Rate
@@ -91,7 +91,8 @@ class Work:
     everything else) in finished runs, None without any. rate: the time of a pass, None if unknown. hindrance: why the
     run could not start on this machine now. needs: memory and download of the model (`weights_memory`). attacked: its
     prompts under attack; passes_of_attacks: at most. texts: {key: passes of the text encoder} of searches that all
-    cells share. text_rate: the time of one, None if unknown."""
+    cells share. text_rate: the time of one, None if unknown. named: the run and the attack, of a job of
+    realera.attack."""
 
     finished: bool = False
     images: int = 0
@@ -111,14 +112,16 @@ class Work:
     machine: Mapping[str, Any] = field(default_factory=dict)
     hindrance: str | None = None
     needs: Sequence[str] = ()
+    named: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """plan.json. images: of the erased models. original_images: of the unedited model, counted once if cells share
     them. Existing images are not counted. refusals: {reason: number of cells that cannot run}. attacked: prompts under
-    attack, once for each attack. passes_of_attacks: of the denoiser, at most. text_passes_of_attacks: of the text encoder,
-    about; a search that cells share is counted once."""
+    attack, once for each attack. passes_of_attacks: of the denoiser, at most. text_passes_of_attacks: of the text
+    encoder, about; a search that cells share is counted once. attacks: for each job of realera.attack {"run", "attack",
+    "finished", "prompts", "passes", "text_passes", "hours"}."""
 
     cells: int
     finished: int
@@ -134,6 +137,7 @@ class Plan:
     attacked: int = 0
     passes_of_attacks: int = 0
     text_passes_of_attacks: int = 0
+    attacks: Sequence[Mapping[str, Any]] = ()
     hindrances: Sequence[str] = ()  # of this machine at this moment: not saved
     needs: Sequence[str] = ()  # of the base models: not saved either
 
@@ -215,6 +219,44 @@ def judging(run: Run, task: Task, unedited: bool, known: dict[str, Any] | None =
     return replace(work(config, task, unedited, known, again=True), steps=0, made={})
 
 
+def attacking(run: Run, task: Task, asked: Asked) -> Work:
+    """The work of an attack on a run from its start; finished if the run has its numbers. Raises UserError as
+    `asked_attacks.work_of`."""
+    settings = run.settings
+    work, device = asked_attacks.work_of(settings, task, asked), _device(settings)
+    there = (run.folder / paths.METRICS).is_file() and rejudging.by_its_own(run)
+    return Work(
+        finished=there and not asked_attacks.missing(run.folder, [asked], task.concepts),
+        attacked=work.prompts,
+        passes_of_attacks=work.passes,
+        texts=work.texts,
+        text_rate=TEXT_PASS.get((str(settings.backbone.name), device)),
+        rate=_published(settings.backbone, device),
+        machine={"backbone": settings.backbone.node, "images_at_once": settings.images_at_once, "device": device},
+        needs=_needs(settings, {}) if device == "gpu" else (),
+        named=(run.folder.name, asked.settings.name),
+    )
+
+
+def _attack_row(cell: Work) -> dict[str, Any]:
+    """A row of `Plan.attacks`, with the cell's rates."""
+    run, attack = cell.named or ("", "")
+    texts = sum(cell.texts.values())
+    hours: float | None = None
+    if cell.rate is not None and (cell.text_rate is not None or not texts):
+        of_texts = texts * cell.text_rate.seconds if cell.text_rate is not None else 0.0
+        hours = round((cell.passes_of_attacks * cell.rate.seconds + of_texts + AROUND) / 3600, 2)
+    return {
+        "run": run,
+        "attack": attack,
+        "finished": cell.finished,
+        "prompts": cell.attacked,
+        "passes": round(cell.passes_of_attacks),
+        "text_passes": round(texts),
+        "hours": hours,
+    }
+
+
 def summed(cells: Sequence[Work], refusals: Sequence[str] = ()) -> Plan:
     """`_sum`. If finished runs do not tell the hours and there are some, a pass of the denoiser is timed first."""
     plan = _sum(cells, refusals)
@@ -279,6 +321,7 @@ def _sum(cells: Sequence[Work], refusals: Sequence[str]) -> Plan:
         hours=round(seconds / 3600, 2) if timed else None,
         half_hours=round((seconds - saved) / 3600, 2) if saved and timed else None,
         basis=f"estimated: {said}" if to_do else said,
+        attacks=[_attack_row(cell) for cell in cells if cell.named is not None],
         refusals=dict(Counter(refusals).most_common()),
         hindrances=list(dict.fromkeys(cell.hindrance for cell in to_do if cell.hindrance)),
         needs=list(dict.fromkeys(sentence for cell in to_do for sentence in cell.needs)),
@@ -309,8 +352,8 @@ def _timed(cell: Work, known: dict[str, Rate | None]) -> Work:
 
 
 def hours_of(settings: Settings, passes: float, text_passes: float = 0.0) -> tuple[float | None, str]:
-    """The hours of passes of the denoiser and of the text encoder with a run's backbone and device, and where the figure
-    comes from. A pass is timed if the hours are many and this machine can; None if nothing is known about the
+    """The hours of passes of the denoiser and of the text encoder with a run's backbone and device, and where the
+    figure comes from. A pass is timed if the hours are many and this machine can; None if nothing is known about the
     backbone."""
     backbone, device = settings.backbone, _device(settings)
     machine = {"backbone": backbone.node, "images_at_once": settings.images_at_once}
@@ -434,4 +477,5 @@ def _age(file: Path) -> int:
 def count(works: Iterable[Work | str]) -> Plan:
     """`summed`; a sentence in place of a cell's work says why the cell was refused."""
     found = list(works)
-    return summed([one for one in found if isinstance(one, Work)], [one for one in found if isinstance(one, str)])
+    cells = [one for one in found if isinstance(one, Work)]
+    return summed(cells, [one for one in found if isinstance(one, str)])

@@ -1,4 +1,4 @@
-"""Finds the run that evaluate judges: an existing run, or a run of the unedited model."""
+"""Finds the run that evaluate judges, or that attack attacks: an existing run, or a run of the unedited model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from realera.contracts import UserError
 from realera.runs import folders, preflight, starting, trust
@@ -13,6 +14,7 @@ from realera.runs.folders import Run
 from realera.settings import composition
 from realera.settings.run_settings import ORIGINAL, Settings
 
+OF_ATTACK = ("attack", "limit", "split", "attack_seed")  # settings of realera.attack that are not the run's
 NO_RUN = "original"  # in place of a run's name: the unedited model
 OF_THE_RUN = ("task", "backbone", "concept", "concepts_file", "anchor", "seed", "root", "run_dir", "images_at_once")
 
@@ -27,6 +29,26 @@ def run_of(config: Mapping[str, Any]) -> tuple[Run, bool]:
     original = config["run"] == NO_RUN
     rest = {key: value for key, value in config.items() if key not in ("run", "dry_run")}
     return (_unedited(rest) if original else _existing(str(config["run"]), rest.get("judge"))), original
+
+
+def to_attack(cfg: DictConfig) -> tuple[dict[str, Any], Run, bool]:
+    """The settings of realera.attack, the run that it attacks, and whether this is a run of the unedited model, whose
+    folder may not exist yet. Raises UserError as `run_of`."""
+    config = composition.plain(_with_settings_of_run(cfg))
+    run, original = run_of({key: value for key, value in config.items() if key not in OF_ATTACK})
+    return config, run, original or run.settings.unedited
+
+
+def _with_settings_of_run(cfg: DictConfig) -> DictConfig:
+    """The config with the task and the backbone of the run, on which the attack's own defaults depend. Raises UserError
+    if there is no such run."""
+    if cfg.run == NO_RUN:
+        return cfg
+    run = folders.open_run(str(cfg.run))
+    with open_dict(cfg):
+        for group in ("task", "backbone"):
+            cfg[group] = OmegaConf.create(dict(getattr(run.settings, group).node))
+    return cfg
 
 
 def by_its_own(run: Run) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -169,6 +169,7 @@ def plan_of(config: DictConfig, config_name: str) -> Plan:
                 found.append(error_sentences.of_step(error) or error_sentences.first_line(error))
             advance(1)
     refuse_shared(made)
+    refuse_same_attack(known.get("attacked", {}))
     return estimate.count(found)
 
 
@@ -181,6 +182,17 @@ def refuse_shared(made: Made) -> None:
             raise UserError(
                 f"several jobs would judge {folder}, and only the last one's numbers would remain: leave judge= out, "
                 f"and add other judges' numbers with python -m realera.evaluate -m run={folder} judge=A,B."
+            )
+
+
+def refuse_same_attack(attacked: Mapping[tuple[Path, str], Collection[str]]) -> None:
+    """Refuses attacks of one name on one run with different settings: each would replace the results of the last one.
+    Raises UserError."""
+    for (run, name), settings in attacked.items():
+        if len(settings) > 1:
+            raise UserError(
+                f"several jobs would attack {run} with different settings under the name {name}, and only the results "
+                "of the last one would remain: give a command for each, with another attack.name."
             )
 
 
@@ -208,6 +220,8 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
         own = copy.copy(cfg)
         with open_dict(own):
             del own["hydra"]
+        if "attack" in own:
+            return _work_of_attack(own, known if known is not None else {})
         config = composition.checked(own, "evaluate" if "run" in own else "train")
         if config["concepts_file"] is not None or any(
             composition.has_numbers(config[key]) for key in ("concept", "anchor")
@@ -230,6 +244,24 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
     finally:
         hydra_config.cfg = outside
     return replace(estimate.work(config, task, known=known, attacks=attacks), hindrance=hindrance)
+
+
+def _work_of_attack(cfg: DictConfig, known: dict[str, Any]) -> Work:
+    """The work of a job of realera.attack. What it writes is added to known["attacked"]."""
+    composition.checked(cfg, "attack")
+    config, run, original = rejudging.to_attack(composition.with_concepts(cfg))
+    preflight.check_sweep(Settings(config).trainer)
+    if not original:
+        preflight.check_run(run)
+    seen, hindrance = _checked_before(known), None
+    if (model := f"model {run.settings.backbone.pretrained}") not in seen:
+        hindrance = preflight.check_model(run.settings.backbone, plan=True)
+        seen.add(model)
+    task, asked = composition.build_task(run.config), asked_attacks.Asked.of(config)
+    work = replace(estimate.attacking(run, task, asked), hindrance=hindrance)
+    content = folders.digest([asked.told(task.concepts), config.get("judge")])
+    known.setdefault("attacked", {}).setdefault((run.folder, asked.settings.name), set()).add(content)
+    return work
 
 
 def _checked_before(known: dict[str, Any] | None) -> set[str]:
