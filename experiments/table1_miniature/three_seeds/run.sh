@@ -3,4 +3,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../../.."
 export METHODS=${METHODS:-original,valera,valera-rounds,realera,oce,sa}
-experiments/table.sh table1 table1_miniature/three_seeds table1_miniature realera
+experiments/table.sh table1 table1_miniature/three_seeds table1_miniature valera
