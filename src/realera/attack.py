@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from realera import cli, console, paths
 from realera.callable_module import make_callable
 from realera.contracts import UserError
-from realera.runs import folders, preflight, processes, rejudging, trust
+from realera.runs import compatibility, folders, preflight, processes, rejudging, trust
 from realera.runs.folders import Run
 from realera.runs.session import Session
 from realera.settings import composition
@@ -34,6 +34,7 @@ def attack(cfg: DictConfig) -> None:
     if not original:
         preflight.check_run(run)
     hindrance = preflight.check_model(run.settings.backbone, plan=config["dry_run"])
+    compatibility.check(preflight.model_folder(run.settings.backbone), run.config)
 
     from realera.runs import asked_attacks, attacking  # torch and diffusers: slow, so imported after all checks
 

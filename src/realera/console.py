@@ -166,7 +166,7 @@ def show_residue(found: Mapping[str, Any]) -> None:
 def show_attack_plan(plan: Any, name: str, hindrance: str | None = None) -> None:
     """Shows the planned work of an attack (`attacking.AttackPlan`)."""
     hours = "?" if plan.hours is None else f"{plan.hours:.2f}"
-    texts = f"about {plan.text_passes:,.0f} text-encoder passes, " if plan.text_passes else ""
+    texts = f"at most {plan.text_passes:,.0f} text-encoder passes, " if plan.text_passes else ""
     _say(
         f"attack {name}: {plan.prompts} prompts, at most {plan.passes:,.0f} denoiser passes, {texts}{hours} hours "
         f"({plan.basis})"
@@ -224,7 +224,7 @@ def _planned(plan: Mapping[str, Any]) -> Table:
         table.add_row("prompts to attack", f"{plan['attacked']:,}")
         table.add_row("denoiser passes of the attacks, at most", f"{plan['passes_of_attacks']:,}")
     if plan.get("text_passes_of_attacks"):
-        table.add_row("text-encoder passes of the attacks, about", f"{plan['text_passes_of_attacks']:,}")
+        table.add_row("text-encoder passes of the attacks, at most", f"{plan['text_passes_of_attacks']:,}")
     table.add_row("hours", _hours(plan["hours"]))
     if plan.get("half_hours") is not None:
         table.add_row("hours with the denoiser in half precision", f"{plan['half_hours']:.2f}")
@@ -237,7 +237,7 @@ def _attacks_planned(plan: Mapping[str, Any]) -> Table:
     table = Table(title=f"planned{refused}", title_justify="left", show_footer=True)
     totals = (plan["attacked"], plan["passes_of_attacks"], plan["text_passes_of_attacks"])
     footers = ["total", "", *(f"{total:,}" for total in totals), _hours(plan["hours"])]
-    headings = ("run", "attack", "prompts", "denoiser passes, at most", "text-encoder passes, about", "hours")
+    headings = ("run", "attack", "prompts", "denoiser passes, at most", "text-encoder passes, at most", "hours")
     for heading, footer in zip(headings, footers):
         name = heading in ("run", "attack")
         table.add_column(heading, footer=footer, justify="left" if name else "right", overflow="fold")

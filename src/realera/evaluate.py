@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from realera import cli, console, paths
 from realera.callable_module import make_callable
 from realera.contracts import Judge, SetJudge, Task, UserError
-from realera.runs import estimate, folders, preflight, processes, rejudging
+from realera.runs import compatibility, estimate, folders, preflight, processes, rejudging
 from realera.runs.folders import Run
 from realera.runs.session import Session
 from realera.settings import composition
@@ -36,6 +36,7 @@ def evaluate(cfg: DictConfig) -> None:
     if not original:
         preflight.check_run(run)
     hindrance = preflight.check_model(run.settings.backbone, plan=config["dry_run"])
+    compatibility.check(preflight.model_folder(run.settings.backbone), run.config)
     if config["dry_run"]:
         work = replace(estimate.judging(run, task, original), hindrance=hindrance)
         estimate.show(estimate.summed([work]))

@@ -105,6 +105,16 @@ def test_the_page_has_a_chapter_and_texts_stay_texts(tmp_path: Path) -> None:
     assert chapter["rows"][-1].where == "" and [row.shown for row in chapter["rows"]] == [True, True, True, False]
 
 
+def test_results_of_earlier_versions_have_a_page(tmp_path: Path) -> None:
+    """They do not say how many texts were encoded."""
+    run = sweeps.judged(tmp_path / "run", pictures=True)
+    numbers = attack_of(run)
+    del numbers["cost"]["text_passes"], numbers["cost"]["once"]["text_passes"]
+    attacked.write_numbers(run, "own", numbers)
+    assert "text-encoder passes" not in write_report(run).read_text()
+    assert "Images under attack" in write_sweep([run], tmp_path / "page.html").read_text()
+
+
 def test_the_unedited_model_is_called_so_and_its_picture_is_shown_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -289,4 +289,4 @@ def test_searches_on_texts_are_planned_once_for_all_runs(capsys: pytest.CaptureF
     for one in (plan, control):
         console.show_attack_plan(one, "named")
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("text-encoder passes") == 1 and f"about {bell:,.0f} text-encoder passes" in said
+    assert said.count("text-encoder passes") == 1 and f"at most {bell:,.0f} text-encoder passes" in said

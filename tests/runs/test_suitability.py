@@ -196,6 +196,27 @@ def test_a_folder_that_the_backbone_does_not_fit_is_refused_by_its_plan(
         raise UserError(answer(config_of("uce", backbone, pretrained=str(place))) or "not refused")
 
 
+@pytest.mark.parametrize("command", ["attack", "evaluate"])
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["one", "several"])
+def test_a_plan_for_the_unedited_model_refuses_such_a_folder(
+    command: str,
+    sweep: list[str],
+    tiny_transformers: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*sweep, "run=original", "concept=airplane", "backbone=sd14", "judge=miniature", "dry_run=true"]
+    words += [f"backbone.pretrained={tiny_transformers('flux')}", *(["attack=random"] if command == "attack" else [])]
+    monkeypatch.setattr(sys, "argv", [command, *words])
+    ended = 0
+    try:
+        import_module(f"realera.{command}").main()
+    except SystemExit as end:
+        ended = end.code
+    output = capsys.readouterr()
+    assert ended and "is a diffusion transformer's" in " ".join((output.out + output.err).split())
+
+
 def test_the_kind_is_that_of_the_files_or_of_the_settings(tiny_transformers: Callable[[str], Path]) -> None:
     def kind(backbone: str, **own: Any) -> str | None:
         return suitability.kind_of(Settings(config_of("uce", backbone, **own)).backbone)

@@ -126,6 +126,7 @@ def found_once(
 ) -> list[int]:
     """The ids of the tokens that `make` finds with the original text encoder alone. They are kept in the cache, so that
     attacks on other erased models find them there. about: everything else that the result depends on."""
+    about = {**about, "counted": "texts"}  # files of earlier versions do not say how many texts were encoded
     content = {"kind": kind, "text": backbone.text_fingerprint, "seed": generator.initial_seed(), **about}
     name = hashlib.sha256(plain_data.json_text(content).encode()).hexdigest()[:16]
     file = paths.cache_dir() / "attacks" / f"{name}.safetensors"

@@ -362,7 +362,7 @@ def hours_of(settings: Settings, passes: float, text_passes: float = 0.0) -> tup
         rate = _in_dtype(timing.rate_of(machine, device), backbone) or rate
     if rate is None:
         return None, f"a pass of backbone {backbone.name} has not been timed"
-    seconds, basis = rate.seconds * passes, f"{rate.seconds:.2g} s a pass: {rate.source}"
+    seconds, basis = AROUND + rate.seconds * passes, f"{rate.seconds:.2g} s a pass: {rate.source}"
     if text_passes:
         of_text = TEXT_PASS.get((str(backbone.name), device))
         if of_text is None or of_text.seconds * text_passes / 3600 >= WORTH_TIMING:

@@ -29,10 +29,12 @@ def check(method: MethodSettings, backbone: BackboneSettings) -> None:
             f"image attend to each other in one softmax: {OTHERS}{alone}."
         )
     acting = method.node if align.steps else {part: method.part(part) for part in ("edit", "finish")}
-    if any(_learns_vectors(settings) for _, settings in parts(acting)) and kind_of(backbone) in kinds.SEVERAL_SPLITS:
+    learning = [part for part, settings in parts(acting) if _learns_vectors(settings)]
+    if learning and kind_of(backbone) in kinds.SEVERAL_SPLITS:
+        without = "set method.edit.search=null, or " if learning == ["edit.search"] else ""
         raise UserError(
             f"method {method.name} puts learned vectors in place of a name's tokens, and the text encoders of backbone "
-            f"{backbone.name} split a name into different numbers of tokens: {OTHERS}."
+            f"{backbone.name} split a name into different numbers of tokens: {without}{OTHERS}."
         )
     if align.steps and align.detach_bos:
         raise UserError(

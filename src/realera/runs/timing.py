@@ -15,7 +15,7 @@ from realera.contracts import UserError
 from realera.files import plain_data
 from realera.runs import folders
 from realera.settings.run_settings import BackboneSettings, Settings
-from realera.system import devices, disk
+from realera.system import cores, devices, disk
 
 FOLDER = "timings"  # of the cache
 DAY = 86_400.0  # seconds; an older figure is measured again
@@ -95,6 +95,7 @@ def _machine(backbone: BackboneSettings, device: str) -> Machine | None:
         return None
     import torch  # takes seconds
 
+    cores.limit_threads()
     if device == "gpu" and not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name() if device == "gpu" else f"CPU, {torch.get_num_threads()} threads"

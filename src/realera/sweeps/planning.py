@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from realera import console, paths
 from realera.contracts import UserError
-from realera.runs import asked_attacks, estimate, folders, preflight, rejudging, starting
+from realera.runs import asked_attacks, compatibility, estimate, folders, preflight, rejudging, starting
 from realera.runs.estimate import Plan, Work
 from realera.settings import composition, error_sentences, schema
 from realera.settings.instantiate import NotBuilt
@@ -192,7 +192,7 @@ def refuse_same_attack(attacked: Mapping[tuple[Path, str], Collection[str]]) -> 
         if len(settings) > 1:
             raise UserError(
                 f"several jobs would attack {run} with different settings under the name {name}, and only the results "
-                "of the last one would remain: give a command for each, with another attack.name."
+                "of the last one would remain: give each its own name, such as 'attack.name=LABEL-${attack.steps}'."
             )
 
 
@@ -230,6 +230,7 @@ def work_of(cfg: DictConfig, known: dict[str, Any] | None = None, made: Made | N
         preflight.check_sweep(Settings(config).trainer)
         if config.get("run") is not None:
             run, unedited = rejudging.run_of(config)
+            compatibility.check(preflight.model_folder(run.settings.backbone), run.config)
             return estimate.judging(run, composition.build_task(run.config), unedited, known)
         preflight.check_settings(config, here=False)
         config, task = starting.named(config)
@@ -257,6 +258,7 @@ def _work_of_attack(cfg: DictConfig, known: dict[str, Any]) -> Work:
     if (model := f"model {run.settings.backbone.pretrained}") not in seen:
         hindrance = preflight.check_model(run.settings.backbone, plan=True)
         seen.add(model)
+    compatibility.check(preflight.model_folder(run.settings.backbone), run.config)
     task, asked = composition.build_task(run.config), asked_attacks.Asked.of(config)
     work = replace(estimate.attacking(run, task, asked), hindrance=hindrance)
     content = folders.digest([asked.told(task.concepts), config.get("judge")])
