@@ -78,6 +78,13 @@ def test_markup_in_a_concept_is_printed_as_it_is() -> None:
     assert "[red]x[/red]" in shown(metrics)
 
 
+def test_a_plan_whose_jobs_are_all_refused_has_the_reasons_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "console", Console(width=80, file=screen, force_terminal=False))
+    console.show_plan({"cells": 2, "refused": 2, "refusals": {"no prompts": 2}, "attacks": [], "basis": ""})
+    assert screen.getvalue() == "planned: nothing, because all jobs are refused\nrefused (2): no prompts\n"
+
+
 HOSTILE = "cat[/b] [red]x[/red] \x1b]0;owned\x07\nhttps://evil\x9b2J \u202egnp"
 SAID = r"cat[/b] [red]x[/red] \x1b]0;owned\x07\x0ahttps://evil\x9b2J \u202egnp"
 
@@ -97,8 +104,8 @@ def test_texts_of_settings_and_files_are_shown_as_one_plain_line(
     console.show_run(tmp_path, metrics, HOSTILE)
     cell = {"state": "refused", "reason": HOSTILE, "overrides": [HOSTILE]}
     console.show_cells([cell])
-    numbers = dict.fromkeys(("images", "original_images", "judged", "train_steps", "finished", "refused", "cells"), 1)
-    console.show_plan({**numbers, "hours": None, "basis": HOSTILE, "refusals": {HOSTILE: 1}, "hindrances": [HOSTILE]})
+    numbers = dict.fromkeys(("images", "original_images", "judged", "train_steps", "finished", "refused"), 1)
+    console.show_plan({**numbers, "cells": 2, "hours": None, "basis": HOSTILE, "refusals": {HOSTILE: 1}, "hindrances": [HOSTILE]})
     console.show_path(HOSTILE, HOSTILE)
     with console.bar(HOSTILE, 1) as advance:
         advance(1)

@@ -198,8 +198,11 @@ def show_attack(name: str, numbers: Mapping[str, Any], title: str, unedited: boo
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     """Shows the planned amount of work of a run or a sweep."""
-    console.print(_attacks_planned(plan) if plan.get("attacks") else _planned(plan))
-    _say(f"hours: {plan['basis']}")
+    if 0 < plan["cells"] == plan["refused"]:
+        _say("planned: nothing, because all jobs are refused" if plan["cells"] > 1 else "planned: nothing")
+    else:
+        console.print(_attacks_planned(plan) if plan.get("attacks") else _planned(plan))
+        _say(f"hours: {plan['basis']}")
     for sentence in plan.get("needs", ()):
         _say(sentence)
     for reason, cells in list(plan["refusals"].items())[:MOST]:
