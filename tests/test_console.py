@@ -105,7 +105,9 @@ def test_texts_of_settings_and_files_are_shown_as_one_plain_line(
     cell = {"state": "refused", "reason": HOSTILE, "overrides": [HOSTILE]}
     console.show_cells([cell])
     numbers = dict.fromkeys(("images", "original_images", "judged", "train_steps", "finished", "refused"), 1)
-    console.show_plan({**numbers, "cells": 2, "hours": None, "basis": HOSTILE, "refusals": {HOSTILE: 1}, "hindrances": [HOSTILE]})
+    console.show_plan(
+        {**numbers, "cells": 2, "hours": None, "basis": HOSTILE, "refusals": {HOSTILE: 1}, "hindrances": [HOSTILE]}
+    )
     console.show_path(HOSTILE, HOSTILE)
     with console.bar(HOSTILE, 1) as advance:
         advance(1)
