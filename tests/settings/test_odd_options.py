@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from hydra.errors import HydraException
 
 from realera.contracts import UserError
-from realera.settings import composition
+from realera.settings import composition, error_sentences
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,20 @@ def test_a_setting_that_an_option_lacks_names_the_option_and_stays_in_its_group(
 ) -> None:
     with pytest.raises(UserError, match=said):
         composition.settings_of(command, [*words, "concept=cat", "backbone=mini"])
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        ("attack", ["attack=prompts,mma", "attack.csv=a.csv"], "attack=mma has no setting .*choose attack=prompts"),
+        ("attack", ["attack=mma,inpaint", "attack.steps=2"], "attack=inpaint has no setting"),
+        ("train", ["method=uce,valera", "method.edit.gain=1"], "method=uce has no setting .*choose method=valera"),
+        ("train", ["method=valera,esd-x", "method.edit.gain=1"], "method.edit is null with method=esd-x"),
+    ],
+)
+def test_of_several_options_the_one_without_the_setting_is_named(command: str, words: list[str], said: str) -> None:
+    error = HydraException(f"Could not override '{words[1].partition('=')[0]}'.")
+    assert re.search(said, error_sentences.of_config(error, command, [*words, "concept=cat", "backbone=mini"]))
 
 
 @pytest.mark.parametrize(

@@ -226,10 +226,16 @@ def _unknown_key(key: str, config_name: str, arguments: list[str], spelt: Callab
     groups = _groups(config_name)
     if (paths.CONF_DIR / key).is_dir() and key not in groups:
         return f"python -m realera.{config_name} has no setting '{key}': leave it out; --help lists its settings."
+    group, _, below = key.partition(".")
+    for word in arguments:  # of several options, the first one that lacks the setting
+        typed, _, options = word.partition("=")
+        for option in options.split(",") if typed == group and "," in options else ():
+            alone = [f"{typed}={option}" if other == word else other for other in arguments]
+            if below not in set(_keys(_composed(config_name, alone)[0].get(group))):
+                return _unknown_key(key, config_name, alone, spelt)
     own, choices = _composed(config_name, arguments)
     composed = {**dict.fromkeys(groups), **own}
-    group = key.partition(".")[0]
-    option = choices.get(group, "") if "." in key else ""
+    option = choices.get(group, "") if below else ""
     if parent := _null_above(key, composed):
         where = f"with {group}={option}" if option else "here"
         return f"there is no setting '{key}', because {parent} is null {where}: choose an option that has it."
