@@ -5,3 +5,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 experiments/table.sh table3 table3_miniature table1_miniature realera-text
+[[ -n ${METHODS:-} ]] || "${PYTHON:-.venv/bin/python}" experiments/table3_miniature/steps.py "runs/sweeps/${REALERA_STAMP:-table3-miniature}"
