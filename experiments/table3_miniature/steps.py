@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 ORDER = "realera-closed-form", "realera-no-mining", "realera-no-beyond", "realera-text"
@@ -17,7 +18,7 @@ ORDER = "realera-closed-form", "realera-no-mining", "realera-no-beyond", "realer
 
 def main() -> None:
     steps = {}
-    for before, after in zip(ORDER, ORDER[1:]):
+    for before, after in pairwise(ORDER):
         with tempfile.TemporaryDirectory() as place:
             words = [sys.argv[1], f"out={place}/page.html", f"results={place}", f"base={before}"]
             subprocess.run([sys.executable, "-m", "realera.report", *words], check=True)
