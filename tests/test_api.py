@@ -96,7 +96,7 @@ def erase(pipe: Any, method: str = "uce", **settings: Any) -> realera.Erased:
     )
 
 
-@pytest.mark.parametrize("method", slow_unless(list(SETTINGS), "uce", "realera", "mace-ablation", "advunlearn"))
+@pytest.mark.parametrize("method", slow_unless(list(SETTINGS), "uce", "realera", "mace-ablation"))
 def test_undo_restores_the_pipeline_bit_for_bit(method: str, pipe: Any) -> None:
     pipe.unet.train()
     pipe.text_encoder.requires_grad_(True)

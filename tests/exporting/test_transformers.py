@@ -158,7 +158,7 @@ def fine_tuned(source: Path, to: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_unless(KINDS, "sd3"))
 def test_a_map_goes_onto_a_fine_tune_and_is_taken_off(
     kind: str, tiny_transformers: Folders, runs: Callable[[str], tuple[Path, Weights]], tmp_path: Path
 ) -> None:

@@ -167,7 +167,7 @@ def test_a_concept_that_is_its_own_anchor_is_unchanged(new_backbone: Callable[..
 
 
 @pytest.mark.parametrize("pooler", slow_unless(["pads", "eos", "none"], "pads"))
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("masked", slow_unless([True, False], True))
 def test_the_loss_and_its_gradient(pooler: Any, masked: bool, new_backbone: Any, new_pairs: Any) -> None:
     """Sum over layers of the norm over every head, masked pixel and token of the concept, one probability at a time."""
     spec = LoraSpec(per_concept=True)

@@ -53,6 +53,8 @@ GUIDED = {
 }
 NOT_THE_UNET = {"advunlearn", "receler"}  # these train a text encoder, and erasers
 QUICK = ("realera", "uce", "esd-x", "mace")  # the long tests run for these by default, for all methods if slow
+LONG = ("stereo", "advunlearn", "receler", "ac", "spm", "sa", "fmn", "esd-u", "valera-rounds")  # seconds each
+SHORT = [name for name in METHODS if name not in LONG]
 CAT = ("cat", "field")
 
 
@@ -127,7 +129,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_unless(METHODS, *SHORT))
 def test_only_the_named_weights_change(name: str, plain: Any, new_backbone: Any) -> None:
     def weights(backbone: Any) -> dict[str, Tensor]:
         texts = {f"text_encoder.{key}": value for key, value in backbone.text.model.named_parameters()}
@@ -148,7 +150,7 @@ def test_another_seed_gives_other_weights_if_anything_is_random(name: str, plain
     assert same(plain(name)[0].erased_state(), run(name, seed=1).erased_state()) == (name not in RANDOM)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", slow_unless(METHODS, *SHORT))
 def test_saved_weights_give_the_same_output(name: str, plain: Any, new_backbone: Any) -> None:
     erased, folder = plain(name)
     loaded = new_backbone()
