@@ -68,7 +68,7 @@ def fresh(backbone: Any, file: Path) -> None:
     """Restores the loaded weights, forgets all encoded texts and deletes the file."""
     file.unlink(missing_ok=True)
     backbone.load_erased({})
-    backbone.text._cache.clear()
+    backbone.text.forget()
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -40,7 +40,7 @@ def measured(words: list[str]) -> list[dict[str, float]]:
     for count in COUNTS:
         task = composition.build_task(settings(count, words))
         backbone.load_erased({})
-        backbone.text._cache.clear()
+        backbone.text.forget()
         meter = Meter()
         pairs = encoded_pairs(backbone, task, meter)
         for pair in pairs:  # the states are made when they are read, and some of a hundred names' twice
