@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
@@ -170,3 +171,13 @@ def test_the_measurements_are_rehearsed_on_the_cpu(tmp_path: Path) -> None:
         text=True,
     )
     assert "bare passes" in told.stdout and "diffusers" in told.stdout, told.stderr
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_valera_times_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolvers.register_resolvers()
+    monkeypatch.syspath_prepend(str(FOLDER / "bench"))
+    bench: Any = importlib.import_module("valera")
+    monkeypatch.setattr(bench, "COUNTS", (1, 2))
+    (row,) = bench.measured(["backbone=mini"])
+    assert row["names"] == 2 and row["text_s"] > 0 and row["edit_s"] > 0
