@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 
 import folders
+import quick
 
 # One thread for each of pytest's workers, and for what they start. Torch reads these when it is imported: later.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -38,6 +39,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    quick.take_a_few(items)
 
 
 def pytest_collection_finish() -> None:

@@ -1,7 +1,9 @@
-"""Which of a test's many parameters the quick tests see; the slow tests see them all."""
+"""Which of a test's many parameters the quick tests see; the slow tests see them all. `slow_unless` names them; the
+mark `quick(n)` takes n of them, evenly spread."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,3 +19,18 @@ def slow_unless(values: Iterable[Any], *quick: Any) -> list[Any]:
 
 def _slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def take_a_few(items: list[pytest.Item]) -> None:
+    """Mark as slow all but n of the cases of every test that has the mark `quick(n)`."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("quick") and not item.get_closest_marker("slow"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for test in cases.values():
+        mark = test[0].get_closest_marker("quick")
+        count = min(int(mark.args[0]), len(test)) if mark else 0
+        taken = {number * len(test) // count for number in range(count)}
+        for number, item in enumerate(test):
+            if number not in taken:
+                item.add_marker(pytest.mark.slow)

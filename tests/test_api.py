@@ -96,6 +96,7 @@ def erase(pipe: Any, method: str = "uce", **settings: Any) -> realera.Erased:
     )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("method", slow_unless(list(SETTINGS), "uce", "realera", "mace-ablation"))
 def test_undo_restores_the_pipeline_bit_for_bit(method: str, pipe: Any) -> None:
     pipe.unet.train()
@@ -457,6 +458,7 @@ def test_the_numbers_equal_those_of_the_command(tmp_path: Path, monkeypatch: pyt
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("method", "wrong", "meant"),
     [

@@ -46,6 +46,7 @@ def erase(pipe: Any, concept: Any = "cat", **given: Any) -> realera.Erased:
     return realera.erase(pipe, concept, **{"anchor": "dog", "method": "uce", "progress": False, **given})
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -139,6 +139,7 @@ AS_PROCESS = {  # of BAD, those that are also typed into a process of their own:
 }
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize(
     "words",
     [words if number % 3 == 0 else pytest.param(words, marks=pytest.mark.slow) for number, words in enumerate(BAD)],
@@ -325,6 +326,7 @@ def test_by_task_takes_the_tasks_own_entry_or_the_default(task: str, value: int 
     assert OmegaConf.create(f"n: {table}").n == 3
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("end", "status"), [("pass", 0), ("sys.exit()", 0), ("sys.exit(2)", 2), ("1 / 0", 1)])
 def test_a_process_ends_with_its_status_its_handlers_run_and_all_said(end: str, status: int) -> None:
     code = f"""

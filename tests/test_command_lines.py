@@ -127,6 +127,7 @@ BAD = [
 ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("line",),
     slow_unless([(line,) for line in BAD], *((line,) for line in BAD[::3])),

@@ -80,6 +80,7 @@ def test_the_folder_holds_what_it_should() -> None:
     assert {"realera", "uce"} <= set(METHODS)
 
 
+@pytest.mark.quick(16)
 @pytest.mark.parametrize(
     ("group", "option", "backbone"),
     slow_unless(

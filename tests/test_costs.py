@@ -291,6 +291,7 @@ def test_a_fusion_is_an_edit_too_and_counts_each_weight_once(erase: Any, new_bac
     assert "finish" in record["stages"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_fit_that_is_stopped_and_resumed_sums_both_starts(
     erase: Any, tmp_path: Path, error: type[BaseException]

@@ -59,6 +59,7 @@ def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return typed
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -48,6 +48,7 @@ def numbers(method: str) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("method", RUNS)
 def test_the_weights_are_as_before(method: str) -> None:
     wanted, found = json.loads(FILE.read_text(encoding="utf-8"))[method], numbers(method)

@@ -81,6 +81,7 @@ def state_of(backbone: Any) -> dict[str, Any]:
     return {name: (value.detach().clone(), value.requires_grad, value.grad) for name, value in named}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("weights", ["lora", "full"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_is_left_as_it_was(new_backbone: Callable[..., Any], kind: Any, weights: Any) -> None:

@@ -190,6 +190,7 @@ def test_a_sweep_of_attacks_has_one_plan(type_in: Type, tmp_path: Path, capsys: 
         assert sentence in " ".join((told.out + told.err).split())
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -28,6 +28,7 @@ TRANSFORMERS = {"flux-dev": ("flux", 64), "flux-schnell": ("schnell", 64), "sd3-
 TRANSFORMERS |= {"sd35-medium": ("sd3", 96), "mini-dit": ("one-clip", 32)}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_config_makes_a_backbone(file: Path, tiny_sd: Path, tiny_transformers: Callable[[str], Path]) -> None:
     kind, width = TRANSFORMERS.get(file.stem, ("", 32))

@@ -78,6 +78,7 @@ def written(kind: str, file: Path, **metadata: str) -> dict[str, dict[str, torch
     return parts
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["v1", "v2", "xl"])
 def test_a_single_file_is_unpacked_to_the_weights_it_was_made_of(kind: str, small: Path) -> None:
     parts = written(kind, small / "model.safetensors")

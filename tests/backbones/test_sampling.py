@@ -189,6 +189,7 @@ def test_a_guide_gets_the_noise_of_its_own_texts(backbone: UNetBackbone) -> None
     assert len(states.states) == len(TEXTS)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("drawn", ["guided", "unguided", "adapted", "scaled", "recorded"])
 def test_keys_and_values_are_computed_once_and_images_are_equal(
     drawn: str, new_backbone: Any, monkeypatch: pytest.MonkeyPatch

@@ -36,6 +36,7 @@ def ask(backbone: UNetBackbone, timesteps: Tensor) -> tuple[Tensor, Tensor, Tens
     return latents, v, backbone.predict_noise(latents, timesteps, states)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("change", [{}, {"scheduler": "dpm++"}, {"height": 48, "width": 80}])
 def test_images_equal_those_of_the_diffusers_pipeline(
     tiny_sd21: Path, backbone: UNetBackbone, change: dict[str, Any]

@@ -44,6 +44,7 @@ def plain_map(backbone: UNetBackbone) -> Edit:
     return Edit(map=torch.eye(backbone.width, dtype=torch.float64) + 0.1 * drawn)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("attention", "kind"), [("auto", AttnProcessor), ("plain", AttnProcessor), ("sliced", SlicedAttnProcessor)]
 )
@@ -94,6 +95,7 @@ def test_only_an_adapter_on_bfloat16_can_be_trained_in_half_precision(load: Load
     assert backbone.erased_state()
 
 
+@pytest.mark.quick(1)
 def test_checkpointed_gradients_are_the_same(load: Load) -> None:
     """The teacher runs between forward and backward; recomputed activations must be those of the student."""
     gradients = []

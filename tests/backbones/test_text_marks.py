@@ -23,6 +23,7 @@ def marks(pipe: Any) -> dict[str, str]:
     return text_marks.of_parts(pipelines.parts_of(pipe))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_in_any_dtype_and_layout_is_the_same(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     source: Path = request.getfixturevalue(kind)

@@ -53,6 +53,7 @@ def drawn_by_diffusers(folder: Path, backbone: TransformerBackbone, dtype: torch
     return mmdit.unpacked(latents, 4, 4) if flux else latents
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_are_those_of_diffusers(kind: str, new_transformer: Make, tiny_transformers: Any) -> None:
     backbone = new_transformer(kind)
@@ -64,6 +65,7 @@ def test_images_are_those_of_diffusers(kind: str, new_transformer: Make, tiny_tr
     assert images.shape == (2, 64, 64, 3) and torch.equal(images, backbone.generate(TEXTS, SEEDS, sampler))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["sd3", "flux", "schnell"])
 def test_images_in_bfloat16(kind: str, new_transformer: Make, tiny_transformers: Any) -> None:
     """diffusers also rounds the latents between the steps, so they agree to bfloat16's eight bits."""

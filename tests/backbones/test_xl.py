@@ -63,6 +63,7 @@ def pixels(images: Tensor) -> Tensor:
 # --- as diffusers has it ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("change", [{}, {"scheduler": "dpm++"}, {"height": 48, "width": 80}, {"guidance_scale": 1.0}])
 def test_images_are_those_of_the_diffusers_pipeline(
     tiny_sdxl: Path, shared: UNetBackbone, change: dict[str, Any]
@@ -103,6 +104,7 @@ def test_text_is_that_of_the_diffusers_pipeline(tiny_sdxl: Path, shared: UNetBac
     torch.testing.assert_close(short.pooled, pooled, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("zeros", [True, False])
 def test_what_guidance_leads_away_from(tiny_sdxl: Path, tmp_path: Path, zeros: bool) -> None:
     folder = folders.copied(tiny_sdxl, tmp_path / "xl")

@@ -137,6 +137,7 @@ def test_a_checkpoint_has_the_original_layout_and_says_where_it_comes_from(
     assert head["realera.base_model"] == "realera's miniature" and json.loads(head["realera.left_out"]) == {}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("to", ["checkpoint", "diffusers", "lora", "kohya"])
 def test_every_form_has_the_asked_precision_and_a_card(
@@ -383,6 +384,7 @@ def test_a_readme_of_somebody_else_stays(
     assert "load_lora_weights" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("to", ["map", "lora", "kohya"])
 def test_the_export_of_another_run_is_not_replaced(
     to: forms.Form, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

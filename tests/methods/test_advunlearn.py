@@ -73,6 +73,7 @@ def given(student: Any) -> tuple[TrainingBatch, dict[str, Tensor]]:
     return TrainingBatch(z_t, t, 300, known), known
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("place", "attack", "accumulate", "eta"),
     [("prefix", "pgd", True, 1.0), ("suffix", "pgd", False, 2.5), ("prefix", "fast", True, 0.0)],

@@ -37,6 +37,7 @@ def pair(student: Any, new_pairs: Callable[..., list[Pair]]) -> Pair:
     return new_pairs(student, ("mona lisa", "person"))[0]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("eta", [1.0, 0.0, 2.5])
 def test_the_loss_and_its_gradient(eta: float, student: Any, new_backbone: Callable[..., Any], pair: Pair) -> None:
     """One latent and one forward at a time, with a second U-Net as the teacher, on the bare name and ''."""

@@ -97,6 +97,7 @@ def test_every_seed_works(backbone: Counted, pairs: list[Pair], tmp_path: Path) 
     assert all(0 <= seed < 2**63 for seed in backbone.drawn)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "other", [{"seed": 1}, {"sampler": Sampler("ddim", 3, 7.5, 32, 32)}, {"images": 4}, {"chunk": 5}]
 )

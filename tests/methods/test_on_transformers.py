@@ -48,6 +48,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", LIKE)
 @pytest.mark.parametrize(
     "name", slow_unless([n for n in METHODS if n not in (*IMPOSSIBLE, *VECTORS)], "realera", "uce", "esd-x", "mace")
@@ -99,6 +100,7 @@ def test_attention_maps_are_refused_with_the_reason(name: str, new_transformer: 
         pass
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", VECTORS)
 def test_learned_vectors_need_one_text_encoder(
     name: str, new_transformer: Make, new_pairs: Any, load_method: Any, tmp_path: Path
@@ -166,6 +168,7 @@ def test_detached_begin_rows_are_refused(new_transformer: Make, new_pairs: Any, 
         )
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("kind", LIKE)
 @pytest.mark.parametrize("name", ["ac", "esd-u", "esd-x", "mace", "realera", "sa", "spm"])
 def test_defaults_name_layers_that_the_network_has(

@@ -58,6 +58,7 @@ def noise(backbone: UNetBackbone, latents: Tensor, t: Tensor, texts: TextStates,
         return backbone.predict_noise(latents, t[None], texts.states[row : row + 1], texts.pooled[row : row + 1])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("transport", ["per_module", "official"])
 def test_a_membrane_is_scaled_for_each_image_by_its_prompt(backbone: UNetBackbone, transport: Any) -> None:
     spec = LoraSpec(targets=("attn2.to_k", "ff.net.2", "proj_in"), init="kaiming", per_concept=True)

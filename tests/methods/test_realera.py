@@ -207,6 +207,7 @@ def gradients(backbone: Any, loss: Tensor) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trained)]).double()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize(
     ("settings", "weights"),

@@ -62,6 +62,7 @@ def stage(backbone: Noted, chain: int, stop: int) -> Tensor:
     return made[0]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("extra", [0, 2])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_each_latent_is_an_image_stopped_where_its_timestep_says(

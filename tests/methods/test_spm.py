@@ -52,6 +52,7 @@ def gradients(backbone: Any, loss: Tensor) -> Tensor:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("anchoring", ["words", "noise"])
 @pytest.mark.parametrize(("neutral", "eta"), [("", 1.0), (None, 0.5)])
 def test_the_loss_is_the_papers(

@@ -47,6 +47,7 @@ def searching(**more: Any) -> ThoroughSearch:
     return found
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("scale", "found"), [(2.0, 2), (1.0, 0), (3.5, 1)])
 def test_the_loss_and_its_gradient(
     scale: float, found: int, student: Any, new_backbone: Callable[..., Any], pair: Pair

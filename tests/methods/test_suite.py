@@ -129,6 +129,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", slow_unless(METHODS, *SHORT))
 def test_only_the_named_weights_change(name: str, plain: Any, new_backbone: Any) -> None:
     def weights(backbone: Any) -> dict[str, Tensor]:
@@ -144,12 +145,14 @@ def test_only_the_named_weights_change(name: str, plain: Any, new_backbone: Any)
     assert bool(state) == (name not in NO_WEIGHTS)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", slow_unless(METHODS, *QUICK))
 def test_another_seed_gives_other_weights_if_anything_is_random(name: str, plain: Any, run: Any) -> None:
     """`test_a_resumed_run_equals_an_uninterrupted_one` tests that the same seed gives the same weights."""
     assert same(plain(name)[0].erased_state(), run(name, seed=1).erased_state()) == (name not in RANDOM)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name", slow_unless(METHODS, *SHORT))
 def test_saved_weights_give_the_same_output(name: str, plain: Any, new_backbone: Any) -> None:
     erased, folder = plain(name)
@@ -159,6 +162,7 @@ def test_saved_weights_give_the_same_output(name: str, plain: Any, new_backbone:
     assert origin.config == {"method": {"name": name}}
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_finished_run_is_loaded_and_not_redone(name: str, plain: Any, erase: Any) -> None:
     first, folder = plain(name)
@@ -167,6 +171,7 @@ def test_a_finished_run_is_loaded_and_not_redone(name: str, plain: Any, erase: A
     assert (folder / "erased.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", slow_unless(METHODS, *QUICK))
 def test_a_resumed_run_equals_an_uninterrupted_one(
     name: str, plain: Any, run: Any, load_method: Any, tmp_path: Path
@@ -312,6 +317,7 @@ def test_training_for_two_concepts_at_once(name: str, run: Any, new_pairs: Any, 
     assert all(after < before for before, after in zip(*losses, strict=True)), losses
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", slow_unless(METHODS, *QUICK))
 def test_bfloat16(name: str, plain: Any, run: Any) -> None:
     exact, rounded = plain(name)[0], run(name, to="bf16", precision="bf16-mixed")

@@ -283,6 +283,7 @@ BANDS = [
 ]
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     "band", BANDS, ids=lambda band: ",".join(f"{k}={v}" for k, v in vars(band).items() if v != vars(Band())[k])
 )

@@ -252,6 +252,7 @@ def test_hours_come_from_finished_runs_if_there_are_any(hydra: None) -> None:
     assert worked(*words).pace is None
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("backbone", [file.stem for file in sorted((paths.CONF_DIR / "backbone").glob("*.yaml"))])
 def test_every_backbone_has_a_time_per_pass(backbone: str, hydra: None) -> None:
     assert worked(f"backbone={backbone}", "trainer=cpu").rate == estimate.PASS[backbone, "cpu"]
@@ -421,6 +422,7 @@ def test_a_long_list_of_reasons_is_shortened(capsys: pytest.CaptureFixture[str])
     assert said.index("refused (2): [red] is no class") < said.index("refused (1): reason 0")
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -117,6 +117,7 @@ ATTACKS = sorted(path.stem for path in (CONF_DIR / "attack").glob("*.yaml"))
 VECTOR_ATTACKS = ("inversion", "mma", "p4d", "unlearndiff")
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("backbone", FOLDERS)
 def test_attacks_that_mean_nothing_are_refused(backbone: str, small: Small) -> None:
     for name in ATTACKS:
@@ -196,6 +197,7 @@ def test_a_folder_that_the_backbone_does_not_fit_is_refused_by_its_plan(
         raise UserError(answer(config_of("uce", backbone, pretrained=str(place))) or "not refused")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("command", ["attack", "evaluate"])
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["one", "several"])
 def test_a_plan_for_the_unedited_model_refuses_such_a_folder(

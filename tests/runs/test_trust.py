@@ -225,6 +225,7 @@ LACKING: dict[str, Attack] = {  # accepted where a run is shown, or begun again
 USING = [name for name in COMMANDS if not name.startswith(("report", "train"))]
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("attack", SETTINGS)
 def test_settings_in_a_folder_cannot_start_code(attack: str, received: Path, give: Callable[[str], None]) -> None:
     SETTINGS[attack](received)
@@ -290,6 +291,7 @@ LINKS: dict[str, Attack] = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("attack", LINKS)
 def test_a_symbolic_link_in_a_run_is_refused(attack: str, received: Path, give: Callable[[str], None]) -> None:
     LINKS[attack](received)
@@ -393,6 +395,7 @@ def test_paths_in_files_cannot_leave_the_folder(attack: str, received: Path, giv
     assert (received / paths.REPORT).read_text() == page
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("attack", ["a picture above", "an id above", "a linked picture", "a judge above"])
 def test_judging_again_reads_only_images_of_the_folder(
     attack: str, received: Path, give: Callable[[str], None]
@@ -458,6 +461,7 @@ def sweep_given(received: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     return refused
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", paths.SWEEP_FILES)
 def test_a_symbolic_link_in_a_sweep_is_refused(
     name: str, received: Path, sweep_given: Callable[..., str], capsys: pytest.CaptureFixture[str]

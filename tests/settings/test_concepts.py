@@ -190,6 +190,7 @@ def test_a_tables_content_belongs_to_the_runs_identity(tmp_path: Path) -> None:
     assert "tables" not in folders.identity(settings("concept=airplane"))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -69,6 +69,7 @@ def is_one_sentence(said: str) -> bool:
     return bool(said) and "\n" not in said and "Error" not in said and "object" not in said.split("_target_")[0][:20]
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize(("group", "option"), slow_unless(ALL, *ALL[::6]), ids=lambda value: str(value) or "door")
 def test_every_leaf_accepts_or_refuses_odd_values(group: str, option: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)

@@ -34,6 +34,7 @@ def test_choices_that_are_allowed_are_not_blamed_for_another_fault() -> None:
     assert composition.settings_of("train", [*words, "seed=1"])["seed"] == 1
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("command", "words", "said"),
     [

@@ -384,6 +384,7 @@ def test_the_sentence_says_the_range() -> None:
     assert setting_types.Number(0, 2**63 - 1, whole=True).words.endswith("to 2^63 - 1")
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize(("group", "option"), walk.options(), ids=lambda value: str(value))
 def test_every_parameter_of_every_class_in_a_yaml_has_a_kind(group: str, option: str) -> None:
     _, config, _ = walk.walked(group, option)

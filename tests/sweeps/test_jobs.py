@@ -198,6 +198,7 @@ def test_a_launcher_that_gives_up_still_gives_the_page_and_a_sentence(
     assert Path("runs/sweeps/stamp/report.html").is_file() == bool(ended)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

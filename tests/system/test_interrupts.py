@@ -145,6 +145,7 @@ def test_a_forked_process_has_its_own_signals(tmp_path: Path) -> None:
     assert (process.returncode, out) == (0, "ready 15\n"), err
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("delay", [0.15, 0.3, 0.5, 0.7])
 def test_a_signal_during_the_imports(delay: float, tmp_path: Path) -> None:
     """While Python itself starts, a signal ends it like any program."""
@@ -183,6 +184,7 @@ import realera.train
 EARLY_MODULES = ["system.disk", "system.locks", "contracts", "cli", "settings.error_sentences", "runs.processes"]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("module", EARLY_MODULES)
 def test_a_signal_at_the_import_of(module: str, tmp_path: Path) -> None:
     process = script(EARLY.format(module=module), tmp_path)

@@ -243,6 +243,7 @@ def test_bad_trainer_settings_are_refused(trainer: dict[str, Any], says: str, go
         go(Method("original"), trainer=trainer)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["esd-u", "sa", "fmn", "realera"])
 def test_a_checkpoint_contains_only_trained_weights(
     name: str, go: Callable[..., Any], load_method: Callable[..., Any], tmp_path: Path
@@ -284,6 +285,7 @@ def test_large_checkpoints_are_saved_less_often(
         go(load_method("realera"), checkpoint_every=0)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("clip", "typed", "most"),
     [

@@ -172,6 +172,7 @@ def forged(file: Path, forge: Any, to: Path) -> Path:
     return to
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("name", FORGED)
 def test_a_forged_checkpoint_is_refused(name: str, killed: tuple[Path, saved.Form], tmp_path: Path) -> None:
     file, form = killed
@@ -181,6 +182,7 @@ def test_a_forged_checkpoint_is_refused(name: str, killed: tuple[Path, saved.For
         saved.read(tmp_path / "last.ckpt", form, steps_per_concept)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "name", slow_unless(FORGED, "weight-shape", "weight-nan", "step-1000", "losses-nan", "latents-size", "count-beyond")
 )
