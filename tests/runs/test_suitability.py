@@ -117,6 +117,34 @@ ATTACKS = sorted(path.stem for path in (CONF_DIR / "attack").glob("*.yaml"))
 VECTOR_ATTACKS = ("inversion", "mma", "p4d", "unlearndiff")
 
 
+@pytest.mark.parametrize("backbone", ["mini", "flux-dev"])
+def test_an_attack_that_trains_needs_weights_that_can_be_trained(backbone: str) -> None:
+    def said(attack: str, **own: Any) -> str | None:
+        node: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "attack" / f"{attack.split()[0]}.yaml"))
+        if "full" in attack:
+            node["weights"] = "full"
+        try:
+            suitability.check_attack(AttackSettings(node), Settings(config_of("uce", backbone, **own)).backbone)
+        except UserError as error:
+            return str(error)
+        return None
+
+    for attack, dtype, wrong in (
+        ("relearn", "float32", False),
+        ("relearn", "bfloat16", False),
+        ("relearn", "float16", True),
+        ("relearn full", "float32", False),
+        ("relearn full", "bfloat16", True),
+        ("relearn full", "float16", True),
+        ("random", "float16", False),
+    ):
+        found = said(attack, dtype=dtype)
+        assert bool(found) == wrong, (attack, dtype, found)
+        assert not wrong or (found and found.startswith("attack relearn") and f"backbone.dtype={dtype}" in found)
+    found = said("relearn full", dtype="float32", offload="sequential")
+    assert found and "set backbone.offload=none" in found
+
+
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("backbone", FOLDERS)
 def test_attacks_that_mean_nothing_are_refused(backbone: str, small: Small) -> None:

@@ -17,7 +17,7 @@ from realera.backbones.unet import UNetBackbone
 from realera.contracts import Sampler
 from realera.runs import estimate, timing
 from realera.runs.timing import Rate
-from realera.system import devices
+from realera.system import cores, devices
 
 pytestmark = pytest.mark.timed
 
@@ -37,6 +37,7 @@ def passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, s
         return 1.0 if dtype == "float32" else 0.25
 
     monkeypatch.setenv("REALERA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cores, "busy", lambda: 0.0)
     monkeypatch.setattr(probe, "seconds_per_pass", timed)
     return found
 
@@ -122,6 +123,18 @@ def test_it_is_timed_once_a_day(passes: list[tuple[str, str]], tiny_sd: Path, tm
     (file,) = (tmp_path / "cache" / timing.FOLDER).iterdir()
     os.utime(file, (0, 0))
     assert timing.rate_of(config(tiny_sd), "cpu") == first and len(passes) == 2, "machines change"
+
+
+def test_a_time_taken_beside_other_work_is_taken_again(
+    passes: list[tuple[str, str]], tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "busy", lambda: 0.5)
+    beside = timing.rate_of(config(tiny_sd), "cpu")
+    assert beside is not None and beside.source.endswith("while other work ran")
+    monkeypatch.setattr(cores, "busy", lambda: 0.1)
+    alone = [timing.rate_of(config(tiny_sd), "cpu") for _ in range(2)]
+    assert len(passes) == 2 and alone[0] == alone[1] and alone[0] is not None
+    assert "other work" not in alone[0].source
 
 
 def test_on_a_gpu_half_precision_is_timed_too(

@@ -43,6 +43,8 @@ class Relearning:
 
     counts_plain = False
     draws_all = True
+    trains_adapters = True
+    trains_weights_where = {"weights": "full"}
 
     def __init__(
         self,

@@ -46,10 +46,12 @@ def check(method: MethodSettings, backbone: BackboneSettings) -> None:
 
 
 def check_attack(attack: AttackSettings, backbone: BackboneSettings) -> None:
-    """Raises UserError, with the reason, for an attack that means nothing on the backbone's kind of model."""
+    """Raises UserError, with the reason, for an attack that means nothing on the backbone's kind of model, or cannot
+    train weights of its precision."""
+    said = f"attack {attack.name}"
+    check_trained_dtype(attack, backbone)
     if not has_joint_attention(backbone):
         return
-    said = f"attack {attack.name}"
     if _learns_vectors(attack.node) and kind_of(backbone) in kinds.SEVERAL_SPLITS:
         raise UserError(
             f"{said} searches vectors in place of tokens, and the text encoders of backbone {backbone.name} split a "
@@ -59,6 +61,26 @@ def check_attack(attack: AttackSettings, backbone: BackboneSettings) -> None:
         raise UserError(
             f"{said} changes the noise that DDIM adds in each step, and backbone {backbone.name} draws by flow "
             "matching, which adds none: choose an attack such as complete or inpaint."
+        )
+
+
+def check_trained_dtype(attack: AttackSettings, backbone: BackboneSettings) -> None:
+    whole = fact(str(attack.target), "trains_weights_where", {})
+    if found := [f"attack.{key}={whole[key]}" for key in whole if attack.node.get(key) == whole[key]]:
+        if backbone.dtype != "float32":
+            raise UserError(
+                f"attack {attack.name} with {found[0]} trains the network's weights, and backbone.dtype="
+                f"{backbone.dtype} would round its small steps away: set backbone.dtype=float32."
+            )
+        if backbone.offload == "sequential":
+            raise UserError(
+                f"attack {attack.name} with {found[0]} trains the network's weights, and backbone.offload=sequential "
+                "keeps them in the CPU's memory, where they cannot be trained: set backbone.offload=none."
+            )
+    elif backbone.dtype == "float16" and fact(str(attack.target), "trains_adapters"):
+        raise UserError(
+            f"attack {attack.name} trains, and backbone.dtype=float16 is only for drawing images: set "
+            "backbone.dtype=bfloat16 or float32."
         )
 
 

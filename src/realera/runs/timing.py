@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from realera.system import cores, devices, disk
 FOLDER = "timings"  # of the cache
 DAY = 86_400.0  # seconds; an older figure is measured again
 USUAL_ROWS = 77  # token rows of a prompt, in most text encoders
+SHARE = 0.3  # of the cores; if more are busy before a pass is timed on the CPU, the next plan times it again
 SMALL = "mini"  # the only backbone that is timed on a CPU: elsewhere a pass takes minutes
 
 
@@ -103,11 +104,14 @@ def _machine(backbone: BackboneSettings, device: str) -> Machine | None:
 
 
 def _once_a_day(about: Sequence[Any], timed: Callable[[], Rate]) -> Rate:
-    """The rate that the cache has for `about`, or else a new one, which is kept."""
+    """The rate that the cache has for `about`, or else a new one, which is kept, unless other work slowed it down."""
     file = paths.cache_dir() / FOLDER / f"{folders.digest(list(about))}.json"
     if (kept := _kept(file)) is not None:
         return kept
+    slowed = devices.number() == 0 and cores.busy() > SHARE
     rate = timed()
+    if slowed:
+        return replace(rate, source=f"{rate.source}, while other work ran")
     with suppress(OSError, UserError):  # a plan needs no cache
         file.parent.mkdir(parents=True, exist_ok=True)
         disk.write_text(file, plain_data.json_text(asdict(rate)) + "\n")

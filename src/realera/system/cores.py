@@ -17,6 +17,14 @@ def usable(groups: Path = GROUPS, own: Path = OWN) -> int:
     return max(1, math.ceil(min(cores, *_quotas(groups, own))))
 
 
+def busy() -> float:
+    """The share of the cores that were busy in the last minute, this process's own start included; 0 if unknown."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):  # not on Windows
+        return 0.0
+
+
 def _quotas(groups: Path, own: Path) -> list[float]:
     """The quotas in cores of the process's group and of all groups that contain it; inf if there are none."""
     folders = {groups, groups / "cpu"}  # a container sees its own group as the root
