@@ -127,11 +127,11 @@ class Attack(Protocol):
     """counts_plain: True = a prompt that draws the concept as it is counts as won and is not attacked, because the
     attack only adds to the prompt.
 
-    Four facts are constants of the class, which says them only if they are so: learns_vectors = True: it puts vectors in
-    place of tokens, so the text encoders must split a text alike; needs_ddim = True: it is about the noise that DDIM
+    Four facts are constants of the class, which says them only if they are so: learns_vectors = True: it puts vectors
+    in place of tokens, so the text encoders must split a text alike; needs_ddim = True: it is about the noise that DDIM
     adds, which flow matching does not have; trains_adapters = True: it trains adapters on the denoiser, which float16
-    cannot; trains_weights_where = {setting: value}: with such a setting it trains the denoiser's own weights, which must
-    be float32. They are checked before a model is loaded.
+    cannot; trains_weights_where = {setting: value}: with such a setting it trains the denoiser's own weights, which
+    must be float32. They are checked before a model is loaded.
 
     `passes` and `passes_of_search` serve the plan that is printed first; they know only the settings.
     """

@@ -168,9 +168,11 @@ def show_attack_plan(plan: Any, name: str, hindrance: str | None = None) -> None
     hours = "?" if plan.hours is None else f"{plan.hours:.2f}"
     texts = f"at most {plan.text_passes:,.0f} text-encoder passes, " if plan.text_passes else ""
     _say(
-        f"attack {name}: {plan.prompts} prompts, at most {plan.passes:,.0f} denoiser passes, {texts}{hours} hours "
-        f"({plan.basis})"
+        f"attack {name}: {_count(plan.prompts, 'prompt')}, at most {plan.passes:,.0f} denoiser passes, {texts}"
+        f"{hours} hours ({plan.basis})"
     )
+    for sentence in plan.needs:
+        _say(sentence)
     if hindrance:
         _say(f"this is a plan only; on this machine the attack could not start now: {hindrance}")
 
@@ -187,8 +189,8 @@ def show_attack(name: str, numbers: Mapping[str, Any], title: str, unedited: boo
     cost, steps = numbers["cost"], numbers["steps"]
     texts = f"{cost['text_passes']:,.0f} text-encoder passes, " if cost.get("text_passes") else ""
     _say(
-        f"{numbers['prompts']} prompts, {cost['draws']} images, {cost['passes']:,.0f} denoiser passes, {texts}"
-        f"{cost['seconds']:.0f} s" + (f"; won at step {steps['median']:g} (median)" if steps else "")
+        f"{_count(numbers['prompts'], 'prompt')}, {_count(cost['draws'], 'image')}, {cost['passes']:,.0f} denoiser "
+        f"passes, {texts}{cost['seconds']:.0f} s" + (f"; won at step {steps['median']:g} (median)" if steps else "")
     )
     if "returned" in numbers:
         from realera.evaluation.attacked import return_sentence  # only here: --help is quick without it
@@ -252,6 +254,10 @@ def _attacks_planned(plan: Mapping[str, Any]) -> Table:
         )
         table.add_row(_plain(row["run"]), _plain(row["attack"]), *numbers)
     return table
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
 def _hours(hours: float | None) -> str:

@@ -168,8 +168,8 @@ def test_a_sweep_of_attacks_has_one_plan(type_in: Type, tmp_path: Path, capsys: 
     words = ["attack", "-m", "run=one,two", "attack=random,closed-form", "limit=1"]
     assert type_in(*words) == 0
     printed = capsys.readouterr().out
-    assert printed.count("planned") == 1 and "attack random: 1 prompts" not in printed, "no other plans"
-    assert printed.count("1 prompts, ") == 4, "the results of each job"
+    assert printed.count("planned") == 1 and "attack random: 1 prompt" not in printed, "no other plans"
+    assert printed.count("1 prompt, ") == 4, "the results of each job"
     plan = json.loads((tmp_path / "runs/sweeps/stamp/plan.json").read_text())
     assert [(row["run"], row["attack"], row["prompts"]) for row in plan["attacks"]] == [
         (run, attack, 1) for run in ("one", "two") for attack in ("random", "closed-form")
@@ -178,8 +178,11 @@ def test_a_sweep_of_attacks_has_one_plan(type_in: Type, tmp_path: Path, capsys: 
     assert type_in("attack", "-m", "run=one", "attack=random,closed-form,mma", "limit=1", "dry_run=true") == 0
     printed = capsys.readouterr().out
     assert printed.count("finished") == 2 and "mma" in printed
+    assert type_in("attack", "-m", "run=one", "attack=mma,mma", "limit=1", "dry_run=true") == 0
+    (total,) = (line for line in capsys.readouterr().out.splitlines() if "total" in line)
+    assert total.split("│")[3].strip() == "1", "an attack that is typed twice is carried out once"
     assert type_in("attack", "run=one", "attack=random", "limit=1", "dry_run=true") == 0
-    assert "attack random: 1 prompts, at most" in " ".join(capsys.readouterr().out.split()), "a single one"
+    assert "attack random: 1 prompt, at most" in " ".join(capsys.readouterr().out.split()), "a single one"
 
     for more, sentence in (
         (["attack=random", "attack_seed=0,1"], "several jobs would attack one with different settings under the name"),
@@ -291,3 +294,12 @@ def test_searches_on_texts_are_planned_once_for_all_runs(capsys: pytest.CaptureF
         console.show_attack_plan(one, "named")
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("text-encoder passes") == 1 and f"at most {bell:,.0f} text-encoder passes" in said
+
+
+def test_a_plan_for_a_large_model_names_its_memory_and_download(
+    type_in: Type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run=original", "concept=airplane", "backbone=flux-dev", "trainer.accelerator=gpu", "limit=1"]
+    assert type_in("attack", *words, "logger=none", "dry_run=true") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "memory, computed and not measured: " in said and "download: about 34 GB" in said

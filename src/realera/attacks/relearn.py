@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -44,7 +44,7 @@ class Relearning:
     counts_plain = False
     draws_all = True
     trains_adapters = True
-    trains_weights_where = {"weights": "full"}
+    trains_weights_where: ClassVar = {"weights": "full"}
 
     def __init__(
         self,

@@ -50,20 +50,22 @@ def mode_of(judge: Judge, task: Task) -> Mode:
 @dataclass(frozen=True)
 class AttackPlan:
     """prompts: under attack. passes: of the denoiser, at most. text_passes: of the text encoder in a search on texts
-    alone, about. hours: None if unknown. basis: of the hours."""
+    alone, about. hours: None if unknown. basis: of the hours. needs: memory and download of the model, in sentences."""
 
     prompts: int
     passes: float
     text_passes: float
     hours: float | None
     basis: str
+    needs: Sequence[str] = ()
 
 
 def plan(session: Session, task: Task, asked: Asked) -> AttackPlan:
     """The work of an attack from its start, without the model. Raises UserError as `prompts_of`."""
     work = work_of(session.settings, task, asked)
     texts = sum(work.texts.values())
-    return AttackPlan(work.prompts, work.passes, texts, *estimate.hours_of(session.settings, work.passes, texts))
+    hours, basis = estimate.hours_of(session.settings, work.passes, texts)
+    return AttackPlan(work.prompts, work.passes, texts, hours, basis, estimate.needs_of(session.settings))
 
 
 def carry_out(session: Session, backbone: Backbone, task: Task, judge: Judge, asked: Asked) -> dict[str, Any]:

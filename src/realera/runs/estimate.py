@@ -233,7 +233,7 @@ def attacking(run: Run, task: Task, asked: Asked) -> Work:
         text_rate=TEXT_PASS.get((str(settings.backbone.name), device)),
         rate=_published(settings.backbone, device),
         machine={"backbone": settings.backbone.node, "images_at_once": settings.images_at_once, "device": device},
-        needs=_needs(settings, {}) if device == "gpu" else (),
+        needs=needs_of(settings),
         named=(run.folder.name, asked.settings.name),
     )
 
@@ -391,6 +391,11 @@ def show(plan: Plan, place: Path | None = None) -> None:
     if place is not None:
         saved = {key: value for key, value in asdict(plan).items() if key not in ("hindrances", "needs")}
         disk.write_text(place / paths.PLAN, plain_data.json_text(saved, indent=1) + "\n")
+
+
+def needs_of(settings: Settings) -> Sequence[str]:
+    """Memory and download of a run's model, if it is for a GPU."""
+    return _needs(settings, {}) if _device(settings) == "gpu" else ()
 
 
 def _needs(settings: Settings, known: dict[str, Any]) -> Sequence[str]:

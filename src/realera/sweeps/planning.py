@@ -262,8 +262,10 @@ def _work_of_attack(cfg: DictConfig, known: dict[str, Any]) -> Work:
     task, asked = composition.build_task(run.config), asked_attacks.Asked.of(config)
     work = replace(estimate.attacking(run, task, asked), hindrance=hindrance)
     content = folders.digest([asked.told(task.concepts), config.get("judge")])
-    known.setdefault("attacked", {}).setdefault((run.folder, asked.settings.name), set()).add(content)
-    return work
+    planned = known.setdefault("attacked", {}).setdefault((run.folder, asked.settings.name), set())
+    again = content in planned  # an attack that is typed twice is carried out once
+    planned.add(content)
+    return replace(work, finished=work.finished or again)
 
 
 def _checked_before(known: dict[str, Any] | None) -> set[str]:
