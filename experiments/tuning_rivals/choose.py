@@ -30,14 +30,16 @@ def beside(row: dict[str, Any]) -> list[float | None]:
 
 
 def phrases(method: str, ending: str, row: dict[str, Any]) -> float:
-    """Acc_a of the objects with the same setting; 0 if there is none. Unsafe things have twice the steps."""
-    file = HERE / method / "results.json"
-    if not file.is_file():
+    """Acc_a of the objects with the same setting; 0 for a method that was not searched on objects. Unsafe things have
+    twice the steps. A price of 10, which the objects' label of valera-rounds leaves out, is its default."""
+    files = [HERE / name / "results.json" for name in (method, f"{method}-phrases")]
+    found = [json.loads(file.read_text(encoding="utf-8"))["rows"] for file in files if file.is_file()]
+    if not found:
         return 0.0
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    known = {one["system"]: one["mean"]["acc_a"]["value"] for one in rows}
-    halved = re.sub(r"(steps )(\d+)", lambda found: f"{found[1]}{int(found[2]) // 2}", row["system"])
-    names = (row["system"], halved) if ending == "-nsfw" else (row["system"],)
+    known = {one["system"]: one["mean"]["acc_a"]["value"] for rows in found for one in rows}
+    system = row["system"].removesuffix(" method.edit.price 10") if method == "valera-rounds" else row["system"]
+    halved = re.sub(r"(steps )(\d+)", lambda found: f"{found[1]}{int(found[2]) // 2}", system)
+    names = (system, halved) if ending == "-nsfw" else (system,)
     return next((known[name] for name in names if name in known), 0.0)
 
 
@@ -62,7 +64,7 @@ def table(ending: str) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for file in sorted(HERE.glob("*/results.json")):
         method = file.parent.name.removesuffix(ending) if ending else file.parent.name
-        if file.parent.name != method + ending or (not ending and method.endswith(("-celebrity", "-nsfw"))):
+        if file.parent.name != method + ending or (not ending and method.endswith(("-celebrity", "-nsfw", "-phrases"))):
             continue
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
         chosen = best(rows, method, ending)

@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
 HERE=experiments/tuning_rivals
 RUNS=${RUNS:-runs/tuning_rivals}
-METHODS=${METHODS:-uce rece speed oce leace sld realera-text realera-value realera-value-teacher valera valera-rounds mace ac fmn sa spm esd-x esd-u advunlearn receler stereo}
+METHODS=${METHODS:-uce rece speed oce leace sld realera-text realera-value realera-value-teacher valera valera-rounds valera-rounds-phrases mace ac fmn sa spm esd-x esd-u advunlearn receler stereo}
 TASKS=${TASKS:-object celebrity nsfw}
 
 search() { # settings..., each with its values; the label names them
@@ -71,6 +71,11 @@ for task in $TASKS; do
         search $rounds=1 method.edit.gain=1.05 method.edit.price=10
         ;;
       esac
+      ;;
+    valera-rounds-phrases) # price 1, the rest of the people's settings: the phrases of objects that choose.py looks up
+      if [[ $task != object ]]; then continue; fi
+      method=valera-rounds
+      search method.edit.search.rounds=1,2 method.edit.gain=1,1.1 method.edit.price=1
       ;;
     valera) search method.edit.price=1,10 method.edit.gain=1,1.05,1.1,1.2 ;;
     uce) search method.edit.rows=last,suffix_2023 method.edit.ridge=0.05,0.5,5,50 ;;
