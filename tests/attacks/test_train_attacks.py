@@ -179,8 +179,8 @@ def test_a_sweep_of_attacks_has_one_plan(type_in: Type, tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     assert printed.count("finished") == 2 and "mma" in printed
     assert type_in("attack", "-m", "run=one", "attack=mma,mma", "limit=1", "dry_run=true") == 0
-    (total,) = (line for line in capsys.readouterr().out.splitlines() if "total" in line)
-    assert total.split("│")[3].strip() == "1", "an attack that is typed twice is carried out once"
+    (sum_of_both,) = (line for line in capsys.readouterr().out.splitlines() if "total" in line)
+    assert sum_of_both.split("│")[3].strip() == "1", "an attack that is typed twice is carried out once"
     assert type_in("attack", "run=one", "attack=random", "limit=1", "dry_run=true") == 0
     assert "attack random: 1 prompt, at most" in " ".join(capsys.readouterr().out.split()), "a single one"
 
