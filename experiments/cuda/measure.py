@@ -5,8 +5,8 @@ numbers to RESULTS.json. With "cpu" the parts run on the CPU, with the miniature
 
 Parts: environment, sd14-float32, sd14-bfloat16, sd14-float16, options (channels-last, TF32, mixed precision, gradient
 checkpointing, running out of memory), compile, sdxl, closed (closed forms of 1 and 100 names), road (the commands of
-somebody who erases a name and exports the result), profile. The full-size weights are random, which changes neither
-time nor memory.
+somebody who erases a name and exports the result), attacks (a step of each attack that searches), flux (FLUX.1 dev,
+whole and with one block at a time), profile. The full-size weights are random, which changes neither time nor memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -30,11 +30,13 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import open_dict
 
 from realera import __version__, paths
 from realera.backbones.sampling import start_noise
-from realera.contracts import Backbone
+from realera.contracts import Backbone, Prompt, Verdict
 from realera.costs import Meter
+from realera.files import plain_data
 from realera.runs import steps
 from realera.settings import composition, resolvers
 from realera.system import disk
@@ -77,9 +79,10 @@ def peak(work: Callable[[], Any]) -> tuple[float, float]:
     return seconds, torch.cuda.max_memory_allocated() / GB
 
 
-def config_of(kind: str, *words: str) -> dict[str, Any]:
-    """realera.train's settings on the folder of random weights, or on the miniature."""
-    model = ["backbone=mini"] if CPU else [f"backbone={kind}", f"backbone.pretrained={FOLDERS / kind}"]
+def config_of(kind: str, *words: str, small: bool = False) -> dict[str, Any]:
+    """realera.train's settings on the folder of random weights, or, on the CPU, on the miniature. small: the folder is
+    small enough for the CPU."""
+    model = ["backbone=mini"] if CPU and not small else [f"backbone={kind}", f"backbone.pretrained={FOLDERS / kind}"]
     accelerator = "cpu" if CPU else "gpu"
     common = ["task=object", "concept=airplane", "logger=none", f"trainer.accelerator={accelerator}", *model]
     resolvers.register_resolvers()
@@ -326,7 +329,6 @@ def compiled() -> dict[str, Any]:
 
 def memory_runs_out() -> dict[str, Any]:
     """A chunk of images that does not fit into memory is drawn in halves."""
-    from realera.contracts import Prompt
     from realera.evaluation.generate import generate_images
 
     backbone = steps.load_backbone(config_of("sd14", "backbone.dtype=bfloat16", "backbone.sampler.steps=2"))
@@ -407,6 +409,97 @@ def road() -> dict[str, Any]:
     return found
 
 
+class NothingShown:
+    """A judge that sees the concept in no image, so that no attack ends before its step."""
+
+    name = "nothing"
+
+    def __call__(self, images: Sequence[Path], prompts: Sequence[Prompt]) -> list[Verdict]:
+        return [Verdict(prompt.id, 0.0, "nothing") for prompt in prompts]
+
+    def protocol(self) -> dict[str, Any]:
+        return {"judge": self.name}
+
+
+ONE_STEP = {  # of each attack that searches
+    "closed-form": [],
+    "inversion": ["attack.steps=1", "attack.images=1"],
+    "unlearndiff": ["attack.timesteps=1", "attack.iterations=1"],
+    "p4d": ["attack.steps=1", "attack.test=1"],
+    "ring-a-bell": ["attack.generations=1"],
+    "mma": ["attack.steps=1"],
+    "relearn": ["attack.steps=[1]", "attack.count=1"],
+    "relearn-full": ["attack.steps=[1]", "attack.count=1", "attack.weights=full"],
+}
+
+
+def attacks() -> dict[str, Any]:
+    """One prompt and one step of each attack on UCE's edit, in float32: seconds of the attack, which contain its
+    drawings of 4 steps, and peak memory of the command."""
+    from realera.runs import asked_attacks, attacking
+    from realera.runs.folders import Run
+    from realera.runs.session import Session
+
+    place = Path(tempfile.mkdtemp())
+    model = ["backbone=mini"] if CPU else ["backbone=sd14", f"backbone.pretrained={(FOLDERS / 'sd14').resolve()}"]
+    words = ["task=object", "concept=airplane", "method=uce", "evaluate=false", "logger=none", *model]
+    words += ["backbone.sampler.steps=4", f"trainer.accelerator={'cpu' if CPU else 'gpu'}", f"run_dir={place / 'uce'}"]
+    words += [f"task.images.{kind}=1" for kind in ("erase", "near", "keep", "associated", "unseen")]
+    done = subprocess.run([sys.executable, "-m", "realera.train", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    run = Run(place / "uce", plain_data.read_yaml(place / "uce" / paths.CONFIG))
+    resolvers.register_resolvers()
+    task, backbone = composition.build_task(run.config), steps.load_run(run)
+    found: dict[str, Any] = {}
+    for name, own in ONE_STEP.items():
+        typed = ["run=original", "logger=none", f"attack={name.removesuffix('-full')}", "limit=1", *own]
+        with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
+            cfg = compose("attack", typed)
+        with open_dict(cfg):
+            cfg.task, cfg.backbone = run.config["task"], run.config["backbone"]
+        asked = asked_attacks.Asked.of(composition.checked(cfg, "attack"))
+        done_by: dict[str, Any] = {}
+        seconds, memory = peak(
+            lambda asked=asked, done_by=done_by: done_by.update(
+                attacking.carry_out(Session(run), backbone, task, NothingShown(), asked)
+            )
+        )
+        cost = done_by["cost"]
+        found[name] = {"command_s": round(seconds, 2), "peak_gb": round(memory, 2)}
+        found[name] |= {key: round(float(cost[key]), 2) for key in ("seconds", "passes", "text_passes", "draws")}
+        print(name, json.dumps(found[name]), flush=True)  # in the log even if the part's time runs out
+    shutil.rmtree(place)
+    return found
+
+
+def flux() -> dict[str, Any]:
+    """FLUX.1 dev in bfloat16: closed form, two alignment steps, an image of 4 steps; then the image with one block at a
+    time on the GPU and T5 in eight bits."""
+    words = ["backbone.sampler.steps=4", "method.latents.images=1", "method.latents.batch=1", "method.latents.chunk=1"]
+    words += ["method.align.steps=2", "backbone.vae_tiling=true"]
+    words += ["backbone.sampler.height=64", "backbone.sampler.width=64", "backbone.text.width=64"] if CPU else []
+    text, found = ["a photo of the airplane"], {}
+    for name, more in (("whole", []), ("offloaded", ["backbone.offload=sequential", "backbone.t5=int8"])):
+        config = config_of("flux-dev", *words, *([] if CPU else more), small=True)
+        since = time.perf_counter()
+        backbone = steps.load_backbone(config)
+        sync()
+        part: dict[str, Any] = {"load_s": round(time.perf_counter() - since, 2)}
+        seconds, memory = peak(lambda backbone=backbone: backbone.generate(text, [0]))
+        part |= {"image_s": round(seconds, 2), "image_peak_gb": round(memory, 2)}
+        if name == "whole":
+            before = backbone.generate(text, [0])
+            part["erase"] = erase(config, backbone)
+            after = backbone.generate(text, [0])
+            part["mean_grey_levels_changed"] = round((after.float() - before.float()).abs().mean().item(), 2)
+            part["image"] = list(after.shape[1:])
+        found[name] = part
+        print(name, json.dumps(part), flush=True)
+        del backbone
+    return found
+
+
 def profile() -> dict[str, Any]:
     """Profiles the host during alignment; the functions by own and cumulative time go to the part's log."""
     import cProfile
@@ -439,6 +532,8 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "sdxl": sdxl,
     "closed": closed,
     "road": road,
+    "attacks": attacks,
+    "flux": flux,
     "profile": profile,
 }
 
