@@ -115,6 +115,7 @@ def test_undo_restores_the_pipeline_bit_for_bit(method: str, pipe: Any) -> None:
     assert "undone" in repr(erased)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_pipeline_keeps_its_dtype(dtype: torch.dtype, pipe: Any) -> None:
     pipe.to(dtype)
@@ -394,6 +395,7 @@ def test_an_erasure_can_be_evaluated_on_another_task(pipe: Any) -> None:
     assert evaluation.metrics["protocol"]["task"] == "celebrity" and evaluation.folder is None
 
 
+@pytest.mark.slow
 def test_erase_takes_folders_lists_numbers_and_seeds(tiny_sd: Path) -> None:
     both = realera.erase(tiny_sd, ["cat", "ship"], anchor=["dog", "sea"], method="uce", progress=False, **CLOSED_FORM)
     assert (both.concept, both.anchor) == (["cat", "ship"], ["dog", "sea"]) and both.pipe is both.undo()

@@ -81,6 +81,7 @@ def test_odd_arguments_of_erase(given: dict[str, Any], said: str, pipe: Any) -> 
     assert same(weights(pipe), before)
 
 
+@pytest.mark.slow
 def test_numbers_of_numpy_and_torch_are_numbers(pipe: Any) -> None:
     changed = []
     for ridge, seed in ((2.0, 3), (np.float32(2), np.int64(3)), (torch.tensor(2.0), torch.tensor(3))):

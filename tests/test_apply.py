@@ -100,6 +100,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
     logging.getLogger("realera").removeHandler(caplog.handler)
 
 
+@pytest.mark.slow
 def test_one_command_applies_a_map_to_every_fine_tune(
     made: dict[str, Path], tiny_sd: Path, type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,6 +339,7 @@ def test_a_map_that_is_given_twice_is_refused(
     assert type_in(*words[:1], "remove=true", "pretrained=new", "out=back") == 0, "it is there twice"
 
 
+@pytest.mark.slow
 def test_an_exported_pipeline_has_a_record_of_its_map(
     made: dict[str, Path], tiny_sd: Path, type_in: Type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

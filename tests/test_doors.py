@@ -166,6 +166,7 @@ def test_a_concept_nobody_can_judge_still_ends_in_a_page(
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_another_judge_judges_the_same_images_again(run_dir: Path, type_in: Type) -> None:
     images = {path: path.stat().st_mtime_ns for path in (run_dir / "images").iterdir()}
     type_in("train", "concept=airplane", *METHOD, "judge.unsafe=[gun]")
@@ -230,6 +231,7 @@ def test_judging_again_draws_nothing_and_loses_no_number(
     assert {path: path.stat().st_mtime_ns for path in images} == images
 
 
+@pytest.mark.slow
 def test_a_missing_image_is_drawn_again_before_judging(run_dir: Path, type_in: Type) -> None:
     lost = next((run_dir / "images").iterdir())
     content = lost.read_bytes()

@@ -47,6 +47,7 @@ def test_uce_of_today(erased: Callable[..., dict[str, torch.Tensor]]) -> None:
         torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_refinement_of_mace(erased: Callable[..., dict[str, torch.Tensor]]) -> None:
     """Its own prompts as templates. The bounds are those of its float32 inverse (see tests/methods/test_mace.py)."""
     prompts = json.loads((OFFICIAL / "mace_cfr_airplane_sky.prompts.json").read_text())["erase"]

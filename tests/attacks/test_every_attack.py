@@ -136,6 +136,7 @@ def test_a_larger_limit_only_adds_prompts(place: Path, erased: str, type_in: Typ
     assert attacked.numbers(place / erased)["more"]["prompts"] == 1
 
 
+@pytest.mark.slow
 def test_the_unedited_model_is_attacked_as_a_control(place: Path, type_in: Type, small: list[str]) -> None:
     type_in("attack", "run=original", "concept=airplane", "run_dir=control", "limit=2", *small[:-1])
     numbers = attacked.numbers(place / "control")["random"]

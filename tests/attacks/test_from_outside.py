@@ -59,6 +59,7 @@ def _other_files(folder: Path) -> set[Path]:
     return {file for file in folder.rglob("*") if not {"attacks", "__pycache__"} & set(file.parts)}
 
 
+@pytest.mark.slow
 def test_it_runs_and_its_texts_are_only_texts(
     own: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

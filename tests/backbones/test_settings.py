@@ -63,6 +63,7 @@ def test_large_maps_use_sdpa(load: Load, monkeypatch: pytest.MonkeyPatch) -> Non
     assert {type(p) for p in backbone.unet.attn_processors.values()} == {AttnProcessor2_0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", slow_unless(["bfloat16", "float16"], "bfloat16"))
 def test_half_precision_gives_nearly_the_same_images(load: Load, dtype: str) -> None:
     exact, half = load(), load(dtype=dtype)

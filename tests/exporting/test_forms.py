@@ -546,6 +546,7 @@ def test_a_pipeline_s_changed_scheduler_is_exported(tmp_path: Path) -> None:
         assert reader.metadata()["modelspec.prediction_type"] == "v"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["checkpoint", "diffusers"])
 def test_an_export_that_is_interrupted_while_it_draws_can_be_typed_again(
     to: forms.Form, base: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -107,6 +107,7 @@ def _block_layers(rule: dict[str, Any], config: Any) -> list[tuple[str, str]]:
     return [(f"{name}.{i}", own) for name, layers in rule.items() for i in range(counts[name]) for own in layers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_unless([*KINDS, "sd3-without-t5"], "sd3-without-t5"))
 def test_a_pipeline_folder_is_read_by_diffusers(
     kind: str, tiny_transformers: Folders, runs: Callable[[str], tuple[Path, Weights]], tmp_path: Path
@@ -158,6 +159,7 @@ def fine_tuned(source: Path, to: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_unless(KINDS, "sd3"))
 def test_a_map_goes_onto_a_fine_tune_and_is_taken_off(
     kind: str, tiny_transformers: Folders, runs: Callable[[str], tuple[Path, Weights]], tmp_path: Path

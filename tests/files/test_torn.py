@@ -105,6 +105,7 @@ def named(said: pytest.LogCaptureFixture, file: Path) -> list[str]:
 # --- everything at once, and each kind alone -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["flipped", pytest.param("half", marks=pytest.mark.slow)])
 def test_one_command_repairs_everything(
     how: str, place: Path, finished: Path, type_in: Type, said: pytest.LogCaptureFixture
@@ -241,6 +242,7 @@ def test_a_torn_map_is_not_exported(place: Path, type_in: Type, capsys: pytest.C
 # --- deleted files ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -66,6 +66,7 @@ def test_words_are_lower_case_without_accents_or_punctuation() -> None:
     assert split_words("...") == []
 
 
+@pytest.mark.slow
 def test_a_saved_judge_is_loaded_in_half_precision(folder: Path) -> None:
     config, clip, plain = load_judge(folder)
     assert config == CONFIG

@@ -79,6 +79,7 @@ def test_noise_is_compared_as_defined(new_backbone: Any, images: Tensor) -> None
     assert float(before) < 1e-6 and float(after) > 1e-3, "the erased model is compared with the original's name"
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(new_backbone: Any, images: Tensor) -> None:
     backbone = new_backbone()
     together = nearness.noise_distances(backbone, images, "airplane", TEXTS)

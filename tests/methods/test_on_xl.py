@@ -31,6 +31,7 @@ def backbone(tiny_sdxl: Path) -> UNetBackbone:
     return UNetBackbone("sdxl", tiny_sdxl, SAMPLER)
 
 
+@pytest.mark.slow
 def test_sld_guides_each_image_by_texts_with_their_own_pooled_states(backbone: UNetBackbone, tiny_sdxl: Path) -> None:
     """One image and one text at a time."""
     guide = SafetyGuidance("cat", strength="max", steps=3)

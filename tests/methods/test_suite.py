@@ -242,6 +242,7 @@ def test_no_steps_leave_the_closed_form_alone(
     assert read_erased(tmp_path / "run" / "erased.safetensors").lora is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_unless([name for name in EDITED if name not in ROTATED], "realera"))
 def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_method: Any) -> None:
     """Each comes nearer to its anchor than when only the other one is erased."""
@@ -335,6 +336,7 @@ def test_bfloat16(name: str, plain: Any, run: Any) -> None:
         assert sum(not torch.equal(value, states[0][key]) for key, value in states[1].items()) > len(states[0]) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_unless(ALIGNED, "realera", "esd-x"))
 def test_gradient_checkpointing(name: str, run: Any) -> None:
     """It is refused for methods that cannot use it, also before the run, and for no others."""

@@ -63,6 +63,7 @@ def test_each_model_draws_the_images_of_its_own_run(runs: list[Run]) -> None:
             assert not np.array_equal(drawn[name], drawn["original"])
 
 
+@pytest.mark.slow
 def test_negative_prompt_steps_and_guidance_act_on_all_models(runs: list[Run]) -> None:
     models = SideBySide(runs)
 

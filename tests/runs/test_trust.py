@@ -530,6 +530,7 @@ def test_a_sweep_that_lists_nothing_is_refused(
     assert "sp lists no run" in sweep_given(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["evaluate", "run=received"], ["evaluate", "-m", "run=received,latest"]])
 def test_the_command_prints_one_sentence(
     words: list[str], received: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

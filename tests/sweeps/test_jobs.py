@@ -334,6 +334,7 @@ def test_a_single_run_writes_no_list_of_cells(type_in: Type) -> None:
     assert not Path("runs/sweeps").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_its_page(type_in: Type, capsys: pytest.CaptureFixture[str]) -> None:
     assert type_in("method=uce", "concept=airplane", "method.edit.ridge=0.5,5") == 0
     page = Path("runs/sweeps/stamp/report.html")
