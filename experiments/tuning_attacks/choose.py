@@ -1,7 +1,7 @@
 """Writes every attack's settings and their success into README.md and results.json: choose.py RUNS (run.sh calls it).
 
 The chosen setting has the highest ASR, the mean over the erased models; among equal ones the highest mean of the curve
-of successes over the steps, so that the faster one wins; among those the fewest passes.
+of successes over the steps, so that the faster one wins; among those the fewest passes; among those the official one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ATTACKS = "closed-form", "inversion", "unlearndiff", "p4d", "ring-a-bell", "mma", "relearn"
+OFFICIAL = {"closed-form": "lambda_norm 0.1"}  # where it is in the grid
 START, END = "<!-- chosen -->\n", "<!-- end of chosen -->"
 
 
@@ -37,7 +38,8 @@ def searched(runs: Path, attack: str) -> list[dict[str, Any]]:
         }
         for name, each in results.items()
     ]
-    return sorted(rows, key=lambda row: (-row["asr"], -row["curve"], row["passes"]))
+    own = OFFICIAL.get(attack)
+    return sorted(rows, key=lambda row: (-row["asr"], -row["curve"], row["passes"], row["setting"] != own))
 
 
 def average(row: dict[str, Any], method: str) -> float:

@@ -249,7 +249,7 @@ def test_settings_follow_the_run_s_backbone() -> None:
             words = ["concept=airplane", f"backbone={backbone}", "attacks=[inversion]"]
             (found[backbone],) = asked_attacks.of_training(composition.plain(compose("train", words)))
     assert (found["mini"].limit, found["sd14"].limit) == (20, 50)
-    assert (found["mini"].settings.node["steps"], found["sd14"].settings.node["steps"]) == (500, 1000)
+    assert (found["mini"].settings.node["steps"], found["sd14"].settings.node["steps"]) == (250, 1000)
 
 
 def test_searches_on_texts_are_planned_once_for_all_runs(capsys: pytest.CaptureFixture[str]) -> None:
