@@ -241,8 +241,9 @@ def test_the_python_interface_refuses_the_list() -> None:
 def test_settings_follow_the_run_s_backbone() -> None:
     from hydra import compose, initialize_config_dir
 
-    from realera.settings import composition
+    from realera.settings import composition, resolvers
 
+    resolvers.register_resolvers()
     with initialize_config_dir(str(paths.CONF_DIR), version_base="1.3"):
         found = {}
         for backbone in ("mini", "sd14"):
