@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A table on the miniature: table.sh EXPERIMENT FOLDER RUNS BASE [SETTING...], called by each folder's run.sh. It continues
 # where it was stopped; a finished cell is not repeated. METHODS="mace,ac", CONCEPTS="cat,dog" and SEEDS=0 run a part, so that
-# several parts can run side by side with one thread each. Differences are from BASE, if METHODS has it.
+# several parts can run side by side with one thread each. BACKBONE=mini-dit takes the transformer. Differences are from BASE, if
+# METHODS has it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PY=${PYTHON:-.venv/bin/python}
@@ -15,5 +16,5 @@ fi
 [[ -z ${CONCEPTS:-} ]] || part+=("hydra.sweeper.params.concept='$CONCEPTS'")
 [[ -z ${SEEDS:-} ]] || part+=("hydra.sweeper.params.seed='$SEEDS'")
 
-$PY -m realera.train -m "experiment=$experiment" backbone=mini logger=none "root=$runs" "${part[@]}"
+$PY -m realera.train -m "experiment=$experiment" "backbone=${BACKBONE:-mini}" logger=none "root=$runs" "${part[@]}"
 $PY -m realera.report "runs/sweeps/$REALERA_STAMP" "results=experiments/$folder" "${base[@]}"
