@@ -142,7 +142,7 @@ def test_an_attack_that_trains_needs_weights_that_can_be_trained(backbone: str) 
         assert bool(found) == wrong, (attack, dtype, found)
         assert not wrong or (found and found.startswith("attack relearn") and f"backbone.dtype={dtype}" in found)
     found = said("relearn full", dtype="float32", offload="sequential")
-    assert found and "set backbone.offload=none" in found
+    assert found and "attack a run with backbone.offload=none" in found
 
 
 @pytest.mark.quick(2)

@@ -70,17 +70,17 @@ def check_trained_dtype(attack: AttackSettings, backbone: BackboneSettings) -> N
         if backbone.dtype != "float32":
             raise UserError(
                 f"attack {attack.name} with {found[0]} trains the network's weights, and backbone.dtype="
-                f"{backbone.dtype} would round its small steps away: set backbone.dtype=float32."
+                f"{backbone.dtype} would round its small steps away: attack a run with backbone.dtype=float32."
             )
         if backbone.offload == "sequential":
             raise UserError(
                 f"attack {attack.name} with {found[0]} trains the network's weights, and backbone.offload=sequential "
-                "keeps them in the CPU's memory, where they cannot be trained: set backbone.offload=none."
+                "keeps them in the CPU's memory, where they cannot be trained: attack a run with backbone.offload=none."
             )
     elif backbone.dtype == "float16" and fact(str(attack.target), "trains_adapters"):
         raise UserError(
-            f"attack {attack.name} trains, and backbone.dtype=float16 is only for drawing images: set "
-            "backbone.dtype=bfloat16 or float32."
+            f"attack {attack.name} trains, and backbone.dtype=float16 is only for drawing images: attack "
+            "a run with backbone.dtype=bfloat16 or float32."
         )
 
 
