@@ -69,7 +69,7 @@ def test_it_runs_and_its_texts_are_only_texts(
     words = ["run=run", "attack=twice", "limit=1", f"hydra.searchpath=[file://{own / 'conf'}]"]
     monkeypatch.setattr(sys, "argv", ["attack", *words, "dry_run=true"])
     attack.main()
-    assert "attack twice: 1 prompts, at most 16 denoiser passes" in " ".join(capsys.readouterr().out.split())
+    assert "attack twice: 1 prompt, at most 16 denoiser passes" in " ".join(capsys.readouterr().out.split())
     assert not (own / "run" / "attacks").exists()
     monkeypatch.setattr(sys, "argv", ["attack", *words])
     attack.main()
