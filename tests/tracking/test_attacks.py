@@ -23,6 +23,7 @@ from realera.tracking.base import Tracker
 from wandb_files import whole
 
 CSV = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": None}
+BOARD = {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "save_dir": None}
 SHARE = {"value": 50.0, "low": 25.0, "high": 75.0, "n": 4}
 COST = {"passes": 80, "text_passes": 500, "seconds": 1.5, "draws": 8, "once": {"passes": 0, "seconds": 0.0}}
 NUMBERS: dict[str, Any] = {
@@ -129,6 +130,29 @@ def test_an_existing_run_s_own_trackers_are_opened_again(tmp_path: Path) -> None
     with trackers.reopened(Run(run.folder, {**run.config, "logger": None}), {"csv": CSV}) as none:
         assert none == [], "a run without a logger"
     assert not (run.folder / "csv" / "version_1").exists()
+
+
+def test_tensorboard_shows_the_curve_of_the_last_settings_alone(tmp_path: Path) -> None:
+    """As metrics.json has them alone: the points of two settings would be one line that goes back and forth."""
+    pytest.importorskip("tensorboard", reason="pip install 'realera[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    task = {"_target_": "realera.tasks.objects.ObjectTask"}
+    own = {"task": task, "concept": "cat", "method": {"name": "uce"}, "logger": {"tensorboard": BOARD}}
+    run = Run(tmp_path / "run", own)
+    run.folder.mkdir()
+    for curve in ([[0, 0.0], [10, 25.0], [50, 75.0]], [[0, 0.0], [5, 50.0]]):
+        with trackers.reopened(run, {"tensorboard": BOARD}) as opened:
+            numbers = {**NUMBERS, "returned": {"curve": curve, "half": None}}
+            trackers.log_attacks(opened, {"relearn": numbers, "random": NUMBERS})
+    board = run.folder / "tensorboard"
+    for attack, expected in (("relearn", [(0, 0.0), (5, 50.0)]), ("random", [(0, 0.0), (10, 25.0), (50, 75.0)])):
+        events = EventAccumulator(str(board / "eval" / "attacks" / attack)).Reload()
+        found = events.Scalars(f"eval/attacks/{attack}/returned")
+        assert [(point.step, point.value) for point in found] == expected
+    events = EventAccumulator(str(board)).Reload()
+    assert "eval/attacks/relearn/asr" in events.Tags()["scalars"]
+    assert "eval/attacks/relearn/returned" not in events.Tags()["scalars"]
 
 
 @pytest.fixture

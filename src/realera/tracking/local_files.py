@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from realera.tracking.base import Known
 from realera.tracking.content import Results, Table
 
 HEADLINE = (*(f"eval/{name}" for name in ORDER), "cost/seconds")  # the columns of TensorBoard's HPARAMS
+EVENTS = "events.out.tfevents.*"
 
 
 class TensorBoardFiles(Known):
     """Scalars, settings (HPARAMS), a grid of images for each split, and tables as text. A run that is continued adds an
-    event file to the same folder, which TensorBoard shows as one run."""
+    event file to the same folder, which TensorBoard shows as one run. The curves of an attack have a folder of their
+    own, whose files are replaced: an attack with other settings is not one line with the one before."""
 
     title = KINDS["TensorBoardLogger"].title
     places = ("save_dir",)
@@ -43,6 +46,18 @@ class TensorBoardFiles(Known):
             logger.experiment.add_image(f"sheets/{split}", np.asarray(grid), self.step, dataformats="HWC")
         for name, table in results.tables.items():
             logger.experiment.add_text(name, markdown(table.words()), self.step)
+
+    def _curves(self, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+        logger: Any = self.logger
+        folders = dict.fromkeys(name.rpartition("/")[0] for name in curves)
+        for folder in folders:
+            place = Path(logger.log_dir) / folder
+            for old in place.glob(EVENTS):
+                old.unlink()
+            with type(logger.experiment)(log_dir=str(place)) as writer:
+                for name in (name for name in curves if name.rpartition("/")[0] == folder):
+                    for step, value in curves[name]:
+                        writer.add_scalar(name, value, step)
 
 
 class CsvFile(Known):
