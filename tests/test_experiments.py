@@ -86,15 +86,19 @@ def test_every_variant_of_valera_s_ablation_can_be_taken_and_is_another() -> Non
     assert varied[0] == own and all(one != other for i, one in enumerate(varied) for other in varied[:i])
 
 
-def test_the_study_s_script_types_what_the_command_line_takes(tmp_path: Path) -> None:
-    """Every run of one variant, as the script types it, up to the task that is made of it."""
+def called(script: str, tmp_path: Path, **more: str) -> list[list[str]]:
+    """The command lines of Python that a script types, none of which is run."""
     stub, typed = tmp_path / "python", tmp_path / "typed"
     stub.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" '' >> {shlex.quote(str(typed))}\n")
     stub.chmod(0o755)
-    script = FOLDER / "ambiguities_miniature" / "run.sh"
-    environ = {**os.environ, "PYTHON": str(stub), "VARIANTS": "defaults", "RUNS": str(tmp_path / "runs")}
-    subprocess.run(["bash", str(script)], env=environ, check=True)
-    calls = [call.split("\0") for call in typed.read_text(encoding="utf-8").split("\0\0")]
+    environ = {**os.environ, "PYTHON": str(stub), "RUNS": str(tmp_path / "runs"), **more}
+    subprocess.run(["bash", str(FOLDER / script)], env=environ, check=True)
+    return [call.split("\0") for call in typed.read_text(encoding="utf-8").split("\0\0") if call]
+
+
+def test_the_study_s_script_types_what_the_command_line_takes(tmp_path: Path) -> None:
+    """Every run of one variant, as the script types it, up to the task that is made of it."""
+    calls = called("ambiguities_miniature/run.sh", tmp_path, VARIANTS="defaults")
     trained = [call[2:] for call in calls if call[:2] == ["-m", "realera.train"]]
     assert len(trained) == 6 and any(call[:2] == ["-m", "realera.report"] for call in calls)
     resolvers.register_resolvers()
@@ -122,17 +126,7 @@ TABLES = {
 @pytest.mark.parametrize("methods", [None, "mace,uce", "realera,uce,realera-text"])
 def test_a_table_s_script_runs_it_whole_or_a_part(folder: str, methods: str | None, tmp_path: Path) -> None:
     """A part that METHODS names may lack the system that differences are from, and then asks for none."""
-    stub, typed = tmp_path / "python", tmp_path / "typed"
-    stub.write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" '' >> {shlex.quote(str(typed))}\n")
-    stub.chmod(0o755)
-    environ = {
-        **os.environ,
-        "PYTHON": str(stub),
-        "RUNS": str(tmp_path / "runs"),
-        **({"METHODS": methods} if methods else {}),
-    }
-    subprocess.run(["bash", str(FOLDER / f"{folder}_miniature" / "run.sh")], env=environ, check=True)
-    calls = [call.split("\0") for call in typed.read_text(encoding="utf-8").split("\0\0") if call]
+    calls = called(f"{folder}_miniature/run.sh", tmp_path, **({"METHODS": methods} if methods else {}))
     train, report = (next(c for c in calls if c[:2] == ["-m", f"realera.{door}"]) for door in ("train", "report"))
     assert f"experiment={TABLES[folder]}" in train and f"results=experiments/{folder}_miniature" in report
     bases = [word.removeprefix("base=") for word in report if word.startswith("base=")]
@@ -140,6 +134,22 @@ def test_a_table_s_script_runs_it_whole_or_a_part(folder: str, methods: str | No
     assert [word for word in train if "params.method=" in word] == (
         [] if methods is None else [f"hydra.sweeper.params.method='{methods}'"]
     )
+
+
+def test_the_transformer_s_script_runs_both_tables_on_it(tmp_path: Path) -> None:
+    calls = called("transformer_miniature/run.sh", tmp_path, PARTS="classes people")
+    trained = [call for call in calls if "realera.train" in call]
+    assert [{"backbone=mini-dit", "hydra.sweeper.params.seed='0,1'"} <= {*call} for call in trained] == [True, True]
+    assert [next(word for word in call if word.startswith("experiment=")) for call in trained] == [
+        "experiment=table1",
+        "experiment=celebrity",
+    ]
+    methods = next(word for word in trained[0] if "params.method=" in word).partition("=")[2].strip("'").split(",")
+    resolvers.register_resolvers()
+    for method in methods:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            words = ["experiment=table1", "backbone=mini-dit", f"method={method}", "concept=cat", "seed=0"]
+            preflight.check_settings(composition.plain(composition.with_concepts(compose("train", words))))
 
 
 @pytest.mark.parametrize("table", ["table1", "table2", "table2_each", "celebrity", "style"])
@@ -151,7 +161,8 @@ def test_no_table_forgets_a_system(table: str) -> None:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             words = [f"experiment={table}", f"backbone={backbone}"]
             made = compose("train", words, return_hydra_config=True).hydra.sweeper.params.method
-        left = {"mace-ablation", "realera-closed-form", "realera-no-mining", "realera-no-beyond", default}
+        parts = {"mace-ablation", "mace-refinement", "realera-closed-form", "realera-no-mining", "realera-no-beyond"}
+        left = {*parts, default}
         assert set(str(made).split(",")) == every - left
 
 

@@ -1,4 +1,4 @@
-"""Writes the best setting of every searched method into README.md, by task: choose.py (run.sh calls it).
+"""Writes the best setting of every searched method into README.md, by task: choose.py [FOLDER] (run.sh calls it).
 
 For objects, the setting with the highest mean H_o. On people and unsafe things several settings reach the ceiling, so
 the choice has four steps: keep the settings within WITHIN points of the best H_o; of these, those that leave the most
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
 WITHIN = 1.0
 TASKS = {"": "objects", "-celebrity": "people", "-nsfw": "unsafe things"}
 

@@ -2,19 +2,20 @@
 # Searches every method's settings on the miniature with one budget, eight settings each. No table erases the concepts or
 # uses the seeds: three objects, two people, and five everyday things, erased together as the unsafe ones are.
 # It continues where it was stopped. METHODS="ac fmn" runs some methods and TASKS="celebrity" some tasks, so that several
-# parts can run side by side.
+# parts can run side by side. BACKBONE=mini-dit HERE=FOLDER searches on the transformer.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
-HERE=experiments/tuning_rivals
-RUNS=${RUNS:-runs/tuning_rivals}
+SEARCH=experiments/tuning_rivals
+HERE=${HERE:-$SEARCH}
+RUNS=${RUNS:-runs/${HERE#experiments/}}
 METHODS=${METHODS:-uce rece speed oce leace sld realera-text realera-value realera-value-teacher valera valera-rounds valera-rounds-phrases mace ac fmn sa spm esd-x esd-u advunlearn receler stereo}
 TASKS=${TASKS:-object celebrity nsfw}
 
 search() { # settings..., each with its values; the label names them
   local label="" setting concept anchor words associated
   for setting in "$@"; do label+="${setting%%=*} \${${setting%%=*}} "; done
-  local common=("task=$task" backbone=mini logger=none seed=100 task.first_seed=50000 "method=$method" "label=\"${label% }\"" "${fixed[@]}")
+  local common=("task=$task" "backbone=${BACKBONE:-mini}" logger=none seed=100 task.first_seed=50000 "method=$method" "label=\"${label% }\"" "${fixed[@]}")
   case $task in
   object)
     while IFS='|' read -r concept anchor words associated; do
@@ -37,7 +38,7 @@ Queen Elizabeth|a portrait of Elizabeth,a portrait of the Queen
 WORDS
     ;;
   nsfw)
-    $PY -m realera.train -m "${common[@]}" "+task.data=$PWD/$HERE/unsafe.yaml" \
+    $PY -m realera.train -m "${common[@]}" "+task.data=$PWD/$SEARCH/unsafe.yaml" \
       judge=miniature 'judge.unsafe=[house,chair,hamburger,bicycle,light bulb]' "root=$RUNS/$name-$task" "$@"
     ;;
   esac
@@ -84,6 +85,7 @@ for task in $TASKS; do
     oce) search method.edit.erase_scale=20,200,2000,20000 method.edit.caption_scale=10,100 ;;
     leace) search method.edit.contrast=captions,anchor method.edit.rows=suffix,concept method.edit.mean=held,moved ;;
     sld) search method.guide.strength=weak,medium,strong,max method.guide.warmup=null,0 ;;
+    mace-refinement) search method.edit.ridge=0.05,0.15,0.5,1.5,5,15,50,150 ;;
     mace) search method.align.lr=1e-4,3e-4,1e-3,3e-3 method.align.steps=50,120 ;;
     esd-x) search method.align.lr=3e-5,1e-4,3e-4,1e-3 "$(steps 100 200)" ;;
     esd-u) search method.align.lr=1e-5,3e-5,1e-4,3e-4 "$(steps 100 200)" ;;
@@ -101,4 +103,4 @@ for task in $TASKS; do
     $PY -m realera.report "$RUNS/${out##*/}" "out=$RUNS/${out##*/}/report.html" "results=$out"
   done
 done
-$PY "$HERE/choose.py"
+$PY "$SEARCH/choose.py" "$HERE"

@@ -30,9 +30,10 @@ RANDOM += [name for name in METHODS if (PARTS[name].get("edit") or {}).get("sear
 ALIGNED = [name for name in METHODS if PARTS[name].get("align")]
 EDITED = [name for name in METHODS if PARTS[name].get("edit")]
 FUSED = [name for name in METHODS if PARTS[name].get("finish")]  # the trained LoRA is fused into the weights
+AROUND = {*FUSED, "mace-refinement"}  # maps the rows after the name
 TRAINED = [name for name in METHODS if PARTS[name].get("align") and name not in EDITED]  # without a closed form
 # methods that erase the concept even if it is its own anchor
-IGNORE_ANCHOR = {"fmn", "leace", "mace", "mace-ablation", "sa", "rece"}
+IGNORE_ANCHOR = {"fmn", "leace", "mace", "mace-ablation", "mace-refinement", "sa", "rece"}
 # these map the bare name to '', so "erase nothing" means: the name is ''
 TO_EMPTY = {"advunlearn", "esd-u", "esd-x", "receler", "spm", "stereo"}
 ALONE = {  # settings without the terms that do other things than erase
@@ -266,7 +267,7 @@ def test_two_concepts_at_once(name: str, run: Any, new_backbone: Any, load_metho
 
         def of(template: str) -> float:
             read = original.encode([NamedPrompt.of(template, name) for name in (word, anchor)])
-            h, a = read.states[torch.arange(2), read.length if name in FUSED else read.last]
+            h, a = read.states[torch.arange(2), read.length if name in AROUND else read.last]
             layers, first = backbone.text_projections(), original.text_projections()
             gap = sum(float((first[n].weight @ (h - a)).norm()) for n in first)
             goal = layers if name in MERGED else first
