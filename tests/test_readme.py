@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = (ROOT / name for name in ("README.md", "CONTRIBUTING.md"))
 VARIANTS = {
     "mace-ablation",
+    "mace-refinement",
     *(f"realera-{name}" for name in ("closed-form", "no-beyond", "no-mining", "text", "value")),
 }
 DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
