@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Searches every attack's settings on the miniature with one budget: eight settings each, against three concepts that no table
-# erases, taken out by a closed form that leaves residue (UCE) and by one that does not (VALERA). It continues where it was
-# stopped. ATTACKS="p4d mma" searches some attacks, so that several parts can run side by side.
+# erases, taken out by a closed form that leaves residue (UCE) and by one that does not (VALERA). Attacks that know the text encoder
+# alone are also carried out on the unedited model. It continues where it was stopped. ATTACKS="p4d mma" searches some attacks, so
+# that several parts can run side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PY=${PYTHON:-.venv/bin/python}
@@ -9,15 +10,16 @@ HERE=experiments/tuning_attacks
 RUNS=${RUNS:-runs/tuning_attacks}
 ATTACKS=${ATTACKS:-closed-form inversion unlearndiff relearn p4d ring-a-bell mma}
 
-runs=()
+images="task.images={erase:8,near:0,keep:1,associated:0,unseen:0}"
+runs=() concepts=()
 while IFS='|' read -r concept anchor; do
+  words=(task=object "concept=$concept" "anchor=$anchor" backbone=mini logger=none seed=100 task.first_seed=50000 "$images")
   for method in uce valera; do
     run=$RUNS/$concept-$method
-    [[ -f $run/metrics.json ]] || $PY -m realera.train task=object "concept=$concept" "anchor=$anchor" backbone=mini logger=none seed=100 \
-      task.first_seed=50000 "method=$method" task.images.erase=8 task.images.near=0 task.images.keep=1 task.images.associated=0 \
-      task.images.unseen=0 "run_dir=$run"
+    [[ -f $run/metrics.json ]] || $PY -m realera.train "${words[@]}" "method=$method" "run_dir=$run"
     runs+=("$run")
   done
+  concepts+=("$concept|$anchor")
 done <<'WORDS'
 gun|room
 knife|field
@@ -27,7 +29,13 @@ WORDS
 search() { # settings..., each with its values; the attack's name has the values, so that all results stay side by side
   local name=$attack setting
   for setting in "$@"; do name+="-\${${setting%%=*}}"; done
-  $PY -m realera.attack -m "run=$(IFS=,; echo "${runs[*]}")" "attack=$attack" "attack.name='$name'" limit=2 attack_seed=100 "$@"
+  local typed=("attack=$attack" "attack.name='$name'" limit=2 attack_seed=100 logger=none "$@") each
+  $PY -m realera.attack -m "run=$(IFS=,; echo "${runs[*]}")" "${typed[@]}"
+  [[ $attack == ring-a-bell || $attack == mma ]] || return 0
+  for each in "${concepts[@]}"; do
+    $PY -m realera.attack -m run=original task=object "concept=${each%|*}" "anchor=${each#*|}" backbone=mini seed=100 \
+      task.first_seed=50000 "$images" "run_dir=$RUNS/${each%|*}-original" "${typed[@]}"
+  done
 }
 
 for attack in $ATTACKS; do
