@@ -25,7 +25,7 @@ from realera.evaluation.measures import (
 from realera.evaluation.metrics import Estimate, available_modes
 from realera.evaluation.records import read_metrics
 from realera.files import plain_data
-from realera.reporting import cost_words
+from realera.reporting import attacked_systems, cost_words
 from realera.reporting.pooling import RunVerdicts, differences, pool, read_verdicts_of, relative
 from realera.reporting.table_formats import markdown as cell_text
 from realera.system import disk
@@ -133,9 +133,9 @@ def mean_counts(runs: Sequence[RunVerdicts]) -> dict[str, dict[str, float]]:
 def write_results(
     run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path, str] | None = None, base: str | None = None
 ) -> Path:
-    """Writes folder/results.json over the judged runs, and the table between the MARKS of folder/README.md, if any.
-    systems: the runs to include, in order, and the system of each; None: all runs, by label or method. base: the system
-    that the differences are taken from; None: no differences.
+    """Writes folder/results.json over the judged runs and their attacks, and the tables between the MARKS of
+    folder/README.md, if any. systems: the runs to include, in order, and the system of each; None: all runs, by label
+    or method. base: the system that the differences are taken from; None: no differences.
 
     Raises:
         UserError: no run was judged, a system has two runs of a concept and seed, or the runs have different judges.
@@ -144,11 +144,16 @@ def write_results(
     if len(set(judges.values())) != 1:
         raise UserError(f"a table needs runs of one judge, but these have {sorted(set(judges.values())) or 'none'}.")
     judge = next(iter(judges.values()))
-    judged = [read_verdicts_of(run, judge) for run in judges] if systems is None else []
-    for run, system in (systems or {}).items():
-        if run in judges:
-            judged.append(replace(read_verdicts_of(run, judge), system=system))
+    chosen = list(judges) if systems is None else [run for run in systems if run in judges]
+    judged = [read_verdicts_of(run, judge) for run in chosen]
+    if systems is not None:
+        judged = [replace(each, system=systems[run]) for run, each in zip(chosen, judged)]
     results = {"judge": judge, **table(judged, base=base)}
+    of_system: dict[str, list[Path]] = {}
+    for run, each in zip(chosen, judged):
+        of_system.setdefault(each.system, []).append(run)
+    if attacks := attacked_systems.attacked_systems(of_system, base):
+        results["attacks"] = attacks
     out = folder / paths.RESULTS
     disk.write_text(out, plain_data.json_text(results, indent=1, ensure_ascii=False) + "\n")
     readme = folder / paths.README
@@ -181,8 +186,8 @@ def _plain(row: Mapping[str, Estimate]) -> dict[str, Any]:
 def markdown(results: Mapping[str, Any]) -> str:
     """The rows as Markdown: value and interval of each measure, systems in order. A name is followed by its number of
     runs if other systems have more. If some images could not be scored, a column has the share that could. A line
-    follows for each mean that leaves out a run. If the headline metric is a score, the same rows follow as top-1. The
-    costs come last."""
+    follows for each mean that leaves out a run. If the headline metric is a score, the same rows follow as top-1.
+    Attacks, then costs come last."""
     headline = results["headline"]
     named = [{**row, "system": _name(row)} for row in results["rows"]]
     text = _table(named, "mean", headline)
@@ -198,6 +203,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         text += "".join(
             f"\n{line}\n" for line in undefined_notes(cell_text(str(row["system"])), row["runs"], missing, headline)
         )
+    if attacks := attacked_systems.markdown(results.get("attacks", {})):
+        text += f"\n{attacks}"
     spent = cost_words.markdown(named)
     return f"{text}\n{spent}" if spent else text
 

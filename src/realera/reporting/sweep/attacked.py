@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from realera import paths
-from realera.contracts import Prompt, Split
+from realera.contracts import Split
 from realera.evaluation import attacked
-from realera.evaluation.bootstrap import image_key
-from realera.evaluation.metrics import Images, sample
 from realera.evaluation.records import read_manifest, read_verdicts, verdict_file
+from realera.reporting import attacked_systems
 from realera.reporting.sheets import Picture, picture, plain_picture
 from realera.reporting.sweep.chapter import Chapter
 from realera.reporting.sweep.systems import JudgedRun
@@ -42,7 +41,8 @@ def attack_tables(chapter: Chapter) -> list[Table]:
     rows = []
     for system in systems:
         runs = chapter.systems[system]
-        numbers = [_share(chapter, [line for run in runs for line in _plain_lines(run, names)], "plain")]
+        plain = [line for run in _own(runs) for line in attacked_systems.plain_lines_of(run.folder, names)]
+        numbers = [_share(chapter, plain, "plain")]
         if KEPT in chapter.measures:
             kept = chapter.means[system].get(KEPT)
             numbers.append(None if kept is None else Number(kept.value, *kept.interval()))
@@ -58,8 +58,7 @@ def attack_tables(chapter: Chapter) -> list[Table]:
 
 def attacks_of(chapter: Chapter) -> list[str]:
     """The attacks of the chapter's runs, in alphabetical order."""
-    own = (run for runs in chapter.systems.values() for run in _own(runs))
-    return sorted({name for run in own for name in attacked.numbers(run.folder)})
+    return attacked_systems.attacks_of([run.folder for runs in chapter.systems.values() for run in _own(runs)])
 
 
 def _own(runs: Sequence[JudgedRun]) -> list[JudgedRun]:
@@ -69,21 +68,13 @@ def _own(runs: Sequence[JudgedRun]) -> list[JudgedRun]:
 
 def _lines(run: JudgedRun, name: str) -> list[attacked.Line]:
     """The lines behind the run's numbers of an attack."""
-    numbers = attacked.numbers(run.folder).get(name) if _own([run]) else None
-    return [] if numbers is None else attacked.read(run.folder, name)[: numbers["prompts"]]
-
-
-def _plain_lines(run: JudgedRun, names: Sequence[str]) -> list[attacked.Line]:
-    """A line for each prompt of the run under any attack."""
-    found = {line["key"]: line for name in names for line in _lines(run, name)}
-    return list(found.values())
+    return attacked_systems.lines_of(run.folder, name) if _own([run]) else []
 
 
 def _share(chapter: Chapter, lines: Sequence[attacked.Line], key: str) -> Number | None:
     if not lines:
         return None
-    keys = [image_key(Prompt(line["id"], line["prompt"], line["concept"], "erase", line["seed"])) for line in lines]
-    found = sample([Images(keys, [100.0 * line[key] for line in lines])], chapter.resamples, "top1").estimate()
+    found = attacked_systems.share(lines, key, chapter.resamples).estimate()
     return Number(found.value, found.low, found.high)
 
 
