@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PARTS=${PARTS:-objects person}
-if [[ " $PARTS " == *" objects "* ]]; then experiments/table.sh robustness robustness_miniature robustness_miniature realera; fi
+if [[ " $PARTS " == *" objects "* ]]; then experiments/table.sh robustness robustness_miniature robustness_miniature valera-rounds; fi
 if [[ " $PARTS " == *" person "* ]]; then
-  CONCEPTS="Tom Cruise" experiments/table.sh robustness robustness_miniature/person robustness_miniature realera task=celebrity
+  CONCEPTS="Tom Cruise" experiments/table.sh robustness robustness_miniature/person robustness_miniature valera-rounds task=celebrity
 fi
