@@ -136,6 +136,21 @@ def test_a_table_s_script_runs_it_whole_or_a_part(folder: str, methods: str | No
     )
 
 
+def test_the_transformer_s_script_searches_settings_on_it(tmp_path: Path) -> None:
+    """By the script of the U-Net's search, into a folder of its own."""
+    calls = called("transformer_miniature/run.sh", tmp_path, PARTS=" ", SEARCH="1")
+    trained = [call for call in calls if "realera.train" in call]
+    assert trained and all("backbone=mini-dit" in call and "backbone=mini" not in call for call in trained)
+    assert {word.partition("=")[2] for call in trained for word in call if word.startswith("task=")} == {
+        "object",
+        "celebrity",
+    }
+    here = "experiments/transformer_miniature/search"
+    reported = [word for call in calls for word in call if word.startswith("results=")]
+    assert f"results={here}/mace-refinement-celebrity" in reported and all(f"={here}/" in word for word in reported)
+    assert calls[-1] == ["experiments/tuning_rivals/choose.py", here]
+
+
 def test_the_transformer_s_script_runs_both_tables_on_it(tmp_path: Path) -> None:
     calls = called("transformer_miniature/run.sh", tmp_path, PARTS="classes people")
     trained = [call for call in calls if "realera.train" in call]

@@ -99,7 +99,6 @@ for task in $TASKS; do
     esac
     out=$HERE/$name
     if [[ $task != object ]]; then out+=-$task; fi
-    mkdir -p "$out"
     $PY -m realera.report "$RUNS/${out##*/}" "out=$RUNS/${out##*/}/report.html" "results=$out"
   done
 done

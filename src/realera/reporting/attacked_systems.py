@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,11 @@ def _differences(
 
 
 def _plain(estimate: Estimate) -> dict[str, Any]:
-    numbers = {
-        key: estimate_value for key, estimate_value in asdict(estimate).items() if key in ("value", "low", "high")
-    }
-    wide = (
-        {} if estimate.over_concepts is None else {"over_concepts": [round(end, 4) for end in estimate.over_concepts]}
-    )
-    rounded = {key: None if math.isnan(value) else round(value, 4) for key, value in numbers.items()}
-    return {**rounded, "n": estimate.n, **wide}
+    numbers: dict[str, Any] = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    numbers = {key: None if math.isnan(value) else round(value, 4) for key, value in numbers.items()}
+    if estimate.over_concepts is not None:
+        numbers["over_concepts"] = [round(end, 4) for end in estimate.over_concepts]
+    return {**numbers, "n": estimate.n}
 
 
 def markdown(attacks: Mapping[str, Any]) -> str:
