@@ -66,7 +66,7 @@ check: setup ## lint, format check and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy --config-file tests/mypy.ini tests $(wildcard experiments/*/*.py)
+	$(VENV)/bin/mypy --config-file tests/mypy.ini tests $(wildcard experiments/*.py experiments/*/*.py)
 
 docs: setup ## build the documentation site in site/; broken links are errors
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import yaml
 
 from realera import paths
-from realera.contracts import Prompt, Verdict
+from realera.contracts import Prompt, UserError, Verdict
 from realera.evaluation import attacked
 from realera.evaluation.bootstrap import exact
 from realera.evaluation.measures import MEAN_PROB
@@ -97,7 +100,9 @@ def test_no_attack_no_block(systems: dict[str, list[Path]]) -> None:
     assert "differences" not in attacked_systems(systems)
 
 
-def test_the_table_in_a_readme(systems: dict[str, list[Path]], tmp_path: Path) -> None:
+@pytest.fixture
+def judged(systems: dict[str, list[Path]]) -> list[Path]:
+    """The runs of the systems that were attacked, judged."""
     folders = [run for system in ("uce", "valera") for run in systems[system]]
     for run in folders:
         method, concept = run.name.split("-")
@@ -106,12 +111,39 @@ def test_the_table_in_a_readme(systems: dict[str, list[Path]], tmp_path: Path) -
         write_verdicts(verdict_file(run, "eye"), [Verdict(p.id, 0.2, concept) for p in prompts])
         measure(run, "eye", {"judge": {"judge": "eye"}}, MEAN_PROB)
         config = {"concept": concept, "seed": 0, "method": {"name": method}, "backbone": {"name": "mini"}}
-        disk.write_text(run / paths.CONFIG, yaml.safe_dump(config))
+        disk.write_text(run / paths.CONFIG, yaml.safe_dump({**config, "root": "/home/of/somebody"}))
+    return folders
+
+
+def test_the_table_in_a_readme(systems: dict[str, list[Path]], judged: list[Path], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f"before\n{MARKS[0]}\n{MARKS[1]}\nafter\n")
-    results = json.loads(write_results(folders, tmp_path, base="uce").read_text())
+    results = json.loads(write_results(judged, tmp_path, base="uce").read_text())
     assert results["attacks"]["rows"] == json.loads(json.dumps(attacked_systems(systems)["rows"]))
     assert results["attacks"]["differences"]["base"] == "uce"
     text = (tmp_path / "README.md").read_text()
     assert "| system | as it is | random | relearn |" in text and text.endswith("after\n")
     assert "| uce | 25 [" in text and "| 75 [" in text and text.count("| – |") == 2
     assert "The step at which half of the concept is back" in text and "| valera | 23 |" in text
+
+
+def test_runs_of_several_machines_are_pooled(judged: list[Path], tmp_path: Path) -> None:
+    """From the records of earlier runs and the new ones, in any order, the table over all is made."""
+    file = Path(__file__).parents[2] / "experiments" / "pool.py"
+    tool = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("pool", file))  # type: ignore
+    spec.loader.exec_module(tool)  # type: ignore[union-attr]
+    whole, pooled = tmp_path / "whole", tmp_path / "pooled"
+    wanted = write_results(judged, whole, base="valera").read_text()
+    tool.pool("robustness", pooled, "valera", judged[2:])
+    for run in judged[2:]:
+        shutil.rmtree(run)
+    found = tool.pool("robustness", pooled, "valera", judged[:2])
+    assert json.loads(found.read_text()) == json.loads(wanted), "the sweep has uce before valera"
+    kept = (pooled / tool.RECORDS).read_bytes()
+    tool.pool("robustness", pooled, "valera", judged[:2])
+    assert (pooled / tool.RECORDS).read_bytes() == kept and found.read_text() == wanted
+    with tarfile.open(pooled / tool.RECORDS) as archive:
+        names = archive.getnames()
+        settings = [archive.extractfile(name).read() for name in names if name.endswith(paths.CONFIG)]  # type: ignore
+    assert len(settings) == 4 and not any(b"somebody" in text for text in settings)
+    with pytest.raises(UserError, match="not a finished run"):
+        tool.pool("robustness", pooled, "valera", [tmp_path])

@@ -1,0 +1,88 @@
+"""The table of an experiment over runs that were made at different times or on different machines.
+
+    python experiments/pool.py EXPERIMENT FOLDER BASE [RUN...]
+
+Adds the text files of the RUN folders (settings, verdicts, metrics, attacks; neither images nor weights) to
+records.tar.xz in experiments/FOLDER, then writes results.json and the table of the README in FOLDER over all its runs.
+A run of the same name replaces the one in it. The systems are in the order of conf/experiment/EXPERIMENT.yaml;
+differences are taken from the system BASE.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from omegaconf import OmegaConf
+
+from realera.contracts import UserError
+from realera.evaluation.records import read_config
+from realera.paths import ATTACKS, CONF_DIR, CONFIG, COSTS, MANIFEST, METRICS, VERDICTS
+from realera.reporting.table import write_results
+from realera.settings.run_settings import Settings
+from realera.system import disk
+
+HERE = Path(__file__).parent
+RECORDS = "records.tar.xz"
+READ = (CONFIG, MANIFEST, METRICS, COSTS, f"{VERDICTS}/*.json*", f"{ATTACKS}/*.json*")  # all files that a table reads
+
+
+def pool(experiment: str, folder: Path, base: str, runs: Sequence[Path]) -> Path:
+    """Returns the path of results.json. Raises UserError if a run is not finished, or none is known."""
+    if unfinished := [run for run in runs if not (run / METRICS).is_file()]:
+        raise UserError(f"{unfinished[0]} is not a finished run: it has no {METRICS}")
+    with TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        if (folder / RECORDS).is_file():
+            with tarfile.open(folder / RECORDS) as archive:
+                archive.extractall(root, filter="data")
+        for run in runs:
+            copy(run, root / run.name)
+        if runs:
+            pack(root, folder / RECORDS)
+        order = systems(experiment)
+        known = sorted(root.iterdir(), key=lambda run: (order.index(system(run)), run.name))
+        return write_results(known, folder, base=base)
+
+
+def copy(run: Path, to: Path) -> None:
+    """The files of a run that a table reads. Its root becomes `runs`, wherever this machine keeps it."""
+    for path in (path for name in READ for path in run.glob(name)):
+        copied = to / path.relative_to(run)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_bytes(path.read_bytes())
+    settings = OmegaConf.load(run / CONFIG)
+    settings["root"] = "runs"
+    OmegaConf.save(settings, to / CONFIG)
+
+
+def pack(root: Path, archive: Path) -> None:
+    """The same files give the same archive: names in order, no times, no owners."""
+    with disk.atomic(archive) as beside, tarfile.open(beside, mode="w:xz", preset=9) as packed:
+        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+            entry = tarfile.TarInfo(path.relative_to(root).as_posix())
+            entry.size, entry.mode = path.stat().st_size, 0o644
+            packed.addfile(entry, io.BytesIO(path.read_bytes()))
+
+
+def systems(experiment: str) -> list[str]:
+    """The methods of the sweep, in its order."""
+    sweep = OmegaConf.load(CONF_DIR / "experiment" / f"{experiment}.yaml")
+    return str(sweep.hydra.sweeper.params.method).split(",")
+
+
+def system(run: Path) -> str:
+    return Settings(read_config(run)).system
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        raise SystemExit(__doc__)
+    try:
+        print(pool(sys.argv[1], HERE / sys.argv[2], sys.argv[3], [Path(run) for run in sys.argv[4:]]))
+    except UserError as error:
+        raise SystemExit(str(error)) from error
