@@ -5,24 +5,26 @@
 Adds the text files of the RUN folders (settings, verdicts, metrics, attacks; neither images nor weights) to
 records.tar.xz in experiments/FOLDER, then writes results.json and the table of the README in FOLDER over all its runs.
 A run of the same name replaces the one in it. The systems are in the order of conf/experiment/EXPERIMENT.yaml;
-differences are taken from the system BASE.
+differences are taken from the system BASE. A system of an earlier results.json without any run here keeps its rows.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from realera.contracts import UserError
 from realera.evaluation.records import read_config
-from realera.paths import ATTACKS, CONF_DIR, CONFIG, COSTS, MANIFEST, METRICS, VERDICTS
-from realera.reporting.table import write_results
+from realera.paths import ATTACKS, CONF_DIR, CONFIG, COSTS, MANIFEST, METRICS, RESULTS, VERDICTS
+from realera.reporting.table import results_of, write_tables
 from realera.settings.run_settings import Settings
 from realera.system import disk
 
@@ -46,7 +48,40 @@ def pool(experiment: str, folder: Path, base: str, runs: Sequence[Path]) -> Path
             pack(root, folder / RECORDS)
         order = systems(experiment)
         known = sorted(root.iterdir(), key=lambda run: (order.index(system(run)), run.name))
-        return write_results(known, folder, base=base)
+        results = results_of(known, base=base)
+    if (folder / RESULTS).is_file():
+        results = with_rows(results, json.loads((folder / RESULTS).read_text(encoding="utf-8")), order)
+    return write_tables(results, folder)
+
+
+def with_rows(results: dict[str, Any], earlier: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """The results with the earlier rows of all systems that they lack, and with their differences from the same
+    base. Raises UserError if they were judged differently."""
+    if wrong := [key for key in ("judge", "headline", "h_o_terms") if results[key] != earlier.get(key)]:
+        raise UserError(f"{RESULTS} has another {wrong[0]} than these runs")
+    own = {row["system"] for row in results["rows"]}
+
+    def rows(now: Sequence[Any], before: Sequence[Any]) -> list[Any]:
+        kept = [row for row in before if row["system"] not in own]
+        return sorted([*now, *kept], key=lambda row: order.index(row["system"]))
+
+    def block(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+        both = {**before, **now, "rows": rows(now.get("rows", ()), before.get("rows", ()))}
+        if "differences" in now and now["differences"]["base"] == before.get("differences", {}).get("base"):
+            less, was = now["differences"], before["differences"]
+            both["differences"] = {**less, "rows": rows(less["rows"], was["rows"])}
+            if modes := less.get("by_mode", {}).keys() | was.get("by_mode", {}).keys():
+                parts = {mode: [one.get("by_mode", {}).get(mode, ()) for one in (less, was)] for mode in sorted(modes)}
+                both["differences"]["by_mode"] = {mode: rows(*part) for mode, part in parts.items()}
+        return both
+
+    found = block(results, earlier)
+    relative = {**earlier.get("relative", {}), **results.get("relative", {})}
+    if relative:
+        found["relative"] = {system: relative[system] for system in order if system in relative}
+    if "attacks" in found:
+        found["attacks"] = block(results.get("attacks", {}), earlier.get("attacks", {}))
+    return found
 
 
 def copy(run: Path, to: Path) -> None:

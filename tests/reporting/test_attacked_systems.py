@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +134,7 @@ def test_runs_of_several_machines_are_pooled(judged: list[Path], tmp_path: Path)
     wanted = write_results(judged, whole, base="valera").read_text()
     tool.pool("robustness", pooled, "valera", judged[2:])
     for run in judged[2:]:
-        shutil.rmtree(run)
+        run.rename(run.with_name(f"away-{run.name}"))
     found = tool.pool("robustness", pooled, "valera", judged[:2])
     assert json.loads(found.read_text()) == json.loads(wanted), "the sweep has uce before valera"
     kept = (pooled / tool.RECORDS).read_bytes()
@@ -145,5 +144,13 @@ def test_runs_of_several_machines_are_pooled(judged: list[Path], tmp_path: Path)
         names = archive.getnames()
         settings = [archive.extractfile(name).read() for name in names if name.endswith(paths.CONFIG)]  # type: ignore
     assert len(settings) == 4 and not any(b"somebody" in text for text in settings)
+    for run in judged[2:]:
+        run.with_name(f"away-{run.name}").rename(run)
+    (pooled / tool.RECORDS).unlink()
+    tool.pool("robustness", pooled, "valera", judged[2:])
+    assert found.read_text() == wanted, "uce, now without a run, keeps its rows and its differences from valera"
+    found.write_text(wanted.replace('"judge": "eye"', '"judge": "ear"'))
+    with pytest.raises(UserError, match="another judge"):
+        tool.pool("robustness", pooled, "valera", judged[2:])
     with pytest.raises(UserError, match="not a finished run"):
         tool.pool("robustness", pooled, "valera", [tmp_path])

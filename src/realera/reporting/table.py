@@ -130,12 +130,12 @@ def mean_counts(runs: Sequence[RunVerdicts]) -> dict[str, dict[str, float]]:
     return means
 
 
-def write_results(
-    run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path, str] | None = None, base: str | None = None
-) -> Path:
-    """Writes folder/results.json over the judged runs and their attacks, and the tables between the MARKS of
-    folder/README.md, if any. systems: the runs to include, in order, and the system of each; None: all runs, by label
-    or method. base: the system that the differences are taken from; None: no differences.
+def results_of(
+    run_dirs: Sequence[Path], systems: Mapping[Path, str] | None = None, base: str | None = None
+) -> dict[str, Any]:
+    """The content of results.json over the judged runs and their attacks. systems: the runs to include, in order, and
+    the system of each; None: all runs, by label or method. base: the system that the differences are taken from; None:
+    no differences.
 
     Raises:
         UserError: no run was judged, a system has two runs of a concept and seed, or the runs have different judges.
@@ -154,6 +154,18 @@ def write_results(
         of_system.setdefault(each.system, []).append(run)
     if attacks := attacked_systems.attacked_systems(of_system, base):
         results["attacks"] = attacks
+    return results
+
+
+def write_results(
+    run_dirs: Sequence[Path], folder: Path, systems: Mapping[Path, str] | None = None, base: str | None = None
+) -> Path:
+    """Writes `results_of` the runs to folder/results.json and its tables to folder/README.md, see `write_tables`."""
+    return write_tables(results_of(run_dirs, systems, base), folder)
+
+
+def write_tables(results: Mapping[str, Any], folder: Path) -> Path:
+    """Writes folder/results.json, and its tables between the MARKS of folder/README.md, if any."""
     out = folder / paths.RESULTS
     disk.write_text(out, plain_data.json_text(results, indent=1, ensure_ascii=False) + "\n")
     readme = folder / paths.README
