@@ -19,12 +19,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from realera.contracts import UserError
 from realera.evaluation.records import read_config
 from realera.paths import ATTACKS, CONF_DIR, CONFIG, COSTS, MANIFEST, METRICS, RESULTS, VERDICTS
 from realera.reporting.table import results_of, write_tables
+from realera.settings import resolvers
 from realera.settings.run_settings import Settings
 from realera.system import disk
 
@@ -106,8 +108,10 @@ def pack(root: Path, archive: Path) -> None:
 
 def systems(experiment: str) -> list[str]:
     """The methods of the sweep, in its order."""
-    sweep = OmegaConf.load(CONF_DIR / "experiment" / f"{experiment}.yaml")
-    return str(sweep.hydra.sweeper.params.method).split(",")
+    resolvers.register_resolvers()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        words = [f"experiment={experiment}", "backbone=mini"]
+        return str(compose("train", words, return_hydra_config=True).hydra.sweeper.params.method).split(",")
 
 
 def system(run: Path) -> str:
