@@ -5,13 +5,15 @@
 Adds the text files of the RUN folders (settings, verdicts, metrics, attacks; neither images nor weights) to
 records.tar.xz in experiments/FOLDER, then writes results.json and the table of the README in FOLDER over all its runs.
 A run of the same name replaces the one in it. The systems are in the order of conf/experiment/EXPERIMENT.yaml;
-differences are taken from the system BASE. A system of an earlier results.json without any run here keeps its rows.
+differences are taken from the system BASE. A system of an earlier results.json without any run in the table keeps its
+rows. METHODS="mace,ac" and SEEDS=0 leave the other runs out of the table, for sweeps that are not finished.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -49,7 +51,7 @@ def pool(experiment: str, folder: Path, base: str, runs: Sequence[Path]) -> Path
         if runs:
             pack(root, folder / RECORDS)
         order = systems(experiment)
-        known = sorted(root.iterdir(), key=lambda run: (order.index(system(run)), run.name))
+        known = sorted(filter(wanted, root.iterdir()), key=lambda run: (order.index(system(run)), run.name))
         results = results_of(known, base=base)
     if (folder / RESULTS).is_file():
         results = with_rows(results, json.loads((folder / RESULTS).read_text(encoding="utf-8")), order)
@@ -116,6 +118,12 @@ def systems(experiment: str) -> list[str]:
 
 def system(run: Path) -> str:
     return Settings(read_config(run)).system
+
+
+def wanted(run: Path) -> bool:
+    methods, seeds = (os.environ.get(name, "").split(",") for name in ("METHODS", "SEEDS"))
+    seed = str(Settings(read_config(run)).seed or 0)
+    return (methods == [""] or system(run) in methods) and (seeds == [""] or seed in seeds)
 
 
 if __name__ == "__main__":

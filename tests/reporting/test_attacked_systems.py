@@ -125,7 +125,9 @@ def test_the_table_in_a_readme(systems: dict[str, list[Path]], judged: list[Path
     assert "The step at which half of the concept is back" in text and "| valera | 23 |" in text
 
 
-def test_runs_of_several_machines_are_pooled(judged: list[Path], tmp_path: Path) -> None:
+def test_runs_of_several_machines_are_pooled(
+    judged: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the records of earlier runs and the new ones, in any order, the table over all is made."""
     file = Path(__file__).parents[2] / "experiments" / "pool.py"
     tool = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("pool", file))  # type: ignore
@@ -146,9 +148,13 @@ def test_runs_of_several_machines_are_pooled(judged: list[Path], tmp_path: Path)
     assert len(settings) == 4 and not any(b"somebody" in text for text in settings)
     for run in judged[2:]:
         run.with_name(f"away-{run.name}").rename(run)
-    (pooled / tool.RECORDS).unlink()
+    monkeypatch.setenv("METHODS", "valera")
     tool.pool("robustness", pooled, "valera", judged[2:])
     assert found.read_text() == wanted, "uce, now without a run, keeps its rows and its differences from valera"
+    monkeypatch.setenv("SEEDS", "1,2")
+    with pytest.raises(UserError, match="none"):
+        tool.pool("robustness", pooled, "valera", [])
+    monkeypatch.delenv("SEEDS")
     found.write_text(wanted.replace('"judge": "eye"', '"judge": "ear"'))
     with pytest.raises(UserError, match="another judge"):
         tool.pool("robustness", pooled, "valera", judged[2:])
