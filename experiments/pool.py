@@ -59,33 +59,33 @@ def pool(experiment: str, folder: Path, base: str, runs: Sequence[Path]) -> Path
 
 
 def with_rows(results: dict[str, Any], earlier: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
-    """The results with the earlier rows of all systems that they lack, and with their differences from the same
-    base. Raises UserError if they were judged differently."""
+    """The results with the earlier rows of all systems that they lack. Differences are paired, so those from the base's
+    earlier runs are left out once the base has runs here. Raises UserError if the runs were judged differently."""
     if wrong := [key for key in ("judge", "headline", "h_o_terms") if results[key] != earlier.get(key)]:
         raise UserError(f"{RESULTS} has another {wrong[0]} than these runs")
     own = {row["system"] for row in results["rows"]}
 
-    def rows(now: Sequence[Any], before: Sequence[Any]) -> list[Any]:
-        kept = [row for row in before if row["system"] not in own]
-        return sorted([*now, *kept], key=lambda row: order.index(row["system"]))
+    def rest(rows: Sequence[Any]) -> list[Any]:
+        return [row for row in rows if row["system"] not in own]
 
     def block(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-        both = {**before, **now, "rows": rows(now.get("rows", ()), before.get("rows", ()))}
-        if "differences" in now and now["differences"]["base"] == before.get("differences", {}).get("base"):
-            less, was = now["differences"], before["differences"]
-            both["differences"] = {**less, "rows": rows(less["rows"], was["rows"])}
-            if modes := less.get("by_mode", {}).keys() | was.get("by_mode", {}).keys():
-                parts = {mode: [one.get("by_mode", {}).get(mode, ()) for one in (less, was)] for mode in sorted(modes)}
-                both["differences"]["by_mode"] = {mode: rows(*part) for mode, part in parts.items()}
-        return both
+        rows = sorted([*now.get("rows", ()), *rest(before.get("rows", ()))], key=lambda row: order.index(row["system"]))
+        less = dict(before.get("differences", {}))
+        if "differences" in now or less.get("base") in own:
+            less = now.get("differences", {})
+        elif less:
+            less["rows"] = rest(less["rows"])
+            if "by_mode" in less:
+                less["by_mode"] = {mode: rest(each) for mode, each in less["by_mode"].items()}
+        kept = {key: value for key, value in {**before, **now}.items() if key != "differences"}
+        return {**kept, "rows": rows, **({"differences": less} if less else {})}
 
     found = block(results, earlier)
+    attacks = block(found.pop("attacks", {}), earlier.get("attacks", {}))
     relative = {**earlier.get("relative", {}), **results.get("relative", {})}
     if relative:
         found["relative"] = {system: relative[system] for system in order if system in relative}
-    if "attacks" in found:
-        found["attacks"] = block(results.get("attacks", {}), earlier.get("attacks", {}))
-    return found
+    return {**found, **({"attacks": attacks} if attacks["rows"] else {})}
 
 
 def copy(run: Path, to: Path) -> None:
