@@ -149,7 +149,8 @@ def test_both_encoders_of_xl(xl: UNetBackbone, tiny_sdxl: Path) -> None:
     other.load_erased(state)
     loaded = other.encode(["a cat"])
     assert before.pooled is not None and after.pooled is not None and loaded.pooled is not None
-    assert torch.equal(loaded.states, after.states.detach()) and torch.equal(loaded.pooled, after.pooled.detach())
+    for one, two in ((loaded.states, after.states), (loaded.pooled, after.pooled)):  # some CPUs round them differently
+        assert torch.allclose(one, two.detach(), rtol=1e-5, atol=1e-6 * float(two.detach().abs().max()))
     assert not torch.allclose(loaded.pooled, before.pooled)
 
 
