@@ -6,7 +6,8 @@ Adds the text files of the RUN folders (settings, verdicts, metrics, attacks; ne
 records.tar.xz in experiments/FOLDER, then writes results.json and the table of the README in FOLDER over all its runs.
 A run of the same name replaces the one in it. The systems are in the order of conf/experiment/EXPERIMENT.yaml;
 differences are taken from the system BASE. A system of an earlier results.json without any run in the table keeps its
-rows. METHODS="mace,ac" and SEEDS=0 leave the other runs out of the table, for sweeps that are not finished.
+rows. METHODS="mace,ac" and SEEDS=0 leave the other runs out of the table, for sweeps that are not finished. OUT=DIR
+writes the table there, over these runs alone, and leaves FOLDER's as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from omegaconf import OmegaConf
 
 from realera.contracts import UserError
 from realera.evaluation.records import read_config
-from realera.paths import ATTACKS, CONF_DIR, CONFIG, COSTS, MANIFEST, METRICS, RESULTS, VERDICTS
+from realera.paths import ATTACKS, CONF_DIR, CONFIG, COSTS, LOCK, MANIFEST, METRICS, RESULTS, VERDICTS
 from realera.reporting.table import results_of, write_tables
 from realera.settings import resolvers
 from realera.settings.run_settings import Settings
@@ -37,10 +38,16 @@ RECORDS = "records.tar.xz"
 READ = (CONFIG, MANIFEST, METRICS, COSTS, f"{VERDICTS}/*.json*", f"{ATTACKS}/*.json*")  # all files that a table reads
 
 
-def pool(experiment: str, folder: Path, base: str, runs: Sequence[Path]) -> Path:
-    """Returns the path of results.json. Raises UserError if a run is not finished, or none is known."""
-    if unfinished := [run for run in runs if not (run / METRICS).is_file()]:
-        raise UserError(f"{unfinished[0]} is not a finished run: it has no {METRICS}")
+def pool(experiment: str, folder: Path, base: str, runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Returns the path of results.json, which is in `out` (None: folder). Raises UserError if a run is not finished or
+    its system not in the sweep, or if there is no run, folder or experiment of this name."""
+    order = systems(experiment)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    if unfinished := [run for run in runs if (run / LOCK).exists() or not (run / METRICS).is_file()]:
+        raise UserError(f"{unfinished[0]} is not a finished run: it has no {METRICS}, or it is being made")
+    if other := [run for run in runs if system(run) not in order]:
+        raise UserError(f"{other[0]} is of {system(other[0])!r}, which experiment={experiment} does not have")
     with TemporaryDirectory() as temporary:
         root = Path(temporary)
         if (folder / RECORDS).is_file():
@@ -50,12 +57,12 @@ def pool(experiment: str, folder: Path, base: str, runs: Sequence[Path]) -> Path
             copy(run, root / run.name)
         if runs:
             pack(root, folder / RECORDS)
-        order = systems(experiment)
         known = sorted(filter(wanted, root.iterdir()), key=lambda run: (order.index(system(run)), run.name))
         results = results_of(known, base=base)
-    if (folder / RESULTS).is_file():
-        results = with_rows(results, json.loads((folder / RESULTS).read_text(encoding="utf-8")), order)
-    return write_tables(results, folder)
+    out = out or folder
+    if (out / RESULTS).is_file():
+        results = with_rows(results, json.loads((out / RESULTS).read_text(encoding="utf-8")), order)
+    return write_tables(results, out)
 
 
 def with_rows(results: dict[str, Any], earlier: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
@@ -110,6 +117,8 @@ def pack(root: Path, archive: Path) -> None:
 
 def systems(experiment: str) -> list[str]:
     """The methods of the sweep, in its order."""
+    if not (CONF_DIR / "experiment" / f"{experiment}.yaml").is_file():
+        raise UserError(f"there is no experiment={experiment}")
     resolvers.register_resolvers()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         words = [f"experiment={experiment}", "backbone=mini"]
@@ -130,6 +139,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 4:
         raise SystemExit(__doc__)
     try:
-        print(pool(sys.argv[1], HERE / sys.argv[2], sys.argv[3], [Path(run) for run in sys.argv[4:]]))
+        to = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
+        print(pool(sys.argv[1], HERE / sys.argv[2], sys.argv[3], [Path(run) for run in sys.argv[4:]], to))
     except UserError as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(str(error)) from None

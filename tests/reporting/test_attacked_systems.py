@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,7 +112,7 @@ def judged(systems: dict[str, list[Path]]) -> list[Path]:
         write_verdicts(verdict_file(run, "eye"), [Verdict(p.id, 0.2, concept) for p in prompts])
         measure(run, "eye", {"judge": {"judge": "eye"}}, MEAN_PROB)
         config = {"concept": concept, "seed": 0, "method": {"name": method}, "backbone": {"name": "mini"}}
-        disk.write_text(run / paths.CONFIG, yaml.safe_dump({**config, "root": "/home/of/somebody"}))
+        disk.write_text(run / paths.CONFIG, yaml.safe_dump({**config, "root": "of-somebody/runs"}))
     return folders
 
 
@@ -134,6 +136,7 @@ def test_runs_of_several_machines_are_pooled(
     spec.loader.exec_module(tool)  # type: ignore[union-attr]
     whole, pooled = tmp_path / "whole", tmp_path / "pooled"
     wanted = write_results(judged, whole, base="valera").read_text()
+    pooled.mkdir()
     tool.pool("robustness", pooled, "valera", judged[2:])
     for run in judged[2:]:
         run.rename(run.with_name(f"away-{run.name}"))
@@ -164,5 +167,24 @@ def test_runs_of_several_machines_are_pooled(
     found.write_text(wanted.replace('"judge": "eye"', '"judge": "ear"'))
     with pytest.raises(UserError, match="another judge"):
         tool.pool("robustness", pooled, "valera", judged[2:])
-    with pytest.raises(UserError, match="not a finished run"):
-        tool.pool("robustness", pooled, "valera", [tmp_path])
+    found.write_text(wanted)
+    (judged[0] / paths.LOCK).touch()
+    with pytest.raises(UserError, match="being made"):
+        tool.pool("robustness", pooled, "valera", judged[:1])
+    alone = tool.pool("robustness", pooled, "valera", [], tmp_path / "alone")
+    assert [row["system"] for row in json.loads(alone.read_text())["rows"]] == ["valera"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["robustness", "robustness_miniature", "valera", "nowhere"], "nowhere is not a finished run"),
+        (["robustness", "nowhere", "valera"], "there is no folder"),
+        (["nothing", "robustness_miniature", "valera"], "there is no experiment=nothing"),
+        (["robustness"], "experiments/pool.py EXPERIMENT"),
+    ],
+)
+def test_wrong_words_for_pooling_get_a_sentence(words: list[str], said: str, tmp_path: Path) -> None:
+    file = Path(__file__).parents[2] / "experiments" / "pool.py"
+    done = subprocess.run([sys.executable, str(file), *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
